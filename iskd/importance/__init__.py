@@ -1,0 +1,1 @@
+"""Importance: one score per layer, higher = keep. One idea per file."""

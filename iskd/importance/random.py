@@ -1,0 +1,22 @@
+"""Random scores: the control that every importance has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+
+
+class Random:
+    """Uniform scores in [0, 1) from a seed of their own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L]; the batches are not read."""
+        return torch.rand(len(Stack(student).layers), generator=torch.Generator().manual_seed(self.seed))

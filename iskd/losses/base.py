@@ -1,0 +1,171 @@
+"""The contract of a loss and the few helpers that the reducers and the metrics share.
+
+A loss maps the signals of student and teacher to one value per token, in nats or mean square. It does not mask,
+reduce or weight: that is done once, in `iskd.losses.chunked`, for all losses alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iskd.signals import IGNORE, Signals
+
+Head = tuple[Tensor, Tensor | None]
+"""Weight [V, D] and bias [V] (or None) of the map from the last hidden state to logits."""
+
+SIGNALS = frozenset({"logits", "hidden", "matrix"})
+
+
+class Loss(Protocol):
+    """A loss term; lower = better, zero when the student does what is asked of it.
+
+    A loss that never looks at the teacher sets `uses_teacher = False` (assumed True when absent), which spares the
+    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals read: {"logits"} alone, or any of "hidden" and "matrix"."""
+
+    def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+        """Value per token in nats or mean square, of the labels' shape; no gradient reaches the teacher."""
+
+
+Terms = Mapping[str, tuple[Loss, float]]
+"""Loss and weight by the term's name, the name under which it is configured and logged."""
+
+
+def uses_teacher(loss: Loss) -> bool:
+    """Whether `loss` reads the teacher's signals."""
+    return bool(getattr(loss, "uses_teacher", True))
+
+
+def check_terms(terms: Terms) -> None:
+    """Refuse terms that cannot be added up.
+
+    Raises:
+        ValueError: There is no term, a weight is negative or not a finite number, or a term needs an unknown signal,
+            or logits together with another signal (logits exist only chunk by chunk, the others only whole).
+    """
+    if not terms:
+        raise ValueError("loss is empty: nothing would train; name at least one term, e.g. loss=[ce,kl]")
+    for name, (loss, weight) in terms.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"loss.{name}.weight must be a finite number >= 0, got {weight!r}")
+        unknown = loss.needs - SIGNALS
+        if unknown:
+            raise ValueError(f"loss.{name} needs {sorted(unknown)}; known signals are {sorted(SIGNALS)}")
+        if "logits" in loss.needs and len(loss.needs) > 1:
+            raise ValueError(f"loss.{name} needs {sorted(loss.needs)}; split it into a term on logits and one without")
+
+
+def check_batch(
+    terms: Terms, student_BTD: Tensor, teacher_BTD: Tensor | None, teacher_head: Head | None, labels_BT: Tensor
+) -> None:
+    """Refuse terms that do not read logits, a missing teacher and shapes that do not belong together.
+
+    Raises:
+        ValueError: As above, or as in `check_terms`.
+    """
+    check_terms(terms)
+    others = [name for name, (loss, _) in terms.items() if "logits" not in loss.needs]
+    if others:
+        raise ValueError(f"loss terms {others} do not read logits; add them up with total_loss")
+    readers = [name for name, (loss, _) in terms.items() if uses_teacher(loss)]
+    if readers and (teacher_BTD is None or teacher_head is None):
+        raise ValueError(f"loss terms {readers} use the teacher; pass its last hidden states and its head")
+    for who, hidden in (("student", student_BTD), ("teacher", teacher_BTD)):
+        if hidden is not None and hidden.shape[:-1] != labels_BT.shape:
+            raise ValueError(f"{who} hidden states {list(hidden.shape)} do not fit labels {list(labels_BT.shape)}")
+
+
+def token_values(name: str, loss: Loss, student: Signals, teacher: Signals) -> Tensor:
+    """Call a term outside autocast and hold it to its contract.
+
+    Returns:
+        The term's values, of the labels' shape.
+
+    Raises:
+        ValueError: The term returned another shape, e.g. because it reduced over tokens itself.
+    """
+    with torch.autocast(student.labels.device.type, enabled=False):
+        values = loss(student, teacher)
+    if values.shape != student.labels.shape:
+        raise ValueError(
+            f"loss.{name} returned shape {list(values.shape)}, expected one value per token "
+            f"{list(student.labels.shape)}; leave masking and means over tokens to the framework"
+        )
+    return values
+
+
+def masked_mean(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of per-token `values` where `labels` (same shape) are not ignored.
+
+    Raises:
+        ValueError: Every label is ignored.
+    """
+    keep = labels != IGNORE
+    if not bool(keep.any()):
+        raise ValueError(_no_tokens(labels))
+    return values[keep].mean()
+
+
+def valid_tokens(labels_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that keeps the valid tokens of a [B, T, ...] tensor, as [N, ...].
+
+    Raises:
+        ValueError: Every label is ignored.
+    """
+    valid = (labels_BT != IGNORE).flatten()
+    index_N = valid.nonzero().squeeze(1)
+    if len(index_N) == 0:
+        raise ValueError(_no_tokens(labels_BT))
+    if len(index_N) == len(valid):
+        return lambda x: x.flatten(0, 1)
+    return lambda x: x.flatten(0, 1).index_select(0, index_N)
+
+
+def _no_tokens(labels: Tensor) -> str:
+    """Message for a batch without a single target."""
+    return f"all {labels.numel()} labels are {IGNORE} (ignored): there is no token to learn from; check the data"
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Upcast half precision to float32 and leave float32 and float64 alone."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast_head(head: Head) -> Head:
+    """The head, detached and in the dtype that matmuls have under the active autocast, cast once for all chunks."""
+    weight_VD, bias_V = head[0].detach(), None if head[1] is None else head[1].detach()
+    device = weight_VD.device.type
+    if not torch.is_autocast_enabled(device):
+        return weight_VD, bias_V
+    dtype = torch.get_autocast_dtype(device)
+    return weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+
+
+def project(hidden: Tensor, head: Head) -> Tensor:
+    """Hidden states [..., D] through the head, in the head's dtype; result [..., V] in at least float32."""
+    weight_VD, bias_V = head
+    return at_least_fp32(F.linear(hidden.to(weight_VD.dtype), weight_VD, bias_V))
+
+
+def finish_logits(projected: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """Scale (Cohere's `logit_scale`), then cap at +-softcap by tanh (Gemma 2, arXiv 2408.00118, section 2).
+
+    Raises:
+        ValueError: `softcap` is not positive.
+    """
+    logits = projected if scale == 1.0 else projected * scale
+    if softcap is None:
+        return logits
+    if softcap <= 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    return torch.tanh(logits / softcap) * softcap

@@ -1,0 +1,77 @@
+"""Divergence between the next-token distributions of teacher P and student Q, both softened by a temperature.
+
+    forward   KL(P || Q) = sum_v P log(P / Q)                       mode covering; Hinton et al., arXiv 1503.02531
+    reverse   KL(Q || P)                                            mode seeking; MiniLLM, arXiv 2306.08543
+    jsd       beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q      GKD, arXiv 2306.13649, sec. 2
+
+All are multiplied by temperature^2, which keeps the size of the gradient when the temperature changes (1503.02531,
+section 2). The generalised JSD of GKD is bounded and tends to beta * forward as beta -> 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from iskd.losses.base import at_least_fp32
+from iskd.signals import Signals
+
+DIRECTIONS = ("forward", "reverse", "jsd")
+
+
+class KL:
+    """Per-token divergence to the teacher in nats, summed over the vocabulary.
+
+    Args:
+        direction: "forward" = KL(teacher || student), "reverse" = KL(student || teacher), or "jsd".
+        temperature: Divides both logits; > 0.
+        beta: Share of the teacher in the mixture of "jsd"; in (0, 1), 0.5 is the symmetric divergence.
+
+    Raises:
+        ValueError: Unknown direction, temperature not positive, or beta outside (0, 1).
+    """
+
+    needs: frozenset[str] = frozenset({"logits"})
+    uses_teacher: bool = True
+
+    def __init__(self, direction: str = "forward", temperature: float = 1.0, beta: float = 0.5) -> None:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"KL direction must be one of {list(DIRECTIONS)}, got {direction!r}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"KL temperature must be > 0, got {temperature}")
+        if not 0 < beta < 1:
+            raise ValueError(f"KL beta must be in (0, 1), got {beta}; for the ends use direction=forward or reverse")
+        self.direction = direction
+        self.temperature = temperature
+        self.beta = beta
+
+    def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+        """Divergence of the labels' shape; no gradient reaches the teacher.
+
+        Raises:
+            ValueError: Logits are missing, or the two vocabularies differ in size.
+        """
+        if student.logits is None or teacher.logits is None:
+            raise ValueError("KL needs logits of student and teacher: call it on a vocabulary chunk")
+        if student.logits.shape != teacher.logits.shape:
+            raise ValueError(
+                f"KL needs one vocabulary: student logits {list(student.logits.shape)}, "
+                f"teacher logits {list(teacher.logits.shape)}"
+            )
+        log_q = torch.log_softmax(at_least_fp32(student.logits) / self.temperature, dim=-1)
+        log_p = torch.log_softmax(at_least_fp32(teacher.logits.detach()) / self.temperature, dim=-1)
+        return self._divergence(log_p, log_q) * self.temperature**2
+
+    def _divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self.direction == "forward":
+            return _kl(log_p, log_q)
+        if self.direction == "reverse":
+            return _kl(log_q, log_p)
+        log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+        return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)

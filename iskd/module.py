@@ -1,0 +1,197 @@
+"""The LightningModule: frozen teacher, mutable student, one pure step, one logging site."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+from iskd.capture import capture
+from iskd.losses.base import Terms, check_terms, uses_teacher
+from iskd.losses.chunked import total_loss
+from iskd.metrics import QualityMetrics
+from iskd.optim import OptimSpec, make_optimizer, regroup
+from iskd.plan import Record, Stage
+from iskd.signals import IGNORE, Signals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one pure step gives: the loss with its gradient, and every term's detached mean for the logs."""
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
+
+
+class DistillModule(L.LightningModule):
+    """Holds the teacher outside the module tree and trains the student towards it.
+
+    Args:
+        student: the model that is edited and trained, float32 weights.
+        teacher: the frozen original. It is in no state_dict, never in train mode and never wrapped.
+        terms: loss and weight by name.
+        optim: optimizer settings.
+        record: the edits applied to `student` so far.
+        chunk: tokens per chunk of logits.
+    """
+
+    teacher: PreTrainedModel
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        terms: Terms,
+        optim: OptimSpec,
+        record: Record,
+        *,
+        chunk: int = 256,
+    ) -> None:
+        super().__init__()
+        check_terms(terms)
+        self.student = student.train()
+        # kept out of the module tree: a registered teacher is saved, wrapped and put in train mode with the student
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.terms, self.optim, self.record, self.chunk = terms, optim, record, chunk
+        self.stage = Stage("start")
+        # factor and counters of the step in progress; the callback owns them
+        self.tokens = 0
+        self.stage_number = 0
+        self.steps = 0
+        self.lr_scale = 1.0
+        self._teacher_cache: dict[int, Tensor] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
+        optimizer = make_optimizer(self.optim)
+        regroup(optimizer, self.student, self.record, self.stage)
+        return optimizer
+
+    def place_teacher(self, low_precision: bool) -> None:
+        """Move the teacher to the student's device; bf16 weights when the run computes in bf16."""
+        self.teacher.to(device=self.device, dtype=torch.bfloat16 if low_precision else None)
+
+    def signals(self, model: PreTrainedModel, input_ids: Tensor, layers: Sequence[int], wanted: set[int]) -> Signals:
+        """One forward pass of `model`: last hidden state and the states after the wanted layers."""
+        stack = Stack(model)
+        with capture(stack, layers, wanted) if wanted else nullcontext({}) as states:
+            last = stack.last_hidden(input_ids)
+        return Signals(labels=next_tokens(input_ids), last_hidden=last, hidden=dict(states))
+
+    def step(self, input_ids: Tensor) -> StepResult:
+        """Loss of windows [B, T]: a pure function of weights and batch."""
+        wanted = self._wanted()
+        student = self.signals(self.student, input_ids, self.record.layers, wanted)
+        teacher = None
+        if any(uses_teacher(loss) for loss, _ in self.terms.values()):
+            after = {layer: self.record.state_after(layer) for layer in wanted}
+            with torch.no_grad():
+                teacher = self.signals(self.teacher, input_ids, range(self.record.num_layers), set(after.values()))
+            # the student's state after a layer stands for the teacher's state after the gap that follows it
+            teacher.hidden = {layer: teacher.hidden[target] for layer, target in after.items()}
+        stack = Stack(self.student)
+        loss, parts = total_loss(
+            self.terms,
+            student,
+            teacher,
+            stack.head,
+            Stack(self.teacher).head,
+            chunk=self.chunk,
+            softcap=stack.softcap,
+        )
+        return StepResult(loss, parts)
+
+    def _wanted(self) -> set[int]:
+        """Layers whose states the losses compare."""
+        wanted: set[int] = set()
+        survivors = self.record.layers
+        for loss, weight in self.terms.values():
+            if "hidden" not in loss.needs or not weight:
+                continue
+            layers = getattr(loss, "layers", "all")
+            if isinstance(layers, str):
+                named = {"last": survivors[-1:], "all": survivors, "edited": self.record.edited}
+                layers = named[layers]
+            wanted |= set(layers) & set(survivors)
+        return wanted
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
+        result = self.step(batch["input_ids"])
+        if not torch.isfinite(result.loss):
+            raise NonFiniteError(
+                f"the loss is {result.loss.item()} at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
+            )
+        self._log(result)
+        return result.loss
+
+    def _log(self, result: StepResult) -> None:
+        values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
+        rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
+        # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
+        place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
+        self.log_dict({**values, **rates, **place}, on_step=True, on_epoch=False)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return cast(Any, self.optimizers(use_pl_optimizer=False))  # type: ignore[no-any-return]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the rates of both groups."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_scale * (self.stage.lr_new if group["name"] == "new" else self.stage.lr)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over both groups together and refuse a gradient that is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip or float("inf"))
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient norm is {norm.item()} at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
+            )
+        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Quality on validation batches: ppl, kl, top1, retention, teacher_ppl, nll and the seconds of the student's part.
+
+        The teacher's last hidden states are computed once per batch position and kept.
+        """
+        was_training = self.student.training
+        self.student.eval()
+        metrics, seconds = QualityMetrics().to(self.device), 0.0
+        student, teacher = Stack(self.student), Stack(self.teacher)
+        for index, batch in enumerate(batches):
+            input_ids = batch["input_ids"].to(self.device)
+            if index not in self._teacher_cache:
+                self._teacher_cache[index] = teacher.last_hidden(input_ids)
+            start = time.perf_counter()
+            hidden = student.last_hidden(input_ids)
+            seconds += time.perf_counter() - start
+            labels = next_tokens(input_ids)
+            metrics.update_from_hidden(
+                hidden, student.head, self._teacher_cache[index], teacher.head, labels, softcap=student.softcap
+            )
+        self.student.train(was_training)
+        return {**metrics.compute(), "seconds": seconds}

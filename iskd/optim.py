@@ -1,0 +1,201 @@
+"""Optimizer groups that survive edits, and the learning rate as a pure function.
+
+Two standing groups: `base` and `new`, either may be empty. An edit rewrites the groups' lists in place and keeps the AdamW
+state of every surviving parameter; the optimizer object never changes. Groups are always in the module's own order, so
+that a resumed process builds the same lists.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+from iskd.plan import Record, Stage
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW and its schedule.
+
+    Attributes:
+        betas, weight_decay, eps: of AdamW (decoupled decay; matrices only, not norms and biases).
+        clip: largest gradient norm; None = no clipping.
+        warmup: share of a stage in which its rates rise from their first step to full, in [0, 1).
+        decay: `constant`, `linear` or `cosine`.
+        decay_over: `run` decays once over all tokens, `stage` in every stage anew.
+        end: share of the rate that is left at the end, in [0, 1].
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    warmup: float = 0.05
+    decay: str = "cosine"
+    decay_over: str = "run"
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"optim.decay={self.decay!r}: choose constant, linear or cosine")
+        if self.decay_over not in ("run", "stage"):
+            raise ValueError(f"optim.decay_over={self.decay_over!r}: choose run or stage")
+        if not 0 <= self.warmup < 1 or not 0 <= self.end <= 1:
+            raise ValueError(
+                f"optim.warmup must be in [0, 1) and optim.end in [0, 1], got {self.warmup} and {self.end}"
+            )
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optim.clip must be positive or null, got {self.clip}")
+
+    def scale(self, step: int, stage_steps: int, before: int, total: int) -> float:
+        """Factor on a stage's learning rates, in (0, 1].
+
+        Args:
+            step: optimizer steps done in this stage. stage_steps: steps of this stage.
+            before: steps of earlier stages. total: steps of the whole run as planned.
+        """
+        ramp = min(1.0, (step + 1) / (math.ceil(self.warmup * stage_steps) + 1))
+        done, length = (
+            (step, stage_steps) if self.decay_over == "stage" else (before + step, max(total, before + stage_steps))
+        )
+        x = done / max(length, 1)
+        fall = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[self.decay]
+        return ramp * (self.end + (1 - self.end) * fall)
+
+
+def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
+    """Parameters of the blocks that this stage's edits put in and that still stand."""
+    layers = {edit.layer for edit in stage.edits if edit.op != "remove"}
+    return _of_layers(model, record, layers)
+
+
+def _of_layers(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Parameter]:
+    wanted = set(layers)
+    blocks = zip(record.layers, Stack(model).layers, strict=True)
+    return [p for layer, block in blocks if layer in wanted for p in block.parameters()]
+
+
+def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
+    """What the stage trains, by identity and never by name prefix, in the module's order.
+
+    Raises ValueError when the choice matches nothing.
+    """
+    everything = list(model.parameters())
+    if stage.train == "all":
+        return everything
+    touched = {edit.layer for edit in stage.edits}
+    if stage.train == "edited":
+        chosen = _of_layers(model, record, record.edited)
+    elif stage.train == "new":
+        chosen = new_parameters(model, record, stage)
+    elif stage.train == "adjacent":
+        chosen = _of_layers(model, record, touched | _neighbours(record, touched))
+    else:
+        try:
+            pattern = re.compile(stage.train)
+        except re.error as error:
+            raise ValueError(
+                f"schedule.train={stage.train!r} is neither all/edited/new/adjacent nor a regular expression: {error}"
+            ) from None
+        chosen = [p for name, p in model.named_parameters() if pattern.search(name)]
+    if not chosen:
+        raise ValueError(
+            f"schedule.train={stage.train!r} matches no parameter of stage {stage.name!r}; nothing would train"
+        )
+    ids = {id(p) for p in chosen}
+    return [p for p in everything if id(p) in ids]
+
+
+def _neighbours(record: Record, touched: set[int]) -> set[int]:
+    """The nearest surviving layers on both sides of every touched one."""
+    found = set()
+    for layer in touched:
+        below = [x for x in record.layers if x < layer]
+        above = [x for x in record.layers if x > layer]
+        found |= set(below[-1:]) | set(above[:1])
+    return found
+
+
+def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
+    """AdamW with two empty standing groups; `regroup` fills them."""
+    groups = [{"params": [], "name": name} for name in ("base", "new")]
+    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
+    """Give the groups what the stage trains: blocks inserted by this stage are `new`, the rest `base`.
+
+    Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left.
+    """
+    chosen = {id(p) for p in trainable(model, record, stage)}
+    fresh = {id(p) for p in new_parameters(model, record, stage)}
+    alive = set()
+    groups: dict[str, list[nn.Parameter]] = {"base": [], "new": []}
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(id(parameter) in chosen)
+        alive.add(id(parameter))
+        if id(parameter) in chosen:
+            groups["new" if id(parameter) in fresh else "base"].append(parameter)
+    for group in optimizer.param_groups:
+        group["params"] = groups[group["name"]]
+    for parameter in [p for p in optimizer.state if id(p) not in alive]:
+        del optimizer.state[parameter]
+    check_partition(optimizer, model)
+
+
+def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise when a trainable parameter is in no group or in two, or a group holds a foreign one: each was silent once."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
+    ids = [id(p) for p in held]
+    if len(ids) != len(set(ids)):
+        raise RuntimeError("a parameter is in two optimizer groups")
+    stray = [p for p in held if id(p) not in trains]
+    if stray:
+        raise RuntimeError(
+            f"the optimizer holds {len(stray)} parameters that are not trainable in the student, e.g. {names.get(id(stray[0]), 'a removed one')}"
+        )
+    lost = trains - set(ids)
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} trainable parameters are in no optimizer group, e.g. {names[next(iter(lost))]}"
+        )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state by parameter name: `exp_avg/<name>` -> tensor. Names, not indices, so that nothing can be misplaced."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{key}/{names[id(p)]}": value.detach().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`. Raises ValueError when a name or a shape does not fit the student."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        slot, _, name = key.partition("/")
+        if name not in parameters:
+            raise ValueError(
+                f"the optimizer state names {name!r}, which the student does not have; the checkpoint belongs to another student"
+            )
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(
+                f"optimizer state {key!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
+            )
+        optimizer.state[parameter][slot] = value.to(parameter.device) if value.dim() else value

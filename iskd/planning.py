@@ -1,0 +1,74 @@
+"""The plan of a run: which stages it will have, how large the student will be and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd import surgery
+from iskd.module import DistillModule
+from iskd.plan import Json, Record, Stage, to_json
+from iskd.schedules.base import History, Schedule
+
+
+def forecast(schedule: Schedule, history: History) -> list[Stage]:
+    """All stages if every one of them is kept. Exact for fixed orders; with rescoring, later layers may differ."""
+    stages: list[Stage] = []
+    while (stage := schedule.next_stage(history)) is not None:
+        stages.append(stage)
+        history = History(history.record.extended(stage.edits), (*history.stages, stage), history.scores)
+    return stages
+
+
+def plan_rows(teacher: PreTrainedModel, stages: Sequence[Stage], seconds_per_token: float) -> list[Json]:
+    """One row per stage with exact parameter counts, taken from shapes on the meta device."""
+    record = Record(int(teacher.config.num_hidden_layers))
+    model = surgery.rebuild(teacher, record, "meta")
+    rows: list[Json] = [_row("teacher", model, 0, 0.0, None)]
+    for stage in stages:
+        record = surgery.apply(model, record, stage.edits)
+        rows.append(_row(stage.name, model, stage.tokens, stage.tokens * seconds_per_token, stage))
+    return rows
+
+
+def _row(name: str, model: PreTrainedModel, tokens: int, seconds: float, stage: Stage | None) -> Json:
+    return {
+        "stage": name,
+        "params": surgery.parameters(model),
+        "block_params": surgery.block_parameters(model),
+        "tokens": tokens,
+        "train_seconds": round(seconds, 1),
+        "edits": [] if stage is None else to_json(stage)["edits"],
+    }
+
+
+def probe(module: DistillModule, input_ids: Tensor) -> float:
+    """Seconds per token of one training step on windows [B, T], forward and backward, after one to warm up."""
+    elapsed = 0.0
+    with torch.enable_grad():
+        for _ in range(2):
+            start = time.perf_counter()
+            module.step(input_ids).loss.backward()
+            elapsed = time.perf_counter() - start
+            for parameter in module.student.parameters():
+                parameter.grad = None
+    return elapsed / input_ids.numel()
+
+
+def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
+    """The plan as a table."""
+    table = Table(title="plan")
+    for column in ("stage", "parameters", "of the blocks", "tokens", "about"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        share = f"{100 * row['block_params'] / max(1, rows[0]['block_params']):.1f} %"
+        table.add_row(row["stage"], f"{row['params']:,}", share, f"{row['tokens']:,}", f"{row['train_seconds']:.0f} s")
+    total = sum(row["train_seconds"] for row in rows)
+    table.caption = f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min of training (probe of one step)"
+    (console or Console()).print(table)

@@ -1,0 +1,204 @@
+"""Objects -> result: one run from the teacher to the report. Called by `build`, and by tests with hand-made parts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from rich.console import Console
+
+from iskd import checkpoint, surgery
+from iskd.callback import CompressionCallback, Importance, RunOptions
+from iskd.data import TextData
+from iskd.export import export
+from iskd.losses.base import Terms
+from iskd.module import DistillModule
+from iskd.optim import OptimSpec
+from iskd.plan import Record, Stage, to_json
+from iskd.progress import StageProgress
+from iskd.report import write_report
+from iskd.schedules.base import Schedule
+from iskd.state import RunState
+from iskd.table import stage_table
+from iskd.teachers import Loaded
+from iskd.tracking import X_AXIS, StageResult, keep_metrics, merge_metrics, write_stages
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of. `trainer` holds keyword arguments of `lightning.Trainer`."""
+
+    teacher: Loaded
+    data: TextData
+    schedule: Schedule
+    terms: Terms
+    run_dir: Path
+    importance: Importance | None = None
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    options: RunOptions = field(default_factory=RunOptions)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    loggers: list[Logger] = field(default_factory=list)
+    chunk: int = 256
+    seed: int = 0
+    resume: bool = False
+    export: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its stage table, the student with its record, and where things are."""
+
+    stages: list[StageResult]
+    student: Any
+    record: Record
+    run_dir: Path
+    model_dir: Path | None
+    report: Path | None
+
+    @property
+    def final(self) -> StageResult:
+        """The last stage that was kept."""
+        return [stage for stage in self.stages if stage.status == "kept"][-1]
+
+
+def run(parts: Parts) -> Result:
+    """Run the schedule to its end and write model, tables and report into the run directory."""
+    L.seed_everything(parts.seed, verbose=False)
+    parts.data.prepare()
+    state, resume_from = _position(parts)
+    module = _module(parts, state)
+    callback = CompressionCallback(
+        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, resume_from
+    )
+    trainer = _trainer(parts, callback)
+    if trainer.is_global_zero:
+        _write_facts(parts, trainer)
+    try:
+        trainer.fit(module, datamodule=parts.data)
+    finally:
+        for logger in trainer.loggers:
+            logger.finalize("success" if state.stage is None else "aborted")
+        if trainer.is_global_zero:
+            merge_metrics(parts.run_dir)
+    return _finish(parts, trainer, module, state)
+
+
+def _position(parts: Parts) -> tuple[RunState, Path | None]:
+    """A fresh position, or that of the newest whole checkpoint."""
+    fresh = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
+    if not parts.resume:
+        return fresh, None
+    newest = checkpoint.newest(parts.run_dir / "checkpoints")
+    if newest is None:
+        Console().print("no whole checkpoint yet: the run starts from its beginning")
+        keep_metrics(parts.run_dir, below=0)
+        return fresh, None
+    state = checkpoint.read_state(newest)
+    if state.record.num_layers != fresh.record.num_layers:
+        raise ValueError(
+            f"the run was made from a teacher with {state.record.num_layers} layers, model= gives one with {fresh.record.num_layers}"
+        )
+    keep_metrics(parts.run_dir, below=state.tokens)
+    return state, newest
+
+
+def _module(parts: Parts, state: RunState) -> DistillModule:
+    teacher = parts.teacher.model
+    student = surgery.rebuild(teacher, state.record) if state.record.edits else copy.deepcopy(teacher).float()
+    module = DistillModule(student, teacher, parts.terms, parts.optim, state.record, chunk=parts.chunk)
+    if state.stage is not None and state.edited:
+        module.stage = state.stage
+    elif state.finished:
+        module.stage = state.finished[-1]
+    else:
+        module.stage = Stage("start")
+    return module
+
+
+def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
+    callbacks: list[Callback] = [callback]
+    settings = dict(parts.trainer)
+    if settings.pop("progress", True):
+        callbacks.append(StageProgress(callback))
+    return L.Trainer(
+        **{
+            "max_epochs": -1,
+            "reload_dataloaders_every_n_epochs": 1,
+            "use_distributed_sampler": False,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": any(isinstance(c, StageProgress) for c in callbacks),
+            "log_every_n_steps": 1,
+            "default_root_dir": str(parts.run_dir),
+            **settings,
+        },
+        callbacks=callbacks,
+        logger=_loggers(parts),
+    )
+
+
+def _loggers(parts: Parts) -> list[Logger]:
+    """metrics.csv in the run directory, always, and whatever was chosen beside it."""
+    for logger in parts.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.define_metric(X_AXIS)
+            logger.experiment.define_metric("*", step_metric=X_AXIS)
+    return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]
+
+
+def _write_facts(parts: Parts, trainer: L.Trainer) -> None:
+    """What identifies data, teacher and machine, beside the results."""
+    facts = {
+        "teacher": parts.teacher.source,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+    }
+    (parts.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+    (parts.run_dir / "data.json").write_text(json.dumps(parts.data.manifest(), indent=1))
+
+
+def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState) -> Result:
+    run_dir, model_dir, report = parts.run_dir, None, None
+    if parts.options.plan_only:
+        return Result(state.results, module.student, state.record, run_dir, None, None)
+    if trainer.is_global_zero:
+        write_stages(run_dir, state.results)
+        (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
+        if parts.export:
+            model_dir = export(
+                run_dir / "model", module.student, state.record, parts.teacher.model.config, parts.teacher.tokenizer
+            )
+        report = write_report(run_dir)
+        _print_end(run_dir, state.results, model_dir, report)
+    trainer.strategy.barrier("finish")
+    return Result(state.results, module.student, state.record, run_dir, model_dir, report)
+
+
+def _print_end(run_dir: Path, results: list[StageResult], model_dir: Path | None, report: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(stage_table(results))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
+    console.print(f"peak memory {peak:.2f} GiB", highlight=False)
+    if model_dir is not None:
+        console.print(f"model:  {model_dir}", highlight=False, soft_wrap=True)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)

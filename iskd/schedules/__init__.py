@@ -1,0 +1,1 @@
+"""Schedules decide the stages of a run. One idea per file."""

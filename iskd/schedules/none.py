@@ -1,0 +1,23 @@
+"""No edits: the fine-tune-only control. Without it, retention mixes compression with adaptation to the training text."""
+
+from __future__ import annotations
+
+from iskd.plan import Stage
+from iskd.schedules.base import History
+
+
+class NoEdits:
+    """One stage that trains the unedited student for `tokens`."""
+
+    def __init__(self, *, tokens: int = 100_000, train: str = "all", lr: float = 1e-4) -> None:
+        if tokens < 1:
+            raise ValueError(f"schedule.tokens={tokens}: nothing would be edited or trained")
+        self.tokens, self.train, self.lr = tokens, train, lr
+        self.floor: float | None = None
+        self.scoring = "never"
+
+    def next_stage(self, history: History) -> Stage | None:
+        """The single stage; None afterwards."""
+        if history.stages:
+            return None
+        return Stage("finetune", tokens=self.tokens, train=self.train, lr=self.lr, lr_new=self.lr, fit=False)

@@ -1,0 +1,34 @@
+"""What a forward pass exposes to losses: a plain container, filled by capture and read by losses and metrics.
+
+Shape legend: B windows, T tokens per window, N (or n) tokens of one chunk, D width, V vocabulary, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Signals:
+    """What one forward pass exposes to losses.
+
+    Leading dims are [B, T] for a batch and [N] for a chunk of tokens. Layers are numbered as in the teacher,
+    so that entry 17 of a student and of its teacher mean the same depth even after layer 3 was removed.
+
+    Attributes:
+        labels: [B, T] int64 next-token ids, already shifted (labels[t] is the target of position t); -100 = ignored.
+        logits: [..., V]; present only inside a vocabulary chunk, because [B, T, V] is never materialised.
+        last_hidden: [B, T, D] after the final norm, the input of the head.
+        hidden: State after layer i, before the final norm, each [B, T, D].
+        matrices: Mixing matrix of layer i, each [B, H, T, T]; empty unless a loss asks for it.
+    """
+
+    labels: Tensor
+    logits: Tensor | None = None
+    last_hidden: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    matrices: dict[int, Tensor] = field(default_factory=dict)

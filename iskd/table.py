@@ -1,0 +1,150 @@
+"""The stage table: one row per stage, the same cells in the terminal, in markdown and in the html report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from iskd.tracking import StageResult
+
+COLUMNS = (
+    "stage",
+    "edits",
+    "params (M)",
+    "blocks % of teacher's",
+    "perplexity",
+    "KL (nats)",
+    "top-1 %",
+    "retention %",
+    "tokens/s",
+    "tokens (k)",
+    "status",
+)
+_TEXT = ("stage", "edits", "status")  # left-aligned; the others are numbers
+ABSENT = "-"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with at least `digits` significant digits and no needless ones; `ABSENT` for None and NaN."""
+    if value is None or math.isnan(value):
+        return ABSENT
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -4 <= exponent < 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def percent(value: float | None) -> str:
+    """A ratio as a percentage with one decimal, without the sign."""
+    return ABSENT if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def kl_text(value: float) -> str:
+    """KL with three decimals, so that a column lines up; significant digits where those would all be zero."""
+    return f"{value:.3f}" if value == 0 or 1e-3 <= value < 1e3 else number(value)
+
+
+def teacher_of(results: Sequence[StageResult]) -> StageResult | None:
+    """The teacher's row (index 0), or None when the list lacks it."""
+    return next((result for result in results if result.index == 0), None)
+
+
+def student_of(results: Sequence[StageResult]) -> StageResult | None:
+    """The student as the run left it: the last stage that was kept."""
+    return next((result for result in reversed(results) if result.status == "kept"), None)
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers with runs of three or more folded: [0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _part(edit: dict[str, Any]) -> str:
+    """Class name of the block or mixer an edit puts in: "iskd.blocks.slim.Slim" -> "Slim"; "" for a removal."""
+    part = edit.get("block", edit.get("mixer"))
+    if isinstance(part, dict):
+        part = part.get("target")
+    return part.rsplit(".", 1)[-1] if isinstance(part, str) else ""
+
+
+def edits_text(result: StageResult) -> str:
+    """The stage in words: "replace 3, 5 (Slim)"; the stage's name leads where it says more than the edits do."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for edit in result.edits:
+        groups.setdefault((edit["op"], _part(edit)), []).append(edit["layer"])
+    described = "; ".join(
+        f"{op} {layers_text(layers)}" + (f" ({part})" if part else "") for (op, part), layers in groups.items()
+    )
+    obvious = "; ".join(f"{op} {', '.join(map(str, layers))}" for (op, _), layers in groups.items())
+    if not described:
+        return result.name
+    return described if result.name in ("", obvious) or result.name in described else f"{result.name}: {described}"
+
+
+def perplexity_text(result: StageResult) -> str:
+    """Perplexity "before -> after" healing, or the one value when nothing was measured before."""
+    before = (result.before or {}).get("ppl")
+    return number(result.ppl, 4) if before is None else f"{number(before, 4)} -> {number(result.ppl, 4)}"
+
+
+def stage_rows(results: Sequence[StageResult]) -> list[list[str]]:
+    """Cells of the table, one list per stage, in the order of `COLUMNS`."""
+    teacher = teacher_of(results)
+    blocks = teacher.block_params if teacher else 0
+    return [
+        [
+            str(result.index),
+            edits_text(result),
+            f"{result.params / 1e6:.2f}",
+            percent(result.block_params / blocks) if blocks else ABSENT,
+            perplexity_text(result),
+            kl_text(result.kl),
+            percent(result.top1),
+            percent(result.retention),
+            ABSENT if result.tokens_per_s is None else number(result.tokens_per_s),
+            f"{result.tokens / 1e3:.0f}",
+            result.status.replace("_", " "),
+        ]
+        for result in results
+    ]
+
+
+def stage_table(results: Sequence[StageResult]) -> Table:
+    """The stages as a rich table for the terminal; rolled-back stages are dimmed."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        # Folding rather than an ellipsis: on a narrow terminal a number is broken, never lost.
+        table.add_column(
+            column.replace(" (", "\n(").replace(" %", "\n%").replace(" teacher", "\nteacher"),
+            justify="left" if column in _TEXT else "right",
+            overflow="fold",
+            min_width=12 if column == "edits" else None,
+        )
+    for result, row in zip(results, stage_rows(results), strict=True):
+        table.add_row(*map(escape, row), style="dim" if result.status == "rolled_back" else None)
+    return table
+
+
+def plain_table(results: Sequence[StageResult]) -> str:
+    """The stages as a markdown table for a README, ending in a newline."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |\n"
+
+    rule = "|" + "|".join("---" if column in _TEXT else "---:" for column in COLUMNS) + "|\n"
+    return line(COLUMNS) + rule + "".join(line(row) for row in stage_rows(results))
