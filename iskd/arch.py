@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a decoder family are. Paths of the base model start at the language model, paths of a
-    block start at the block.
+    """Where the parts of a decoder family are.
+
+    Paths of the base model start at the language model, paths of a block at the block.
 
     Attributes:
         base, layers, embed, norm: base model, its blocks, its token embedding, its final norm.
@@ -276,8 +277,10 @@ class HostedBlock(nn.Module):
 
 
 class InnerCache:
-    """A cache for the layers inside one compact block. They share the block's single slot, stacked along the head
-    axis: the host counts one slot per layer, and reordering or cropping by transformers stays right.
+    """A cache for the layers inside one compact block.
+
+    They share the block's single slot, stacked along the head axis: the host counts one slot per layer, and reordering
+    or cropping by transformers stays right.
     """
 
     def __init__(self, slot: CacheSlot, kv_heads: int) -> None:
@@ -338,8 +341,8 @@ def run_decoder(
 ) -> Tensor:
     """Run the layers and final norm of a `small_decoder` on embeddings, with the host's own mask.
 
-    The mask is handed to each layer as the host made it and never wrapped a second time: wrapping an additive mask again
-    is what made attention uniform or non-causal in the published ISKD code (seed bug A7-1, A7-2).
+    The mask is handed to each layer as the host made it and never wrapped a second time: wrapping an additive mask
+    again is what made attention uniform or non-causal in the published ISKD code (seed bug A7-1, A7-2).
     """
     if positions is None:
         positions = torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0)

@@ -31,8 +31,9 @@ def plain(config: Any) -> Any:
 
 
 def part(config: DictConfig, **runtime: Any) -> Any:
-    """Build the object of a node with `_target_`. Runtime objects are passed by a call of our own: Hydra would turn
-    dataclasses among its keyword arguments into configs.
+    """Build the object of a node with `_target_`.
+
+    Runtime objects are passed by a call of our own: Hydra would turn dataclasses among its arguments into configs.
     """
     return instantiate(config, _partial_=True, _convert_="all")(**runtime)
 
@@ -90,7 +91,10 @@ def _data(config: DictConfig, tokenizer: Any, stack: Stack) -> TextData:
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
     if files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
-        source = TextFiles(**files, detokenize=getattr(source, "detokenize", None))
+        reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
+        source = TextFiles(**files, **reading)
+    elif (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
+        raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
     return TextData(
         source,
         tokenizer,
@@ -122,9 +126,9 @@ def precision(asked: str, accelerator: str) -> str:
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU has AMX tiles; without them bf16 is emulated and slower than float32."""
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(check is not None and check())
+    """Whether this CPU multiplies bf16 in hardware (AMX tiles or AVX-512 BF16); elsewhere float32 is faster."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check is not None and check() for check in checks)
 
 
 def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
@@ -155,7 +159,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
         if plain(before) != plain(now):
             raise ValueError(
-                f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; drop it, or start a new run"
+                f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; "
+                "drop it, or start a new run"
             )
     saved.resume, saved.logger = str(run_dir), config.logger
     return saved

@@ -1,13 +1,13 @@
 """The only place where a running model changes: one Lightning epoch is one stage.
 
-At the start of a stage, on every rank alike and in this order: decide (rank 0, broadcast), edit, optimizer, strategy, log.
-At its end: measure, check the quality floor, decide the next stage, write a checkpoint. A resumed run enters with its state
-restored and a data position in the middle of a stage; nothing here depends on Lightning's own loop counters.
+At the start of a stage, on every rank alike and in this order: decide (rank 0, broadcast), edit, optimizer, strategy,
+log. At its end: measure, check the quality floor, decide the next stage, write a checkpoint. A resumed run enters
+with its state restored and a data position in the middle of a stage; nothing here depends on Lightning's own loop
+counters.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -28,12 +28,13 @@ from iskd.data import TextData
 from iskd.distributed import check_strategy, from_all_ranks, from_rank_zero, rewrap
 from iskd.fit import warm_start
 from iskd.module import DistillModule, NonFiniteError
+from iskd.movement import MovementCheck
 from iskd.optim import check_partition, new_parameters, regroup
 from iskd.plan import Record, Stage, stage_from_json, to_json
 from iskd.planning import forecast, plan_rows, print_plan, probe
 from iskd.schedules.base import History, Schedule
-from iskd.state import RunState
-from iskd.tracking import QUALITY, StageResult, write_stages
+from iskd.state import RunState, Status
+from iskd.tracking import QUALITY, write_stages
 
 Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
 _log = logging.getLogger(__name__)
@@ -84,11 +85,11 @@ class CompressionCallback(Callback):
     ) -> None:
         if schedule.scoring != "never" and importance is None:
             raise ValueError(
-                "schedule.order=importance needs scores; choose one with importance=block_influence|bi_veto|ablation|..."
+                "schedule.order=importance needs scores; choose importance=block_influence|bi_veto|ablation|random"
             )
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.resume_from = state, options, resume_from
-        self._watched: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._movement = MovementCheck()
         self._steps = 0  # optimizer steps in this stage
         self._clock = time.perf_counter()
         self._training_since = (self._clock, 0)
@@ -109,13 +110,15 @@ class CompressionCallback(Callback):
         module.place_teacher(trainer.precision.startswith("bf16"))
         state = self.state
         if self.resume_from is not None:
+            state.check_identity(self._identity(trainer))
             optimizer = trainer.optimizers[0]
             regroup(optimizer, module.student, state.record, module.stage)
             checkpoint.restore(self.resume_from, module.student, optimizer, trainer.global_rank)
             self._boundary = self.resume_from if not state.edited else None
             self._begin(trainer, module)
             return
-        state.results.append(self._row(module, "teacher", self._measure(trainer, module)))
+        state.identity = self._identity(trainer)
+        state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
         self._log_row(trainer)
         self._decide(trainer, module)
         plan = forecast(self.schedule, History(state.record, (), state.scores))
@@ -199,9 +202,7 @@ class CompressionCallback(Callback):
         regroup(optimizer, module.student, record, stage)
         rewrap(trainer.strategy)
         check_partition(optimizer, module.student)
-        names = {id(p): name for name, p in module.student.named_parameters()}
-        fresh = [p for p in new_parameters(module.student, record, stage) if p.requires_grad]
-        self._watched = {names[id(p)]: (p, p.detach().clone()) for p in fresh}
+        self._movement.watch(module.student, new_parameters(module.student, record, stage))
         self._steps = 0
         if self.options.measure_before and stage.edits:
             quality = self._measure(trainer, module)
@@ -237,11 +238,7 @@ class CompressionCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Every new parameter must have a gradient: one without is not part of the graph or of the synchronisation."""
-        missing = [name for name, (parameter, _) in self._watched.items() if parameter.grad is None]
-        if missing:
-            raise RuntimeError(
-                f"new parameter {missing[0]} got no gradient in the first steps after its edit ({len(missing)} such)"
-            )
+        self._movement.check_gradients()
 
     def on_train_batch_end(
         self,
@@ -261,18 +258,10 @@ class CompressionCallback(Callback):
             return
         self._steps += 1
         last = self._steps == self._stage_steps(trainer, state.stage)
-        if self._watched and (last or self._steps >= self.options.movement_steps):
-            self._check_movement(module)
+        if self._movement.active and (last or self._steps >= self.options.movement_steps):
+            self._movement.finish(rate=module.lr_scale * module.stage.lr_new)
         if not last and self._steps % self.options.checkpoint_every == 0:
             self._save(trainer, module)
-
-    def _check_movement(self, module: DistillModule) -> None:
-        still = [name for name, (parameter, start) in self._watched.items() if torch.equal(parameter.detach(), start)]
-        self._watched = {}
-        if still and module.lr_scale * (module.stage.lr_new or 0) > 0:
-            raise RuntimeError(
-                f"new parameter {still[0]} did not move in the first steps after its edit ({len(still)} such)"
-            )
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -294,9 +283,11 @@ class CompressionCallback(Callback):
         missed = floor is not None and bool(stage.edits) and quality["retention"] < floor
         if missed:
             state.events.append(
-                f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, run ends with the student before it"
+                f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
+                "the run ends with the student before it"
             )
-        row = dataclasses.replace(self._row(module, stage.name, quality), status="rolled_back" if missed else "kept")
+        status: Status = "rolled_back" if missed else "kept"
+        row = state.row(module.student, stage.name, quality, self._train_speed, status)
         state.results.append(row)
         if missed:
             self._roll_back(trainer, module)
@@ -340,36 +331,21 @@ class CompressionCallback(Callback):
         """Tokens of one optimizer step over all ranks."""
         return self.data.batch_size * self.data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
 
+    def _identity(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What the order of the training data depends on."""
+        manifest = self.data.manifest()
+        keys = ("content", "tokenizer", "train_windows", "validation_sha256", "seq_len", "batch_size", "seed")
+        return {**{key: manifest[key] for key in keys}, "processes": trainer.world_size}
+
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return max(1, round(stage.tokens / self._step_tokens(trainer))) if stage.tokens else 0
 
     def _measure(self, trainer: L.Trainer, module: DistillModule) -> dict[str, float]:
-        batches = self.data.val_dataloader()
+        batches = self.data.validation()
         with trainer.precision_plugin.forward_context():
             quality = module.measure(batches)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         return {**quality, "tokens_per_s": tokens / max(quality["seconds"], 1e-9)}
-
-    def _row(self, module: DistillModule, name: str, quality: Mapping[str, float]) -> StageResult:
-        state = self.state
-        return StageResult(
-            index=len(state.results),
-            name=name,
-            edits=[_edit_row(edit) for edit in to_json(state.stage)["edits"]] if state.stage is not None else [],
-            params=surgery.parameters(module.student),
-            block_params=surgery.block_parameters(module.student),
-            ppl=quality["ppl"],
-            kl=quality["kl"],
-            top1=quality["top1"],
-            retention=quality["retention"],
-            before=state.before,
-            tokens=state.tokens,
-            seconds=state.seconds,
-            train_tokens_per_s=self._train_speed,
-            tokens_per_s=quality["tokens_per_s"],
-            scores=None if state.scores is None else {str(layer): score for layer, score in state.scores.items()},
-            events=list(state.events),
-        )
 
     def _log_row(self, trainer: L.Trainer) -> None:
         """The newest row of the stage table, for every logger, against cumulative tokens."""
@@ -392,12 +368,3 @@ class CompressionCallback(Callback):
             checkpoint.prune(root, keep=self.options.keep, pinned=pinned)
             write_stages(self.run_dir, self.state.results)
         self._boundary = from_rank_zero(trainer, self._boundary)
-
-
-def _edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:
-    """An edit as the tables show it: the class by name."""
-    row = {"op": edit["op"], "layer": edit["layer"]}
-    for part in ("block", "mixer"):
-        if part in edit:
-            row[part] = edit[part]["target"]
-    return row

@@ -7,7 +7,7 @@ blocks out, which shifts every later pairing of teacher and student.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ def _state(output: Any) -> Tensor:
     state = output[0] if isinstance(output, tuple) else output
     assert isinstance(state, Tensor)
     return state
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
 
 
 @contextmanager
@@ -34,11 +38,13 @@ def capture(stack: Stack, layers: Sequence[int], wanted: Collection[int]) -> Ite
         A dict, filled by each forward pass: layer -> state after it [B, T, D], before the final norm.
 
     Raises:
-        ValueError: a wanted layer is not in the stack.
+        ValueError: a wanted layer is not in the stack, or `layers` is not as long as the stack.
     """
     missing = sorted(set(wanted) - set(layers))
     if missing:
         raise ValueError(f"cannot capture the state after layer {missing[0]}: the stack holds {list(layers)}")
+    if len(layers) != len(stack.layers):
+        raise ValueError(f"cannot capture states: the stack holds {len(stack.layers)} blocks, not {list(layers)}")
     states: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -62,11 +68,13 @@ def capture(stack: Stack, layers: Sequence[int], wanted: Collection[int]) -> Ite
 class Trace:
     """Call arguments of every block in one forward pass, so that blocks can be run again one by one on other streams.
 
+    The pass ends before the block at `last` is run (default: the top one).
+
     Attributes:
         input: state before the block at `position` [B, T, D].
     """
 
-    def __init__(self, stack: Stack, input_ids: Tensor, position: int) -> None:
+    def __init__(self, stack: Stack, input_ids: Tensor, position: int, last: int | None = None) -> None:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         inputs: list[Tensor] = []
 
@@ -75,10 +83,14 @@ class Trace:
             if len(self._calls) == position:
                 inputs.append(args[0])
             self._calls.append((args[1:], kwargs))
+            if len(self._calls) == last + 1:
+                raise _Enough
 
+        last = len(stack.layers) - 1 if last is None else last
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack.layers]
         try:
-            stack.last_hidden(input_ids)
+            with suppress(_Enough):
+                stack.last_hidden(input_ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -88,3 +100,19 @@ class Trace:
         """Call `block` as the host called the block at `position`, with another input stream."""
         args, kwargs = self._calls[position]
         return _state(block(h_BTD, *args, **kwargs))
+
+
+def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], input_ids: Tensor) -> dict[int, Tensor]:
+    """The states after the wanted layers for `input_ids` [B, T]; blocks above the last of them are not run."""
+
+    def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise _Enough
+
+    with capture(stack, layers, wanted) as states:
+        handle = stack.layers[max(layers.index(layer) for layer in wanted)].register_forward_hook(stop)
+        try:
+            with suppress(_Enough):
+                stack.last_hidden(input_ids)
+        finally:
+            handle.remove()
+    return states

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def train(config: DictConfig) -> float:
 
     # Lightning's start-up notes say nothing about a compression run and bury what does
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
 
     hydra_config = HydraConfig.get()
     if config.resume is not None:

@@ -1,31 +1,23 @@
-"""The LightningDataModule: shards on disk to batches of token windows, in an order that a resumed run continues.
-
-Order: the k-th window of training is perm(seed, epoch)[k mod n] with epoch = k // n and n windows, and the global
-micro-batch b on rank r of w takes the windows k = (b*w + r)*B ... + B. A position is thus one integer; nothing random
-is stored, and stages, restarts and processes agree on who sees what.
-"""
+"""The LightningDataModule: shards on disk to batches of token windows; where training stands in them is one integer."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from iskd.corpus import SPLITS, Source, Splitter
+from iskd.corpus import Source
+from iskd.loader import Batch, StageLoader, to_tensor
 from iskd.shards import Shards, Tokens, open_shards
+from iskd.splits import SPLITS, Splitter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Batch = dict[str, torch.Tensor]
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +84,8 @@ class TextData(L.LightningDataModule):
         self._splitter = Splitter(validation_fraction, calibration_fraction, test_fraction)
         self._shards: Shards | None = None
         self._stage: tuple[int, int] | None = None
-        self._loader: ResumableLoader | None = None
         self._calibrations: dict[int, str] = {}
+        self._short: set[str] = set()
 
     def prepare(self) -> None:
         """Build or open the shards; calls after the first cost nothing.
@@ -132,7 +124,7 @@ class TextData(L.LightningDataModule):
 
     def validation_windows(self) -> torch.Tensor:
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
-        return _tensor(self._spread("validation", self.val_tokens))
+        return to_tensor(self._spread("validation", self.val_tokens))
 
     def calibration(self, tokens: int | None = None) -> list[torch.Tensor]:
         """Return windows for importance scores, evenly spaced over the calibration split, the same on every rank.
@@ -146,49 +138,13 @@ class TextData(L.LightningDataModule):
         tokens = self.calibration_tokens if tokens is None else tokens
         windows = self._spread("calibration", tokens)
         self._calibrations[tokens] = _sha256(windows)
-        return list(_tensor(windows).split(self.batch_size))
+        return list(to_tensor(windows).split(self.batch_size))
 
-    def set_stage(self, first_step: int, steps: int) -> None:
-        """Make the next train_dataloader() yield `steps` batches from global micro-batch `first_step` on.
-
-        Lightning asks for the loader before `on_train_epoch_start`: call this in `on_fit_start` for the first stage
-        of a fresh run and in `on_train_epoch_end` for the next one. A checkpoint carries the stage, so a resumed run
-        has it already. Save none in `on_train_batch_end` of a stage's last batch (`trainer.is_last_batch`): Lightning
-        resumes it without validation and without `on_train_epoch_end`.
-        """
-        if first_step < 0 or steps < 1:
-            raise ValueError(f"stage first_step={first_step}, steps={steps}: the first is >= 0, the second >= 1")
-        self._stage, self._loader = (first_step, steps), None
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the batches of the stage; without a stage, one pass over the training split.
-
-        Raises:
-            ValueError: the stage was already trained to its end, so its data would be repeated.
-        """
-        if self._stage is not None and self._loader is not None and self._loader.finished:
-            raise ValueError(
-                f"the stage first_step={self._stage[0]}, steps={self._stage[1]} was already trained to its end; call "
-                "set_stage for the next one in on_train_epoch_end. When resuming: this checkpoint was saved after the "
-                "last batch of a stage and before its validation; resume from the one before or after it"
-            )
-        windows = self.windows("train")
-        rank, world_size = self._ranks()
-        one_pass = max(1, len(windows) // (self.batch_size * world_size))
-        first_step, steps = self._stage or (0, one_pass)
-        self._loader = ResumableLoader(
-            windows,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            first_step=first_step,
-            steps=steps,
-            rank=rank,
-            world_size=world_size,
-        )
-        return self._loader
-
-    def val_dataloader(self) -> FixedLoader:
+    def validation(self) -> list[Batch]:
         """Return this rank's validation batches: each window is on one rank, every rank has as many batches.
+
+        Returns:
+            Dicts with `input_ids`, [at most batch_size + 1, seq_len] int64, the same ones at every call.
 
         Raises:
             ValueError: there are fewer windows than processes.
@@ -200,7 +156,36 @@ class TextData(L.LightningDataModule):
                 f"raise it to at least {world_size * self.seq_len}, or use more validation text"
             )
         count = -(-(len(windows) // world_size) // self.batch_size)
-        return FixedLoader(windows[rank::world_size].tensor_split(count))
+        return [{"input_ids": batch} for batch in windows[rank::world_size].tensor_split(count)]
+
+    def set_stage(self, first_step: int, steps: int) -> None:
+        """Make the next train_dataloader() yield `steps` batches from global micro-batch `first_step` on.
+
+        Lightning asks for the loader before `on_train_epoch_start`: call this in `on_fit_start` for the first stage
+        and in `on_train_epoch_end` for the next one. A run resumed after `done` micro-batches of a stage asks for
+        what is left of it: `set_stage(first_step + done, steps - done)`.
+
+        Raises:
+            ValueError: the first step is negative or there are no steps.
+        """
+        if first_step < 0 or steps < 1:
+            raise ValueError(f"stage first_step={first_step}, steps={steps}: the first is >= 0, the second >= 1")
+        self._stage = (first_step, steps)
+
+    def train_dataloader(self) -> StageLoader:
+        """Return the batches of the stage; without a stage, one pass over the training split."""
+        windows, (rank, world_size) = self.windows("train"), self._ranks()
+        one_pass = max(1, len(windows) // (self.batch_size * world_size))
+        first_step, steps = self._stage or (0, one_pass)
+        return StageLoader(
+            windows,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            first_step=first_step,
+            steps=steps,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def manifest(self) -> dict[str, Any]:
         """Return what identifies the data of this run, as plain JSON values."""
@@ -225,19 +210,12 @@ class TextData(L.LightningDataModule):
             "batch_size": self.batch_size,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the stage for the checkpoint."""
-        return {} if self._stage is None else {"first_step": self._stage[0], "steps": self._stage[1]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the stage from a checkpoint."""
-        self.set_stage(state_dict["first_step"], state_dict["steps"])
-
     def _spread(self, split: str, tokens: int) -> Tokens:
         windows = self.windows(split)
         wanted = max(1, tokens // self.seq_len)
-        if wanted > len(windows):
-            _log.warning("%s: %d windows wanted, the split has %d", split, wanted, len(windows))
+        if wanted > len(windows) and split not in self._short:
+            self._short.add(split)
+            _log.info("%s: %d windows wanted, the split has %d", split, wanted, len(windows))
         count = min(wanted, len(windows))
         return windows[np.arange(count) * len(windows) // count]
 
@@ -245,123 +223,6 @@ class TextData(L.LightningDataModule):
         """Return (rank, world size) among the processes that see different data."""
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if kwargs is None else (int(kwargs["rank"]), int(kwargs["num_replicas"]))
-
-
-class ResumableLoader:
-    """A sized, restartable loader over windows whose place is one integer.
-
-    Having a length matters: Lightning then fetches no batch ahead, and the batches handed out are the batches trained
-    on (`lightning.pytorch.loops.fetchers`). After `load_state_dict` the first pass yields what was left, while the
-    length stays that of the whole stage, as Lightning's progress counters expect.
-
-    Args:
-        windows: [windows, seq_len] of token ids, may be memory-mapped.
-        batch_size: windows per micro-batch and process.
-        seed: of the order.
-        first_step: global micro-batch at which this stage begins.
-        steps: micro-batches in this stage.
-        rank: this process among those that see different data.
-        world_size: how many those are.
-    """
-
-    def __init__(
-        self,
-        windows: Tokens,
-        *,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.first_step, self.steps = first_step, steps
-        self.rank, self.world_size = rank, world_size
-        self._start = self._yielded = 0
-
-    def __len__(self) -> int:
-        """Return the micro-batches of the whole stage."""
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield {"input_ids": [batch_size, seq_len] int64}."""
-        # Lightning makes an iterator, then another, before it takes a batch: the place moves only with the first one.
-        start, self._start = self._start, 0
-        for step in range(start, self.steps):
-            self._yielded = step + 1
-            yield self.batch(self.first_step + step)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last batch was handed out, in this run or the one it resumes."""
-        return self._yielded == self.steps
-
-    def batch(self, micro_batch: int) -> Batch:
-        """Return the batch of this rank at a global micro-batch number."""
-        count = len(self.windows)
-        first = (micro_batch * self.world_size + self.rank) * self.batch_size
-        order = [_permutation(self.seed, k // count, count)[k % count] for k in range(first, first + self.batch_size)]
-        return {"input_ids": _tensor(self.windows[order])}
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the next global micro-batch and what its meaning depends on, all ints and equal on every rank."""
-        return {"position": self.first_step + self._yielded, **self._identity()}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue at a saved position.
-
-        Raises:
-            ValueError: the order of the saved run was another one, or its position is outside this stage.
-        """
-        for key, value in self._identity().items():
-            if state_dict[key] != value:
-                raise ValueError(
-                    f"the checkpoint's data order has {key}={state_dict[key]}, this run has {key}={value}; "
-                    "resume with the same data and number of processes, or start a new run"
-                )
-        done = state_dict["position"] - self.first_step
-        if not 0 <= done <= self.steps:
-            raise ValueError(
-                f"the checkpoint is at micro-batch {state_dict['position']}, outside this stage of {self.steps} from "
-                f"{self.first_step}; resume with the same schedule and budgets"
-            )
-        self._start = self._yielded = done
-
-    def _identity(self) -> dict[str, int]:
-        count, seq_len = self.windows.shape
-        sizes = {"windows": int(count), "seq_len": int(seq_len)}
-        return sizes | {"batch_size": self.batch_size, "seed": self.seed, "world_size": self.world_size}
-
-
-class FixedLoader:
-    """A sized loader over batches in memory; a bare list would be taken for many loaders.
-
-    Args:
-        batches: token ids, each [windows, seq_len] int64.
-    """
-
-    def __init__(self, batches: Sequence[torch.Tensor]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield {"input_ids": [windows, seq_len] int64}."""
-        return ({"input_ids": batch} for batch in self.batches)
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """Return the order of one epoch; two are kept because a batch may straddle them."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(count)
-
-
-def _tensor(windows: Tokens) -> torch.Tensor:
-    return torch.from_numpy(windows.astype(np.int64))
 
 
 def _sha256(windows: Tokens) -> str:

@@ -1,9 +1,9 @@
 """A student on disk that others can load, and loading it back.
 
-A student without foreign parts (nothing edited, or layers removed only) is written as the teacher's own architecture and
-loads with plain transformers. Any other is written with `model_type: iskd`, its record and its teacher's config; it loads
-with `iskd.load(dir)`, or `AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`. Every export is reopened in a fresh
-process before it counts.
+A student without foreign parts (nothing edited, or layers removed only) is written as the teacher's own architecture
+and loads with plain transformers. Any other is written with `model_type: iskd`, its record and its teacher's config;
+it loads with `iskd.load(dir)`, or `AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`. Every export is
+reopened in a fresh process before it counts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class IskdForCausalLM(PreTrainedModel):
         unknown = [key for key, value in kwargs.items() if value is not None]
         if args or unknown:
             raise ValueError(
-                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; load first, then move or wrap"
+                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
+                "load first, then move or wrap the model"
             )
         model = load(Path(pretrained_model_name_or_path))
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
@@ -88,8 +89,8 @@ def is_native(record: Record) -> bool:
 class _Student:
     """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
 
-    Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with random
-    full-size ones and only warn.
+    Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with
+    random full-size ones and only warn.
     """
 
     iskd_record: Record
@@ -125,8 +126,8 @@ def write(
 def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
     """Load an exported student, in float32 and evaluation mode.
 
-    Raises ValueError when the folder is not a student, its record names a class outside the allow-list, or its weights do
-    not fit its record.
+    Raises ValueError when the folder is not a student, its record names a class outside the allow-list, or its
+    weights do not fit its record.
     """
     folder = Path(directory)
     config_file = folder / "config.json"
@@ -169,7 +170,8 @@ with torch.no_grad():
     logits = model(torch.tensor(probe["ids"])).logits
     text = model.generate(torch.tensor(probe["ids"])[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0)
 torch.manual_seed(0)
-json.dump({"logits": logits[:, -1].tolist(), "text": text.tolist(), "iskd": "iskd" in sys.modules}, open(sys.argv[3], "w"))
+json.dump({"logits": logits[:, -1].tolist(), "text": text.tolist(), "iskd": "iskd" in sys.modules}, open(sys.argv[3],
+"w"))
 """
 
 

@@ -1,7 +1,7 @@
 """Warm start: compact blocks fitted to the blocks they replace, before the first training step.
 
-Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on the
-student's own stream (which already went through the compact blocks below it) towards the teacher's stream.
+Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on
+the student's own stream (which already went through the compact blocks below it) towards the teacher's stream.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from iskd.arch import Stack
 from iskd.blocks.base import FitData, fit_error
-from iskd.capture import Trace, capture
+from iskd.capture import Trace, states_after
 from iskd.plan import Edit, Record, Replace
 
 
@@ -40,7 +40,8 @@ def warm_start(
     """Fit the compact blocks that `edits` put into `student`.
 
     Args:
-        student: the model after the edits. teacher: the frozen original.
+        student: the model after the edits.
+        teacher: the frozen original.
         old_blocks: the replaced blocks by layer, as they were in the student.
         record: the student's record (after the edits).
         edits: this stage's edits; only replacements by blocks with a `fit` are touched.
@@ -52,19 +53,19 @@ def warm_start(
     fits = {e.layer: e for e in edits if isinstance(e, Replace) and hasattr(e.block.resolve(), "fit")}
     if not fits or not batches:
         return []
-    modes = [(model, model.training) for model in (student, teacher)]
+    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
     cached = torch.is_autocast_cache_enabled()
     # autocast keeps low-precision copies of weights and does not see that a fit has changed the originals
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
-        for model, _ in modes:
+        for model in (student, teacher):
             model.eval()
         return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, batches)
     finally:
         torch.set_autocast_cache_enabled(cached)
-        for model, mode in modes:
-            model.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _walk(
@@ -77,8 +78,10 @@ def _walk(
 ) -> list[Fitted]:
     device = next(student.model.parameters()).device
     positions = [record.layers.index(layer) for layer in fits]
-    traces = [Trace(student, batch.to(device), min(positions)) for batch in batches]
-    targets = _targets(teacher, {record.state_after(layer) for layer in fits}, [batch.to(device) for batch in batches])
+    batches = [batch.to(device) for batch in batches]
+    traces = [Trace(student, batch, min(positions), max(positions)) for batch in batches]
+    wanted = {record.state_after(layer) for layer in fits}
+    targets = [states_after(teacher, range(record.num_layers), wanted, batch) for batch in batches]
     streams = [trace.input for trace in traces]
     done: list[Fitted] = []
     for position in range(min(positions), max(positions) + 1):
@@ -88,7 +91,7 @@ def _walk(
             return traces[index].run(position, module, h_BTD)
 
         if layer in fits:
-            goal = [target[record.state_after(layer)] for target in targets]
+            goal = [target[record.state_after(layer)].float() for target in targets]
             data = FitData(streams, goal, run, student)
             before = fit_error(block, data)
             spec = fits[layer].block
@@ -96,13 +99,3 @@ def _walk(
             done.append(Fitted(layer, before, fit_error(block, data)))
         streams = [run(block, stream, index) for index, stream in enumerate(streams)]
     return done
-
-
-def _targets(teacher: Stack, wanted: set[int], batches: Sequence[Tensor]) -> list[dict[int, Tensor]]:
-    """The teacher's state after the wanted layers, per batch."""
-    states = []
-    for batch in batches:
-        with capture(teacher, range(len(teacher.layers)), wanted) as found:
-            teacher.last_hidden(batch)
-        states.append({layer: state.float() for layer, state in found.items()})
-    return states

@@ -136,9 +136,7 @@ class DistillModule(L.LightningModule):
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
         result = self.step(batch["input_ids"])
         if not torch.isfinite(result.loss):
-            raise NonFiniteError(
-                f"the loss is {result.loss.item()} at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
-            )
+            raise NonFiniteError(f"the loss is {result.loss.item()} {self._where()}")
         self._log(result)
         return result.loss
 
@@ -148,6 +146,9 @@ class DistillModule(L.LightningModule):
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
         self.log_dict({**values, **rates, **place}, on_step=True, on_epoch=False)
+
+    def _where(self) -> str:
+        return f"at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return cast(Any, self.optimizers(use_pl_optimizer=False))  # type: ignore[no-any-return]
@@ -167,14 +168,12 @@ class DistillModule(L.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip or float("inf"))
         if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient norm is {norm.item()} at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
-            )
+            raise NonFiniteError(f"the gradient norm is {norm.item()} {self._where()}")
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Quality on validation batches: ppl, kl, top1, retention, teacher_ppl, nll and the seconds of the student's part.
+        """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's seconds.
 
         The teacher's last hidden states are computed once per batch position and kept.
         """

@@ -1,16 +1,18 @@
 """Optimizer groups that survive edits, and the learning rate as a pure function.
 
-Two standing groups: `base` and `new`, either may be empty. An edit rewrites the groups' lists in place and keeps the AdamW
-state of every surviving parameter; the optimizer object never changes. Groups are always in the module's own order, so
-that a resumed process builds the same lists.
+Two standing kinds of groups: `base` and `new`, each once with weight decay and once without; any may be empty. An edit
+rewrites the groups' lists in place and keeps the AdamW state of every surviving parameter; the optimizer object never
+changes. Groups are always in the module's own order, so that a resumed process builds the same lists.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +61,10 @@ class OptimSpec:
         """Factor on a stage's learning rates, in (0, 1].
 
         Args:
-            step: optimizer steps done in this stage. stage_steps: steps of this stage.
-            before: steps of earlier stages. total: steps of the whole run as planned.
+            step: optimizer steps done in this stage.
+            stage_steps: optimizer steps of this stage.
+            before: optimizer steps of earlier stages.
+            total: optimizer steps of the whole run as planned.
         """
         ramp = min(1.0, (step + 1) / (math.ceil(self.warmup * stage_steps) + 1))
         done, length = (
@@ -125,35 +129,39 @@ def _neighbours(record: Record, touched: set[int]) -> set[int]:
 
 
 def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW with two empty standing groups; `regroup` fills them."""
-    groups = [{"params": [], "name": name} for name in ("base", "new")]
+    """AdamW with empty standing groups; `regroup` fills them."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "name": name, "decays": decays, "weight_decay": spec.weight_decay if decays else 0.0}
+        for name in ("base", "new")
+        for decays in (True, False)
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
 
 
 def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
-    """Give the groups what the stage trains: blocks inserted by this stage are `new`, the rest `base`.
+    """Give the groups what the stage trains: blocks inserted by this stage are `new`, the rest `base`; matrices decay.
 
     Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left.
     """
     chosen = {id(p) for p in trainable(model, record, stage)}
     fresh = {id(p) for p in new_parameters(model, record, stage)}
     alive = set()
-    groups: dict[str, list[nn.Parameter]] = {"base": [], "new": []}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
         parameter.grad = None
         parameter.requires_grad_(id(parameter) in chosen)
         alive.add(id(parameter))
         if id(parameter) in chosen:
-            groups["new" if id(parameter) in fresh else "base"].append(parameter)
+            groups["new" if id(parameter) in fresh else "base", parameter.dim() > 1].append(parameter)
     for group in optimizer.param_groups:
-        group["params"] = groups[group["name"]]
-    for parameter in [p for p in optimizer.state if id(p) not in alive]:
-        del optimizer.state[parameter]
+        group["params"] = groups[group["name"], group["decays"]]
+    for gone in [p for p in optimizer.state if id(p) not in alive]:
+        del optimizer.state[gone]
     check_partition(optimizer, model)
 
 
 def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise when a trainable parameter is in no group or in two, or a group holds a foreign one: each was silent once."""
+    """Raise RuntimeError when a trainable parameter is in no group or in two, or a group holds a foreign one."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
     trains = {id(p) for p in model.parameters() if p.requires_grad}
@@ -162,9 +170,8 @@ def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         raise RuntimeError("a parameter is in two optimizer groups")
     stray = [p for p in held if id(p) not in trains]
     if stray:
-        raise RuntimeError(
-            f"the optimizer holds {len(stray)} parameters that are not trainable in the student, e.g. {names.get(id(stray[0]), 'a removed one')}"
-        )
+        name = names.get(id(stray[0]), "one that was removed")
+        raise RuntimeError(f"the optimizer holds {len(stray)} parameters that do not train in the student, e.g. {name}")
     lost = trains - set(ids)
     if lost:
         raise RuntimeError(
@@ -173,7 +180,7 @@ def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: `exp_avg/<name>` -> tensor. Names, not indices, so that nothing can be misplaced."""
+    """Optimizer state by name, `exp_avg/<parameter>` -> tensor: names, not indices, so nothing can be misplaced."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{key}/{names[id(p)]}": value.detach().contiguous()
@@ -191,11 +198,13 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         slot, _, name = key.partition("/")
         if name not in parameters:
             raise ValueError(
-                f"the optimizer state names {name!r}, which the student does not have; the checkpoint belongs to another student"
+                f"the optimizer state names {name!r}, which the student does not have; "
+                "the checkpoint belongs to another student"
             )
         parameter = parameters[name]
         if value.dim() and value.shape != parameter.shape:
             raise ValueError(
                 f"optimizer state {key!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
             )
-        optimizer.state[parameter][slot] = value.to(parameter.device) if value.dim() else value
+        # the step count too: fused AdamW reads it on the parameter's device
+        optimizer.state[parameter][slot] = value.to(parameter.device)

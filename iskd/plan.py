@@ -56,6 +56,11 @@ class Spec:
             ) from error
         if not isinstance(found, type):
             raise ValueError(f"{self.target!r} is a {type(found).__name__}, not a class")
+        # a module also holds what it imports: the list is about where a class is defined
+        if not any(f"{found.__module__}.".startswith(prefix) for prefix in _ALLOWED):
+            raise ValueError(
+                f"{self.target!r} is defined in {found.__module__!r}, which is outside the allow-list {_ALLOWED}"
+            )
         return found
 
 
@@ -114,8 +119,10 @@ class Record:
         return tuple(sorted({edit.layer for edit in self.edits}))
 
     def state_after(self, layer: int) -> int:
-        """The teacher layer whose output the student's state after `layer` stands for: across a gap of removed
-        layers it is the last one of the gap (ILD, arXiv 2511.05085: the predecessor learns the removed layer).
+        """The teacher layer whose output the student's state after `layer` stands for.
+
+        Across a gap of removed layers it is the last one of the gap (ILD, arXiv 2511.05085: the predecessor learns the
+        removed layer).
         """
         survivors = set(self.layers)
         while layer + 1 < self.num_layers and layer + 1 not in survivors:
@@ -202,7 +209,7 @@ def spec_from_json(data: Mapping[str, Any]) -> Spec:
 def edit_from_json(data: Mapping[str, Any]) -> Edit:
     """Read one edit. Raises ValueError on an unknown `op`, an unknown key or a value of the wrong type."""
     op = data.get("op") if isinstance(data, Mapping) else None
-    if op not in _EDITS:
+    if not isinstance(op, str) or op not in _EDITS:
         raise ValueError(f"edit: unknown op {op!r}; known are {sorted(_EDITS)}")
     cls = _EDITS[op]
     values = _fields(cls, data)
@@ -218,11 +225,12 @@ def edit_from_json(data: Mapping[str, Any]) -> Edit:
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """Read a record and check that its edits can be applied in order."""
     values = _fields(Record, data)
-    if not isinstance(values["num_layers"], int) or not 1 <= values["num_layers"] <= 10_000:
-        raise ValueError(f"Record: num_layers must be between 1 and 10000, got {values['num_layers']!r}")
+    count = values["num_layers"]
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 10_000:
+        raise ValueError(f"Record: num_layers must be between 1 and 10000, got {count!r}")
     if not isinstance(values.get("edits", []), list):
         raise ValueError("Record: edits must be a list")
-    return Record(values["num_layers"]).extended(edit_from_json(edit) for edit in values.get("edits", []))
+    return Record(count).extended(edit_from_json(edit) for edit in values.get("edits", []))
 
 
 def stage_from_json(data: Mapping[str, Any]) -> Stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -70,5 +71,7 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
         share = f"{100 * row['block_params'] / max(1, rows[0]['block_params']):.1f} %"
         table.add_row(row["stage"], f"{row['params']:,}", share, f"{row['tokens']:,}", f"{row['train_seconds']:.0f} s")
     total = sum(row["train_seconds"] for row in rows)
-    table.caption = f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min of training (probe of one step)"
-    (console or Console()).print(table)
+    table.caption = (
+        f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (probe of one step)"
+    )
+    (console or Console(width=None if sys.stdout.isatty() else 120)).print(table)

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,15 @@ from iskd.table import stage_table
 from iskd.teachers import Loaded
 from iskd.tracking import X_AXIS, StageResult, keep_metrics, merge_metrics, write_stages
 
+# what Lightning says about every run of ours, and why it does not matter here
+_EXPECTED = (
+    "Experiment logs directory .* exists",  # the run directory is ours, and rows of earlier sessions are kept aside
+    ".*LeafSpec.* is deprecated",  # inside Lightning
+    ".*does not have many workers",  # batches are slices of a memory map
+    "The number of training batches .* is smaller than the logging interval",
+    "You defined a `validation_step`",
+)
+
 
 @dataclass
 class Parts:
@@ -50,6 +60,7 @@ class Parts:
     options: RunOptions = field(default_factory=RunOptions)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     loggers: list[Logger] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
     chunk: int = 256
     seed: int = 0
     resume: bool = False
@@ -75,6 +86,13 @@ class Result:
 
 def run(parts: Parts) -> Result:
     """Run the schedule to its end and write model, tables and report into the run directory."""
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        return _run(parts)
+
+
+def _run(parts: Parts) -> Result:
     L.seed_everything(parts.seed, verbose=False)
     parts.data.prepare()
     state, resume_from = _position(parts)
@@ -108,7 +126,8 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     state = checkpoint.read_state(newest)
     if state.record.num_layers != fresh.record.num_layers:
         raise ValueError(
-            f"the run was made from a teacher with {state.record.num_layers} layers, model= gives one with {fresh.record.num_layers}"
+            f"the run was made from a teacher with {state.record.num_layers} layers, "
+            f"model= gives one with {fresh.record.num_layers}"
         )
     keep_metrics(parts.run_dir, below=state.tokens)
     return state, newest
@@ -128,7 +147,7 @@ def _module(parts: Parts, state: RunState) -> DistillModule:
 
 
 def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
-    callbacks: list[Callback] = [callback]
+    callbacks: list[Callback] = [callback, *parts.callbacks]
     settings = dict(parts.trainer)
     if settings.pop("progress", True):
         callbacks.append(StageProgress(callback))

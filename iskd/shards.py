@@ -22,7 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iskd.corpus import SPLITS, Source, Splitter, file_sha256
+from iskd.corpus import Source
+from iskd.model_files import file_sha256
+from iskd.splits import SPLITS, Splitter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,12 +70,12 @@ class Shards:
             raise ValueError(
                 f"split {split!r} got 0 of the {total} documents of {self.meta['source']}; use more text, "
                 + ("lower the held-out shares" if split == "train" else f"raise data.{split}_fraction")
-                + ", or give validation a file of its own (data.source.val_path)"
+                + ", or give files of your own (data.path and data.val_path)"
             )
         if tokens < seq_len:
             raise ValueError(
                 f"split {split!r} of {self.meta['source']} has {tokens} tokens, less than one window of "
-                f"data.seq_len={seq_len}; lower data.seq_len to at most {tokens}, or use more text (data.source.path)"
+                f"data.seq_len={seq_len}; lower data.seq_len to at most {tokens}, or use more text (data.path)"
             )
         count = tokens // seq_len
         return self.stream(split)[: count * seq_len].reshape(count, seq_len)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
+from transformers import PreTrainedModel
+
+from iskd import surgery
 from iskd.plan import Json, Record, Stage, record_from_json, stage_from_json, to_json
-from iskd.tracking import StageResult
+from iskd.tracking import QUALITY, StageResult
+
+Status = Literal["kept", "rolled_back"]
 
 
 @dataclass
@@ -28,6 +33,7 @@ class RunState:
         finished: finished stages, oldest first.
         results: rows of the stage table, the teacher's first.
         scores: latest importance by layer.
+        identity: what the data order depends on (windows, batch size, seed, processes, text); a resumed run must match.
     """
 
     record: Record
@@ -45,15 +51,43 @@ class RunState:
     finished: tuple[Stage, ...] = ()
     results: list[StageResult] = field(default_factory=list)
     scores: dict[int, float] | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def row(
+        self, model: PreTrainedModel, name: str, quality: Mapping[str, float], train_speed: float | None, status: Status
+    ) -> StageResult:
+        """The next row of the stage table, for the stage that just ended."""
+        edits = () if self.stage is None else to_json(self.stage)["edits"]
+        return StageResult(
+            index=len(self.results),
+            name=name,
+            edits=[_edit_row(edit) for edit in edits],
+            params=surgery.parameters(model),
+            block_params=surgery.block_parameters(model),
+            **{key: quality[key] for key in QUALITY},
+            before=self.before,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            train_tokens_per_s=train_speed,
+            tokens_per_s=quality["tokens_per_s"],
+            scores=None if self.scores is None else {str(layer): score for layer, score in self.scores.items()},
+            status=status,
+            events=list(self.events),
+        )
+
+    def check_identity(self, found: Mapping[str, Any]) -> None:
+        """Raise ValueError naming the first thing that would give a resumed run other data."""
+        for key, value in self.identity.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same text, "
+                    "batch size, seed and number of processes, or start a new run"
+                )
 
     def to_json(self) -> Json:
         """Plain JSON values."""
-        plain = {
-            name: getattr(self, name)
-            for name in (
-                "edited", "batch", "first_batch", "steps", "total_steps", "total_stages", "tokens", "seconds", "before", "events"
-            )
-        }  # fmt: skip
+        nested = {"record", "stage", "finished", "results", "scores"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in nested}
         return {
             **plain,
             "record": to_json(self.record),
@@ -79,3 +113,12 @@ class RunState:
             raise ValueError(
                 f"the saved state cannot be read: {error!r}; is the checkpoint from another version?"
             ) from error
+
+
+def _edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:
+    """An edit as the tables show it: the class by name."""
+    row = {"op": edit["op"], "layer": edit["layer"]}
+    for part in ("block", "mixer"):
+        if part in edit:
+            row[part] = edit[part]["target"]
+    return row

@@ -21,7 +21,9 @@ def build_block(stack: Stack, old: nn.Module, edit: Replace) -> nn.Module:
     """
     cls = edit.block.resolve()
     weight = next(old.parameters())
-    with torch.random.fork_rng(devices=[]), torch.device(weight.device):
+    # manual_seed also seeds the GPU's generator, which is where a block on a GPU draws from
+    drawn_on = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices=drawn_on), torch.device(weight.device):
         torch.manual_seed(edit.seed)
         new: nn.Module = cls.from_block(old, stack, **edit.block.kwargs)  # type: ignore[attr-defined]
     new = new.to(device=weight.device, dtype=weight.dtype)
@@ -41,17 +43,21 @@ def apply(model: PreTrainedModel, record: Record, edits: Iterable[Edit]) -> Reco
     stack = Stack(model)
     if len(stack.layers) != len(record.layers):
         raise ValueError(f"the model has {len(stack.layers)} blocks but its record says {len(record.layers)}")
+    new: dict[int, nn.Module] = {}
+    for edit in edits:
+        if isinstance(edit, Convert):
+            raise ValueError(f"convert {edit.layer}: this version has no mixers to convert to")
+        if isinstance(edit, Replace):
+            new[edit.layer] = build_block(stack, stack.layers[record.layers.index(edit.layer)], edit)
     for edit in edits:
         position = record.layers.index(edit.layer)
         blocks = list(stack.layers)
         if isinstance(edit, Replace):
-            blocks[position] = build_block(stack, blocks[position], edit)
+            blocks[position] = new[edit.layer]
             stack.set_layers(blocks)
         elif isinstance(edit, Remove):
             kept = [i for i in range(len(blocks)) if i != position]
             stack.set_layers([blocks[i] for i in kept], kept)
-        elif isinstance(edit, Convert):
-            raise ValueError(f"convert {edit.layer}: this version has no mixers to convert to")
         record = record.extended([edit])
     return result
 

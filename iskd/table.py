@@ -25,6 +25,23 @@ COLUMNS = (
     "tokens (k)",
     "status",
 )
+#: The same columns over a terminal: two lines each, so that a row of one edit fits into 120 characters.
+_HEADS = (
+    "stage",
+    "edits",
+    "params\n(M)",
+    "blocks\n%",
+    "perplexity",
+    "KL\n(nats)",
+    "top-1\n%",
+    "reten-\ntion %",
+    "tokens\n/s",
+    "tokens\n(k)",
+    "status",
+)
+_CAPTION = (
+    "perplexity: before -> after healing; blocks: % of the teacher's; tokens/s: of scoring; tokens: trained so far"
+)
 _TEXT = ("stage", "edits", "status")  # left-aligned; the others are numbers
 ABSENT = "-"
 
@@ -61,6 +78,16 @@ def teacher_of(results: Sequence[StageResult]) -> StageResult | None:
 def student_of(results: Sequence[StageResult]) -> StageResult | None:
     """The student as the run left it: the last stage that was kept."""
     return next((result for result in reversed(results) if result.status == "kept"), None)
+
+
+def kept_of(results: Sequence[StageResult]) -> list[StageResult]:
+    """The stages that were kept, the teacher's row among them."""
+    return [result for result in results if result.status == "kept"]
+
+
+def rolled_back_of(results: Sequence[StageResult]) -> list[StageResult]:
+    """The stages whose edits were undone."""
+    return [result for result in results if result.status == "rolled_back"]
 
 
 def layers_text(layers: Sequence[int]) -> str:
@@ -126,14 +153,21 @@ def stage_rows(results: Sequence[StageResult]) -> list[list[str]]:
 
 def stage_table(results: Sequence[StageResult]) -> Table:
     """The stages as a rich table for the terminal; rolled-back stages are dimmed."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
-    for column in COLUMNS:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        header_style="bold",
+        caption=_CAPTION,
+        caption_justify="left",
+    )
+    for column, head in zip(COLUMNS, _HEADS, strict=True):
         # Folding rather than an ellipsis: on a narrow terminal a number is broken, never lost.
         table.add_column(
-            column.replace(" (", "\n(").replace(" %", "\n%").replace(" teacher", "\nteacher"),
+            head,
             justify="left" if column in _TEXT else "right",
             overflow="fold",
-            min_width=12 if column == "edits" else None,
         )
     for result, row in zip(results, stage_rows(results), strict=True):
         table.add_row(*map(escape, row), style="dim" if result.status == "rolled_back" else None)

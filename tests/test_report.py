@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from iskd.plots import layer_states
+from iskd.edit_map import layer_states
 from iskd.report import picture, write_report
 from iskd.table import COLUMNS, layers_text, number, plain_table, stage_table
 from iskd.tracking import METRICS, NOT_LOSSES, X_AXIS, StageResult, read_stages, write_stages
@@ -187,13 +187,21 @@ def test_tables_have_one_row_per_stage() -> None:
     ]
     assert "rolled back" in lines[4]
 
-    table = stage_table(STAGES)
-    assert table.row_count == len(STAGES)
+
+def test_terminal_rows_do_not_wrap_at_120_columns() -> None:
+    edits = [{"op": "replace", "layer": 23, "block": "iskd.blocks.bottleneck.Bottleneck"}]
+    sizes = {"params": 3_085_938_688, "block_params": 2_774_773_760, "tokens": 120_000_000, "tokens_per_s": 12_345.0}
+    quality = {"ppl": 1234.5, "kl": 12.345, "before": {"ppl": 98_765.4}, "status": "rolled_back"}
+    widest = stage(12, name="replace 23", edits=edits, **sizes, **quality)
+    table = stage_table([*STAGES, widest])
+    assert table.row_count == len(STAGES) + 1
     terminal = io.StringIO()
     Console(width=120, file=terminal).print(table)
-    rows = [line.split() for line in terminal.getvalue().splitlines() if line[1:2].isdigit()]
-    assert [row[0] for row in rows] == list("012345"), "no row wraps at 120 columns"
-    assert [row[-1] for row in rows] == ["kept", "kept", "back", "kept", "kept", "kept"]
+    lines = [line.split() for line in terminal.getvalue().splitlines()]
+    first = next(number for number, line in enumerate(lines) if line[:1] == ["0"])
+    rows = lines[first : first + table.row_count]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5", "12"]
+    assert [row[-1] for row in rows] == ["kept", "kept", "back", "kept", "kept", "kept", "back"]
 
 
 def test_numbers_keep_their_meaning() -> None:

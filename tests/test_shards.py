@@ -17,8 +17,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from iskd.corpus import SPLITS, Docstrings, Document, HubDataset, Splitter, TextFiles, detokenize_wikitext
+from iskd.corpus import Docstrings, HubDataset, TextFiles
+from iskd.readers import detokenize_wikitext
 from iskd.shards import Shards, open_shards, separator, tokenizer_hash
+from iskd.splits import SPLITS, Document, Splitter
 from iskd.tokenizer import EOS, byte_tokenizer
 
 
@@ -189,6 +191,11 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         TextFiles("a.csv", fmt="csv")
     with pytest.raises(ValueError, match="detokenize='ptb'"):
         TextFiles("a.txt", detokenize="ptb")
+    for nothing in (None, ""):
+        with pytest.raises(ValueError, match=r"set data\.path=FILE"):
+            TextFiles(nothing)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"set data\.source\.name=OWNER/NAME"):
+            HubDataset(nothing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the folder has no"):
         list(TextFiles(str(tmp_path)).documents())
 

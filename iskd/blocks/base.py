@@ -2,10 +2,10 @@
 
 A compact block is a class with
 
-- `from_block(old, stack, **kwargs) -> nn.Module`: builds the block from the one it replaces, inheriting weights where it
-  can; works on the meta device, so that a plan can count parameters without memory;
-- `fit(new, old, data, **kwargs) -> None` (optional): fits the new block, as it stands in the stack, to the teacher's block
-  output on calibration tokens, before any training step;
+- `from_block(old, stack, **kwargs) -> nn.Module`: builds the block from the one it replaces, inheriting weights where
+  it can; works on the meta device, so that a plan can count parameters without memory;
+- `fit(new, old, data, **kwargs) -> None` (optional): fits the new block, as it stands in the stack, to the teacher's
+  block output on calibration tokens, before any training step;
 - `forward(h_BTD, *, mask, positions, cache) -> h_BTD`, residual inside, unless it returns one of the host's own blocks.
 """
 
@@ -69,18 +69,23 @@ class Ridge:
             self._xx += (x.T @ x).double()
             self._xy += (x.T @ y).double()
 
-    def solve(self, start: Tensor, start_bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """Weight [D, F] and bias [D], pulled towards `start` and `start_bias`."""
+    def normal_equations(self, start: Tensor, ridge: float, start_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """X^T X + ridge [F, F] and the solution [F, D] pulled towards `start` [D, F]; a bias is the last row."""
         prior = start.double().T
         if self._bias:
-            assert start_bias is not None
-            prior = torch.cat([prior, start_bias.double().unsqueeze(0)])
+            bias = torch.zeros_like(start[:, 0]) if start_bias is None else start_bias
+            prior = torch.cat([prior, bias.double().unsqueeze(0)])
         strength = ridge * self._xx.diagonal().mean().clamp_min(1e-12)
-        eye = torch.eye(len(self._xx), dtype=torch.float64, device=self._xx.device)
-        solution = torch.linalg.solve(self._xx + strength * eye, self._xy + strength * prior)
+        gram = self._xx + strength * torch.eye(len(self._xx), dtype=torch.float64, device=self._xx.device)
+        return gram, torch.linalg.solve(gram, self._xy + strength * prior)
+
+    def solve(self, start: Tensor, start_bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """Weight [D, F] and bias [D] (None without one), pulled towards `start` and `start_bias`."""
+        _, solution = self.normal_equations(start, ridge, start_bias)
         if not solution.isfinite().all():
             raise ValueError(
-                "the least-squares fit of a compact block is not finite; raise block.ridge or use more calibration tokens"
+                "the least-squares fit of a compact block is not finite; "
+                "raise block.ridge or use more calibration tokens (run.fit_tokens)"
             )
         if self._bias:
             return solution[:-1].T.to(start.dtype), solution[-1].to(start.dtype)

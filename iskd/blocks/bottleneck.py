@@ -2,10 +2,11 @@
 
     h + up(inner(relu(down(norm(h)))))
 
-Source: ISKD (Musaeus and van der Goot, COLING 2025, 2025.coling-main.440) and its code; `inner` is a decoder of the host's
-own family with `layers` layers of width D / reduction, own positions and a final norm. Ours adds three things, each of which
-can be switched off for the published form: an RMS norm before the down-projection (`norm`), a zero up-projection at init so
-that the edit starts as removal and not as noise (`zero_up`), and KV caching.
+Source: ISKD (Musaeus and van der Goot, COLING 2025, 2025.coling-main.440) and its code; `inner` is a decoder of the
+host's own family with `layers` layers of width D / reduction, own positions and a final norm. Ours adds three things,
+each of which
+can be switched off for the published form: an RMS norm before the down-projection (`norm`), a zero up-projection at
+init so that the edit starts as removal and not as noise (`zero_up`), and KV caching.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from iskd.blocks.base import FitData, Ridge
 
 
 class Bottleneck(nn.Module):
-    """Down-projection, ReLU, small decoder, up-projection, residual. Causal because the inner layers get the host's mask."""
+    """Down-projection, ReLU, small decoder, up-projection, residual; causal by the host's own mask."""
 
     def __init__(self, inner: nn.Module, stack: Stack, dims: Dims, *, norm: bool, zero_up: bool) -> None:
         super().__init__()
@@ -48,10 +49,12 @@ class Bottleneck(nn.Module):
         fit_steps: int = 60,
         ridge: float = 1e-2,
     ) -> Bottleneck:
-        """Sizes follow the host divided by `reduction`; `heads` (default: the host's divided likewise) sets the query heads.
+        """A fresh block; sizes follow the host divided by `reduction`.
 
-        `fit_steps` and `ridge` are used by `fit`. Raises ValueError when a size does not divide.
+        `heads` sets the query heads (default: the host's divided likewise); `fit_steps` and `ridge` are used by `fit`. Raises ValueError when a size does not divide.
         """
+        if layers < 1:
+            raise ValueError(f"block.layers must be at least 1, got {layers}; block=linear has no inner layers")
         return cls(
             small_decoder(stack.config, type(stack.base), dims := inner_dims(stack, reduction, heads), layers),
             stack,
@@ -64,12 +67,16 @@ class Bottleneck(nn.Module):
     def fit(
         new: nn.Module, old: nn.Module, data: FitData, *, fit_steps: int = 60, ridge: float = 1e-2, **_: object
     ) -> None:
-        """Warm start: `fit_steps` Adam steps (3e-3, linear decay) on the relative squared error of the block's output, then
-        the up-projection re-solved in closed form on the features reached.
+        """Warm start, then a closed form.
+
+        `fit_steps` Adam steps (3e-3, linear decay) on the relative squared error of the block's output; then the
+        up-projection is re-solved by least squares on the features reached.
         """
         block = new.get_submodule("block")
         assert isinstance(block, Bottleneck)
-        nn.init.xavier_uniform_(block.up.weight, gain=0.1)
+        # a generator of its own: a fit draws the same on every rank and moves nobody's random numbers
+        generator = torch.Generator(block.up.weight.device).manual_seed(0)
+        nn.init.xavier_uniform_(block.up.weight, gain=0.1, generator=generator)
         batches = list(data.rows())
         optimizer = torch.optim.Adam(new.parameters(), lr=3e-3)
         with torch.enable_grad():
@@ -128,5 +135,7 @@ def inner_dims(stack: Stack, reduction: int, heads: int | None) -> Dims:
     head_dim = int(explicit) if explicit else width // heads
     if not explicit and width % heads:
         raise ValueError(f"block.heads={heads} does not divide the inner width {width}; choose one of its divisors")
+    if stack.family.rotary and head_dim % 2:
+        raise ValueError(f"block.heads={heads} gives heads of width {head_dim}; rotary positions need an even width")
     mlp = 4 * width if host.mlp == 4 * host.hidden else max(1, host.mlp // reduction)
     return Dims(hidden=width, heads=heads, kv_heads=heads, head_dim=head_dim, mlp=mlp)

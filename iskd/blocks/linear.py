@@ -1,8 +1,8 @@
 """One linear map on the normalised stream: `h + W (h / rms(h)) + b`.
 
 The map is fitted by ridge least squares to what the replaced block added. On the raw stream such a map is worse than
-removing the block (the attention-sink position, with a norm of thousands, gets an output of its own size); normalising its
-input is what makes it work. No token mixing, no KV cache.
+removing the block (the attention-sink position, with a norm of thousands, gets an output of its own size);
+normalising its input is what makes it work. No token mixing, no KV cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Block influence with a veto: rank by the cosine score, but refuse blocks whose absence hurts far beyond the median.
 
-Cosine scores are blind to blocks that build or undo the attention sink (in SmolLM2-135M blocks 8, 11 and 28 look harmless
-and cost 4 to 9 times the median in KL when removed). One leave-one-out sweep finds them.
+Cosine scores are blind to blocks that build or undo the attention sink (in SmolLM2-135M blocks 8, 11 and 28 look
+harmless and cost 4 to 9 times the median in KL when removed). One leave-one-out sweep finds them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from iskd.importance.base import ablation_kl, cosine_influence, scoring
 
 
 class BlockInfluenceVeto:
-    """Block influence, plus 2 (its upper bound) for every block whose leave-one-out KL exceeds `factor` x the median."""
+    """Block influence, plus 2 (its upper bound) where the leave-one-out KL exceeds `factor` x the median."""
 
     def __init__(self, factor: float = 3.0, stride: int = 4) -> None:
         if factor <= 1:

@@ -1,6 +1,6 @@
-"""Block influence: how much a block turns the stream. Source: ShortGPT (arXiv 2403.03853, section 3.1). One forward pass.
+"""Block influence: how much a block turns the stream, from one forward pass.
 
-Blind to blocks that build or undo the attention sink: see `bi_veto`.
+Source: ShortGPT (arXiv 2403.03853, section 3.1). Blind to blocks that build or undo the attention sink: see `bi_veto`.
 """
 
 from __future__ import annotations

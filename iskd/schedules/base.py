@@ -69,12 +69,12 @@ def check_floor(floor: float | None) -> float | None:
     return floor
 
 
-def check_layers(layers: Sequence[int], record: Record) -> list[int]:
-    """Layers as given, after checking that each exists once."""
+def check_layers(layers: Sequence[int], record: Record, key: str = "layers") -> list[int]:
+    """Layers of `schedule.<key>` as given, after checking that each exists once."""
     for layer in layers:
         if not 0 <= layer < record.num_layers:
-            raise ValueError(f"schedule.layers names layer {layer}; the teacher has layers 0..{record.num_layers - 1}")
+            raise ValueError(f"schedule.{key} names layer {layer}; the teacher has layers 0..{record.num_layers - 1}")
     twice = sorted({layer for layer in layers if list(layers).count(layer) > 1})
     if twice:
-        raise ValueError(f"schedule.layers lists layer {twice[0]} twice; each layer is edited once")
+        raise ValueError(f"schedule.{key} lists layer {twice[0]} twice; name each layer once")
     return list(layers)

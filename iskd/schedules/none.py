@@ -1,4 +1,4 @@
-"""No edits: the fine-tune-only control. Without it, retention mixes compression with adaptation to the training text."""
+"""No edits: the fine-tune-only control. Without it, retention mixes compression with adaptation to the text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """In which order layers are edited.
 
-`gpt2_paper` and `phi1_paper` are the two orders of ISKD (COLING 2025), read off its code; the second is irregular and its
-origin is not stated. `middle_out` and `alternate` extend the idea of the first to any depth.
+`gpt2_paper` and `phi1_paper` are the two orders of ISKD (COLING 2025), read off its code; the second is irregular and
+its origin is not stated. `middle_out` and `alternate` extend the idea of the first to any depth.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def ordered(name: str, num_layers: int, scores: Mapping[int, float] | None = Non
     """Layers in the order in which they are edited.
 
     Args:
-        name: one of `NAMES`. `middle_out` starts in the middle and moves outwards; `alternate` takes the odd layers from the
-            middle outwards, then the even ones, so that no two compact blocks meet before the half; `importance` takes the
-            lowest score first.
+        name: one of `NAMES`. `middle_out` starts in the middle and moves outwards; `alternate` takes the odd layers
+            from the middle outwards, then the even ones, so that no two compact blocks meet before the half;
+            `importance` takes the lowest score first.
         num_layers: depth of the teacher.
         scores: importance by layer, needed for `importance`; ties go to the lower layer.
 

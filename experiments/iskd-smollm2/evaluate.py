@@ -1,0 +1,155 @@
+"""Score exported students on text that neither training nor selection saw; writes results.csv and prints the table.
+
+WikiText-2 test (in domain), docstrings of the standard library (out of domain), LAMBADA (last word of novels' passages:
+accuracy under greedy choice and the mean negative log-likelihood of the word). All against the teacher on the same
+items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from iskd.allocator import tune
+
+tune()
+
+import torch  # noqa: E402
+
+import iskd  # noqa: E402
+from iskd.build import fast_bf16  # noqa: E402
+from iskd.corpus import Docstrings  # noqa: E402
+from iskd.readers import detokenize_wikitext  # noqa: E402
+from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+
+HERE = Path(__file__).parent
+FIELDS = ("ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")
+
+
+def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> torch.Tensor:
+    """Evenly spaced windows [n, length] of a text."""
+    ids = torch.tensor(tokenizer(text).input_ids)
+    starts = torch.linspace(0, len(ids) - length - 1, tokens // length).long()
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def token_nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every next token [B, T-1] in nats."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        logits = model(ids).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def lambada(model: Any, tokenizer: Any, items: list[str]) -> tuple[float, float]:
+    """Accuracy and mean negative log-likelihood of the last word."""
+    right, nll = 0, 0.0
+    for text in items:
+        context, _, word = text.rpartition(" ")
+        prompt, target = tokenizer(context).input_ids, tokenizer(" " + word).input_ids
+        ids = torch.tensor([prompt + target])
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        goal = torch.tensor(target)
+        right += int((logits.argmax(-1) == goal).all())
+        nll += torch.nn.functional.cross_entropy(logits, goal, reduction="sum").item()
+    return right / len(items), nll / len(items)
+
+
+def score(model: Any, tokenizer: Any, texts: dict[str, torch.Tensor], items: list[str]) -> dict[str, float]:
+    """All scores of one model."""
+    model.eval()
+    values = {}
+    for name, ids in texts.items():
+        values[f"ppl_{name}"] = math.exp(mean(token_nll(model, part).mean().item() for part in ids.split(2)))
+    values["lambada_acc"], values["lambada_nll"] = lambada(model, tokenizer, items)
+    return values
+
+
+def main() -> None:
+    """Score the teacher and every run given; runs already in results.csv are taken from there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--items", type=int, default=300)
+    arguments = parser.parse_args()
+    teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
+    with gzip.open(arguments.data / "wikitext2" / "test.txt.gz", "rt", encoding="utf-8") as file:
+        wikitext = detokenize_wikitext(file.read())
+    docstrings = "\n\n".join(text for text, _ in Docstrings().documents())
+    texts = {
+        "wikitext": windows(teacher.tokenizer, wikitext, arguments.tokens),
+        "docstrings": windows(teacher.tokenizer, docstrings, arguments.tokens),
+    }
+    lines = (arguments.data / "lambada" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line)["text"] for line in lines[: arguments.items]]
+    rows = [
+        {
+            "method": "teacher",
+            "seed": 0,
+            "params": 134515008,
+            "tokens": 0,
+            **score(teacher.model, teacher.tokenizer, texts, items),
+        }
+    ]
+    for run in arguments.runs:
+        method, _, seed = run.name.rpartition("-")
+        last = [row for row in json.loads((run / "stages.json").read_text()) if row["status"] == "kept"][-1]
+        model = iskd.load(run / "model")
+        facts = {"method": method, "seed": int(seed), "params": last["params"], "tokens": last["tokens"]}
+        rows.append(
+            {
+                **facts,
+                "seconds": round(sum_seconds(run)),
+                "kl_valid": last["kl"],
+                **score(model, teacher.tokenizer, texts, items),
+            }
+        )
+        print(rows[-1], flush=True)
+    fields = ("method", "seed", "params", "tokens", "seconds", "kl_valid", *FIELDS)
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    print_table(rows)
+
+
+def sum_seconds(run: Path) -> float:
+    """Wall time of all stages of a run."""
+    return sum(row["seconds"] for row in json.loads((run / "stages.json").read_text()))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown table: mean over seeds, and half the spread between them."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["method"]].append(row)
+    print(
+        "| method | params M | seeds | KL valid | ppl WikiText-2 test | ppl docstrings | LAMBADA acc % | LAMBADA nll |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, group in groups.items():
+        cells = [f"{group[0]['params'] / 1e6:.1f}", str(len(group))]
+        cells.append(spread([row["kl_valid"] for row in group]) if "kl_valid" in group[0] else "0")
+        cells += [spread([row[key] for row in group]) for key in FIELDS[:2]]
+        cells += [spread([100 * row["lambada_acc"] for row in group], 1), spread([row["lambada_nll"] for row in group])]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and half the range of some values."""
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The style sheet of report.html: one column on a phone, light and dark by the reader's setting, no font to load."""
+
+from __future__ import annotations
+
+from iskd.figure import PALETTE
+
+_DARK = {
+    "ink": "#e6e9ed",
+    "muted": "#98a2ad",
+    "grid": "#2b3138",
+    "surface": "#14171b",
+    "cell": "#434b55",
+    "blue": "#56a8e0",
+    "vermillion": "#f0813a",
+    "green": "#2fc39b",
+    "orange": "#f0b429",
+    "purple": "#d893b8",
+    "sky": "#8accf2",
+}
+
+
+def css() -> str:
+    """The page's style sheet: the figures' palette as variables for light and dark, and the rules."""
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in p.items()) for p in (PALETTE, _DARK))
+    return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_RULES}"
+
+
+_RULES = """
+:root{--sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+*{box-sizing:border-box}
+body{margin:0;background:var(--surface);color:var(--ink);font:16px/1.55 var(--sans);-webkit-text-size-adjust:100%}
+main{max-width:1120px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:1.7rem;line-height:1.2;letter-spacing:-.015em;margin:0 0 .6rem;overflow-wrap:anywhere}
+h2{font-size:1.1rem;margin:0 0 .9rem}
+h3{font-size:.95rem;margin:1.4rem 0 .4rem}
+section{margin-top:3rem}
+.lead{font-size:1.1rem;max-width:46rem;margin:0 0 1.6rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:1.1rem 1.5rem;margin:0;
+border-top:1px solid var(--grid);border-bottom:1px solid var(--grid);padding:1.1rem 0}
+dt{font-size:.8rem;color:var(--muted)}
+dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
+small,.hint,figcaption{display:block;font-size:.8rem;color:var(--muted);letter-spacing:0}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+.stages{width:100%}
+th,td{padding:.4rem .55rem;border-bottom:1px solid var(--grid);text-align:right;vertical-align:top;white-space:nowrap}
+th:first-child,td:first-child{padding-left:0}
+th{font-weight:500;color:var(--muted)}
+thead th{vertical-align:bottom;white-space:normal;min-width:4rem}
+thead th:first-child{min-width:0}
+.stages td:nth-child(2){min-width:9rem;white-space:normal}
+.stages :is(th,td):is(:first-child,:nth-child(2),:last-child),.properties :is(th,td){text-align:left}
+.properties td{white-space:normal;overflow-wrap:anywhere}
+.rolled_back td{color:var(--muted)}
+.rolled_back td:last-child{color:var(--vermillion);font-weight:600}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:2.4rem 2.5rem}
+figure{margin:0;min-width:0}
+svg{display:block;width:100%;max-width:100%;height:auto;margin-bottom:.5rem}
+.events,.notes ul{margin:0;padding-left:1.1rem;font-size:.9rem;overflow-wrap:anywhere}
+.notes{border-left:3px solid var(--orange);padding-left:1rem;margin-top:2rem}
+details{margin-top:1.5rem;border-top:1px solid var(--grid);padding-top:.9rem}
+summary{cursor:pointer;font-weight:600}
+pre{overflow-x:auto;font:.8rem/1.5 var(--mono);margin:.8rem 0 0}
+"""

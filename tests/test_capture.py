@@ -1,0 +1,108 @@
+"""Laws of capture: every layer's state, whatever stands there, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from iskd import surgery
+from iskd.arch import Stack
+from iskd.capture import Trace, capture
+from iskd.plan import Record, Remove, Replace, Spec
+from tests.factories import FAMILIES, hooks, tiny, windows
+
+BOTTLENECK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "zero_up": False})
+EDITS = (
+    Replace(0, BOTTLENECK),
+    Remove(1),
+    Replace(3, Spec("iskd.blocks.slim.Slim", {"ratio": 0.6})),
+    Replace(4, Spec("iskd.blocks.identity.Identity")),
+)
+RECORD = Record(6).extended(EDITS)
+
+
+def student_of(family: str) -> PreTrainedModel:
+    model = tiny(family, layers=6)
+    surgery.apply(model, Record(6), EDITS)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_there_is_a_state_after_every_layer(family: str) -> None:
+    student, ids = student_of(family), windows()
+    stack = Stack(student)
+    with capture(stack, RECORD.layers, RECORD.layers) as states:
+        logits = student(ids).logits
+    assert tuple(states) == RECORD.layers == (0, 2, 3, 4, 5)
+    assert {state.shape for state in states.values()} == {(2, 16, 48)}
+    assert hooks(student) == 0
+    for layer in RECORD.layers:
+        # the state after a layer is the last one of the model that ends there
+        short = copy.deepcopy(student)
+        kept = [i for i, other in enumerate(RECORD.layers) if other <= layer]
+        Stack(short).set_layers([Stack(short).layers[i] for i in kept], kept)
+        assert torch.equal(Stack(short).last_hidden(ids), stack.finish(states[layer])), layer
+    assert torch.equal(torch.nn.functional.linear(stack.finish(states[5]), *stack.head), logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_trace_repeats_the_stream_block_by_block(family: str) -> None:
+    student, ids = student_of(family), windows()
+    stack = Stack(student)
+    with capture(stack, RECORD.layers, RECORD.layers) as states:
+        trace = Trace(stack, ids, 0)
+    stream = trace.input
+    for position, layer in enumerate(RECORD.layers):
+        assert torch.equal(Trace(stack, ids, position).input, stream)
+        stream = trace.run(position, stack.layers[position], stream)
+        assert torch.equal(stream, states[layer]), layer
+    assert hooks(student) == 0
+
+
+def test_only_what_is_wanted_is_kept_and_gradients_flow() -> None:
+    model = tiny("llama")
+    with capture(Stack(model), range(4), {2}) as states:
+        model(windows())
+    assert list(states) == [2]
+    states[2].sum().backward()
+    grads = [next(block.parameters()).grad is not None for block in Stack(model).layers]
+    assert grads == [True, True, True, False]
+
+
+def test_each_forward_pass_fills_the_states_anew() -> None:
+    model = tiny("llama")
+    with torch.no_grad(), capture(Stack(model), range(4), {1}) as states:
+        model(windows(seed=1))
+        first = states[1]
+        model(windows(seed=2))
+        assert not torch.equal(first, states[1])
+
+
+def test_hooks_are_gone_after_an_exception() -> None:
+    model = tiny("llama")
+    with pytest.raises(IndexError), capture(Stack(model), range(4), {0, 3}):
+        model(torch.tensor([[5000]]))
+    with pytest.raises(IndexError):
+        Trace(Stack(model), torch.tensor([[5000]]), 0)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted", "message"),
+    [
+        (RECORD.layers, {0, 1}, r"cannot capture the state after layer 1: the stack holds \[0, 2, 3, 4, 5\]"),
+        (RECORD.layers, {6}, "cannot capture the state after layer 6"),
+        (range(4), {0}, "the stack holds 5 blocks, not"),
+        (range(6), {0}, "the stack holds 5 blocks, not"),
+    ],
+)
+def test_states_that_do_not_exist_are_refused(layers: range, wanted: set[int], message: str) -> None:
+    student = student_of("llama")
+    with pytest.raises(ValueError, match=message), capture(Stack(student), layers, wanted):
+        pass
+    assert hooks(student) == 0

@@ -1,0 +1,203 @@
+"""Laws of the plan: values survive JSON, and nothing is read from a file that cannot be carried out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from iskd import plan
+from iskd.plan import (
+    Convert,
+    Edit,
+    Record,
+    Remove,
+    Replace,
+    Spec,
+    Stage,
+    describe,
+    edit_from_json,
+    record_from_json,
+    spec_from_json,
+    stage_from_json,
+    to_json,
+)
+
+SPEC = Spec("iskd.blocks.linear.Linear", {"ridge": 0.5, "deep": {"list": [1, None, True]}})
+RECORD = Record(6).extended([Replace(1, SPEC, seed=7), Remove(3), Convert(4, SPEC, seed=2), Remove(1)])
+STAGE = Stage("two", (Replace(0, SPEC), Remove(2)), tokens=64, train="new", lr=1e-3, lr_new=2e-3, fit=False)
+
+
+def through_json(value: Any) -> Any:
+    return json.loads(json.dumps(to_json(value)))
+
+
+def test_every_value_survives_json() -> None:
+    assert spec_from_json(through_json(SPEC)) == SPEC
+    assert [edit_from_json(through_json(edit)) for edit in RECORD.edits] == list(RECORD.edits)
+    assert record_from_json(through_json(RECORD)) == RECORD
+    assert stage_from_json(through_json(STAGE)) == STAGE
+    assert record_from_json({"num_layers": 3}) == Record(3)
+    assert stage_from_json({"name": "heal"}) == Stage("heal")
+
+
+REPLACE = to_json(Replace(1, SPEC))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"op": "explode", "layer": 1}, "unknown op 'explode'; known are .'convert', 'remove', 'replace'"),
+        ({"layer": 1}, "unknown op None"),
+        ({"op": ["remove"], "layer": 1}, "unknown op"),
+        ({"op": {}, "layer": 1}, "unknown op"),
+        ("remove", "unknown op None"),
+        (None, "unknown op None"),
+        ({"op": "remove", "layer": 1, "force": True}, "Remove: unknown key 'force'"),
+        ({"op": "remove"}, "Remove: key 'layer' is missing"),
+        ({"op": "remove", "layer": True}, "remove: layer must be an integer, got True"),
+        ({"op": "remove", "layer": 1.0}, "remove: layer must be an integer, got 1.0"),
+        ({"op": "remove", "layer": "1"}, "remove: layer must be an integer, got '1'"),
+        (REPLACE | {"seed": False}, "replace: seed must be an integer, got False"),
+        (REPLACE | {"seed": None}, "replace: seed must be an integer, got None"),
+        (REPLACE | {"block": "iskd.blocks.linear.Linear"}, "Spec: expected an object, got str"),
+        (REPLACE | {"block": {"kwargs": {}}}, "Spec: key 'target' is missing"),
+        (REPLACE | {"block": {"target": 3}}, "Spec: target must be a string and kwargs an object"),
+        (REPLACE | {"block": {"target": "a", "kwargs": None}}, "kwargs an object"),
+        (REPLACE | {"block": {"target": "a", "kwargs": [1]}}, "kwargs an object"),
+        (REPLACE | {"block": {"target": "a", "code": "x"}}, "Spec: unknown key 'code'"),
+        ({"op": "remove", "layer": 9}, "remove 9: the teacher has layers 0..3"),
+        ({"op": "remove", "layer": -1}, "remove -1: the teacher has layers 0..3"),
+    ],
+)
+def test_an_edit_that_says_anything_else_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        record_from_json({"num_layers": 4, "edits": [data]})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "Record: expected an object, got list"),
+        ({}, "Record: key 'num_layers' is missing"),
+        ({"num_layers": 4, "layers": [0]}, "Record: unknown key 'layers'"),
+        *[
+            ({"num_layers": bad}, "num_layers must be between 1 and 10000")
+            for bad in (0, -1, True, 10**9, 2.0, "4", None)
+        ],
+        ({"num_layers": 4, "edits": {}}, "Record: edits must be a list"),
+        ({"num_layers": 4, "edits": None}, "Record: edits must be a list"),
+        ({"num_layers": 4, "edits": [{"op": "remove", "layer": 1}] * 2}, "removed by an earlier edit"),
+    ],
+)
+def test_a_record_that_says_anything_else_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        record_from_json(data)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "iskd",
+        "iskd.surgery.apply",
+        "iskd.blocksx.Linear",
+        ".iskd.blocks.linear.Linear",
+        "",
+        "iskd.blocks.linear.Linear()",
+        "iskd.blocks.linear:Linear",
+        "iskd.blocks.linear.Linear\n",
+        "iskd.blocks.../os.system",
+        "iskd.blocks.slim.Tensor",
+        "iskd.blocks.slim.Stack",
+        "iskd.blocks.slim.__class__",
+    ],
+)
+def test_names_outside_the_allow_list_are_refused(target: str) -> None:
+    with pytest.raises(ValueError, match="outside the allow-list"):
+        Spec(target).resolve()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "iskd.blocks.slim.torch.hub.load",
+        "iskd.blocks..x",
+        "iskd.blocks.",
+        "iskd.blocks.linear",
+        "iskd.blocks.linear.Missing",
+        "iskd.blocks.missing.Linear",
+        "iskd.blocks.linear.Linear.from_block",
+    ],
+)
+def test_names_that_lead_to_no_class_are_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot import|not a class"):
+        Spec(target).resolve()
+
+
+@pytest.mark.parametrize("target", ["iskd.blocks.slim.torch", "iskd.blocks.slim.cut", "iskd.blocks.slim.__name__"])
+def test_what_is_no_class_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match="not a class"):
+        Spec(target).resolve()
+
+
+def test_a_user_can_allow_a_package_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_ALLOWED", list(plan._ALLOWED))
+    mine = Spec("collections.abc.Iterable")
+    with pytest.raises(ValueError, match=r"iskd.plan.allow"):
+        mine.resolve()
+    plan.allow("collections.")
+    plan.allow("collections.")
+    assert mine.resolve().__name__ == "Iterable"
+    assert len(plan._ALLOWED) == 3
+    with pytest.raises(ValueError, match="outside the allow-list"):
+        Spec("collectionsx.Iterable").resolve()
+    for bad in ("", ".", "collections"):
+        with pytest.raises(ValueError, match="ends with a dot"):
+            plan.allow(bad)
+
+
+def test_shipped_blocks_resolve() -> None:
+    assert SPEC.resolve().__name__ == "Linear"
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([Remove(1), Remove(1)], r"remove 1: that layer was removed by an earlier edit; left are \[0, 2\]"),
+        ([Remove(1), Replace(1, SPEC)], "replace 1: that layer was removed by an earlier edit"),
+        ([Remove(1), Convert(1, SPEC)], "convert 1: that layer was removed by an earlier edit"),
+        ([Replace(1, SPEC), Replace(1, SPEC)], "replace 1: it was replaced by an earlier edit"),
+        ([Convert(1, SPEC), Convert(1, SPEC)], "convert 1: its mixer was converted by an earlier edit"),
+        ([Remove(0), Remove(2), Remove(1)], "remove 1: it is the last layer; a student needs at least one"),
+        ([Remove(3)], r"remove 3: the teacher has layers 0\.\.2"),
+        ([Replace(-1, SPEC)], r"replace -1: the teacher has layers 0\.\.2"),
+    ],
+)
+def test_illegal_chains_are_refused(edits: list[Edit], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Record(3).extended(edits)
+
+
+def test_extending_leaves_the_record_as_it_was() -> None:
+    before = Record(3)
+    after = before.extended([Remove(0)]).extended([Replace(1, SPEC), Remove(1)])
+    assert before == Record(3)
+    assert after.edits == (Remove(0), Replace(1, SPEC), Remove(1))
+    assert after.layers == (2,)
+
+
+def test_layers_keep_their_number_across_gaps() -> None:
+    record = Record(8).extended([Remove(0), Remove(4), Remove(3), Replace(2, SPEC), Remove(7)])
+    assert record.layers == (1, 2, 5, 6)
+    assert record.edited == (0, 2, 3, 4, 7)
+    assert {layer: record.state_after(layer) for layer in record.layers} == {1: 1, 2: 4, 5: 5, 6: 7}
+    assert [Record(3).state_after(layer) for layer in range(3)] == [0, 1, 2]
+
+
+def test_descriptions_group_by_operation() -> None:
+    assert describe([Replace(3, SPEC), Remove(7), Replace(5, SPEC)]) == "replace 3, 5; remove 7"
+    assert describe([]) == "heal"

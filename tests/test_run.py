@@ -1,0 +1,462 @@
+"""One whole run on a tiny model: the stage loop, resume after a crash anywhere, the floor, faults, export."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import iskd
+from iskd import callback as callback_module
+from iskd import checkpoint, surgery
+from iskd.callback import CompressionCallback, RunOptions
+from iskd.checkpoint import model_tensors
+from iskd.corpus import TextFiles
+from iskd.data import TextData
+from iskd.importance.block_influence import BlockInfluence
+from iskd.losses.ce import CrossEntropy
+from iskd.losses.hidden import HiddenMatch
+from iskd.losses.kl import KL
+from iskd.module import NonFiniteError
+from iskd.plan import Spec
+from iskd.run import Parts, Result, run
+from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.schedules.none import NoEdits
+from iskd.schedules.oneshot import Oneshot
+from iskd.teachers import Loaded
+from iskd.tokenizer import byte_tokenizer
+from iskd.tracking import read_stages
+from tests.factories import tiny
+
+SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
+BOTTLENECK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "fit_steps": 4})
+TOKENS = 4 * 32  # of one optimizer step
+
+
+class Crash(BaseException):
+    """Stands for a kill: no handler of ours may catch it or write anything because of it."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (f"Sentence number {n} says that {n} plus {n % 7} is {n + n % 7}. " * 12 for n in range(120))
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
+    cache = tmp_path_factory.getbasetemp() / "cache"
+
+    def build(
+        run_dir: Path, *, schedule: Any = None, family: str = "llama", dropout: float = 0.1, **changes: Any
+    ) -> Parts:
+        model = tiny(family, vocab=257, dropout=dropout)
+        tokenizer = byte_tokenizer()
+        data = TextData(
+            TextFiles(str(text)),
+            tokenizer,
+            cache_dir=cache,
+            seq_len=32,
+            batch_size=2,
+            val_tokens=512,
+            calibration_tokens=256,
+            validation_fraction=0.1,
+            calibration_fraction=0.1,
+        )
+        run_dir.mkdir(exist_ok=True)
+        default = Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], tokens=12 * TOKENS, lr=1e-3, lr_new=3e-3)
+        parts = Parts(
+            teacher=Loaded(model, tokenizer, {"name": family}),
+            data=data,
+            schedule=schedule or default,
+            terms={"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1), "hidden": (HiddenMatch("normalized"), 0.1)},
+            run_dir=run_dir,
+            importance=BlockInfluence(),
+            options=RunOptions(checkpoint_every=2, fit_tokens=128, score_tokens=128, movement_steps=3),
+            trainer={"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": 2, "progress": False},
+            chunk=64,
+            export=False,
+        )
+        return replace(parts, **changes)
+
+    return build
+
+
+def weights(result: Result) -> dict[str, Tensor]:
+    return model_tensors(result.student)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def uninterrupted(make: Callable[..., Parts], tmp_path: Path) -> Result:
+    return run(make(tmp_path / "whole"))
+
+
+def test_run_writes_what_users_read(uninterrupted: Result) -> None:
+    names = [stage.name for stage in uninterrupted.stages]
+    assert names == ["teacher", "replace 2", "replace 1"]
+    teacher, _, last = uninterrupted.stages
+    assert teacher.kl == pytest.approx(0, abs=1e-6)
+    assert teacher.retention == 1
+    assert last.tokens == 12 * TOKENS
+    assert last.params == surgery.parameters(uninterrupted.student) < teacher.params
+    folder = uninterrupted.run_dir
+    assert [s.name for s in read_stages(folder)] == names
+    for name in ("record.json", "data.json", "environment.json", "metrics.csv", "plan.json", "report.html"):
+        assert (folder / name).stat().st_size, name
+    plan = json.loads((folder / "plan.json").read_text())
+    assert [row["params"] for row in plan] == [stage.params for stage in uninterrupted.stages], (
+        "the plan's sizes are exact"
+    )
+    assert len(list((folder / "checkpoints").iterdir())) == 2, "the last two checkpoints are kept"
+
+
+class CrashAt(Callback):
+    """Raises at the end of the n-th micro-batch of the run."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Crash
+
+
+def crash_in(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, call: int) -> None:
+    """Make the `call`-th call of a function raise, half of them after having done its work."""
+    original, calls = getattr(target, name), iter(range(10_000))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, wrapped)
+
+
+CRASHES = [
+    ("batch", 1),
+    ("batch", 5),
+    ("batch", 9),
+    ("batch", 13),
+    ("batch", 24),
+    ("edit", 0),
+    ("edit", 1),
+    ("fit", 1),
+    ("save", 0),
+    ("save", 3),
+    ("replace", 2),
+    ("measure", 2),
+    ("measure", 4),
+]
+
+
+@pytest.mark.parametrize(("place", "number"), CRASHES)
+def test_resume_after_a_crash_is_bitwise_exact(
+    place: str,
+    number: int,
+    make: Callable[..., Parts],
+    tmp_path: Path,
+    uninterrupted: Result,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = make(tmp_path / "crashed")
+    with monkeypatch.context() as patch:
+        if place == "batch":
+            parts.callbacks.append(CrashAt(number))
+        targets = {
+            "edit": (callback_module.surgery, "apply"),
+            "fit": (callback_module, "warm_start"),
+            "save": (checkpoint, "save_file"),
+            "replace": (checkpoint.os, "replace"),
+            "measure": (callback_module.DistillModule, "measure"),
+        }
+        if place in targets:
+            crash_in(patch, *targets[place], number)
+        with pytest.raises(Crash):
+            run(parts)
+    resumed = run(make(tmp_path / "crashed", resume=True))
+    assert same(weights(resumed), weights(uninterrupted))
+    assert resumed.record == uninterrupted.record
+    for a, b in zip(resumed.stages, uninterrupted.stages, strict=True):
+        assert (a.name, a.ppl, a.kl, a.retention, a.tokens, a.before) == (
+            b.name,
+            b.ppl,
+            b.kl,
+            b.retention,
+            b.tokens,
+            b.before,
+        )
+
+
+def test_metrics_are_whole_after_resume(make: Callable[..., Parts], tmp_path: Path, uninterrupted: Result) -> None:
+    parts = make(tmp_path / "crashed")
+    parts.callbacks.append(CrashAt(9))
+    with pytest.raises(Crash):
+        run(parts)
+    run(make(tmp_path / "crashed", resume=True))
+
+    def steps(folder: Path) -> list[tuple[str, str]]:
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        return [(row["tokens"], row["train/loss"]) for row in rows if row["train/loss"]]
+
+    assert steps(tmp_path / "crashed") == steps(uninterrupted.run_dir)
+
+
+def test_resume_of_a_finished_run_changes_nothing(make: Callable[..., Parts], uninterrupted: Result) -> None:
+    again = run(make(uninterrupted.run_dir, resume=True))
+    assert same(weights(again), weights(uninterrupted))
+    assert again.stages == uninterrupted.stages
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
+def test_a_torn_checkpoint_is_skipped_with_a_warning(
+    damage: str,
+    make: Callable[..., Parts],
+    tmp_path: Path,
+    uninterrupted: Result,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parts = make(tmp_path / "torn")
+    parts.callbacks.append(CrashAt(21))
+    with pytest.raises(Crash):
+        run(parts)
+    newest = checkpoint.newest(tmp_path / "torn" / "checkpoints")
+    assert newest is not None
+    victim = newest / ("manifest.json" if damage == "manifest" else "student.safetensors")
+    content = victim.read_bytes()
+    if damage == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(
+            content[: len(content) // 2] if damage in ("truncate", "manifest") else content[:-1] + b"\xff"
+        )
+    resumed = run(make(tmp_path / "torn", resume=True))
+    assert "is skipped" in caplog.text
+    assert same(weights(resumed), weights(uninterrupted))
+
+
+@pytest.fixture
+def learnt(make: Callable[..., Parts], tmp_path: Path) -> Loaded:
+    """A teacher that has learnt the text, so that taking a block out hurts."""
+    parts = make(tmp_path / "learn", schedule=NoEdits(tokens=60 * TOKENS, lr=3e-3), terms={"ce": (CrossEntropy(), 1.0)})
+    return replace(parts.teacher, model=run(parts).student.eval())
+
+
+def test_floor_rolls_back_weights_record_and_optimizer(
+    make: Callable[..., Parts], learnt: Loaded, tmp_path: Path
+) -> None:
+    """The first stage is harmless, the second takes a block out: the run ends with the student of the first."""
+    schedule = Iterative(RemoveLayers(), layers=[2, 0], tokens=4 * TOKENS, lr=1e-3)
+    first = run(
+        make(tmp_path / "first", schedule=Iterative(RemoveLayers(), layers=[2], tokens=2 * TOKENS), teacher=learnt)
+    )
+    both = run(make(tmp_path / "both", schedule=schedule, teacher=learnt))
+    good, bad = both.stages[1].retention, both.stages[2].retention
+    assert bad < good
+    schedule.floor = (good + bad) / 2
+    result = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt))
+    assert [stage.status for stage in result.stages] == ["kept", "kept", "rolled_back"]
+    assert "below schedule.floor" in " ".join(result.stages[-1].events)
+    assert result.record == first.record
+    assert result.final.name == "remove 2"
+    assert result.student.config.num_hidden_layers == 3
+    newest = checkpoint.newest(tmp_path / "floor" / "checkpoints")
+    assert newest is not None
+    boundary = [path for path in (tmp_path / "floor" / "checkpoints").iterdir() if path != newest]
+    optimizer = (newest / "optimizer.safetensors").read_bytes()
+    assert any((path / "optimizer.safetensors").read_bytes() == optimizer for path in boundary)
+    assert any(
+        (path / "student.safetensors").read_bytes() == (newest / "student.safetensors").read_bytes()
+        for path in boundary
+    )
+    assert checkpoint.read_state(newest).stage is None
+    again = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt, resume=True))
+    assert same(weights(again), weights(result))
+
+
+def test_stages_without_tokens_edit_and_measure(make: Callable[..., Parts], tmp_path: Path) -> None:
+    schedule = Oneshot(
+        ReplaceWith(Spec("iskd.blocks.slim.Slim", {"ratio": 0.7, "select": "l1"}), fit=False),
+        count=-1,
+        tokens=0,
+        order="middle_out",
+    )
+    result = run(make(tmp_path / "zero", schedule=schedule))
+    assert [stage.tokens for stage in result.stages] == [0, 0]
+    assert len(result.record.edits) == 4
+
+
+def test_removal_and_importance_order(make: Callable[..., Parts], tmp_path: Path) -> None:
+    schedule = Iterative(RemoveLayers(), count=2, tokens=4 * TOKENS, train="adjacent", rescore=True)
+    result = run(make(tmp_path / "remove", schedule=schedule, export=True))
+    assert result.student.config.num_hidden_layers == 2
+    assert result.stages[1].scores is not None
+    chosen = [edit.layer for edit in result.record.edits]
+    first = result.stages[1].scores
+    assert chosen[0] == min(range(4), key=lambda layer: first[str(layer)])
+    assert set(result.stages[2].scores or ()) == {str(layer) for layer in range(4) if layer != chosen[0]}
+
+
+def test_plan_only_stops_before_the_first_step(make: Callable[..., Parts], tmp_path: Path, capsys: Any) -> None:
+    parts = make(tmp_path / "plan")
+    before = {name: value.clone() for name, value in model_tensors(parts.teacher.model).items()}
+    result = run(replace(parts, options=replace(parts.options, plan_only=True)))
+    assert same(weights(result), before)
+    assert not (tmp_path / "plan" / "checkpoints").exists()
+    assert "replace 2" in capsys.readouterr().out
+
+
+class Poison(Callback):
+    """Makes one weight of the student not a number after n micro-batches."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            with torch.no_grad():
+                next(pl_module.student.parameters()).fill_(float("nan"))
+
+
+def test_non_finite_loss_names_step_and_last_good_checkpoint(make: Callable[..., Parts], tmp_path: Path) -> None:
+    parts = make(tmp_path / "nan")
+    parts.callbacks.append(Poison(7))
+    with pytest.raises(
+        NonFiniteError, match=r"at \d+ tokens, stage 1 \(replace 2\)\. Last good checkpoint: .*checkpoints"
+    ):
+        run(parts)
+    newest = checkpoint.newest(tmp_path / "nan" / "checkpoints")
+    assert newest is not None
+    fresh = surgery.rebuild(tiny("llama", vocab=257), checkpoint.read_state(newest).record)
+    checkpoint.restore(newest, fresh, None)
+    assert all(value.isfinite().all() for value in model_tensors(fresh).values())
+
+
+def test_full_disk_is_named_and_loses_nothing(
+    make: Callable[..., Parts], tmp_path: Path, uninterrupted: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = checkpoint.save_file, iter(range(1000))
+
+    def full(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        if next(calls) >= 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match=r"the disk is full.*Earlier checkpoints are intact.*resume="):
+            run(make(tmp_path / "full"))
+    assert not list((tmp_path / "full" / "checkpoints").glob(".draft*"))
+    resumed = run(make(tmp_path / "full", resume=True))
+    assert same(weights(resumed), weights(uninterrupted))
+
+
+def test_resume_refuses_other_data(make: Callable[..., Parts], tmp_path: Path) -> None:
+    parts = make(tmp_path / "other")
+    parts.callbacks.append(CrashAt(5))
+    with pytest.raises(Crash):
+        run(parts)
+    changed = make(tmp_path / "other", resume=True)
+    changed.data.seed = 3
+    with pytest.raises(ValueError, match=r"made with seed=0, now it is 3"):
+        run(changed)
+
+
+def test_resume_refuses_a_checkpoint_of_another_teacher(make: Callable[..., Parts], uninterrupted: Result) -> None:
+    parts = make(uninterrupted.run_dir, resume=True)
+    other = Loaded(tiny("llama", vocab=257, layers=3), parts.teacher.tokenizer, {"name": "other"})
+    with pytest.raises(ValueError, match="teacher with 4 layers"):
+        run(replace(parts, teacher=other))
+
+
+def test_new_block_that_cannot_move_is_an_error(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """An edit that changes only the module: the silent failure that the check is for."""
+
+    monkeypatch.setattr(callback_module, "regroup", forget)
+    with pytest.raises(RuntimeError, match="optimizer"):
+        run(make(tmp_path / "silent"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi", "qwen2", "llama"])
+def test_every_family_runs_exports_and_reloads(family: str, make: Callable[..., Parts], tmp_path: Path) -> None:
+    schedule = Iterative(ReplaceWith(SLIM), layers=[1, 3], per_stage=2, tokens=2 * TOKENS)
+    parts = make(tmp_path / family, family=family, schedule=schedule, export=family == "gpt2")
+    result = run(parts)
+    if result.model_dir is None:
+        from iskd.export import write
+
+        result = replace(result, model_dir=tmp_path / family / "model")
+        assert result.model_dir is not None
+        write(result.model_dir, result.student, result.record, parts.teacher.model.config, parts.teacher.tokenizer)
+    assert result.model_dir is not None
+    student = result.student.eval()
+    ids = torch.arange(3, 15).unsqueeze(0)
+    for model in (iskd.load(result.model_dir), AutoModelForCausalLM.from_pretrained(result.model_dir)):
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, student(ids).logits)
+        kwargs: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **kwargs), student.generate(ids, **kwargs))
+
+
+def test_surviving_adamw_state_is_kept_through_an_edit(make: Callable[..., Parts], tmp_path: Path) -> None:
+    seen: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            seen.append(({id(p): state["exp_avg"].clone() for p, state in optimizer.state.items()}, {}))
+
+    class After(CompressionCallback):
+        pass
+
+    original = CompressionCallback.on_train_epoch_start
+
+    def around(self: CompressionCallback, trainer: Any, pl_module: Any) -> None:
+        before = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizers[0].state.items()}
+        original(self, trainer, pl_module)
+        after = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizers[0].state.items()}
+        seen.append((before, after))
+
+    parts = make(tmp_path / "state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompressionCallback, "on_train_epoch_start", around)
+        run(parts)
+    before, after = seen[-1]
+    assert before
+    kept = before.keys() & after.keys()
+    assert after.keys() <= before.keys(), "new parameters start without state"
+    assert len(kept) < len(before), "the replaced block's state is forgotten"
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    import logging
+
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
