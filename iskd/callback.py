@@ -56,8 +56,8 @@ class RunOptions:
 
     checkpoint_every: int = 50
     keep: int = 2
-    fit_tokens: int = 8192
-    score_tokens: int = 4096
+    fit_tokens: int = 4096
+    score_tokens: int = 2048
     measure_before: bool = True
     movement_steps: int = 4
     plan_only: bool = False

@@ -107,10 +107,10 @@ def test_padding_on_the_left_changes_nothing(family: str, name: str, implementat
     same(batch[1:, -9:], logits(student(family, name), ids[1:, -9:]))
 
 
-@pytest.mark.parametrize(("family", "name"), EVERY)
 @torch.no_grad()
-def test_a_cache_changes_nothing(family: str, name: str) -> None:
-    model, ids = student(family, name), windows()
+def check_cache(model: PreTrainedModel) -> None:
+    """Reading a window in parts, each with the cache of those before, gives what reading it at once gives."""
+    ids = windows()
     whole, parts, past = logits(model, ids), [], None
     for part in ids.split((6, 1, 9), dim=1):
         output = model(part, past_key_values=past, use_cache=True)
@@ -119,6 +119,29 @@ def test_a_cache_changes_nothing(family: str, name: str) -> None:
     assert past is not None
     assert past.get_seq_length() == 16
     same(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY)
+def test_a_cache_changes_nothing(family: str, name: str) -> None:
+    check_cache(student(family, name))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("opt", {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+        ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+        ("phi", {"qk_layernorm": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+        ("llama", {"kv_heads": 1}),
+        ("llama", {"kv_heads": 6}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+        ("mistral", {"sliding_window": 5}),
+    ],
+)
+def test_variants_of_a_family_host_every_block(family: str, config: dict[str, Any], name: str) -> None:
+    check_cache(awake(fresh(family, SPECS[name], **config)))
 
 
 def generate(model: Any, *, cached: bool, ids: Tensor, mask: Tensor, **options: Any) -> Any:

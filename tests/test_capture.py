@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from iskd import surgery
 from iskd.arch import Stack
-from iskd.capture import Trace, capture
+from iskd.capture import Trace, capture, states_after
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, hooks, tiny, windows
 
@@ -55,12 +55,39 @@ def test_a_trace_repeats_the_stream_block_by_block(family: str) -> None:
     student, ids = student_of(family), windows()
     stack = Stack(student)
     with capture(stack, RECORD.layers, RECORD.layers) as states:
-        trace = Trace(stack, ids, 0)
+        student(ids)
+    trace = Trace(stack, ids, 0)
     stream = trace.input
     for position, layer in enumerate(RECORD.layers):
         assert torch.equal(Trace(stack, ids, position).input, stream)
         stream = trace.run(position, stack.layers[position], stream)
         assert torch.equal(stream, states[layer]), layer
+    assert hooks(student) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_blocks_above_what_is_wanted_are_not_run(family: str) -> None:
+    student, ids = student_of(family), windows()
+    stack = Stack(student)
+    with capture(stack, RECORD.layers, {0, 3}) as states:
+        student(ids)
+    runs: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: runs.append(layer))
+        for layer, block in zip(RECORD.layers, stack.layers, strict=True)
+    ]
+    found = states_after(stack, RECORD.layers, {3, 0}, ids)
+    assert runs == [0, 2, 3]
+    assert set(found) == {0, 3}
+    assert all(torch.equal(found[layer], states[layer]) for layer in found)
+    runs.clear()
+    trace = Trace(stack, ids, 1, 2)
+    assert runs == [0, 2]
+    assert torch.equal(trace.input, states[0])
+    assert torch.equal(trace.run(2, stack.layers[2], trace.run(1, stack.layers[1], trace.input)), states[3])
+    for handle in handles:
+        handle.remove()
     assert hooks(student) == 0
 
 
@@ -89,6 +116,8 @@ def test_hooks_are_gone_after_an_exception() -> None:
         model(torch.tensor([[5000]]))
     with pytest.raises(IndexError):
         Trace(Stack(model), torch.tensor([[5000]]), 0)
+    with pytest.raises(IndexError):
+        states_after(Stack(model), range(4), {1}, torch.tensor([[5000]]))
     assert hooks(model) == 0
 
 

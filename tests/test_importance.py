@@ -97,7 +97,8 @@ def test_a_block_that_does_nothing_scores_lowest(family: str, name: str) -> None
     assert scores.sort().values[1] > 1e-5
 
 
-@pytest.mark.parametrize("name", READERS)
+# bi_veto looks for outliers in its first batches only
+@pytest.mark.parametrize("name", sorted(set(READERS) - {"bi_veto"}))
 def test_scores_are_means_over_tokens(name: str) -> None:
     teacher = tiny("llama", layers=5)
     student = student_of(teacher)
@@ -141,7 +142,7 @@ def test_ablation_of_a_teacher_that_has_learnt(teacher: PreTrainedModel, said: l
     scores = Ablation()(teacher, teacher, [said[0]])
     reference = removed_one_by_one(teacher, teacher, [said[0]], 4)
     torch.testing.assert_close(scores.double(), reference, atol=1e-4, rtol=1e-4)
-    assert (scores > 0.01).all()
+    assert (scores > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,6 +214,21 @@ def test_the_veto_adds_two_to_what_costs_more_than_factor_times_the_median(
     torch.testing.assert_close(scores, turn + 2.0 * torch.tensor(vetoed))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_veto_reads_the_first_batches(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    seen: list[Sequence[Tensor]] = []
+
+    def watched(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], stride: int) -> Tensor:
+        seen.append(batches)
+        return torch.ones(4)
+
+    monkeypatch.setattr(bi_veto, "ablation_kl", watched)
+    model = tiny("llama")
+    scores = BlockInfluenceVeto(veto_batches=count)(model, model, BATCHES)
+    assert [id(batch) for batch in seen[0]] == [id(batch) for batch in BATCHES[:count]]
+    assert torch.equal(scores, BlockInfluence()(model, model, BATCHES))
+
+
 def test_random_scores_follow_their_seed() -> None:
     model = tiny("llama")
     one, other = (Random(seed)(model, model, BATCHES) for seed in (0, 1))
@@ -225,6 +241,8 @@ def test_bad_values_are_refused() -> None:
         Ablation(0)
     with pytest.raises(ValueError, match=r"importance.factor must be above 1 .*got 1"):
         BlockInfluenceVeto(factor=1)
+    with pytest.raises(ValueError, match=r"importance.veto_batches must be at least 1, got 0"):
+        BlockInfluenceVeto(veto_batches=0)
 
 
 def test_scoring_restores_each_module_by_itself() -> None:

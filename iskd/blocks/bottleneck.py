@@ -51,7 +51,8 @@ class Bottleneck(nn.Module):
     ) -> Bottleneck:
         """A fresh block; sizes follow the host divided by `reduction`.
 
-        `heads` sets the query heads (default: the host's divided likewise); `fit_steps` and `ridge` are used by `fit`. Raises ValueError when a size does not divide.
+        `heads` sets the query heads (default: the host's divided likewise); `fit_steps` and `ridge` are used by `fit`.
+        Raises ValueError when a size does not divide.
         """
         if layers < 1:
             raise ValueError(f"block.layers must be at least 1, got {layers}; block=linear has no inner layers")

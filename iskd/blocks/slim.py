@@ -83,7 +83,7 @@ def sizes(
         kv_groups = math.ceil(ratio * dims.kv_heads - 1e-9)
         rest = ratio * total - attention * kv_groups / dims.kv_heads
         multiple = 16 if dims.mlp >= 256 else 1  # kernels like multiples of 16
-        channels = int(rest / channel) // multiple * multiple
+        channels = dims.mlp if ratio == 1 else int(rest / channel) // multiple * multiple
         channels = min(dims.mlp, max(multiple, channels))
     assert kv_groups is not None
     assert channels is not None

@@ -17,13 +17,16 @@ from iskd.importance.base import ablation_kl, cosine_influence, scoring
 class BlockInfluenceVeto:
     """Block influence, plus 2 (its upper bound) where the leave-one-out KL exceeds `factor` x the median."""
 
-    def __init__(self, factor: float = 3.0, stride: int = 4) -> None:
+    def __init__(self, factor: float = 3.0, stride: int = 4, veto_batches: int = 1) -> None:
         if factor <= 1:
             raise ValueError(f"importance.factor must be above 1 (it multiplies the median), got {factor}")
-        self.factor, self.stride = factor, stride
+        if veto_batches < 1:
+            raise ValueError(f"importance.veto_batches must be at least 1, got {veto_batches}")
+        self.factor, self.stride, self.veto_batches = factor, stride, veto_batches
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Scores [L] of the student's blocks on calibration windows [B, T]; vetoed blocks score above 2."""
         with scoring(student, teacher):
-            cost = ablation_kl(student, teacher, batches, self.stride)
+            # an outlier shows on a thousand tokens; the ranking below it uses them all
+            cost = ablation_kl(student, teacher, batches[: self.veto_batches], self.stride)
             return cosine_influence(student, batches) + 2.0 * (cost > self.factor * cost.median())
