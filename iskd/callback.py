@@ -114,7 +114,9 @@ class CompressionCallback(Callback):
             optimizer = trainer.optimizers[0]
             regroup(optimizer, module.student, state.record, module.stage)
             checkpoint.restore(self.resume_from, module.student, optimizer, trainer.global_rank)
-            self._boundary = self.resume_from if not state.edited else None
+            rewrap(trainer.strategy)  # what trains may differ from what the strategy wrapped at start-up
+            if self.schedule.floor is not None:
+                self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
             self._begin(trainer, module)
             return
         state.identity = self._identity(trainer)
@@ -203,7 +205,7 @@ class CompressionCallback(Callback):
         rewrap(trainer.strategy)
         check_partition(optimizer, module.student)
         self._movement.watch(module.student, new_parameters(module.student, record, stage))
-        self._steps = 0
+        self._steps, self._train_speed = 0, None
         if self.options.measure_before and stage.edits:
             quality = self._measure(trainer, module)
             state.before = {key: quality[key] for key in QUALITY}
@@ -261,6 +263,7 @@ class CompressionCallback(Callback):
         if self._movement.active and (last or self._steps >= self.options.movement_steps):
             self._movement.finish(rate=module.lr_scale * module.stage.lr_new)
         if not last and self._steps % self.options.checkpoint_every == 0:
+            self._tick()
             self._save(trainer, module)
 
     # ---- end --------------------------------------------------------------------------------------------------------
@@ -268,8 +271,8 @@ class CompressionCallback(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, keep or roll back, decide what comes next."""
         module = cast(DistillModule, pl_module)
+        self._tick()
         now = time.perf_counter()
-        self.state.seconds += now - self._clock
         since, tokens = self._training_since
         self._train_speed = (self.state.tokens - tokens) / max(now - since, 1e-9)
         self._end(trainer, module)
@@ -324,6 +327,12 @@ class CompressionCallback(Callback):
                 f"{exception.args[0]}. Last good checkpoint: {good}. Lower schedule.lr or schedule.lr_new, or train in "
                 "trainer.precision=32-true",
             )
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the stage's."""
+        now = time.perf_counter()
+        self.state.seconds += now - self._clock
+        self._clock = now
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: safetensors and JSON, written whole or not at all. No pickle is written or read.
 
-    checkpoints/00000120/   student.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+    checkpoints/000012-boundary/  student.safetensors optimizer.safetensors rng.safetensors state.json manifest.json
 
+The number counts the checkpoints of a run; a `boundary` lies between two stages, a `stage` inside one.
 A checkpoint is written beside its place and moved there by one rename; `manifest.json` holds the size and SHA-256 of
 every file, so that a torn one is recognised and the one before it is used.
 """
@@ -9,7 +10,6 @@ every file, so that a torn one is recognised and the one before it is used.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -24,10 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from iskd.model_files import file_sha256
 from iskd.optim import load_optimizer_tensors, optimizer_tensors
 from iskd.state import RunState
 
 _log = logging.getLogger(__name__)
+STAGE, BOUNDARY = "stage", "boundary"
 _FILES = ("student.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -91,8 +93,7 @@ def save(
 
     Raises OSError with the path, the reason and what is intact when the disk is full or not writable.
     """
-    number = state.steps + state.first_batch + state.batch + len(state.results)
-    target = root / f"{number:010d}-{'edited' if state.edited else 'boundary'}"
+    target = root / f"{1 + max(map(_order, _folders(root)), default=0):06d}-{STAGE if state.edited else BOUNDARY}"
     draft = root / f".draft-{target.name}-{os.getpid()}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -104,11 +105,11 @@ def save(
             draft / _FILES[2],
         )
         (draft / _FILES[3]).write_text(json.dumps(state.to_json(), indent=1))
-        manifest = {name: {"bytes": (draft / name).stat().st_size, "sha256": sha256(draft / name)} for name in _FILES}
-        (draft / "manifest.json").write_text(json.dumps({"order": _next_order(root), "files": manifest}, indent=1))
+        manifest = {
+            name: {"bytes": (draft / name).stat().st_size, "sha256": file_sha256(draft / name)} for name in _FILES
+        }
+        (draft / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1))
         _sync(draft)
-        if target.exists():
-            shutil.rmtree(target)
         os.replace(draft, target)
         _sync_folder(root)
     except Exception as error:
@@ -124,33 +125,13 @@ def save(
     return target
 
 
-def _next_order(root: Path) -> int:
-    return 1 + max((_order(path) for path in _folders(root)), default=0)
-
-
 def _order(path: Path) -> int:
-    try:
-        order = json.loads((path / "manifest.json").read_text())["order"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return order if isinstance(order, int) else 0
+    return int(path.name.partition("-")[0])
 
 
 def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("[0-9]*") if path.is_dir()] if root.is_dir() else []
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    found = [path for kind in (STAGE, BOUNDARY) for path in root.glob(f"[0-9]*-{kind}") if path.is_dir()]
+    return sorted(found, key=_order)
 
 
 def _sync(folder: Path) -> None:
@@ -175,17 +156,18 @@ def problem(path: Path) -> str | None:
         for name in _FILES:
             if (path / name).stat().st_size != files[name]["bytes"]:
                 return f"{name} has the wrong size"
-            if sha256(path / name) != files[name]["sha256"]:
+            if file_sha256(path / name) != files[name]["sha256"]:
                 return f"{name} was changed after it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it is not complete ({error})"
     return None
 
 
-def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint below `root`, or None; torn ones are skipped with a warning."""
-    # a folder without a readable manifest sorts by its name's number, so that it is still reported
-    for path in sorted(_folders(root), key=lambda p: (_order(p) or 1 << 60, p.name), reverse=True):
+def newest(root: Path, kind: str = "") -> Path | None:
+    """The newest whole checkpoint below `root` (of one `kind`), or None; torn ones are skipped with a warning."""
+    for path in reversed(_folders(root)):
+        if not path.name.endswith(kind):
+            continue
         trouble = problem(path)
         if trouble is None:
             return path
@@ -213,7 +195,7 @@ def restore(
 
 def prune(root: Path, *, keep: int = 2, pinned: Collection[Path] = ()) -> None:
     """Delete all but the newest `keep` checkpoints, the pinned ones, and drafts of killed writers."""
-    for path in sorted(_folders(root), key=lambda p: (_order(p), p.name))[:-keep]:
+    for path in _folders(root)[:-keep]:
         if path not in set(pinned):
             shutil.rmtree(path, ignore_errors=True)
     for draft in root.glob(".draft-*"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -147,7 +148,7 @@ def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
         surgery.apply(model, Record(record.num_layers), record.edits)
     try:
         load_model_tensors(model, load_file(folder / WEIGHTS))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     generation = folder / "generation_config.json"
     if generation.is_file() and model.generation_config is not None:

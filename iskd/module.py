@@ -185,12 +185,19 @@ class DistillModule(L.LightningModule):
             input_ids = batch["input_ids"].to(self.device)
             if index not in self._teacher_cache:
                 self._teacher_cache[index] = teacher.last_hidden(input_ids)
-            start = time.perf_counter()
+            start = _clock(self.device)
             hidden = student.last_hidden(input_ids)
-            seconds += time.perf_counter() - start
+            seconds += _clock(self.device) - start
             labels = next_tokens(input_ids)
             metrics.update_from_hidden(
                 hidden, student.head, self._teacher_cache[index], teacher.head, labels, softcap=student.softcap
             )
         self.student.train(was_training)
         return {**metrics.compute(), "seconds": seconds}
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, after the device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,88 @@
+"""How far from the teacher a student is right after its edit, before any training, with and without fitting.
+
+Eight of SmolLM2's thirty blocks are replaced at once. KL to the teacher in nats per token on WikiText-2 valid (8 windows
+of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import time
+from pathlib import Path
+
+from iskd.allocator import tune
+
+tune()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+from iskd import surgery  # noqa: E402
+from iskd.arch import Stack  # noqa: E402
+from iskd.build import fast_bf16  # noqa: E402
+from iskd.fit import warm_start  # noqa: E402
+from iskd.plan import Record, Replace, Spec  # noqa: E402
+from iskd.readers import detokenize_wikitext  # noqa: E402
+from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+
+LAYERS = (3, 12, 13, 14, 16, 17, 25, 26)
+BLOCKS = {
+    "nothing (identity)": (Spec("iskd.blocks.identity.Identity"), False),
+    "linear": (Spec("iskd.blocks.linear.Linear"), True),
+    "bottleneck, zero up-projection": (Spec("iskd.blocks.bottleneck.Bottleneck"), False),
+    "bottleneck, fitted": (Spec("iskd.blocks.bottleneck.Bottleneck"), True),
+    "bottleneck, as published": (Spec("iskd.blocks.bottleneck.Bottleneck", {"norm": False, "zero_up": False}), False),
+    "slim 18.5 %, inherited by L1": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), False),
+    "slim 18.5 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), True),
+    "slim 41.7 %, inherited by L1": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), False),
+    "slim 41.7 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), True),
+}
+
+
+def windows(tokenizer: object, file: Path, count: int, characters: int | None = None) -> Tensor:
+    """Evenly spaced windows [count, 512] of a text file."""
+    with gzip.open(file, "rt", encoding="utf-8") as handle:
+        text = detokenize_wikitext(handle.read(characters))
+    ids = torch.tensor(tokenizer(text).input_ids)  # type: ignore[operator]
+    starts = torch.linspace(0, len(ids) - 513, count).long()
+    return torch.stack([ids[start : start + 512] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, batches: tuple[Tensor, ...]) -> Tensor:
+    """Log-probabilities [N, V] at every 4th position."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        return torch.cat([model(b).logits[:, ::4].float().log_softmax(-1).flatten(0, 1) for b in batches])
+
+
+def main() -> None:
+    """Print one table row per block."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/{train,valid}.txt.gz")
+    folder = parser.parse_args().data / "wikitext2"
+    loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
+    fit = windows(loaded.tokenizer, folder / "train.txt.gz", 16, 1_500_000).split(4)
+    valid = windows(loaded.tokenizer, folder / "valid.txt.gz", 8).split(2)
+    goal = log_probabilities(loaded.model, valid)
+    print("| block | share | KL before training | fit, s |\n|---|---|---|---|")
+    for name, (spec, fitted) in BLOCKS.items():
+        student = copy.deepcopy(loaded.model)
+        edits = [Replace(layer, spec, seed=layer) for layer in LAYERS]
+        old = dict(enumerate(Stack(student).layers))
+        whole = sum(p.numel() for p in old[LAYERS[0]].parameters())
+        record = surgery.apply(student, Record(len(old)), edits)
+        start = time.perf_counter()
+        if fitted:
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+                warm_start(student, loaded.model, old, record, edits, fit)
+        seconds = time.perf_counter() - start
+        share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
+        kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).mean().item()
+        print(f"| {name} | {100 * share:.1f} % | {kl:.3f} | {seconds if fitted else 0:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
