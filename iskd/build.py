@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,8 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
 
 def precision(asked: str, accelerator: str) -> str:
     """`auto`: bf16 autocast on a GPU that has it and on a CPU with bf16 matrix units, else float32."""
+    if asked.startswith("16"):
+        raise ValueError(f"trainer.precision={asked}: fp16 overflows in distillation losses; use bf16-mixed or 32-true")
     if asked != "auto":
         return asked
     if accelerator != "cpu" and torch.cuda.is_available():
@@ -138,10 +141,17 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
         return []
     values = plain(node)
     if values.get("offline") == "auto":
-        key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
-        values["offline"] = not key
+        values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
         values["name"] = values["name"] or run_dir.name
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
+
+
+def _has_login(host: str) -> bool:
+    """Whether ~/.netrc names the host."""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -162,5 +172,27 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; "
                 "drop it, or start a new run"
             )
-    saved.resume, saved.logger = str(run_dir), config.logger
+    if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
+        _refuse_other_preset(saved, config)
+    saved.resume, saved.logger, saved.cache_dir = str(run_dir), config.logger, config.cache_dir
+    saved.trainer.progress = config.trainer.progress
     return saved
+
+
+def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:
+    """A preset is no key of the config: compare what it sets."""
+    before, now = _flat(plain(saved)), _flat(plain(config))
+    for key in sorted(before.keys() | now.keys()):
+        free = key in _FREE or key.split(".")[0] in _FREE
+        if not free and before.get(key) != now.get(key):
+            raise ValueError(
+                f"resume continues a run as it was, but the preset sets {key} to {now.get(key)!r} and it is "
+                f"{before.get(key)!r} there; drop the preset, or start a new run"
+            )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts by dotted key."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}

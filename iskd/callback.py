@@ -31,7 +31,7 @@ from iskd.module import DistillModule, NonFiniteError
 from iskd.movement import MovementCheck
 from iskd.optim import check_partition, new_parameters, regroup
 from iskd.plan import Record, Stage, stage_from_json, to_json
-from iskd.planning import forecast, plan_rows, print_plan, probe
+from iskd.planning import forecast, plan_rows, planned_steps, print_plan, probe, stage_steps
 from iskd.schedules.base import History, Schedule
 from iskd.state import RunState, Status
 from iskd.tracking import QUALITY, write_stages
@@ -61,6 +61,15 @@ class RunOptions:
     measure_before: bool = True
     movement_steps: int = 4
     plan_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for key in ("checkpoint_every", "keep", "movement_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("fit_tokens", "score_tokens"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
 
 
 class CompressionCallback(Callback):
@@ -107,7 +116,7 @@ class CompressionCallback(Callback):
         """Measure the teacher and decide the first stage, or take up a resumed run."""
         module = cast(DistillModule, pl_module)
         check_strategy(trainer.strategy)
-        module.place_teacher(trainer.precision.startswith("bf16"))
+        module.place_teacher()
         state = self.state
         if self.resume_from is not None:
             state.check_identity(self._identity(trainer))
@@ -124,9 +133,9 @@ class CompressionCallback(Callback):
         self._log_row(trainer)
         self._decide(trainer, module)
         plan = forecast(self.schedule, History(state.record, (), state.scores))
-        state.total_steps = max(1, sum(self._stage_steps(trainer, stage) for stage in plan))
-        state.total_stages = len(plan)
-        self._print_plan(trainer, module, plan)
+        steps = planned_steps(plan, self._step_tokens(trainer))
+        state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
+        self._print_plan(trainer, module, plan, steps)
         if self.options.plan_only:
             trainer.should_stop = True
             self.data.set_stage(0, 1)
@@ -134,12 +143,15 @@ class CompressionCallback(Callback):
         self._save(trainer, module)
         self._begin(trainer, module)
 
-    def _print_plan(self, trainer: L.Trainer, module: DistillModule, plan: Sequence[Stage]) -> None:
+    def _print_plan(
+        self, trainer: L.Trainer, module: DistillModule, plan: Sequence[Stage], steps: Sequence[int]
+    ) -> None:
         """Stages, exact parameter counts, tokens and the time that a short probe predicts, before the first step."""
         with trainer.precision_plugin.forward_context():
             seconds = probe(module, self.data.calibration(self._step_tokens(trainer))[0].to(module.device))
         if trainer.is_global_zero:
-            rows = plan_rows(module.teacher, plan, seconds)
+            tokens = [count * self._step_tokens(trainer) for count in steps]
+            rows = plan_rows(module.teacher, plan, tokens, seconds / trainer.world_size)
             (self.run_dir / "plan.json").write_text(json.dumps(rows, indent=1))
             print_plan(rows)
 
@@ -261,7 +273,8 @@ class CompressionCallback(Callback):
         self._steps += 1
         last = self._steps == self._stage_steps(trainer, state.stage)
         if self._movement.active and (last or self._steps >= self.options.movement_steps):
-            self._movement.finish(rate=module.lr_scale * module.stage.lr_new)
+            # behind a zero up-projection the first gradient is exactly zero: one step alone proves nothing
+            self._movement.finish(rate=module.lr_scale * module.stage.lr_new if self._steps > 1 else 0.0)
         if not last and self._steps % self.options.checkpoint_every == 0:
             self._tick()
             self._save(trainer, module)
@@ -324,8 +337,8 @@ class CompressionCallback(Callback):
         if isinstance(exception, NonFiniteError):
             good = checkpoint.newest(self.run_dir / "checkpoints")
             exception.args = (
-                f"{exception.args[0]}. Last good checkpoint: {good}. Lower schedule.lr or schedule.lr_new, or train in "
-                "trainer.precision=32-true",
+                f"{exception.args[0]}. Last good checkpoint: {good}. Start a new run with a lower schedule.lr and "
+                "schedule.lr_new, or with trainer.precision=32-true",
             )
 
     def _tick(self) -> None:
@@ -347,7 +360,7 @@ class CompressionCallback(Callback):
         return {**{key: manifest[key] for key in keys}, "processes": trainer.world_size}
 
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
-        return max(1, round(stage.tokens / self._step_tokens(trainer))) if stage.tokens else 0
+        return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))
 
     def _measure(self, trainer: L.Trainer, module: DistillModule) -> dict[str, float]:
         batches = self.data.validation()
@@ -362,6 +375,8 @@ class CompressionCallback(Callback):
         values = {f"val/{key}": getattr(row, key) for key in (*QUALITY, "tokens_per_s")}
         sizes = {"model/params": row.params, "model/block_params": row.block_params}
         place = {"tokens": float(row.tokens), "stage": float(row.index)}
+        if row.train_tokens_per_s is not None:
+            place["train/tokens_per_s"] = row.train_tokens_per_s
         for logger in trainer.loggers:
             logger.log_metrics({**values, **sizes, **place}, step=self.state.steps)
 
@@ -376,4 +391,6 @@ class CompressionCallback(Callback):
             pinned = [self._boundary] if self._boundary is not None and self.schedule.floor is not None else []
             checkpoint.prune(root, keep=self.options.keep, pinned=pinned)
             write_stages(self.run_dir, self.state.results)
+            for logger in trainer.loggers:
+                logger.save()  # rows up to here must outlive a kill: the resumed run continues after them
         self._boundary = from_rank_zero(trainer, self._boundary)

@@ -149,6 +149,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _right_sizes(path: Path) -> bool:
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        return all((path / name).stat().st_size == files[name]["bytes"] for name in _FILES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def problem(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every file has the size and digest of its manifest."""
     try:
@@ -195,8 +203,10 @@ def restore(
 
 def prune(root: Path, *, keep: int = 2, pinned: Collection[Path] = ()) -> None:
     """Delete all but the newest `keep` checkpoints, the pinned ones, and drafts of killed writers."""
-    for path in _folders(root)[:-keep]:
-        if path not in set(pinned):
+    # the newest is the one just written; sizes tell torn ones apart without reading gigabytes
+    whole = [path for path in _folders(root) if _right_sizes(path)]
+    for path in _folders(root):
+        if path not in {*whole[-keep:], *pinned}:
             shutil.rmtree(path, ignore_errors=True)
     for draft in root.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)

@@ -30,7 +30,7 @@ from transformers import (
 
 from iskd import surgery
 from iskd.checkpoint import load_model_tensors, model_tensors
-from iskd.plan import Record, Remove, record_from_json, to_json
+from iskd.plan import Record, Remove, allowed, record_from_json, to_json
 
 WEIGHTS = "model.safetensors"
 
@@ -73,6 +73,8 @@ class IskdForCausalLM(PreTrainedModel):
                 "load first, then move or wrap the model"
             )
         model = load(Path(pretrained_model_name_or_path))
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
 
@@ -114,7 +116,8 @@ def write(
     if is_native(record):
         PreTrainedModel.save_pretrained(model, target)
     else:
-        config = IskdConfig(teacher=teacher_config.to_dict(), record=to_json(record), architectures=["IskdForCausalLM"])
+        teacher = {key: value for key, value in teacher_config.to_dict().items() if key != "_name_or_path"}
+        config = IskdConfig(teacher=teacher, record=to_json(record), architectures=["IskdForCausalLM"])
         config.save_pretrained(target)
         save_file(model_tensors(model), target / WEIGHTS, metadata={"format": "pt"})
         if model.generation_config is not None:
@@ -136,7 +139,8 @@ def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
         raise ValueError(f"{folder} is not a model directory: config.json is missing")
     data = json.loads(config_file.read_text())
     if data.get("model_type") != "iskd":
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     record = record_from_json(data.get("record", {}))
     teacher = dict(data.get("teacher", {}))
     kind = teacher.pop("model_type", None)
@@ -164,6 +168,8 @@ import torch
 folder, native = sys.argv[1], sys.argv[2] == "native"
 if not native:
     import iskd
+    for prefix in json.loads(sys.argv[4]):
+        iskd.plan.allow(prefix)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 probe = json.load(open(sys.argv[3]))
@@ -195,8 +201,8 @@ def export(
     model.eval()
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    write(draft, model, record, teacher_config, tokenizer)
     try:
+        write(draft, model, record, teacher_config, tokenizer)
         if verify:
             _verify(draft, model, native=is_native(record))
     except Exception:
@@ -217,7 +223,15 @@ def _verify(folder: Path, model: PreTrainedModel, *, native: bool) -> None:
     probe.write_text(json.dumps({"ids": ids.tolist()}))
     try:
         run = subprocess.run(
-            [sys.executable, "-c", _CHECK, str(folder), "native" if native else "iskd", str(probe)],
+            [
+                sys.executable,
+                "-c",
+                _CHECK,
+                str(folder),
+                "native" if native else "iskd",
+                str(probe),
+                json.dumps(allowed()),
+            ],
             capture_output=True,
             text=True,
             timeout=900,
@@ -234,9 +248,10 @@ def _verify(folder: Path, model: PreTrainedModel, *, native: bool) -> None:
         found = json.loads(probe.read_text())
     finally:
         probe.unlink(missing_ok=True)
-    device = next(model.parameters()).device
-    ids = ids.to(device)
-    logits = model(ids).logits[:, -1].float().cpu()
+    # the fresh process computes on the CPU in float32; a near-tie in the text must not depend on the device
+    if next(model.parameters()).device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
+    logits = model(ids).logits[:, -1]
     text = model.generate(ids[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
     error = (torch.tensor(found["logits"]) - logits).abs().max().item()
     tolerance = 1e-4 * max(1.0, logits.abs().max().item())

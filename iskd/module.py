@@ -84,9 +84,13 @@ class DistillModule(L.LightningModule):
         regroup(optimizer, self.student, self.record, self.stage)
         return optimizer
 
-    def place_teacher(self, low_precision: bool) -> None:
-        """Move the teacher to the student's device; bf16 weights when the run computes in bf16."""
-        self.teacher.to(device=self.device, dtype=torch.bfloat16 if low_precision else None)
+    def place_teacher(self) -> None:
+        """Move the teacher to the student's device.
+
+        It keeps float32 weights and runs under the student's autocast: an untouched student then has a KL of exactly 0.
+        Casting the module to bf16 would also round its rotary frequencies, by up to 0.7 rad at position 511.
+        """
+        self.teacher.to(self.device)
 
     def signals(self, model: PreTrainedModel, input_ids: Tensor, layers: Sequence[int], wanted: set[int]) -> Signals:
         """One forward pass of `model`: last hidden state and the states after the wanted layers."""
@@ -185,9 +189,9 @@ class DistillModule(L.LightningModule):
             input_ids = batch["input_ids"].to(self.device)
             if index not in self._teacher_cache:
                 self._teacher_cache[index] = teacher.last_hidden(input_ids)
-            start = _clock(self.device)
+            start = clock(self.device)
             hidden = student.last_hidden(input_ids)
-            seconds += _clock(self.device) - start
+            seconds += clock(self.device) - start
             labels = next_tokens(input_ids)
             metrics.update_from_hidden(
                 hidden, student.head, self._teacher_cache[index], teacher.head, labels, softcap=student.softcap
@@ -196,7 +200,7 @@ class DistillModule(L.LightningModule):
         return {**metrics.compute(), "seconds": seconds}
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """Seconds, after the device has finished what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -30,6 +30,11 @@ def allow(prefix: str) -> None:
         _ALLOWED.append(prefix)
 
 
+def allowed() -> list[str]:
+    """The prefixes below which records may name classes."""
+    return list(_ALLOWED)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A part that is stamped once per layer: a dotted class path and its keyword arguments (plain JSON)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd import surgery
-from iskd.module import DistillModule
+from iskd.module import DistillModule, clock
 from iskd.plan import Json, Record, Stage, to_json
 from iskd.schedules.base import History, Schedule
 
@@ -27,14 +26,38 @@ def forecast(schedule: Schedule, history: History) -> list[Stage]:
     return stages
 
 
-def plan_rows(teacher: PreTrainedModel, stages: Sequence[Stage], seconds_per_token: float) -> list[Json]:
-    """One row per stage with exact parameter counts, taken from shapes on the meta device."""
+def stage_steps(stage: Stage, finished: Sequence[Stage], steps_done: int, step_tokens: int) -> int:
+    """Optimizer steps of a stage, so that the run's sum is its budget rounded once and not stage by stage.
+
+    At least one for a stage that trains; 0 for one that only edits.
+    """
+    if not stage.tokens:
+        return 0
+    end = sum(past.tokens for past in finished) + stage.tokens
+    return max(1, round(end / step_tokens) - steps_done)
+
+
+def planned_steps(stages: Sequence[Stage], step_tokens: int) -> list[int]:
+    """Optimizer steps of every stage of a plan."""
+    steps: list[int] = []
+    for index, stage in enumerate(stages):
+        steps.append(stage_steps(stage, stages[:index], sum(steps), step_tokens))
+    return steps
+
+
+def plan_rows(
+    teacher: PreTrainedModel, stages: Sequence[Stage], tokens: Sequence[int], seconds_per_token: float
+) -> list[Json]:
+    """One row per stage with exact parameter counts, taken from shapes on the meta device.
+
+    `tokens` are those that each stage will train.
+    """
     record = Record(int(teacher.config.num_hidden_layers))
     model = surgery.rebuild(teacher, record, "meta")
     rows: list[Json] = [_row("teacher", model, 0, 0.0, None)]
-    for stage in stages:
+    for stage, trained in zip(stages, tokens, strict=True):
         record = surgery.apply(model, record, stage.edits)
-        rows.append(_row(stage.name, model, stage.tokens, stage.tokens * seconds_per_token, stage))
+        rows.append(_row(stage.name, model, trained, trained * seconds_per_token, stage))
     return rows
 
 
@@ -54,9 +77,9 @@ def probe(module: DistillModule, input_ids: Tensor) -> float:
     elapsed = 0.0
     with torch.enable_grad():
         for _ in range(2):
-            start = time.perf_counter()
+            start = clock(module.device)
             module.step(input_ids).loss.backward()
-            elapsed = time.perf_counter() - start
+            elapsed = clock(module.device) - start
             for parameter in module.student.parameters():
                 parameter.grad = None
     return elapsed / input_ids.numel()

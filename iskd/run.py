@@ -9,13 +9,14 @@ import platform
 import resource
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
@@ -110,6 +111,8 @@ def _run(parts: Parts) -> Result:
             logger.finalize("success" if state.stage is None else "aborted")
         if trainer.is_global_zero:
             merge_metrics(parts.run_dir)
+        if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
+            wandb.finish()  # otherwise the next job of a sweep would continue this one
     return _finish(parts, trainer, module, state)
 
 
@@ -121,7 +124,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     newest = checkpoint.newest(parts.run_dir / "checkpoints")
     if newest is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
-        keep_metrics(parts.run_dir, below=0)
+        _on_rank_zero(keep_metrics, parts.run_dir, below=0)
         return fresh, None
     state = checkpoint.read_state(newest)
     if state.record.num_layers != fresh.record.num_layers:
@@ -129,8 +132,14 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
             f"the run was made from a teacher with {state.record.num_layers} layers, "
             f"model= gives one with {fresh.record.num_layers}"
         )
-    keep_metrics(parts.run_dir, below=state.tokens)
+    _on_rank_zero(keep_metrics, parts.run_dir, below=state.tokens)
     return state, newest
+
+
+def _on_rank_zero(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call once per run; before the trainer exists, a launcher's variables tell the rank."""
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        function(*args, **kwargs)
 
 
 def _module(parts: Parts, state: RunState) -> DistillModule:
@@ -193,6 +202,10 @@ def _write_facts(parts: Parts, trainer: L.Trainer) -> None:
         "processes": trainer.world_size,
     }
     (parts.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+    _write_data(parts)
+
+
+def _write_data(parts: Parts) -> None:
     (parts.run_dir / "data.json").write_text(json.dumps(parts.data.manifest(), indent=1))
 
 
@@ -202,22 +215,21 @@ def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunS
         return Result(state.results, module.student, state.record, run_dir, None, None)
     if trainer.is_global_zero:
         write_stages(run_dir, state.results)
+        _write_data(parts)  # again: now with every calibration window that was used
         (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
-        if parts.export:
-            model_dir = export(
-                run_dir / "model", module.student, state.record, parts.teacher.model.config, parts.teacher.tokenizer
-            )
         report = write_report(run_dir)
-        _print_end(run_dir, state.results, model_dir, report)
+        _print_end(state.results, report)  # before the export: what was measured stands even if that fails
+        if parts.export:
+            teacher = parts.teacher
+            model_dir = export(run_dir / "model", module.student, state.record, teacher.model.config, teacher.tokenizer)
+            Console().print(f"model:  {model_dir}", highlight=False, soft_wrap=True)
     trainer.strategy.barrier("finish")
     return Result(state.results, module.student, state.record, run_dir, model_dir, report)
 
 
-def _print_end(run_dir: Path, results: list[StageResult], model_dir: Path | None, report: Path) -> None:
+def _print_end(results: list[StageResult], report: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(stage_table(results))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
     console.print(f"peak memory {peak:.2f} GiB", highlight=False)
-    if model_dir is not None:
-        console.print(f"model:  {model_dir}", highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)

@@ -193,7 +193,7 @@ def _download(spec: TeacherSpec) -> Path:
             f"the model {spec.name} could not be had: it is neither on this machine nor did the hub give it "
             f"({str(error).splitlines()[0]}). What works offline:\n{package}"
             "  model=local model.path=DIR    a directory with config.json, safetensors and a tokenizer\n"
-            "  model.pretrained=false model.num_layers=4 model.hidden_size=256    random weights"
+            "  model.pretrained=false model.num_layers=4    random weights in the model's own shape"
         ) from error
     return Path(folder)
 

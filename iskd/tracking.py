@@ -34,9 +34,9 @@ METRICS: Mapping[str, str] = {
     "train/hidden": "mean square per token",
     "train/matrix": "squared distance per token",
     "train/grad_norm": "L2 norm before clipping",
-    "train/tokens_per_s": "tokens per second",
-    "lr/base": "learning rate of inherited weights",
-    "lr/new": "learning rate of weights made by an edit",
+    "train/tokens_per_s": "tokens per second of training, over the stage",
+    "lr/base": "learning rate of the step before, inherited weights",
+    "lr/new": "learning rate of the step before, weights made by an edit",
     "val/ppl": "perplexity of the student",
     "val/kl": "nats per token from teacher to student",
     "val/top1": "share of positions where both prefer the same token, 0 to 1",
@@ -241,14 +241,16 @@ def read_stages(run_dir: Path) -> list[StageResult]:
 def keep_metrics(run_dir: Path, *, below: int) -> None:
     """Before a run is resumed: set `metrics.csv` aside, without the rows past the `below` tokens of its checkpoint."""
     path = Path(run_dir) / METRICS_FILE
-    if not path.is_file():
-        return
-    rows, columns = _read_rows([*_parts(run_dir), path])
-    kept = [row for row in rows if _tokens(row) <= below]
-    for part in _parts(run_dir):
-        part.unlink()
-    _write_rows(path.with_name("metrics.part0.csv"), kept, columns)
-    path.unlink()
+    files = [*_parts(run_dir), *([path] if path.is_file() else [])]
+    rows, columns = _read_rows(files)
+    # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
+    kept = [row for row in rows if _tokens(row) < below or (_tokens(row) == below and not row.get("train/loss"))]
+    kept = kept if below else []
+    if kept:
+        _write_rows(path.with_name("metrics.kept.csv"), kept, columns)
+    for file in files:
+        if file.name != "metrics.kept.csv" or not kept:
+            file.unlink()
 
 
 def merge_metrics(run_dir: Path) -> None:
@@ -263,7 +265,7 @@ def merge_metrics(run_dir: Path) -> None:
 
 
 def _parts(run_dir: Path) -> list[Path]:
-    return sorted(Path(run_dir).glob("metrics.part*.csv"))
+    return sorted(Path(run_dir).glob("metrics.kept.csv"))
 
 
 def _tokens(row: Mapping[str, str]) -> float:

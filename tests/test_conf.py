@@ -84,7 +84,13 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
     """The preset as it is, on a tiny model and a tiny budget: model, data and sizes are all that changes."""
     layers = 12 if name == "iskd_gpt2_paper" else 24 if name == "iskd_phi1_paper" else 12
     overrides = [f"experiment={name}", f"cache_dir={tmp_path}/cache", "export=false", "trainer.progress=false"]
-    overrides += ["model=tiny", f"model.num_layers={layers}", "model.hidden_size=48", "model.num_heads=4", "data=docstrings"]
+    overrides += [
+        "model=tiny",
+        f"model.num_layers={layers}",
+        "model.hidden_size=48",
+        "model.num_heads=4",
+        "data=docstrings",
+    ]
     overrides += ["data.seq_len=32", "data.batch_size=2", "data.val_tokens=512", "data.source.max_documents=200"]
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
     result = run(build.parts(composed(*overrides), tmp_path / "run"))

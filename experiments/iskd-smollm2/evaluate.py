@@ -30,7 +30,7 @@ from iskd.readers import detokenize_wikitext  # noqa: E402
 from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
-FIELDS = ("ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")
+FIELDS = ("kl_wikitext", "ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")
 
 
 def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> torch.Tensor:
@@ -64,10 +64,22 @@ def lambada(model: Any, tokenizer: Any, items: list[str]) -> tuple[float, float]
     return right / len(items), nll / len(items)
 
 
-def score(model: Any, tokenizer: Any, texts: dict[str, torch.Tensor], items: list[str]) -> dict[str, float]:
-    """All scores of one model."""
+@torch.no_grad()
+def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, V] of 8 windows at every 4th position."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        return torch.cat(
+            [model(part).logits[:, ::4].float().log_softmax(-1).flatten(0, 1) for part in ids[::4].split(2)]
+        )
+
+
+def score(
+    model: Any, tokenizer: Any, texts: dict[str, torch.Tensor], items: list[str], goal: torch.Tensor
+) -> dict[str, float]:
+    """All scores of one model; `goal` are the teacher's log-probabilities."""
     model.eval()
-    values = {}
+    found = log_probabilities(model, texts["wikitext"])
+    values = {"kl_wikitext": (goal.exp() * (goal - found)).sum(-1).mean().item()}
     for name, ids in texts.items():
         values[f"ppl_{name}"] = math.exp(mean(token_nll(model, part).mean().item() for part in ids.split(2)))
     values["lambada_acc"], values["lambada_nll"] = lambada(model, tokenizer, items)
@@ -92,30 +104,19 @@ def main() -> None:
     }
     lines = (arguments.data / "lambada" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
     items = [json.loads(line)["text"] for line in lines[: arguments.items]]
-    rows = [
-        {
-            "method": "teacher",
-            "seed": 0,
-            "params": 134515008,
-            "tokens": 0,
-            **score(teacher.model, teacher.tokenizer, texts, items),
-        }
-    ]
+    goal = log_probabilities(teacher.model, texts["wikitext"])
+    size = sum(p.numel() for p in teacher.model.parameters())
+    scores = score(teacher.model, teacher.tokenizer, texts, items, goal)
+    rows: list[dict[str, Any]] = [{"method": "teacher", "seed": 0, "params": size, "tokens": 0, **scores}]
     for run in arguments.runs:
         method, _, seed = run.name.rpartition("-")
         last = [row for row in json.loads((run / "stages.json").read_text()) if row["status"] == "kept"][-1]
         model = iskd.load(run / "model")
         facts = {"method": method, "seed": int(seed), "params": last["params"], "tokens": last["tokens"]}
-        rows.append(
-            {
-                **facts,
-                "seconds": round(sum_seconds(run)),
-                "kl_valid": last["kl"],
-                **score(model, teacher.tokenizer, texts, items),
-            }
-        )
+        scores = score(model, teacher.tokenizer, texts, items, goal)
+        rows.append({**facts, "seconds": round(sum_seconds(run)), **scores})
         print(rows[-1], flush=True)
-    fields = ("method", "seed", "params", "tokens", "seconds", "kl_valid", *FIELDS)
+    fields = ("method", "seed", "params", "tokens", "seconds", *FIELDS)
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
         writer.writeheader()
@@ -134,13 +135,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         groups[row["method"]].append(row)
     print(
-        "| method | params M | seeds | KL valid | ppl WikiText-2 test | ppl docstrings | LAMBADA acc % | LAMBADA nll |"
+        "| method | params M | tokens k | seeds | KL | ppl WikiText-2 | ppl docstrings | LAMBADA acc % | LAMBADA nll |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, group in groups.items():
-        cells = [f"{group[0]['params'] / 1e6:.1f}", str(len(group))]
-        cells.append(spread([row["kl_valid"] for row in group]) if "kl_valid" in group[0] else "0")
-        cells += [spread([row[key] for row in group]) for key in FIELDS[:2]]
+        cells = [f"{group[0]['params'] / 1e6:.1f}", f"{group[0]['tokens'] / 1e3:.0f}", str(len(group))]
+        cells += [spread([row[key] for row in group]) for key in FIELDS[:3]]
         cells += [spread([100 * row["lambada_acc"] for row in group], 1), spread([row["lambada_nll"] for row in group])]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 DATA=${DATA:-../shared/data}
 TOKENS=${TOKENS:-33792}
 SEEDS=${SEEDS:-0 1}
-TRAINER=${TRAINER:-cpu}
+TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/iskd-smollm2}
 PYTHON=${PYTHON:-.venv/bin/python}
 COMMON=(trainer="$TRAINER" data=wikitext2 data.path="$DATA/wikitext2/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"

@@ -1,7 +1,7 @@
 """How far from the teacher a student is right after its edit, before any training, with and without fitting.
 
-Eight of SmolLM2's thirty blocks are replaced at once. KL to the teacher in nats per token on WikiText-2 valid (8 windows
-of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split.
+Eight of SmolLM2's thirty blocks are replaced at once. KL to the teacher in nats per token on WikiText-2 valid (8
+windows of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split.
 """
 
 from __future__ import annotations
