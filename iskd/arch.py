@@ -215,7 +215,7 @@ def set_layer_idx(block: nn.Module, index: int) -> None:
         return
     for module in block.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index
+            setattr(module, "layer_idx", index)  # noqa: B010 (typed as a submodule otherwise)
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

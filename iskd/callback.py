@@ -149,9 +149,14 @@ class CompressionCallback(Callback):
         """Stages, exact parameter counts, tokens and the time that a short probe predicts, before the first step."""
         with trainer.precision_plugin.forward_context():
             seconds = probe(module, self.data.calibration(self._step_tokens(trainer))[0].to(module.device))
+        tokens = [count * self._step_tokens(trainer) for count in steps]
+        rows = plan_rows(module.teacher, plan, tokens, seconds / trainer.world_size)
+        if any(stage.edits for stage in plan) and rows[-1]["block_params"] >= rows[0]["block_params"]:
+            raise ValueError(
+                f"the edits remove nothing: {rows[0]['block_params']:,} block parameters before them and "
+                f"{rows[-1]['block_params']:,} after; choose a smaller block (block.ratio), or schedule=none"
+            )
         if trainer.is_global_zero:
-            tokens = [count * self._step_tokens(trainer) for count in steps]
-            rows = plan_rows(module.teacher, plan, tokens, seconds / trainer.world_size)
             (self.run_dir / "plan.json").write_text(json.dumps(rows, indent=1))
             print_plan(rows)
 
@@ -322,7 +327,8 @@ class CompressionCallback(Callback):
         state, before = self.state, checkpoint.read_state(self._boundary)
         optimizer = trainer.optimizers[0]
         device = module.device
-        module.student = surgery.rebuild(module.teacher, before.record).to(device).train()
+        module.student = surgery.rebuild(module.teacher, before.record).train()
+        nn.Module.to(module.student, device)
         state.record = module.record = before.record
         module.stage = state.finished[-1] if state.finished else Stage("start")
         regroup(optimizer, module.student, before.record, module.stage)

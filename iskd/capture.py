@@ -78,15 +78,16 @@ class Trace:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         inputs: list[Tensor] = []
 
+        end = len(stack.layers) - 1 if last is None else last
+
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # every host passes the stream by position; everything else is kept as it came
             if len(self._calls) == position:
                 inputs.append(args[0])
             self._calls.append((args[1:], kwargs))
-            if len(self._calls) == last + 1:
+            if len(self._calls) > end:
                 raise _Enough
 
-        last = len(stack.layers) - 1 if last is None else last
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack.layers]
         try:
             with suppress(_Enough):

@@ -81,7 +81,7 @@ def set_rng(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     values = states["numpy"].numpy()
-    np.random.set_state(("MT19937", values[:-1].astype(np.uint32), int(values[-1])))
+    np.random.set_state(("MT19937", values[:-1].astype(np.uint32), int(values[-1]), 0, 0.0))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 _HERE = Path(__file__).parent
+# processes that a multi-process run starts get the arguments without the command's name, but the environment
+_COMMAND = "ISKD_COMMAND"
 CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
 
 
@@ -53,9 +56,10 @@ def report() -> None:
 def main() -> None:
     """Entry point of the `iskd` command."""
     commands = {"train": train, "report": report}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        os.environ[_COMMAND] = sys.argv.pop(1)
+    if os.environ.get(_COMMAND) not in commands:
         names = ", ".join(commands)
         sys.exit(f"usage: iskd COMMAND ...; commands: {names}")
-    command = commands[sys.argv.pop(1)]
     sys.argv[1:] = arguments(sys.argv[1:])
-    command()
+    commands[os.environ[_COMMAND]]()

@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,7 +55,7 @@ class IskdForCausalLM(PreTrainedModel):
     config_class = IskdConfig
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         for harmless in (
@@ -75,7 +76,7 @@ class IskdForCausalLM(PreTrainedModel):
         model = load(Path(pretrained_model_name_or_path))
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
-        return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
 
 
 def register() -> None:
@@ -250,9 +251,10 @@ def _verify(folder: Path, model: PreTrainedModel, *, native: bool) -> None:
         probe.unlink(missing_ok=True)
     # the fresh process computes on the CPU in float32; a near-tie in the text must not depend on the device
     if next(model.parameters()).device.type != "cpu":
-        model = copy.deepcopy(model).cpu()
+        model = copy.deepcopy(model)
+        nn.Module.to(model, "cpu")
     logits = model(ids).logits[:, -1]
-    text = model.generate(ids[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+    text = cast(Any, model).generate(ids[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
     error = (torch.tensor(found["logits"]) - logits).abs().max().item()
     tolerance = 1e-4 * max(1.0, logits.abs().max().item())
     if not error <= tolerance:

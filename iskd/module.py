@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.arch import Stack
@@ -90,12 +89,12 @@ class DistillModule(L.LightningModule):
         It keeps float32 weights and runs under the student's autocast: an untouched student then has a KL of exactly 0.
         Casting the module to bf16 would also round its rotary frequencies, by up to 0.7 rad at position 511.
         """
-        self.teacher.to(self.device)
+        nn.Module.to(self.teacher, self.device)
 
     def signals(self, model: PreTrainedModel, input_ids: Tensor, layers: Sequence[int], wanted: set[int]) -> Signals:
         """One forward pass of `model`: last hidden state and the states after the wanted layers."""
         stack = Stack(model)
-        with capture(stack, layers, wanted) if wanted else nullcontext({}) as states:
+        with capture(stack, layers, wanted) as states:
             last = stack.last_hidden(input_ids)
         return Signals(labels=next_tokens(input_ids), last_hidden=last, hidden=dict(states))
 
@@ -131,8 +130,9 @@ class DistillModule(L.LightningModule):
                 continue
             layers = getattr(loss, "layers", "all")
             if isinstance(layers, str):
-                named = {"last": survivors[-1:], "all": survivors, "edited": self.record.edited}
-                layers = named[layers]
+                # where a removed layer was, the survivor below it stands for its output
+                edited = [max(x for x in survivors if x <= e) for e in self.record.edited if e >= survivors[0]]
+                layers = {"last": survivors[-1:], "all": survivors, "edited": edited}[layers]
             wanted |= set(layers) & set(survivors)
         return wanted
 
@@ -155,7 +155,7 @@ class DistillModule(L.LightningModule):
         return f"at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return cast(Any, self.optimizers(use_pl_optimizer=False))  # type: ignore[no-any-return]
+        return cast(Any, self.optimizers(use_pl_optimizer=False))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the rates of both groups."""

@@ -183,7 +183,7 @@ class Stage:
 
 def to_json(value: Spec | Edit | Record | Stage) -> Json:
     """Plain JSON of any value of this module."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
 def _fields(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

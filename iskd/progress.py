@@ -24,6 +24,7 @@ class StageProgress(ProgressBar):
     def __init__(self, run: CompressionCallback, every: float = 15.0) -> None:
         super().__init__()
         self._run, self._every, self._last = run, every, 0.0
+        self._started, self._first = time.monotonic(), 0
         self._console = Console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -39,6 +40,7 @@ class StageProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
+        self._started, self._first = time.monotonic(), self._run.steps_done
         if self._on and self._console.is_terminal:
             text = TextColumn("{task.description}")
             self._bar = Progress(
@@ -64,9 +66,9 @@ class StageProgress(ProgressBar):
         elif now - self._last >= self._every:
             self._last = now
             done, total = self._run.steps_done, state.total_steps
-            self._console.print(
-                f"{where}: step {done}/{total}, {state.tokens:,} tokens, loss {float(loss):.3f}", highlight=False
-            )
+            left = (now - self._started) / max(done - self._first, 1) * (total - done)
+            text = f"step {done}/{total}, {state.tokens:,} tokens, loss {float(loss):.3f}, {left / 60:.0f} min left"
+            self._console.print(f"{where}: {text}", highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

@@ -67,7 +67,8 @@ def rebuild(teacher: PreTrainedModel, record: Record, device: str | None = None)
     skeleton = type(teacher)
     config = copy.deepcopy(teacher.config)
     with torch.device(device) if device else nullcontext(), torch.random.fork_rng(devices=[]):
-        model = skeleton(config).to(torch.float32)
+        model = skeleton(config)
+        nn.Module.to(model, torch.float32)
         apply(model, Record(record.num_layers), record.edits)
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from iskd import build
 from iskd.cli import arguments
 from iskd.run import run
+from iskd.teachers import load_teacher
 from tests.factories import CONF
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -108,6 +109,10 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
     assert build.resumed(composed(f"resume={tmp_path}", "seed=7"), ["seed=7"]).schedule.count == 2
     with pytest.raises(ValueError, match=r"schedule\.lr is 0\.0001 there and 0\.5 here"):
         build.resumed(changed, ["schedule.lr=0.5"])
+    with pytest.raises(ValueError, match=r"the preset sets .* to .*; drop the preset"):
+        build.resumed(composed(f"resume={tmp_path}", "experiment=kd"), ["experiment=kd"])
+    moved = composed(f"resume={tmp_path}", "cache_dir=elsewhere", "trainer.progress=false")
+    assert build.resumed(moved, ["cache_dir=elsewhere"]).cache_dir == "elsewhere"
     with pytest.raises(ValueError, match=r"no config\.yaml in there"):
         build.resumed(composed(f"resume={tmp_path}/none"), [])
 
@@ -147,6 +152,27 @@ def test_bad_values_are_refused_before_training(overrides: list[str], message: s
         run(build.parts(composed(*base, *overrides), tmp_path / "run"))
 
 
-def test_gpu_precision_and_cpu_precision_are_chosen() -> None:
-    assert build.precision("16-mixed", "cpu") == "16-mixed"
+def test_the_offline_advice_works(tmp_path: Path) -> None:
+    """What the error for a missing model suggests, for every model that knows its shape."""
+    for model in ("smollm2", "gpt2"):
+        advice = [f"model={model}", "model.pretrained=false", "model.num_layers=4"]
+        loaded = load_teacher(build.part(composed(*advice).model))
+        assert loaded.model.config.num_hidden_layers == 4
+
+
+def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    base = ["debug=smoke", "trainer.progress=false", f"cache_dir={tmp_path}/cache", "export=false", "logger=wandb"]
+    result = run(build.parts(composed(*base, "schedule.tokens=512"), tmp_path / "run"))
+    files = list((result.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+
+
+def test_precision_is_chosen_or_refused() -> None:
+    with pytest.raises(ValueError, match="fp16 overflows"):
+        build.precision("16-mixed", "cpu")
+    assert build.precision("32-true", "cpu") == "32-true"
     assert build.precision("auto", "cpu") == ("bf16-mixed" if build.fast_bf16() else "32-true")

@@ -87,6 +87,9 @@ def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pyte
         "model.safetensors",
         "record.json",
     ]
+    text = "".join(path.read_text() for path in target.glob("*.json"))
+    assert str(Path.home()) not in text
+    assert "_name_or_path" not in text
     before = (target / "model.safetensors").read_bytes()
     original = export_module.model_tensors
     monkeypatch.setattr(export_module, "model_tensors", lambda m: {k: v + 0.1 for k, v in original(m).items()})

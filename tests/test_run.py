@@ -64,6 +64,8 @@ def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         run_dir: Path, *, schedule: Any = None, family: str = "llama", dropout: float = 0.1, **changes: Any
     ) -> Parts:
         model = tiny(family, vocab=257, dropout=dropout)
+        assert model.generation_config is not None
+        model.generation_config.top_k = 7  # a teacher's own setting, which every student must keep
         tokenizer = byte_tokenizer()
         data = TextData(
             TextFiles(str(text)),
@@ -193,6 +195,7 @@ def test_resume_after_a_crash_is_bitwise_exact(
         with pytest.raises(Crash):
             run(parts)
     resumed = run(make(tmp_path / "crashed", resume=True))
+    assert resumed.student.generation_config.to_dict() == uninterrupted.student.generation_config.to_dict()
     assert same(weights(resumed), weights(uninterrupted))
     assert resumed.record == uninterrupted.record
     for a, b in zip(resumed.stages, uninterrupted.stages, strict=True):
@@ -290,6 +293,43 @@ def test_floor_rolls_back_weights_record_and_optimizer(
     assert checkpoint.read_state(newest).stage is None
     again = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt, resume=True))
     assert same(weights(again), weights(result))
+
+
+def test_floor_missed_after_a_resume_inside_the_stage(
+    make: Callable[..., Parts], learnt: Loaded, tmp_path: Path
+) -> None:
+    schedule = Iterative(RemoveLayers(), layers=[2, 0], tokens=12 * TOKENS, lr=1e-3, floor=1e-6)
+    parts = make(tmp_path / "floor", schedule=schedule, teacher=learnt)
+    parts.callbacks.append(CrashAt(21))
+    with pytest.raises(Crash):
+        run(parts)
+    newest = checkpoint.newest(tmp_path / "floor" / "checkpoints")
+    assert newest is not None
+    assert newest.name.endswith(checkpoint.STAGE)
+    schedule.floor = 1.0
+    result = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt, resume=True))
+    assert result.stages[-1].status == "rolled_back"
+    assert [edit.layer for edit in result.record.edits] == [2]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_untouched_student_has_no_distance_to_its_teacher(
+    precision: str, make: Callable[..., Parts], tmp_path: Path
+) -> None:
+    parts = make(tmp_path / precision, dropout=0.0)
+    parts = replace(parts, trainer={**parts.trainer, "precision": precision})
+    teacher = run(replace(parts, options=replace(parts.options, plan_only=True))).stages[0]
+    assert (teacher.kl, teacher.top1, teacher.retention) == (pytest.approx(0, abs=1e-7), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_schedule_spends_the_same_budget(count: int, make: Callable[..., Parts], tmp_path: Path) -> None:
+    """A budget that no stage divides evenly is rounded once, not stage by stage."""
+    schedule = Iterative(ReplaceWith(SLIM), layers=[2, 1, 0][:count], tokens=round(4.4 * TOKENS), final_share=0.3)
+    result = run(make(tmp_path / "budget", schedule=schedule))
+    assert result.final.tokens == 4 * TOKENS
+    plan = json.loads((tmp_path / "budget" / "plan.json").read_text())
+    assert sum(row["tokens"] for row in plan) == 4 * TOKENS
 
 
 def test_stages_without_tokens_edit_and_measure(make: Callable[..., Parts], tmp_path: Path) -> None:

@@ -134,9 +134,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["method"]].append(row)
-    print(
-        "| method | params M | tokens k | seeds | KL | ppl WikiText-2 | ppl docstrings | LAMBADA acc % | LAMBADA nll |"
-    )
+    print("| method | params M | tokens k | seeds | KL | ppl WikiText-2 | ppl docs | LAMBADA acc % | LAMBADA nll |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, group in groups.items():
         cells = [f"{group[0]['params'] / 1e6:.1f}", f"{group[0]['tokens'] / 1e3:.0f}", str(len(group))]

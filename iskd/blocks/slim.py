@@ -72,7 +72,9 @@ def sizes(
     """Key-value groups and channels that give the asked share of the block's parameters."""
     dims, family = stack.dims, stack.family
     if (ratio is None) == (kv_groups is None or channels is None):
-        raise ValueError("slim: give either block.ratio, or both block.kv_groups and block.channels")
+        raise ValueError(
+            "slim: give either block.ratio, or (with block.ratio=null) both block.kv_groups and block.channels"
+        )
     if ratio is not None:
         if not 0 < ratio <= 1:
             raise ValueError(f"block.ratio must be in (0, 1], got {ratio}")
@@ -264,7 +266,7 @@ def take(projection: nn.Module, index: Tensor, *, dim: int) -> nn.Module:
     if isinstance(new, nn.Linear):
         new.out_features, new.in_features = weight.shape
     elif hasattr(new, "nf"):
-        new.nf, new.nx = weight.shape
+        vars(new).update(nf=weight.shape[0], nx=weight.shape[1])  # Conv1D's own names
     return new
 
 

@@ -29,9 +29,9 @@ class HiddenMatch:
 
     Args:
         kind: "mse", "normalized" or "cosine"; see the module's formulas.
-        layers: Which states capture keeps, in the teacher's numbering: "last", "all", "edited" (the layers that the
-            stage edits) or a list of layers. A list or "last" also selects among the states that another term asked
-            for; "all" and "edited" average over every layer that both signals hold.
+        layers: Which states capture keeps, in the teacher's numbering: "last", "all", "edited" (every layer edited so
+            far; for a removed one, the survivor below it) or a list of layers. A list or "last" also selects among
+            the states that another term asked for; "all" and "edited" average over every layer that both signals hold.
 
     Raises:
         ValueError: Unknown kind, unknown name of layers, or an empty list.
