@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from iskd.arch import HostedBlock, Stack
+from iskd.arch import Stack
+from iskd.hosting import HostedBlock
 from iskd.plan import Convert, Edit, Record, Remove, Replace
 
 

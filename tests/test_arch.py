@@ -7,20 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
-from iskd.arch import (
-    FAMILIES,
-    CacheSlot,
-    Dims,
-    HostedBlock,
-    Stack,
-    dims_of,
-    family_of,
-    run_decoder,
-    set_layer_idx,
-    small_decoder,
-)
+from iskd.arch import FAMILIES, Dims, Stack, dims_of, family_of, set_layer_idx
 from iskd.blocks.identity import Identity
 from iskd.capture import capture
+from iskd.hosting import CacheSlot, HostedBlock, run_decoder, small_decoder
 from tests import factories
 from tests.factories import tiny, windows
 

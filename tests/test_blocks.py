@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd import surgery
-from iskd.arch import HostedBlock, Stack
+from iskd.arch import Stack
 from iskd.blocks.bottleneck import Bottleneck
+from iskd.hosting import HostedBlock
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, block_specs, tiny, windows
 

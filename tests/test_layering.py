@@ -24,6 +24,7 @@ LEVELS = {
     "signals": 0,
     "tokenizer": 0,
     "arch": 1,
+    "hosting": 1,
     "families": 1,
     "surgery": 2,
     "capture": 2,

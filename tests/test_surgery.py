@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from iskd import surgery
-from iskd.arch import HostedBlock, Stack
+from iskd.arch import Stack
+from iskd.hosting import HostedBlock
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, block_specs, digest, tiny, windows
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import CacheSlot, Dims, InnerCache, Stack, run_decoder, small_decoder
+from iskd.arch import Dims, Stack
 from iskd.blocks.base import FitData, Ridge
+from iskd.hosting import CacheSlot, InnerCache, run_decoder, small_decoder
 
 
 class Bottleneck(nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from iskd.arch import CacheSlot, Stack
+from iskd.arch import Stack
+from iskd.hosting import CacheSlot
 
 
 class Identity(nn.Module):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import CacheSlot, Stack
+from iskd.arch import Stack
 from iskd.blocks.base import FitData, Ridge
+from iskd.hosting import CacheSlot
 
 
 class Linear(nn.Module):

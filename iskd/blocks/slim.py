@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Family, Stack, set_submodule
+from iskd.arch import Family, Stack
 from iskd.blocks.base import FitData, Ridge, fit_error
+from iskd.blocks.slicing import cut, group_width, inputs_of, transposed, unit_size, weight_of
 
 
 class Slim:
@@ -58,10 +58,10 @@ class Slim:
         stack = data.stack
         path = stack.family.down
         if select == "activation":
-            groups = _features(new.get_submodule(stack.family.out)) // _group_width(stack)
-            width = _features(new.get_submodule(path))
+            groups = inputs_of(new.get_submodule(stack.family.out)) // group_width(stack)
+            width = inputs_of(new.get_submodule(path))
             heads, wide = choose_heads(old, data, groups, ridge)
-            channels = eliminate(_down_system(wide, path, data), _weight(wide.get_submodule(path)), width, ridge)
+            channels = eliminate(_down_system(wide, path, data), weight_of(wide.get_submodule(path)), width, ridge)
             new.load_state_dict(cut(old, stack, heads, channels).state_dict())
         _solve_down(new, path, _down_system(new, path, data), ridge)
 
@@ -80,7 +80,7 @@ def sizes(
             raise ValueError(f"block.ratio must be in (0, 1], got {ratio}")
         total = sum(p.numel() for p in old.parameters())
         attention = sum(p.numel() for p in old.get_submodule(family.attn).parameters())
-        channel = sum(_unit(old.get_submodule(p)) for p in family.ups) + dims.hidden
+        channel = sum(unit_size(old.get_submodule(p)) for p in family.ups) + dims.hidden
         # whole groups are rounded up: at equal size SmolLM2 loses less with more attention and fewer channels
         kv_groups = math.ceil(ratio * dims.kv_heads - 1e-9)
         rest = ratio * total - attention * kv_groups / dims.kv_heads
@@ -98,32 +98,6 @@ def sizes(
     return kv_groups, channels
 
 
-def _unit(projection: nn.Module) -> int:
-    """Parameters of one output unit of a projection: its weights and its bias."""
-    return _features(projection) + int(getattr(projection, "bias", None) is not None)
-
-
-def _transposed(projection: nn.Module) -> bool:
-    """GPT-2 stores its projections as Conv1D, weight [in, out]."""
-    return not isinstance(projection, nn.Linear)
-
-
-def _weight(projection: nn.Module) -> Tensor:
-    """Weight as [out, in]."""
-    weight = projection.get_parameter("weight")
-    return weight.T if _transposed(projection) else weight
-
-
-def _features(projection: nn.Module) -> int:
-    """Input features of a projection."""
-    return _weight(projection).shape[1]
-
-
-def _group_width(stack: Stack) -> int:
-    """Width of one key-value group's attention output: its query heads times the head width."""
-    return stack.dims.heads // stack.dims.kv_heads * stack.dims.head_dim
-
-
 def top(score: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores, ascending; ties go to the lower index on every machine."""
     if score.is_meta:
@@ -133,15 +107,15 @@ def top(score: Tensor, count: int) -> Tensor:
 
 def l1_channels(block: nn.Module, family: Family) -> Tensor:
     """Absolute sum of all weights that belong to each MLP channel [C]."""
-    score = _weight(block.get_submodule(family.down)).detach().abs().sum(0)
+    score = weight_of(block.get_submodule(family.down)).detach().abs().sum(0)
     for path in family.ups:
-        score = score + _weight(block.get_submodule(path)).detach().abs().sum(1)
+        score = score + weight_of(block.get_submodule(path)).detach().abs().sum(1)
     return score
 
 
 def l1_groups(block: nn.Module, stack: Stack) -> Tensor:
     """Absolute sum of the output weights of each key-value group [G]."""
-    weight = _weight(block.get_submodule(stack.family.out)).detach().abs().sum(0)
+    weight = weight_of(block.get_submodule(stack.family.out)).detach().abs().sum(0)
     return weight.view(stack.dims.kv_heads, -1).sum(1)
 
 
@@ -179,7 +153,7 @@ def head_scores(old: nn.Module, data: FitData) -> Tensor:
     rms over tokens of its activations, times the norm of their output columns; rows weighted like the fit.
     """
     projection = old.get_submodule(data.stack.family.out)
-    power = torch.zeros(_features(projection), device=_weight(projection).device)
+    power = torch.zeros(inputs_of(projection), device=weight_of(projection).device)
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
@@ -188,7 +162,7 @@ def head_scores(old: nn.Module, data: FitData) -> Tensor:
             power += (seen.pop().float().view(*h.shape[:2], -1) * weight).square().sum((0, 1))
     finally:
         handle.remove()
-    score = power * _weight(projection).float().square().sum(0)
+    score = power * weight_of(projection).float().square().sum(0)
     return score.view(data.stack.dims.kv_heads, -1).sum(1)
 
 
@@ -219,62 +193,10 @@ def eliminate(system: Ridge, weight: Tensor, keep: int, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def cut(old: nn.Module, stack: Stack, groups: Tensor, channels: Tensor) -> nn.Module:
-    """A copy of the block that keeps only the given key-value groups and MLP channels."""
-    dims, family = stack.dims, stack.family
-    queries = _expand(groups, _group_width(stack))
-    keys = _expand(groups, dims.head_dim)
-    new = copy.deepcopy(old)
-    for path, index in zip(
-        family.qkv, _qkv_rows(family, dims.hidden, dims.head_dim, groups, queries, keys), strict=True
-    ):
-        set_submodule(new, path, take(new.get_submodule(path), index, dim=0))
-    set_submodule(new, family.out, take(new.get_submodule(family.out), queries, dim=1))
-    for path in family.ups:
-        set_submodule(new, path, take(new.get_submodule(path), channels, dim=0))
-    set_submodule(new, family.down, take(new.get_submodule(family.down), channels, dim=1))
-    attention = new.get_submodule(family.attn)
-    for name, value in (("num_heads", len(queries) // dims.head_dim), ("split_size", len(queries))):
-        if hasattr(attention, name):
-            setattr(attention, name, value)
-    return new
-
-
-def _expand(units: Tensor, width: int) -> Tensor:
-    """Indices of all features of some units that are `width` features wide."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def _qkv_rows(
-    family: Family, hidden: int, head_dim: int, groups: Tensor, queries: Tensor, keys: Tensor
-) -> Sequence[Tensor]:
-    if family.fused == "thirds":
-        return [torch.cat([queries, queries + hidden, queries + 2 * hidden])]
-    if family.fused == "heads":
-        return [_expand(groups, 3 * head_dim)]
-    return [queries, keys, keys]
-
-
-def take(projection: nn.Module, index: Tensor, *, dim: int) -> nn.Module:
-    """A projection with only some outputs (`dim=0`) or inputs (`dim=1`); index [n] counts features."""
-    new = copy.deepcopy(projection)
-    weight = _weight(projection).index_select(dim, index)
-    new.weight = nn.Parameter((weight.T if _transposed(projection) else weight).contiguous())
-    bias = getattr(projection, "bias", None)
-    if bias is not None and dim == 0:
-        new.bias = nn.Parameter(bias.index_select(0, index))
-    if isinstance(new, nn.Linear):
-        new.out_features, new.in_features = weight.shape
-    elif hasattr(new, "nf"):
-        vars(new).update(nf=weight.shape[0], nx=weight.shape[1])  # Conv1D's own names
-    return new
-
-
-@torch.no_grad()
 def _down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
     """Normal equations of the projection at `path`: its inputs against what is missing to the teacher's output."""
     projection = block.get_submodule(path)
-    weight, bias = _weight(projection), getattr(projection, "bias", None)
+    weight, bias = weight_of(projection), getattr(projection, "bias", None)
     seen: list[Tensor] = []
     handles = [
         projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0])),
@@ -284,8 +206,8 @@ def _down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
     try:
         for index, h, target, row_weight in data.rows():
             output = data.run(block, h, index)
-            added, features = seen.pop().view_as(output), seen.pop()
-            system.add(features.view(*output.shape[:-1], -1), target - (output - added), row_weight)
+            added, inputs = seen.pop().view_as(output), seen.pop()
+            system.add(inputs.view(*output.shape[:-1], -1), target - (output - added), row_weight)
     finally:
         for handle in handles:
             handle.remove()
@@ -296,7 +218,7 @@ def _down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
 def _solve_down(block: nn.Module, path: str, system: Ridge, ridge: float) -> None:
     """Re-solve the projection at `path`, pulled towards the weights it inherited, all else held fixed."""
     projection = block.get_submodule(path)
-    solved, bias = system.solve(_weight(projection), getattr(projection, "bias", None), ridge)
-    projection.get_parameter("weight").copy_(solved.T if _transposed(projection) else solved)
+    solved, bias = system.solve(weight_of(projection), getattr(projection, "bias", None), ridge)
+    projection.get_parameter("weight").copy_(solved.T if transposed(projection) else solved)
     if bias is not None:
         projection.get_parameter("bias").copy_(bias)
