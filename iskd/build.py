@@ -13,10 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.arch import Stack
-from iskd.callback import RunOptions
 from iskd.corpus import TextFiles
 from iskd.data import TextData
 from iskd.losses.base import Terms
+from iskd.options import RunOptions
 from iskd.plan import Spec
 from iskd.run import Parts
 from iskd.teachers import load_teacher

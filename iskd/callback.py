@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,46 +29,15 @@ from iskd.fit import warm_start
 from iskd.module import DistillModule, NonFiniteError
 from iskd.movement import MovementCheck
 from iskd.optim import check_partition, new_parameters, regroup
+from iskd.options import RunOptions
 from iskd.plan import Record, Stage, stage_from_json, to_json
 from iskd.planning import forecast, plan_rows, planned_steps, print_plan, probe, stage_steps
 from iskd.schedules.base import History, Schedule
 from iskd.state import RunState, Status
-from iskd.tracking import QUALITY, write_stages
+from iskd.tracking import QUALITY, log_row, write_stages
 
 Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Settings of a run that belong to no part.
-
-    Attributes:
-        checkpoint_every: optimizer steps between checkpoints inside a stage; stage ends always write one.
-        keep: how many checkpoints are kept.
-        fit_tokens: calibration tokens for fitting compact blocks; 0 = no fit.
-        score_tokens: calibration tokens for importance scores.
-        measure_before: measure quality between edit and healing as well.
-        movement_steps: optimizer steps after which every new parameter must have got a gradient and moved.
-        plan_only: print the plan and stop.
-    """
-
-    checkpoint_every: int = 50
-    keep: int = 2
-    fit_tokens: int = 4096
-    score_tokens: int = 2048
-    measure_before: bool = True
-    movement_steps: int = 4
-    plan_only: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for key in ("checkpoint_every", "keep", "movement_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("fit_tokens", "score_tokens"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
 
 
 class CompressionCallback(Callback):
@@ -119,7 +87,7 @@ class CompressionCallback(Callback):
         module.place_teacher()
         state = self.state
         if self.resume_from is not None:
-            state.check_identity(self._identity(trainer))
+            state.check_identity({**self.data.identity(), "processes": trainer.world_size})
             optimizer = trainer.optimizers[0]
             regroup(optimizer, module.student, state.record, module.stage)
             checkpoint.restore(self.resume_from, module.student, optimizer, trainer.global_rank)
@@ -128,9 +96,9 @@ class CompressionCallback(Callback):
                 self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
             self._begin(trainer, module)
             return
-        state.identity = self._identity(trainer)
+        state.identity = {**self.data.identity(), "processes": trainer.world_size}
         state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
-        self._log_row(trainer)
+        log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._decide(trainer, module)
         plan = forecast(self.schedule, History(state.record, (), state.scores))
         steps = planned_steps(plan, self._step_tokens(trainer))
@@ -317,7 +285,7 @@ class CompressionCallback(Callback):
         state.finished = (*state.finished, stage)
         state.first_batch += steps * trainer.accumulate_grad_batches
         state.steps += steps
-        self._log_row(trainer)
+        log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._decide(trainer, module)
         self._save(trainer, module)
 
@@ -335,7 +303,7 @@ class CompressionCallback(Callback):
         checkpoint.restore(self._boundary, module.student, optimizer, rng=False)
         rewrap(trainer.strategy)
         state.stage, state.edited, state.batch = None, False, 0
-        self._log_row(trainer)
+        log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._save(trainer, module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -359,12 +327,6 @@ class CompressionCallback(Callback):
         """Tokens of one optimizer step over all ranks."""
         return self.data.batch_size * self.data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
 
-    def _identity(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What the order of the training data depends on."""
-        manifest = self.data.manifest()
-        keys = ("content", "tokenizer", "train_windows", "validation_sha256", "seq_len", "batch_size", "seed")
-        return {**{key: manifest[key] for key in keys}, "processes": trainer.world_size}
-
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))
 
@@ -374,17 +336,6 @@ class CompressionCallback(Callback):
             quality = module.measure(batches)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         return {**quality, "tokens_per_s": tokens / max(quality["seconds"], 1e-9)}
-
-    def _log_row(self, trainer: L.Trainer) -> None:
-        """The newest row of the stage table, for every logger, against cumulative tokens."""
-        row = self.state.results[-1]
-        values = {f"val/{key}": getattr(row, key) for key in (*QUALITY, "tokens_per_s")}
-        sizes = {"model/params": row.params, "model/block_params": row.block_params}
-        place = {"tokens": float(row.tokens), "stage": float(row.index)}
-        if row.train_tokens_per_s is not None:
-            place["train/tokens_per_s"] = row.train_tokens_per_s
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, **sizes, **place}, step=self.state.steps)
 
     def _save(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Write a checkpoint (rank 0) with every rank's random numbers, and drop the ones that are no longer needed."""

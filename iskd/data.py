@@ -210,6 +210,12 @@ class TextData(L.LightningDataModule):
             "batch_size": self.batch_size,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the order of the training data depends on: a resumed run must find it unchanged."""
+        manifest = self.manifest()
+        keys = ("content", "tokenizer", "train_windows", "validation_sha256", "seq_len", "batch_size", "seed")
+        return {key: manifest[key] for key in keys}
+
     def _spread(self, split: str, tokens: int) -> Tokens:
         windows = self.windows(split)
         wanted = max(1, tokens // self.seq_len)

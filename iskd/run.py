@@ -22,12 +22,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 
 from iskd import checkpoint, surgery
-from iskd.callback import CompressionCallback, Importance, RunOptions
+from iskd.callback import CompressionCallback, Importance
 from iskd.data import TextData
 from iskd.export import export
 from iskd.losses.base import Terms
+from iskd.metrics_file import keep_metrics, merge_metrics
 from iskd.module import DistillModule
 from iskd.optim import OptimSpec
+from iskd.options import RunOptions
 from iskd.plan import Record, Stage, to_json
 from iskd.progress import StageProgress
 from iskd.report import write_report
@@ -35,7 +37,7 @@ from iskd.schedules.base import Schedule
 from iskd.state import RunState
 from iskd.table import stage_table
 from iskd.teachers import Loaded
-from iskd.tracking import X_AXIS, StageResult, keep_metrics, merge_metrics, write_stages
+from iskd.tracking import X_AXIS, StageResult, write_stages
 
 # what Lightning says about every run of ours, and why it does not matter here
 _EXPECTED = (

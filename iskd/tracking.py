@@ -7,18 +7,16 @@ resumed schedule all read this one file.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
 X_AXIS = "tokens"
 STAGES_FILE = "stages.json"
-METRICS_FILE = "metrics.csv"
 
 #: Keys of a quality measurement, as in `StageResult` and in `StageResult.before`.
 QUALITY = ("ppl", "kl", "top1", "retention")
@@ -201,6 +199,17 @@ def _scores(value: Any, where: str) -> dict[str, float]:
     return numbers
 
 
+def log_row(loggers: Iterable[Any], row: StageResult, step: int) -> None:
+    """Give a stage's result to every logger (`log_metrics(values, step)`), against cumulative tokens."""
+    values = {f"val/{key}": getattr(row, key) for key in (*QUALITY, "tokens_per_s")}
+    values |= {"model/params": row.params, "model/block_params": row.block_params}
+    values |= {X_AXIS: float(row.tokens), "stage": float(row.index)}
+    if row.train_tokens_per_s is not None:
+        values["train/tokens_per_s"] = row.train_tokens_per_s
+    for logger in loggers:
+        logger.log_metrics(values, step=step)
+
+
 def write_stages(run_dir: Path, results: Sequence[StageResult]) -> Path:
     """Write `stages.json` in `run_dir` atomically: a reader, or a killed run, sees the old list or the new one.
 
@@ -236,57 +245,3 @@ def read_stages(run_dir: Path) -> list[StageResult]:
     if len(set(indices)) != len(indices):
         raise ValueError(f"{path}: stage indices must differ, got {indices}")
     return sorted(results, key=lambda result: result.index)
-
-
-def keep_metrics(run_dir: Path, *, below: int) -> None:
-    """Before a run is resumed: set `metrics.csv` aside, without the rows past the `below` tokens of its checkpoint."""
-    path = Path(run_dir) / METRICS_FILE
-    files = [*_parts(run_dir), *([path] if path.is_file() else [])]
-    rows, columns = _read_rows(files)
-    # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
-    kept = [row for row in rows if _tokens(row) < below or (_tokens(row) == below and not row.get("train/loss"))]
-    kept = kept if below else []
-    if kept:
-        _write_rows(path.with_name("metrics.kept.csv"), kept, columns)
-    for file in files:
-        if file.name != "metrics.kept.csv" or not kept:
-            file.unlink()
-
-
-def merge_metrics(run_dir: Path) -> None:
-    """After a resumed run: join what was set aside and what was added into one `metrics.csv`."""
-    path, parts = Path(run_dir) / METRICS_FILE, _parts(run_dir)
-    if not parts:
-        return
-    rows, columns = _read_rows([*parts, *([path] if path.is_file() else [])])
-    _write_rows(path, rows, columns)
-    for part in parts:
-        part.unlink()
-
-
-def _parts(run_dir: Path) -> list[Path]:
-    return sorted(Path(run_dir).glob("metrics.kept.csv"))
-
-
-def _tokens(row: Mapping[str, str]) -> float:
-    return float(row.get(X_AXIS) or 0)
-
-
-def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, str]], list[str]]:
-    rows: list[dict[str, str]] = []
-    columns: dict[str, None] = {}
-    for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns |= dict.fromkeys(reader.fieldnames or ())
-            rows += list(reader)
-    return rows, list(columns)
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)

@@ -25,6 +25,7 @@ LEVELS = {
     "tokenizer": 0,
     "arch": 1,
     "hosting": 1,
+    "options": 0,
     "families": 1,
     "surgery": 2,
     "capture": 2,

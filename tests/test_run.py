@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import iskd
 from iskd import callback as callback_module
 from iskd import checkpoint, surgery
-from iskd.callback import CompressionCallback, RunOptions
+from iskd.callback import CompressionCallback
 from iskd.checkpoint import model_tensors
 from iskd.corpus import TextFiles
 from iskd.data import TextData
@@ -28,6 +28,7 @@ from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
 from iskd.module import NonFiniteError
+from iskd.options import RunOptions
 from iskd.plan import Spec
 from iskd.run import Parts, Result, run
 from iskd.schedules.base import RemoveLayers, ReplaceWith
