@@ -2,7 +2,7 @@
 #
 #   PYTHON           the interpreter that makes the virtual environment
 #   TORCH            the torch requirement; installed before everything else and never part of the lock
-#   PIP_TORCH_FLAGS  pip options for torch alone: `--index-url ...` of a CPU or CUDA wheel index; empty = pip's default
+#   PIP_TORCH_FLAGS  pip options for torch alone, to name an index of CPU or CUDA wheels; empty = pip's default
 #   ARGS             passed on: `make test ARGS='-k plan -x'`, `make demo ARGS='schedule=oneshot'`
 #   ISKD_PYTHON      an interpreter that already has the dependencies: used as it is, no environment is made
 
@@ -79,7 +79,7 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 	@$(PY) -m pip install $(PIP_QUIET) uv
 	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(PY) -m uv pip compile pyproject.toml --all-extras --group dev \
 		--universal --python-version 3.10 --no-python-downloads --generate-hashes --quiet \
-		--no-emit-package torch --no-emit-find-links --no-emit-index-url --no-header \
+		--no-emit-package torch --no-emit-find-links --no-header \
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
