@@ -48,6 +48,7 @@ class CompressionCallback(Callback):
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         resume_from: checkpoint whose optimizer state and random numbers are loaded when training starts.
+        teacher: digest of the teacher's weights; a resumed run must find the same.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class CompressionCallback(Callback):
         state: RunState,
         options: RunOptions,
         resume_from: Path | None = None,
+        teacher: str | None = None,
     ) -> None:
         if schedule.scoring != "never" and importance is None:
             raise ValueError(
                 "schedule.order=importance needs scores; choose importance=block_influence|bi_veto|ablation|random"
             )
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
-        self.state, self.options, self.resume_from = state, options, resume_from
+        self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
         self._movement = MovementCheck()
         self._steps = 0  # optimizer steps in this stage
         self._clock = time.perf_counter()
@@ -87,7 +89,7 @@ class CompressionCallback(Callback):
         module.place_teacher()
         state = self.state
         if self.resume_from is not None:
-            state.check_identity({**self.data.identity(), "processes": trainer.world_size})
+            state.check_identity(self._identity(trainer))
             optimizer = trainer.optimizers[0]
             regroup(optimizer, module.student, state.record, module.stage)
             checkpoint.restore(self.resume_from, module.student, optimizer, trainer.global_rank)
@@ -96,7 +98,7 @@ class CompressionCallback(Callback):
                 self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
             self._begin(trainer, module)
             return
-        state.identity = {**self.data.identity(), "processes": trainer.world_size}
+        state.identity = self._identity(trainer)
         state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
         log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._decide(trainer, module)
@@ -326,6 +328,9 @@ class CompressionCallback(Callback):
     def _step_tokens(self, trainer: L.Trainer) -> int:
         """Tokens of one optimizer step over all ranks."""
         return self.data.batch_size * self.data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+
+    def _identity(self, trainer: L.Trainer) -> dict[str, Any]:
+        return {**self.data.identity(), "processes": trainer.world_size, "teacher": self.teacher}
 
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))

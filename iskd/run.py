@@ -100,8 +100,16 @@ def _run(parts: Parts) -> Result:
     parts.data.prepare()
     state, resume_from = _position(parts)
     module = _module(parts, state)
+    digest = parts.teacher.source.get("sha256")
     callback = CompressionCallback(
-        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, resume_from
+        parts.schedule,
+        parts.importance,
+        parts.data,
+        parts.run_dir,
+        state,
+        parts.options,
+        resume_from,
+        teacher=None if digest is None else str(digest),
     )
     trainer = _trainer(parts, callback)
     if trainer.is_global_zero:

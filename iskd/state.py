@@ -33,7 +33,7 @@ class RunState:
         finished: finished stages, oldest first.
         results: rows of the stage table, the teacher's first.
         scores: latest importance by layer.
-        identity: what the data order depends on (windows, batch size, seed, processes, text); a resumed run must match.
+        identity: what a resumed run must find unchanged: teacher, text, windows, batch size, seed, processes.
     """
 
     record: Record
@@ -80,8 +80,8 @@ class RunState:
         for key, value in self.identity.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same text, "
-                    "batch size, seed and number of processes, or start a new run"
+                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same teacher, "
+                    "text, batch size, seed and number of processes, or start a new run"
                 )
 
     def to_json(self) -> Json:

@@ -420,6 +420,10 @@ def test_resume_refuses_other_data(make: Callable[..., Parts], tmp_path: Path) -
     changed.data.seed = 3
     with pytest.raises(ValueError, match=r"made with seed=0, now it is 3"):
         run(changed)
+    other = make(tmp_path / "other", resume=True)
+    weights_of_another = replace(other.teacher, source={"name": "llama", "sha256": "f00"})
+    with pytest.raises(ValueError, match=r"made with teacher=None, now it is 'f00'"):
+        run(replace(other, teacher=weights_of_another))
 
 
 def test_resume_refuses_a_checkpoint_of_another_teacher(make: Callable[..., Parts], uninterrupted: Result) -> None:
