@@ -80,8 +80,8 @@ class RunState:
         for key, value in self.identity.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same teacher, "
-                    "text, batch size, seed and number of processes, or start a new run"
+                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same "
+                    "teacher, text, batch size, seed and number of processes, or start a new run"
                 )
 
     def to_json(self) -> Json:
