@@ -51,7 +51,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_sweep_plan_and_report(tmp_path: Path) -> None:
     out = train(
-        *SMOKE, "-m", "schedule.count=1,2", "schedule.tokens=1024", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path
+        "-m", *SMOKE, "schedule.count=1,2", "schedule.tokens=1024", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path
     )
     assert "replace" in out
     jobs = sorted(path.parent for path in (tmp_path / "sweep").rglob("stages.json"))

@@ -66,7 +66,8 @@ def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     ) -> Parts:
         model = tiny(family, vocab=257, dropout=dropout)
         assert model.generation_config is not None
-        model.generation_config.top_k = 7  # a teacher's own setting, which every student must keep
+        # a teacher's own settings, which every student must keep
+        model.generation_config.do_sample, model.generation_config.top_k = True, 7
         tokenizer = byte_tokenizer()
         data = TextData(
             TextFiles(str(text)),

@@ -49,24 +49,30 @@ def token_nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def lambada(model: Any, tokenizer: Any, items: list[str]) -> tuple[float, float]:
-    """Accuracy and mean negative log-likelihood of the last word."""
-    right, nll = 0, 0.0
+def lambada(model: Any, tokenizer: Any, items: list[str], batch: int = 16) -> tuple[float, float]:
+    """Accuracy and mean negative log-likelihood of the last word; batches of like length, padded on the right."""
+    pairs = []
     for text in items:
         context, _, word = text.rpartition(" ")
-        prompt, target = tokenizer(context).input_ids, tokenizer(" " + word).input_ids
-        ids = torch.tensor([prompt + target])
+        pairs.append((tokenizer(context).input_ids, tokenizer(" " + word).input_ids))
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    right, nll = 0, 0.0
+    for start in range(0, len(pairs), batch):
+        group = pairs[start : start + batch]
+        rows = [torch.tensor(prompt + target) for prompt, target in group]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        goal = torch.tensor(target)
-        right += int((logits.argmax(-1) == goal).all())
-        nll += torch.nn.functional.cross_entropy(logits, goal, reduction="sum").item()
+            logits = model(ids).logits
+        for row, (prompt, target) in zip(logits, group, strict=True):
+            goal, guess = torch.tensor(target), row[len(prompt) - 1 : len(prompt) + len(target) - 1].float()
+            right += int((guess.argmax(-1) == goal).all())
+            nll += torch.nn.functional.cross_entropy(guess, goal, reduction="sum").item()
     return right / len(items), nll / len(items)
 
 
 @torch.no_grad()
 def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, V] of 8 windows at every 4th position."""
+    """Log-probabilities [N, V] of every 4th window at every 4th position."""
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
         return torch.cat(
             [model(part).logits[:, ::4].float().log_softmax(-1).flatten(0, 1) for part in ids[::4].split(2)]
@@ -91,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--items", type=int, default=300)
     arguments = parser.parse_args()
     teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))

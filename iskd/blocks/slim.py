@@ -73,7 +73,7 @@ def sizes(
     dims, family = stack.dims, stack.family
     if (ratio is None) == (kv_groups is None or channels is None):
         raise ValueError(
-            "slim: give either block.ratio, or (with block.ratio=null) both block.kv_groups and block.channels"
+            "slim: give either block.ratio, or both block.kv_groups and block.channels (with block.ratio=null)"
         )
     if ratio is not None:
         if not 0 < ratio <= 1:
