@@ -62,13 +62,18 @@ def main() -> None:
     """Print one table row per block."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/{train,valid}.txt.gz")
-    folder = parser.parse_args().data / "wikitext2"
+    parser.add_argument("--only", default="", help="run the blocks whose name contains this")
+    parser.add_argument("--windows", type=int, default=8, help="windows of WikiText-2 valid that are scored")
+    arguments = parser.parse_args()
+    folder = arguments.data / "wikitext2"
     loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
     fit = windows(loaded.tokenizer, folder / "train.txt.gz", 16, 1_500_000).split(4)
-    valid = windows(loaded.tokenizer, folder / "valid.txt.gz", 8).split(2)
+    valid = windows(loaded.tokenizer, folder / "valid.txt.gz", arguments.windows).split(2)
     goal = log_probabilities(loaded.model, valid)
     print("| block | share | KL before training | fit, s |\n|---|---|---|---|")
     for name, (spec, fitted) in BLOCKS.items():
+        if arguments.only not in name:
+            continue
         student = copy.deepcopy(loaded.model)
         edits = [Replace(layer, spec, seed=layer) for layer in LAYERS]
         old = dict(enumerate(Stack(student).layers))
@@ -80,8 +85,10 @@ def main() -> None:
                 warm_start(student, loaded.model, old, record, edits, fit)
         seconds = time.perf_counter() - start
         share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
-        kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).mean().item()
-        print(f"| {name} | {100 * share:.1f} % | {kl:.3f} | {seconds if fitted else 0:.0f} |", flush=True)
+        kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).view(arguments.windows, -1).mean(1)
+        error = kl.std().item() / len(kl) ** 0.5
+        values = f"{kl.mean().item():.3f} ± {error:.3f}"
+        print(f"| {name} | {100 * share:.1f} % | {values} | {seconds if fitted else 0:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
