@@ -32,7 +32,6 @@ class TextData(L.LightningDataModule):
         seq_len: tokens per window.
         batch_size: windows per micro-batch and process.
         val_tokens: tokens of validation text, spread evenly over the split.
-        calibration_tokens: tokens for importance scores, likewise.
         seed: order of the training windows.
         max_train_tokens: use only the first so many tokens of the training split.
         validation_fraction: share of documents (by hash) for validation, where the source has no file for it.
@@ -51,7 +50,6 @@ class TextData(L.LightningDataModule):
         seq_len: int = 512,
         batch_size: int = 2,
         val_tokens: int = 16384,
-        calibration_tokens: int = 8192,
         seed: int = 0,
         max_train_tokens: int | None = None,
         validation_fraction: float = 0.04,
@@ -61,7 +59,7 @@ class TextData(L.LightningDataModule):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "val_tokens": val_tokens, "calibration_tokens": calibration_tokens}
+        sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
         for key, value in {"seq_len": seq_len, **sizes}.items():
             if value < (2 if key == "seq_len" else 1):
                 raise ValueError(f"data.{key}={value} is too small; seq_len is at least 2, the others at least 1")
@@ -79,7 +77,7 @@ class TextData(L.LightningDataModule):
             )
         self.source, self.tokenizer, self.cache_dir = source, tokenizer, Path(cache_dir).expanduser()
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.val_tokens, self.calibration_tokens = val_tokens, calibration_tokens
+        self.val_tokens = val_tokens
         self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
         self._splitter = Splitter(validation_fraction, calibration_fraction, test_fraction)
         self._shards: Shards | None = None
@@ -126,16 +124,15 @@ class TextData(L.LightningDataModule):
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
         return to_tensor(self._spread("validation", self.val_tokens))
 
-    def calibration(self, tokens: int | None = None) -> list[torch.Tensor]:
-        """Return windows for importance scores, evenly spaced over the calibration split, the same on every rank.
+    def calibration(self, tokens: int) -> list[torch.Tensor]:
+        """Return windows for scores and fits, evenly spaced over the calibration split, the same on every rank.
 
         Args:
-            tokens: how many tokens to take; None takes `calibration_tokens`. At least one window is returned.
+            tokens: how many tokens to take. At least one window is returned.
 
         Returns:
             Batches of [at most batch_size, seq_len] int64.
         """
-        tokens = self.calibration_tokens if tokens is None else tokens
         windows = self._spread("calibration", tokens)
         self._calibrations[tokens] = _sha256(windows)
         return list(to_tensor(windows).split(self.batch_size))
@@ -191,7 +188,6 @@ class TextData(L.LightningDataModule):
         """Return what identifies the data of this run, as plain JSON values."""
         self.prepare()
         assert self._shards is not None
-        self.calibration()
         meta = self._shards.meta
         return {
             "source": meta["source"],

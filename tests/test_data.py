@@ -47,7 +47,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def data(text: Path, **changes: Any) -> TextData:
-    options: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "val_tokens": 160, "calibration_tokens": 96, **changes}
+    options: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "val_tokens": 160, **changes}
     return TextData(TextFiles(str(text)), byte_tokenizer(), cache_dir=text.parent / "cache", **options)
 
 
@@ -161,9 +161,9 @@ def test_default_stage_is_one_pass(text: Path) -> None:
 def test_validation_and_calibration_are_fixed_and_disjoint(text: Path) -> None:
     module = data(text)
     assert module.validation_windows().shape == (10, 16)
-    batches = module.calibration()
+    batches = module.calibration(96)
     assert [tuple(batch.shape) for batch in batches] == [(2, 16)] * 3
-    assert torch.equal(torch.cat(batches), torch.cat(data(text, seed=9).calibration()))
+    assert torch.equal(torch.cat(batches), torch.cat(data(text, seed=9).calibration(96)))
     every = module.windows("calibration")
     assert torch.equal(torch.cat(batches), torch.from_numpy(every[np.arange(6) * len(every) // 6].astype(np.int64)))
     assert len(torch.cat(module.calibration(10**9))) == len(every)
@@ -212,6 +212,7 @@ def test_manifest_is_plain_and_stable(text: Path) -> None:
     assert manifest["separator"] == "eos"
     assert manifest["tokens"]["train"] > manifest["tokens"]["validation"] > 0
     module.calibration(32)
+    module.calibration(96)
     assert module.manifest()["calibration_sha256"].keys() == {"32", "96"}
     assert data(text, val_tokens=32).manifest()["validation_sha256"] != manifest["validation_sha256"]
 

@@ -76,7 +76,6 @@ def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
             seq_len=32,
             batch_size=2,
             val_tokens=512,
-            calibration_tokens=256,
             validation_fraction=0.1,
             calibration_fraction=0.1,
         )
@@ -124,6 +123,8 @@ def test_run_writes_what_users_read(uninterrupted: Result) -> None:
     assert [s.name for s in read_stages(folder)] == names
     for name in ("record.json", "data.json", "environment.json", "metrics.csv", "plan.json", "report.html"):
         assert (folder / name).stat().st_size, name
+    used = json.loads((folder / "data.json").read_text())["calibration_sha256"]
+    assert used.keys() == {"128"}, "the windows that fits saw, and no others"
     plan = json.loads((folder / "plan.json").read_text())
     assert [row["params"] for row in plan] == [stage.params for stage in uninterrupted.stages], (
         "the plan's sizes are exact"
@@ -468,14 +469,6 @@ def test_every_family_runs_exports_and_reloads(family: str, make: Callable[..., 
 
 def test_surviving_adamw_state_is_kept_through_an_edit(make: Callable[..., Parts], tmp_path: Path) -> None:
     seen: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
-
-    class Watch(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            optimizer = trainer.optimizers[0]
-            seen.append(({id(p): state["exp_avg"].clone() for p, state in optimizer.state.items()}, {}))
-
-    class After(CompressionCallback):
-        pass
 
     original = CompressionCallback.on_train_epoch_start
 
