@@ -5,10 +5,16 @@ A model family is one `Family` descriptor; `Stack` reads a model through it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
+
+# the attribute of a model in shards (`iskd.sharding`) that holds its way in
+SHARDED_TRUNK = "iskd_trunk"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Family:
         qkv, out, attn: input projections, output projection and module of the attention.
         fused: how one qkv matrix packs its outputs: "" = three matrices, "thirds" = q | k | v,
             "heads" = (q, k, v) of head 0, of head 1, ...
+        qk_norms: norms of queries and keys, one head wide; a model of the family may lack them.
         ups, down: projections into and out of the MLP's channels.
         mlp_size: the config's key of the MLP width.
         rotary, positions, dropout: rotary embedding, learned positions, embedding dropout (None = has none).
@@ -36,6 +43,7 @@ class Family:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
     fused: str = ""
+    qk_norms: tuple[str, ...] = ()
     ups: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_size: str = "intermediate_size"
@@ -51,10 +59,15 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
+    "qwen3": Family(qk_norms=("self_attn.q_norm", "self_attn.k_norm")),
     "gemma": _LLAMA_LIKE,
     "phi": Family(
-        norm="final_layernorm", out="self_attn.dense", ups=("mlp.fc1",), down="mlp.fc2", dropout="embed_dropout"
+        norm="final_layernorm",
+        out="self_attn.dense",
+        qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ups=("mlp.fc1",),
+        down="mlp.fc2",
+        dropout="embed_dropout",
     ),
     "gpt2": Family(
         base="transformer",
@@ -158,7 +171,9 @@ class Stack:
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, D] and bias [V] (or None) of the output layer."""
+        """Weight [V, D] and bias [V] (or None) of the output layer; whole, also when the model is in shards."""
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head.weight, head.bias
@@ -175,7 +190,15 @@ class Stack:
         return getattr(self.config, "max_position_embeddings", None)
 
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """State after the final norm [B, T, D] for `input_ids` [B, T]: the head's input."""
+        """State after the final norm [B, T, D] for `input_ids` [B, T]: the head's input.
+
+        A model in shards must be entered through its root: there the method is `trunk` with the root's hooks around it.
+        """
+        trunk: Callable[[Tensor, Tensor | None], Tensor] = getattr(self.model, SHARDED_TRUNK, self.trunk)
+        return trunk(input_ids, attention_mask)
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder without its head, called as it is."""
         output: Tensor = self.base(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
@@ -204,6 +227,13 @@ class Stack:
             set_layer_idx(block, index)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's own class, also after `fully_shard` has put its own in front of it."""
+    own = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    assert issubclass(own, nn.Module)
+    return own
+
+
 def set_layer_idx(block: nn.Module, index: int) -> None:
     """Give a block its KV-cache slot. Layers inside a hosted block keep their own numbering."""
     if getattr(block, "hosts_layers", False):
@@ -218,3 +248,38 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Assign the submodule at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
+
+
+def with_submodule(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """A copy of `root` with `module` at a dotted path; every other submodule and parameter is the same object."""
+    twin = copy.copy(root)
+    # a plain copy shares the dicts of submodules and hooks with the original
+    vars(twin).update({key: copy.copy(value) for key, value in vars(root).items() if isinstance(value, dict)})
+    head, _, rest = path.partition(".")
+    setattr(twin, head, with_submodule(root.get_submodule(head), rest, module) if rest else module)
+    return twin
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """Weight of a projection as [out, in]; GPT-2 stores its projections as Conv1D, weight [in, out]."""
+    weight = projection.get_parameter("weight")
+    return weight if isinstance(projection, nn.Linear) else weight.T
+
+
+def qkv_of(attention: nn.Module, stack: Stack) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight [out, in] and bias [out] (or None) of an attention's queries, keys and values, taken apart if fused."""
+    family = stack.family
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for path in family.qkv:
+        projection = attention.get_submodule(path.removeprefix(f"{family.attn}."))
+        found.append((weight_of(projection), getattr(projection, "bias", None)))
+    if not family.fused:
+        return found
+    (weight, bias), width = found[0], stack.dims.head_dim
+
+    def third(values: Tensor, index: int) -> Tensor:
+        if family.fused == "thirds":
+            return values.chunk(3)[index]
+        return values.unflatten(0, (-1, 3, width))[:, index].flatten(0, 1)
+
+    return [(third(weight, index), None if bias is None else third(bias, index)) for index in range(3)]

@@ -1,7 +1,7 @@
-"""How a compact block lives inside a host model: call signature, KV cache, and small decoders of the host's family.
+"""How compact blocks and mixers live inside a host: call signature, mask, KV cache, small decoders of its family.
 
-`HostedBlock` gives a compact block the call signature of the block it replaces, so that block authors see
-`forward(h_BTD, *, mask, positions, cache)` only.
+`HostedBlock` gives a compact block the call signature of the block it replaces and `HostedMixer` a mixer that of the
+attention it replaces, so that their authors see `forward(h_BTD, *, mask, positions, cache)` only.
 """
 
 from __future__ import annotations
@@ -12,12 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from iskd.arch import Dims, Family, family_of
 
 
+class StateLayer(DynamicLayer):
+    """A layer of transformers' cache that holds a state of constant size and counts the tokens that went into it.
+
+    Hosts read length and mask sizes off it as off any growing layer; beam search reorders the state by its first axis.
+    """
+
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state: tuple[Tensor, ...] | None = None
+        self.tokens = 0
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.tokens
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.tokens = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError: a token cannot be taken out of a state again."""
+        if tokens_to_remove:
+            raise ValueError(
+                f"cannot take {abs(tokens_to_remove)} tokens out of the state of a converted layer; "
+                "generate without an assistant, or start with a new cache"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the states of the sequences `beam_idx`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the states of the sequences `indices`."""
+        if self.state is not None:
+            self.state = tuple(part[indices.to(part.device)] for part in self.state)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence's state `repeats` times."""
+        if self.state is not None:
+            self.state = tuple(part.repeat_interleave(repeats, dim=0) for part in self.state)
+
+
 class CacheSlot:
-    """One layer's place in a KV cache, as compact blocks see it."""
+    """One layer's place in a KV cache, as compact blocks and mixers see it.
+
+    A layer uses it in one way: keys and values per token (`past`, `append`), a count (`mark`), or a state of constant
+    size (`state`, `keep`).
+    """
 
     def __init__(self, cache: Any, index: int) -> None:
         self._cache = cache
@@ -44,6 +94,32 @@ class CacheSlot:
         placeholder = h_BTD.new_zeros(h_BTD.shape[0], 1, h_BTD.shape[1], 1)
         self.append(placeholder, placeholder)
 
+    def state(self) -> tuple[Tensor, ...] | None:
+        """What `keep` was given last, each [B, ...], or None before the first call.
+
+        Raises ValueError when the slot cannot hold a state or holds keys and values of another model.
+        """
+        layers = self._cache.layers
+        layer = layers[self._index] if self._index < len(layers) else None
+        if isinstance(layer, StateLayer):
+            return layer.state
+        if layer is not None and (getattr(layer, "is_compileable", False) or layer.get_seq_length()):
+            raise ValueError(
+                f"slot {self._index} of the cache is a {type(layer).__name__} and cannot take the state of a mixer; "
+                "start with an empty cache and use cache_implementation='dynamic'"
+            )
+        return None
+
+    def keep(self, state: tuple[Tensor, ...], *, tokens: int) -> None:
+        """Replace the state by the one after `tokens` more tokens."""
+        layers = self._cache.layers
+        if self._index == len(layers):
+            layers.append(StateLayer())
+        elif not isinstance(layers[self._index], StateLayer):
+            layers[self._index] = StateLayer()
+        layer = layers[self._index]
+        layer.state, layer.tokens = state, layer.tokens + tokens
+
 
 class HostedBlock(nn.Module):
     """Runs a compact block where the host model calls one of its own blocks."""
@@ -67,6 +143,54 @@ class HostedBlock(nn.Module):
             cache=None if cache is None else CacheSlot(cache, self.layer_idx),
         )
         return out
+
+
+class HostedMixer(nn.Module):
+    """Runs a mixer where a block of the host calls its attention."""
+
+    def __init__(self, mixer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.family = family
+        self.layer_idx = 0
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """Translate the block's call: the mixed stream [B, T, D], and no attention weights."""
+        cache = kwargs.get(self.family.cache_key)
+        out: Tensor = self.mixer(
+            hidden_states,
+            mask=kwargs.get("attention_mask"),
+            positions=kwargs.get("position_ids"),
+            cache=None if cache is None else CacheSlot(cache, self.layer_idx),
+        )
+        return out, None
+
+
+def kept(mask: Any, tokens: int) -> Tensor | None:
+    """Which of the last `tokens` tokens are real and not padding, bool [B, tokens]; None = all.
+
+    Read off a host's attention mask: a real token sees itself, padding does not; that holds under a sliding window too.
+
+    Args:
+        mask: None, [B, S] (nonzero = real), or [B, 1, tokens, S], bool (True = sees) or additive (0 = sees), where S
+            counts past and new tokens.
+        tokens: new tokens.
+
+    Raises:
+        ValueError: a mask of any other kind.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"a mixer cannot read the attention mask {shape}; use attn_implementation='sdpa', 'eager' or "
+            "'flash_attention_2'"
+        )
+    if mask.dim() == 2:
+        return mask[:, -tokens:] != 0
+    diagonal = mask[:, 0, :, -tokens:].diagonal(dim1=1, dim2=2)
+    return diagonal if diagonal.dtype == torch.bool else diagonal == 0
 
 
 class InnerCache:

@@ -122,6 +122,15 @@ def block_specs(**sizes: Any) -> dict[str, Spec]:
     return specs
 
 
+def mixer_specs() -> dict[str, Spec]:
+    """The spec of every mixer in conf/mixer; chunks are short, so that tiny windows hold several."""
+    specs = {}
+    for name, values in conf_group("mixer").items():
+        kwargs = {key: value for key, value in values.items() if key not in ("_target_", "defaults")}
+        specs[name] = Spec(values["_target_"], {**kwargs, "chunk": 5})
+    return specs
+
+
 def digest(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers."""
     found = hashlib.sha256()

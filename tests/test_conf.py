@@ -73,7 +73,7 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 
 def test_every_part_has_a_yaml() -> None:
     named = {node["_target_"] for group, option in OPTIONS for node in targets(composed(override(group, option)))}
-    for kind in ("blocks", "importance", "losses", "schedules"):
+    for kind in ("blocks", "mixers", "importance", "losses", "schedules"):
         for file in (CONF.parent / "iskd" / kind).glob("*.py"):
             module = f"iskd.{kind}.{file.stem}"
             shared = file.stem in ("__init__", "base", "chunked", "orders", "layerwise", "slicing")

@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from iskd import surgery
 from iskd.arch import Stack
-from iskd.hosting import HostedBlock
+from iskd.hosting import HostedBlock, HostedMixer
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
-from tests.factories import FAMILIES, block_specs, digest, tiny, windows
+from tests.factories import FAMILIES, block_specs, digest, mixer_specs, tiny, windows
 
 IDENTITY = Spec("iskd.blocks.identity.Identity")
 BOTTLENECK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "zero_up": False})
 SPECS = block_specs()
+MIXER = mixer_specs()["linear_attention"]
 
 
 def edited(model: PreTrainedModel, *edits: Edit) -> PreTrainedModel:
@@ -88,6 +89,26 @@ def test_config_and_cache_slots_are_true_after_every_edit(family: str) -> None:
     assert types is None or len(types) == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_layer_takes_the_slot_of_its_place(family: str) -> None:
+    teacher = tiny(family, layers=6)
+    student = edited(teacher, Convert(4, MIXER), Remove(1), Convert(2, MIXER), Replace(5, BOTTLENECK), Remove(0))
+    assert slots(student) == [{0}, {1}, {2}, {3}]
+    stack = Stack(student)
+    found = [isinstance(block.get_submodule(stack.family.attn), HostedMixer) for block in list(stack.layers)[:3]]
+    assert found == [True, False, True]
+    assert surgery.parameters(edited(teacher, Convert(3, MIXER))) == surgery.parameters(teacher)
+
+
+@pytest.mark.parametrize("second", [BOTTLENECK, IDENTITY])
+def test_a_converted_layer_can_be_replaced(second: Spec) -> None:
+    both, alone = (
+        edited(tiny("llama"), Convert(2, MIXER), Replace(2, second)),
+        edited(tiny("llama"), Replace(2, second)),
+    )
+    assert torch.equal(logits(both), logits(alone))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_every_layer_keeps_its_own_attention_type(family: str) -> None:
     teacher = tiny(family, layers=5, use_sliding_window=True, sliding_window=4, max_window_layers=2)
@@ -106,7 +127,10 @@ def test_every_layer_keeps_its_own_attention_type(family: str) -> None:
     [
         ([Remove(9)], "remove 9: the teacher has layers"),
         ([Remove(1), Remove(1)], "removed by an earlier edit"),
-        ([Remove(1), Convert(2, IDENTITY)], "convert 2"),
+        ([Remove(1), Convert(2, IDENTITY)], "convert 2: iskd.blocks.identity.Identity is no mixer"),
+        ([Convert(0, MIXER), Convert(1, Spec(MIXER.target, {"feature_map": "none"}))], "mixer.feature_map='none'"),
+        ([Replace(1, BOTTLENECK), Convert(1, MIXER)], "convert 1: a compact block without an attention"),
+        ([Convert(1, MIXER), Convert(1, MIXER)], "convert 1: its mixer was converted by an earlier edit"),
         ([Remove(1), Replace(2, Spec("os.path"))], "allow-list"),
         ([Replace(0, IDENTITY), Replace(2, Spec("iskd.blocks.slim.Slim", {"ratio": 2.0}))], "ratio must be in"),
     ],

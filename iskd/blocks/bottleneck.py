@@ -55,8 +55,8 @@ class Bottleneck(nn.Module):
         `heads` sets the query heads (default: the host's divided likewise); `fit_steps` and `ridge` are used by `fit`.
         Raises ValueError when a size does not divide.
         """
-        if layers < 1:
-            raise ValueError(f"block.layers must be at least 1, got {layers}; block=linear has no inner layers")
+        if not 1 <= layers <= 64:
+            raise ValueError(f"block.layers must be between 1 and 64, got {layers}; block=linear has no inner layers")
         return cls(
             small_decoder(stack.config, type(stack.base), dims := inner_dims(stack, reduction, heads), layers),
             stack,

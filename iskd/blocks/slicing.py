@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Family, Stack, set_submodule
+from iskd.arch import Family, Stack, set_submodule, weight_of
 
 
 def unit_size(projection: nn.Module) -> int:
@@ -19,12 +19,6 @@ def unit_size(projection: nn.Module) -> int:
 def transposed(projection: nn.Module) -> bool:
     """GPT-2 stores its projections as Conv1D, weight [in, out]."""
     return not isinstance(projection, nn.Linear)
-
-
-def weight_of(projection: nn.Module) -> Tensor:
-    """Weight as [out, in]."""
-    weight = projection.get_parameter("weight")
-    return weight.T if transposed(projection) else weight
 
 
 def inputs_of(projection: nn.Module) -> int:

@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Family, Stack
+from iskd.arch import Family, Stack, weight_of
 from iskd.blocks.base import FitData, Ridge, fit_error
-from iskd.blocks.slicing import cut, group_width, inputs_of, transposed, unit_size, weight_of
+from iskd.blocks.slicing import cut, group_width, inputs_of, transposed, unit_size
 
 
 class Slim:

@@ -2,7 +2,7 @@
 
 A schedule is a plain class with `next_stage(history) -> Stage | None` (pure: same history, same stage), the attribute
 `floor` (retention below which a healed stage is rolled back, or None) and `scoring` (`never`, `once`, `each`: when the
-callback must fill `history.scores`).
+callback must fill `history.scores`) and `restart_at_edit` (every edit in a fresh process).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from iskd.plan import Edit, Record, Remove, Replace, Spec, Stage
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec, Stage
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Schedule(Protocol):
 
     floor: float | None
     scoring: str
+    restart_at_edit: bool
 
     def next_stage(self, history: History) -> Stage | None:
         """The next stage, or None when the run is complete."""
@@ -60,6 +61,26 @@ class RemoveLayers:
     def make(self, layer: int, seed: int) -> Edit:
         """The edit of one layer."""
         return Remove(layer)
+
+
+@dataclass(frozen=True)
+class ConvertTo:
+    """Edits that exchange a block's attention for a mixer, which starts from the attention's own projections."""
+
+    mixer: Spec
+    fit: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a fit, which would silently do nothing."""
+        if self.fit:
+            raise ValueError("edit.fit=true: mixers have no fit before training; set edit.fit=false")
+
+    def make(self, layer: int, seed: int) -> Edit:
+        """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
+        return Convert(layer, self.mixer, seed=seed * 10_007 + layer)
+
+
+EditKind = ReplaceWith | RemoveLayers | ConvertTo
 
 
 def check_floor(floor: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from iskd.plan import Stage, describe
-from iskd.schedules.base import History, RemoveLayers, ReplaceWith, check_floor, check_layers
+from iskd.schedules.base import EditKind, History, check_floor, check_layers
 from iskd.schedules.orders import NAMES, first_available, ordered
 
 
@@ -23,13 +23,15 @@ class LayerSchedule:
         protect: layers that are never edited.
         rescore: with `order=importance`, score again before every stage.
         floor: retention below which a healed stage is rolled back and the run ends.
+        restart_at_edit: save, end the process and carry out the edit in a fresh one (for trainer=fsdp on a torch whose
+            private state iskd does not know, and for anything that must not be changed while it runs).
         train, lr, lr_new: what trains, at which rates (see `iskd.plan.Stage`).
         seed: seed of fresh weights.
     """
 
     def __init__(
         self,
-        edit: ReplaceWith | RemoveLayers,
+        edit: EditKind,
         *,
         count: int | None = None,
         per_stage: int | None = 1,
@@ -40,6 +42,7 @@ class LayerSchedule:
         protect: Sequence[int] = (),
         rescore: bool = False,
         floor: float | None = None,
+        restart_at_edit: bool = False,
         train: str = "all",
         lr: float = 1e-4,
         lr_new: float = 3e-4,
@@ -65,6 +68,7 @@ class LayerSchedule:
             tokens,
             final_share,
         )
+        self.restart_at_edit = restart_at_edit
         self.order, self.layers, self.protect, self.seed = order, layers, tuple(protect), seed
         self.train, self.lr, self.lr_new, self.floor = train, lr, lr_new, check_floor(floor)
         self.scoring = "never" if layers is not None or order != "importance" else ("each" if rescore else "once")

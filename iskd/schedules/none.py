@@ -15,6 +15,7 @@ class NoEdits:
         self.tokens, self.train, self.lr = tokens, train, lr
         self.floor: float | None = None
         self.scoring = "never"
+        self.restart_at_edit = False
 
     def next_stage(self, history: History) -> Stage | None:
         """The single stage; None afterwards."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.base import EditKind
 from iskd.schedules.layerwise import LayerSchedule
 
 
 class Oneshot(LayerSchedule):
     """Every edit in one stage; the other arguments as in `LayerSchedule`."""
 
-    def __init__(self, edit: ReplaceWith | RemoveLayers, **settings: Any) -> None:
+    def __init__(self, edit: EditKind, **settings: Any) -> None:
         super().__init__(edit, per_stage=None, **settings)
