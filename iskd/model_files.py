@@ -6,8 +6,12 @@ Only safetensors count as weights: a pickle can run code while it is read.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from pathlib import Path
+
+from iskd.plan import read_json
+
+_SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
 def file_sha256(path: Path) -> str:
@@ -26,7 +30,12 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    data = read_json(index)
+    shards = (
+        list(data["weight_map"].values()) if isinstance(data, dict) and isinstance(data.get("weight_map"), dict) else []
+    )
+    if not shards or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in shards):
+        raise ValueError(f"{index} must map tensors to files beside it that end in .safetensors: save the model again")
     return [directory / name for name in sorted(set(shards))]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iskd.plan import MAX_LAYERS, read_json
 from iskd.table import teacher_of
 from iskd.tracking import NOT_LOSSES, STAGES_FILE, X_AXIS, StageResult, read_stages
 
@@ -31,8 +31,9 @@ class RunFiles:
     @property
     def num_layers(self) -> int:
         """The teacher's layers: from the record, else the highest layer that any stage names."""
-        if isinstance(self.record, dict) and isinstance(self.record.get("num_layers"), int):
-            return int(self.record["num_layers"])
+        count = self.record.get("num_layers") if isinstance(self.record, dict) else None
+        if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MAX_LAYERS:
+            return count
         named = [edit["layer"] for stage in self.stages for edit in stage.edits]
         named += [int(layer) for stage in self.stages for layer in stage.scores or {}]
         return max(named, default=-1) + 1
@@ -75,8 +76,8 @@ def _text(path: Path, run: RunFiles) -> str | None:
 def _json(path: Path, run: RunFiles) -> Any:
     text = _text(path, run)
     try:
-        return None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
+        return None if text is None else read_json(path)
+    except ValueError as error:
         run.notes.append(f"{path.name} is not valid JSON: {error}")
         return None
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from iskd.corpus import Source
 from iskd.model_files import file_sha256
+from iskd.plan import MAX_NUMBER, read_json
 from iskd.splits import SPLITS, Splitter
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.integer[Any]]
 
 _VERSION = 1
+_DTYPES = ("<u2", "<u4")  # never what a file says beyond these: numpy's "O" would be pointers
 _BATCH_DOCUMENTS = 256
 _log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ def open_shards(source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Sp
     if not (folder / "meta.json").is_file():
         _log.info("tokenizing %r into %s", source, folder)
         _build(recipe, source, tokenizer, splitter, folder)
-    shards = Shards(folder, _read_meta(folder))
+    shards = Shards(folder, _read_meta(folder, recipe))
     _check(shards)
     return shards
 
@@ -190,29 +192,68 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     return list(encoded["input_ids"])
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_meta(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What `meta.json` says, its types checked, so that nothing outside of `folder` is named by it.
+
+    Raises:
+        ValueError: it is damaged, or was made by another recipe than the one that the folder is named after.
+    """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return {**meta, "splits": {split: meta["splits"][split] for split in SPLITS}}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        meta = read_json(folder / "meta.json")
+        other = [key for key, value in recipe.items() if meta[key] != value]
+        if other:
+            raise ValueError(f"its {other[0]} is that of other shards")
+        if meta["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {meta['dtype']!r:.80}")
+        counts = {"max_id": _count(meta, "max_id", low=-1), "dropped": _count(meta, "dropped")}
+        splits = {split: _split_entry(meta["splits"][split], split) for split in SPLITS}
+        known = {key: meta[key] for key in (*recipe, "separator", "separator_id", "dtype")}
+        if not isinstance(known["separator"], str):
+            raise ValueError(f"separator must be text, got {known['separator']!r:.80}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); delete the folder {folder}") from error
+    return {**known, **counts, "splits": splits}
+
+
+def _split_entry(entry: Any, split: str) -> dict[str, Any]:
+    if entry["file"] != f"{split}.bin":
+        raise ValueError(f"the file of split {split} must be {split}.bin, got {entry['file']!r:.80}")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError(f"sha256 of split {split} must be text, got {entry['sha256']!r:.80}")
+    counts = {key: _count(entry, key) for key in ("tokens", "documents")}
+    return {"file": f"{split}.bin", "sha256": entry["sha256"], **counts}
+
+
+def _count(values: Any, key: str, low: int = 0) -> int:
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
+        raise ValueError(f"{key} must be an integer from {low} to {MAX_NUMBER}, got {value!r:.80}")
+    return value
 
 
 def _check(shards: Shards) -> None:
-    width = np.dtype(shards.meta["dtype"]).itemsize
+    dtype, largest = np.dtype(shards.meta["dtype"]), shards.meta["max_id"]
+    fix = f"delete the folder {shards.folder} and run again"
     for entry in shards.meta["splits"].values():
-        path, expected = shards.folder / entry["file"], entry["tokens"] * width
-        fix = f"delete the folder {shards.folder} and run again"
-        if not path.is_file():
-            raise ValueError(f"shard {path} is missing; {fix}")
+        path, expected = shards.folder / entry["file"], entry["tokens"] * dtype.itemsize
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"shard {path} is missing or no plain file; {fix}")
         stat = path.stat()
         if stat.st_size != expected:
             raise ValueError(f"shard {path} has {stat.st_size} bytes, not {expected}; {fix}")
         if _sha256_once(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
             raise ValueError(f"shard {path} does not have the SHA-256 that was written; {fix}")
+        if expected and (found := _max_once(path, dtype, stat.st_size, stat.st_mtime_ns)) > largest:
+            raise ValueError(f"shard {path} holds the token {found}, above the max_id={largest} of meta.json; {fix}")
 
 
 @cache
 def _sha256_once(path: Path, size: int, mtime_ns: int) -> str:
     """Hash a file once per process; the size and the time of change make the answer stale when it is rewritten."""
     return file_sha256(path)
+
+
+@cache
+def _max_once(path: Path, dtype: np.dtype[Any], size: int, mtime_ns: int) -> int:
+    """Largest token of a file, once per process: one beyond the model's vocabulary would stop the run in its midst."""
+    return int(np.memmap(path, dtype=dtype, mode="r").max())

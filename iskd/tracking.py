@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from iskd.plan import MAX_LAYERS, MAX_NUMBER, read_json
+
 X_AXIS = "tokens"
 STAGES_FILE = "stages.json"
 
@@ -112,10 +114,12 @@ class StageResult:
         if not isinstance(data, Mapping):
             raise ValueError(f"a stage is a JSON object with keys such as index and name, got {data!r:.80}")
         known = [f.name for f in fields(cls)]
-        where = f"stage {data.get('index', '?')}"
+        where = f"stage {data.get('index', '?')!r:.20}"
         unknown = sorted(set(data) - set(known))
         if unknown:
-            raise ValueError(f"{where} has unknown keys {unknown}; known keys are {known}: remove or rename them")
+            raise ValueError(
+                f"{where} has unknown keys {unknown!r:.200}; known keys are {known}: remove or rename them"
+            )
         # A key may be left out exactly when the dataclass has a default for it.
         missing = [key for key in _REQUIRED if key not in data]
         if missing:
@@ -143,6 +147,8 @@ def _number(value: Any, where: str) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: expected a number, got {value!r:.80}")
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise ValueError(f"{where}: expected a number of at most 19 digits, got {value!r:.80}")
     return float(value)
 
 
@@ -154,15 +160,18 @@ def _numbers(value: Any, where: str) -> dict[str, float]:
 
 def _edit(value: Any, where: str) -> dict[str, Any]:
     layer = value.get("layer") if isinstance(value, Mapping) else None
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or value.get("op") not in _OPS:
-        raise ValueError(f"{where}: an edit has 'op' in {_OPS} and 'layer', an integer from 0, got {value!r:.80}")
+    plain = isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < MAX_LAYERS
+    if not plain or value.get("op") not in _OPS:
+        raise ValueError(
+            f"{where}: an edit has 'op' in {_OPS} and 'layer', an integer in 0..{MAX_LAYERS - 1}, got {value!r:.80}"
+        )
     return dict(value)
 
 
 def _read(key: str, value: Any, where: str) -> Any:
     if key in _INTS:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{where}: expected an integer >= 0, got {value!r:.80}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
+            raise ValueError(f"{where}: expected an integer in 0..{MAX_NUMBER}, got {value!r:.80}")
         return value
     if key in _NUMBERS:
         return _number(value, where)
@@ -177,25 +186,29 @@ def _read(key: str, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected one of {_STATUSES}, got {value!r:.80}")
         return value
     if key == "name":
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: expected text, got {value!r:.80}")
-        return value
+        return _text(value, where)
     if not isinstance(value, list):
         raise ValueError(f"{where}: expected a list, got {value!r:.80}")
-    return [_edit(item, where) for item in value] if key == "edits" else [str(item) for item in value]
+    return [(_edit if key == "edits" else _text)(item, where) for item in value]
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected text, got {value!r:.80}")
+    return value
 
 
 def _before(value: Any, where: str) -> dict[str, float]:
     numbers = _numbers(value, where)
     if set(numbers) - set(QUALITY):
-        raise ValueError(f"{where}: expected keys among {QUALITY}, got {sorted(numbers)}")
+        raise ValueError(f"{where}: expected keys among {QUALITY}, got {sorted(numbers)!r:.80}")
     return numbers
 
 
 def _scores(value: Any, where: str) -> dict[str, float]:
     numbers = _numbers(value, where)
-    if not all(key.isdecimal() for key in numbers):
-        raise ValueError(f"{where}: expected layers as keys ('0', '1', ...), got {sorted(numbers)}")
+    if not all(key.isascii() and key.isdecimal() and len(key) < 5 for key in numbers):
+        raise ValueError(f"{where}: expected layers as keys ('0', '1', ...), got {sorted(numbers)!r:.80}")
     return numbers
 
 
@@ -231,10 +244,7 @@ def read_stages(run_dir: Path) -> list[StageResult]:
         ValueError: The file is not a JSON list of stage results, or two stages share an index.
     """
     path = Path(run_dir) / STAGES_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it, or delete it to report without it") from None
+    data = read_json(path)
     if not isinstance(data, list):
         raise ValueError(f"{path} must hold a list of stages, got {type(data).__name__}")
     try:
@@ -243,5 +253,5 @@ def read_stages(run_dir: Path) -> list[StageResult]:
         raise ValueError(f"{path}: {error}") from None
     indices = [result.index for result in results]
     if len(set(indices)) != len(indices):
-        raise ValueError(f"{path}: stage indices must differ, got {indices}")
+        raise ValueError(f"{path}: stage indices must differ, got {indices!r:.200}")
     return sorted(results, key=lambda result: result.index)

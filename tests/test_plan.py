@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from iskd.plan import (
     Stage,
     describe,
     edit_from_json,
+    read_json,
     record_from_json,
     spec_from_json,
     stage_from_json,
@@ -68,7 +73,24 @@ REPLACE = to_json(Replace(1, SPEC))
         (REPLACE | {"block": {"target": "a", "kwargs": [1]}}, "kwargs an object"),
         (REPLACE | {"block": {"target": "a", "code": "x"}}, "Spec: unknown key 'code'"),
         ({"op": "remove", "layer": 9}, "remove 9: the teacher has layers 0..3"),
-        ({"op": "remove", "layer": -1}, "remove -1: the teacher has layers 0..3"),
+        ({"op": "remove", "layer": -1}, "remove: layer must be between 0 and 9999, got -1"),
+        ({"op": "remove", "layer": 10**40}, "remove: layer must be between 0 and 9999, got 10000"),
+        (REPLACE | {"seed": -1}, "replace: seed must be between 0 and 9223372036854775807, got -1"),
+        (REPLACE | {"seed": 2**63}, "replace: seed must be between 0 and"),
+        *[
+            (REPLACE | {"block": {"target": "iskd.blocks.slim.Slim", "kwargs": {"a": [bad]}}}, f"Spec .*{message}")
+            for bad, message in (
+                (10**9, "must be between -1000000 and 1000000, got 1000000000"),
+                (-(10**400), "must be between"),
+                (math.nan, "must be between .* got nan"),
+                (math.inf, "must be between .* got inf"),
+                ("x" * 10_001, "a string of at most 10000 characters"),
+                ({"k" * 257: 0}, "a string of at most 256 characters"),
+                ([0] * 1_001, "more than 1000 values"),
+                ((1,), "plain JSON"),
+            )
+        ],
+        (REPLACE | {"block": {"target": "iskd.blocks." + "x" * 300}}, "target must be a string of at most 256"),
     ],
 )
 def test_an_edit_that_says_anything_else_is_refused(data: Any, message: str) -> None:
@@ -82,10 +104,8 @@ def test_an_edit_that_says_anything_else_is_refused(data: Any, message: str) -> 
         ([], "Record: expected an object, got list"),
         ({}, "Record: key 'num_layers' is missing"),
         ({"num_layers": 4, "layers": [0]}, "Record: unknown key 'layers'"),
-        *[
-            ({"num_layers": bad}, "num_layers must be between 1 and 10000")
-            for bad in (0, -1, True, 10**9, 2.0, "4", None)
-        ],
+        *[({"num_layers": bad}, "num_layers must be between 1 and 10000") for bad in (0, -1, 10**9, 10**12)],
+        *[({"num_layers": bad}, "num_layers must be an integer") for bad in (True, 2.0, "4", None, math.nan)],
         ({"num_layers": 4, "edits": {}}, "Record: edits must be a list"),
         ({"num_layers": 4, "edits": None}, "Record: edits must be a list"),
         ({"num_layers": 4, "edits": [{"op": "remove", "layer": 1}] * 2}, "removed by an earlier edit"),
@@ -201,3 +221,93 @@ def test_layers_keep_their_number_across_gaps() -> None:
 def test_descriptions_group_by_operation() -> None:
     assert describe([Replace(3, SPEC), Remove(7), Replace(5, SPEC)]) == "replace 3, 5; remove 7"
     assert describe([]) == "heal"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": None}, "name must be a string"),
+        ({"name": "a", "edits": {"op": "remove"}}, "Stage 'a': edits must be a list"),
+        ({"name": "a", "tokens": -1}, "tokens must be between 0 and"),
+        ({"name": "a", "tokens": 1.5}, "tokens must be an integer, got 1.5"),
+        ({"name": "a", "tokens": True}, "tokens must be an integer, got True"),
+        ({"name": "a", "tokens": math.inf}, "tokens must be an integer, got inf"),
+        ({"name": "a", "lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+        ({"name": "a", "lr": -1e-3}, "lr must be a finite number >= 0, got -0.001"),
+        ({"name": "a", "lr": 10**400}, "lr must be a finite number"),
+        ({"name": "a", "lr_new": "1e-4"}, "lr_new must be a finite number >= 0, got '1e-4'"),
+        ({"name": "a", "fit": 1}, "fit must be true or false, got 1"),
+        ({"name": "a", "train": ["all"]}, "train must be a string"),
+        ({"name": "a", "train": "(["}, "neither all/edited/new/adjacent nor a regular expression"),
+        ({"name": "a", "train": "(" * 250}, "nor a regular expression"),
+        ({"name": "a", "train": "a{99999999999999999999}"}, "nor a regular expression"),
+    ],
+)
+def test_a_stage_that_says_anything_else_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_from_json(data)
+
+
+def test_a_budget_may_be_written_as_a_whole_float() -> None:
+    tokens = stage_from_json({"name": "a", "tokens": 1e6}).tokens
+    assert tokens == 1_000_000
+    assert isinstance(tokens, int)
+
+
+NAME = "model.layers.10.self_attn.inner_projection_of_a_block.weight"
+
+
+@pytest.mark.parametrize(
+    "slow", ["(a+)+$", "(.*)*x", "(.|.)" * 40 + "x", ".*" * 9 + "x", ".?" * 60 + "x", r"(\w|\.){2,90}x"]
+)
+def test_an_expression_that_takes_for_ever_is_refused(slow: str) -> None:
+    with pytest.raises(ValueError, match="could take hours to match"):
+        stage_from_json({"name": "a", "train": slow})
+
+
+@pytest.mark.parametrize(
+    "train",
+    ["all", r"layers\.(3|5|17)\.", r".*mlp.*(gate|up).*weight", "norm|bias", r"(?:q|k)_proj\.weight$", "[(*+{|]"],
+)
+def test_an_expression_that_ends_soon_is_taken(train: str) -> None:
+    assert stage_from_json({"name": "a", "train": train}).train == train
+    started = time.perf_counter()
+    re.search(train, NAME)
+    assert time.perf_counter() - started < 0.1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[" * 40 + b"]" * 40, "nested deeper than 32 levels"),
+        (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
+        (b'{"a": ', "is not valid JSON"),
+        (b'"\xff"', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"9" * 5000, "is not valid JSON"),
+        (b" " * 101, "more than the 100"),
+    ],
+)
+def test_json_that_nobody_wrote_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_json(file, max_bytes=100 if message.startswith("more") else 1_000_000)
+
+
+def test_json_is_read_from_plain_files_only(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [1, NaN]}')
+    assert read_json(tmp_path / "a.json")["a"][0] == 1
+    with pytest.raises(ValueError, match="not a plain file"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "b.json")
+
+
+def test_the_longest_legal_record_is_read_at_once() -> None:
+    layers = range(plan.MAX_LAYERS)
+    edits = [to_json(Replace(layer, SPEC)) for layer in layers] + [to_json(Remove(layer)) for layer in layers[1:]]
+    started = time.perf_counter()
+    assert record_from_json({"num_layers": len(layers), "edits": edits}).layers == (0,)
+    assert time.perf_counter() - started < 5

@@ -327,3 +327,47 @@ def test_damage_is_named_with_the_fix(tmp_path: Path, damage: Callable[[Path], A
     with pytest.raises(ValueError, match=message) as caught:
         open_shards(NUMBERED, byte_tokenizer(), Splitter(), tmp_path)
     assert f"delete the folder {folder}" in str(caught.value)
+
+
+def forge(folder: Path, **changes: Any) -> None:
+    """Rewrite meta.json; a key may lead into the train split with a leading `train_`."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for key, value in changes.items():
+        place = meta["splits"]["train"] if key.startswith("train_") else meta
+        place[key.removeprefix("train_")] = value
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_file": "../../x"}, r"the file of split train must be train\.bin, got '../../x'"),
+        ({"train_file": "validation.bin"}, "the file of split train must be"),
+        ({"dtype": "O"}, "dtype must be one of .* got 'O'"),
+        ({"dtype": ["<u2"]}, "dtype must be one of"),
+        ({"train_tokens": -2}, "tokens must be an integer from 0"),
+        ({"train_tokens": 10**12}, "has .* bytes, not 2000000000000"),
+        ({"train_tokens": True}, "tokens must be an integer"),
+        ({"train_documents": 1.0}, "documents must be an integer"),
+        ({"train_sha256": None}, "sha256 of split train must be text"),
+        ({"max_id": 99}, "holds the token 256, above the max_id=99"),
+        ({"max_id": None}, "max_id must be an integer"),
+        ({"tokenizer": "another"}, "its tokenizer is that of other shards"),
+        ({"splits": []}, "is damaged"),
+        ({"separator": 3}, "separator must be text"),
+    ],
+)
+def test_a_forged_meta_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = open_shards(NUMBERED, byte_tokenizer(), Splitter(), tmp_path).folder
+    forge(folder, **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_shards(NUMBERED, byte_tokenizer(), Splitter(), tmp_path)
+    assert f"delete the folder {folder}" in str(caught.value)
+
+
+def test_a_shard_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    folder = open_shards(NUMBERED, byte_tokenizer(), Splitter(), tmp_path).folder
+    (folder / "train.bin").rename(tmp_path / "elsewhere.bin")
+    (folder / "train.bin").symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(ValueError, match="is missing or no plain file"):
+        open_shards(NUMBERED, byte_tokenizer(), Splitter(), tmp_path)
