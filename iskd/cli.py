@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iskd.allocator import tune
@@ -13,19 +14,24 @@ from iskd.allocator import tune
 tune()  # before torch is imported below
 
 import hydra  # noqa: E402
+from hydra.conf import HydraConf  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 _HERE = Path(__file__).parent
 # processes that a multi-process run starts get the arguments without the command's name, but the environment
 _COMMAND = "ISKD_COMMAND"
+AUTO = "auto"
+# a launcher preset can set variables of its jobs but no key of the config; a resume= on the command line comes first
+_RESUME = "ISKD_RESUME"
 CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
-    """Command-line overrides; a resumed run gets its own folder as Hydra's run directory."""
+    """Command-line overrides; a resumed run gets its own folder as Hydra's run directory (`auto` stays in Hydra's)."""
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
-    if not folders or folders[-1] in ("", "null"):
+    if not folders or folders[-1] in ("", "null", AUTO):
         return list(argv)
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
 
@@ -34,15 +40,69 @@ def arguments(argv: Sequence[str]) -> list[str]:
 def train(config: DictConfig) -> float:
     """Compose, build, run; the last perplexity is what a sweep minimises."""
     from iskd import build
-    from iskd.run import run
+    from iskd.preemption import Preempted
+    from iskd.ranks import global_rank
+    from iskd.run import StartAgain, run
 
     # Lightning's start-up notes say nothing about a compression run and bury what does
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    hydra_config = HydraConfig.get()
+    environment, hydra_config = dict(os.environ), HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    config.resume = resume_folder(config.resume, run_dir, hydra_config)
     if config.resume is not None:
         config = build.resumed(config, hydra_config.overrides.task)
-    return run(build.parts(config, Path(hydra_config.runtime.output_dir))).final.ppl
+    try:
+        return run(build.parts(config, run_dir)).final.ppl
+    except (Preempted, StartAgain) as stop:
+        if global_rank() == 0:  # Python prints nothing for an exit with a code
+            print(stop.message, file=sys.stderr)
+        if isinstance(stop, Preempted) or several(environment):
+            raise
+    return go_on(run_dir, hydra_config, environment)
+
+
+def several(environment: Mapping[str, str]) -> bool:
+    """Whether something else started this process as one of several, and has to start them again."""
+    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
+
+
+def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> float:
+    """Continue the run of this job in a fresh process: in the place of this one, or under it in a sweep.
+
+    Returns the last perplexity, in a sweep.
+    """
+    given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]
+    command = [sys.executable, sys.argv[0], *given, f"resume={run_dir}"]
+    if hydra_config.mode != RunMode.MULTIRUN:
+        os.execve(sys.executable, command, dict(environment))
+    code = subprocess.run(command, env=dict(environment)).returncode
+    if code:
+        raise SystemExit(code)
+    from iskd.tracking import read_stages
+
+    return [stage.ppl for stage in read_stages(run_dir) if stage.status == "kept"][-1]
+
+
+def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> str | None:
+    """The folder to continue, or None to start a run; `auto` continues the run in Hydra's output directory, if any.
+
+    A batch system starts a job again with the arguments it had; `auto` makes these mean start the first time and
+    continue afterwards. A run that died before its config was saved starts again.
+    Raises ValueError when `auto` could never find anything.
+    """
+    from iskd.build import SAVED
+
+    asked = asked or os.environ.get(_RESUME) or None
+    if asked != AUTO:
+        return asked
+    named_after_time = "${now" in str(OmegaConf.to_container(hydra_config.run, resolve=False))
+    if hydra_config.mode != RunMode.MULTIRUN and named_after_time:
+        raise ValueError(
+            "resume=auto continues the run in hydra.run.dir, but that folder is named after the time and new at every "
+            "start: set hydra.run.dir=DIR (or, for a launcher preset, add -m)"
+        )
+    return str(run_dir) if (run_dir / SAVED).is_file() else None
 
 
 def report() -> None:
