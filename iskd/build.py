@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.arch import Stack
@@ -17,13 +18,22 @@ from iskd.corpus import TextFiles
 from iskd.data import TextData
 from iskd.losses.base import Terms
 from iskd.options import RunOptions
-from iskd.plan import Spec
+from iskd.plan import Spec, allowed
+from iskd.ranks import global_rank
 from iskd.run import Parts
 from iskd.teachers import load_teacher
 
 SAVED = "config.yaml"
+_OURS = ("iskd.", "lightning.pytorch.loggers.")
 # what may differ when a run is continued: nothing that changes its numbers
 _FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra")
+# what a resumed run may change: how its batches lie over processes (`RunState.take_up` says where), and its upkeep
+_LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
+_CHANGES = (
+    *(f"trainer.{key}" for key in _LAYOUT),
+    *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
+    "schedule.restart_at_edit",
+)
 
 
 def plain(config: Any) -> Any:
@@ -52,13 +62,12 @@ def parts(config: DictConfig, run_dir: Path) -> Parts:
     teacher = load_teacher(part(config.model))
     stack = Stack(teacher.model)
     data = _data(config, teacher.tokenizer, stack)
-    edit = part(config.edit, block=spec(config.block)) if "fit" in config.edit else part(config.edit)
-    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": edit, "seed": config.seed}
+    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
     schedule = part(config.schedule, **runtime)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
-    if not resuming and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        OmegaConf.save(OmegaConf.create(plain(config)), run_dir / SAVED)
+    if not resuming and global_rank() == 0:
+        _save_config(config, run_dir)
     return Parts(
         teacher=teacher,
         data=data,
@@ -77,13 +86,26 @@ def parts(config: DictConfig, run_dir: Path) -> Parts:
     )
 
 
+def _edit(config: DictConfig) -> Any:
+    """What is done to a layer, with the block or mixer that it asks for as data."""
+    asked = inspect.signature(get_class(config.edit._target_)).parameters
+    return part(config.edit, **{key: spec(config[key]) for key in ("block", "mixer") if key in asked})
+
+
 def _claim(run_dir: Path, resuming: bool) -> None:
     """A directory belongs to one run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resuming and (run_dir / SAVED).exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if not resuming and (run_dir / SAVED).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
         )
+
+
+def _save_config(config: DictConfig, run_dir: Path) -> None:
+    """Whole or not at all: with resume=auto other ranks, and the next start of the job, look for this file."""
+    draft = run_dir / f".{SAVED}.draft"
+    OmegaConf.save(OmegaConf.create(plain(config)), draft)
+    os.replace(draft, run_dir / SAVED)
 
 
 def _data(config: DictConfig, tokenizer: Any, stack: Stack) -> TextData:
@@ -162,9 +184,17 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise ValueError(f"resume={run_dir}: no {SAVED} in there, so it is not the folder of a run")
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
+    _refuse_foreign(saved, config, saved_file)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in _FREE or key in _FREE:
+            continue
+        if key == "trainer":  # another preset: its layout counts, its precision must be the same
+            for name in _LAYOUT:
+                saved.trainer.pop(name, None)
+            saved.trainer.update({name: config.trainer[name] for name in _LAYOUT if name in config.trainer})
+        if key in _CHANGES:
+            OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
         before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
         if plain(before) != plain(now):
@@ -179,11 +209,38 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return saved
 
 
+def _refuse_foreign(saved: DictConfig, config: DictConfig, file: Path) -> None:
+    """The folder of a run may come from anywhere, and Hydra would import and call whatever its config names.
+
+    Accepted are classes of this package and of packages allowed in code, and what this command line names itself.
+    """
+    own = set(_targets(plain(config)))
+    for target in set(_targets(plain(saved))) - own:
+        found = get_object(target) if str(target).startswith((*_OURS, *allowed())) else None
+        if not isinstance(found, type) or not f"{found.__module__}.".startswith((*_OURS, *allowed())):
+            raise ValueError(
+                f"{file} names {target!r:.80}, which is no part of iskd; if you trust it, name it on the command line "
+                "too, or call iskd.plan.allow('its.package.')"
+            )
+    if OmegaConf.select(saved, "model.trust_remote_code") and not OmegaConf.select(config, "model.trust_remote_code"):
+        raise ValueError(
+            f"{file} would run code that comes with the teacher; if you trust it, add model.trust_remote_code=true"
+        )
+
+
+def _targets(values: Any) -> Iterator[Any]:
+    """Every `_target_` in nested containers."""
+    if isinstance(values, dict):
+        yield from (value for key, value in values.items() if key == "_target_")
+    for item in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from _targets(item)
+
+
 def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:
     """A preset is no key of the config: compare what it sets."""
     before, now = _flat(plain(saved)), _flat(plain(config))
     for key in sorted(before.keys() | now.keys()):
-        free = key in _FREE or key.split(".")[0] in _FREE
+        free = key in _FREE or key.split(".")[0] in _FREE or key in _CHANGES
         if not free and before.get(key) != now.get(key):
             raise ValueError(
                 f"resume continues a run as it was, but the preset sets {key} to {now.get(key)!r} and it is "

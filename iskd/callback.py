@@ -8,7 +8,6 @@ counters.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +20,30 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd import checkpoint, surgery
-from iskd.arch import Stack
+from iskd import checkpoint, sharding, surgery
 from iskd.data import TextData
-from iskd.distributed import check_strategy, from_all_ranks, from_rank_zero, rewrap
-from iskd.fit import warm_start
-from iskd.module import DistillModule, NonFiniteError
-from iskd.movement import MovementCheck
-from iskd.optim import check_partition, new_parameters, regroup
+from iskd.distributed import Ranks, rewrap
+from iskd.editing import carry_out, start_over
+from iskd.faults import NonFiniteError, advice, is_out_of_memory
+from iskd.importance.base import by_layer
+from iskd.module import DistillModule
+from iskd.movement import MovementCheck, require_moved
+from iskd.optim import (
+    check_partition,
+    load_optimizer_tensors,
+    make_optimizer,
+    new_parameters,
+    optimizer_tensors,
+    regroup,
+)
 from iskd.options import RunOptions
-from iskd.plan import Record, Stage, stage_from_json, to_json
-from iskd.planning import forecast, plan_rows, planned_steps, print_plan, probe, stage_steps
+from iskd.plan import Stage, stage_from_json, to_json
+from iskd.planning import announce, forecast, planned_steps, stage_steps
+from iskd.preemption import StopSignals
 from iskd.schedules.base import History, Schedule
 from iskd.state import RunState, Status
 from iskd.tracking import QUALITY, log_row, write_stages
+from iskd.watchdog import Watchdog
 
 Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
 _log = logging.getLogger(__name__)
@@ -68,35 +77,54 @@ class CompressionCallback(Callback):
             )
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
-        self._movement = MovementCheck()
+        self.signals = StopSignals()
+        self.preempted = self.restarting = False
+        self._ranks, self._watchdog = Ranks(), Watchdog(Ranks(), "")
+        self._movement = MovementCheck(options.movement_steps)
         self._steps = 0  # optimizer steps in this stage
         self._clock = time.perf_counter()
         self._training_since = (self._clock, 0)
         self._train_speed: float | None = None
         self._boundary: Path | None = None
+        self._carried: dict[str, Tensor] | None = None  # optimizer state after an edit that was made before the fit
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps of the whole run so far."""
         return self.state.steps + self._steps
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the process ends here although the run is not complete."""
+        return self.preempted or self.restarting
+
     # ---- start ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """With `schedule.restart_at_edit`: carry out a pending edit before the strategy wraps anything."""
+        state, module = self.state, cast(DistillModule, pl_module)
+        if not self.schedule.restart_at_edit or self.resume_from is None or state.stage is None or state.edited:
+            return
+        for model in (module.student, module.teacher):
+            nn.Module.to(model, trainer.strategy.root_device)
+        optimizer = make_optimizer(module.optim)
+        regroup(optimizer, module.student, state.record, module.stage)
+        checkpoint.restore(self.resume_from, module.student, optimizer, rng=False)
+        self._carry_out(trainer, module, optimizer)
+        sharding.from_first_rank(module.student)
+        self._carried = dict(optimizer_tensors(optimizer, module.student))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the teacher and decide the first stage, or take up a resumed run."""
-        module = cast(DistillModule, pl_module)
-        check_strategy(trainer.strategy)
+        module, state = cast(DistillModule, pl_module), self.state
+        self.signals.install()
+        self._ranks = module.ranks = Ranks(trainer)
+        module.stop_wanted = lambda: self.signals.received is not None
+        self._watchdog = Watchdog(self._ranks, f"Continue with resume={self.run_dir}")
+        self._watchdog.start()
         module.place_teacher()
-        state = self.state
         if self.resume_from is not None:
-            state.check_identity(self._identity(trainer))
-            optimizer = trainer.optimizers[0]
-            regroup(optimizer, module.student, state.record, module.stage)
-            checkpoint.restore(self.resume_from, module.student, optimizer, trainer.global_rank)
-            rewrap(trainer.strategy)  # what trains may differ from what the strategy wrapped at start-up
-            if self.schedule.floor is not None:
-                self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
-            self._begin(trainer, module)
+            self._take_up(trainer, module, self.resume_from)
             return
         state.identity = self._identity(trainer)
         state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
@@ -105,7 +133,10 @@ class CompressionCallback(Callback):
         plan = forecast(self.schedule, History(state.record, (), state.scores))
         steps = planned_steps(plan, self._step_tokens(trainer))
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
-        self._print_plan(trainer, module, plan, steps)
+        windows = torch.cat(self.data.calibration(self._step_tokens(trainer)))[: self.data.batch_size]
+        tokens = [count * self._step_tokens(trainer) for count in steps]
+        with trainer.precision_plugin.forward_context():
+            announce(module, plan, tokens, windows.to(module.device), self._ranks, self.run_dir)
         if self.options.plan_only:
             trainer.should_stop = True
             self.data.set_stage(0, 1)
@@ -113,102 +144,95 @@ class CompressionCallback(Callback):
         self._save(trainer, module)
         self._begin(trainer, module)
 
-    def _print_plan(
-        self, trainer: L.Trainer, module: DistillModule, plan: Sequence[Stage], steps: Sequence[int]
-    ) -> None:
-        """Stages, exact parameter counts, tokens and the time that a short probe predicts, before the first step."""
-        with trainer.precision_plugin.forward_context():
-            seconds = probe(module, self.data.calibration(self._step_tokens(trainer))[0].to(module.device))
-        tokens = [count * self._step_tokens(trainer) for count in steps]
-        rows = plan_rows(module.teacher, plan, tokens, seconds / trainer.world_size)
-        if any(stage.edits for stage in plan) and rows[-1]["block_params"] >= rows[0]["block_params"]:
-            raise ValueError(
-                f"the edits remove nothing: {rows[0]['block_params']:,} block parameters before them and "
-                f"{rows[-1]['block_params']:,} after; choose a smaller block (block.ratio), or schedule=none"
-            )
-        if trainer.is_global_zero:
-            (self.run_dir / "plan.json").write_text(json.dumps(rows, indent=1))
-            print_plan(rows)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals back from Lightning, whose handlers were installed after `on_fit_start`."""
+        self.signals.install()
+
+    def _take_up(self, trainer: L.Trainer, module: DistillModule, path: Path) -> None:
+        """Optimizer, weights and random numbers of a checkpoint, and the stage it lies in."""
+        state, optimizer = self.state, trainer.optimizers[0]
+        state.take_up(self._identity(trainer))
+        regroup(optimizer, module.student, state.record, module.stage)
+        carried, self._carried = self._carried, None
+        checkpoint.restore(path, module.student if carried is None else None, optimizer, self._ranks.rank)
+        if carried is not None:
+            load_optimizer_tensors(optimizer, module.student, carried)
+        rewrap(trainer.strategy)  # what trains may differ from what the strategy wrapped at start-up
+        if self.schedule.floor is not None:
+            self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
+        if carried is not None:
+            self._settle_edit(trainer, module)
+        self._begin(trainer, module)
 
     def _begin(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Carry out stages without training, and point the data at what is left of the one with training."""
         state = self.state
-        while state.stage is not None and not self._stage_steps(trainer, state.stage):
+        while state.stage is not None and not self.leaving and not self._left(trainer, state.stage):
             if not state.edited:
                 self._edit(trainer, module)
             self._end(trainer, module)
-        if state.stage is None:
+        if state.stage is None or self.leaving:
             trainer.should_stop = True
             self.data.set_stage(state.first_batch, 1)  # Lightning asks for a loader even when there is nothing to train
             return
-        steps = self._stage_steps(trainer, state.stage) * trainer.accumulate_grad_batches
         self._steps = state.batch // trainer.accumulate_grad_batches
         module.tokens, module.stage, module.stage_number = state.tokens, state.stage, len(state.finished) + 1
-        self.data.set_stage(state.first_batch + state.batch, steps - state.batch)
+        self.data.set_stage(state.first_batch + state.batch, self._left(trainer, state.stage))
 
     def _decide(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Next stage: rank 0 scores and decides, everybody gets the same JSON."""
         state = self.state
         stale = self.schedule.scoring == "each" or state.scores is None
         if self.schedule.scoring != "never" and stale:
-            state.scores = from_rank_zero(trainer, self._score(trainer, module))
+            assert self.importance is not None
+            windows = [batch.to(module.device) for batch in self.data.calibration(self.options.score_tokens)]
+            with trainer.precision_plugin.forward_context():
+                scores = self.importance(module.student, module.teacher, windows)
+            state.scores = self._ranks.first(by_layer(scores, state.record.layers))
         history = History(state.record, state.finished, state.scores)
         stage = self.schedule.next_stage(history)
-        decided = from_rank_zero(trainer, None if stage is None else to_json(stage))
+        decided = self._ranks.first(None if stage is None else to_json(stage))
         state.stage = None if decided is None else stage_from_json(decided)
         state.edited, state.batch, state.before, state.seconds, state.events = False, 0, None, 0.0, []
-
-    def _score(self, trainer: L.Trainer, module: DistillModule) -> dict[int, float]:
-        assert self.importance is not None
-        batches = [batch.to(module.device) for batch in self.data.calibration(self.options.score_tokens)]
-        with trainer.precision_plugin.forward_context():
-            scores = self.importance(module.student, module.teacher, batches)
-        if not scores.isfinite().all():
-            raise ValueError(f"importance gave a score that is not finite: {scores.tolist()}")
-        return dict(zip(self.state.record.layers, scores.tolist(), strict=True))
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Apply the stage's edits, unless a resumed run is already past them."""
-        module = cast(DistillModule, pl_module)
         self._clock = time.perf_counter()
         if not self.state.edited:
-            self._edit(trainer, module)
+            self._edit(trainer, cast(DistillModule, pl_module))
         self._training_since = (time.perf_counter(), self.state.tokens)
 
     def _edit(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Edit, optimizer, strategy, log; the decision was made at the end of the stage before."""
+        self._carry_out(trainer, module, trainer.optimizers[0])
+        rewrap(trainer.strategy)
+        self._settle_edit(trainer, module)
+
+    def _carry_out(self, trainer: L.Trainer, module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
         state, stage = self.state, self.state.stage
         assert stage is not None
-        old = dict(zip(state.record.layers, Stack(module.student).layers, strict=True))
-        record = surgery.apply(module.student, state.record, stage.edits)
-        if stage.fit and self.options.fit_tokens and stage.edits:
-            self._fit(trainer, module, old, record, stage)
-        state.record = module.record = record
-        module.stage, module.stage_number = stage, len(state.finished) + 1
-        optimizer = trainer.optimizers[0]
-        regroup(optimizer, module.student, record, stage)
-        rewrap(trainer.strategy)
-        check_partition(optimizer, module.student)
-        self._movement.watch(module.student, new_parameters(module.student, record, stage))
+        fits = stage.fit and stage.edits and self.options.fit_tokens
+        batches = self.data.calibration(self.options.fit_tokens) if fits else []
+        fitted = carry_out(module, optimizer, stage, batches, trainer.precision_plugin.forward_context)
+        state.record, state.edited = module.record, True
+        state.events += map(str, fitted)
+
+    def _settle_edit(self, trainer: L.Trainer, module: DistillModule) -> None:
+        """What follows every edit: the checks that it took, and its quality before healing."""
+        state, stage = self.state, self.state.stage
+        assert stage is not None
+        module.stage_number = len(state.finished) + 1
+        check_partition(trainer.optimizers[0], module.student)
+        self._movement.watch(module.student, new_parameters(module.student, state.record, stage))
         self._steps, self._train_speed = 0, None
         if self.options.measure_before and stage.edits:
             quality = self._measure(trainer, module)
             state.before = {key: quality[key] for key in QUALITY}
-        state.edited = True
-        _log.info("stage %d: %s, %d parameters", module.stage_number, stage.name, surgery.parameters(module.student))
-
-    def _fit(
-        self, trainer: L.Trainer, module: DistillModule, old: dict[int, nn.Module], record: Record, stage: Stage
-    ) -> None:
-        batches = self.data.calibration(self.options.fit_tokens)
-        with trainer.precision_plugin.forward_context():
-            fitted = warm_start(module.student, module.teacher, old, record, stage.edits, batches)
-        for entry in fitted:
-            self.state.events.append(
-                f"block {entry.layer} fitted: relative squared error {entry.before:.4f} -> {entry.after:.4f}"
-            )
+        if trainer.is_global_zero:
+            size = surgery.parameters(module.student)
+            _log.info("stage %d: %s, %d parameters", module.stage_number, stage.name, size)
 
     # ---- train ------------------------------------------------------------------------------------------------------
 
@@ -246,23 +270,37 @@ class CompressionCallback(Callback):
         if state.batch % trainer.accumulate_grad_batches:
             return
         self._steps += 1
-        last = self._steps == self._stage_steps(trainer, state.stage)
-        if self._movement.active and (last or self._steps >= self.options.movement_steps):
-            # behind a zero up-projection the first gradient is exactly zero: one step alone proves nothing
-            self._movement.finish(rate=module.lr_scale * module.stage.lr_new if self._steps > 1 else 0.0)
-        if not last and self._steps % self.options.checkpoint_every == 0:
+        last = not self._left(trainer, state.stage)
+        self._count_skipped(module)
+        still = self._movement.stepped(module.lr_scale * module.stage.lr_new, skipped=module.skipped, last=last)
+        if still is not None:
+            require_moved(self._ranks.gather(still), split=sharding.is_sharded(module.student))
+        if module.stopping or (not last and self._steps % self.options.checkpoint_every == 0):
             self._tick()
             self._save(trainer, module)
+        if module.stopping:
+            self.preempted = trainer.should_stop = True
+
+    def _count_skipped(self, module: DistillModule) -> None:
+        """Count steps without a finite gradient; raise NonFiniteError, on every rank, when they do not stop."""
+        in_a_row, most = self.state.count_step(self.steps_done, skipped=module.skipped), self.options.max_skipped
+        if module.skipped:
+            _log.warning("step %d is skipped: the loss or a gradient is not finite", self.steps_done)
+        if in_a_row > most:
+            raise NonFiniteError(
+                f"the loss or a gradient was not finite in {in_a_row} optimizer steps in a row (run.max_skipped={most})"
+            )
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, keep or roll back, decide what comes next."""
         module = cast(DistillModule, pl_module)
+        if self.preempted:
+            return
         self._tick()
-        now = time.perf_counter()
         since, tokens = self._training_since
-        self._train_speed = (self.state.tokens - tokens) / max(now - since, 1e-9)
+        self._train_speed = (self.state.tokens - tokens) / max(self._clock - since, 1e-9)
         self._end(trainer, module)
         self._begin(trainer, module)
 
@@ -290,18 +328,15 @@ class CompressionCallback(Callback):
         log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._decide(trainer, module)
         self._save(trainer, module)
+        (self.preempted,) = self._ranks.any(self.signals.received is not None)
 
     def _roll_back(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Put student, record and optimizer back to the last stage boundary, and end the run."""
         assert self._boundary is not None, "a floor always keeps the last boundary"
         state, before = self.state, checkpoint.read_state(self._boundary)
-        optimizer = trainer.optimizers[0]
-        device = module.device
-        module.student = surgery.rebuild(module.teacher, before.record).train()
-        nn.Module.to(module.student, device)
-        state.record = module.record = before.record
-        module.stage = state.finished[-1] if state.finished else Stage("start")
-        regroup(optimizer, module.student, before.record, module.stage)
+        start_over(module, before.record, state.finished[-1] if state.finished else Stage("start"))
+        state.record, optimizer = before.record, trainer.optimizers[0]
+        regroup(optimizer, module.student, module.record, module.stage)
         checkpoint.restore(self._boundary, module.student, optimizer, rng=False)
         rewrap(trainer.strategy)
         state.stage, state.edited, state.batch = None, False, 0
@@ -309,13 +344,17 @@ class CompressionCallback(Callback):
         self._save(trainer, module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say where the last good state is when numbers blow up."""
-        if isinstance(exception, NonFiniteError):
-            good = checkpoint.newest(self.run_dir / "checkpoints")
-            exception.args = (
-                f"{exception.args[0]}. Last good checkpoint: {good}. Start a new run with a lower schedule.lr and "
-                "schedule.lr_new, or with trainer.precision=32-true",
-            )
+        """Say where the last good state is when numbers blow up or memory runs out."""
+        if isinstance(exception, Exception):
+            self._watchdog.close()
+        if isinstance(exception, NonFiniteError) or is_out_of_memory(exception):
+            where, good = cast(DistillModule, pl_module).where(), checkpoint.newest(self.run_dir / "checkpoints")
+            sizes = {"data.batch_size": self.data.batch_size, "data.seq_len": self.data.seq_len}
+            exception.args = (advice(exception, where, sizes, good),)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nobody needs to be watched once the last step is made."""
+        self._watchdog.close()
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""
@@ -330,29 +369,31 @@ class CompressionCallback(Callback):
         return self.data.batch_size * self.data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
 
     def _identity(self, trainer: L.Trainer) -> dict[str, Any]:
-        return {**self.data.identity(), "processes": trainer.world_size, "teacher": self.teacher}
+        layout = {"processes": trainer.world_size, "accumulate": trainer.accumulate_grad_batches}
+        return {**self.data.identity(), **layout, "teacher": self.teacher}
 
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))
 
+    def _left(self, trainer: L.Trainer, stage: Stage) -> int:
+        """Micro-batches of the stage that are still to be trained."""
+        return self._stage_steps(trainer, stage) * trainer.accumulate_grad_batches - self.state.batch
+
     def _measure(self, trainer: L.Trainer, module: DistillModule) -> dict[str, float]:
-        batches = self.data.validation()
         with trainer.precision_plugin.forward_context():
-            quality = module.measure(batches)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        return {**quality, "tokens_per_s": tokens / max(quality["seconds"], 1e-9)}
+            return module.measure(self.data.validation())
 
     def _save(self, trainer: L.Trainer, module: DistillModule) -> None:
-        """Write a checkpoint (rank 0) with every rank's random numbers, and drop the ones that are no longer needed."""
-        rng = from_all_ranks(trainer, checkpoint.rng_tensors())
-        root = self.run_dir / "checkpoints"
+        """Write a checkpoint with every rank's random numbers, and drop the ones that are no longer needed."""
+        root, sharded = self.run_dir / "checkpoints", self.options.checkpoints == "sharded"
+        path = checkpoint.save(root, module.student, trainer.optimizers[0], self.state, self._ranks, sharded=sharded)
+        if not self.state.edited:
+            self._boundary = path
+            stage = self.state.stage
+            self.restarting = self.schedule.restart_at_edit and stage is not None and bool(stage.edits)
         if trainer.is_global_zero:
-            path = checkpoint.save(root, module.student, trainer.optimizers[0], self.state, rng)
-            if not self.state.edited:
-                self._boundary = path
             pinned = [self._boundary] if self._boundary is not None and self.schedule.floor is not None else []
             checkpoint.prune(root, keep=self.options.keep, pinned=pinned)
             write_stages(self.run_dir, self.state.results)
             for logger in trainer.loggers:
                 logger.save()  # rows up to here must outlive a kill: the resumed run continues after them
-        self._boundary = from_rank_zero(trainer, self._boundary)

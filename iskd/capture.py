@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from iskd.arch import Stack
 
@@ -23,6 +24,12 @@ def _state(output: Any) -> Tensor:
 
 class _Enough(Exception):
     """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+def _stop(stack: Stack) -> None:
+    """End the forward pass, unless the model is in shards: a pass broken off leaves their state undefined."""
+    if not isinstance(stack.model, FSDPModule):
+        raise _Enough
 
 
 @contextmanager
@@ -86,7 +93,7 @@ class Trace:
                 inputs.append(args[0])
             self._calls.append((args[1:], kwargs))
             if len(self._calls) > end:
-                raise _Enough
+                _stop(stack)
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack.layers]
         try:
@@ -107,7 +114,7 @@ def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], i
     """The states after the wanted layers for `input_ids` [B, T]; blocks above the last of them are not run."""
 
     def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
-        raise _Enough
+        _stop(stack)
 
     with capture(stack, layers, wanted) as states:
         handle = stack.layers[max(layers.index(layer) for layer in wanted)].register_forward_hook(stop)

@@ -2,7 +2,8 @@
 
     checkpoints/000012-boundary/  student.safetensors optimizer.safetensors rng.safetensors state.json manifest.json
 
-The number counts the checkpoints of a run; a `boundary` lies between two stages, a `stage` inside one.
+Sharded, `student` and `optimizer` are one file per process, `student-00001-of-00002.safetensors`. The number counts the
+checkpoints of a run; a `boundary` lies between two stages, a `stage` inside one.
 A checkpoint is written beside its place and moved there by one rename; `manifest.json` holds the size and SHA-256 of
 every file, so that a torn one is recognised and the one before it is used.
 """
@@ -14,23 +15,32 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from iskd.distributed import Ranks
+from iskd.faults import NonFiniteError
 from iskd.model_files import file_sha256
 from iskd.optim import load_optimizer_tensors, optimizer_tensors
+from iskd.plan import Json, read_json
+from iskd.sharding import is_split, like, local, whole
 from iskd.state import RunState
 
 _log = logging.getLogger(__name__)
 STAGE, BOUNDARY = "stage", "boundary"
-_FILES = ("student.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+_PARTS, _RNG, _STATE = ("student", "optimizer"), "rng.safetensors", "state.json"
+_FILE = re.compile(r"(student|optimizer)(-\d{5}-of-\d{5})?\.safetensors|rng\.safetensors|state\.json")
+_NAME = re.compile(rf"[0-9]{{1,9}}-({STAGE}|{BOUNDARY})")
+T = TypeVar("T")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -45,13 +55,19 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises ValueError naming the first tensor that is missing, unknown or of another shape.
     """
     own = model_tensors(model)
+    shapes = {name: list(tensors[name].shape) for name in tensors}
     problems = [f"{n!r} is missing" for n in own if n not in tensors] + [
         f"{n!r} is unknown" for n in tensors if n not in own
     ]
     problems += [
-        f"{n!r} has shape {list(tensors[n].shape)} instead of {list(own[n].shape)}"
+        f"{n!r} is {tensors[n].dtype}"
         for n in own
-        if n in tensors and tensors[n].shape != own[n].shape
+        if n in tensors and not tensors[n].is_floating_point() and own[n].is_floating_point()
+    ]
+    problems += [
+        f"{n!r} has shape {shapes[n]} instead of {list(own[n].shape)}"
+        for n in own
+        if n in shapes and shapes[n] != list(own[n].shape)
     ]
     if problems:
         raise ValueError(
@@ -60,7 +76,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         state = model.state_dict()
         for name, value in tensors.items():
-            state[name].copy_(value)
+            state[name].copy_(like(value, state[name]))
 
 
 def rng_tensors() -> dict[str, Tensor]:
@@ -78,51 +94,123 @@ def rng_tensors() -> dict[str, Tensor]:
 
 def set_rng(states: Mapping[str, Tensor]) -> None:
     """Inverse of `rng_tensors`."""
-    torch.set_rng_state(states["torch"])
-    random.setstate((3, tuple(states["python"].tolist()), None))
-    values = states["numpy"].numpy()
-    np.random.set_state(("MT19937", values[:-1].astype(np.uint32), int(values[-1]), 0, 0.0))
+    try:
+        torch.set_rng_state(states["torch"])
+        random.setstate((3, tuple(states["python"].tolist()), None))
+        values = states["numpy"].numpy()
+        # numpy takes any position and would read beyond its table
+        if values.shape != (625,) or values.dtype != np.int64 or not 0 <= values[-1] <= 624:
+            raise ValueError("numpy's state has 624 words and a position among them")
+        np.random.set_state(("MT19937", values[:-1].astype(np.uint32), int(values[-1]), 0, 0.0))
+    except (KeyError, TypeError, RuntimeError, OverflowError, ValueError) as error:
+        raise ValueError(f"the saved random numbers cannot be used: {error!s:.200}") from error
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 def save(
-    root: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, rng: list[dict[str, Tensor]]
+    root: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    ranks: Ranks,
+    *,
+    sharded: bool = False,
 ) -> Path:
-    """Write one checkpoint below `root` and return its folder. `rng` holds one entry per rank.
+    """Write one checkpoint below `root` and return its folder; called on every rank.
 
-    Raises OSError with the path, the reason and what is intact when the disk is full or not writable.
+    Args:
+        root: the run's `checkpoints` folder.
+        student: its weights are saved.
+        optimizer: its state is saved.
+        state: the position; the random numbers of every rank are added.
+        ranks: the processes of the run.
+        sharded: every rank writes its own shards instead of rank 0 all that it gathered.
+
+    Raises:
+        OSError: with the path, the reason and what is intact, on every rank alike: the disk is full or not writable.
+        NonFiniteError: a weight is not finite; such a checkpoint is never written.
     """
-    target = root / f"{1 + max(map(_order, _folders(root)), default=0):06d}-{STAGE if state.edited else BOUNDARY}"
-    draft = root / f".draft-{target.name}-{os.getpid()}"
+    finite = all(bool(torch.isfinite(local(value)).all()) for value in model_tensors(student).values())
+    if ranks.any(not finite)[0]:
+        raise NonFiniteError("a weight of the student is not finite")
+    name = f"{1 + max(map(_order, _folders(root)), default=0):06d}-{STAGE if state.edited else BOUNDARY}"
+    target = root / ranks.first(name)
+    draft = root / f".draft-{target.name}"
+    rng = ranks.gather(rng_tensors())
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(model_tensors(student), draft / _FILES[0])
-        save_file(optimizer_tensors(optimizer, student), draft / _FILES[1])
-        save_file(
-            {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()},
-            draft / _FILES[2],
-        )
-        (draft / _FILES[3]).write_text(json.dumps(state.to_json(), indent=1))
-        manifest = {
-            name: {"bytes": (draft / name).stat().st_size, "sha256": file_sha256(draft / name)} for name in _FILES
-        }
-        (draft / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1))
-        _sync(draft)
-        os.replace(draft, target)
-        _sync_folder(root)
+        _together(ranks, draft, lambda: _make(draft) if ranks.rank == 0 else None)
+        parts = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
+        mine = {part: held(tensors, ranks, sharded) for part, tensors in parts.items()}
+        suffix = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if sharded else ""
+        files = _together(ranks, draft, lambda: _write(draft, mine, suffix) if sharded or ranks.rank == 0 else {})
+        entries = {name: entry for written in files for name, entry in written.items()}
+        _together(ranks, draft, lambda: _finish(draft, target, rng, state, entries) if ranks.rank == 0 else None)
+    except OSError:
+        if ranks.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return target
+
+
+def _together(ranks: Ranks, draft: Path, work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank and return all results; when it fails on one, raise the same error on all."""
+    result, reason = None, None
+    try:
+        result = work()
     except Exception as error:
-        shutil.rmtree(draft, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not isinstance(error, OSError) and not full:
             raise
         reason = "the disk is full" if full else str(error)
+    outcomes = ranks.gather((result, reason))
+    failed = next((why for _, why in outcomes if why is not None), None)
+    if failed is not None:
+        root = draft.parent
         raise OSError(
-            f"could not write the checkpoint {target}: {reason}. Earlier checkpoints are intact: free some space "
-            f"and continue with resume={root.parent}"
-        ) from error
-    return target
+            f"could not write the checkpoint {root / draft.name.removeprefix('.draft-')}: {failed}. Earlier "
+            f"checkpoints are intact: make room or make the folder writable, and continue with resume={root.parent}"
+        )
+    return [cast(T, outcome) for outcome, _ in outcomes]
+
+
+def _make(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def held(tensors: Mapping[str, Tensor], ranks: Ranks, sharded: bool = False) -> dict[str, Tensor]:
+    """What this rank writes: everything whole on rank 0, or every rank its shards and rank 0 what is not split."""
+    mine = {}
+    for name, value in tensors.items():
+        split = is_split(value)
+        value = local(value) if sharded else whole(value)  # the second is a collective: every rank comes by
+        if (split and sharded and value.numel()) or (ranks.rank == 0 and not (split and sharded)):
+            mine[name] = value.detach().cpu().contiguous()
+    return mine
+
+
+def _write(draft: Path, mine: Mapping[str, dict[str, Tensor]], suffix: str) -> dict[str, Json]:
+    """Write this rank's files and return their entries in the manifest."""
+    for part, tensors in mine.items():
+        save_file(tensors, draft / f"{part}{suffix}.safetensors")
+    return {name: _entry(draft / name) for name in (f"{part}{suffix}.safetensors" for part in mine)}
+
+
+def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunState, entries: dict[str, Json]) -> None:
+    """Add what rank 0 alone writes, then move the folder to its place by one rename."""
+    numbers = {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()}
+    save_file(numbers, draft / _RNG)
+    (draft / _STATE).write_text(json.dumps(state.to_json(), indent=1))
+    entries = {**entries, **{name: _entry(draft / name) for name in (_RNG, _STATE)}}
+    (draft / "manifest.json").write_text(json.dumps({"files": entries}, indent=1))
+    _sync(draft)
+    os.replace(draft, target)
+    _sync_folder(target.parent)
+
+
+def _entry(path: Path) -> Json:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _order(path: Path) -> int:
@@ -130,7 +218,9 @@ def _order(path: Path) -> int:
 
 
 def _folders(root: Path) -> list[Path]:
-    found = [path for kind in (STAGE, BOUNDARY) for path in root.glob(f"[0-9]*-{kind}") if path.is_dir()]
+    found = [
+        path for path in root.glob("*-*") if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=_order)
 
 
@@ -149,26 +239,69 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _manifest(path: Path) -> dict[str, Json]:
+    """Entries of the manifest by file name. Raises ValueError when a file that belongs to a checkpoint is not in it."""
+    files = read_json(path / "manifest.json")["files"]
+    if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
+        raise ValueError("manifest.json names files that are not a checkpoint's")
+    for part in _PARTS:
+        shards = [name for name in files if name.startswith(f"{part}-")]
+        expected = {f"{part}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)}
+        if (f"{part}.safetensors" in files) == bool(shards) or set(shards) != expected:
+            raise ValueError(f"manifest.json does not list {part} whole")
+    if _RNG not in files or _STATE not in files:
+        raise ValueError(f"manifest.json lacks {_RNG} or {_STATE}")
+    for name in files:
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise ValueError(f"{name} is missing or no plain file")
+    return files
+
+
 def _right_sizes(path: Path) -> bool:
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        return all((path / name).stat().st_size == files[name]["bytes"] for name in _FILES)
-    except (OSError, ValueError, KeyError, TypeError):
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def problem(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every file has the size and digest of its manifest."""
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        for name in _FILES:
-            if (path / name).stat().st_size != files[name]["bytes"]:
+        for name, entry in _manifest(path).items():
+            if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
-            if file_sha256(path / name) != files[name]["sha256"]:
+            if file_sha256(path / name) != entry["sha256"]:
                 return f"{name} was changed after it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"it is not complete ({error})"
     return None
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of one part of a checkpoint, read one at a time; shards are joined along their first dimension."""
+
+    def __init__(self, path: Path, part: str) -> None:
+        # opened for the life of this object: the headers are parsed once
+        self._files = [safe_open(file, "pt") for file in sorted(path.glob(f"{part}*.safetensors"))]
+        self._where: dict[str, list[Any]] = {}
+        for file in self._files:
+            for name in cast(Any, file).keys():  # noqa: SIM118 (not a mapping)
+                self._where.setdefault(name, []).append(file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU."""
+        pieces = [file.get_tensor(name) for file in self._where[name]]
+        if any(piece.dtype != pieces[0].dtype or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
+            raise ValueError(f"the shards of {name!r} do not fit together")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._where)
 
 
 def newest(root: Path, kind: str = "") -> Path | None:
@@ -185,20 +318,27 @@ def newest(root: Path, kind: str = "") -> Path | None:
 
 def read_state(path: Path) -> RunState:
     """Position of the run at a checkpoint."""
-    return RunState.from_json(json.loads((path / "state.json").read_text()))
+    return RunState.from_json(read_json(path / _STATE))
 
 
 def restore(
-    path: Path, student: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int = 0, *, rng: bool = True
+    path: Path, student: nn.Module | None, optimizer: torch.optim.Optimizer | None, rank: int = 0, *, rng: bool = True
 ) -> None:
     """Load weights, optimizer state and random numbers of a checkpoint into objects of the right structure."""
-    load_model_tensors(student, load_file(path / _FILES[0]))
-    if optimizer is not None:
-        load_optimizer_tensors(optimizer, student, load_file(path / _FILES[1]))
-    if rng:
-        states = load_file(path / _FILES[2])
-        mine = {key.partition("/")[0]: value for key, value in states.items() if key.endswith(f"/{rank}")}
-        set_rng(mine)
+    try:
+        if student is not None:
+            load_model_tensors(student, Stored(path, "student"))
+        if student is not None and optimizer is not None:
+            load_optimizer_tensors(optimizer, student, Stored(path, "optimizer"))
+        if rng:
+            states = load_file(path / _RNG)
+            mine = {key.partition("/")[0]: value for key, value in states.items() if key.endswith(f"/{rank}")}
+            if mine:  # a process that was not there when the checkpoint was written keeps the seed of its start
+                set_rng(mine)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the checkpoint {path} cannot be read ({error}): delete it, and the one before is used"
+        ) from error
 
 
 def prune(root: Path, *, keep: int = 2, pinned: Collection[Path] = ()) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+_CALIBRATION_BATCH = 1024  # tokens
 
 
 class TextData(L.LightningDataModule):
@@ -127,15 +128,17 @@ class TextData(L.LightningDataModule):
     def calibration(self, tokens: int) -> list[torch.Tensor]:
         """Return windows for scores and fits, evenly spaced over the calibration split, the same on every rank.
 
+        Their batches do not depend on `batch_size`: a fit must not change with the layout of training over processes.
+
         Args:
             tokens: how many tokens to take. At least one window is returned.
 
         Returns:
-            Batches of [at most batch_size, seq_len] int64.
+            Batches [windows, seq_len] int64 of at most 1024 tokens, or of one window where that is longer.
         """
         windows = self._spread("calibration", tokens)
         self._calibrations[tokens] = _sha256(windows)
-        return list(to_tensor(windows).split(self.batch_size))
+        return list(to_tensor(windows).split(max(1, _CALIBRATION_BATCH // self.seq_len)))
 
     def validation(self) -> list[Batch]:
         """Return this rank's validation batches: each window is on one rank, every rank has as many batches.

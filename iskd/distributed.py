@@ -1,24 +1,64 @@
-"""What an edit means for the strategy: nothing on one device, a new wrapper under DDP."""
+"""Many processes: which strategies are supported, what an edit means for them, and how ranks agree.
+
+Decisions are made on rank 0 and broadcast as plain values; faults are agreed on before anybody acts on them, because a
+rank that raises alone leaves the others waiting in a collective for ever.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import distributed as dist
+
+from iskd import sharding
 
 
-def check_strategy(strategy: Strategy) -> None:
+class FSDP2Strategy(ModelParallelStrategy):
+    """`trainer=fsdp`: parameters, gradients and optimizer state in shards over all processes, no tensor parallelism.
+
+    Lightning's own default gives the processes of a node to tensor parallelism.
+    """
+
+    def setup_environment(self) -> None:
+        """Give every process to data parallelism; the number of processes is known from here on."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trainer settings with our own strategy in the place of its name, `fsdp`."""
+    if settings.get("strategy") == "fsdp":
+        return {**settings, "strategy": FSDP2Strategy()}
+    return settings
+
+
+def check_strategy(strategy: Strategy, *, edits: bool = True) -> None:
     """Refuse strategies under which an edited model would train wrongly or get lost.
 
-    Raises ValueError with the reason and the alternative.
+    Args:
+        strategy: the trainer's.
+        edits: whether the running model will be edited in this process.
+
+    Raises:
+        ValueError: with the reason and the alternative.
     """
     if isinstance(strategy, SingleDeviceStrategy):
         return
+    if isinstance(strategy, FSDP2Strategy):
+        if edits and sharding.UNTESTED is not None:
+            raise ValueError(
+                f"trainer=fsdp edits sharded models through private parts of torch, and {sharding.UNTESTED}; "
+                "use schedule.restart_at_edit=true, which needs none of them"
+            )
+        return
     if not isinstance(strategy, DDPStrategy):
         raise ValueError(
-            f"strategy {type(strategy).__name__} is not supported; use trainer=cpu, trainer=gpu or trainer=ddp"
+            f"strategy {type(strategy).__name__} is not supported; use trainer=cpu, trainer=gpu, trainer=ddp or "
+            "trainer=fsdp"
         )
     if getattr(strategy, "_start_method", None) not in (None, "popen"):
         raise ValueError(
@@ -34,7 +74,8 @@ def check_strategy(strategy: Strategy) -> None:
 def rewrap(strategy: Strategy) -> None:
     """Wrap the edited module again, so that the new parameters take part in gradient synchronisation.
 
-    The old wrapper is dropped first: its reducer and hooks go with it, and the removed blocks are freed.
+    The old wrapper is dropped first: its reducer and hooks go with it, and the removed blocks are freed. Blocks under
+    FSDP2 are sharded one by one (`iskd.sharding`) and need no wrapper.
     """
     if isinstance(strategy, DDPStrategy):
         strategy.model = strategy.lightning_module
@@ -42,15 +83,41 @@ def rewrap(strategy: Strategy) -> None:
         strategy.configure_ddp()
 
 
-def from_rank_zero(trainer: L.Trainer, value: Any) -> Any:
-    """Rank 0's `value` (plain JSON) on every rank: decisions are made once."""
-    return trainer.strategy.broadcast(value, src=0)
+class Ranks:
+    """The processes of a run: who this one is, and how all agree. Every method is a collective."""
 
+    def __init__(self, trainer: L.Trainer | None = None) -> None:
+        self.rank = 0 if trainer is None else trainer.global_rank
+        self.size = 1 if trainer is None else trainer.world_size
+        self._device = torch.device("cpu")
+        if trainer is not None and self.size > 1 and dist.get_backend() == "nccl":
+            self._device = trainer.strategy.root_device
 
-def from_all_ranks(trainer: L.Trainer, value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
-    if trainer.world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
+    def first(self, value: Any) -> Any:
+        """Rank 0's `value` (plain JSON) on every rank: decisions are made once."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self._device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true where it is so on any rank."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor([int(flag) for flag in flags], device=self._device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def first_of(self, values: Sequence[str | None]) -> str | None:
+        """The first message of this rank's and, after it, of the other ranks'; None when nobody has one."""
+        mine = next((value for value in values if value is not None), None)
+        return next((value for value in self.gather(mine) if value is not None), None)

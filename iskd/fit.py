@@ -27,6 +27,9 @@ class Fitted:
     before: float
     after: float
 
+    def __str__(self) -> str:
+        return f"block {self.layer} fitted: relative squared error {self.before:.4f} -> {self.after:.4f}"
+
 
 @torch.no_grad()
 def warm_start(

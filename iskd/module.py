@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd import sharding
 from iskd.arch import Stack
 from iskd.capture import capture
+from iskd.distributed import Ranks
 from iskd.losses.base import Terms, check_terms, uses_teacher
 from iskd.losses.chunked import total_loss
 from iskd.metrics import QualityMetrics
@@ -28,10 +30,6 @@ class StepResult:
 
     loss: Tensor
     parts: Mapping[str, Tensor]
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite."""
 
 
 def next_tokens(input_ids: Tensor) -> Tensor:
@@ -75,7 +73,20 @@ class DistillModule(L.LightningModule):
         self.stage_number = 0
         self.steps = 0
         self.lr_scale = 1.0
+        # how the ranks agree before an optimizer step; the callback sets both
+        self.ranks = Ranks()
+        self.stop_wanted: Callable[[], bool] = lambda: False
+        self.skipped = False  # whether the step just made was skipped, on every rank
+        self.stopping = False  # whether a rank was asked to stop, on every rank
+        self._finite: Tensor | None = None
         self._teacher_cache: dict[int, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Put student and teacher, two roots, into shards where the strategy has a mesh for them."""
+        mesh = self.device_mesh
+        if mesh is not None and not sharding.is_sharded(self.student):
+            for model in (self.student, self.teacher):
+                sharding.shard(model, mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
@@ -139,8 +150,8 @@ class DistillModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
         result = self.step(batch["input_ids"])
-        if not torch.isfinite(result.loss):
-            raise NonFiniteError(f"the loss is {result.loss.item()} {self._where()}")
+        finite = torch.isfinite(result.loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
         self._log(result)
         return result.loss
 
@@ -151,7 +162,8 @@ class DistillModule(L.LightningModule):
         place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
         self.log_dict({**values, **rates, **place}, on_step=True, on_epoch=False)
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """The place of the step in progress, for messages."""
         return f"at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -168,16 +180,26 @@ class DistillModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over both groups together and refuse a gradient that is not finite."""
+        """Clip the norm over both groups together; skip the step when the loss or a gradient is not finite.
+
+        Without gradients AdamW changes nothing, neither weights nor moments. All ranks skip when one has to: its loss
+        may be infinite while the summed gradient is not.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip or float("inf"))
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"the gradient norm is {norm.item()} {self._where()}")
+        norm = sharding.whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
+        finite = torch.isfinite(norm) if self._finite is None else torch.isfinite(norm) & self._finite
+        self._finite = None
+        self.skipped, self.stopping = self.ranks.any(not finite, self.stop_wanted())
+        if self.skipped:
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's seconds.
+        """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's tokens_per_s.
 
         The teacher's last hidden states are computed once per batch position and kept.
         """
@@ -197,7 +219,8 @@ class DistillModule(L.LightningModule):
                 hidden, student.head, self._teacher_cache[index], teacher.head, labels, softcap=student.softcap
             )
         self.student.train(was_training)
-        return {**metrics.compute(), "seconds": seconds}
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        return {**metrics.compute(), "tokens_per_s": tokens / max(seconds, 1e-9)}
 
 
 def clock(device: torch.device) -> float:

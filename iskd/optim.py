@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.arch import Stack
-from iskd.plan import Record, Stage
+from iskd.plan import Convert, Record, Replace, Stage
+from iskd.sharding import like
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,23 @@ class OptimSpec:
 
 
 def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
-    """Parameters of the blocks that this stage's edits put in and that still stand."""
-    layers = {edit.layer for edit in stage.edits if edit.op != "remove"}
-    return _of_layers(model, record, layers)
+    """Parameters of the blocks and mixers that this stage's edits put in and that still stand.
+
+    Of a converted block only the mixer is new: norms and MLP are still the teacher's.
+    """
+    replaced = {edit.layer for edit in stage.edits if isinstance(edit, Replace)}
+    converted = {edit.layer for edit in stage.edits if isinstance(edit, Convert)} - replaced
+    mixers = [block.get_submodule(Stack(model).family.attn) for block in _blocks(model, record, converted)]
+    return [p for part in (*_blocks(model, record, replaced), *mixers) for p in part.parameters()]
+
+
+def _blocks(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Module]:
+    wanted = set(layers)
+    return [block for layer, block in zip(record.layers, Stack(model).layers, strict=True) if layer in wanted]
 
 
 def _of_layers(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Parameter]:
-    wanted = set(layers)
-    blocks = zip(record.layers, Stack(model).layers, strict=True)
-    return [p for layer, block in blocks if layer in wanted for p in block.parameters()]
+    return [p for block in _blocks(model, record, layers) for p in block.parameters()]
 
 
 def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
@@ -139,7 +148,7 @@ def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
 
 
 def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
-    """Give the groups what the stage trains: blocks inserted by this stage are `new`, the rest `base`; matrices decay.
+    """Give the groups what the stage trains: what this stage's edits put in is `new`, the rest `base`; matrices decay.
 
     Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left.
     """
@@ -190,12 +199,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`. Raises ValueError when a name or a shape does not fit the student."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
+        if slot not in _SLOTS or not value.is_floating_point() or (value.dim() == 0) != (slot == "step"):
+            raise ValueError(
+                f"optimizer state {key!r:.80} is none of AdamW's; the checkpoint was changed after it was written"
+            )
         if name not in parameters:
             raise ValueError(
                 f"the optimizer state names {name!r}, which the student does not have; "
@@ -207,4 +223,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
                 f"optimizer state {key!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
             )
         # the step count too: fused AdamW reads it on the parameter's device
-        optimizer.state[parameter][slot] = value.to(parameter.device)
+        optimizer.state[parameter][slot] = (
+            like(value, parameter) if value.dim() else value.to(parameter.device, torch.float32)
+        )
+    torn = [name for name, p in parameters.items() if p in optimizer.state and len(optimizer.state[p]) != len(_SLOTS)]
+    if torn:
+        raise ValueError(
+            f"the optimizer state of {torn[0]!r} is not whole; the checkpoint was changed after it was written"
+        )

@@ -16,6 +16,11 @@ class RunOptions:
         score_tokens: calibration tokens for importance scores.
         measure_before: measure quality between edit and healing as well.
         movement_steps: optimizer steps after which every new parameter must have got a gradient and moved.
+        max_skipped: optimizer steps in a row that may be skipped because the loss or a gradient is not finite; one more
+            and the run stops.
+        on_oom: what to do when memory runs out: `stop` with advice, or `halve` the micro-batch, double the accumulation
+            and go on from the newest checkpoint (one process only).
+        checkpoints: `full`, gathered on rank 0, or `sharded`, every process its own part (trainer=fsdp).
         plan_only: print the plan and stop.
     """
 
@@ -25,6 +30,9 @@ class RunOptions:
     score_tokens: int = 2048
     measure_before: bool = True
     movement_steps: int = 4
+    max_skipped: int = 3
+    on_oom: str = "stop"
+    checkpoints: str = "full"
     plan_only: bool = False
 
     def __post_init__(self) -> None:
@@ -32,6 +40,9 @@ class RunOptions:
         for key in ("checkpoint_every", "keep", "movement_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("fit_tokens", "score_tokens"):
+        for key in ("fit_tokens", "score_tokens", "max_skipped"):
             if getattr(self, key) < 0:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
+        for key, choices in (("on_oom", ("stop", "halve")), ("checkpoints", ("full", "sharded"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"run.{key}={getattr(self, key)!r}: choose {' or '.join(choices)}")

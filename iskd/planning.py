@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd import surgery
+from iskd.distributed import Ranks
 from iskd.module import DistillModule, clock
 from iskd.plan import Json, Record, Stage, to_json
 from iskd.schedules.base import History, Schedule
@@ -83,6 +86,29 @@ def probe(module: DistillModule, input_ids: Tensor) -> float:
             for parameter in module.student.parameters():
                 parameter.grad = None
     return elapsed / input_ids.numel()
+
+
+def announce(
+    module: DistillModule, plan: Sequence[Stage], tokens: Sequence[int], windows: Tensor, ranks: Ranks, run_dir: Path
+) -> None:
+    """Stages, exact parameter counts, tokens and the time that a short probe predicts, before the first step."""
+    rows = plan_rows(module.teacher, plan, tokens, probe(module, windows) / ranks.size)
+    check_plan(rows, plan)
+    if ranks.rank == 0:
+        (run_dir / "plan.json").write_text(json.dumps(rows, indent=1))
+        print_plan(rows)
+
+
+def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
+    """Raise ValueError when blocks are to be replaced or removed and the student would not get smaller."""
+    if (
+        any(edit.op != "convert" for stage in stages for edit in stage.edits)
+        and rows[-1]["block_params"] >= rows[0]["block_params"]
+    ):
+        raise ValueError(
+            f"the edits remove nothing: {rows[0]['block_params']:,} block parameters before them and "
+            f"{rows[-1]['block_params']:,} after; choose a smaller block (block.ratio), or schedule=none"
+        )
 
 
 def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:

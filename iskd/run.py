@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,23 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
+from torch import distributed as dist
 
-from iskd import checkpoint, surgery
+from iskd import checkpoint, sharding, surgery
 from iskd.callback import CompressionCallback, Importance
 from iskd.data import TextData
+from iskd.distributed import FSDP2Strategy, Ranks, check_strategy, strategy_of
 from iskd.export import export
+from iskd.faults import is_out_of_memory
 from iskd.losses.base import Terms
 from iskd.metrics_file import keep_metrics, merge_metrics
 from iskd.module import DistillModule
 from iskd.optim import OptimSpec
 from iskd.options import RunOptions
 from iskd.plan import Record, Stage, to_json
+from iskd.preemption import Preempted
 from iskd.progress import StageProgress
+from iskd.ranks import global_rank
 from iskd.report import write_report
 from iskd.schedules.base import Schedule
 from iskd.state import RunState
@@ -87,12 +93,58 @@ class Result:
         return [stage for stage in self.stages if stage.status == "kept"][-1]
 
 
+class StartAgain(SystemExit):
+    """The run is saved right before an edit and goes on in a fresh process (`schedule.restart_at_edit`).
+
+    Ends the process with code 75, "try again"; processes other than rank 0 end with 0, because Lightning kills rank 0
+    as soon as another one fails.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(75 if global_rank() == 0 else 0)
+        self.run_dir = run_dir
+        self.message = f"saved before an edit: start again with resume={run_dir}"
+
+
 def run(parts: Parts) -> Result:
-    """Run the schedule to its end and write model, tables and report into the run directory."""
+    """Run the schedule to its end and write model, tables and report into the run directory.
+
+    Raises:
+        Preempted: a signal asked the run to stop; everything is saved.
+        StartAgain: the next edit wants a fresh process.
+        NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
+    """
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
-        return _run(parts)
+        while True:
+            try:
+                return _run(parts)
+            except (RuntimeError, MemoryError) as error:
+                smaller = halved(parts) if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+                Console().print(f"{error}\nrun.on_oom=halve: going on with data.batch_size={smaller.data.batch_size}")
+            # the frames of the failed attempt are gone with its exception, and with them its tensors
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            parts = smaller
+
+
+def halved(parts: Parts) -> Parts | None:
+    """The same run with half the micro-batch and twice the accumulation, going on from its newest checkpoint.
+
+    None when that was not asked for, when a micro-batch has an odd number of windows, or on several processes, which
+    are broken off inside a collective and have to be started again.
+    """
+    size, several = parts.data.batch_size, dist.is_available() and dist.is_initialized()
+    if parts.options.on_oom != "halve" or size < 2 or size % 2 or several:
+        return None
+    data = copy.copy(parts.data)
+    data.batch_size = size // 2
+    accumulate = 2 * int(parts.trainer.get("accumulate_grad_batches", 1))
+    return replace(parts, data=data, trainer={**parts.trainer, "accumulate_grad_batches": accumulate}, resume=True)
 
 
 def _run(parts: Parts) -> Result:
@@ -112,6 +164,9 @@ def _run(parts: Parts) -> Result:
         teacher=None if digest is None else str(digest),
     )
     trainer = _trainer(parts, callback)
+    check_strategy(trainer.strategy, edits=not parts.schedule.restart_at_edit)
+    if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
+        raise ValueError("run.checkpoints=sharded saves the shards of trainer=fsdp; use run.checkpoints=full here")
     if trainer.is_global_zero:
         _write_facts(parts, trainer)
     try:
@@ -123,7 +178,22 @@ def _run(parts: Parts) -> Result:
             merge_metrics(parts.run_dir)
         if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
             wandb.finish()  # otherwise the next job of a sweep would continue this one
+    _leave(parts, trainer, callback)
     return _finish(parts, trainer, module, state)
+
+
+def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> None:
+    """End the process where the run stopped before its end; everything is saved and every file is closed."""
+    try:
+        if callback.state.stage is None or not callback.leaving:
+            return
+        trainer.strategy.barrier("leave")  # rank 0 may not come back from handing the signal on
+        if callback.restarting and not callback.preempted:
+            raise StartAgain(parts.run_dir)
+        callback.signals.hand_on()
+        raise Preempted(parts.run_dir)
+    finally:
+        callback.signals.uninstall()
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
@@ -148,7 +218,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
 
 def _on_rank_zero(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Call once per run; before the trainer exists, a launcher's variables tell the rank."""
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+    if global_rank() == 0:
         function(*args, **kwargs)
 
 
@@ -167,7 +237,7 @@ def _module(parts: Parts, state: RunState) -> DistillModule:
 
 def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
-    settings = dict(parts.trainer)
+    settings = strategy_of(dict(parts.trainer))
     if settings.pop("progress", True):
         callbacks.append(StageProgress(callback))
     return L.Trainer(
@@ -223,6 +293,7 @@ def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunS
     run_dir, model_dir, report = parts.run_dir, None, None
     if parts.options.plan_only:
         return Result(state.results, module.student, state.record, run_dir, None, None)
+    student = _gathered(module, state.record, Ranks(trainer))
     if trainer.is_global_zero:
         write_stages(run_dir, state.results)
         _write_data(parts)  # again: now with every calibration window that was used
@@ -231,10 +302,22 @@ def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunS
         _print_end(state.results, report)  # before the export: what was measured stands even if that fails
         if parts.export:
             teacher = parts.teacher
-            model_dir = export(run_dir / "model", module.student, state.record, teacher.model.config, teacher.tokenizer)
+            model_dir = export(run_dir / "model", student, state.record, teacher.model.config, teacher.tokenizer)
             Console().print(f"model:  {model_dir}", highlight=False, soft_wrap=True)
     trainer.strategy.barrier("finish")
-    return Result(state.results, module.student, state.record, run_dir, model_dir, report)
+    return Result(state.results, student, state.record, run_dir, model_dir, report)
+
+
+def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
+    """The student with whole weights: itself, or of one in shards a copy on rank 0's CPU."""
+    if not sharding.is_sharded(module.student):
+        return module.student
+    tensors = checkpoint.held(checkpoint.model_tensors(module.student), ranks)
+    if ranks.rank:
+        return module.student
+    student = surgery.rebuild(module.teacher, record)
+    checkpoint.load_model_tensors(student, tensors)
+    return student
 
 
 def _print_end(results: list[StageResult], report: Path) -> None:

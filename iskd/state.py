@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -9,10 +10,12 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from iskd import surgery
-from iskd.plan import Json, Record, Stage, record_from_json, stage_from_json, to_json
+from iskd.plan import MAX_NUMBER, Json, Record, Stage, record_from_json, stage_from_json, to_json
 from iskd.tracking import QUALITY, StageResult
 
 Status = Literal["kept", "rolled_back"]
+# windows per micro-batch and process, micro-batches per optimizer step, processes
+LAYOUT = ("batch_size", "accumulate", "processes")
 
 
 @dataclass
@@ -33,7 +36,10 @@ class RunState:
         finished: finished stages, oldest first.
         results: rows of the stage table, the teacher's first.
         scores: latest importance by layer.
-        identity: what a resumed run must find unchanged: teacher, text, windows, batch size, seed, processes.
+        skipped: optimizer steps that were skipped because the loss or a gradient was not finite.
+        skipped_in_a_row: how many of them were the latest steps.
+        identity: what a resumed run must find unchanged (teacher, text, windows, seed), and the layout of its batches
+            over processes, which may change between two stages (`take_up`).
     """
 
     record: Record
@@ -51,6 +57,8 @@ class RunState:
     finished: tuple[Stage, ...] = ()
     results: list[StageResult] = field(default_factory=list)
     scores: dict[int, float] | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
 
     def row(
@@ -75,14 +83,53 @@ class RunState:
             events=list(self.events),
         )
 
-    def check_identity(self, found: Mapping[str, Any]) -> None:
-        """Raise ValueError naming the first thing that would give a resumed run other data."""
+    def take_up(self, found: Mapping[str, Any]) -> None:
+        """Compare with what a resumed run found, and express the position in its layout of batches.
+
+        Raises:
+            ValueError: naming the first thing that would give the run other data, or a layout that cannot change here.
+        """
         for key, value in self.identity.items():
-            if found.get(key) != value:
+            if key not in LAYOUT and found.get(key) != value:
                 raise ValueError(
                     f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same "
-                    "teacher, text, batch size, seed and number of processes, or start a new run"
+                    "teacher, text and seed, or start a new run"
                 )
+        before, now = ({key: int(layout.get(key, 1)) for key in LAYOUT} for layout in (self.identity, found))
+        if before != now:
+            self._lay_out(before, now)
+        self.identity = dict(found)
+
+    def _lay_out(self, before: Mapping[str, int], now: Mapping[str, int]) -> None:
+        """Count in micro-batches and steps of another size; inside a stage only where that changes no number."""
+        micro, step = (before["batch_size"] * before["processes"], math.prod(before.values()))
+        new_micro, new_step = (now["batch_size"] * now["processes"], math.prod(now.values()))
+        if self.edited and self.batch:
+            place = f"the newest checkpoint lies inside stage {len(self.finished) + 1}"
+            if before["processes"] != now["processes"]:
+                raise ValueError(
+                    f"{place}, made by {before['processes']} processes, and now there are {now['processes']}: each has "
+                    "its own windows and random numbers there. Continue with as many as before (trainer.devices, "
+                    "trainer.num_nodes); at a stage boundary the number may change"
+                )
+            if step != new_step or self.batch * micro % new_micro or self.first_batch * micro % new_micro:
+                raise ValueError(
+                    f"{place}, with {step} windows in an optimizer step, and now there are {new_step}: keep "
+                    "data.batch_size x trainer.accumulate_grad_batches, or change them at a stage boundary"
+                )
+        self.batch = self.batch * micro // new_micro
+        self.first_batch = -(-self.first_batch * micro // new_micro)
+        self.steps = round(self.steps * step / new_step)
+        self.total_steps = max(1, round(self.total_steps * step / new_step))
+        self.events.append(f"continued with {dict(now)} instead of {dict(before)}")
+
+    def count_step(self, number: int, *, skipped: bool) -> int:
+        """Note whether optimizer step `number` was skipped; returns how many in a row now were."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.skipped += 1
+            self.events.append(f"step {number} skipped: the loss or a gradient was not finite")
+        return self.skipped_in_a_row
 
     def to_json(self) -> Json:
         """Plain JSON values."""
@@ -100,7 +147,10 @@ class RunState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunState:
         """Inverse of `to_json`. Raises ValueError when a key is missing or a value cannot be read."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the saved state must be an object, got {type(data).__name__}")
         values = dict(data)
+        _check_plain(values)
         try:
             values["record"] = record_from_json(values["record"])
             values["stage"] = None if values["stage"] is None else stage_from_json(values["stage"])
@@ -109,10 +159,40 @@ class RunState:
             scores = values["scores"]
             values["scores"] = None if scores is None else {int(layer): float(score) for layer, score in scores.items()}
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"the saved state cannot be read: {error!r}; is the checkpoint from another version?"
             ) from error
+
+
+_COUNTS = ("batch", "first_batch", "steps", "total_steps", "total_stages", "tokens", "skipped", "skipped_in_a_row")
+
+
+def _check_plain(values: Mapping[str, Any]) -> None:
+    """Types and ranges of what has no reader of its own. Raises ValueError naming the first wrong key."""
+    identity, before = values.get("identity", {}), values.get("before")
+    if not isinstance(identity, dict):
+        raise ValueError(f"the saved state has identity={identity!r:.80}; an object is expected")
+    counts = {key: (0, values.get(key, 0)) for key in _COUNTS}
+    counts |= {key: (1, identity[key]) for key in LAYOUT if key in identity}
+    for key, (low, value) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
+            raise ValueError(f"the saved state has {key}={value!r:.80}; an integer from {low} is expected")
+    if before is not None and (not isinstance(before, dict) or not set(before) <= set(QUALITY)):
+        raise ValueError(f"the saved state has before={before!r:.80}; an object with keys among {QUALITY} is expected")
+    for key, value in {"seconds": values.get("seconds", 0.0), **(before or {})}.items():
+        # an integer of a thousand digits is a number too, and no float
+        if isinstance(value, bool) or not (
+            isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_NUMBER)
+        ):
+            raise ValueError(f"the saved state has {key}={value!r:.80}; a number is expected")
+    for key in ("finished", "results", "events"):
+        if not isinstance(values.get(key, []), list):
+            raise ValueError(f"the saved state has {key}={values[key]!r:.80}; a list is expected")
+    if not all(isinstance(event, str) for event in values.get("events", [])):
+        raise ValueError("the saved state has an event that is no text")
+    if not isinstance(values.get("edited", False), bool):
+        raise ValueError(f"the saved state has edited={values['edited']!r:.80}; true or false is expected")
 
 
 def _edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:

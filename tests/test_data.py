@@ -162,7 +162,10 @@ def test_validation_and_calibration_are_fixed_and_disjoint(text: Path) -> None:
     module = data(text)
     assert module.validation_windows().shape == (10, 16)
     batches = module.calibration(96)
-    assert [tuple(batch.shape) for batch in batches] == [(2, 16)] * 3
+    assert [tuple(batch.shape) for batch in batches] == [(6, 16)]
+    other = data(text, batch_size=3).calibration(10**9)
+    assert [b.shape for b in other] == [b.shape for b in module.calibration(10**9)], "no fit depends on batch_size"
+    assert all(batch.numel() <= 1024 for batch in other)
     assert torch.equal(torch.cat(batches), torch.cat(data(text, seed=9).calibration(96)))
     every = module.windows("calibration")
     assert torch.equal(torch.cat(batches), torch.from_numpy(every[np.arange(6) * len(every) // 6].astype(np.int64)))

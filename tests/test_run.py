@@ -5,30 +5,23 @@ from __future__ import annotations
 import csv
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import iskd
-from iskd import callback as callback_module
-from iskd import checkpoint, surgery
+from iskd import checkpoint, editing, surgery
 from iskd.callback import CompressionCallback
 from iskd.checkpoint import model_tensors
-from iskd.corpus import TextFiles
-from iskd.data import TextData
-from iskd.importance.block_influence import BlockInfluence
+from iskd.faults import NonFiniteError
 from iskd.losses.ce import CrossEntropy
-from iskd.losses.hidden import HiddenMatch
-from iskd.losses.kl import KL
-from iskd.module import NonFiniteError
-from iskd.options import RunOptions
 from iskd.plan import Spec
 from iskd.run import Parts, Result, run
 from iskd.schedules.base import RemoveLayers, ReplaceWith
@@ -36,74 +29,19 @@ from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
 from iskd.teachers import Loaded
-from iskd.tokenizer import byte_tokenizer
 from iskd.tracking import read_stages
 from tests.factories import tiny
-
-SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
-BOTTLENECK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "fit_steps": 4})
-TOKENS = 4 * 32  # of one optimizer step
-
-
-class Crash(BaseException):
-    """Stands for a kill: no handler of ours may catch it or write anything because of it."""
+from tests.runs import SLIM, TOKENS, At, Crash, crash, interrupt, make_parts, same, weights, write_text
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"Sentence number {n} says that {n} plus {n % 7} is {n + n % 7}. " * 12 for n in range(120))
-    path.write_text("\n\n".join(lines))
-    return path
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
 def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
-    cache = tmp_path_factory.getbasetemp() / "cache"
-
-    def build(
-        run_dir: Path, *, schedule: Any = None, family: str = "llama", dropout: float = 0.1, **changes: Any
-    ) -> Parts:
-        model = tiny(family, vocab=257, dropout=dropout)
-        assert model.generation_config is not None
-        # a teacher's own settings, which every student must keep
-        model.generation_config.do_sample, model.generation_config.top_k = True, 7
-        tokenizer = byte_tokenizer()
-        data = TextData(
-            TextFiles(str(text)),
-            tokenizer,
-            cache_dir=cache,
-            seq_len=32,
-            batch_size=2,
-            val_tokens=512,
-            validation_fraction=0.1,
-            calibration_fraction=0.1,
-        )
-        run_dir.mkdir(exist_ok=True)
-        default = Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], tokens=12 * TOKENS, lr=1e-3, lr_new=3e-3)
-        parts = Parts(
-            teacher=Loaded(model, tokenizer, {"name": family}),
-            data=data,
-            schedule=schedule or default,
-            terms={"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1), "hidden": (HiddenMatch("normalized"), 0.1)},
-            run_dir=run_dir,
-            importance=BlockInfluence(),
-            options=RunOptions(checkpoint_every=2, fit_tokens=128, score_tokens=128, movement_steps=3),
-            trainer={"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": 2, "progress": False},
-            chunk=64,
-            export=False,
-        )
-        return replace(parts, **changes)
-
-    return build
-
-
-def weights(result: Result) -> dict[str, Tensor]:
-    return model_tensors(result.student)
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return partial(make_parts, text=text, cache=tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture
@@ -132,30 +70,6 @@ def test_run_writes_what_users_read(uninterrupted: Result) -> None:
     assert len(list((folder / "checkpoints").iterdir())) == 2, "the last two checkpoints are kept"
 
 
-class CrashAt(Callback):
-    """Raises at the end of the n-th micro-batch of the run."""
-
-    def __init__(self, batch: int) -> None:
-        self.left = batch
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Crash
-
-
-def crash_in(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, call: int) -> None:
-    """Make the `call`-th call of a function raise, half of them after having done its work."""
-    original, calls = getattr(target, name), iter(range(10_000))
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == call:
-            raise Crash
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(target, name, wrapped)
-
-
 CRASHES = [
     ("batch", 1),
     ("batch", 5),
@@ -167,9 +81,9 @@ CRASHES = [
     ("fit", 1),
     ("save", 0),
     ("save", 3),
-    ("replace", 2),
-    ("measure", 2),
-    ("measure", 4),
+    ("rename", 2),
+    ("validation", 2),
+    ("validation", 4),
 ]
 
 
@@ -185,16 +99,9 @@ def test_resume_after_a_crash_is_bitwise_exact(
     parts = make(tmp_path / "crashed")
     with monkeypatch.context() as patch:
         if place == "batch":
-            parts.callbacks.append(CrashAt(number))
-        targets = {
-            "edit": (callback_module.surgery, "apply"),
-            "fit": (callback_module, "warm_start"),
-            "save": (checkpoint, "save_file"),
-            "replace": (checkpoint.os, "replace"),
-            "measure": (callback_module.DistillModule, "measure"),
-        }
-        if place in targets:
-            crash_in(patch, *targets[place], number)
+            parts.callbacks.append(At(number, crash))
+        else:
+            interrupt(patch.setattr, place, number, crash)
         with pytest.raises(Crash):
             run(parts)
     resumed = run(make(tmp_path / "crashed", resume=True))
@@ -214,7 +121,7 @@ def test_resume_after_a_crash_is_bitwise_exact(
 
 def test_metrics_are_whole_after_resume(make: Callable[..., Parts], tmp_path: Path, uninterrupted: Result) -> None:
     parts = make(tmp_path / "crashed")
-    parts.callbacks.append(CrashAt(9))
+    parts.callbacks.append(At(9, crash))
     with pytest.raises(Crash):
         run(parts)
     run(make(tmp_path / "crashed", resume=True))
@@ -241,7 +148,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     parts = make(tmp_path / "torn")
-    parts.callbacks.append(CrashAt(21))
+    parts.callbacks.append(At(21, crash))
     with pytest.raises(Crash):
         run(parts)
     newest = checkpoint.newest(tmp_path / "torn" / "checkpoints")
@@ -303,7 +210,7 @@ def test_floor_missed_after_a_resume_inside_the_stage(
 ) -> None:
     schedule = Iterative(RemoveLayers(), layers=[2, 0], tokens=12 * TOKENS, lr=1e-3, floor=1e-6)
     parts = make(tmp_path / "floor", schedule=schedule, teacher=learnt)
-    parts.callbacks.append(CrashAt(21))
+    parts.callbacks.append(At(21, crash))
     with pytest.raises(Crash):
         run(parts)
     newest = checkpoint.newest(tmp_path / "floor" / "checkpoints")
@@ -367,22 +274,15 @@ def test_plan_only_stops_before_the_first_step(make: Callable[..., Parts], tmp_p
     assert "replace 2" in capsys.readouterr().out
 
 
-class Poison(Callback):
-    """Makes one weight of the student not a number after n micro-batches."""
-
-    def __init__(self, batch: int) -> None:
-        self.left = batch
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
-        self.left -= 1
-        if not self.left:
-            with torch.no_grad():
-                next(pl_module.student.parameters()).fill_(float("nan"))
+def poison(module: Any) -> None:
+    """Make one weight of the student not a number."""
+    with torch.no_grad():
+        next(module.student.parameters()).fill_(float("nan"))
 
 
 def test_non_finite_loss_names_step_and_last_good_checkpoint(make: Callable[..., Parts], tmp_path: Path) -> None:
     parts = make(tmp_path / "nan")
-    parts.callbacks.append(Poison(7))
+    parts.callbacks.append(At(7, poison))
     with pytest.raises(
         NonFiniteError, match=r"at \d+ tokens, stage 1 \(replace 2\)\. Last good checkpoint: .*checkpoints"
     ):
@@ -415,7 +315,7 @@ def test_full_disk_is_named_and_loses_nothing(
 
 def test_resume_refuses_other_data(make: Callable[..., Parts], tmp_path: Path) -> None:
     parts = make(tmp_path / "other")
-    parts.callbacks.append(CrashAt(5))
+    parts.callbacks.append(At(5, crash))
     with pytest.raises(Crash):
         run(parts)
     changed = make(tmp_path / "other", resume=True)
@@ -441,7 +341,7 @@ def test_new_block_that_cannot_move_is_an_error(
     def forget(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """An edit that changes only the module: the silent failure that the check is for."""
 
-    monkeypatch.setattr(callback_module, "regroup", forget)
+    monkeypatch.setattr(editing, "regroup", forget)
     with pytest.raises(RuntimeError, match="optimizer"):
         run(make(tmp_path / "silent"))
 

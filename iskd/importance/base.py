@@ -90,3 +90,10 @@ def ablation_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Seq
 
     tokens = sum(target.shape[0] * target.shape[1] for target in targets)
     return leave_one_out(student, batches, kl, stride) / tokens
+
+
+def by_layer(scores: Tensor, layers: Sequence[int]) -> dict[int, float]:
+    """Scores [L] of the blocks of a stack by layer number. Raises ValueError when one is not finite."""
+    if not scores.isfinite().all():
+        raise ValueError(f"importance gave a score that is not finite: {scores.tolist()}")
+    return dict(zip(layers, scores.tolist(), strict=True))

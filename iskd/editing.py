@@ -1,0 +1,58 @@
+"""One edit of a student in training, on one device, under DDP or in shards: structure, fit, optimizer groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from iskd import sharding, surgery
+from iskd.arch import Stack
+from iskd.fit import Fitted, warm_start
+from iskd.module import DistillModule
+from iskd.optim import regroup
+from iskd.plan import Record, Stage
+
+
+def carry_out(
+    module: DistillModule,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    batches: Sequence[Tensor],
+    forward_context: Callable[[], AbstractContextManager[None]],
+) -> list[Fitted]:
+    """Apply a stage's edits, fit the compact blocks, and give the optimizer what the stage trains.
+
+    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
+
+    Args:
+        module: its student, record and stage are changed.
+        optimizer: the running one; its groups are rewritten in place.
+        stage: what to do.
+        batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
+        forward_context: the precision under which training runs.
+    """
+    student, before = module.student, module.record
+    touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
+    origin = sharding.thaw(student, module.teacher, before, touched)
+    old = dict(zip(before.layers, Stack(student).layers, strict=True))
+    record = surgery.apply(student, before, stage.edits)
+    fitted: list[Fitted] = []
+    if batches:
+        with forward_context():
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
+    sharding.freeze(student, origin, optimizer)
+    module.record, module.stage = record, stage
+    regroup(optimizer, student, record, stage)
+    return fitted
+
+
+def start_over(module: DistillModule, record: Record, stage: Stage) -> None:
+    """Give the module a student of the record's structure, on its device or in shards; weights are yet to be loaded."""
+    device = module.device
+    module.student = surgery.rebuild(module.teacher, record).train()
+    nn.Module.to(module.student, device)
+    module.configure_model()
+    module.record, module.stage = record, stage

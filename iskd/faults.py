@@ -1,0 +1,46 @@
+"""What goes wrong in the middle of a run, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+# what torch says when the CPU's memory is used up; there is no class of its own for it
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "bad allocation", "bad_alloc")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, a gradient or a weight is not finite, and skipping steps did not help."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is used up, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def advice(error: BaseException, where: str, sizes: Mapping[str, int], last_good: Path | None) -> str:
+    """The message of a NonFiniteError or an out-of-memory error with what helps.
+
+    Args:
+        error: what was raised.
+        where: the place in the run.
+        sizes: the knobs that decide the memory, with their values.
+        last_good: the newest whole checkpoint, if there is one.
+    """
+    if isinstance(error, NonFiniteError):
+        return (
+            f"{error} {where}. Last good checkpoint: {last_good}. Start a new run with a lower schedule.lr and "
+            "schedule.lr_new, or with trainer.precision=32-true"
+        )
+    go_on = "start again" if last_good is None else f"go on with resume={last_good.parents[1]}"
+    values = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    return (
+        f"{error} {where}, out of memory with {values}: {go_on} and a smaller data.batch_size with "
+        "trainer.accumulate_grad_batches as many times larger (the same training; run.on_oom=halve does that itself), "
+        "or trainer=fsdp on several devices; in a new run also a smaller chunk (tokens whose logits exist at a time), "
+        "a smaller data.seq_len or schedule.train=edited"
+    )

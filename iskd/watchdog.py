@@ -1,0 +1,128 @@
+"""When one process of a run dies, the others stop instead of waiting in a collective for ever.
+
+Every process holds one TCP connection to rank 0. The kernel closes the connections of a process that dies, however it
+died, and keep-alive probes notice a machine that is gone: at most 45 seconds, with no heart beats that a busy process
+could miss. torch's own timeout is ten minutes with NCCL and thirty with gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+from iskd.distributed import Ranks
+
+_BYE = b"bye\n"
+_TOKEN = 16
+
+
+class Watchdog:
+    """Watches the other ranks from `start` to `close`.
+
+    Args:
+        ranks: the processes of the run.
+        advice: what the message ends with: how to go on.
+    """
+
+    def __init__(self, ranks: Ranks, advice: str) -> None:
+        self._ranks, self._advice = ranks, advice
+        self._peers: dict[socket.socket, int] = {}
+        self._wake: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Connect everybody with rank 0 and watch in a thread of its own. A collective; nothing on one process."""
+        if self._ranks.size == 1 or self._thread is not None:
+            return
+        if self._ranks.rank == 0:
+            self._host()
+        else:
+            self._join()
+        for peer in self._peers:
+            _keep_alive(peer)
+        self._wake, woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, args=(woken,), name="rank-watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave in peace: the others go on without this process."""
+        if self._thread is not None and self._wake is not None:
+            self._wake.close()
+            self._thread.join()
+            self._thread = self._wake = None
+            for peer in self._peers:
+                _send(peer, _BYE)
+                peer.close()
+            self._peers = {}
+
+    def _host(self) -> None:
+        with socket.create_server(("", 0)) as server:
+            token = secrets.token_bytes(_TOKEN)
+            address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            self._ranks.first((address, server.getsockname()[1], token.hex()))
+            server.settimeout(60)
+            while len(self._peers) < self._ranks.size - 1:
+                peer, _ = server.accept()
+                peer.settimeout(10)
+                said = peer.recv(_TOKEN + 4, socket.MSG_WAITALL)
+                if said[:_TOKEN] == token:
+                    self._peers[peer] = int.from_bytes(said[_TOKEN:], "big")
+                else:
+                    peer.close()  # not one of ours
+
+    def _join(self) -> None:
+        host, port, token = self._ranks.first(None)
+        peer = socket.create_connection((host, port), timeout=60)
+        peer.sendall(bytes.fromhex(token) + self._ranks.rank.to_bytes(4, "big"))
+        self._peers[peer] = 0
+
+    def _watch(self, woken: socket.socket) -> None:
+        watched = dict(self._peers)
+        with woken:
+            while watched:
+                ready, _, _ = select.select([woken, *watched], [], [])
+                if woken in ready:
+                    return
+                for peer in ready:
+                    said = _receive(peer)
+                    if said == _BYE:
+                        del watched[peer]
+                    else:
+                        self._stop(watched[peer] if not said else int(said.split()[1]))
+
+    def _stop(self, dead: int) -> None:
+        """Tell the others and end the process at once: its main thread may be waiting for the dead one."""
+        for peer in self._peers:
+            _send(peer, f"dead {dead}\n".encode())
+        sys.stderr.write(
+            f"rank {dead} died, so rank {self._ranks.rank} stops as well; see the last lines of rank {dead} for the "
+            f"reason. {self._advice}\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _send(peer: socket.socket, message: bytes) -> None:
+    with suppress(OSError):  # it is gone, which its own connection tells
+        peer.sendall(message)
+
+
+def _receive(peer: socket.socket) -> bytes:
+    try:
+        return peer.recv(64)
+    except OSError:
+        return b""
+
+
+def _keep_alive(peer: socket.socket) -> None:
+    """Probe a silent peer after 15 seconds and give it up after three probes, ten seconds apart."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # Linux; elsewhere the system's own times
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

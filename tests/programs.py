@@ -1,0 +1,213 @@
+"""What the processes of tests/worlds.py run: functions that are found by name, with plain arguments."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import signal
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from iskd import checkpoint, sharding
+from iskd.arch import Stack
+from iskd.checkpoint import model_tensors
+from iskd.distributed import Ranks
+from iskd.module import DistillModule, StepResult
+from iskd.run import Parts, run
+from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
+
+
+def layout(size: int, strategy: str | None) -> dict[str, Any]:
+    """Four windows in every optimizer step, however many processes share them."""
+    trainer = {"devices": size, "accelerator": "cpu", **({"strategy": strategy} if strategy else {})}
+    return {"batch_size": 2 // size, "trainer": trainer}
+
+
+class Watch(Callback):
+    """Writes down what the equality tests compare: losses, weights after every step, edits, freed blocks."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.digests: list[list[str]] = []
+        self.sums: list[float] = []
+        self.alive: list[weakref.ref[nn.Module]] = []
+        self.leaked = 0
+        self.roots = self.skipped = 0
+        self.moved: dict[str, bool] = {}
+        self.start: dict[str, tuple[nn.Parameter, Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        new = next(g["params"] for g in trainer.optimizers[0].param_groups if g["name"] == "new" and g["decays"])
+        if batch_idx == 0:
+            sharding.settle(pl_module.student)
+            names = {id(p): n for n, p in pl_module.student.named_parameters()}
+            self.start = {names[id(p)]: (p, sharding.whole(p.detach()).clone()) for p in new}
+            gc.collect()
+            now = {id(m) for m in pl_module.student.modules()}
+            self.leaked += sum(ref() is not None and id(ref()) not in now for ref in self.alive)
+            self.alive = [weakref.ref(block) for block in Stack(pl_module.student).layers]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        ranks = Ranks(trainer)
+        self.losses.append(sum(ranks.gather(float(outputs["loss"]))) / ranks.size)
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.skipped += pl_module.skipped
+        fsdp = [m for m in pl_module.student.modules() if isinstance(m, FSDPModule)]
+        self.roots = max(self.roots, sum(bool(m._get_fsdp_state()._is_root) for m in fsdp))
+        weights = {n: sharding.whole(v) for n, v in model_tensors(pl_module.student).items()}
+        self.digests.append(ranks.gather(digest(weights)))
+        here = {n: not torch.equal(sharding.whole(p.detach()), before) for n, (p, before) in self.start.items()}
+        self.moved.update({f"{len(pl_module.record.edits)} {n}": moved for n, moved in here.items()})
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def parts_of(
+    folder: Path, name: str, size: int, strategy: str | None, *, restart: bool = False, **changes: Any
+) -> Parts:
+    defaults = {"schedule": Scripted(every_edit(), restart_at_edit=restart), "dropout": 0.0}
+    return make_parts(
+        folder / name, folder / "text.txt", folder / "cache", **{**defaults, **layout(size, strategy), **changes}
+    )
+
+
+def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
+    """One run; every rank writes what `Watch` saw, and rank 0 the final weights."""
+    watched(rank, folder, name, parts_of(folder, name, size, strategy, **changes))
+
+
+def watched(rank: int, folder: Path, name: str, parts: Parts) -> None:
+    watch = Watch()
+    parts.callbacks.append(watch)
+    result = run(parts)
+    seen = {
+        "losses": watch.losses,
+        "digests": watch.digests,
+        "leaked": watch.leaked,
+        "roots": watch.roots,
+        "skipped": watch.skipped,
+        "moved": watch.moved,
+        "stages": [[s.name, s.ppl, s.kl, s.tokens, s.params, s.status] for s in result.stages],
+    }
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
+    if rank == 0:
+        save_file(model_tensors(result.student), folder / f"{name}.safetensors")
+
+
+class Tokens(Callback):
+    """Leaves the number of tokens trained so far in a file, for whoever finds the run dead."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.path.write_text(str(pl_module.tokens))
+
+
+def counted(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
+    """`train`, and how often each place was passed."""
+    counts = dict.fromkeys(PLACES, 0)
+
+    def counting(place: str, original: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            counts[place] += 1
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    for place, (target, attribute) in PLACES.items():
+        setattr(target, attribute, counting(place, getattr(target, attribute)))
+    train(rank, folder, name, size, strategy, changes)
+    (folder / f"{name}-{rank}.counts.json").write_text(json.dumps(counts))
+
+
+def killed(
+    rank: int,
+    folder: Path,
+    name: str,
+    size: int,
+    strategy: str | None,
+    changes: Mapping[str, Any],
+    victim: int,
+    place: str,
+    call: int,
+) -> None:
+    """A run of which one process kills itself in the middle of something."""
+    parts = parts_of(folder, name, size, strategy, **changes)
+    if rank == 0:
+        parts.callbacks.append(Tokens(folder / name / "tokens.txt"))
+    if rank == victim and place in PLACES:
+        interrupt(setattr, place, call, kill)
+    run(parts)
+
+
+def stopped(
+    rank: int,
+    folder: Path,
+    name: str,
+    size: int,
+    strategy: str | None,
+    changes: Mapping[str, Any],
+    victim: int,
+    batch: int,
+) -> None:
+    """A run of which one process gets SIGTERM during a micro-batch."""
+    parts = parts_of(folder, name, size, strategy, **changes)
+    if rank == victim:
+        parts.callbacks.append(At(batch, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    run(parts)
+
+
+def forgetful(rank: int, folder: Path, name: str) -> None:
+    """FSDP2 without the reset that an edit needs."""
+    sharding.reset_roots = sharding.settle
+    parts, watch = parts_of(folder, name, 2, "fsdp"), Watch()
+    parts.callbacks.append(watch)
+    with suppress(Exception):  # gathering the weights fails in the end
+        run(parts)
+    (folder / f"{name}-{rank}.json").write_text(json.dumps({"leaked": watch.leaked, "roots": watch.roots}))
+
+
+def poisoned(rank: int, folder: Path, name: str, victim: int) -> None:
+    """One rank's loss is infinite in one step; its gradient is not."""
+    parts, steps = parts_of(folder, name, 2, "ddp"), iter(range(1000))
+    original = DistillModule.step
+
+    def infinite(self: DistillModule, input_ids: Tensor) -> StepResult:
+        result = original(self, input_ids)
+        bad = rank == victim and next(steps) == 9
+        return StepResult(result.loss + float("inf"), result.parts) if bad else result
+
+    DistillModule.step = infinite  # type: ignore[method-assign]
+    watched(rank, folder, name, parts)
+
+
+def full_disk(rank: int, folder: Path, name: str) -> None:
+    """The disk is full at the third checkpoint."""
+    original, calls = checkpoint.save_file, iter(range(1000))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        if next(calls) >= 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*args, **kwargs)
+
+    checkpoint.save_file = full
+    train(rank, folder, name, 2, "ddp", {})

@@ -1,0 +1,142 @@
+"""Kill a run with SIGKILL at random places, resume it, and compare its end with that of an uninterrupted one.
+
+    python -m tests.reliability --trials 25 --processes 1
+    python -m tests.reliability --trials 25 --processes 2 --strategy ddp
+
+prints the table of docs/reliability.md. A trial kills one process between two steps or inside a step, an edit, a fit,
+a save or a validation; the places and their numbers are drawn from those that the uninterrupted run passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from iskd import checkpoint
+from tests import programs
+from tests.runs import largest_difference, write_text
+from tests.worlds import World, run_world
+
+TIMED = "any moment"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where a run was killed and how it ended: `seconds` until the other processes stopped, tokens trained twice."""
+
+    place: str
+    call: float
+    victim: int
+    seconds: float
+    again: int
+    weights: float
+    optimizer: float
+    results: bool
+
+
+class Bench:
+    """An uninterrupted run, and trials against it."""
+
+    def __init__(self, folder: Path, size: int, strategy: str | None, seed: int, **changes: Any) -> None:
+        self.folder, self.size, self.strategy, self.changes = folder, size, strategy, changes
+        self.random = random.Random(seed)
+        write_text(folder)
+        started = time.monotonic()
+        run_world(size, programs.counted, folder, "whole", size, strategy, changes, folder=folder / "logs" / "whole")
+        self.seconds = time.monotonic() - started
+        self.counts = [json.loads((folder / f"whole-{rank}.counts.json").read_text()) for rank in range(size)]
+
+    def places(self) -> Iterator[tuple[str, float, int]]:
+        """Places to be killed at, without end: every kind in turn, the call and the process at random."""
+        kinds = [*self.counts[0], TIMED]
+        while True:
+            self.random.shuffle(kinds)
+            for place in kinds:
+                victim = self.random.randrange(self.size)
+                if place == TIMED:
+                    yield place, self.random.uniform(0.3, 1.0) * self.seconds, victim
+                    continue
+                if not self.counts[victim][place]:
+                    victim = 0
+                yield place, self.random.randrange(self.counts[victim][place]), victim
+
+    def trial(self, number: int, place: str, call: float, victim: int) -> Trial:
+        """Kill, resume, compare."""
+        name, size, logs = f"trial{number}", self.size, self.folder / "logs"
+        arguments = (self.folder, name, size, self.strategy, self.changes)
+        world = World(size, programs.killed, (*arguments, victim, place, call), logs / name)
+        if place == TIMED:
+            world.processes[victim].join(call)
+            world.processes[victim].kill()
+        world.processes[victim].join(120)
+        died = time.monotonic()
+        codes = world.wait(60)
+        seconds = time.monotonic() - died
+        if place != TIMED or codes[victim]:  # a run that was over before its moment came is resumed like any other
+            assert codes[victim] == -signal.SIGKILL, f"{place} {call}: exit codes {codes}\n{world.said()}"
+        place_left = self.folder / name / "tokens.txt"
+        reached = int(place_left.read_text() or 0) if place_left.is_file() else 0
+        newest = checkpoint.newest(self.folder / name / "checkpoints")
+        kept = 0 if newest is None else checkpoint.read_state(newest).tokens
+        resumed = {**self.changes, "resume": True}
+        run_world(size, programs.train, *arguments[:4], resumed, folder=logs / f"{name}-resumed")
+        weights, optimizer = self._differences(name)
+        shutil.rmtree(self.folder / name)
+        ends = [json.loads((self.folder / f"{run}-0.json").read_text())["stages"] for run in ("whole", name)]
+        return Trial(place, call, victim, seconds, max(0, reached - kept), weights, optimizer, ends[0] == ends[1])
+
+    def _differences(self, name: str) -> tuple[float, float]:
+        """Largest difference of any weight and of any optimizer state from the uninterrupted run."""
+        ends = [checkpoint.newest(self.folder / run / "checkpoints") for run in ("whole", name)]
+        assert all(end is not None for end in ends)
+        files = ("student.safetensors", "optimizer.safetensors")
+        found = [[load_file(end / file) for end in ends if end is not None] for file in files]
+        return largest_difference(*found[0]), largest_difference(*found[1])
+
+
+def table(trials: list[Trial]) -> str:
+    """One row per place."""
+    heads = ("killed in", "trials", "same results", "others stopped after", "trained twice", "weights", "optimizer")
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for place in dict.fromkeys(trial.place for trial in trials):
+        of = [trial for trial in trials if trial.place == place]
+        same = sum(trial.results for trial in of)
+        waits = max(trial.seconds for trial in of)
+        again = max(trial.again for trial in of)
+        differ = [max(getattr(trial, key) for trial in of) for key in ("weights", "optimizer")]
+        rows.append(
+            f"| {place} | {len(of)} | {same} | {waits:.2f} s | {again} tokens | {differ[0]:g} | {differ[1]:g} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=25)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"])
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), asked.processes, asked.strategy, asked.seed)
+        trials = []
+        for number, (place, call, victim) in zip(range(asked.trials), bench.places(), strict=False):
+            trials.append(bench.trial(number, place, call, victim))
+            print(trials[-1], flush=True)
+        print(table(trials))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Whole runs on tiny models: their parts, schedules that do what a test says, and ways to break them off."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from iskd import callback as callback_module
+from iskd import checkpoint, editing
+from iskd.checkpoint import model_tensors
+from iskd.corpus import TextFiles
+from iskd.data import TextData
+from iskd.importance.block_influence import BlockInfluence
+from iskd.losses.ce import CrossEntropy
+from iskd.losses.hidden import HiddenMatch
+from iskd.losses.kl import KL
+from iskd.options import RunOptions
+from iskd.plan import Convert, Edit, Remove, Replace, Spec, Stage
+from iskd.run import Parts, Result
+from iskd.schedules.base import History, ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.teachers import Loaded
+from iskd.tokenizer import byte_tokenizer
+from tests.factories import tiny
+
+SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
+BOTTLENECK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "fit_steps": 4})
+MIXER = Spec("iskd.mixers.linear_attention.LinearAttention", {})
+TOKENS = 4 * 32  # of one optimizer step
+
+
+class Crash(BaseException):
+    """Stands for a kill: no handler of ours may catch it or write anything because of it."""
+
+
+class Scripted:
+    """The stages of a list, one after the other."""
+
+    def __init__(self, stages: Sequence[Stage], *, restart_at_edit: bool = False) -> None:
+        self.stages, self.restart_at_edit = stages, restart_at_edit
+        self.floor: float | None = None
+        self.scoring = "never"
+
+    def next_stage(self, history: History) -> Stage | None:
+        done = len(history.stages)
+        return self.stages[done] if done < len(self.stages) else None
+
+
+def every_edit(steps: int = 4) -> list[Stage]:
+    """A compact block that is fitted, a removal, a mixer: one stage each, `steps` optimizer steps long."""
+    edits: list[Edit] = [Replace(2, SLIM, seed=3), Remove(1), Convert(3, MIXER, seed=5), Replace(0, BOTTLENECK, seed=7)]
+    return [
+        Stage(f"{edit.op} {edit.layer}", (edit,), tokens=steps * TOKENS, lr=1e-3, lr_new=3e-3, fit=edit.op == "replace")
+        for edit in edits
+    ]
+
+
+def write_text(folder: Path) -> Path:
+    """A text file that a tiny model can learn something from."""
+    lines = (f"Sentence number {n} says that {n} plus {n % 7} is {n + n % 7}. " * 12 for n in range(120))
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def make_parts(
+    run_dir: Path,
+    text: Path,
+    cache: Path,
+    *,
+    schedule: Any = None,
+    family: str = "llama",
+    dropout: float = 0.1,
+    batch_size: int = 2,
+    accumulate: int = 2,
+    options: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Parts:
+    """A run of two replacements on a random model with four layers, seconds long."""
+    model = tiny(family, vocab=257, dropout=dropout)
+    assert model.generation_config is not None
+    # a teacher's own settings, which every student must keep
+    model.generation_config.do_sample, model.generation_config.top_k = True, 7
+    tokenizer = byte_tokenizer()
+    data = TextData(
+        TextFiles(str(text)),
+        tokenizer,
+        cache_dir=cache,
+        seq_len=32,
+        batch_size=batch_size,
+        val_tokens=512,
+        validation_fraction=0.1,
+        calibration_fraction=0.1,
+    )
+    run_dir.mkdir(exist_ok=True)
+    default = Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], tokens=12 * TOKENS, lr=1e-3, lr_new=3e-3)
+    settings = {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": accumulate, "progress": False}
+    sizes = {"checkpoint_every": 2, "fit_tokens": 128, "score_tokens": 128, "movement_steps": 3}
+    parts = Parts(
+        teacher=Loaded(model, tokenizer, {"name": family}),
+        data=data,
+        schedule=schedule or default,
+        terms={"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1), "hidden": (HiddenMatch("normalized"), 0.1)},
+        run_dir=run_dir,
+        importance=BlockInfluence(),
+        options=RunOptions(**{**sizes, **(options or {})}),
+        trainer={**settings, **(trainer or {})},
+        chunk=64,
+        export=False,
+    )
+    return replace(parts, **changes)
+
+
+def weights(result: Result) -> dict[str, Tensor]:
+    return model_tensors(result.student)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+class At(Callback):
+    """Calls something at the end of the n-th micro-batch that this process trains."""
+
+    def __init__(self, batch: int, act: Callable[[Any], None]) -> None:
+        self.left, self.act = batch, act
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            self.act(pl_module)
+
+
+def crash(_module: Any = None) -> None:
+    raise Crash
+
+
+def kill(_module: Any = None) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+#: Functions inside which a run can be broken off: object and attribute by a short name.
+PLACES: dict[str, tuple[Any, str]] = {
+    "edit": (editing.surgery, "apply"),
+    "fit": (editing, "warm_start"),
+    "regroup": (editing, "regroup"),
+    "rewrap": (callback_module, "rewrap"),
+    "save": (checkpoint, "save_file"),
+    "rename": (checkpoint.os, "replace"),
+    "prune": (checkpoint, "prune"),
+    "validation": (callback_module.DistillModule, "measure"),
+    "step": (callback_module.DistillModule, "step"),
+}
+
+
+def interrupt(setattr_: Callable[[Any, str, Any], Any], place: str, call: int, act: Callable[[], None]) -> None:
+    """Make the n-th call (from 0) of a place's function act first; later ones go through."""
+    target, name = PLACES[place]
+    original, calls = getattr(target, name), iter(range(1_000_000))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            act()
+        return original(*args, **kwargs)
+
+    setattr_(target, name, wrapped)
