@@ -185,6 +185,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
     _refuse_foreign(saved, config, saved_file)
+    saved.trainer.progress = config.trainer.progress
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in _FREE or key in _FREE:
@@ -205,7 +206,6 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         _refuse_other_preset(saved, config)
     saved.resume, saved.logger, saved.cache_dir = str(run_dir), config.logger, config.cache_dir
-    saved.trainer.progress = config.trainer.progress
     return saved
 
 

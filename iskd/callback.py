@@ -167,7 +167,7 @@ class CompressionCallback(Callback):
     def _begin(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Carry out stages without training, and point the data at what is left of the one with training."""
         state = self.state
-        while state.stage is not None and not self.leaving and not self._left(trainer, state.stage):
+        while state.stage is not None and not self.leaving and not self._left(trainer):
             if not state.edited:
                 self._edit(trainer, module)
             self._end(trainer, module)
@@ -177,7 +177,7 @@ class CompressionCallback(Callback):
             return
         self._steps = state.batch // trainer.accumulate_grad_batches
         module.tokens, module.stage, module.stage_number = state.tokens, state.stage, len(state.finished) + 1
-        self.data.set_stage(state.first_batch + state.batch, self._left(trainer, state.stage))
+        self.data.set_stage(state.first_batch + state.batch, self._left(trainer))
 
     def _decide(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Next stage: rank 0 scores and decides, everybody gets the same JSON."""
@@ -240,8 +240,7 @@ class CompressionCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the factor on the learning rates for the coming step."""
-        module, stage = cast(DistillModule, pl_module), self.state.stage
-        assert stage is not None
+        module, stage = cast(DistillModule, pl_module), cast(Stage, self.state.stage)
         module.steps = self.state.steps + self._steps
         module.lr_scale = module.optim.scale(
             self._steps, self._stage_steps(trainer, stage), self.state.steps, self.state.total_steps
@@ -263,15 +262,16 @@ class CompressionCallback(Callback):
     ) -> None:
         """Count; at optimizer steps check that new parameters move and write a checkpoint now and then."""
         module, state = cast(DistillModule, pl_module), self.state
-        assert state.stage is not None
         state.batch += 1
         state.tokens += batch["input_ids"].numel() * trainer.world_size
         module.tokens = state.tokens
         if state.batch % trainer.accumulate_grad_batches:
             return
         self._steps += 1
-        last = not self._left(trainer, state.stage)
+        last = not self._left(trainer)
         self._count_skipped(module)
+        if self._steps == 1:
+            sharding.check_roots(module.student)
         still = self._movement.stepped(module.lr_scale * module.stage.lr_new, skipped=module.skipped, last=last)
         if still is not None:
             require_moved(self._ranks.gather(still), split=sharding.is_sharded(module.student))
@@ -375,9 +375,10 @@ class CompressionCallback(Callback):
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))
 
-    def _left(self, trainer: L.Trainer, stage: Stage) -> int:
-        """Micro-batches of the stage that are still to be trained."""
-        return self._stage_steps(trainer, stage) * trainer.accumulate_grad_batches - self.state.batch
+    def _left(self, trainer: L.Trainer) -> int:
+        """Micro-batches of the stage in progress that are still to be trained."""
+        assert self.state.stage is not None
+        return self._stage_steps(trainer, self.state.stage) * trainer.accumulate_grad_batches - self.state.batch
 
     def _measure(self, trainer: L.Trainer, module: DistillModule) -> dict[str, float]:
         with trainer.precision_plugin.forward_context():

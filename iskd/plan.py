@@ -187,7 +187,7 @@ class Stage:
         train: which parameters train: `all`, `edited` (every edited layer so far), `new` (this stage's edits),
             `adjacent` (this stage's edits and the surviving neighbours), or a regular expression on parameter names.
         lr: learning rate of everything that trains but the new blocks.
-        lr_new: learning rate of the blocks that this stage inserts.
+        lr_new: learning rate of the blocks and mixers that this stage inserts.
         fit: fit the inserted blocks to the replaced ones on calibration tokens before training.
     """
 

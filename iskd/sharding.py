@@ -7,7 +7,8 @@ back in shards (`freeze`).
 
 torch decides once, at the first forward pass, which FSDP module is the root of which others, and has no public way to
 decide again. Without that a new block is a second root that never reshards after its forward pass, and the removed one
-is never freed; nothing raises. `reset_roots` is the only function that touches private attributes of torch.
+is never freed; nothing raises. `reset_roots` is the only function that changes private attributes of torch, and
+`check_roots` the one that looks whether it worked.
 """
 
 from __future__ import annotations
@@ -150,13 +151,30 @@ def reset_roots(model: nn.Module) -> None:
         if not isinstance(module, FSDPModule):
             continue
         module.reshard()
-        state = cast(Any, module)._get_fsdp_state()
+        state = _state(module)
         wanted = [name for name in ("_is_root", "_state_ctx", "_comm_ctx") if not hasattr(state, name)]
         if wanted:
             raise RuntimeError(f"torch {torch.__version__} has no {wanted[0]}; use schedule.restart_at_edit=true")
         state._is_root, state._state_ctx, state._comm_ctx = None, type(state._state_ctx)(), type(state._comm_ctx)()
         for group in _groups(state):
             group._module_fqn = None
+
+
+def check_roots(model: nn.Module) -> None:
+    """Raise RuntimeError when torch takes another module than `model` for a root: it would keep its weights whole.
+
+    To be called after a forward pass; nothing for a model that is not in shards.
+    """
+    roots = [name for name, m in model.named_modules() if isinstance(m, FSDPModule) and _state(m)._is_root]
+    if is_sharded(model) and roots != [""]:
+        raise RuntimeError(
+            f"torch {torch.__version__} takes {roots or 'nothing'} for roots of the student in shards, not only the "
+            "student itself: use schedule.restart_at_edit=true"
+        )
+
+
+def _state(module: FSDPModule) -> Any:
+    return cast(Any, module)._get_fsdp_state()
 
 
 def _groups(state: Any) -> Sequence[Any]:

@@ -61,16 +61,15 @@ class Watchdog:
             self._peers = {}
 
     def _host(self) -> None:
-        with socket.create_server(("", 0)) as server:
-            token = secrets.token_bytes(_TOKEN)
-            address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        token, address = secrets.token_bytes(_TOKEN), os.environ.get("MASTER_ADDR", "127.0.0.1")
+        with socket.create_server((address if address in ("127.0.0.1", "localhost") else "", 0)) as server:
             self._ranks.first((address, server.getsockname()[1], token.hex()))
             server.settimeout(60)
             while len(self._peers) < self._ranks.size - 1:
                 peer, _ = server.accept()
                 peer.settimeout(10)
-                said = peer.recv(_TOKEN + 4, socket.MSG_WAITALL)
-                if said[:_TOKEN] == token:
+                said = _receive(peer, _TOKEN + 4)
+                if secrets.compare_digest(said[:_TOKEN], token):
                     self._peers[peer] = int.from_bytes(said[_TOKEN:], "big")
                 else:
                     peer.close()  # not one of ours
@@ -112,9 +111,10 @@ def _send(peer: socket.socket, message: bytes) -> None:
         peer.sendall(message)
 
 
-def _receive(peer: socket.socket) -> bytes:
+def _receive(peer: socket.socket, size: int | None = None) -> bytes:
+    """One message, or exactly `size` bytes; empty when the peer is gone or says nothing in time."""
     try:
-        return peer.recv(64)
+        return peer.recv(64) if size is None else peer.recv(size, socket.MSG_WAITALL)
     except OSError:
         return b""
 

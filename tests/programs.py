@@ -10,7 +10,6 @@ import os
 import signal
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from iskd.run import Parts, run
 from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
 
 
-def layout(size: int, strategy: str | None) -> dict[str, Any]:
+def layout(size: int, strategy: str | None, accelerator: str, precision: str) -> dict[str, Any]:
     """Four windows in every optimizer step, however many processes share them."""
-    trainer = {"devices": size, "accelerator": "cpu", **({"strategy": strategy} if strategy else {})}
+    trainer = {"devices": size, "accelerator": accelerator, "precision": precision}
+    trainer |= {"strategy": strategy} if strategy else {}
     return {"batch_size": 2 // size, "trainer": trainer}
 
 
@@ -76,16 +76,27 @@ class Watch(Callback):
 def digest(weights: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(weights.items()):
-        found.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
 def parts_of(
-    folder: Path, name: str, size: int, strategy: str | None, *, restart: bool = False, **changes: Any
+    folder: Path,
+    name: str,
+    size: int,
+    strategy: str | None,
+    *,
+    restart: bool = False,
+    accelerator: str = "cpu",
+    precision: str = "32-true",
+    **changes: Any,
 ) -> Parts:
     defaults = {"schedule": Scripted(every_edit(), restart_at_edit=restart), "dropout": 0.0}
     return make_parts(
-        folder / name, folder / "text.txt", folder / "cache", **{**defaults, **layout(size, strategy), **changes}
+        folder / name,
+        folder / "text.txt",
+        folder / "cache",
+        **{**defaults, **layout(size, strategy, accelerator, precision), **changes},
     )
 
 
@@ -124,6 +135,7 @@ class Tokens(Callback):
 
 def counted(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
     """`train`, and how often each place was passed."""
+    parts_of(folder, name, size, strategy, **changes).data.prepare()  # later runs find the token shards made
     counts = dict.fromkeys(PLACES, 0)
 
     def counting(place: str, original: Any) -> Any:
@@ -179,11 +191,7 @@ def stopped(
 def forgetful(rank: int, folder: Path, name: str) -> None:
     """FSDP2 without the reset that an edit needs."""
     sharding.reset_roots = sharding.settle
-    parts, watch = parts_of(folder, name, 2, "fsdp"), Watch()
-    parts.callbacks.append(watch)
-    with suppress(Exception):  # gathering the weights fails in the end
-        run(parts)
-    (folder / f"{name}-{rank}.json").write_text(json.dumps({"leaked": watch.leaked, "roots": watch.roots}))
+    train(rank, folder, name, 2, "fsdp", {})
 
 
 def poisoned(rank: int, folder: Path, name: str, victim: int) -> None:
@@ -211,3 +219,44 @@ def full_disk(rank: int, folder: Path, name: str) -> None:
 
     checkpoint.save_file = full
     train(rank, folder, name, 2, "ddp", {})
+
+
+class Types(Callback):
+    """The types of the weights that train and of what their blocks' matrices give."""
+
+    def __init__(self) -> None:
+        self.weights: set[str] = set()
+        self.outputs: set[str] = set()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        layers = dict(zip(pl_module.record.layers, Stack(pl_module.student).layers, strict=True))
+        edited = [layers[edit.layer] for edit in pl_module.stage.edits if edit.op != "remove"]
+        self.weights |= {str(p.dtype) for block in edited for p in block.parameters()}
+        for module in (module for block in edited for module in block.modules() if isinstance(module, nn.Linear)):
+            module.register_forward_hook(lambda _, __, output: self.outputs.add(str(output.dtype)))
+
+
+def on_gpu(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
+    """`train` on any torch, with the types of edited blocks; `hog` uses up the memory when a batch has two windows."""
+    sharding.UNTESTED = None
+    values, types = dict(changes), Types()
+    if values.pop("hog", False):
+        _hog()
+    parts = parts_of(folder, name, size, strategy, **values)
+    parts.callbacks.append(types)
+    watched(rank, folder, name, parts)
+    seen = json.loads((folder / f"{name}-{rank}.json").read_text())
+    seen |= {"weights": sorted(types.weights), "outputs": sorted(types.outputs)}
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
+
+
+def _hog() -> None:
+    """From the tenth step on, ask the device for more than it has whenever a micro-batch has two windows."""
+    original, steps = DistillModule.step, iter(range(1000))
+
+    def greedy(self: DistillModule, input_ids: Tensor) -> StepResult:
+        if next(steps) > 9 and len(input_ids) > 1:
+            torch.empty(2**46, dtype=torch.uint8, device=input_ids.device)
+        return original(self, input_ids)
+
+    DistillModule.step = greedy  # type: ignore[method-assign]

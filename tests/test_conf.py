@@ -117,6 +117,18 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
         build.resumed(composed(f"resume={tmp_path}/none"), [])
 
 
+def test_resume_may_lay_the_batches_out_anew(tmp_path: Path) -> None:
+    """Another preset of the trainer, another micro-batch, other upkeep; nothing that changes a number."""
+    saved = composed("debug=smoke", "seed=7", "trainer.progress=false")
+    OmegaConf.save(OmegaConf.create(build.plain(saved)), tmp_path / "config.yaml")
+    overrides = ["trainer=ddp", "trainer.devices=2", "data.batch_size=2", "run.keep=5", "schedule.restart_at_edit=true"]
+    config = build.resumed(composed(f"resume={tmp_path}", "debug=smoke", *overrides), overrides)
+    assert (config.trainer.strategy, config.trainer.devices, config.data.batch_size) == ("ddp", 2, 2)
+    assert (config.run.keep, config.schedule.restart_at_edit, config.seed) == (5, True, 7)
+    with pytest.raises(ValueError, match="but trainer is"):
+        build.resumed(composed(f"resume={tmp_path}", "trainer=cpu"), ["trainer=cpu"])
+
+
 def test_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):

@@ -74,10 +74,9 @@ def _enter(rank: int, size: int, port: int, log: Path, program: Callable[..., No
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if size > 1:
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), NODE_RANK="0", LOCAL_RANK=str(rank)
-        )
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
     try:
         program(rank, *args)
     except SystemExit:
