@@ -275,7 +275,7 @@ def test_blocks_work_under_a_sliding_window(name: str) -> None:
         ("llama", {"reduction": 0}, "block.reduction=0 does not divide"),
         ("gpt2", {"reduction": 3, "heads": 5}, "block.heads=5 does not divide the inner width 16"),
         ("qwen2", {"reduction": 8, "heads": 2}, "block.heads=2 gives heads of width 3; rotary positions need an even"),
-        ("llama", {"reduction": 3, "layers": 0}, "block.layers must be between 1 and 64 1, got 0"),
+        ("llama", {"reduction": 3, "layers": 0}, "block.layers must be between 1 and 64, got 0"),
     ],
 )
 def test_a_bottleneck_of_impossible_size_is_refused(family: str, kwargs: dict[str, int], message: str) -> None:
