@@ -345,8 +345,7 @@ class CompressionCallback(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say where the last good state is when numbers blow up or memory runs out."""
-        if isinstance(exception, Exception):
-            self._watchdog.close()
+        self._watchdog.close(failed=True)
         if isinstance(exception, NonFiniteError) or is_out_of_memory(exception):
             where, good = cast(DistillModule, pl_module).where(), checkpoint.newest(self.run_dir / "checkpoints")
             sizes = {"data.batch_size": self.data.batch_size, "data.seq_len": self.data.seq_len}

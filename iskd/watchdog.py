@@ -7,18 +7,22 @@ could miss. torch's own timeout is ten minutes with NCCL and thirty with gloo.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import select
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from iskd.distributed import Ranks
 
-_BYE = b"bye\n"
-_TOKEN = 16
+_BYE, _FAILED, _DEAD = "bye", "failed", "dead"
+_TOKEN, _MESSAGE = 16, 32  # bytes
+#: Seconds that a process has to fail in its own words after another one has failed.
+GRACE = 20.0
 
 
 class Watchdog:
@@ -49,14 +53,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, args=(woken,), name="rank-watchdog", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Leave in peace: the others go on without this process."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave: in peace, or because of an exception, which the others may meet as well or be waiting for in vain."""
         if self._thread is not None and self._wake is not None:
             self._wake.close()
             self._thread.join()
             self._thread = self._wake = None
             for peer in self._peers:
-                _send(peer, _BYE)
+                _send(peer, f"{_FAILED} {self._ranks.rank}" if failed else f"{_BYE} {self._ranks.rank}")
                 peer.close()
             self._peers = {}
 
@@ -81,23 +85,29 @@ class Watchdog:
         self._peers[peer] = 0
 
     def _watch(self, woken: socket.socket) -> None:
-        watched = dict(self._peers)
+        watched, failed, deadline = dict(self._peers), 0, math.inf
         with woken:
-            while watched:
-                ready, _, _ = select.select([woken, *watched], [], [])
+            while watched or deadline < math.inf:
+                wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+                ready, _, _ = select.select([woken, *watched], [], [], wait)
                 if woken in ready:
                     return
+                if not ready:
+                    self._stop(failed)
                 for peer in ready:
-                    said = _receive(peer)
-                    if said == _BYE:
+                    word, _, rank = _receive(peer).decode().partition(" ")
+                    if word == _BYE:
+                        del watched[peer]
+                    elif word == _FAILED:
+                        failed, deadline = int(rank), min(deadline, time.monotonic() + GRACE)
+                        self._tell(f"{_FAILED} {failed}")
                         del watched[peer]
                     else:
-                        self._stop(watched[peer] if not said else int(said.split()[1]))
+                        self._stop(int(rank) if word == _DEAD else watched[peer])
 
     def _stop(self, dead: int) -> None:
         """Tell the others and end the process at once: its main thread may be waiting for the dead one."""
-        for peer in self._peers:
-            _send(peer, f"dead {dead}\n".encode())
+        self._tell(f"{_DEAD} {dead}")
         sys.stderr.write(
             f"rank {dead} died, so rank {self._ranks.rank} stops as well; see the last lines of rank {dead} for the "
             f"reason. {self._advice}\n"
@@ -105,16 +115,21 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(1)
 
+    def _tell(self, message: str) -> None:
+        if self._ranks.rank == 0:
+            for peer in self._peers:
+                _send(peer, message)
 
-def _send(peer: socket.socket, message: bytes) -> None:
+
+def _send(peer: socket.socket, message: str) -> None:
     with suppress(OSError):  # it is gone, which its own connection tells
-        peer.sendall(message)
+        peer.sendall(f"{message:<{_MESSAGE}}".encode())
 
 
-def _receive(peer: socket.socket, size: int | None = None) -> bytes:
-    """One message, or exactly `size` bytes; empty when the peer is gone or says nothing in time."""
+def _receive(peer: socket.socket, size: int = _MESSAGE) -> bytes:
+    """One message; empty when the peer is gone or says nothing in time."""
     try:
-        return peer.recv(64) if size is None else peer.recv(size, socket.MSG_WAITALL)
+        return peer.recv(size, socket.MSG_WAITALL)
     except OSError:
         return b""
 

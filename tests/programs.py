@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from iskd import checkpoint, sharding
+from iskd import checkpoint, sharding, watchdog
 from iskd.arch import Stack
 from iskd.checkpoint import model_tensors
 from iskd.distributed import Ranks
@@ -206,6 +207,21 @@ def poisoned(rank: int, folder: Path, name: str, victim: int) -> None:
 
     DistillModule.step = infinite  # type: ignore[method-assign]
     watched(rank, folder, name, parts)
+
+
+def lonely(rank: int, folder: Path, name: str) -> None:
+    """Rank 1 alone meets an error, and lingers; rank 0 waits for it in a collective."""
+
+    def fail(_: Any) -> None:
+        raise KeyError("only here")
+
+    watchdog.GRACE = 2.0
+    parts = parts_of(folder, name, 2, "ddp")
+    parts.callbacks.extend([At(7, fail)] if rank == 1 else [])
+    try:
+        run(parts)
+    finally:
+        time.sleep(60)
 
 
 def full_disk(rank: int, folder: Path, name: str) -> None:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,15 @@ class Bench:
         self.random = random.Random(seed)
         write_text(folder)
         run_world(size, programs.counted, folder, "whole", size, strategy, changes, folder=folder / "logs" / "whole")
-        started = time.monotonic()  # the first one also started the server that processes are forked from
-        run_world(size, programs.train, folder, "timed", size, strategy, changes, folder=folder / "logs" / "timed")
-        self.seconds = time.monotonic() - started
         self.counts = [json.loads((folder / f"whole-{rank}.counts.json").read_text()) for rank in range(size)]
+
+    @cached_property
+    def seconds(self) -> float:
+        """Length of a run; not of the first one, which also started the server that processes are forked from."""
+        started, size = time.monotonic(), self.size
+        arguments = (self.folder, "timed", size, self.strategy, self.changes)
+        run_world(size, programs.train, *arguments, folder=self.folder / "logs" / "timed")
+        return time.monotonic() - started
 
     def places(self) -> Iterator[tuple[str, float, int]]:
         """Places to be killed at, without end: every kind in turn, the call and the process at random."""

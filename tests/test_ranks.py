@@ -135,19 +135,20 @@ def test_the_number_of_processes_does_not_change_inside_a_stage(folder: Path) ->
     assert "lies inside stage 1, made by 2 processes, and now there are 1" in alone.said()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy: str, folder: Path) -> None:
-    name = f"stopped-{strategy}"
-    whole = strategy if (folder / f"{strategy}.safetensors").is_file() else None
+@pytest.mark.parametrize(("strategy", "after"), [("ddp", "ddp"), ("fsdp", "fsdp"), ("fsdp", "ddp")])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    strategy: str, after: str, folder: Path, one: dict[str, Any]
+) -> None:
+    """Inside a stage; the strategy may change there as well, the number of processes may not."""
+    name = f"stopped-{strategy}-{after}"
     world = World(2, programs.stopped, (folder, name, 2, strategy, {}, 1, 11), folder / "logs" / name)
     assert world.wait() == [143, 0], world.said()
     newest = checkpoint.newest(folder / name / "checkpoints")
     assert newest is not None
     state = checkpoint.read_state(newest)
     assert (len(state.finished), state.batch) == (1, 4), "the 11th micro-batch is the first of the sixth step"
-    trained(folder, name, strategy, resume=True)
-    if whole is not None:
-        assert ends(folder, name, whole) == 0
+    trained(folder, name, after, resume=True)
+    assert ends(folder, name, "one") < 5e-5
 
 
 @pytest.mark.parametrize("strategy", [None, "fsdp"])
@@ -174,6 +175,16 @@ def test_one_rank_with_a_loss_that_is_not_finite_makes_all_skip(folder: Path) ->
     seen = [json.loads((folder / f"poison-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["skipped"] == seen[1]["skipped"] == 1
     assert all(len(set(step)) == 1 for step in seen[0]["digests"])
+
+
+def test_an_error_on_one_rank_ends_the_other(folder: Path) -> None:
+    """Rank 1 does not even exit; rank 0 stops by itself, long before any timeout of torch."""
+    world = World(2, programs.lonely, (folder, "lonely"), folder / "logs" / "lonely")
+    world.processes[0].join(45)
+    assert world.processes[0].exitcode == 1, world.said()
+    world.processes[1].kill()
+    world.wait()
+    assert "rank 1 died, so rank 0 stops as well" in world.logs[0].read_text()
 
 
 def test_a_full_disk_on_rank_0_ends_all_ranks_alike(folder: Path) -> None:
