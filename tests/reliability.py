@@ -54,10 +54,10 @@ class Bench:
     """An uninterrupted run, and trials against it."""
 
     def __init__(self, folder: Path, size: int, strategy: str | None, seed: int, **changes: Any) -> None:
-        self.folder, self.size, self.strategy, self.changes = folder, size, strategy, changes
+        self.folder, self.size, self.strategy, self.changes = folder, size, strategy, {"dropout": 0.1, **changes}
         self.random = random.Random(seed)
         write_text(folder)
-        run_world(size, programs.counted, folder, "whole", size, strategy, changes, folder=folder / "logs" / "whole")
+        run_world(size, programs.counted, folder, "whole", size, strategy, self.changes, folder=folder / "logs" / "whole")
         self.counts = [json.loads((folder / f"whole-{rank}.counts.json").read_text()) for rank in range(size)]
 
     @cached_property
