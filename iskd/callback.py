@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +19,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from iskd import checkpoint, sharding, surgery
 from iskd.data import TextData
+from iskd.deciding import Importance, decide, history_of
 from iskd.distributed import Ranks, rewrap
-from iskd.editing import carry_out, start_over
+from iskd.editing import back_to, carry_out
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
-from iskd.importance.base import by_layer
 from iskd.module import DistillModule
 from iskd.movement import MovementCheck, require_moved
 from iskd.optim import (
@@ -37,15 +37,15 @@ from iskd.optim import (
     regroup,
 )
 from iskd.options import RunOptions
-from iskd.plan import Stage, stage_from_json, to_json
+from iskd.plan import Stage
 from iskd.planning import announce, forecast, planned_steps, stage_steps
 from iskd.preemption import StopSignals
-from iskd.schedules.base import History, Schedule
+from iskd.schedules.base import Schedule
 from iskd.state import RunState, Status
+from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, log_row, write_stages
 from iskd.watchdog import Watchdog
 
-Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +73,7 @@ class CompressionCallback(Callback):
     ) -> None:
         if schedule.scoring != "never" and importance is None:
             raise ValueError(
-                "schedule.order=importance needs scores; choose importance=block_influence|bi_veto|ablation|random"
+                "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
             )
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
@@ -130,7 +130,7 @@ class CompressionCallback(Callback):
         state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
         log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._decide(trainer, module)
-        plan = forecast(self.schedule, History(state.record, (), state.scores))
+        plan = forecast(self.schedule, history_of(state, module))
         steps = planned_steps(plan, self._step_tokens(trainer))
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
         windows = torch.cat(self.data.calibration(self._step_tokens(trainer)))[: self.data.batch_size]
@@ -158,8 +158,7 @@ class CompressionCallback(Callback):
         if carried is not None:
             load_optimizer_tensors(optimizer, module.student, carried)
         rewrap(trainer.strategy)  # what trains may differ from what the strategy wrapped at start-up
-        if self.schedule.floor is not None:
-            self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
+        self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
         if carried is not None:
             self._settle_edit(trainer, module)
         self._begin(trainer, module)
@@ -180,20 +179,8 @@ class CompressionCallback(Callback):
         self.data.set_stage(state.first_batch + state.batch, self._left(trainer))
 
     def _decide(self, trainer: L.Trainer, module: DistillModule) -> None:
-        """Next stage: rank 0 scores and decides, everybody gets the same JSON."""
-        state = self.state
-        stale = self.schedule.scoring == "each" or state.scores is None
-        if self.schedule.scoring != "never" and stale:
-            assert self.importance is not None
-            windows = [batch.to(module.device) for batch in self.data.calibration(self.options.score_tokens)]
-            with trainer.precision_plugin.forward_context():
-                scores = self.importance(module.student, module.teacher, windows)
-            state.scores = self._ranks.first(by_layer(scores, state.record.layers))
-        history = History(state.record, state.finished, state.scores)
-        stage = self.schedule.next_stage(history)
-        decided = self._ranks.first(None if stage is None else to_json(stage))
-        state.stage = None if decided is None else stage_from_json(decided)
-        state.edited, state.batch, state.before, state.seconds, state.events = False, 0, None, 0.0, []
+        windows, context = partial(self.data.calibration, self.options.score_tokens), trainer.precision_plugin
+        decide(self.schedule, self.importance, self.state, module, windows, self._ranks, context.forward_context)
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
@@ -308,6 +295,9 @@ class CompressionCallback(Callback):
         state, stage = self.state, self.state.stage
         assert stage is not None
         quality = self._measure(trainer, module)
+        if state.tournament is not None:
+            self._judge(trainer, module, state.tournament, quality["kl"])
+            return
         floor = self.schedule.floor
         missed = floor is not None and bool(stage.edits) and quality["retention"] < floor
         if missed:
@@ -332,16 +322,27 @@ class CompressionCallback(Callback):
 
     def _roll_back(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Put student, record and optimizer back to the last stage boundary, and end the run."""
-        assert self._boundary is not None, "a floor always keeps the last boundary"
-        state, before = self.state, checkpoint.read_state(self._boundary)
-        start_over(module, before.record, state.finished[-1] if state.finished else Stage("start"))
-        state.record, optimizer = before.record, trainer.optimizers[0]
-        regroup(optimizer, module.student, module.record, module.stage)
-        checkpoint.restore(self._boundary, module.student, optimizer, rng=False)
-        rewrap(trainer.strategy)
-        state.stage, state.edited, state.batch = None, False, 0
+        self._back(trainer, module)
+        self.state.stage = None
         log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._save(trainer, module)
+
+    def _judge(self, trainer: L.Trainer, module: DistillModule, trials: Tournament, kl: float) -> None:
+        """End of a trial: back to where it began, and on with the next one or with the winner."""
+        state = self.state
+        trials = trials.judged(kl)
+        self._back(trainer, module)
+        state.tournament = None if trials.over else trials
+        state.stage, state.events = trials.stage, [*state.events, *([trials.verdict()] if trials.over else [])]
+        self._save(trainer, module)
+
+    def _back(self, trainer: L.Trainer, module: DistillModule) -> None:
+        """Student, record and optimizer as they were at the last stage boundary."""
+        assert self._boundary is not None, "the last boundary is always kept"
+        state, before = self.state, self.state.finished[-1] if self.state.finished else Stage("start")
+        state.record = back_to(self._boundary, module, trainer.optimizers[0], before)
+        rewrap(trainer.strategy)
+        state.edited, state.batch, state.before = False, 0, None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say where the last good state is when numbers blow up or memory runs out."""
@@ -392,8 +393,7 @@ class CompressionCallback(Callback):
             stage = self.state.stage
             self.restarting = self.schedule.restart_at_edit and stage is not None and bool(stage.edits)
         if trainer.is_global_zero:
-            pinned = [self._boundary] if self._boundary is not None and self.schedule.floor is not None else []
-            checkpoint.prune(root, keep=self.options.keep, pinned=pinned)
+            checkpoint.prune(root, keep=self.options.keep, pinned=[self._boundary] if self._boundary else [])
             write_stages(self.run_dir, self.state.results)
             for logger in trainer.loggers:
                 logger.save()  # rows up to here must outlive a kill: the resumed run continues after them

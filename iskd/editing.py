@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from iskd import sharding, surgery
+from iskd import checkpoint, sharding, surgery
 from iskd.arch import Stack
 from iskd.fit import Fitted, warm_start
 from iskd.module import DistillModule
@@ -49,10 +50,20 @@ def carry_out(
     return fitted
 
 
-def start_over(module: DistillModule, record: Record, stage: Stage) -> None:
-    """Give the module a student of the record's structure, on its device or in shards; weights are yet to be loaded."""
-    device = module.device
+def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, stage: Stage) -> Record:
+    """Give the module the student and the optimizer state of a checkpoint between two stages; returns its record.
+
+    Args:
+        path: the checkpoint.
+        module: gets a new student, on its device or in shards.
+        optimizer: the running one; its groups are rewritten in place.
+        stage: the one that the checkpoint's weights were trained in.
+    """
+    record, device = checkpoint.read_state(path).record, module.device
     module.student = surgery.rebuild(module.teacher, record).train()
     nn.Module.to(module.student, device)
     module.configure_model()
     module.record, module.stage = record, stage
+    regroup(optimizer, module.student, record, stage)
+    checkpoint.restore(path, module.student, optimizer, rng=False)
+    return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -136,16 +136,27 @@ class DistillModule(L.LightningModule):
         """Layers whose states the losses compare."""
         wanted: set[int] = set()
         survivors = self.record.layers
+        named = {
+            "last": survivors[-1:],
+            "all": survivors,
+            "edited": self._standing_for(self.record.edited),
+            "stage": self._standing_for(edit.layer for edit in self.stage.edits),
+        }
         for loss, weight in self.terms.values():
             if "hidden" not in loss.needs or not weight:
                 continue
             layers = getattr(loss, "layers", "all")
-            if isinstance(layers, str):
-                # where a removed layer was, the survivor below it stands for its output
-                edited = [max(x for x in survivors if x <= e) for e in self.record.edited if e >= survivors[0]]
-                layers = {"last": survivors[-1:], "all": survivors, "edited": edited}[layers]
-            wanted |= set(layers) & set(survivors)
+            wanted |= set(named[layers] if isinstance(layers, str) else layers) & set(survivors)
         return wanted
+
+    def _standing_for(self, edited: Iterable[int]) -> Sequence[int]:
+        """The layers whose states stand for the outputs of edited ones: of a removed layer, the survivor below it.
+
+        Below a gap at the bottom there is none, so the first survivor does; where nothing is edited, the last layer.
+        """
+        survivors = self.record.layers
+        below = {max((x for x in survivors if x <= layer), default=survivors[0]) for layer in edited}
+        return sorted(below) or survivors[-1:]
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""

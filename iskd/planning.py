@@ -25,7 +25,7 @@ def forecast(schedule: Schedule, history: History) -> list[Stage]:
     stages: list[Stage] = []
     while (stage := schedule.next_stage(history)) is not None:
         stages.append(stage)
-        history = History(history.record.extended(stage.edits), (*history.stages, stage), history.scores)
+        history = history.after(stage)
     return stages
 
 

@@ -24,8 +24,9 @@ from rich.console import Console
 from torch import distributed as dist
 
 from iskd import checkpoint, sharding, surgery
-from iskd.callback import CompressionCallback, Importance
+from iskd.callback import CompressionCallback
 from iskd.data import TextData
+from iskd.deciding import Importance
 from iskd.distributed import FSDP2Strategy, Ranks, check_strategy, strategy_of
 from iskd.export import export
 from iskd.faults import is_out_of_memory

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from iskd import surgery
 from iskd.plan import MAX_NUMBER, Json, Record, Stage, record_from_json, stage_from_json, to_json
+from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, StageResult
 
 Status = Literal["kept", "rolled_back"]
@@ -33,6 +34,7 @@ class RunState:
         tokens: training tokens so far, over all ranks.
         seconds: wall time spent in `stage` so far.
         before: quality right after the edits of `stage`, before healing.
+        tournament: trials of the candidates for the next stage, while they last.
         finished: finished stages, oldest first.
         results: rows of the stage table, the teacher's first.
         scores: latest importance by layer.
@@ -54,6 +56,7 @@ class RunState:
     seconds: float = 0.0
     before: dict[str, float] | None = None
     events: list[str] = field(default_factory=list)
+    tournament: Tournament | None = None
     finished: tuple[Stage, ...] = ()
     results: list[StageResult] = field(default_factory=list)
     scores: dict[int, float] | None = None
@@ -133,12 +136,13 @@ class RunState:
 
     def to_json(self) -> Json:
         """Plain JSON values."""
-        nested = {"record", "stage", "finished", "results", "scores"}
+        nested = {"record", "stage", "tournament", "finished", "results", "scores"}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in nested}
         return {
             **plain,
             "record": to_json(self.record),
             "stage": None if self.stage is None else to_json(self.stage),
+            "tournament": None if self.tournament is None else self.tournament.to_json(),
             "finished": [to_json(stage) for stage in self.finished],
             "results": [result.to_json() for result in self.results],
             "scores": None if self.scores is None else {str(layer): score for layer, score in self.scores.items()},
@@ -154,6 +158,8 @@ class RunState:
         try:
             values["record"] = record_from_json(values["record"])
             values["stage"] = None if values["stage"] is None else stage_from_json(values["stage"])
+            trials = values.get("tournament")
+            values["tournament"] = None if trials is None else Tournament.from_json(trials)
             values["finished"] = tuple(stage_from_json(stage) for stage in values["finished"])
             values["results"] = [StageResult.from_json(result) for result in values["results"]]
             scores = values["scores"]

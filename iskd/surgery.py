@@ -138,6 +138,12 @@ def block_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in Stack(model).layers.parameters())
 
 
+def sizes(model: PreTrainedModel, record: Record) -> tuple[dict[int, int], int]:
+    """Parameters of the block at every surviving layer, and of everything outside the blocks."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in Stack(model).layers]
+    return dict(zip(record.layers, blocks, strict=True)), parameters(model) - sum(blocks)
+
+
 def parameters(model: PreTrainedModel) -> int:
     """All parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())

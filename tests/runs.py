@@ -48,10 +48,17 @@ class Scripted:
         self.stages, self.restart_at_edit = stages, restart_at_edit
         self.floor: float | None = None
         self.scoring = "never"
+        self.candidates, self.trial_tokens = 1, 0
 
     def next_stage(self, history: History) -> Stage | None:
+        return next(iter(self.candidates_for(history)), None)
+
+    def candidates_for(self, history: History) -> list[Stage]:
         done = len(history.stages)
-        return self.stages[done] if done < len(self.stages) else None
+        return [self.stages[done]] if done < len(self.stages) else []
+
+    def complete(self, history: History) -> bool:
+        return len(history.stages) == len(self.stages)
 
 
 def every_edit(steps: int = 4) -> list[Stage]:

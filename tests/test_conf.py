@@ -76,7 +76,7 @@ def test_every_part_has_a_yaml() -> None:
     for kind in ("blocks", "mixers", "importance", "losses", "schedules"):
         for file in (CONF.parent / "iskd" / kind).glob("*.py"):
             module = f"iskd.{kind}.{file.stem}"
-            shared = file.stem in ("__init__", "base", "chunked", "orders", "layerwise", "slicing")
+            shared = file.stem in ("__init__", "base", "chunked", "orders", "layerwise", "slicing", "sweep")
             assert shared or any(target.startswith(f"{module}.") for target in named), f"{module} has no yaml"
 
 
@@ -94,9 +94,13 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
     ]
     overrides += ["data.seq_len=32", "data.batch_size=2", "data.val_tokens=512", "data.source.max_documents=200"]
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
-    result = run(build.parts(composed(*overrides), tmp_path / "run"))
+    config = composed(*overrides)
+    removals = config.schedule.get("target_layers") is not None
+    if removals:
+        config.schedule.target_layers = layers - 4
+    result = run(build.parts(config, tmp_path / "run"))
     expected = {"finetune": 0, "l1": layers, "iskd_gpt2_paper": 6, "iskd_phi1_paper": 12}.get(name, 11)
-    assert len(result.record.edits) == expected
+    assert len(result.record.edits) == (4 if removals else expected)
     assert result.final.tokens > 0
 
 

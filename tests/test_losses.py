@@ -15,6 +15,7 @@ from iskd.losses.base import Head, Loss, Terms
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
+from iskd.losses.kl_sum import FinalState, SummedKL
 from iskd.signals import IGNORE, Signals
 
 B, T, D, V = 3, 7, 8, 11
@@ -259,7 +260,7 @@ def test_micro_batches_weighted_by_tokens_add_up_to_the_batch() -> None:
 # Laws of the terms on logits.
 
 
-@pytest.mark.parametrize("loss", DIVERGENCES)
+@pytest.mark.parametrize("loss", [SummedKL(), *DIVERGENCES])
 def test_divergence_and_its_gradient_vanish_at_the_teacher(loss: KL) -> None:
     teacher = rand(B, T, V)
     student = teacher.clone().requires_grad_()
@@ -269,7 +270,7 @@ def test_divergence_and_its_gradient_vanish_at_the_teacher(loss: KL) -> None:
     assert_close(gradient, torch.zeros_like(gradient), 1e-12)
 
 
-@pytest.mark.parametrize("loss", DIVERGENCES)
+@pytest.mark.parametrize("loss", [SummedKL(), *DIVERGENCES])
 def test_divergence_is_positive_ignores_shifts_and_spares_the_teacher(loss: KL) -> None:
     student, teacher = rand(B, T, V).requires_grad_(), rand(B, T, V, seed=1).requires_grad_()
     values = loss(*on_logits(student, teacher))
@@ -321,12 +322,62 @@ def test_cross_entropy_is_zero_at_ignored_labels() -> None:
     assert bool((values[labels != IGNORE] > 0).all())
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), *DIVERGENCES])
+@pytest.mark.parametrize("loss", [CrossEntropy(), SummedKL(), *DIVERGENCES])
 def test_half_precision_logits_are_computed_in_fp32(loss: Loss) -> None:
     student, teacher = rand(B, T, V).bfloat16(), rand(B, T, V, seed=1).bfloat16()
     values = loss(*on_logits(student, teacher))
     assert values.dtype == torch.float32
     assert_close(values, loss(*on_logits(student.float(), teacher.float())))
+
+
+# The published loss of ILD: sums over tokens.
+
+
+@pytest.mark.parametrize("reducer", [chunked_vocabulary_loss, naive_vocabulary_loss])
+def test_summed_kl_is_the_published_sum_at_the_batch_it_names(reducer: type) -> None:
+    case, slow = Case(ignored=False), Case(ignored=False)
+    total, _ = reducer({"kl_sum": (SummedKL(batch_size=B, seq_len=T), 1.0)}, *case.inputs(), chunk=4)
+    student = nn.functional.linear(slow.hidden, slow.weight, slow.bias).log_softmax(-1)
+    teacher = nn.functional.linear(slow.teacher_hidden, *slow.teacher_head).softmax(-1).detach()
+    published = nn.functional.kl_div(student, teacher, reduction="sum") / 100
+    total.backward()
+    published.backward()
+    assert_close(total, published)
+    for got, wanted in zip(case.gradients(), slow.gradients(), strict=True):
+        assert_close(got, wanted)
+
+
+def test_summed_kl_is_the_mean_times_a_constant_whatever_the_batch() -> None:
+    signals = on_logits(rand(B, T, V), rand(B, T, V, seed=1))
+    assert_close(SummedKL()(*signals), 40.96 * KL()(*signals))
+    assert_close(SummedKL(batch_size=4, divisor=50.0)(*signals), 4 * SummedKL()(*signals))
+
+
+def test_the_final_state_is_the_one_after_the_norm() -> None:
+    s, t = rand(B, T, D).requires_grad_(), rand(B, T, D, seed=1).requires_grad_()
+    labels, loss = some_labels(), FinalState()
+    values = loss(Signals(labels, last_hidden=s), Signals(labels, last_hidden=t))
+    assert_close(values, (s - t).square().mean(-1))
+    assert_close(loss(Signals(labels, last_hidden=s), Signals(labels, last_hidden=s)), torch.zeros_like(values))
+    values.sum().backward()
+    assert s.grad is not None
+    assert t.grad is None
+    case = Case()
+    last = case.teacher_hidden[..., :D]
+    student, teacher = Signals(case.labels, last_hidden=case.hidden), Signals(case.labels, last_hidden=last)
+    total, parts = total_loss({"final": (loss, 2.0)}, student, teacher, (case.weight, None), None)
+    assert_close(total, 2 * (case.hidden - last).square().mean(-1)[case.labels != IGNORE].mean())
+    assert_close(total.detach(), 2 * parts["final"])
+    with pytest.raises(ValueError, match="FinalState needs last_hidden"):
+        loss(Signals(labels), Signals(labels))
+    with pytest.raises(ValueError, match="FinalState needs equal shapes"):
+        loss(Signals(labels, last_hidden=s), Signals(labels, last_hidden=s[..., 1:]))
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"seq_len": 0}, {"divisor": 0.0}, {"divisor": math.nan}])
+def test_bad_summed_kl_arguments(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="SummedKL needs batch_size"):
+        SummedKL(**arguments)  # type: ignore[arg-type]
 
 
 # Laws of the terms on hidden states.
@@ -516,7 +567,7 @@ def test_inputs_that_do_not_belong_together_raise() -> None:
 
 
 def test_every_yaml_holds_one_term_under_its_own_name() -> None:
-    for name in ("ce", "kl", "reverse_kl", "jsd", "hidden", "hidden_cosine"):
+    for name in ("ce", "kl", "kl_sum", "reverse_kl", "jsd", "hidden", "hidden_cosine"):
         config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
         assert list(config) == [name]
         assert config[name]["weight"] > 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from iskd.plan import Record, Remove, Replace, Spec, Stage
-from iskd.schedules.base import History, RemoveLayers, ReplaceWith
+from iskd.schedules.base import ConvertTo, History, RemoveLayers, ReplaceWith, Schedule
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
@@ -27,6 +28,7 @@ def play(schedule: Any, num_layers: int = 8, scores: list[dict[int, float]] | No
         history = History(record, tuple(stages), seen)
         stage = schedule.next_stage(history)
         assert stage == schedule.next_stage(history), "same history, same stage"
+        assert schedule.complete(history) == (stage is None) == (not schedule.candidates_for(history))
         if stage is None:
             return stages
         record = record.extended(stage.edits)
@@ -247,3 +249,225 @@ def test_minus_one_counts_only_layers_that_exist() -> None:
 def test_an_unknown_order_names_the_known() -> None:
     with pytest.raises(ValueError, match=rf"choose one of {', '.join(NAMES)}"):
         ordered("sideways", 4)
+
+
+# Removal to a depth or a size.
+
+
+def survivors(stages: list[Stage], num_layers: int) -> int:
+    return num_layers - len(layers(stages))
+
+
+@pytest.mark.parametrize("schedule", [Iterative, Oneshot])
+@pytest.mark.parametrize("target", [1, 5, 7])
+@pytest.mark.parametrize("order", ["middle_out", "alternate", "importance"])
+def test_a_target_depth_is_met_exactly_and_is_a_count_by_another_name(schedule: Any, target: int, order: str) -> None:
+    to_depth = play(schedule(REMOVE, target_layers=target, order=order, tokens=101), scores=[flat(8)])
+    assert survivors(to_depth, 8) == target
+    assert to_depth == play(schedule(REMOVE, count=8 - target, order=order, tokens=101), scores=[flat(8)])
+
+
+@pytest.mark.parametrize(("per_stage", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (9, [5])])
+def test_several_layers_are_removed_at_once(per_stage: int, sizes: list[int]) -> None:
+    stages = play(Iterative(REMOVE, target_layers=3, per_stage=per_stage, tokens=77), scores=[flat(8)])
+    assert [len(stage.edits) for stage in stages] == sizes
+    assert sum(stage.tokens for stage in stages) == 77
+
+
+def test_a_target_depth_takes_a_list_as_its_order() -> None:
+    assert layers(play(Iterative(REMOVE, layers=[6, 0, 3], target_layers=6))) == [6, 0]
+
+
+def sized(params: dict[int, int], other: int = 10) -> History:
+    return History(Record(len(params)), scores=dict.fromkeys(params, 0.0), params=params, other_params=other)
+
+
+def play_from(schedule: Any, history: History) -> History:
+    """The history at the end of a run, walked as a forecast walks it."""
+    while (stage := schedule.next_stage(history)) is not None:
+        history = history.after(stage)
+    return history
+
+
+@pytest.mark.parametrize("per_stage", [1, 2, None])
+@pytest.mark.parametrize(("target", "left"), [(89, 7), (70, 6), (61, 5), (60, 5), (59, 4), (20, 1)])
+def test_a_target_size_is_met_by_the_fewest_removals(target: int, left: int, per_stage: int | None) -> None:
+    schedule = Iterative(REMOVE, target_params=target, per_stage=per_stage, tokens=101)
+    end = play_from(schedule, sized(dict.fromkeys(range(8), 10)))
+    assert len(end.record.layers) == left
+    assert sum(stage.tokens for stage in end.stages) == 101
+    assert len({stage.tokens for stage in end.stages[:-1]}) <= 1
+
+
+def test_blocks_of_several_sizes_count_as_what_they_are() -> None:
+    sizes = {0: 50, 1: 1, 2: 1, 3: 1, 4: 50}
+    # 113 parameters: the three small ones are not enough for 100, so the walk goes on to a large one
+    end = play_from(Iterative(REMOVE, target_params=100, layers=[1, 2, 3, 4, 0], tokens=7), sized(sizes))
+    assert end.record.layers == (0,)
+    assert sum(stage.tokens for stage in end.stages) == 7
+    assert end.params == {0: 50}
+    assert play_from(Iterative(REMOVE, target_params=100, layers=[4, 1, 2]), sized(sizes)).record.layers == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("flips", [0, 1, 2, 3])
+def test_budgets_sum_up_when_new_scores_change_the_number_of_stages(flips: int) -> None:
+    """Small blocks go first for `flips` stages, then the large one, which ends the run early."""
+    sizes = {0: 40, 1: 10, 2: 10, 3: 10, 4: 10, 5: 10}
+    schedule = Iterative(REMOVE, target_params=60, rescore=True, tokens=100, final_share=0.3)
+    history = sized(sizes)
+    while True:
+        left = history.params or {}
+        sign = 1 if len(history.stages) < flips else -1
+        scores = {layer: float(sign * size) for layer, size in left.items()}
+        stage = schedule.next_stage(replace(history, scores=scores))
+        if stage is None:
+            break
+        history = history.after(stage)
+    assert sum(stage.tokens for stage in history.stages) == 100
+    assert min(stage.tokens for stage in history.stages) >= 0
+    assert 10 + sum((history.params or {}).values()) <= 60
+
+
+def test_the_history_after_a_stage_holds_what_is_left() -> None:
+    history = sized({0: 3, 1: 4, 2: 5})
+    stage = Stage("remove 1", (Remove(1),))
+    after = history.after(stage)
+    assert after.record.layers == (0, 2)
+    assert after.stages == (stage,)
+    assert after.params == {0: 3, 2: 5}
+    assert (after.scores, after.other_params) == (history.scores, 10)
+    assert History(Record(2)).after(Stage("heal")).params is None
+
+
+# Protection.
+
+
+@pytest.mark.parametrize("order", ["middle_out", "alternate", "importance"])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (0, 2), (2, 1), (3, 3)])
+def test_both_ends_are_protected_beside_the_list(order: str, first: int, last: int) -> None:
+    ends = {*range(first), *range(8 - last, 8)}
+    settings: dict[str, Any] = {"protect": [4], "protect_first": first, "protect_last": last, "order": order}
+    stages = play(Iterative(REMOVE, count=-1, **settings), scores=[flat(8)])
+    assert set(layers(stages)) == set(range(8)) - ends - {4}
+
+
+@pytest.mark.parametrize("scores", [{layer: float(layer) for layer in range(8)}, {layer: -layer for layer in range(8)}])
+def test_the_lowest_scores_go_first_where_they_may(scores: dict[int, float]) -> None:
+    done = layers(play(Iterative(REMOVE, target_layers=4, protect_first=2, protect_last=1), scores=[scores]))
+    assert done == sorted(range(2, 7), key=lambda layer: scores[layer])[:4]
+
+
+# Candidates.
+
+
+@pytest.mark.parametrize("per_stage", [1, 2, 3])
+@pytest.mark.parametrize("asked", [1, 2, 4, 99])
+def test_candidates_are_sorted_distinct_and_differ_in_one_layer(per_stage: int, asked: int) -> None:
+    scores = {0: 0.5, 1: 0.2, 2: 0.9, 3: 0.1, 4: 0.8, 5: 0.3, 6: 0.7, 7: 0.0}
+    more = {"candidates": asked, "trial_tokens": 5} if asked > 1 else {}
+    schedule = Iterative(REMOVE, count=6, per_stage=per_stage, tokens=60, protect=[7], **more)  # type: ignore[arg-type]
+    history = History(Record(8), scores=scores)
+    found = schedule.candidates_for(history)
+    assert found[0] == schedule.next_stage(history)
+    assert found[0] == Iterative(REMOVE, count=6, per_stage=per_stage, tokens=60, protect=[7]).next_stage(history)
+    assert len(found) == min(asked, 7 - per_stage + 1)
+    assert len({stage.edits for stage in found}) == len({stage.name for stage in found}) == len(found)
+    costs = [sum(scores[edit.layer] for edit in stage.edits) for stage in found]
+    assert costs == sorted(costs)
+    assert {len(stage.edits) for stage in found} == {per_stage}
+    assert {stage.edits[:-1] for stage in found} == {found[0].edits[:-1]}
+    assert {stage.tokens for stage in found} == {60 * per_stage // 6}
+    assert not any(edit.layer == 7 for stage in found for edit in stage.edits)
+
+
+def test_any_candidate_may_be_taken_and_the_run_still_ends_where_it_should() -> None:
+    schedule = Iterative(REMOVE, target_layers=3, candidates=3, trial_tokens=8, tokens=50)
+    history = History(Record(8), scores={layer: float(layer) for layer in range(8)})
+    while found := schedule.candidates_for(history):
+        history = history.after(found[-1])
+    assert history.record.layers == (0, 1, 7)
+    assert sum(stage.tokens for stage in history.stages) == 50
+
+
+def test_one_shot_candidates_and_the_control_without_edits() -> None:
+    found = Oneshot(REMOVE, target_layers=6, order="middle_out", candidates=3, trial_tokens=1).candidates_for(
+        History(Record(8))
+    )
+    assert [[edit.layer for edit in stage.edits] for stage in found] == [[3, 4], [3, 2], [3, 5]]
+    control: Schedule = NoEdits(tokens=5)
+    history = History(Record(8))
+    assert control.candidates_for(history) == [control.next_stage(history)]
+    assert control.complete(history.after(Stage("finetune", tokens=5)))
+
+
+def test_whether_a_run_is_complete_needs_no_scores() -> None:
+    schedule = Iterative(REMOVE, target_layers=7, rescore=True)
+    history = History(Record(8))
+    assert not schedule.complete(history)
+    assert schedule.complete(history.after(Stage("remove 3", (Remove(3),))))
+
+
+# Errors of removals.
+
+
+@pytest.mark.parametrize("schedule", [Iterative, Oneshot])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target_layers": 0}, "schedule.target_layers=0 must be at least 1"),
+        ({"target_layers": -3}, "schedule.target_layers=-3 must be at least 1"),
+        ({"target_params": 0}, "schedule.target_params=0 must be at least 1"),
+        (
+            {"count": 4, "target_layers": 26},
+            "schedule.count=4 and schedule.target_layers=26 are two targets; keep one: set schedule.count=null",
+        ),
+        ({"count": 4, "target_params": 9}, "schedule.count=4 and schedule.target_params=9 are two targets"),
+        ({"target_layers": 4, "target_params": 9}, "schedule.target_layers=4 and schedule.target_params=9 are two"),
+        ({"count": 1, "protect_first": -1}, "schedule.protect_first and protect_last must be >= 0 layers, got -1"),
+        ({"count": 1, "protect_last": -2}, "schedule.protect_first and protect_last must be >= 0 layers, got 0 and -2"),
+        ({"count": 1, "candidates": 0}, "schedule.candidates=0 and schedule.trial_tokens=0 do not fit"),
+        ({"count": 1, "candidates": 3}, "schedule.candidates=3 and schedule.trial_tokens=0 do not fit"),
+        ({"count": 1, "trial_tokens": 8}, "schedule.candidates=1 and schedule.trial_tokens=8 do not fit"),
+    ],
+)
+def test_removals_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule(REMOVE, **kwargs)
+
+
+@pytest.mark.parametrize("edit", [REPLACE, ConvertTo(Spec("iskd.mixers.linear_attention.LinearAttention"))])
+@pytest.mark.parametrize("target", ["target_layers", "target_params"])
+def test_a_depth_or_a_size_is_for_removals(edit: Any, target: str) -> None:
+    with pytest.raises(ValueError, match=rf"schedule.{target}=4 is for edit=remove; .* with schedule.count"):
+        Iterative(edit, **{target: 4})
+
+
+@pytest.mark.parametrize("schedule", [Iterative, Oneshot])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target_layers": 8}, "schedule.target_layers=8: the model has only 8 layers, so nothing would be removed"),
+        ({"target_layers": 26}, "schedule.target_layers=26: the model has only 8 layers"),
+        ({"target_params": 90}, "schedule.target_params=90: the model has only 90 parameters"),
+        (
+            {"target_layers": 2, "protect_first": 2, "protect_last": 2},
+            r"schedule.target_layers=2, but only 4 layers may be edited \(protected: \[0, 1, 6, 7\]\)",
+        ),
+        ({"target_layers": 4, "protect": range(8)}, "schedule.target_layers=4, but only 0 layers may be edited"),
+        ({"target_layers": 4, "protect_last": 40}, "schedule.target_layers=4, but only 0 layers may be edited"),
+        ({"count": -1, "protect_first": 5, "protect_last": 3}, "every layer is protected: nothing would be edited"),
+        (
+            {"target_params": 19},
+            "schedule.target_params=19 cannot be reached: 20 parameters are left .* 10 of them outside the blocks",
+        ),
+        ({"target_params": 60, "protect_first": 6}, "schedule.target_params=60 cannot be reached: 70 parameters"),
+    ],
+)
+def test_depths_and_sizes_that_do_not_fit_are_refused(schedule: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule(REMOVE, **kwargs).next_stage(sized(dict.fromkeys(range(8), 10)))
+
+
+def test_a_size_needs_the_sizes_of_the_blocks() -> None:
+    with pytest.raises(ValueError, match=r"schedule.target_params=60 needs the sizes of the blocks.*target_layers"):
+        Iterative(REMOVE, target_params=60).next_stage(History(Record(8), scores=flat(8)))

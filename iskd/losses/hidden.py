@@ -21,7 +21,7 @@ from iskd.losses.base import at_least_fp32
 from iskd.signals import Signals
 
 KINDS = ("mse", "normalized", "cosine")
-NAMED_LAYERS = ("last", "all", "edited")
+NAMED_LAYERS = ("last", "all", "edited", "stage")
 
 
 class HiddenMatch:
@@ -30,8 +30,9 @@ class HiddenMatch:
     Args:
         kind: "mse", "normalized" or "cosine"; see the module's formulas.
         layers: Which states capture keeps, in the teacher's numbering: "last", "all", "edited" (every layer edited so
-            far; for a removed one, the survivor below it) or a list of layers. A list or "last" also selects among
-            the states that another term asked for; "all" and "edited" average over every layer that both signals hold.
+            far; for a removed one, the survivor below it), "stage" (the same for the edits of this stage alone) or a
+            list of layers. Before any edit "edited" and "stage" are "last". A list or "last" also selects among the
+            states that another term asked for; the others average over every layer that both signals hold.
 
     Raises:
         ValueError: Unknown kind, unknown name of layers, or an empty list.

@@ -16,9 +16,19 @@ class NoEdits:
         self.floor: float | None = None
         self.scoring = "never"
         self.restart_at_edit = False
+        self.candidates, self.trial_tokens = 1, 0
+
+    def complete(self, history: History) -> bool:
+        """Whether the single stage is done."""
+        return bool(history.stages)
+
+    def candidates_for(self, history: History) -> list[Stage]:
+        """The single stage; nothing afterwards."""
+        stage = self.next_stage(history)
+        return [] if stage is None else [stage]
 
     def next_stage(self, history: History) -> Stage | None:
         """The single stage; None afterwards."""
-        if history.stages:
+        if self.complete(history):
             return None
         return Stage("finetune", tokens=self.tokens, train=self.train, lr=self.lr, lr_new=self.lr, fit=False)
