@@ -8,7 +8,7 @@ After `import iskd`, `AutoModelForCausalLM.from_pretrained` opens exported stude
 
 from __future__ import annotations
 
-from iskd.export import load, register
+from iskd.loading import load, register
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
 
 __version__ = "0.1.0"

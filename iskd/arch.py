@@ -15,6 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # the attribute of a model in shards (`iskd.sharding`) that holds its way in
 SHARDED_TRUNK = "iskd_trunk"
+# keys of a config that hold one value per layer, in stack order
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "attention_layers",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "moe_layer_freq",
+)
 
 
 @dataclass(frozen=True)
@@ -217,11 +227,17 @@ class Stack:
 
         `kept` are the positions (in the present stack) that survive; needed when the depth changes.
         """
+        depth = len(self.layers)
         setattr(self.base, self.family.layers, nn.ModuleList(blocks))
         if kept is not None:
-            types = getattr(self.config, "layer_types", None)
-            if isinstance(types, list):
-                self.config.layer_types = [types[i] for i in kept]
+            for key in PER_LAYER:
+                values = getattr(self.config, key, None)
+                if isinstance(values, (list, tuple)) and len(values) == depth:
+                    setattr(self.config, key, [values[i] for i in kept])
+            # Qwen's other way of saying layer_types: the layers from this one on have a sliding window
+            first = getattr(self.config, "max_window_layers", None)
+            if isinstance(first, int):
+                self.config.max_window_layers = first - len(set(range(min(first, depth))) - set(kept))
             self.config.num_hidden_layers = len(blocks)
         for index, block in enumerate(blocks):
             set_layer_idx(block, index)

@@ -1,60 +1,38 @@
-"""A student on disk that others can load, and loading it back.
+"""A student on disk that others can load: written, then reopened in a fresh process before it counts.
 
-A student without foreign parts (nothing edited, or layers removed only) is written as the teacher's own architecture
-and loads with plain transformers. Any other is written with `model_type: iskd`, its record and its teacher's config;
-it loads with `iskd.load(dir)`, or `AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`. Every export is
-reopened in a fresh process before it counts.
+A student that some config of the teacher's own architecture describes (nothing edited, layers removed, all layers
+slimmed to the same sizes) is written with that config and loads with plain transformers. Any other is written with
+`model_type: iskd`, its record and its teacher's config; it loads with `iskd.load(dir)`, or
+`AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd import surgery
-from iskd.arch import FAMILIES
-from iskd.checkpoint import load_model_tensors, model_tensors
-from iskd.model_files import weight_files
-from iskd.plan import MAX_LAYERS, Record, Remove, allowed, read_json, record_from_json, to_json
+from iskd.arch import Stack
+from iskd.blocks.slicing import inputs_of
+from iskd.checkpoint import model_tensors
+from iskd.plan import Record, allowed, to_json
 
 WEIGHTS = "model.safetensors"
-# Keys by which a config reaches beyond its architecture: kernels from a hub, other formats of the weights, sizes that
-# differ from layer to layer, a table as long as a number says. No student is written with a value for any of them.
-_FOREIGN = (
-    "attn_implementation",
-    "experts_implementation",
-    "_attn_implementation",
-    "_experts_implementation",
-    "quantization_config",
-    "per_layer_config",
-    "num_labels",
-)
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
-# file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
-_TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
+# What an attention computes with besides its weights, derived from the config and its place when it is built.
+_DERIVED = ("scaling", "head_dim", "sliding_window")
 
 
 class IskdConfig(PreTrainedConfig):
@@ -70,48 +48,7 @@ class IskdConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class IskdForCausalLM(PreTrainedModel):
-    """Stands in transformers' registry; loading returns the teacher's own class with the record applied."""
-
-    config_class = IskdConfig
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        for harmless in (
-            "config",
-            "trust_remote_code",
-            "_from_auto",
-            "adapter_kwargs",
-            "local_files_only",
-            "_commit_hash",
-        ):
-            kwargs.pop(harmless, None)
-        unknown = [key for key, value in kwargs.items() if value is not None]
-        if args or unknown:
-            raise ValueError(
-                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
-                "load first, then move or wrap the model"
-            )
-        model = load(Path(pretrained_model_name_or_path))
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
-
-
-def register() -> None:
-    """Tell transformers' Auto classes about students; `import iskd` calls it once."""
-    AutoConfig.register("iskd", IskdConfig, exist_ok=True)
-    AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
-
-
-def is_native(record: Record) -> bool:
-    """Whether the student is the teacher's own architecture, only with fewer layers."""
-    return all(isinstance(edit, Remove) for edit in record.edits)
-
-
-class _Student:
+class Student:
     """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
 
     Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with
@@ -123,12 +60,57 @@ class _Student:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *_: Any, **__: Any) -> None:
         """Write the student with its record."""
-        write(Path(save_directory), self, self.iskd_record, self.iskd_teacher_config)  # type: ignore[arg-type]
+        write(Path(save_directory), cast(PreTrainedModel, self), self.iskd_record, self.iskd_teacher_config)
 
 
 @cache
-def _student_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    return type(f"Iskd{cls.__name__}", (_Student, cls), {})
+def student_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The teacher's own class with `Student` mixed in."""
+    return type(f"Iskd{cls.__name__}", (Student, cls), {})
+
+
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    return next(cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, Student))
+
+
+def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
+    """The config from which the teacher's own class builds this very student, or None when no config can say it.
+
+    Depth and per-layer lists are true since the edits. Sizes are read off the first block: heads that left need an
+    explicit `head_dim`, which Llama, Mistral, Gemma, Qwen3 declare and Qwen2 and Phi take; GPT-2, GPT-NeoX and OPT
+    derive it from their width, so that only their MLPs can be smaller. Whether the other blocks are alike is found by
+    building the model without memory. Sizes that differ from layer to layer would need `per_layer_config`, on which
+    stock Llama and its kin of transformers 5.23 raise `AmbiguousGlobalPerLayerAttributeError`.
+    """
+    stack = Stack(model)
+    dims, family, block = stack.dims, stack.family, stack.layers[0]
+    config = copy.deepcopy(model.config)
+    try:
+        heads = inputs_of(block.get_submodule(family.out)) // dims.head_dim
+        channels = inputs_of(block.get_submodule(family.down))
+        if channels != dims.mlp:
+            setattr(config, family.mlp_size, channels)
+        if heads != dims.heads:
+            config.head_dim, config.num_attention_heads = dims.head_dim, heads
+            if getattr(config, "num_key_value_heads", None) is not None:
+                config.num_key_value_heads = heads * dims.kv_heads // dims.heads
+        # as it will be read, checks of the family included
+        config = type(config).from_dict(config.to_dict())
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            stock = _stock_class(model)(config)
+    except (AttributeError, ValueError, StrictDataclassError):
+        return None  # the block has no such parts, or the family no such sizes
+    return config if _build_of(stock) == _build_of(model) else None
+
+
+def _build_of(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
+    """Everything about a model but the values of its weights."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    return (
+        {name: type(module) for name, module in modules.items()},
+        {name: tensor.shape for name, tensor in chain(model.named_parameters(), model.named_buffers())},
+        {f"{name}.{key}": vars(module).get(key) for name, module in modules.items() for key in _DERIVED},
+    )
 
 
 def write(
@@ -137,11 +119,17 @@ def write(
     record: Record,
     teacher_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Write config, weights, record, generation config and tokenizer into the folder `target`."""
+) -> bool:
+    """Write config, weights, record, generation config and tokenizer into the folder `target`.
+
+    Returns whether plain transformers can load it, see `native_config`.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    if is_native(record):
+    native = native_config(model)
+    if native is not None:
         PreTrainedModel.save_pretrained(model, target)
+        native.architectures, native.dtype = [_stock_class(model).__name__], model.dtype
+        native.save_pretrained(target)
     else:
         teacher = {key: value for key, value in teacher_config.to_dict().items() if key != "_name_or_path"}
         config = IskdConfig(teacher=teacher, record=to_json(record), architectures=["IskdForCausalLM"])
@@ -152,146 +140,16 @@ def write(
     (target / "record.json").write_text(json.dumps(to_json(record), indent=1))
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
-
-
-def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load an exported student, in float32 and evaluation mode.
-
-    No code that comes with the folder is run, and nothing is built that its weights do not account for.
-
-    Raises:
-        ValueError: the folder is not a student, its record names a class outside the allow-list, or its weights do not
-            fit its record.
-    """
-    folder = Path(directory)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{folder} is not a model directory: config.json is missing")
-    data = read_json(config_file)
-    if not isinstance(data, dict):
-        raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
-    with _only_value_errors(folder):
-        return (_load_edited if data.get("model_type") == "iskd" else _load_native)(folder, data).eval()
-
-
-@contextmanager
-def _only_value_errors(folder: Path) -> Iterator[None]:
-    """Libraries fail in any way they like on values that nobody meant; for the caller it is one thing: a bad folder."""
-    try:
-        yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error!s:.300}") from error
-
-
-def _load_native(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
-        )
-    config = _host_config(data, folder / "config.json")
-    _check_size(folder, config, Record(config.num_hidden_layers))
-    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options))
-
-
-def _load_edited(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
-    record = record_from_json(data.get("record", {}))
-    config = _host_config(data.get("teacher"), folder / "config.json")
-    if config.num_hidden_layers != record.num_layers:
-        raise ValueError(
-            f"{folder / 'config.json'}: the record is about {record.num_layers} layers, "
-            f"its teacher has {config.num_hidden_layers}"
-        )
-    _check_size(folder, config, record)
-    model: Any = _build(config, record)
-    try:
-        load_model_tensors(model, load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    generation = folder / "generation_config.json"
-    if generation.is_file() and model.generation_config is not None:
-        read_json(generation)
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
-    model.__class__ = _student_class(cast(Any, type(model)))
-    model.iskd_record, model.iskd_teacher_config = record, config
-    return model
-
-
-def _build(config: PreTrainedConfig, record: Record) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-        surgery.apply(model, Record(record.num_layers), record.edits)
-    return model
-
-
-def _host_config(values: Any, file: Path) -> PreTrainedConfig:
-    """The config of a supported family from a file's values, which reach for nothing outside of that family."""
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{file}: model_type is missing or unknown, got {kind!r:.80}; known are {sorted(FAMILIES)}")
-    foreign = [key for key in _FOREIGN if values.get(key) is not None]
-    if foreign:
-        raise ValueError(f"{file}: a student has no {foreign[0]}; remove the key if you trust the rest of the file")
-    for key in _DEPTHS:
-        depth = values.get(key)
-        if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
-            raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
-    # the family's own class is used, whatever modelling code the hub has for it as well
-    plain = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
-    return AutoConfig.for_model(kind, **plain)
-
-
-def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
-    """Build the student without memory first, and compare its size with that of the weights."""
-    shapes = []
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as weights:
-                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-    if not shapes:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: there is no such file, or nothing in it")
-    most = _TIMES * sum(map(math.prod, shapes)) + _SPARE
-    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), folder):
-        model = _build(config, Record(record.num_layers))
-        _check_numbers(model, most, folder)
-        surgery.apply(model, Record(record.num_layers), record.edits)
-        _check_numbers(model, most, folder)
-
-
-def _check_numbers(model: nn.Module, most: int, folder: Path) -> None:
-    found = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if found > most:
-        raise ValueError(f"{folder}: config.json describes {found:,} numbers, far more than its weights hold")
-
-
-@contextmanager
-def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
-    """Stop the building of a model that would never end, such as one with a billion inner layers."""
-    left = count
-
-    def registered(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ValueError(f"{folder}: config.json describes far more parameters than its weights hold")
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return native is not None
 
 
 _CHECK = """
 import json, sys
 import torch
 folder, native = sys.argv[1], sys.argv[2] == "native"
-if not native:
+if native:
+    sys.modules["iskd"] = None
+else:
     import iskd
     for prefix in json.loads(sys.argv[4]):
         iskd.plan.allow(prefix)
@@ -301,8 +159,7 @@ probe = json.load(open(sys.argv[3]))
 with torch.no_grad():
     logits = model(torch.tensor(probe["ids"])).logits
     text = model.generate(torch.tensor(probe["ids"])[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0)
-json.dump({"logits": logits[:, -1].tolist(), "text": text.tolist(), "iskd": "iskd" in sys.modules}, open(sys.argv[3],
-"w"))
+json.dump({"logits": logits[:, -1].tolist(), "text": text.tolist()}, open(sys.argv[3], "w"))
 """
 
 
@@ -326,9 +183,9 @@ def export(
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        write(draft, model, record, teacher_config, tokenizer)
+        native = write(draft, model, record, teacher_config, tokenizer)
         if verify:
-            _verify(draft, model, native=is_native(record))
+            _verify(draft, model, native=native)
     except Exception:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -384,5 +241,3 @@ def _verify(folder: Path, model: PreTrainedModel, *, native: bool) -> None:
         raise RuntimeError(f"the exported student gives other logits after loading: largest difference {error:.3g}")
     if found["text"] != text:
         raise RuntimeError("the exported student generates another greedy text after loading")
-    if native and found["iskd"]:
-        raise RuntimeError("a native export must load without iskd")

@@ -51,6 +51,8 @@ class TeacherSpec:
         revision: branch, tag or commit on the hub.
         dtype: of the weights: float32 (the master weights of training), bfloat16 or float16.
         trust_remote_code: run modelling code that comes with the weights.
+        trim_vocab: drop the rows of embedding and head that no token has, down to a multiple of 8; what the model says
+            with them is then no longer part of its softmax.
         seed: of random weights.
 
     Raises:
@@ -72,6 +74,7 @@ class TeacherSpec:
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    trim_vocab: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +106,8 @@ class Loaded:
         model: in eval mode; whether its parameters require gradients is left to the caller.
         tokenizer: its ids all have a row in the model's embedding.
         source: JSON-ready: name, kind (local, hub, bundled, random), sha256 of the weights, tokenizer, dtype,
-            padding_rows (embedding rows above the largest token id); path, revision or seed where they apply.
+            padding_rows (embedding rows above the largest token id); path, revision, seed or trimmed_rows (of
+            trim_vocab) where they apply.
     """
 
     model: PreTrainedModel
@@ -116,7 +120,7 @@ def load_teacher(spec: TeacherSpec) -> Loaded:
 
     Raises:
         ValueError: the model cannot be had, its directory is incomplete, its weights do not fit its config, or the
-            tokenizer has ids without an embedding row. The message names the fix.
+            tokenizer has ids without an embedding row, or rows to be trimmed are in use. The message names the fix.
     """
     if not spec.pretrained:
         return _random(spec)
@@ -257,8 +261,12 @@ def _loaded(
     if largest >= rows:
         raise ValueError(
             f"the tokenizer of {spec.name} has ids up to {largest}, its embedding only {rows} rows: "
-            f"they do not belong together (for random weights: model.vocab_size={largest + 1} or more)"
+            "they do not belong together: use the tokenizer that came with the weights "
+            f"(for random weights: model.vocab_size={largest + 1} or more)"
         )
+    if spec.trim_vocab:
+        gone = _trim(spec.name, model, max(len(tokenizer), largest + 1))
+        rows, where = rows - gone, where | {"trimmed_rows": gone}
     source: dict[str, str | int] = {
         "name": spec.name,
         "kind": kind,
@@ -268,6 +276,27 @@ def _loaded(
         "padding_rows": rows - 1 - largest,
     }
     return Loaded(model.eval(), tokenizer, source | where)
+
+
+def _trim(name: str, model: PreTrainedModel, needed: int) -> int:
+    """Drop rows of embedding and head above the `needed` ones, but for a multiple of 8; returns how many went."""
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    kept = min(rows, -(-needed // 8) * 8)
+    if kept == rows:
+        return 0
+    configs: tuple[Any, ...] = (model.config, model.generation_config)
+    for key, value in (item for config in configs if config is not None for item in config.to_dict().items()):
+        used = value if isinstance(value, list) else [value]
+        beyond = [i for i in used if isinstance(i, int) and kept <= i < rows]
+        if key.endswith(("_token_id", "suppress_tokens")) and beyond:
+            raise ValueError(
+                f"model.trim_vocab=true: {name} uses row {beyond[0]} ({key}), which its tokenizer of {needed} ids "
+                "does not have: leave model.trim_vocab=false"
+            )
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(kept)
+    log.info("%s: trimmed %d of %d embedding rows, which no token has", name, rows - kept, rows)
+    return rows - kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

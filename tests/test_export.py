@@ -7,25 +7,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 import iskd
 from iskd import export as export_module
 from iskd import surgery
+from iskd.arch import Stack, dims_of
 from iskd.export import export, write
-from iskd.plan import Record, Remove, Replace, Spec
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.tokenizer import byte_tokenizer
-from tests.factories import FAMILIES, block_specs, tiny, windows
+from tests.factories import FAMILIES, block_specs, mixer_specs, tiny, windows
 
 
-def student(family: str, *edits: Remove | Replace) -> tuple[PreTrainedModel, Record, PreTrainedModel]:
-    teacher = tiny(family)
-    model = tiny(family)
-    return model, surgery.apply(model, Record(4), edits), teacher
+def student(
+    family: str, *edits: Edit, layers: int = 4, **config: Any
+) -> tuple[PreTrainedModel, Record, PreTrainedModel]:
+    teacher = tiny(family, layers=layers, **config)
+    model = tiny(family, layers=layers, **config)
+    return model, surgery.apply(model, Record(layers), edits), teacher
 
 
 def saved(tmp_path: Path, family: str = "llama") -> tuple[Path, PreTrainedModel]:
@@ -60,22 +65,165 @@ def test_removals_alone_are_saved_as_the_teachers_own_architecture(family: str, 
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
-def test_native_export_loads_where_iskd_is_not(tmp_path: Path) -> None:
-    """A fresh interpreter that cannot import iskd; the tokenizer comes along."""
-    model, record, teacher = student("llama", Remove(1))
-    export(tmp_path / "model", model, record, teacher.config, byte_tokenizer(), verify=False)
-    ids = windows()
-    torch.save(ids, tmp_path / "ids.pt")
-    code = (
-        "import sys, torch\nsys.modules['iskd'] = None\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r}).eval()\n"
-        f"AutoTokenizer.from_pretrained({str(tmp_path / 'model')!r})\n"
-        f"ids = torch.load({str(tmp_path / 'ids.pt')!r}, weights_only=True)\n"
-        f"torch.save(m(ids).logits.detach(), {str(tmp_path / 'out.pt')!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    with torch.no_grad():
-        assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), model(ids).logits, atol=1e-6)
+def slimmed(*layers: int, kv_groups: int = 2, channels: int = 64) -> list[Replace]:
+    sizes = {"kv_groups": kv_groups, "channels": channels}
+    return [Replace(layer, Spec("iskd.blocks.slim.Slim", sizes)) for layer in layers]
+
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
+# name: family, keys of its config, edits; what loads with plain transformers
+NATIVE: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
+    **{f"{name} removed": (name, {}, [Remove(0), Remove(2)]) for name in FAMILIES},
+    **{
+        f"{name} {kind}": (name, {**WINDOWED, **keys}, [Remove(0)])
+        for name in ("qwen2", "qwen3")
+        for kind, keys in (
+            ("max_window_layers", {"max_window_layers": 2}),
+            ("layer_types", {"layer_types": [FULL, WINDOW, FULL, WINDOW]}),
+        )
+    },
+    **{
+        f"{name} slim": (name, {}, [Remove(1), *slimmed(0, 2, 3)])
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")
+    },
+    "phi slim": ("phi", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
+    "phi norms": ("phi", {"qk_layernorm": True}, slimmed(0, 1, 2, 3, kv_groups=6)),
+    "qwen3 window slim": ("qwen3", {**WINDOWED, "max_window_layers": 2}, [Remove(3), *slimmed(0, 1, 2)]),
+    **{f"{name} channels": (name, {}, slimmed(0, 1, 2, 3, kv_groups=6)) for name in ("gpt2", "gpt_neox", "opt")},
+}
+IN_A_PROCESS_WITHOUT_ISKD = """
+import sys, torch
+sys.modules["iskd"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+root, names = sys.argv[1], sys.argv[2].split(",")
+ids, found = torch.load(f"{root}/ids.pt", weights_only=True), {}
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}").eval()
+    assert AutoTokenizer.from_pretrained(f"{root}/{name}").eos_token_id is not None
+    text = model.generate(ids[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    found[name] = (model(ids).logits.detach(), text, model.generation_config.no_repeat_ngram_size)
+torch.save(found, f"{root}/out.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PreTrainedModel], dict[str, Any]]:
+    """The folder of all `NATIVE` exports, the students, and what one process that cannot import iskd makes of them."""
+    root, students = tmp_path_factory.mktemp("native"), {}
+    for name, (family, keys, edits) in NATIVE.items():
+        students[name], record, teacher = student(family, *edits, **keys)
+        cast(Any, students[name]).generation_config.no_repeat_ngram_size = 3
+        export(root / name, students[name], record, teacher.config, byte_tokenizer(), verify=False)
+    torch.save(windows(), root / "ids.pt")
+    command = [sys.executable, "-c", IN_A_PROCESS_WITHOUT_ISKD, str(root), ",".join(NATIVE)]
+    subprocess.run(command, check=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return root, students, torch.load(root / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@torch.no_grad()
+def test_native_export_loads_where_iskd_is_not(
+    name: str, exported: tuple[Path, dict[str, PreTrainedModel], dict[str, Any]]
+) -> None:
+    """Equal logits and cached text; generation config and tokenizer come along."""
+    _, students, found = exported
+    model: Any = students[name]
+    logits, text, ngram = found[name]
+    torch.testing.assert_close(logits, model(windows()).logits, atol=1e-6, rtol=1e-5)
+    assert torch.equal(text, model.generate(windows()[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0))
+    assert ngram == 3
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_config_states_depth_and_sizes_of_the_family(
+    name: str, exported: tuple[Path, dict[str, PreTrainedModel], dict[str, Any]]
+) -> None:
+    family, keys, edits = NATIVE[name]
+    values = json.loads((exported[0] / name / "config.json").read_text())
+    assert values["model_type"] == family
+    assert "Iskd" not in values["architectures"][0]
+    left = 4 - sum(isinstance(edit, Remove) for edit in edits)
+    config = AutoConfig.for_model(**values)
+    assert config.num_hidden_layers == left
+    assert len(Stack(iskd.load(exported[0] / name)).layers) == left
+    if keys.get("max_window_layers"):
+        assert config.max_window_layers == (1 if Remove(0) in edits else 2)
+        derived = AutoConfig.for_model(**{key: value for key, value in values.items() if key != "layer_types"})
+        assert derived.layer_types == config.layer_types, "both ways of saying it agree"
+        assert config.layer_types == ([FULL, WINDOW, WINDOW] if Remove(0) in edits else [FULL, FULL, WINDOW])
+    elif keys.get("layer_types"):
+        assert config.layer_types == [WINDOW, FULL, WINDOW]
+    if "slim" in name:
+        assert (config.num_attention_heads, config.intermediate_size) == (4, 64)
+        assert values["head_dim"] == dims_of(tiny(family, **keys).config).head_dim
+
+
+def test_every_list_of_one_value_per_layer_is_cut(tmp_path: Path) -> None:
+    """Whether transformers knows such a key for this family or not; lists that mean something else stay."""
+    keys = {"no_rope_layers": [1, 0, 1, 1], "layer_rope_theta": [1.0, 2.0, 3.0, 4.0], "other": [5, 6, 7, 8]}
+    model, record, teacher = student("llama", Remove(1), Remove(2), **keys)
+    write(tmp_path, model, record, teacher.config)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["no_rope_layers"] == [1, 1]
+    assert values["layer_rope_theta"] == [1.0, 4.0]
+    assert values["other"] == [5, 6, 7, 8]
+    assert teacher.config.no_rope_layers == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "edits"),
+    [
+        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, channels=48)]),
+        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, kv_groups=1)]),
+        ("llama", {}, slimmed(0, 1, 2)),
+        ("llama", {"heads": 8, "kv_heads": 8}, slimmed(0, 1, 2, 3, kv_groups=5)),
+        ("gpt2", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
+        ("gpt_neox", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
+        ("opt", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
+        ("phi", {"qk_layernorm": True}, slimmed(0, 1, 2, 3, kv_groups=4)),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [Remove(1)]),
+    ],
+)
+@torch.no_grad()
+def test_what_no_config_of_the_family_says_is_left_to_iskd(
+    family: str, keys: dict[str, Any], edits: list[Any], tmp_path: Path
+) -> None:
+    """Sizes that differ, heads that do not divide the width, attention scaled by the layer's number."""
+    model, record, teacher = student(family, *edits, **keys)
+    assert not write(tmp_path, model, record, teacher.config)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "iskd"
+    assert torch.equal(iskd.load(tmp_path)(windows()).logits, model(windows()).logits)
+
+
+def test_stock_llama_still_refuses_sizes_that_differ_from_layer_to_layer() -> None:
+    """When this stops raising, students of mixed sizes can be exported natively: extend `native_config`."""
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError, match="'intermediate_size' is a per-layer attribute"):
+        tiny("llama", per_layer_config={1: {"intermediate_size": 48}})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi", "qwen3"])
+@torch.no_grad()
+def test_students_with_removed_compact_and_converted_layers_load(family: str, tmp_path: Path) -> None:
+    blocks, mixers = block_specs(), list(mixer_specs().values())
+    slim = Spec("iskd.blocks.slim.Slim", {"ratio": 0.6})
+    foreign = [block for block in blocks.values() if block.target != slim.target]
+    for index, mixer in enumerate(mixers):
+        model, record, teacher = student(
+            family,
+            Convert(0, mixer, seed=1),
+            Replace(1, foreign[index % len(foreign)], seed=2),
+            Remove(2),
+            Replace(3, slim, seed=3),
+            Convert(3, mixer, seed=4),
+            layers=6,
+        )
+        assert not write(tmp_path / str(index), model, record, teacher.config)
+        loaded: Any = iskd.load(tmp_path / str(index))
+        assert loaded.iskd_record == record
+        assert torch.equal(loaded(windows()).logits, model(windows()).logits)
+        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(loaded.generate(windows(), **options), cast(Any, model).generate(windows(), **options))
 
 
 def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +294,16 @@ def test_weights_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
     )
     with pytest.raises(ValueError, match=message):
         iskd.load(folder)
+
+
+def test_native_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    model, record, teacher = student("llama", Remove(1))
+    write(tmp_path, model, record, teacher.config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' is missing \(1 such\)"):
+        iskd.load(tmp_path)
 
 
 def test_folder_that_is_no_model_is_named(tmp_path: Path) -> None:

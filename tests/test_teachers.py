@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -148,6 +149,58 @@ def test_keys_that_cannot_work_are_refused_when_the_spec_is_made(changes: dict[s
 def test_configs_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_teacher(tiny(**changes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_no_token_has_are_trimmed_on_request(tied: bool, tmp_path: Path) -> None:
+    padded = tiny(config=LLAMA | {"vocab_size": 300, "tie_word_embeddings": tied})
+    before = load_teacher(padded)
+    generator = torch.random.get_rng_state()
+    loaded = load_teacher(dataclasses.replace(padded, trim_vocab=True))
+    assert torch.equal(generator, torch.random.get_rng_state())
+    assert loaded.source["trimmed_rows"] == 300 - 264
+    assert loaded.source["padding_rows"] == 264 - 257
+    assert "trimmed_rows" not in before.source
+    assert loaded.model.config.vocab_size == 264
+    assert torch.equal(logits(loaded), logits(before)[..., :264])
+    embedding, head = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    assert (embedding.weight is head.weight) == tied
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = load_teacher(TeacherSpec(name="local", path=str(tmp_path), trim_vocab=True))
+    assert again.source["trimmed_rows"] == 0
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_a_head_with_a_bias_is_trimmed_too() -> None:
+    config = {"model_type": "phi", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    whole, trimmed = (load_teacher(tiny(config=config, trim_vocab=trim)) for trim in (False, True))
+    assert trimmed.model.get_output_embeddings().bias.shape == (264,)
+    assert torch.equal(logits(trimmed), logits(whole)[..., :264])
+
+
+def test_rows_that_the_model_itself_uses_are_not_trimmed(tmp_path: Path) -> None:
+    loaded = load_teacher(tiny(vocab_size=300))
+    loaded.model.generation_config.eos_token_id = [256, 290]
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    spec = TeacherSpec(name="local", path=str(tmp_path), trim_vocab=True)
+    with pytest.raises(
+        ValueError, match=r"uses row 290 \(eos_token_id\), which its tokenizer of 257 ids does not have"
+    ):
+        load_teacher(spec)
+    assert load_teacher(dataclasses.replace(spec, trim_vocab=False)).model.config.vocab_size == 300
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_explained(saved: tuple[Loaded, Path]) -> None:
+    loaded, directory = saved
+    loaded.tokenizer.add_tokens(["<one>", "<two>", "<three>", "<four>"])
+    loaded.tokenizer.save_pretrained(directory)
+    with pytest.raises(
+        ValueError, match=r"local has ids up to 260, its embedding only 260 rows.*came with the weights"
+    ):
+        load_teacher(TeacherSpec(name="local", path=str(directory), trim_vocab=True))
 
 
 def test_a_saved_teacher_loads_to_the_same_function(saved: tuple[Loaded, Path]) -> None:
