@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from iskd.arch import Stack
 from iskd.corpus import TextFiles
 from iskd.data import TextData
+from iskd.importance.base import rows_of
 from iskd.losses.base import Terms
 from iskd.options import RunOptions
 from iskd.plan import Spec, allowed
@@ -84,6 +86,24 @@ def parts(config: DictConfig, run_dir: Path) -> Parts:
         resume=resuming,
         export=config.export,
     )
+
+
+def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows [L, W] of the configured importance on the model as it is, and the numbers of its layers.
+
+    The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
+    """
+    teacher = load_teacher(part(config.model))
+    stack = Stack(teacher.model.eval())
+    windows = _data(config, teacher.tokenizer, stack).calibration(config.run.score_tokens)
+    wanted = config.trainer.accelerator
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(teacher.model, device)
+    mixed = precision(config.trainer.precision, wanted) == "bf16-mixed"
+    batches = [batch.to(device) for batch in windows]
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        rows = rows_of(part(config.importance), teacher.model, teacher.model, batches)
+    return rows, tuple(range(len(stack.layers)))
 
 
 def _edit(config: DictConfig) -> Any:

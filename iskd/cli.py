@@ -1,4 +1,4 @@
-"""Commands: `iskd train` (what train.py runs) and `iskd report`, over the same conf/."""
+"""Commands over the same conf/: `iskd train` (what train.py runs), `iskd score`, `iskd report`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,23 @@ def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> 
     return str(run_dir) if (run_dir / SAVED).is_file() else None
 
 
+@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
+def score(config: DictConfig) -> None:
+    """`iskd score model=... importance=...`: score the layers of a model without training it."""
+    from rich.console import Console
+
+    from iskd import build
+    from iskd.score import layer_scores, score_table, write_scores
+
+    folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["importance"]
+    rows, layers = build.importance_rows(config)
+    scores = layer_scores(rows, layers, config.seed)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(score_table(scores, name))
+    for file in write_scores(folder, scores, rows, name):
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
 def report() -> None:
     """`iskd report RUN_DIR...`: write report.html of finished runs again."""
     from iskd.report import write_report
@@ -115,7 +132,7 @@ def report() -> None:
 
 def main() -> None:
     """Entry point of the `iskd` command."""
-    commands = {"train": train, "report": report}
+    commands = {"train": train, "score": score, "report": report}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         os.environ[_COMMAND] = sys.argv.pop(1)
     if os.environ.get(_COMMAND) not in commands:

@@ -1,11 +1,14 @@
-"""Shared machinery of the importance scores: one walk through the stack, in which every layer can be left out.
+"""Shared machinery of the importance scores: rows by window and their noise, one walk through the stack.
 
-An importance is a plain class with `__call__(student, teacher, batches) -> Tensor[blocks]` in stack order, float32,
-higher = keep. It leaves mode, gradients and hooks as it found them.
+An importance is a plain class with `rows(student, teacher, batches) -> Tensor[L, W]`: one row per block in stack order,
+one column per calibration window, float32, on the CPU, higher = keep. Its score, `__call__`, is the mean over windows
+[L]. It leaves modes, gradients, `requires_grad`, hooks and random numbers as it found them.
 """
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,23 +34,100 @@ def scoring(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def cosine_influence(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-    """1 - mean over tokens of cos(state before, state after) per block [L], rows in float32.
+class WindowImportance(ABC):
+    """An importance whose score is the mean of its rows; a metric that reads no windows has one column."""
 
-    Position 0 is left out: in models with an attention sink its norm is hundreds of times that of the rest and its
-    direction says nothing about the text (ShortGPT, arXiv 2403.03853, defines the score; the exclusion is ours).
+    @abstractmethod
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L, W] of the student's blocks on each of the W windows in `batches`, token ids [B, T] each."""
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L] of the student's blocks: the mean over windows."""
+        with scoring(student, teacher):
+            return self.rows(student, teacher, batches).mean(1)
+
+
+def rows_of(
+    importance: Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Tensor],
+) -> Tensor:
+    """Rows [L, W] of an importance, or its scores as one column [L, 1] where they are not the mean of its rows."""
+    if isinstance(importance, WindowImportance) and type(importance).__call__ is WindowImportance.__call__:
+        with scoring(student, teacher):
+            return importance.rows(student, teacher, batches)
+    return importance(student, teacher, batches)[:, None]
+
+
+def standard_error(rows: Tensor) -> Tensor:
+    """Standard error [L] of the mean over windows of rows [L, W], from the spread between windows; nan where W = 1."""
+    windows = rows.shape[1]
+    if windows < 2:  # std itself would warn
+        return torch.full((rows.shape[0],), torch.nan)
+    return (rows.double().std(1) / windows**0.5).float()
+
+
+def within_noise(rows: Tensor, chosen: int, candidates: Sequence[int]) -> list[int]:
+    """The candidates that the windows cannot tell from the chosen block.
+
+    Differences are paired by window: what makes a window hard for every block cancels.
+
+    Args:
+        rows: scores [L, W].
+        chosen: position of the chosen block.
+        candidates: positions to compare with it; `chosen` itself is never returned.
+
+    Returns:
+        Positions whose mean difference to the chosen block is at most one paired standard error, either way; a tie in
+        every window counts. Empty for one window, which says nothing about noise.
     """
-    stack = Stack(student)
-    total, count = torch.zeros(len(stack.layers)), 0
+    others = [position for position in candidates if position != chosen]
+    if not others:
+        return []
+    difference = rows[others].double() - rows[chosen].double()
+    close = difference.mean(1).abs() <= standard_error(difference).double()
+    return [position for position, tied in zip(others, close.tolist(), strict=True) if tied]
+
+
+def stream(stack: Stack, batch: Tensor) -> Iterator[Tensor]:
+    """The stream [B, T, D] before block 0 and after each block in turn, for token ids [B, T]; one forward pass.
+
+    Raises:
+        ValueError: windows of one token; their only position is the one that cosines leave out and nothing precedes.
+    """
+    if batch.shape[1] < 2:
+        raise ValueError(f"importance needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
+    trace = Trace(stack, batch, 0)
+    h_BTD = trace.input
+    yield h_BTD
+    for position, block in enumerate(stack.layers):
+        h_BTD = trace.run(position, block, h_BTD)
+        yield h_BTD
+
+
+def block_rows(
+    student: PreTrainedModel, batches: Sequence[Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Rows [L, W] of a measure of what each block does to the stream.
+
+    `measure(before, after)` takes the stream before and after a block [B, T-1, D] in float32 and returns one value per
+    window [B]. Position 0 is left out: in models with an attention sink its norm is hundreds of times that of the rest
+    and its direction says nothing about the text.
+    """
+    stack, columns = Stack(student), []
     for batch in batches:
-        trace = Trace(stack, batch, 0)
-        h_BTD = trace.input
-        for position, block in enumerate(stack.layers):
-            after = trace.run(position, block, h_BTD)
-            total[position] += (1 - torch.cosine_similarity(h_BTD.float(), after.float(), dim=-1))[:, 1:].sum().cpu()
-            h_BTD = after
-        count += batch.shape[0] * (batch.shape[1] - 1)
-    return total / count
+        states = (h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        columns.append(torch.stack([measure(*pair) for pair in itertools.pairwise(states)]).cpu())
+    return torch.cat(columns, dim=1)
+
+
+def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+    """1 - mean over tokens of cos(stream before, stream after), per block and window [L, W].
+
+    Source: ShortGPT (arXiv 2403.03853, section 3.1); leaving position 0 out is ours.
+    """
+    return block_rows(student, batches, lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1))
 
 
 def leave_one_out(

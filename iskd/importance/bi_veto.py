@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import ablation_kl, cosine_influence, scoring
+from iskd.importance.base import WindowImportance, ablation_kl, cosine_rows, scoring
 
 
-class BlockInfluenceVeto:
+class BlockInfluenceVeto(WindowImportance):
     """Block influence, plus 2 (its upper bound) where the leave-one-out KL exceeds `factor` x the median."""
 
     def __init__(self, factor: float = 3.0, stride: int = 4, veto_batches: int = 1) -> None:
@@ -24,9 +24,10 @@ class BlockInfluenceVeto:
             raise ValueError(f"importance.veto_batches must be at least 1, got {veto_batches}")
         self.factor, self.stride, self.veto_batches = factor, stride, veto_batches
 
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-        """Scores [L] of the student's blocks on calibration windows [B, T]; vetoed blocks score above 2."""
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L, W] of the student's blocks on calibration windows [B, T]; vetoed blocks score above 2."""
         with scoring(student, teacher):
             # an outlier shows on a thousand tokens; the ranking below it uses them all
             cost = ablation_kl(student, teacher, batches[: self.veto_batches], self.stride)
-            return cosine_influence(student, batches) + 2.0 * (cost > self.factor * cost.median())
+            vetoed = cost > self.factor * cost.median()
+            return cosine_rows(student, batches) + 2.0 * vetoed[:, None]

@@ -9,14 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.arch import Stack
+from iskd.importance.base import WindowImportance
 
 
-class Random:
+class Random(WindowImportance):
     """Uniform scores in [0, 1) from a seed of their own."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-        """Scores [L]; the batches are not read."""
-        return torch.rand(len(Stack(student).layers), generator=torch.Generator().manual_seed(self.seed))
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L, 1]; the batches are not read."""
+        return torch.rand(len(Stack(student).layers), 1, generator=torch.Generator().manual_seed(self.seed))

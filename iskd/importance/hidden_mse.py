@@ -1,0 +1,30 @@
+"""Hidden MSE: how far a block moves the stream, length included, from one forward pass.
+
+    score = mean over tokens and channels of (y - x)^2 / the same mean of y^2        x, y = stream before and after
+
+Source: the alternative to block influence in the code of ILD (arXiv 2511.05085), which compares raw states; dividing by
+the output's mean square makes blocks comparable, since the stream grows with depth. Position 0 is left out, whose norm
+would outweigh all others. Unlike a cosine it sees a block that only stretches or shrinks the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.importance.base import WindowImportance, block_rows, scoring
+
+
+class HiddenMSE(WindowImportance):
+    """Mean squared distance of a block's input and output in units of the output's mean square; at least 0."""
+
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L, W] of the student's blocks on calibration windows [B, T]."""
+        with scoring(student):
+            return block_rows(student, batches, _relative_distance)
+
+
+def _relative_distance(before: Tensor, after: Tensor) -> Tensor:
+    return (after - before).square().mean((1, 2)) / after.square().mean((1, 2))

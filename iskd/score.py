@@ -1,0 +1,114 @@
+"""`iskd score`: importance of every layer without training: table, csv, bar chart, with confidence intervals."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from iskd.figure import PALETTE, figure_of, integer_x, set_heading
+from iskd.importance.base import standard_error, within_noise
+from iskd.table import number
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """Importance of one layer: mean over windows, its standard error, and a 95 % interval.
+
+    Attributes:
+        layer: in the teacher's numbering.
+        score: higher = keep.
+        error: standard error of the mean over windows; nan for one window.
+        low, high: percentile bootstrap over windows.
+        tied: whether the windows cannot tell it from the lowest layer (one paired standard error).
+    """
+
+    layer: int
+    score: float
+    error: float
+    low: float
+    high: float
+    tied: bool
+
+
+def layer_scores(rows: Tensor, layers: Sequence[int], seed: int = 0) -> list[LayerScore]:
+    """Summary of an importance's rows [L, W] for the layers of a stack. Raises ValueError when a row is not finite."""
+    if not rows.isfinite().all():
+        bad = [layer for layer, row in zip(layers, rows, strict=True) if not row.isfinite().all()]
+        raise ValueError(f"importance gave scores that are not finite for layers {bad}")
+    low, high = bootstrap(rows, seed)
+    means, errors = rows.mean(1), standard_error(rows)
+    lowest = int(means.argmin())
+    ties = {lowest, *within_noise(rows, lowest, range(len(rows)))}
+    columns = zip(means.tolist(), errors.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [
+        LayerScore(layer, *values, tied=position in ties)
+        for position, (layer, values) in enumerate(zip(layers, columns, strict=True))
+    ]
+
+
+def bootstrap(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """2.5 and 97.5 % points [L] of the mean of rows [L, W] over resampled windows, the same windows for all layers."""
+    windows, generator = rows.shape[1], torch.Generator().manual_seed(seed)
+    drawn = torch.randint(windows, (_RESAMPLES, windows), generator=generator)
+    weights = torch.zeros(_RESAMPLES, windows, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    means = rows.double() @ weights.T / windows
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    return low.float(), high.float()
+
+
+def score_table(scores: Sequence[LayerScore], name: str) -> Table:
+    """Layers from the least important on."""
+    table = Table(title=f"importance: {name} (higher = keep)")
+    for head in ("layer", "score", "standard error", "95 % interval", ""):
+        table.add_column(head, justify="left" if not head else "right")
+    for place, entry in enumerate(sorted(scores, key=lambda entry: (entry.score, entry.layer))):
+        interval = f"{number(entry.low)} .. {number(entry.high)}"
+        note = "lowest" if not place else "within noise of the lowest" if entry.tied else ""
+        table.add_row(str(entry.layer), number(entry.score), number(entry.error), interval, note)
+    return table
+
+
+def write_scores(folder: Path, scores: Sequence[LayerScore], rows: Tensor, name: str) -> list[Path]:
+    """`scores.csv`, `rows.csv` (one column per window) and `scores.png` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "score", "standard_error", "low95", "high95", "within_noise_of_lowest"])
+        for entry in scores:
+            writer.writerow([entry.layer, entry.score, entry.error, entry.low, entry.high, int(entry.tied)])
+    with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", *(f"window{index}" for index in range(rows.shape[1]))])
+        writer.writerows([entry.layer, *row] for entry, row in zip(scores, rows.tolist(), strict=True))
+    _chart(folder / "scores.png", scores, name)
+    return [folder / file for file in ("scores.csv", "rows.csv", "scores.png")]
+
+
+def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> None:
+    """Bars with 95 % intervals; those within noise of the lowest are hatched as well as coloured."""
+    from matplotlib.patches import Patch
+
+    with figure_of(3.3) as figure:
+        axes = figure.subplots()
+        colours = [PALETTE["vermillion"] if entry.tied else PALETTE["blue"] for entry in scores]
+        heights = [entry.score for entry in scores]
+        spans = [[s.score - s.low for s in scores], [s.high - s.score for s in scores]]
+        bars = axes.bar([entry.layer for entry in scores], heights, width=0.72, color=colours)
+        for bar, entry in zip(bars, scores, strict=True):
+            bar.set_hatch("//" if entry.tied else "")
+        axes.errorbar([s.layer for s in scores], heights, yerr=spans, fmt="none", ecolor=PALETTE["ink"], elinewidth=1)
+        set_heading(axes, f"{name}: score by layer (higher = keep), 95 % interval over windows")
+        axes.set_xlabel("layer (teacher's index)")
+        integer_x(axes, min(s.layer for s in scores), max(s.layer for s in scores))
+        label = "lowest, or within noise of it"
+        figure.legend(handles=[Patch(color=PALETTE["vermillion"], label=label)], loc="outside lower left")
+        figure.savefig(path, dpi=160, facecolor="white")
