@@ -1,4 +1,4 @@
-"""Commands over the same conf/: `iskd train` (what train.py runs), `iskd score`, `iskd report`."""
+"""Commands: `iskd train` (what train.py runs), `iskd score`, `iskd report`, `iskd curve`, over the same conf/."""
 
 from __future__ import annotations
 
@@ -130,9 +130,20 @@ def report() -> None:
         print(write_report(Path(folder)))
 
 
+def curve() -> None:
+    """`iskd curve OUT.png [NAME=]RUN_DIR...`: quality against depth of several runs in one picture."""
+    from iskd.curves import read_curve, write_curves
+
+    if len(sys.argv) < 3:
+        sys.exit("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
+    named = [argument.rpartition("=") for argument in sys.argv[2:]]
+    write_curves([read_curve(Path(folder), name or None) for name, _, folder in named], Path(sys.argv[1]))
+    print(sys.argv[1])
+
+
 def main() -> None:
     """Entry point of the `iskd` command."""
-    commands = {"train": train, "score": score, "report": report}
+    commands = {"train": train, "score": score, "report": report, "curve": curve}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         os.environ[_COMMAND] = sys.argv.pop(1)
     if os.environ.get(_COMMAND) not in commands:

@@ -1,0 +1,35 @@
+"""Curves of runs: layers left per stage, the csv, the picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from iskd.curves import Curve, read_curve, write_curves
+from iskd.run import run
+from iskd.schedules.base import RemoveLayers
+from iskd.schedules.iterative import Iterative
+from tests.runs import TOKENS, make_parts, write_text
+
+
+def test_a_removal_run_becomes_a_curve(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    runs = []
+    for name, tokens in (("healed", 4 * TOKENS), ("plain", 0)):
+        schedule = Iterative(RemoveLayers(), layers=[2, 1], tokens=tokens, lr=1e-3)
+        run(make_parts(tmp_path / name, text, tmp_path / "cache", schedule=schedule))
+        runs.append(read_curve(tmp_path / name))
+    assert [[layers for layers, _ in curve.points] for curve in runs] == [[4, 3, 2]] * 2
+    write_curves(runs, tmp_path / "out" / "curve.png")
+    rows = list(csv.DictReader((tmp_path / "out" / "curve.csv").read_text().splitlines()))
+    assert [(row["run"], row["layers"]) for row in rows][:3] == [("healed", "4"), ("healed", "3"), ("healed", "2")]
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="at most 6"):
+        write_curves([Curve(str(n), runs[0].points) for n in range(7)], tmp_path / "many.png")
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished stage to draw"):
+        read_curve(tmp_path)
