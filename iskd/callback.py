@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from iskd import checkpoint, sharding, surgery
 from iskd.data import TextData
 from iskd.deciding import Importance, decide, history_of
-from iskd.distributed import Ranks, rewrap
+from iskd.distributed import Ranks, rewrap, whole_device
 from iskd.editing import back_to, carry_out
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
 from iskd.module import DistillModule
@@ -79,7 +79,7 @@ class CompressionCallback(Callback):
         self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
         self.signals = StopSignals()
         self.preempted = self.restarting = False
-        self._ranks, self._watchdog = Ranks(), Watchdog(Ranks(), "")
+        self._ranks, self.watchdog = Ranks(), Watchdog(Ranks(), "")
         self._movement = MovementCheck(options.movement_steps)
         self._steps = 0  # optimizer steps in this stage
         self._clock = time.perf_counter()
@@ -103,10 +103,15 @@ class CompressionCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """With `schedule.restart_at_edit`: carry out a pending edit before the strategy wraps anything."""
         state, module = self.state, cast(DistillModule, pl_module)
+        self._ranks = module.ranks = Ranks(trainer)
+        self.watchdog = Watchdog(self._ranks, f"Continue with resume={self.run_dir}")
+        self.watchdog.start()
+        found = None if self.resume_from is None else self.resume_from.name
+        self._ranks.require_equal("newest whole checkpoint, teacher", [found, state.tokens, self.teacher])
         if not self.schedule.restart_at_edit or self.resume_from is None or state.stage is None or state.edited:
             return
         for model in (module.student, module.teacher):
-            nn.Module.to(model, trainer.strategy.root_device)
+            nn.Module.to(model, whole_device(trainer.strategy))
         optimizer = make_optimizer(module.optim)
         regroup(optimizer, module.student, state.record, module.stage)
         checkpoint.restore(self.resume_from, module.student, optimizer, rng=False)
@@ -118,10 +123,7 @@ class CompressionCallback(Callback):
         """Measure the teacher and decide the first stage, or take up a resumed run."""
         module, state = cast(DistillModule, pl_module), self.state
         self.signals.install()
-        self._ranks = module.ranks = Ranks(trainer)
         module.stop_wanted = lambda: self.signals.received is not None
-        self._watchdog = Watchdog(self._ranks, f"Continue with resume={self.run_dir}")
-        self._watchdog.start()
         module.place_teacher()
         if self.resume_from is not None:
             self._take_up(trainer, module, self.resume_from)
@@ -161,6 +163,8 @@ class CompressionCallback(Callback):
         self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
         if carried is not None:
             self._settle_edit(trainer, module)
+        elif state.edited and state.stage is not None:
+            self._movement.watch(module.student, new_parameters(module.student, state.record, state.stage))
         self._begin(trainer, module)
 
     def _begin(self, trainer: L.Trainer, module: DistillModule) -> None:
@@ -256,7 +260,7 @@ class CompressionCallback(Callback):
             return
         self._steps += 1
         last = not self._left(trainer)
-        self._count_skipped(module)
+        state.count_step(self.steps_done, skipped=module.skipped, most=self.options.max_skipped)
         if self._steps == 1:
             sharding.check_roots(module.student)
         still = self._movement.stepped(module.lr_scale * module.stage.lr_new, skipped=module.skipped, last=last)
@@ -267,16 +271,6 @@ class CompressionCallback(Callback):
             self._save(trainer, module)
         if module.stopping:
             self.preempted = trainer.should_stop = True
-
-    def _count_skipped(self, module: DistillModule) -> None:
-        """Count steps without a finite gradient; raise NonFiniteError, on every rank, when they do not stop."""
-        in_a_row, most = self.state.count_step(self.steps_done, skipped=module.skipped), self.options.max_skipped
-        if module.skipped:
-            _log.warning("step %d is skipped: the loss or a gradient is not finite", self.steps_done)
-        if in_a_row > most:
-            raise NonFiniteError(
-                f"the loss or a gradient was not finite in {in_a_row} optimizer steps in a row (run.max_skipped={most})"
-            )
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -299,7 +293,7 @@ class CompressionCallback(Callback):
             self._judge(trainer, module, state.tournament, quality["kl"])
             return
         floor = self.schedule.floor
-        missed = floor is not None and bool(stage.edits) and quality["retention"] < floor
+        missed = self._ranks.first(floor is not None and bool(stage.edits) and quality["retention"] < floor)
         if missed:
             state.events.append(
                 f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
@@ -346,15 +340,15 @@ class CompressionCallback(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say where the last good state is when numbers blow up or memory runs out."""
-        self._watchdog.close(failed=True)
         if isinstance(exception, NonFiniteError) or is_out_of_memory(exception):
             where, good = cast(DistillModule, pl_module).where(), checkpoint.newest(self.run_dir / "checkpoints")
             sizes = {"data.batch_size": self.data.batch_size, "data.seq_len": self.data.seq_len}
             exception.args = (advice(exception, where, sizes, good),)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nobody needs to be watched once the last step is made."""
-        self._watchdog.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Put back what the run took: the connections to the other ranks and the signals."""
+        self.watchdog.close(failed=failed)
+        self.signals.uninstall()
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""
@@ -370,7 +364,7 @@ class CompressionCallback(Callback):
 
     def _identity(self, trainer: L.Trainer) -> dict[str, Any]:
         layout = {"processes": trainer.world_size, "accumulate": trainer.accumulate_grad_batches}
-        return {**self.data.identity(), **layout, "teacher": self.teacher}
+        return {**self.data.identity(), **layout, "teacher": self.teacher, "precision": str(trainer.precision)}
 
     def _stage_steps(self, trainer: L.Trainer, stage: Stage) -> int:
         return stage_steps(stage, self.state.finished, self.state.steps, self._step_tokens(trainer))
@@ -392,8 +386,13 @@ class CompressionCallback(Callback):
             self._boundary = path
             stage = self.state.stage
             self.restarting = self.schedule.restart_at_edit and stage is not None and bool(stage.edits)
-        if trainer.is_global_zero:
-            checkpoint.prune(root, keep=self.options.keep, pinned=[self._boundary] if self._boundary else [])
-            write_stages(self.run_dir, self.state.results)
-            for logger in trainer.loggers:
-                logger.save()  # rows up to here must outlive a kill: the resumed run continues after them
+        checkpoint.together(
+            self._ranks, self.run_dir, lambda: self._keep_up(trainer) if trainer.is_global_zero else None
+        )
+
+    def _keep_up(self, trainer: L.Trainer) -> None:
+        pinned = [self._boundary] if self._boundary else []
+        checkpoint.prune(self.run_dir / "checkpoints", keep=self.options.keep, pinned=pinned)
+        write_stages(self.run_dir, self.state.results)
+        for logger in trainer.loggers:
+            logger.save()  # rows up to here must outlive a kill: the resumed run continues after them

@@ -41,6 +41,8 @@ _PARTS, _RNG, _STATE = ("student", "optimizer"), "rng.safetensors", "state.json"
 _FILE = re.compile(r"(student|optimizer)(-\d{5}-of-\d{5})?\.safetensors|rng\.safetensors|state\.json")
 _NAME = re.compile(rf"[0-9]{{1,9}}-({STAGE}|{BOUNDARY})")
 T = TypeVar("T")
+# what a full disk and a used-up quota are called where there is no error number
+_FULL = ("No space left", "os error 28", "quota", "os error 122")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -139,37 +141,41 @@ def save(
     draft = root / f".draft-{target.name}"
     rng = ranks.gather(rng_tensors())
     try:
-        _together(ranks, draft, lambda: _make(draft) if ranks.rank == 0 else None)
+        together(ranks, target, lambda: _make(draft) if ranks.rank == 0 else None)
         parts = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
         mine = {part: held(tensors, ranks, sharded) for part, tensors in parts.items()}
         suffix = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if sharded else ""
-        files = _together(ranks, draft, lambda: _write(draft, mine, suffix) if sharded or ranks.rank == 0 else {})
+        files = together(ranks, target, lambda: _write(draft, mine, suffix) if sharded or ranks.rank == 0 else {})
         entries = {name: entry for written in files for name, entry in written.items()}
-        _together(ranks, draft, lambda: _finish(draft, target, rng, state, entries) if ranks.rank == 0 else None)
-    except OSError:
+        together(ranks, target, lambda: _finish(draft, target, rng, state, entries) if ranks.rank == 0 else None)
+    except Exception:
         if ranks.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
     return target
 
 
-def _together(ranks: Ranks, draft: Path, work: Callable[[], T]) -> list[T]:
-    """Do `work` on every rank and return all results; when it fails on one, raise the same error on all."""
+def together(ranks: Ranks, place: Path, work: Callable[[], T]) -> list[T]:
+    """Do `work`, which writes below `place`, on every rank, and return all results.
+
+    Raises:
+        OSError: on every rank, when it failed on one: with the place, the reason and what is intact.
+    """
     result, reason = None, None
     try:
         result = work()
-    except Exception as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not isinstance(error, OSError) and not full:
-            raise
-        reason = "the disk is full" if full else str(error)
+    except (OSError, SafetensorError) as error:  # safetensors has no OSError of its own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            text in str(error) for text in _FULL
+        )
+        reason = f"the disk is full ({error})" if full else str(error)
     outcomes = ranks.gather((result, reason))
     failed = next((why for _, why in outcomes if why is not None), None)
     if failed is not None:
-        root = draft.parent
+        run_dir = place.parents[1] if place.parent.name == "checkpoints" else place
         raise OSError(
-            f"could not write the checkpoint {root / draft.name.removeprefix('.draft-')}: {failed}. Earlier "
-            f"checkpoints are intact: make room or make the folder writable, and continue with resume={root.parent}"
+            f"could not write the checkpoint {place}: {failed}. Earlier checkpoints are intact: make room or make the "
+            f"folder writable, and continue with resume={run_dir}"
         )
     return [cast(T, outcome) for outcome, _ in outcomes]
 

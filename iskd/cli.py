@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from iskd.allocator import tune
 
@@ -25,6 +28,8 @@ _COMMAND = "ISKD_COMMAND"
 AUTO = "auto"
 # a launcher preset can set variables of its jobs but no key of the config; a resume= on the command line comes first
 _RESUME = "ISKD_RESUME"
+# a fresh process of our own: sys.argv[0] may be a launcher's, and the package need not be installed
+_ENTRY = (sys.executable, "-m", "iskd")
 CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
 
 
@@ -50,6 +55,8 @@ def train(config: DictConfig) -> float:
     environment, hydra_config = dict(os.environ), HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     config.resume = resume_folder(config.resume, run_dir, hydra_config)
+    if hydra_config.mode == RunMode.MULTIRUN and config.schedule.get("restart_at_edit"):
+        return in_a_child(run_dir, config.resume, hydra_config.overrides.task)
     if config.resume is not None:
         config = build.resumed(config, hydra_config.overrides.task)
     try:
@@ -59,7 +66,7 @@ def train(config: DictConfig) -> float:
             print(stop.message, file=sys.stderr)
         if isinstance(stop, Preempted) or several(environment):
             raise
-    return go_on(run_dir, hydra_config, environment)
+    go_on(run_dir, hydra_config, environment)
 
 
 def several(environment: Mapping[str, str]) -> bool:
@@ -67,21 +74,48 @@ def several(environment: Mapping[str, str]) -> bool:
     return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
 
 
-def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> float:
-    """Continue the run of this job in a fresh process: in the place of this one, or under it in a sweep.
-
-    Returns the last perplexity, in a sweep.
-    """
+def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:
+    """Put a fresh process in the place of this one, which continues the run."""
     given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]
-    command = [sys.executable, sys.argv[0], *given, f"resume={run_dir}"]
-    if hydra_config.mode != RunMode.MULTIRUN:
-        os.execve(sys.executable, command, dict(environment))
-    code = subprocess.run(command, env=dict(environment)).returncode
-    if code:
-        raise SystemExit(code)
+    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], _ours(environment))
+
+
+def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> float:
+    """Run one job of a sweep in a process of its own, which may be replaced by fresh ones; stop signals are passed on.
+
+    Returns:
+        The last perplexity.
+    """
+    from iskd.preemption import EXIT_CODE, Preempted, StopSignals
     from iskd.tracking import read_stages
 
+    given = [argument for argument in overrides if not argument.startswith("resume=")]
+    command = [*_ENTRY, *given, f"hydra.run.dir={run_dir}", *([f"resume={resume}"] if resume else [])]
+    environment = {key: value for key, value in os.environ.items() if key != _RESUME}
+    signals = StopSignals()
+    signals.install()
+    try:
+        child = subprocess.Popen(command, env=_ours(environment))
+        asked = False
+        while child.poll() is None:
+            if signals.received is not None and not asked:
+                child.send_signal(signal.SIGTERM)
+                asked = True
+            time.sleep(0.1)
+        if child.returncode == EXIT_CODE:
+            signals.hand_on()
+            raise Preempted(run_dir)
+        if child.returncode:
+            raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
+    finally:
+        signals.uninstall()
     return [stage.ppl for stage in read_stages(run_dir) if stage.status == "kept"][-1]
+
+
+def _ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that runs `iskd train` from where this one's package lies."""
+    paths = [str(_HERE.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**environment, _COMMAND: "train", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> str | None:

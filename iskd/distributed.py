@@ -6,7 +6,6 @@ rank that raises alone leaves the others waiting in a collective for ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -71,6 +70,11 @@ def check_strategy(strategy: Strategy, *, edits: bool = True) -> None:
         )
 
 
+def whole_device(strategy: Strategy) -> torch.device:
+    """Where a model that is not yet in shards can be whole: a model that needs FSDP2 may not fit on one device."""
+    return torch.device("cpu") if isinstance(strategy, FSDP2Strategy) else strategy.root_device
+
+
 def rewrap(strategy: Strategy) -> None:
     """Wrap the edited module again, so that the new parameters take part in gradient synchronisation.
 
@@ -117,7 +121,9 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return tuple(bool(vote) for vote in votes.tolist())
 
-    def first_of(self, values: Sequence[str | None]) -> str | None:
-        """The first message of this rank's and, after it, of the other ranks'; None when nobody has one."""
-        mine = next((value for value in values if value is not None), None)
-        return next((value for value in self.gather(mine) if value is not None), None)
+    def require_equal(self, what: str, value: Any) -> None:
+        """Raise the same ValueError on every rank when they do not have the same `value` (plain JSON)."""
+        found = self.gather(value)
+        if any(other != found[0] for other in found):
+            listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
+            raise ValueError(f"the processes do not agree ({what}): {listed}. Do all see the same run directory?")

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 # what torch says when the CPU's memory is used up; there is no class of its own for it
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "bad allocation", "bad_alloc")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad allocation",
+    "bad_alloc",
+    "ALLOC_FAILED",
+)
 
 
 class NonFiniteError(RuntimeError):

@@ -12,14 +12,16 @@ from iskd.tracking import X_AXIS
 METRICS_FILE = "metrics.csv"
 
 
-def keep_metrics(run_dir: Path, *, below: int) -> None:
-    """Before a run is resumed: set `metrics.csv` aside, without the rows past the `below` tokens of its checkpoint."""
+def keep_metrics(run_dir: Path, *, below: int | None) -> None:
+    """Before a run is resumed: set `metrics.csv` aside, without the rows past the `below` tokens of its checkpoint.
+
+    None: there is no checkpoint, and no row is kept.
+    """
     path = Path(run_dir) / METRICS_FILE
     files = [*_parts(run_dir), *([path] if path.is_file() else [])]
     rows, columns = _read_rows(files)
     # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
-    kept = [row for row in rows if _tokens(row) < below or (_tokens(row) == below and not row.get("train/loss"))]
-    kept = kept if below else []
+    kept = [row for row in rows if below is not None and _belongs(row, below)]
     if kept:
         _write_rows(path.with_name("metrics.kept.csv"), kept, columns)
     for file in files:
@@ -36,6 +38,10 @@ def merge_metrics(run_dir: Path) -> None:
     _write_rows(path, rows, columns)
     for part in parts:
         part.unlink()
+
+
+def _belongs(row: Mapping[str, str], below: int) -> bool:
+    return _tokens(row) < below or (_tokens(row) == below and not row.get("train/loss"))
 
 
 def _parts(run_dir: Path) -> list[Path]:

@@ -84,8 +84,8 @@ class DistillModule(L.LightningModule):
     def configure_model(self) -> None:
         """Put student and teacher, two roots, into shards where the strategy has a mesh for them."""
         mesh = self.device_mesh
-        if mesh is not None and not sharding.is_sharded(self.student):
-            for model in (self.student, self.teacher):
+        for model in (self.student, self.teacher):  # after a rollback only the student is a new one
+            if mesh is not None and not sharding.is_sharded(model):
                 sharding.shard(model, mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

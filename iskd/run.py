@@ -115,22 +115,31 @@ def run(parts: Parts) -> Result:
         StartAgain: the next edit wants a fresh process.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
-    with warnings.catch_warnings():
-        for message in _EXPECTED:
-            warnings.filterwarnings("ignore", message=message)
-        while True:
-            try:
-                return _run(parts)
-            except (RuntimeError, MemoryError) as error:
-                smaller = halved(parts) if is_out_of_memory(error) else None
-                if smaller is None:
-                    raise
-                Console().print(f"{error}\nrun.on_oom=halve: going on with data.batch_size={smaller.data.batch_size}")
-            # the frames of the failed attempt are gone with its exception, and with them its tensors
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            parts = smaller
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message=message)
+            return _attempts(parts)
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
+            wandb.finish()  # otherwise the next job of a sweep would continue this one
+
+
+def _attempts(parts: Parts) -> Result:
+    """The run, with smaller and smaller micro-batches where `run.on_oom=halve`."""
+    while True:
+        try:
+            return _run(parts)
+        except (RuntimeError, MemoryError) as error:
+            smaller = halved(parts) if is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+            Console().print(f"{error}\nrun.on_oom=halve: going on with data.batch_size={smaller.data.batch_size}")
+        # the frames of the failed attempt are gone with its exception, and with them its tensors
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        parts = smaller
 
 
 def halved(parts: Parts) -> Parts | None:
@@ -142,6 +151,7 @@ def halved(parts: Parts) -> Parts | None:
     size, several = parts.data.batch_size, dist.is_available() and dist.is_initialized()
     if parts.options.on_oom != "halve" or size < 2 or size % 2 or several:
         return None
+    parts.data.trainer = None  # it holds the failed attempt and its tensors
     data = copy.copy(parts.data)
     data.batch_size = size // 2
     accumulate = 2 * int(parts.trainer.get("accumulate_grad_batches", 1))
@@ -152,6 +162,7 @@ def _run(parts: Parts) -> Result:
     L.seed_everything(parts.seed, verbose=False)
     parts.data.prepare()
     state, resume_from = _position(parts)
+    parts = _as_halved(parts, state)
     module = _module(parts, state)
     digest = parts.teacher.source.get("sha256")
     callback = CompressionCallback(
@@ -171,30 +182,44 @@ def _run(parts: Parts) -> Result:
     if trainer.is_global_zero:
         _write_facts(parts, trainer)
     try:
-        trainer.fit(module, datamodule=parts.data)
-    finally:
-        for logger in trainer.loggers:
-            logger.finalize("success" if state.stage is None else "aborted")
-        if trainer.is_global_zero:
-            merge_metrics(parts.run_dir)
-        if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
-            wandb.finish()  # otherwise the next job of a sweep would continue this one
-    _leave(parts, trainer, callback)
-    return _finish(parts, trainer, module, state)
+        try:
+            trainer.fit(module, datamodule=parts.data)
+        finally:
+            for logger in trainer.loggers:
+                logger.finalize("success" if state.stage is None else "aborted")
+            if trainer.is_global_zero:
+                merge_metrics(parts.run_dir)
+        _leave(parts, trainer, callback)
+        result = _finish(parts, trainer, module, state)
+    except BaseException:
+        callback.close(failed=True)
+        raise
+    callback.close()
+    return result
 
 
 def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> None:
     """End the process where the run stopped before its end; everything is saved and every file is closed."""
-    try:
-        if callback.state.stage is None or not callback.leaving:
-            return
-        trainer.strategy.barrier("leave")  # rank 0 may not come back from handing the signal on
-        if callback.restarting and not callback.preempted:
-            raise StartAgain(parts.run_dir)
-        callback.signals.hand_on()
-        raise Preempted(parts.run_dir)
-    finally:
-        callback.signals.uninstall()
+    if callback.state.stage is None or not callback.leaving:
+        return
+    trainer.strategy.barrier("leave")  # rank 0 may not come back from handing the signal on
+    callback.watchdog.close()
+    if callback.restarting and not callback.preempted:
+        raise StartAgain(parts.run_dir)
+    callback.signals.hand_on()
+    raise Preempted(parts.run_dir)
+
+
+def _as_halved(parts: Parts, state: RunState) -> Parts:
+    """The micro-batch that `run.on_oom=halve` came to before, instead of the configured one that was too large."""
+    size, accumulate = (state.identity.get(key, 0) for key in ("batch_size", "accumulate"))
+    now = int(parts.trainer.get("accumulate_grad_batches", 1))
+    same_step = size * accumulate == parts.data.batch_size * now
+    if parts.options.on_oom != "halve" or not same_step or size >= parts.data.batch_size:
+        return parts
+    data = copy.copy(parts.data)
+    data.batch_size = size
+    return replace(parts, data=data, trainer={**parts.trainer, "accumulate_grad_batches": accumulate})
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
@@ -205,7 +230,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     newest = checkpoint.newest(parts.run_dir / "checkpoints")
     if newest is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
-        _on_rank_zero(keep_metrics, parts.run_dir, below=0)
+        _on_rank_zero(keep_metrics, parts.run_dir, below=None)
         return fresh, None
     state = checkpoint.read_state(newest)
     if state.record.num_layers != fresh.record.num_layers:

@@ -194,5 +194,8 @@ def from_first_rank(module: nn.Module) -> None:
     """Give every rank the whole weights and buffers that rank 0 has. A collective; nothing on one process."""
     if not dist.is_initialized():
         return
+    on_gpu = dist.get_backend() == "nccl"  # which moves nothing that lies on the CPU
     for tensor in [*module.parameters(), *module.buffers()]:
-        dist.broadcast(tensor.data, src=0)
+        sent = tensor.data.to(torch.cuda.current_device()) if on_gpu else tensor.data
+        dist.broadcast(sent, src=0)
+        tensor.data.copy_(sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,10 +11,12 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from iskd import surgery
+from iskd.faults import NonFiniteError
 from iskd.plan import MAX_NUMBER, Json, Record, Stage, record_from_json, stage_from_json, to_json
 from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, StageResult
 
+_log = logging.getLogger(__name__)
 Status = Literal["kept", "rolled_back"]
 # windows per micro-batch and process, micro-batches per optimizer step, processes
 LAYOUT = ("batch_size", "accumulate", "processes")
@@ -126,13 +129,23 @@ class RunState:
         self.total_steps = max(1, round(self.total_steps * step / new_step))
         self.events.append(f"continued with {dict(now)} instead of {dict(before)}")
 
-    def count_step(self, number: int, *, skipped: bool) -> int:
-        """Note whether optimizer step `number` was skipped; returns how many in a row now were."""
+    def count_step(self, number: int, *, skipped: bool, most: int) -> None:
+        """Note whether optimizer step `number` was skipped.
+
+        Raises:
+            NonFiniteError: more than `most` steps in a row were; on every rank, as all skip alike.
+        """
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self.skipped += 1
-            self.events.append(f"step {number} skipped: the loss or a gradient was not finite")
-        return self.skipped_in_a_row
+        if not skipped:
+            return
+        self.skipped += 1
+        self.events.append(f"step {number} skipped: the loss or a gradient was not finite")
+        _log.warning("step %d is skipped: the loss or a gradient is not finite", number)
+        if self.skipped_in_a_row > most:
+            raise NonFiniteError(
+                f"the loss or a gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
+                f"(run.max_skipped={most})"
+            )
 
     def to_json(self) -> Json:
         """Plain JSON values."""

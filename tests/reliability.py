@@ -57,7 +57,8 @@ class Bench:
         self.folder, self.size, self.strategy, self.changes = folder, size, strategy, {"dropout": 0.1, **changes}
         self.random = random.Random(seed)
         write_text(folder)
-        run_world(size, programs.counted, folder, "whole", size, strategy, self.changes, folder=folder / "logs" / "whole")
+        arguments = (folder, "whole", size, strategy, self.changes)
+        run_world(size, programs.counted, *arguments, folder=folder / "logs" / "whole")
         self.counts = [json.loads((folder / f"whole-{rank}.counts.json").read_text()) for rank in range(size)]
 
     @cached_property

@@ -44,9 +44,8 @@ class Crash(BaseException):
 class Scripted:
     """The stages of a list, one after the other."""
 
-    def __init__(self, stages: Sequence[Stage], *, restart_at_edit: bool = False) -> None:
-        self.stages, self.restart_at_edit = stages, restart_at_edit
-        self.floor: float | None = None
+    def __init__(self, stages: Sequence[Stage], *, restart_at_edit: bool = False, floor: float | None = None) -> None:
+        self.stages, self.restart_at_edit, self.floor = stages, restart_at_edit, floor
         self.scoring = "never"
         self.candidates, self.trial_tokens = 1, 0
 

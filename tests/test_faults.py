@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -122,6 +124,7 @@ def test_out_of_memory_says_what_to_turn(
     ):
         assert knob in str(raised.value)
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert "start again" in advice(MemoryError(), "at 0 tokens", {}, None)
 
@@ -139,6 +142,38 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(
     assert [stage.tokens for stage in halved.stages] == [stage.tokens for stage in small.stages]
     events = " ".join(event for stage in halved.stages for event in stage.events)
     assert ("'batch_size': 1" in events) == (first > 0)
+
+
+def test_a_run_leaves_the_signals_as_it_found_them(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that fails, or goes on with less: otherwise the process would ignore SIGTERM ever after."""
+    before = signal.getsignal(signal.SIGTERM)
+    run(make(tmp_path / "good"))
+    break_steps(monkeypatch, out_of_memory(above=1, first=9))
+    run(make(tmp_path / "halved", options={"on_oom": "halve"}))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make(tmp_path / "bad"))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_halved_run_resumes_halved_and_keeps_its_wandb_run(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    parts = make(tmp_path / "run", options={"on_oom": "halve"})
+    parts.loggers.append(WandbLogger(save_dir=str(tmp_path), offline=True))
+    with monkeypatch.context() as patch:
+        break_steps(patch, out_of_memory(above=1, first=9))
+        parts.callbacks.append(At(20, crash))
+        with pytest.raises(Crash):
+            run(parts)
+    steps: list[int] = []
+    break_steps(monkeypatch, lambda _, ids, result: (steps.append(len(ids)), result)[1])
+    run(make(tmp_path / "run", options={"on_oom": "halve"}, resume=True))
+    assert set(steps) == {1}, "it does not run out of memory once more"
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 def test_out_of_memory_with_one_window_is_the_end(

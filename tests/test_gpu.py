@@ -95,6 +95,37 @@ def test_a_killed_run_resumes(size: int, strategy: str | None, folder: Path, one
     assert ends(folder, name, "one") < 5e-5
 
 
+@pytest.mark.parametrize(("size", "strategy"), [*WORLDS, pytest.param(1, None)])
+def test_a_signal_saves_and_the_run_goes_on(size: int, strategy: str | None, folder: Path, one: dict[str, Any]) -> None:
+    """To the last rank; under FSDP2 every rank writes its own part."""
+    name, options = f"stopped-{strategy}{size}", {"checkpoints": "sharded" if strategy == "fsdp" else "full"}
+    options["checkpoint_every"] = 2
+    changes = {"accelerator": "gpu", "options": options}
+    arguments = (folder, name, size, strategy, changes, size - 1, 11)
+    world = World(size, programs.stopped, arguments, folder / "logs" / name)
+    assert world.wait(280) == [143, 0][:size], world.said()
+    trained(folder, name, size, strategy, resume=True, options=options)
+    assert ends(folder, name, "one") < 5e-5
+
+
+@pytest.mark.parametrize(("size", "strategy"), WORLDS)
+def test_a_fresh_process_for_every_edit(size: int, strategy: str, folder: Path, one: dict[str, Any]) -> None:
+    name, codes = f"restart-{strategy}{size}", [[75]]
+    while codes[-1][0] == 75 and len(codes) < 8:
+        changes = {"accelerator": "gpu", "restart": True, "resume": len(codes) > 1}
+        world = World(size, programs.on_gpu, (folder, name, size, strategy, changes), folder / "logs" / name)
+        codes.append(world.wait(280))
+    assert codes[-1] == [0] * size, world.said()
+    assert len(codes) == 6
+    assert ends(folder, name, "one") < 5e-5
+
+
+@pytest.mark.parametrize(("size", "strategy"), WORLDS)
+def test_a_missed_floor_rolls_back(size: int, strategy: str, folder: Path) -> None:
+    seen = trained(folder, f"floor-{strategy}{size}", size, strategy, floor=1e9)
+    assert [stage[-1] for stage in seen["stages"]] == ["kept", "rolled_back"]
+
+
 def test_run_resume_and_export_on_a_gpu(tmp_path: Path) -> None:
     """bf16 autocast through edits and fits from the command line; the export is verified on the CPU."""
     train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import time
@@ -12,9 +13,14 @@ import pytest
 from safetensors.torch import load_file
 
 from iskd import checkpoint, sharding
+from iskd.checkpoint import model_tensors
+from iskd.importance.bi_veto import BlockInfluenceVeto
+from iskd.schedules.base import ReplaceWith
+from iskd.schedules.iterative import Iterative
 from tests import programs
+from tests.factories import tiny
 from tests.reliability import Bench
-from tests.runs import largest_difference, write_text
+from tests.runs import SLIM, TOKENS, largest_difference, write_text
 from tests.worlds import World, run_world
 
 STRATEGIES = ("ddp", "fsdp")
@@ -55,6 +61,7 @@ def test_many_processes_equal_one(strategy: str, folder: Path, one: dict[str, An
     for mine in seen:
         assert max(abs(a - b) for a, b in zip(mine["losses"], one["losses"], strict=True)) < 1e-6
         assert all(len(set(step)) == 1 for step in mine["digests"]), "ranks differ after a step"
+        assert mine["sums"] == pytest.approx(one["sums"], rel=1e-6), "the whole weights, after every step"
         assert mine["moved"]
         assert all(mine["moved"].values())
         assert mine["leaked"] == 0
@@ -164,10 +171,40 @@ def test_a_fresh_process_for_every_edit(strategy: str | None, folder: Path, one:
         if codes[-1] == [0] * size:
             break
     assert len(codes) == 5, "four edits, each in a process of its own"
+    rows = list(csv.DictReader((folder / name / "metrics.csv").read_text().splitlines()))
+    assert sum(bool(row["val/kl"]) for row in rows) == 5, "the teacher's row and one for every stage"
     if strategy is None:
         assert ends(folder, name, "one") == 0
     else:
         assert ends(folder, name, "one") < 5e-5
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_a_missed_floor_rolls_back_on_all_ranks(strategy: str | None, folder: Path) -> None:
+    """The first stage is undone: the student is the teacher again, to the bit, in every layout."""
+    name = f"floor-{strategy}"
+    seen = trained(folder, name, strategy, floor=1e9)
+    assert [stage[-1] for stage in seen[0]["stages"]] == ["kept", "rolled_back"]
+    teacher = model_tensors(tiny("llama", vocab=257))
+    assert largest_difference(load_file(folder / f"{name}.safetensors"), teacher) == 0
+
+
+def test_scores_and_choices_are_the_same_in_shards(folder: Path) -> None:
+    """Leave-one-out sweeps, cosine scores and rescoring on a student in shards."""
+    choose = Iterative(ReplaceWith(SLIM), count=2, tokens=4 * TOKENS, lr=1e-3, rescore=True)
+    changes = {"schedule": choose, "importance": BlockInfluenceVeto()}
+    alone, split = (trained(folder, f"scores-{s}", s, **changes)[0]["stages"] for s in (None, "fsdp"))
+    assert [stage[0] for stage in alone] == [stage[0] for stage in split]
+    assert [stage[1] for stage in split] == pytest.approx([stage[1] for stage in alone], rel=1e-5)
+
+
+def test_ranks_that_see_different_checkpoints_stop(folder: Path) -> None:
+    world = World(2, programs.stopped, (folder, "torn", 2, "ddp", {}, 1, 11), folder / "logs" / "torn")
+    world.wait()
+    world = World(2, programs.torn_on_one_rank, (folder, "torn"), folder / "logs" / "torn-on-one")
+    assert world.wait(60) == [1, 1]
+    for log in world.logs:
+        assert "the processes do not agree (newest whole checkpoint, teacher): rank 0" in log.read_text()
 
 
 def test_one_rank_with_a_loss_that_is_not_finite_makes_all_skip(folder: Path) -> None:

@@ -322,6 +322,9 @@ def test_resume_refuses_other_data(make: Callable[..., Parts], tmp_path: Path) -
     changed.data.seed = 3
     with pytest.raises(ValueError, match=r"made with seed=0, now it is 3"):
         run(changed)
+    rounded = make(tmp_path / "other", resume=True, trainer={"precision": "bf16-mixed"})
+    with pytest.raises(ValueError, match=r"made with precision='32-true', now it is 'bf16-mixed'"):
+        run(rounded)
     other = make(tmp_path / "other", resume=True)
     weights_of_another = replace(other.teacher, source={"name": "llama", "sha256": "f00"})
     with pytest.raises(ValueError, match=r"made with teacher=None, now it is 'f00'"):

@@ -1,0 +1,149 @@
+"""Task accuracy: what a student loses on tasks when a block is left out.
+
+    score = mean over tasks of (accuracy with all blocks - accuracy without the block)
+
+Source: ILD (arXiv 2511.05085), which ranks layers by the mean of seven tasks without them, generation among them. As
+there, every task has the same weight. Differences are paired by item, so the standard error of a row is that of the
+score; at 50 items a task it is a few points, more than most blocks differ by.
+
+The prefix below a block is computed once for all that are left out above it, and no module is moved meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.arch import Stack
+from iskd.capture import Trace
+from iskd.importance.base import WindowImportance, scoring
+from iskd.task_files import COPY, TASKS, Item, check_task, read_task, split_items, subset
+from iskd.tasks import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
+from iskd.tokenizer import byte_tokenizer
+
+METRICS = ("acc", "acc_norm")
+
+
+class TaskAccuracy(WindowImportance):
+    """Accuracy lost without the block, in [-1, 1], mean over tasks; the calibration windows are not read.
+
+    Args:
+        data_dir: folder that holds NAME/eval.jsonl of every task.
+        tasks: names in `iskd.task_files`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share of
+            tokens repeated before the first mistake.
+        items: at most so many of each task.
+        share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
+            seed gives both sides.
+        seed: of the split and the draw.
+        tokenizer: directory of the student's tokenizer, or the tokenizer; None = the one beside the teacher's weights,
+            or bytes for a teacher made from a config.
+        metric: `acc` or `acc_norm` (by characters) of multiple choice.
+        batch_tokens: most tokens in a batch.
+
+    Attributes:
+        selection: the items used, by task; `disjoint` holds a report's items against them.
+
+    Raises:
+        ValueError: a value out of range, an unknown task, or a task without a file.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path | None = None,
+        tasks: Sequence[str] = ("hellaswag", "piqa", "arc_easy", "lambada", "copy"),
+        items: int = 50,
+        share: float = 0.5,
+        seed: int = 0,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        metric: str = "acc",
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        for task in tasks:
+            check_task(task)
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise ValueError(f"importance.tasks must name at least one task and none twice, got {list(tasks)}")
+        if data_dir is None and set(tasks) & set(TASKS):
+            raise ValueError("importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task")
+        if items < 1 or batch_tokens < 1:
+            raise ValueError(
+                f"importance.items and importance.batch_tokens must be at least 1, got {items} and {batch_tokens}"
+            )
+        if metric not in METRICS:
+            raise ValueError(f"importance.metric={metric!r}: choose {' or '.join(METRICS)}")
+        self.tokenizer, self.metric, self.batch_tokens = tokenizer, metric, batch_tokens
+        self.selection: dict[str, list[Item]] = {}
+        for task in tasks:
+            mine, _ = split_items(read_task(task, data_dir or "."), share, seed)
+            self.selection[task] = subset(mine, items, seed)
+
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L, items of all tasks]; items of small tasks weigh more, so that the mean is the mean over tasks.
+
+        Raises:
+            ValueError: there is no tokenizer, or it does not fit the student.
+        """
+        everything = [item for items in self.selection.values() for item in items]
+        stack = Stack(student)
+        with scoring(student):
+            found = by_branch(
+                student,
+                tokenizer_of(teacher) if self.tokenizer is None else _load(self.tokenizer),
+                pairs_of(everything),
+                lambda ids: without_each(stack, ids),
+                batch_tokens=self.batch_tokens,
+            )
+        *without, whole = [self._correct(judge(everything, likelihoods)) for likelihoods in found]
+        return (whole - torch.stack(without)) * self._weights()
+
+    def _correct(self, result: TaskResult) -> Tensor:
+        """Correctness [items] of the items of all tasks."""
+        sizes = [len(items) for items in self.selection.values()]
+        metrics = ["led" if task == COPY else self.metric for task in self.selection]
+        parts = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
+        return torch.cat(list(parts))
+
+    def _weights(self) -> Tensor:
+        """Factor [items] that turns the mean over items into the mean over tasks."""
+        sizes = torch.tensor([len(items) for items in self.selection.values()])
+        return (sizes.sum() / (len(sizes) * sizes)).repeat_interleave(sizes)
+
+
+def without_each(stack: Stack, ids: Tensor) -> Iterator[Tensor]:
+    """Final state [B, T, D] without block 0, without block 1, ..., and last with all blocks, for ids [B, T]."""
+    trace = Trace(stack, ids, 0)
+    h_BTD = trace.input
+    for position, block in enumerate(stack.layers):
+        branch = h_BTD
+        for later in range(position + 1, len(stack.layers)):
+            branch = trace.run(later, stack.layers[later], branch)
+        yield stack.finish(branch)
+        h_BTD = trace.run(position, block, h_BTD)
+    yield stack.finish(h_BTD)
+
+
+def tokenizer_of(teacher: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights that a teacher was loaded from; bytes if it was made from a config.
+
+    Raises:
+        ValueError: there is none on this machine.
+    """
+    return _load(teacher.name_or_path) if teacher.name_or_path else byte_tokenizer()
+
+
+def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if isinstance(place, PreTrainedTokenizerBase):
+        return place
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            Path(place).expanduser() if Path(place).expanduser().is_dir() else place, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {place} ({str(error).splitlines()[0]}): set importance.tokenizer to the directory that "
+            "holds the teacher's tokenizer.json"
+        ) from error
+    return tokenizer
