@@ -57,3 +57,13 @@ def test_torchrun_and_a_fresh_process_for_every_edit(folder: Path) -> None:
         assert (done.returncode == 0) == (start == 2), done.stderr[-3000:]
         assert start == 2 or "saved before an edit: start again with resume=" in done.stderr
     compare(folder, "torchrun")
+
+
+def test_a_sweep_with_a_fresh_process_for_every_edit(folder: Path) -> None:
+    """Every job in a process of its own, which is replaced at every edit; the sweep's own process only waits."""
+    values = ("-m", *COMMON, "schedule.restart_at_edit=true", "data.batch_size=4", f"hydra.sweep.dir={folder}/sweep")
+    train(*values, "seed=0,1", cwd=folder)
+    ends = [checkpoint.newest(folder / run / "checkpoints") for run in ("one", "sweep/0")]
+    one, restarted = (load_file(end / "student.safetensors") for end in ends if end is not None)
+    assert largest_difference(one, restarted) == 0
+    assert (folder / "sweep" / "1" / "record.json").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from iskd.options import RunOptions
 from iskd.run import Parts, run
 from iskd.state import RunState
 from tests.factories import tiny
-from tests.runs import At, Crash, crash, largest_difference, make_parts, same, weights, write_text
+from tests.runs import At, Crash, crash, interrupt, largest_difference, make_parts, same, weights, write_text
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,29 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(
     assert [stage.tokens for stage in halved.stages] == [stage.tokens for stage in small.stages]
     events = " ".join(event for stage in halved.stages for event in stage.events)
     assert ("'batch_size': 1" in events) == (first > 0)
+
+
+@pytest.mark.parametrize("place", [1, 11, 12, 23, 24, "validation"])
+def test_a_signal_anywhere_saves_and_the_run_goes_on(
+    place: int | str, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and last micro-batches of both stages (12 each), and while a stage is measured; bit for bit, as always."""
+    whole = run(make(tmp_path / "whole"))
+    parts = make(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        if isinstance(place, int):
+            parts.callbacks.append(At(place, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+        else:
+            interrupt(patch.setattr, place, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        if place == 24:  # nothing is left to do but to finish
+            assert same(weights(run(parts)), weights(whole))
+            return
+        with pytest.raises(SystemExit) as stop:
+            run(parts)
+    assert stop.value.code == 143
+    resumed = run(make(tmp_path / "stopped", resume=True))
+    assert same(weights(resumed), weights(whole))
+    assert [(s.name, s.ppl, s.tokens) for s in resumed.stages] == [(s.name, s.ppl, s.tokens) for s in whole.stages]
 
 
 def test_a_run_leaves_the_signals_as_it_found_them(
