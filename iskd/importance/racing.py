@@ -1,0 +1,260 @@
+"""Racing: find the block that costs least to leave out, by scoring on ever more windows only those that may be it.
+
+Successive elimination (Maron and Moore 1993, "Hoeffding races") with paired statistics, as in F-race (Birattari et al.
+2002): what makes a window hard is hard for every block, so blocks are compared by their differences on the same tokens.
+
+1. One pass on one window sets aside the blocks that build or undo the attention sink, and orders the others by block
+   influence (ShortGPT, arXiv 2403.03853); both are free of the head. The order decides ties and nothing else.
+2. All others are scored on the first `windows` windows, the head on every `first_stride`-th position.
+3. The leader has the lowest mean. A block is out when its mean difference to the leader is more than `z` paired
+   standard errors. Then half as many windows again are read, at half the stride, for the blocks that are left.
+4. The race ends when one block is left or there are no more windows. In the latter case the windows that were read at
+   a coarse stride are read again for those that are left, and their scores are the exact ones of `ablation`.
+
+Made for stages that remove one block: behind the winner the order is an estimate. Models in shards do not race: the
+processes would drop out of each other's collectives as soon as two races went differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+from iskd.importance.base import WindowImportance, scoring
+from iskd.importance.sweep import PrefixCache, check_metric, leave_one_out_values
+
+PRIOR_WEIGHT = 4
+BETWEEN_TO_INSIDE = 1.5
+
+Measure = Callable[[Sequence[int], int, int, int], list[Tensor]]
+"""`measure(candidates, start, stop, stride)`: values at the scored positions of windows start..stop-1, [C, P] each."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """How a race went.
+
+    Attributes:
+        scores: score of every raced block by position, in nats, lower = costs less. Of those left at the end the mean
+            over all windows that were read; of the others the winner's score plus the mean difference to the leader in
+            the round in which they went out, which is positive. So the winner's is the lowest.
+        rows: values per window of the blocks that were left at the end, by position, over the windows read [W'].
+        left: who was left at the end, best first.
+        rounds: windows read by the end of each round, positions skipped to, and how many blocks ran in it.
+    """
+
+    scores: dict[int, float]
+    rows: dict[int, Tensor]
+    left: list[int]
+    rounds: list[tuple[int, int, int]]
+
+
+class Racing(WindowImportance):
+    """Leave-one-out scores whose lowest is right; the rest is as good as the race had to find out.
+
+    Args:
+        metric: `kl` or `loss`, as in `ablation`.
+        stride: every `stride`-th position is scored in the end; 1 = all.
+        first_stride: the same for the first round; halved from round to round down to `stride`.
+        windows: windows in the first round.
+        growth: factor by which their number grows from round to round, by one at least.
+        z: paired standard errors by which a block must be worse than the leader to be out; larger = safer, slower.
+        veto: a block is set aside when its update of position 0 is more than `veto` times as long as the median
+            token's: it builds the attention sink or undoes it, and cosines do not see that (in SmolLM2-135M blocks 2,
+            11 and 28 are at 25 to 720, all others below 15).
+        width: branches run as one batch; None = 8 on a GPU, 1 on a CPU.
+        cache_mb: host memory for the streams of calibration windows from one scoring to the next; 0 = none.
+    """
+
+    def __init__(
+        self,
+        metric: str = "kl",
+        stride: int = 4,
+        first_stride: int = 4,
+        windows: int = 1,
+        growth: float = 1.5,
+        z: float = 2.0,
+        veto: float = 20.0,
+        width: int | None = None,
+        cache_mb: int = 256,
+    ) -> None:
+        check_metric(metric)
+        for key, value in (("stride", stride), ("first_stride", first_stride), ("windows", windows), ("width", width)):
+            if value is not None and value < 1:
+                raise ValueError(f"importance.{key} must be at least 1, got {value}")
+        if first_stride < stride:
+            raise ValueError(f"importance.first_stride={first_stride} must not be below importance.stride={stride}")
+        if not growth >= 1:
+            raise ValueError(f"importance.growth must be at least 1, got {growth}")
+        if not z >= 0:
+            raise ValueError(f"importance.z must not be negative, got {z}")
+        if veto <= 1:
+            raise ValueError(f"importance.veto must be above 1 (it multiplies the median update), got {veto}")
+        self.metric, self.stride, self.first_stride = metric, stride, first_stride
+        self.windows, self.growth, self.z, self.veto, self.width = windows, growth, z, veto, width
+        self.cache = PrefixCache(cache_mb)
+
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Values [L, W] of the blocks left at the end of the race; nan for all others and for windows not read."""
+        result, _, _ = self.race(student, teacher, batches)
+        rows = torch.full((len(Stack(student).layers), sum(len(batch) for batch in batches)), torch.nan)
+        for position, values in result.rows.items():
+            rows[position, : len(values)] = values
+        return rows
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        """Scores [L] of all blocks: `Race.scores`, and for those set aside the highest of them plus block influence."""
+        result, turns, aside = self.race(student, teacher, batches)
+        highest = max(result.scores.values())
+        return torch.tensor([highest + turns[i] if i in aside else result.scores[i] for i in range(len(turns))])
+
+    def race(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
+    ) -> tuple[Race, list[float], list[int]]:
+        """The race, the block influence [L] of every block on the first window, and the positions set aside.
+
+        Raises:
+            ValueError: the student is in shards, or the windows have one token.
+        """
+        if isinstance(student, FSDPModule):
+            raise ValueError("importance=racing does not work on a model in shards; use importance=ablation")
+
+        def measure(candidates: Sequence[int], start: int, stop: int, stride: int) -> list[Tensor]:
+            pieces = [
+                leave_one_out_values(
+                    student,
+                    teacher,
+                    piece,
+                    metric=self.metric,
+                    stride=stride,
+                    candidates=candidates,
+                    width=self.width,
+                    cache=self.cache,
+                )
+                for piece in _between(batches, start, stop)
+            ]
+            return [window for piece in pieces for window in piece.unbind(1)]
+
+        with scoring(student, teacher):
+            turns, sinks = _scout(Stack(student), batches[0][:1], self.cache)
+            aside = [position for position, sink in enumerate(sinks) if sink > self.veto]
+            order = sorted(set(range(len(turns))) - set(aside), key=turns.__getitem__)
+            if not order:  # a model of sink builders only: race them all
+                order, aside = sorted(range(len(turns)), key=turns.__getitem__), []
+            count = sum(len(batch) for batch in batches)
+            return self.decide(measure, order, count), turns, aside
+
+    def decide(self, measure: Measure, order: Sequence[int], windows: int) -> Race:
+        """Race the blocks `order` on `windows` windows with these settings, whoever measures."""
+        strides = (self.first_stride, self.stride)
+        return race(measure, order, windows, strides=strides, first=self.windows, growth=self.growth, z=self.z)
+
+
+def race(
+    measure: Measure,
+    order: Sequence[int],
+    windows: int,
+    *,
+    strides: tuple[int, int],
+    first: int,
+    growth: float,
+    z: float,
+) -> Race:
+    """Race the blocks `order` on `windows` windows, `first` of them in the first round, strides from first to last."""
+    alive, read, stride = list(order), 0, strides[0]
+    rounds: list[tuple[int, int, int]] = []
+    values: dict[int, list[Tensor]] = {position: [] for position in alive}
+    gaps: dict[int, float] = {}
+    coarse: list[tuple[int, int]] = []
+    while True:
+        start, read = read, min(windows, max(first, read + 1, int(growth * read)))
+        for window in measure(alive, start, read, stride):
+            for position, tokens in zip(alive, window, strict=True):
+                values[position].append(tokens)
+        rounds.append((read, stride, len(alive)))
+        if stride > strides[1]:
+            coarse.append((start, read))
+        out = _beaten(alive, values, z)
+        gaps |= out
+        alive = [position for position in alive if position not in out]
+        if len(alive) == 1 or read == windows:
+            break
+        stride = max(strides[1], stride // 2)
+    if len(alive) > 1:
+        for start, stop in coarse:
+            for index, window in enumerate(measure(alive, start, stop, strides[1]), start):
+                for position, tokens in zip(alive, window, strict=True):
+                    values[position][index] = tokens
+    rows = {position: _means(values[position]) for position in alive}
+    scores = {position: rows[position].mean().item() for position in alive}
+    left = sorted(alive, key=scores.__getitem__)  # stable: ties stay in the order of the proxy
+    scores |= {position: scores[left[0]] + gap for position, gap in gaps.items()}
+    return Race(scores, rows, left, rounds)
+
+
+def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float) -> dict[int, float]:
+    """Mean difference to the leader of every block that is worse than it by more than `z` paired standard errors."""
+    leader = min(alive, key=lambda position: _means(values[position]).mean().item())
+    out = {}
+    for position in alive:
+        pairs = [mine - best for mine, best in zip(values[position], values[leader], strict=True)]
+        gap = _means(pairs).mean().item()
+        if position != leader and gap > z * _standard_error(pairs):
+            out[position] = gap
+    return out
+
+
+def _means(windows: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tokens.double().mean() for tokens in windows])
+
+
+def _standard_error(windows: Sequence[Tensor]) -> float:
+    """Standard error of the mean over windows of values [P] each: from the spread between windows, with help.
+
+    The spread between few windows is a rough guess, often far too small, and one window has none. It is therefore
+    shrunk to what the spread inside the windows suggests, as if PRIOR_WEIGHT more windows had shown that. Tokens of a
+    window are alike: taken for independent they make the error too small, on SmolLM2 by BETWEEN_TO_INSIDE.
+    """
+    count = len(windows)
+    between = _means(windows).var().item() / count if count > 1 else 0.0
+    inside = [tokens.double().var().item() / len(tokens) for tokens in windows if len(tokens) > 1]
+    if not inside:
+        return math.sqrt(between) if count > 1 else math.inf
+    prior = BETWEEN_TO_INSIDE**2 * sum(inside) / len(inside) / count
+    return math.sqrt((PRIOR_WEIGHT * prior + (count - 1) * between) / (PRIOR_WEIGHT + count - 1))
+
+
+def _between(batches: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Windows start..stop-1 of all batches in the batches' own pieces, [B', T] each."""
+    pieces, offset = [], 0
+    for batch in batches:
+        piece = batch[max(0, start - offset) : max(0, stop - offset)]
+        pieces += [piece] if len(piece) else []
+        offset += len(batch)
+    return pieces
+
+
+def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float], list[float]]:
+    """Block influence, and update of position 0 over that of the median token, of every block [L]; one pass, no head.
+
+    Raises ValueError on a window of one token: position 0 is left out of the one and compared with others in the other.
+    """
+    if window.shape[1] < 2:
+        raise ValueError(f"importance needs windows of at least 2 tokens, got a batch {list(window.shape)}")
+    last = len(stack.layers) - 1
+    trunk = cache.trunk(stack, window, last)
+    states = [state.float() for state in (*trunk.states, trunk.run(last, stack.layers[last], trunk.states[last]))]
+    turns, sinks = [], []
+    for before, after in pairwise(states):
+        turns.append((1 - torch.cosine_similarity(before, after, dim=-1))[:, 1:].mean().item())
+        update = (after - before).norm(dim=-1)[0]
+        sinks.append((update[0] / update[1:].median().clamp_min(torch.finfo(torch.float32).tiny)).item())
+    return turns, sinks

@@ -1,0 +1,348 @@
+"""One sweep for all leave-one-out scores: what is below a missing block is run once, not once per score.
+
+The branch "without block i" is the stream before block i, run through the blocks above i. All branches start from one
+trunk, the student's own pass, so L blocks cost L (L - 1) / 2 block calls and the trunk's L, where deleting one block
+after the other costs L (L - 1). The scores are those of the student without the block; nothing is approximated.
+
+Branches are stacked along the batch axis, `width` at a time: meant for the kernels of a GPU, it gains nothing on a CPU.
+The head sees every `stride`-th position only and a chunk of tokens at a time: the logits [T, V] of no branch exist, and
+a chunk of the teacher's serves all branches.
+
+Shape legend: B windows of a batch, T tokens per window, P scored positions per window, N = B * P, n of a chunk,
+C candidates, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from iskd.arch import Stack
+from iskd.capture import Trace
+from iskd.losses.base import Head, autocast_head, finish_logits, project
+
+METRICS = ("kl", "loss")
+MIB = 1 << 20
+
+
+def leave_one_out_rows(
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], **options: Any
+) -> Tensor:
+    """Score [C, W] of each candidate block on each of the W windows in `batches`, [B, T] each: the mean over positions.
+
+    `options` are the keywords of `leave_one_out_values`, which says what a score is.
+    """
+    return torch.cat([leave_one_out_values(student, teacher, batch, **options).mean(2) for batch in batches], dim=1)
+
+
+def leave_one_out_values(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Tensor,
+    *,
+    metric: str = "kl",
+    stride: int = 1,
+    candidates: Sequence[int] | None = None,
+    width: int | None = None,
+    chunk: int = 256,
+    cache: PrefixCache | None = None,
+) -> Tensor:
+    """What the absence of each candidate block costs at each scored position [C, B, P], in nats, float32, on the CPU.
+
+    Both models are in evaluation mode and gradients are off (`iskd.importance.base.scoring`).
+
+    Args:
+        student: the model whose blocks are left out.
+        teacher: read by the metric `kl` only; its logits are formed from its last hidden state, chunk by chunk. As long
+            as the student equals it, the student's own last state serves.
+        batch: token ids [B, T].
+        metric: `kl`: KL(teacher || student without the block). `loss`: cross-entropy of the next token without the
+            block, minus that of the student with all its blocks at the same position. What is subtracted is the same
+            for every candidate: it changes no ranking and makes 0 mean "not missed". The last position has no label.
+        stride: every `stride`-th position is scored, from the first on; 1 = all.
+        candidates: positions in the stack; C of them, in this order. None = every block.
+        width: branches that are run as one batch; None = 8 on a GPU, 1 on a CPU.
+        chunk: tokens whose logits exist at a time.
+        cache: what remembers the trunk from call to call; None = nothing does.
+
+    Raises:
+        ValueError: an unknown metric; a number below 1; a candidate that is not in the stack, or none at all; windows
+            of one token under `loss`.
+    """
+    stack = Stack(student)
+    wanted = _checked(metric, stride, width, chunk, candidates, len(stack.layers))
+    top, scored = max(wanted), batch.shape[1] - (metric == "loss")
+    if scored < 1:
+        raise ValueError(f"importance.metric=loss needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
+    trunk = Trunk(stack, batch, top) if cache is None else cache.trunk(stack, batch, top)
+    branches = [(position + 1, trunk.states[position]) for position in wanted]
+    # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit
+    untouched = metric == "kl" and _equal(student, teacher)
+    if metric == "loss" or untouched:
+        branches.append((top, trunk.states[top]))
+    at = slice(0, scored, stride)
+    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))
+    if metric == "loss":
+        loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)
+        values = loss[:-1] - loss[-1]
+    else:
+        goal = Stack(teacher)
+        goal_ND = finals.pop() if untouched else _in_head_dtype(goal.last_hidden(batch)[:, at].flatten(0, 1))
+        values = _divergences(finals, stack, goal_ND, goal, chunk)
+    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()
+
+
+class Trunk(Trace):
+    """The student's own pass: the call arguments of all blocks, and the streams before the blocks up to `top`.
+
+    Args:
+        stack: the student.
+        input_ids: token ids [B, T].
+        top: the last block whose input is wanted; those from here on are called but not run.
+        known: streams before blocks 0, 1, ... that an earlier pass has left [B, T, D]; blocks between them are not run.
+
+    Attributes:
+        states: the streams before blocks 0 to `top`, [B, T, D] each.
+        windows: B.
+    """
+
+    def __init__(self, stack: Stack, input_ids: Tensor, top: int, known: Sequence[Tensor] = ()) -> None:
+        states: list[Tensor] = []
+        handles = [
+            block.register_forward_pre_hook(lambda _module, args: states.append(args[0])) for block in stack.layers
+        ]
+        try:
+            with _stand_ins(stack.layers, known, top):
+                super().__init__(stack, input_ids, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.states = states[: top + 1]
+        self.windows = input_ids.shape[0]
+        self._stacked: dict[int, Trunk] = {}
+
+    def stacked(self, count: int) -> Trunk:
+        """The same calls for `count` branches along the batch axis [count * B, T, D]."""
+        if count == 1:
+            return self
+        if count not in self._stacked:
+            twin = copy.copy(self)
+            twin._stacked = {}  # no way back to this one: the states go when it goes
+            # blocks share their masks and positions: what is one tensor stays one tensor
+            done: dict[int, Tensor] = {}
+            twin._calls = [_tiled(call, self.windows, count, done) for call in self._calls]
+            self._stacked[count] = twin
+        return self._stacked[count]
+
+
+def _tiled(value: Any, windows: int, count: int, done: dict[int, Tensor]) -> Any:
+    """`value` with every tensor inside that has a row per window repeated; one row for all windows serves as it is."""
+    if isinstance(value, tuple | list):
+        return type(value)(_tiled(part, windows, count, done) for part in value)
+    if isinstance(value, dict):
+        return {key: _tiled(part, windows, count, done) for key, part in value.items()}
+    # a single axis counts tokens (cache positions), however many there are
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != windows:
+        return value
+    if id(value) not in done:
+        rest = value.shape[1:]
+        done[id(value)] = value.unsqueeze(0).expand(count, windows, *rest).reshape(count * windows, *rest)
+    return done[id(value)]
+
+
+@contextmanager
+def _stand_ins(blocks: nn.ModuleList, known: Sequence[Tensor], top: int) -> Iterator[None]:
+    """Make the blocks whose output is known, and those from `top` on, answer without computing.
+
+    The host still calls all of them: its own code makes the arguments of each call.
+    """
+    outputs = dict(enumerate(known[1 : top + 1]))
+    replaced: list[nn.Module] = []
+
+    def answer(output: Tensor | None) -> Any:
+        return lambda h_BTD, *_, **__: h_BTD if output is None else output
+
+    try:
+        for position, block in enumerate(blocks):
+            if position in outputs or position >= top:
+                assert "forward" not in vars(block), f"block {position} has a forward of its own"
+                vars(block)["forward"] = answer(outputs.get(position))
+                replaced.append(block)
+        yield
+    finally:
+        for block in replaced:
+            del vars(block)["forward"]
+
+
+def _finals(stack: Stack, trunk: Trunk, branches: Sequence[tuple[int, Tensor]], at: slice, width: int) -> list[Tensor]:
+    """The head's input at the scored positions of every branch [N, D]; a branch is its first block and its stream.
+
+    Branches that start near each other go up together; each joins where it starts.
+    """
+    order = sorted(range(len(branches)), key=lambda index: branches[index][0])
+    finals: dict[int, Tensor] = {}
+    for begin in range(0, len(order), width):
+        group = order[begin : begin + width]
+        live: list[Tensor] = []
+        for position in range(branches[group[0]][0], len(stack.layers) + 1):
+            live += [branches[index][1] for index in group if branches[index][0] == position]
+            stream = torch.cat(live) if len(live) > 1 else live[0]
+            if position < len(stack.layers):
+                calls = trunk.stacked(stream.shape[0] // trunk.windows)
+                stream = calls.run(position, stack.layers[position], stream)
+            live = [stream]
+        for index, h_BTD in zip(group, live[0].chunk(len(group)), strict=True):
+            finals[index] = _in_head_dtype(stack.finish(h_BTD[:, at]).flatten(0, 1))
+    return [finals[index] for index in range(len(branches))]
+
+
+def _in_head_dtype(hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _log_probabilities(hidden_nD: Tensor, head: Head, softcap: float | None) -> Tensor:
+    return finish_logits(project(hidden_nD, head), scale=1.0, softcap=softcap).log_softmax(-1)
+
+
+def _cross_entropies(finals_CND: Sequence[Tensor], stack: Stack, labels_N: Tensor, chunk: int) -> Tensor:
+    """-log p(label) [C, N]."""
+    head = autocast_head(stack.head)
+    found = [
+        _log_probabilities(hidden_nD, head, stack.softcap).gather(1, labels_n[:, None])[:, 0]
+        for hidden_ND in finals_CND
+        for hidden_nD, labels_n in zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True)
+    ]
+    return -torch.cat(found).view(len(finals_CND), -1)
+
+
+def _divergences(finals_CND: Sequence[Tensor], stack: Stack, goal_ND: Tensor, teacher: Stack, chunk: int) -> Tensor:
+    """KL(teacher || branch) [C, N]; `goal_ND` is the input of the teacher's head."""
+    head, goal_head = autocast_head(stack.head), autocast_head(teacher.head)
+    found = []
+    # the heads have autocast's dtype already; under autocast the dot products would be taken in half precision
+    with torch.autocast(goal_ND.device.type, enabled=False):
+        for begin in range(0, len(goal_ND), chunk):
+            part = slice(begin, begin + chunk)
+            log_p_nV = _log_probabilities(goal_ND[part], goal_head, teacher.softcap)
+            p_nV = log_p_nV.exp()
+            minus_entropy_n = torch.linalg.vecdot(p_nV, log_p_nV)
+            log_q = (_log_probabilities(hidden_ND[part], head, stack.softcap) for hidden_ND in finals_CND)
+            found.append(torch.stack([minus_entropy_n - torch.linalg.vecdot(p_nV, log_q_nV) for log_q_nV in log_q]))
+    return torch.cat(found, dim=1)
+
+
+def _equal(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether both models compute the same: the same kinds of modules with the same numbers in them."""
+    if student is teacher:
+        return True
+    if isinstance(student, FSDPModule) or isinstance(teacher, FSDPModule):
+        return False  # a part of the numbers is elsewhere
+    kinds = ([(name, type(module)) for name, module in model.named_modules()] for model in (student, teacher))
+    if not operator.eq(*kinds) or student.config.to_dict() != teacher.config.to_dict():
+        return False
+    mine, theirs = _tensors(student), _tensors(teacher)
+    return len(mine) == len(theirs) and all(
+        torch.equal(_checksum(a), _checksum(b)) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def _checked(
+    metric: str, stride: int, width: int | None, chunk: int, candidates: Sequence[int] | None, blocks: int
+) -> list[int]:
+    """The candidates' positions, once all values are in order."""
+    check_metric(metric)
+    for key, value in (("stride", stride), ("width", width), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"importance.{key} must be at least 1, got {value}")
+    wanted = list(range(blocks)) if candidates is None else list(candidates)
+    missing = [position for position in wanted if not 0 <= position < blocks]
+    if missing or not wanted:
+        raise ValueError(f"cannot leave out blocks {wanted}: the stack holds blocks 0..{blocks - 1}")
+    return wanted
+
+
+def check_metric(metric: str) -> None:
+    """Raise ValueError naming the known metrics."""
+    if metric not in METRICS:
+        raise ValueError(f"importance.metric={metric!r} is unknown: choose {' or '.join(METRICS)}")
+
+
+class PrefixCache:
+    """Trunk states of calibration windows that outlive a sweep, as long as nothing below them has changed.
+
+    For every batch it holds the streams before the blocks and a mark of all that had a part in them: which modules
+    these were, and checksums of their parameters and buffers. (Version counters of tensors would not do: fused
+    optimizers and `tensor.data` go past them.) The next sweep takes the streams up to the first block whose mark is
+    another; its scores are bitwise those of a fresh one. Nothing of a model in shards is kept: its tensors come and go.
+
+    Args:
+        megabytes: room for states, kept in host memory; a batch that does not fit is not remembered.
+    """
+
+    def __init__(self, megabytes: int) -> None:
+        if megabytes < 0:
+            raise ValueError(f"importance.cache_mb must not be negative, got {megabytes}")
+        self._room = megabytes * MIB
+        self._entries: dict[tuple[Any, ...], tuple[list[Mark], list[Tensor]]] = {}
+
+    def trunk(self, stack: Stack, batch: Tensor, top: int) -> Trunk:
+        """`Trunk(stack, batch, top)`; what is known of it is not computed, and the rest is remembered."""
+        if not self._room or isinstance(stack.model, FSDPModule):
+            return Trunk(stack, batch, top)
+        key, marks = _key(batch), _marks(stack)
+        then, states = self._entries.pop(key, ([], []))
+        held = sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(then, marks, strict=False)))
+        known = [state.to(batch.device) for state in states[:held]]
+        trunk = Trunk(stack, batch, top, known)
+        states = [state.cpu() for state in max(known, trunk.states, key=len)]
+        taken = chain(states, *(others for _, others in self._entries.values()))
+        if sum(state.nbytes for state in taken) <= self._room:
+            self._entries[key] = marks[: len(states)], states
+        return trunk
+
+
+Mark = tuple["weakref.ref[nn.Module]", list[Tensor]]
+"""A module and the checksums of the tensors that it brings."""
+
+
+def _key(batch: Tensor) -> tuple[Any, ...]:
+    """What a trunk depends on besides the student."""
+    device = batch.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return batch.device, autocast, tuple(batch.shape), batch.cpu().numpy().tobytes()
+
+
+def _marks(stack: Stack) -> list[Mark]:
+    """Marks of what makes the stream before block 0 (all but the blocks), the one after it (block 0), and so on."""
+    inside = {id(tensor) for tensor in chain(stack.layers.parameters(), stack.layers.buffers())}
+    outside = [tensor for tensor in _tensors(stack.base) if id(tensor) not in inside]
+    parts: list[tuple[nn.Module, list[Tensor]]] = [(stack.base, outside)]
+    parts += [(block, _tensors(block)) for block in stack.layers]
+    return [(weakref.ref(module), [_checksum(tensor) for tensor in tensors]) for module, tensors in parts]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """64 sums of the tensor's 8-byte words, read as integers; one pass, a fiftieth of a second per half gigabyte."""
+    bytes_ = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    rows = bytes_ if bytes_.numel() % 512 == 0 else nn.functional.pad(bytes_, (0, -bytes_.numel() % 512))
+    return rows.view(torch.int64).view(-1, 64).sum(0).cpu()
+
+
+def _same(then: Mark, now: Mark) -> bool:
+    (module, sums), (module_now, sums_now) = then, now
+    return module() is module_now() and len(sums) == len(sums_now) and all(map(torch.equal, sums, sums_now))
