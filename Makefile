@@ -27,10 +27,10 @@ endif
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup teacher demo test test-slow test-gpu check format lock clean
+.PHONY: help setup teacher demo demo-ild test test-slow test-gpu check format lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(SETUP) ## virtual environment with the locked dependencies and iskd in editable mode
 
@@ -54,6 +54,13 @@ teacher: $(SETUP) ## SmolLM2-135M-Instruct, converted once into the cache and ve
 
 demo: teacher ## compress SmolLM2 on this machine with the defaults
 	@$(PY) train.py $(ARGS)
+
+DEMO_ILD := runs/demo-ild/$(shell date +%Y-%m-%d_%H-%M-%S)
+demo-ild: teacher ## SmolLM2 from 30 layers to 26, healed after every removal, against one-shot ShortGPT: one picture
+	@$(PY) train.py experiment=ild importance=racing hydra.run.dir=$(DEMO_ILD)/ild $(ARGS)
+	@$(PY) train.py experiment=shortgpt schedule=iterative schedule.target_layers=26 schedule.tokens=0 export=false \
+		run.measure_before=false hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
+	@$(PY) -m iskd curve $(DEMO_ILD)/curve.png "ILD=$(DEMO_ILD)/ild" "one-shot ShortGPT, not healed=$(DEMO_ILD)/shortgpt"
 
 test: $(SETUP) ## the fast tests, on the CPU
 	@$(PY) -m pytest $(ARGS)

@@ -23,11 +23,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from torch import distributed as dist
 
-from iskd import checkpoint, sharding, surgery
+from iskd import checkpoint, lora, sharding, surgery
 from iskd.callback import CompressionCallback
 from iskd.data import TextData
 from iskd.deciding import Importance
 from iskd.distributed import FSDP2Strategy, Ranks, check_strategy, strategy_of
+from iskd.editing import adapt
 from iskd.export import export
 from iskd.faults import is_out_of_memory
 from iskd.losses.base import Terms
@@ -176,7 +177,8 @@ def _run(parts: Parts) -> Result:
         teacher=None if digest is None else str(digest),
     )
     trainer = _trainer(parts, callback)
-    check_strategy(trainer.strategy, edits=not parts.schedule.restart_at_edit)
+    adapters = "lora" in (getattr(parts.schedule, "train", None), state.stage and state.stage.train)
+    check_strategy(trainer.strategy, edits=not parts.schedule.restart_at_edit, adapters=adapters)
     if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
         raise ValueError("run.checkpoints=sharded saves the shards of trainer=fsdp; use run.checkpoints=full here")
     if trainer.is_global_zero:
@@ -254,8 +256,9 @@ def _module(parts: Parts, state: RunState) -> DistillModule:
     module = DistillModule(student, teacher, parts.terms, parts.optim, state.record, chunk=parts.chunk)
     if state.stage is not None and state.edited:
         module.stage = state.stage
+        adapt(student, state.record, state.stage)
     elif state.finished:
-        module.stage = state.finished[-1]
+        module.stage = lora.merged(state.finished[-1])
     else:
         module.stage = Stage("start")
     return module
@@ -312,7 +315,10 @@ def _write_facts(parts: Parts, trainer: L.Trainer) -> None:
 
 
 def _write_data(parts: Parts) -> None:
-    (parts.run_dir / "data.json").write_text(json.dumps(parts.data.manifest(), indent=1))
+    selection = getattr(parts.importance, "selection", {})  # items of tasks that layers are chosen by
+    hashes = {task: [item.sha256 for item in items] for task, items in selection.items()}
+    data = {**parts.data.manifest(), "selection_sha256": hashes}
+    (parts.run_dir / "data.json").write_text(json.dumps(data, indent=1))
 
 
 def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState) -> Result:

@@ -22,7 +22,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,22 @@ def split_items(items: Sequence[Item], share: float, seed: int = 0) -> tuple[lis
     return sides[0], sides[1]
 
 
-def disjoint(selection_items: Sequence[Item], report_items: Sequence[Item]) -> None:
-    """Refuse to report on items that something was selected by; items are compared by the hash of their texts.
+def disjoint(selection: Collection[str], report_items: Sequence[Item]) -> None:
+    """Refuse to report on items that something was selected by.
+
+    Args:
+        selection: `Item.sha256` of the items used, as a run keeps them in data.json under `selection_sha256`.
+        report_items: what is to be reported.
 
     Raises:
         ValueError: an item is in both; its id is named.
     """
-    selected = {item.sha256: item.id for item in selection_items}
+    used = frozenset(selection)
     for item in report_items:
-        if item.sha256 in selected:
+        if item.sha256 in used:
             raise ValueError(
-                f"item {item.id!r} of the report is item {selected[item.sha256]!r} of the selection: a score on data "
-                "that chose the model says nothing; take the two sides of split_items"
+                f"item {item.id!r} of the report is among the {len(used)} items that layers were selected by: a score "
+                "on data that chose the model says nothing; take the other side of split_items"
             )
 
 

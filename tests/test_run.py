@@ -61,8 +61,9 @@ def test_run_writes_what_users_read(uninterrupted: Result) -> None:
     assert [s.name for s in read_stages(folder)] == names
     for name in ("record.json", "data.json", "environment.json", "metrics.csv", "plan.json", "report.html"):
         assert (folder / name).stat().st_size, name
-    used = json.loads((folder / "data.json").read_text())["calibration_sha256"]
-    assert used.keys() == {"128"}, "the windows that fits saw, and no others"
+    data = json.loads((folder / "data.json").read_text())
+    assert data["calibration_sha256"].keys() == {"128"}, "the windows that fits saw, and no others"
+    assert data["selection_sha256"] == {}, "no task chose a layer"
     plan = json.loads((folder / "plan.json").read_text())
     assert [row["params"] for row in plan] == [stage.params for stage in uninterrupted.stages], (
         "the plan's sizes are exact"

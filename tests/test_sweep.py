@@ -14,7 +14,7 @@ from iskd import surgery
 from iskd.arch import Stack
 from iskd.importance.ablation import Ablation
 from iskd.importance.base import scoring
-from iskd.importance.racing import Race, Racing, race
+from iskd.importance.racing import Race, Racing, race, student_t
 from iskd.importance.sweep import PrefixCache, leave_one_out_rows, leave_one_out_values
 from iskd.plan import Convert, Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, hooks, silence, tiny, windows
@@ -283,6 +283,13 @@ def test_nobody_is_put_out_without_evidence() -> None:
     assert len(run(planted(torch.rand(5), spread=0.5), 5, z=1e9).left) == 5
 
 
+@pytest.mark.parametrize(
+    ("z", "freedom", "t"), [(1.2816, 2, 1.886), (1.2816, 5, 1.476), (1.96, 5, 2.571), (1.96, 30, 2.042)]
+)
+def test_few_windows_need_more_evidence(z: float, freedom: int, t: float) -> None:
+    assert student_t(z, freedom) == pytest.approx(t, rel=0.01)
+
+
 def test_strides_are_halved_and_windows_doubled() -> None:
     result = run(planted(torch.ones(2), spread=0.0), 2, strides=(8, 2))
     assert result.rounds == [(2, 8, 2), (4, 4, 2), (8, 2, 2), (16, 2, 2), (32, 2, 2), (64, 2, 2)]
@@ -325,7 +332,7 @@ def test_blocks_that_are_out_cost_nothing_more() -> None:
     teacher = tiny("llama", layers=6)
     silence(teacher, 4)
     batches = list(windows(16, 16).split(3))
-    racing = Racing(cache_mb=0, width=1)
+    racing = Racing(cache_mb=0, width=1, z=1.0)
     result = racing.race(teacher, teacher, batches)[0]
     assert result.left == [4]
     assert result.rounds == [(1, 4, 6)]

@@ -1,0 +1,217 @@
+"""Score students of several depths on data that neither training nor selection saw, and make the tables of a README.
+
+`score RUN` reads the checkpoints at the ends of a run's stages: perplexity and KL on WikiText-2 test (in domain),
+perplexity on the standard library's docstrings (out of domain), LAMBADA and repeating lists of words (greedy decoding),
+HellaSwag, PIQA and ARC-easy (log-likelihoods). The teacher's scores are written beside the runs, once. `table FOLDER`
+prints what all runs gave, with intervals of a bootstrap over the items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gzip
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from iskd.allocator import tune
+
+tune()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+from iskd import checkpoint, surgery  # noqa: E402
+from iskd.arch import Stack  # noqa: E402
+from iskd.build import fast_bf16  # noqa: E402
+from iskd.corpus import Docstrings  # noqa: E402
+from iskd.plan import Record  # noqa: E402
+from iskd.readers import detokenize_wikitext  # noqa: E402
+from iskd.task_files import copy_items, read_task  # noqa: E402
+from iskd.tasks import evaluate  # noqa: E402
+from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+
+HERE = Path(__file__).parent
+METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
+AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
+COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> Tensor:
+    """Evenly spaced windows [n, length] of a text."""
+    ids = torch.tensor(tokenizer(text).input_ids)
+    starts = torch.linspace(0, len(ids) - length - 1, tokens // length).long()
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Log-probabilities [T / 4, V] of one window [T] at every 4th position."""
+    return model(ids[None].to(DEVICE)).logits[0, ::4].float().log_softmax(-1).cpu()
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows_NT: Tensor) -> float:
+    """Of every next token."""
+    losses = [model(ids[None].to(DEVICE), labels=ids[None].to(DEVICE)).loss.item() for ids in windows_NT]
+    return math.exp(mean(losses))
+
+
+class Scorer:
+    """Texts and items, and the teacher's distribution on the former."""
+
+    def __init__(self, data: Path, items: int, tokens: int) -> None:
+        self.teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
+        with gzip.open(data / "wikitext2" / "test.txt.gz", "rt", encoding="utf-8") as file:
+            wikitext = detokenize_wikitext(file.read())
+        docstrings = "\n\n".join(text for text, _ in Docstrings().documents())
+        self.texts = {
+            name: windows(self.teacher.tokenizer, text, tokens)
+            for name, text in (("wikitext", wikitext), ("docstrings", docstrings))
+        }
+        self.tasks = {name: read_task(name, data, items) for name in METRICS if name != "copy"}
+        self.tasks["copy"] = copy_items(min(items, 50))
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """All scores of one model; tasks as one number per item."""
+        model.eval().to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or fast_bf16()):
+            found: dict[str, Any] = {f"ppl_{name}": perplexity(model, ids) for name, ids in self.texts.items()}
+            found["kl"] = mean(self._kl(model, ids) for ids in self.texts["wikitext"][::2])
+            for name, items in self.tasks.items():
+                values = evaluate(model, self.teacher.tokenizer, items).of(METRICS[name])
+                found[name] = [round(value, 3) for value in values.tolist()]
+        return found
+
+    def _kl(self, model: PreTrainedModel, ids: Tensor) -> float:
+        goal = log_probabilities(self.teacher.model.to(DEVICE), ids)
+        return (goal.exp() * (goal - log_probabilities(model, ids))).sum(-1).mean().item()
+
+
+def score(run: Path, depths: list[int], scorer: Scorer) -> None:
+    """Write scores.json into the run: its students of the wanted depths."""
+    rows = json.loads((run / "stages.json").read_text())
+    found: list[dict[str, Any]] = []
+    if not (run.parent / "teacher.json").exists():
+        size = {"layers": len(Stack(scorer.teacher.model).layers), "params": surgery.parameters(scorer.teacher.model)}
+        teacher = {**size, "tokens": 0, "seconds": 0, **scorer.score(scorer.teacher.model)}
+        (run.parent / "teacher.json").write_text(json.dumps(teacher))
+    for path in sorted((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0])):
+        state = checkpoint.read_state(path)
+        layers = len(state.record.layers)
+        if layers not in depths or any(row["layers"] == layers for row in found):
+            continue
+        model = copy.deepcopy(scorer.teacher.model)
+        surgery.apply(model, Record(state.record.num_layers), state.record.edits)
+        checkpoint.load_model_tensors(model, checkpoint.Stored(path, "student"))
+        facts = {
+            "layers": layers,
+            "left": list(state.record.layers),
+            "params": surgery.parameters(model),
+            "tokens": state.tokens,
+            "seconds": round(sum(row["seconds"] for row in rows if row["tokens"] <= state.tokens)),
+        }
+        found.append({**facts, **scorer.score(model)})
+        print(run.name, {k: round(mean(v), 3) if isinstance(v, list) else v for k, v in found[-1].items()}, flush=True)
+    (run / "scores.json").write_text(json.dumps(found))
+
+
+def average(row: dict[str, Any], drawn: dict[str, Tensor] | None = None) -> float:
+    """Mean accuracy over the four tasks, on all items or on drawn ones."""
+    values = {name: torch.tensor(row[name], dtype=torch.float64) for name in AVERAGED}
+    return mean((v if drawn is None else v[drawn[name]]).mean().item() for name, v in values.items())
+
+
+def lost(rows: list[dict[str, Any]], teacher: dict[str, Any], resamples: int = 1000) -> tuple[float, float, float]:
+    """Share of the teacher's average accuracy that is lost, mean over seeds, with its 95 % bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+
+    def once(drawn: dict[str, Tensor] | None) -> float:
+        return 1 - mean(average(row, drawn) for row in rows) / average(teacher, drawn)
+
+    sizes = {name: len(teacher[name]) for name in AVERAGED}
+    draws = [
+        once({name: torch.randint(size, (size,), generator=generator) for name, size in sizes.items()})
+        for _ in range(resamples)
+    ]
+    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return once(None), low, high
+
+
+def table(out: Path) -> None:
+    """Print one table per depth and write results.csv (one row per student)."""
+    groups: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    flat = []
+    teacher = json.loads((out / "teacher.json").read_text())
+    flat.append(summary("teacher", "0", teacher))
+    for file in sorted(out.glob("*/scores.json")):
+        name, _, seed = file.parent.name.rpartition("-")
+        for row in json.loads(file.read_text()):
+            groups[row["layers"]][name.partition("-to-")[0]].append(row)
+            flat.append(summary(name, seed, row))
+    with (HERE / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    for layers, methods in sorted(groups.items(), reverse=True):
+        print(f"\n**{layers} layers**\n")
+        print(f"| method | seeds | tokens k | s | {' | '.join(COLUMNS)} | average lost % |")
+        print("|---|" + "---|" * 12)
+        print(line("teacher", [teacher], teacher))
+        for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
+            print(line(name, rows, teacher))
+
+
+def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results.csv."""
+    scores = {key: round(100 * mean(row[key]), 1) for key in METRICS}
+    texts = {key: round(row[key], 4) for key in ("kl", "ppl_wikitext", "ppl_docstrings")}
+    facts = {key: row[key] for key in ("layers", "params", "tokens", "seconds")}
+    left = " ".join(map(str, row.get("left", [])))
+    return {"method": name, "seed": seed, **facts, **texts, **scores, "left": left}
+
+
+def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any]) -> str:
+    """A row of the table: means over seeds, half the range after the sign."""
+    cells = [str(len(rows)), f"{rows[0]['tokens'] / 1e3:.0f}", f"{mean(row['seconds'] for row in rows):.0f}"]
+    cells += [spread([row[key] for row in rows]) for key in ("kl", "ppl_wikitext", "ppl_docstrings")]
+    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
+    share, low, high = lost(rows, teacher)
+    return f"| {name} | " + " | ".join([*cells, f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]) + " |"
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and half the range of some values."""
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def main() -> None:
+    """`score RUN...` or `table FOLDER`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    scoring = commands.add_parser("score")
+    scoring.add_argument("runs", nargs="+", type=Path)
+    scoring.add_argument("--data", type=Path, required=True)
+    scoring.add_argument("--depths", nargs="+", type=int, required=True)
+    scoring.add_argument("--items", type=int, default=150)
+    scoring.add_argument("--tokens", type=int, default=8192)
+    commands.add_parser("table").add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        table(arguments.out)
+        return
+    scorer = Scorer(arguments.data, arguments.items, arguments.tokens)
+    for run in arguments.runs:
+        score(run, arguments.depths, scorer)
+
+
+if __name__ == "__main__":
+    main()
