@@ -330,7 +330,7 @@ def test_the_veto_adds_two_to_what_costs_more_than_factor_times_the_median(
 ) -> None:
     turned, cost = torch.tensor([0.5, 0.01, 0.2, 0.3, 1.9]), torch.tensor([1.0, 9.0, 0.1, 2.0, 1.0])
     monkeypatch.setattr(bi_veto, "cosine_rows", lambda student, batches: turned[:, None])
-    monkeypatch.setattr(bi_veto, "ablation_kl", lambda student, teacher, batches, stride: cost)
+    monkeypatch.setattr(bi_veto, "leave_one_out_rows", lambda student, teacher, batches, stride: cost[:, None])
     model = tiny("llama", layers=5)
     scores = BlockInfluenceVeto(factor)(model, model, BATCHES)
     torch.testing.assert_close(scores, turned + 2.0 * torch.tensor(vetoed))
@@ -342,9 +342,9 @@ def test_the_veto_reads_the_first_batches(monkeypatch: pytest.MonkeyPatch, count
 
     def watched(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], stride: int) -> Tensor:
         seen.append(batches)
-        return torch.ones(4)
+        return torch.ones(4, 1)
 
-    monkeypatch.setattr(bi_veto, "ablation_kl", watched)
+    monkeypatch.setattr(bi_veto, "leave_one_out_rows", watched)
     model = tiny("llama")
     scores = BlockInfluenceVeto(veto_batches=count)(model, model, BATCHES)
     assert [id(batch) for batch in seen[0]] == [id(batch) for batch in BATCHES[:count]]

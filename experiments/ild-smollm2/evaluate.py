@@ -40,7 +40,8 @@ from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
 HERE = Path(__file__).parent
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
 AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
-COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
+COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
+TEXTS = ("kl", "ppl_wikitext", "ppl_docstrings", "lambada_nll")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -86,8 +87,10 @@ class Scorer:
             found: dict[str, Any] = {f"ppl_{name}": perplexity(model, ids) for name, ids in self.texts.items()}
             found["kl"] = mean(self._kl(model, ids) for ids in self.texts["wikitext"][::2])
             for name, items in self.tasks.items():
-                values = evaluate(model, self.teacher.tokenizer, items).of(METRICS[name])
-                found[name] = [round(value, 3) for value in values.tolist()]
+                result = evaluate(model, self.teacher.tokenizer, items)
+                found[name] = [round(value, 3) for value in result.of(METRICS[name]).tolist()]
+                if name == "lambada":
+                    found["lambada_nll"] = -result.mean("log_p")
         return found
 
     def _kl(self, model: PreTrainedModel, ids: Tensor) -> float:
@@ -163,7 +166,7 @@ def table(out: Path) -> None:
     for layers, methods in sorted(groups.items(), reverse=True):
         print(f"\n**{layers} layers**\n")
         print(f"| method | seeds | tokens k | s | {' | '.join(COLUMNS)} | average lost % |")
-        print("|---|" + "---|" * 12)
+        print("|---|" + "---|" * 13)
         print(line("teacher", [teacher], teacher))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
             print(line(name, rows, teacher))
@@ -172,7 +175,7 @@ def table(out: Path) -> None:
 def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row of results.csv."""
     scores = {key: round(100 * mean(row[key]), 1) for key in METRICS}
-    texts = {key: round(row[key], 4) for key in ("kl", "ppl_wikitext", "ppl_docstrings")}
+    texts = {key: round(row[key], 4) for key in TEXTS}
     facts = {key: row[key] for key in ("layers", "params", "tokens", "seconds")}
     left = " ".join(map(str, row.get("left", [])))
     return {"method": name, "seed": seed, **facts, **texts, **scores, "left": left}
@@ -181,7 +184,7 @@ def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
 def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any]) -> str:
     """A row of the table: means over seeds, half the range after the sign."""
     cells = [str(len(rows)), f"{rows[0]['tokens'] / 1e3:.0f}", f"{mean(row['seconds'] for row in rows):.0f}"]
-    cells += [spread([row[key] for row in rows]) for key in ("kl", "ppl_wikitext", "ppl_docstrings")]
+    cells += [spread([row[key] for row in rows]) for key in TEXTS]
     cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
     share, low, high = lost(rows, teacher)
     return f"| {name} | " + " | ".join([*cells, f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]) + " |"
@@ -201,7 +204,7 @@ def main() -> None:
     scoring.add_argument("runs", nargs="+", type=Path)
     scoring.add_argument("--data", type=Path, required=True)
     scoring.add_argument("--depths", nargs="+", type=int, required=True)
-    scoring.add_argument("--items", type=int, default=150)
+    scoring.add_argument("--items", type=int, default=120)
     scoring.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table").add_argument("out", type=Path)
     arguments = parser.parse_args()

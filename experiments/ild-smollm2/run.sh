@@ -14,10 +14,10 @@ SEEDS=${SEEDS:-0 1}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/ild-smollm2}
 PYTHON=${PYTHON:-.venv/bin/python}
-DEPTHS="26 23 20"
+DEPTHS="23 20" # -23 % and -33 % of the layers
 COMMON=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
         data.source.detokenize=wikitext data.val_tokens=4096 optim.decay_over=stage run.measure_before=false
-        run.checkpoint_every=1000000 run.keep=100 run.score_tokens=8192 export=false)
+        run.checkpoint_every=1000000 run.keep=100 run.score_tokens=4096 export=false)
 
 method() { # name, seed, overrides...
   local dir="$OUT/$1-$2" seed=$2
@@ -26,7 +26,7 @@ method() { # name, seed, overrides...
   rm -rf "$dir"
   "$PYTHON" train.py "${COMMON[@]}" seed="$seed" hydra.run.dir="$dir" "$@"
   "$PYTHON" experiments/ild-smollm2/evaluate.py score "$dir" --data "$DATA" --depths $DEPTHS \
-    --items "${ITEMS:-150}" --tokens "${TOKENS:-8192}"
+    --items "${ITEMS:-120}" --tokens "${TOKENS:-8192}"
   rm -rf "$dir/checkpoints"
   touch "$dir/done"
 }
@@ -37,7 +37,7 @@ for seed in $SEEDS; do
   method ild "$seed" experiment=ild importance=racing schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
   method iterative-bi "$seed" experiment=iterative_bi schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
   method random "$seed" experiment=random_removal schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
-  for depth in $DEPTHS; do
+  for depth in 26 $DEPTHS; do
     method "shortgpt-to-$depth" "$seed" experiment=shortgpt schedule.target_layers="$depth" \
       schedule.tokens=$(((30 - depth) * STAGE))
   done

@@ -130,48 +130,6 @@ def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
     return block_rows(student, batches, lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1))
 
 
-def leave_one_out(
-    student: PreTrainedModel, batches: Sequence[Tensor], score: Callable[[int, Tensor], Tensor], stride: int
-) -> Tensor:
-    """Score of the student without each of its blocks in turn [L].
-
-    The branch "without block i" starts from the stream before block i, so the prefix is computed once for all branches.
-    `score(batch_index, logits [B, T', V])` returns the sum over tokens; only every `stride`-th position has logits.
-    """
-    stack = Stack(student)
-    weight, bias = stack.head
-    total = torch.zeros(len(stack.layers))
-    for index, batch in enumerate(batches):
-        trace = Trace(stack, batch, 0)
-        h_BTD = trace.input
-        for position, block in enumerate(stack.layers):
-            branch = h_BTD
-            for later in range(position + 1, len(stack.layers)):
-                branch = trace.run(later, stack.layers[later], branch)
-            final = stack.finish(branch)[:, ::stride]
-            total[position] += score(index, nn.functional.linear(final.to(weight.dtype), weight, bias)).float().cpu()
-            h_BTD = trace.run(position, block, h_BTD)
-    return total
-
-
-def ablation_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], stride: int) -> Tensor:
-    """KL(teacher || student without block i) in nats per scored token, per block [L]."""
-    stack = Stack(teacher)
-    weight, bias = stack.head
-    targets = []
-    for batch in batches:
-        final = stack.last_hidden(batch)[:, ::stride]
-        logits = nn.functional.linear(final.to(weight.dtype), weight, bias)
-        targets.append(torch.log_softmax(logits.float(), dim=-1))
-
-    def kl(index: int, logits: Tensor) -> Tensor:
-        log_q = torch.log_softmax(logits.float(), dim=-1)
-        return (targets[index].exp() * (targets[index] - log_q)).sum()
-
-    tokens = sum(target.shape[0] * target.shape[1] for target in targets)
-    return leave_one_out(student, batches, kl, stride) / tokens
-
-
 def by_layer(scores: Tensor, layers: Sequence[int]) -> dict[int, float]:
     """Scores [L] of the blocks of a stack by layer number. Raises ValueError when one is not finite."""
     if not scores.isfinite().all():

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, ablation_kl, cosine_rows, scoring
+from iskd.importance.base import WindowImportance, cosine_rows, scoring
+from iskd.importance.sweep import leave_one_out_rows
 
 
 class BlockInfluenceVeto(WindowImportance):
@@ -28,6 +29,6 @@ class BlockInfluenceVeto(WindowImportance):
         """Scores [L, W] of the student's blocks on calibration windows [B, T]; vetoed blocks score above 2."""
         with scoring(student, teacher):
             # an outlier shows on a thousand tokens; the ranking below it uses them all
-            cost = ablation_kl(student, teacher, batches[: self.veto_batches], self.stride)
+            cost = leave_one_out_rows(student, teacher, batches[: self.veto_batches], stride=self.stride).mean(1)
             vetoed = cost > self.factor * cost.median()
             return cosine_rows(student, batches) + 2.0 * vetoed[:, None]
