@@ -1,7 +1,7 @@
 """Leave-one-out scores of SmolLM2-135M's 30 blocks: deleting one after the other, one shared sweep, racing.
 
 Three parts in one process. Exactness: in float32, the naive way against the sweep. Time: bf16 autocast, as training
-runs; one window of 512 tokens (batch 1) per repeat, the ways interleaved, CPU seconds of the process (one thread), so
+runs; one window of 256 tokens (batch 1) per repeat, the ways interleaved, CPU seconds of the process (one thread), so
 that other programs on the machine count little; the naive way is linear in the number of windows, and its seconds for a
 race's windows are those of one window times their number. Choice: 20 draws of calibration windows from a pool; is the
 block that a race picks one whose full score is within one standard error of the best? Asked of the draw itself (all
@@ -36,6 +36,7 @@ from iskd.importance.sweep import leave_one_out_rows, leave_one_out_values  # no
 from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
 
 DRAWS = 20
+TOKENS = 256  # of a window
 T = TypeVar("T")
 
 
@@ -176,16 +177,16 @@ def main() -> None:
     """Run all three parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=32, help="calibration windows of a race")
-    parser.add_argument("--pool", type=int, default=64, help="windows that races draw from; full scores are over all")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of a race")
+    parser.add_argument("--pool", type=int, default=96, help="windows that races draw from; full scores are over all")
     arguments = parser.parse_args()
     began = time.process_time()
     loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
     text = "\n\n".join(text for text, _ in Docstrings().documents())
     ids = torch.tensor(loaded.tokenizer(text[:1_500_000]).input_ids)
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(ids) - 512, (arguments.pool,), generator=generator).tolist()
-    pool = [ids[None, start : start + 512] for start in starts]
+    starts = torch.randint(len(ids) - TOKENS, (arguments.pool,), generator=generator).tolist()
+    pool = [ids[None, start : start + TOKENS] for start in starts]
     draws = [torch.randperm(len(pool), generator=generator)[: arguments.windows].tolist() for _ in range(DRAWS)]
     with scoring(loaded.model):
         exactness(loaded.model, pool[0][:, :64])

@@ -14,7 +14,7 @@ from iskd import surgery
 from iskd.arch import Stack
 from iskd.importance.ablation import Ablation
 from iskd.importance.base import scoring
-from iskd.importance.racing import Race, Racing, race, student_t
+from iskd.importance.racing import Race, Racing, coarsening, race, student_t
 from iskd.importance.sweep import PrefixCache, leave_one_out_rows, leave_one_out_values
 from iskd.plan import Convert, Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, hooks, silence, tiny, windows
@@ -247,8 +247,8 @@ def planted(values: Tensor, spread: float, seed: int = 0, tokens: int = 8) -> Ca
     return measure
 
 
-def run(measure: Callable[..., list[Tensor]], count: int, *, strides: tuple[int, int] = (1, 1), z: float = 2.0) -> Race:
-    return race(measure, list(range(count)), 64, strides=strides, first=2, growth=2, z=z)
+def run(measure: Callable[..., list[Tensor]], count: int, *, stride: int = 1, z: float = 2.0) -> Race:
+    return race(measure, list(range(count)), 64, stride=stride, first=2, growth=2, z=z)
 
 
 def test_clear_cases_end_early_and_pairing_sees_through_shared_noise() -> None:
@@ -263,10 +263,10 @@ def test_clear_cases_end_early_and_pairing_sees_through_shared_noise() -> None:
 def test_the_winner_is_that_of_the_full_scores(seed: int) -> None:
     values = 1 + torch.rand(12, generator=torch.Generator().manual_seed(seed))
     measure = planted(values, spread=0.5, seed=seed, tokens=16)
-    for strides in ((1, 1), (8, 2)):
+    for stride in (1, 2):
         measure.cost = 0  # type: ignore[attr-defined]
-        result = run(measure, 12, strides=strides, z=3.0)
-        full = measure.table[:, :, :: strides[1]].double().mean((0, 2))  # type: ignore[attr-defined]
+        result = run(measure, 12, stride=stride, z=3.0)
+        full = measure.table[:, :, ::stride].double().mean((0, 2))  # type: ignore[attr-defined]
         assert result.left[0] == full.argmin()
         assert min(result.scores, key=result.scores.__getitem__) == result.left[0]
         assert set(result.scores) == set(range(12))
@@ -290,16 +290,25 @@ def test_few_windows_need_more_evidence(z: float, freedom: int, t: float) -> Non
     assert student_t(z, freedom) == pytest.approx(t, rel=0.01)
 
 
-def test_strides_are_halved_and_windows_doubled() -> None:
-    result = run(planted(torch.ones(2), spread=0.0), 2, strides=(8, 2))
-    assert result.rounds == [(2, 8, 2), (4, 4, 2), (8, 2, 2), (16, 2, 2), (32, 2, 2), (64, 2, 2)]
+def test_fewer_blocks_are_scored_at_more_positions() -> None:
+    assert [coarsening(left) for left in (1, 3, 5, 6, 11, 12, 23, 24, 100)] == [1, 1, 1, 2, 2, 4, 4, 8, 8]
+    result = run(planted(torch.ones(7), spread=0.0), 7, stride=2)
+    assert result.rounds == [(2, 4, 7), (4, 4, 7), (8, 4, 7), (16, 4, 7), (32, 4, 7), (64, 4, 7)]
+
+
+def test_windows_are_cut_into_equal_pieces() -> None:
+    batches = [torch.arange(44).view(2, 22), torch.arange(7)[None]]
+    first, second = Racing(tokens=7).cut(batches)
+    assert first.tolist() == [[*range(start, start + 7)] for start in (0, 7, 14, 22, 29, 36)], "22 = 3 x 7 + 1"
+    assert torch.equal(second, batches[1])
+    assert torch.equal(Racing(tokens=None).cut(batches)[0], batches[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_that_does_nothing_wins_the_race(family: str) -> None:
     teacher = tiny(family, layers=6)
     silence(teacher, 3)
-    scores = Racing(stride=1, first_stride=4)(teacher, teacher, BATCHES)
+    scores = Racing()(teacher, teacher, BATCHES)
     assert scores.argmin() == 3
     assert scores.isfinite().all()
     assert (scores.sort().values[1:] > scores[3]).all()
@@ -318,7 +327,7 @@ def test_of_two_blocks_that_do_nothing_either_wins() -> None:
 def test_those_left_have_the_scores_of_ablation(metric: str) -> None:
     teacher = tiny("llama", layers=6)
     student = edited(teacher)
-    racing = Racing(metric=metric, stride=2, first_stride=8, z=1e9)
+    racing = Racing(metric=metric, stride=2, z=1e9)
     ablation = Ablation(2, metric)
     torch.testing.assert_close(
         racing(student, teacher, BATCHES), ablation(student, teacher, BATCHES), atol=1e-6, rtol=0
@@ -335,7 +344,7 @@ def test_blocks_that_are_out_cost_nothing_more() -> None:
     racing = Racing(cache_mb=0, width=1, z=1.0)
     result = racing.race(teacher, teacher, batches)[0]
     assert result.left == [4]
-    assert result.rounds == [(1, 4, 6)]
+    assert result.rounds == [(1, 2, 6)]
     # the scout's pass and one window for all and for the whole student; the other fifteen windows are never read
     student = copy.deepcopy(teacher)
     assert calls(student, lambda: racing(student, teacher, batches)) == 6 + (5 + 15 + 1)
@@ -376,8 +385,8 @@ def test_one_window_is_enough_to_run() -> None:
         (lambda: Ablation(width=0), r"importance.width must be at least 1, got 0"),
         (lambda: Ablation(cache_mb=-1), r"importance.cache_mb must not be negative, got -1"),
         (lambda: Racing(stride=0), r"importance.stride must be at least 1, got 0"),
-        (lambda: Racing(stride=8, first_stride=4), r"first_stride=4 must not be below importance.stride=8"),
-        (lambda: Racing(windows=0), r"importance.windows must be at least 1, got 0"),
+        (lambda: Racing(tokens=1), r"importance.tokens must be at least 2, got 1"),
+        (lambda: Racing(pieces=0), r"importance.pieces must be at least 1, got 0"),
         (lambda: Racing(growth=0.5), r"importance.growth must be at least 1, got 0.5"),
         (lambda: Racing(z=-1), r"importance.z must not be negative, got -1"),
         (lambda: Racing(veto=1), r"importance.veto must be above 1 .*got 1"),

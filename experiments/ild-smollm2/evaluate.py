@@ -204,7 +204,7 @@ def main() -> None:
     scoring.add_argument("runs", nargs="+", type=Path)
     scoring.add_argument("--data", type=Path, required=True)
     scoring.add_argument("--depths", nargs="+", type=int, required=True)
-    scoring.add_argument("--items", type=int, default=120)
+    scoring.add_argument("--items", type=int, default=100)
     scoring.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table").add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
-STAGE=${STAGE:-6144}
+STAGE=${STAGE:-4096}
 SEEDS=${SEEDS:-0 1}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/ild-smollm2}
@@ -26,7 +26,7 @@ method() { # name, seed, overrides...
   rm -rf "$dir"
   "$PYTHON" train.py "${COMMON[@]}" seed="$seed" hydra.run.dir="$dir" "$@"
   "$PYTHON" experiments/ild-smollm2/evaluate.py score "$dir" --data "$DATA" --depths $DEPTHS \
-    --items "${ITEMS:-120}" --tokens "${TOKENS:-8192}"
+    --items "${ITEMS:-100}" --tokens "${TOKENS:-8192}"
   rm -rf "$dir/checkpoints"
   touch "$dir/done"
 }

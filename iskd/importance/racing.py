@@ -3,14 +3,15 @@
 Successive elimination (Maron and Moore 1993, "Hoeffding races") with paired statistics, as in F-race (Birattari et al.
 2002): what makes a window hard is hard for every block, so blocks are compared by their differences on the same tokens.
 
-1. One pass on one window sets aside the blocks that build or undo the attention sink, and orders the others by block
+1. Windows are cut into pieces: a race can then end after a few hundred tokens.
+2. One pass on one piece sets aside the blocks that build or undo the attention sink, and orders the others by block
    influence (ShortGPT, arXiv 2403.03853); both are free of the head. The order decides ties and nothing else.
-2. All others are scored on the first `windows` windows, the head on every `first_stride`-th position.
-3. The leader has the lowest mean. A block is out when its mean difference to the leader is more than `z` paired
-   standard errors, which shrink to zero as the windows run out. Then more windows are read, at half the stride, for
-   the blocks that are left.
-4. The race ends when one block is left or there are no more windows. In the latter case the windows that were read at
-   a coarse stride are read again for those that are left, and their scores are the exact ones of `ablation`.
+3. All others are scored on the first piece, then on ever more pieces. The more blocks are left, the fewer positions are
+   scored: every 8th at first, all of them at the end.
+4. The leader has the lowest mean. A block is out when its mean difference to the leader is more than `z` paired
+   standard errors, which shrink to zero as the pieces run out.
+5. The race ends when one block is left or there are no more pieces. In the latter case the pieces of which only a part
+   was scored are read again for those that are left, and their scores are the exact ones of `ablation`.
 
 Made for stages that remove one block: behind the winner the order is an estimate. Models in shards do not race: the
 processes would drop out of each other's collectives as soon as two races went differently.
@@ -32,13 +33,18 @@ from iskd.arch import Stack
 from iskd.importance.base import WindowImportance, scoring
 from iskd.importance.sweep import PrefixCache, check_metric, leave_one_out_values
 
-# SmolLM2-135M, 512-token windows of docstrings, the best block against the 19 next ones: the spread between windows
+# SmolLM2-135M, windows of 512 tokens of docstrings, the best block against the 19 next ones: the spread between windows
 # gives 1.5 times the standard error of independent tokens in the median, 2.5 times at most
 BETWEEN_TO_INSIDE = 2.5
 PRIOR_WEIGHT = 2
 
 Measure = Callable[[Sequence[int], int, int, int], list[Tensor]]
-"""`measure(candidates, start, stop, stride)`: values at the scored positions of windows start..stop-1, [C, P] each."""
+"""`measure(candidates, start, stop, stride)`: values at the scored positions of pieces start..stop-1, [C, P] each."""
+
+# as many blocks as are scored at all positions; with 6 left at every 2nd, with 12 at every 4th: the head's share of the
+# work stays about the same
+AT_ALL_POSITIONS = 3
+COARSEST = 8
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,11 @@ class Race:
 
     Attributes:
         scores: score of every raced block by position, in nats, lower = costs less. Of those left at the end the mean
-            over all windows that were read; of the others the winner's score plus the mean difference to the leader in
+            over all pieces that were read; of the others the winner's score plus the mean difference to the leader in
             the round in which they went out, which is positive. So the winner's is the lowest.
-        rows: values per window of the blocks that were left at the end, by position, over the windows read [W'].
+        rows: values per piece of the blocks that were left at the end, by position, over the pieces read [W'].
         left: who was left at the end, best first.
-        rounds: windows read by the end of each round, positions skipped to, and how many blocks ran in it.
+        rounds: pieces read by the end of each round, stride of the scored positions, and how many blocks ran in it.
     """
 
     scores: dict[int, float]
@@ -66,11 +72,11 @@ class Racing(WindowImportance):
     Args:
         metric: `kl` or `loss`, as in `ablation`.
         stride: every `stride`-th position is scored in the end; 1 = all.
-        first_stride: the same for the first round; halved from round to round down to `stride`.
-        windows: windows in the first round.
+        tokens: windows are cut into equal pieces of about so many tokens; None = not cut.
+        pieces: pieces in the first round.
         growth: factor by which their number grows from round to round, by one at least.
         z: paired standard errors by which a block must be worse than the leader to be out: 2.3 = one chance in a
-            hundred that it is not worse on all windows. With few windows read it takes more, by Student's t.
+            hundred that it is not worse on all pieces. With few pieces read it takes more, by Student's t.
         veto: a block is set aside when its update of position 0 is more than `veto` times as long as the median
             token's: it builds the attention sink or undoes it, and cosines do not see that (in SmolLM2-135M blocks 2,
             11 and 28 are at 25 to 720, all others below 15).
@@ -81,9 +87,9 @@ class Racing(WindowImportance):
     def __init__(
         self,
         metric: str = "kl",
-        stride: int = 4,
-        first_stride: int = 4,
-        windows: int = 1,
+        stride: int = 1,
+        tokens: int | None = 256,
+        pieces: int = 1,
         growth: float = 1.25,
         z: float = 2.3,
         veto: float = 20.0,
@@ -91,25 +97,25 @@ class Racing(WindowImportance):
         cache_mb: int = 256,
     ) -> None:
         check_metric(metric)
-        for key, value in (("stride", stride), ("first_stride", first_stride), ("windows", windows), ("width", width)):
-            if value is not None and value < 1:
-                raise ValueError(f"importance.{key} must be at least 1, got {value}")
-        if first_stride < stride:
-            raise ValueError(f"importance.first_stride={first_stride} must not be below importance.stride={stride}")
+        for key, value in (("stride", stride), ("tokens", tokens), ("pieces", pieces), ("width", width)):
+            least = 2 if key == "tokens" else 1
+            if value is not None and value < least:
+                raise ValueError(f"importance.{key} must be at least {least}, got {value}")
         if not growth >= 1:
             raise ValueError(f"importance.growth must be at least 1, got {growth}")
         if not z >= 0:
             raise ValueError(f"importance.z must not be negative, got {z}")
         if veto <= 1:
             raise ValueError(f"importance.veto must be above 1 (it multiplies the median update), got {veto}")
-        self.metric, self.stride, self.first_stride = metric, stride, first_stride
-        self.windows, self.growth, self.z, self.veto, self.width = windows, growth, z, veto, width
+        self.metric, self.stride, self.tokens, self.pieces = metric, stride, tokens, pieces
+        self.growth, self.z, self.veto, self.width = growth, z, veto, width
         self.cache = PrefixCache(cache_mb)
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-        """Values [L, W] of the blocks left at the end of the race; nan for all others and for windows not read."""
+        """Values [L, pieces] of the blocks left at the end of the race; nan for all others and for pieces not read."""
         result, _, _ = self.race(student, teacher, batches)
-        rows = torch.full((len(Stack(student).layers), sum(len(batch) for batch in batches)), torch.nan)
+        count = sum(len(batch) for batch in self.cut(batches))
+        rows = torch.full((len(Stack(student).layers), count), torch.nan)
         for position, values in result.rows.items():
             rows[position, : len(values)] = values
         return rows
@@ -123,81 +129,83 @@ class Racing(WindowImportance):
     def race(
         self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
     ) -> tuple[Race, list[float], list[int]]:
-        """The race, the block influence [L] of every block on the first window, and the positions set aside.
+        """The race, the block influence [L] of every block on the first piece, and the positions set aside.
 
         Raises:
             ValueError: the student is in shards, or the windows have one token.
         """
         if isinstance(student, FSDPModule):
             raise ValueError("importance=racing does not work on a model in shards; use importance=ablation")
+        pieces = self.cut(batches)
 
         def measure(candidates: Sequence[int], start: int, stop: int, stride: int) -> list[Tensor]:
-            pieces = [
+            parts = [
                 leave_one_out_values(
                     student,
                     teacher,
-                    piece,
+                    part,
                     metric=self.metric,
                     stride=stride,
                     candidates=candidates,
                     width=self.width,
                     cache=self.cache,
                 )
-                for piece in _between(batches, start, stop)
+                for part in _between(pieces, start, stop)
             ]
-            return [window for piece in pieces for window in piece.unbind(1)]
+            return [piece for part in parts for piece in part.unbind(1)]
 
         with scoring(student, teacher):
-            turns, sinks = _scout(Stack(student), batches[0][:1], self.cache)
+            turns, sinks = _scout(Stack(student), pieces[0][:1], self.cache)
             aside = [position for position, sink in enumerate(sinks) if sink > self.veto]
             order = sorted(set(range(len(turns))) - set(aside), key=turns.__getitem__)
             if not order:  # a model of sink builders only: race them all
                 order, aside = sorted(range(len(turns)), key=turns.__getitem__), []
-            count = sum(len(batch) for batch in batches)
+            count = sum(len(batch) for batch in pieces)
             return self.decide(measure, order, count), turns, aside
 
-    def decide(self, measure: Measure, order: Sequence[int], windows: int) -> Race:
-        """Race the blocks `order` on `windows` windows with these settings, whoever measures."""
-        strides = (self.first_stride, self.stride)
-        return race(measure, order, windows, strides=strides, first=self.windows, growth=self.growth, z=self.z)
+    def cut(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Windows [B, T] in pieces of equal length, one below the other [B * n, T / n]; a remainder is dropped."""
+        cut = []
+        for batch in batches:
+            windows, length = batch.shape
+            parts = 1 if self.tokens is None else max(1, round(length / self.tokens))
+            cut.append(batch[:, : length // parts * parts].reshape(windows * parts, -1))
+        return cut
+
+    def decide(self, measure: Measure, order: Sequence[int], pieces: int) -> Race:
+        """Race the blocks `order` on so many pieces with these settings, whoever measures."""
+        return race(measure, order, pieces, stride=self.stride, first=self.pieces, growth=self.growth, z=self.z)
 
 
 def race(
-    measure: Measure,
-    order: Sequence[int],
-    windows: int,
-    *,
-    strides: tuple[int, int],
-    first: int,
-    growth: float,
-    z: float,
+    measure: Measure, order: Sequence[int], pieces: int, *, stride: int, first: int, growth: float, z: float
 ) -> Race:
-    """Race the blocks `order` on `windows` windows, `first` of them in the first round, strides from first to last."""
-    alive, read, stride = list(order), 0, strides[0]
+    """Race the blocks `order` on `pieces` pieces, `first` of them in the first round, in the end at `stride`."""
+    alive, read = list(order), 0
     rounds: list[tuple[int, int, int]] = []
     values: dict[int, list[Tensor]] = {position: [] for position in alive}
     gaps: dict[int, float] = {}
     coarse: list[tuple[int, int]] = []
     while True:
-        start, read = read, min(windows, max(first, read + 1, int(growth * read)))
-        for window in measure(alive, start, read, stride):
-            for position, tokens in zip(alive, window, strict=True):
+        start, read = read, min(pieces, max(first, read + 1, int(growth * read)))
+        now = stride * coarsening(len(alive))
+        for piece in measure(alive, start, read, now):
+            for position, tokens in zip(alive, piece, strict=True):
                 values[position].append(tokens)
-        rounds.append((read, stride, len(alive)))
-        if stride > strides[1]:
+        rounds.append((read, now, len(alive)))
+        if now > stride:
             coarse.append((start, read))
-        if read == windows:
+        if read == pieces:
             break
-        out = _beaten(alive, values, z, windows)
+        out = _beaten(alive, values, z, pieces)
         gaps |= out
         alive = [position for position in alive if position not in out]
         if len(alive) == 1:
             break
-        stride = max(strides[1], stride // 2)
     if len(alive) > 1:
         for start, stop in coarse:
-            for index, window in enumerate(measure(alive, start, stop, strides[1]), start):
-                for position, tokens in zip(alive, window, strict=True):
+            for index, piece in enumerate(measure(alive, start, stop, stride), start):
+                for position, tokens in zip(alive, piece, strict=True):
                     values[position][index] = tokens
     rows = {position: _means(values[position]) for position in alive}
     scores = {position: rows[position].mean().item() for position in alive}
@@ -206,36 +214,41 @@ def race(
     return Race(scores, rows, left, rounds)
 
 
-def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float, windows: int) -> dict[int, float]:
-    """Mean difference to the leader of every block that is worse than it beyond doubt on all `windows` windows."""
+def coarsening(left: int) -> int:
+    """How many times coarser than in the end positions are scored while `left` blocks are left; a power of 2."""
+    return min(COARSEST, 1 << max(0, (left // AT_ALL_POSITIONS).bit_length() - 1))
+
+
+def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float, of: int) -> dict[int, float]:
+    """Mean difference to the leader of every block that is, beyond doubt, worse than it on all `of` pieces."""
     leader = min(alive, key=lambda position: _means(values[position]).mean().item())
     out = {}
     for position in alive:
         pairs = [mine - best for mine, best in zip(values[position], values[leader], strict=True)]
         gap = _means(pairs).mean().item()
-        if position != leader and gap > _doubt(pairs, z, windows):
+        if position != leader and gap > _doubt(pairs, z, of):
             out[position] = gap
     return out
 
 
-def _means(windows: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tokens.double().mean() for tokens in windows])
+def _means(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tokens.double().mean() for tokens in pieces])
 
 
-def _doubt(windows: Sequence[Tensor], z: float, of: int) -> float:
-    """How far from zero the mean over windows of differences [P] each must be to be believed; `z` standard errors.
+def _doubt(pieces: Sequence[Tensor], z: float, of: int) -> float:
+    """How far from zero the mean over pieces of differences [P] each must be to be believed; `z` standard errors.
 
-    The question is who is best on all `of` windows, not on text at large: with the windows that are still to be read
-    the doubt goes to zero (the finite population correction, Cochran 1977, section 2.6).
+    The question is who is best on all `of` pieces, not on text at large: with the pieces that are still to be read the
+    doubt goes to zero (the finite population correction, Cochran 1977, section 2.6).
 
-    The spread between few windows is a rough guess, often far too small, and one window has none. It is therefore
-    shrunk to what the spread inside the windows suggests, as if PRIOR_WEIGHT more windows had shown that. Tokens of a
-    window are alike: taken for independent, they make the error too small by up to BETWEEN_TO_INSIDE.
+    The spread between few pieces is a rough guess, often far too small, and one piece has none. It is therefore shrunk
+    to what the spread inside the pieces suggests, as if PRIOR_WEIGHT more pieces had shown that. Tokens of a piece are
+    alike: taken for independent, they make the error too small by up to BETWEEN_TO_INSIDE.
     """
-    count = len(windows)
+    count = len(pieces)
     rest = math.sqrt(1 - count / of)
-    between = _means(windows).var().item() / count if count > 1 else 0.0
-    inside = [tokens.double().var().item() / len(tokens) for tokens in windows if len(tokens) > 1]
+    between = _means(pieces).var().item() / count if count > 1 else 0.0
+    inside = [tokens.double().var().item() / len(tokens) for tokens in pieces if len(tokens) > 1]
     if not inside:
         return rest * student_t(z, count - 1) * math.sqrt(between) if count > 1 else math.inf
     prior = BETWEEN_TO_INSIDE**2 * sum(inside) / len(inside) / count
@@ -251,13 +264,13 @@ def student_t(z: float, freedom: int) -> float:
 
 
 def _between(batches: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Windows start..stop-1 of all batches in the batches' own pieces, [B', T] each."""
-    pieces, offset = [], 0
+    """Pieces start..stop-1 of all batches, [B', T] each."""
+    found, offset = [], 0
     for batch in batches:
-        piece = batch[max(0, start - offset) : max(0, stop - offset)]
-        pieces += [piece] if len(piece) else []
+        some = batch[max(0, start - offset) : max(0, stop - offset)]
+        found += [some] if len(some) else []
         offset += len(batch)
-    return pieces
+    return found
 
 
 def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float], list[float]]:
