@@ -54,15 +54,18 @@ def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> Tensor
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Log-probabilities [T / 4, V] of one window [T] at every 4th position."""
-    return model(ids[None].to(DEVICE)).logits[0, ::4].float().log_softmax(-1).cpu()
+    """Log-probabilities [T, V] of the next tokens of one window [T]."""
+    return model(ids[None].to(DEVICE)).logits[0].float().log_softmax(-1)
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, windows_NT: Tensor) -> float:
-    """Of every next token."""
-    losses = [model(ids[None].to(DEVICE), labels=ids[None].to(DEVICE)).loss.item() for ids in windows_NT]
-    return math.exp(mean(losses))
+def next_token_loss(log_q: Tensor, ids: Tensor) -> float:
+    """Mean over the tokens of a window [T] in nats."""
+    return torch.nn.functional.nll_loss(log_q[:-1], ids[1:].to(DEVICE)).item()
+
+
+def autocast() -> torch.autocast:
+    """bf16 where the machine is fast at it, as in training."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or fast_bf16())
 
 
 class Scorer:
@@ -79,13 +82,18 @@ class Scorer:
         }
         self.tasks = {name: read_task(name, data, items) for name in METRICS if name != "copy"}
         self.tasks["copy"] = copy_items(min(items, 50))
+        with autocast():
+            texts = self.texts["wikitext"][::2]
+            self.goals = [log_probabilities(self.teacher.model.to(DEVICE), ids)[::4].cpu() for ids in texts]
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """All scores of one model; tasks as one number per item."""
         model.eval().to(DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or fast_bf16()):
-            found: dict[str, Any] = {f"ppl_{name}": perplexity(model, ids) for name, ids in self.texts.items()}
-            found["kl"] = mean(self._kl(model, ids) for ids in self.texts["wikitext"][::2])
+        with autocast():
+            found: dict[str, Any] = dict(zip(("ppl_wikitext", "kl"), self._on_wikitext(model), strict=True))
+            found["ppl_docstrings"] = math.exp(
+                mean(next_token_loss(log_probabilities(model, ids), ids) for ids in self.texts["docstrings"])
+            )
             for name, items in self.tasks.items():
                 result = evaluate(model, self.teacher.tokenizer, items)
                 found[name] = [round(value, 3) for value in result.of(METRICS[name]).tolist()]
@@ -93,9 +101,16 @@ class Scorer:
                     found["lambada_nll"] = -result.mean("log_p")
         return found
 
-    def _kl(self, model: PreTrainedModel, ids: Tensor) -> float:
-        goal = log_probabilities(self.teacher.model.to(DEVICE), ids)
-        return (goal.exp() * (goal - log_probabilities(model, ids))).sum(-1).mean().item()
+    def _on_wikitext(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Perplexity, and KL of the teacher in nats at every 4th position of every 2nd window."""
+        losses, divergences = [], []
+        for index, ids in enumerate(self.texts["wikitext"]):
+            log_q = log_probabilities(model, ids)
+            losses.append(next_token_loss(log_q, ids))
+            if index % 2 == 0:
+                goal = self.goals[index // 2].to(DEVICE)
+                divergences.append((goal.exp() * (goal - log_q[::4])).sum(-1).mean().item())
+        return math.exp(mean(losses)), mean(divergences)
 
 
 def score(run: Path, depths: list[int], scorer: Scorer) -> None:
@@ -204,7 +219,7 @@ def main() -> None:
     scoring.add_argument("runs", nargs="+", type=Path)
     scoring.add_argument("--data", type=Path, required=True)
     scoring.add_argument("--depths", nargs="+", type=int, required=True)
-    scoring.add_argument("--items", type=int, default=100)
+    scoring.add_argument("--items", type=int, default=64)
     scoring.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table").add_argument("out", type=Path)
     arguments = parser.parse_args()

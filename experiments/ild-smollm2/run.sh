@@ -26,7 +26,7 @@ method() { # name, seed, overrides...
   rm -rf "$dir"
   "$PYTHON" train.py "${COMMON[@]}" seed="$seed" hydra.run.dir="$dir" "$@"
   "$PYTHON" experiments/ild-smollm2/evaluate.py score "$dir" --data "$DATA" --depths $DEPTHS \
-    --items "${ITEMS:-100}" --tokens "${TOKENS:-8192}"
+    --items "${ITEMS:-64}" --tokens "${TOKENS:-8192}"
   rm -rf "$dir/checkpoints"
   touch "$dir/done"
 }
