@@ -56,14 +56,15 @@ def warm_start(
     fits = {e.layer: e for e in edits if isinstance(e, Replace) and hasattr(e.block.resolve(), "fit")}
     if not fits or not batches:
         return []
-    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+    models = (student, teacher, *old_blocks.values())
+    modes = [(module, module.training) for model in models for module in model.modules()]
     cached = torch.is_autocast_cache_enabled()
     # autocast keeps low-precision copies of weights and does not see that a fit has changed the originals
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
-        for model in (student, teacher):
-            model.eval()
+        for model in models:
+            model.eval()  # dropout would make fits noisy and draw from the run's random numbers
         return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, batches)
     finally:
         torch.set_autocast_cache_enabled(cached)

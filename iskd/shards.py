@@ -71,8 +71,9 @@ class Shards:
             total = sum(int(entry["documents"]) for entry in self.meta["splits"].values())
             if self.meta["dropped"]:  # texts are compared by hash: what reports read, nothing is chosen or trained by
                 raise ValueError(
-                    f"split {split!r} got none of the {total} documents of {self.meta['source']}: {self.meta['dropped']} "
-                    "were dropped because the same texts are in data.val_path or data.test_path; give other files"
+                    f"split {split!r} got none of the {total} documents of {self.meta['source']}: "
+                    f"{self.meta['dropped']} were dropped because the "
+                    "same texts are in data.val_path or data.test_path; give other files"
                 )
             raise ValueError(
                 f"split {split!r} got 0 of the {total} documents of {self.meta['source']}; use more text, "

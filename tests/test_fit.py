@@ -131,6 +131,23 @@ def test_a_warm_start_leaves_everything_else_alone(name: str, training: bool) ->
     assert all(p.grad is None for model in (student, teacher, old[1]) for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", FITTED)
+def test_dropout_has_no_part_in_a_fit(name: str) -> None:
+    teacher, edit = tiny("gpt2", dropout=0.5), Replace(1, FITTED[name])
+    plain, record, old = start(teacher, edit)
+    noisy, _, dropping = start(teacher, edit)
+    for model in (noisy, *dropping.values()):
+        model.train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    pairs = ((plain, old), (noisy, dropping))
+    results = [warm_start(student, teacher, blocks, record, [edit], [windows()]) for student, blocks in pairs]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1]
+    assert digest(plain) == digest(noisy)
+    assert all(all(modes(block)) for block in dropping.values())
+
+
 def test_modes_and_hooks_come_back_after_an_exception() -> None:
     teacher = tiny("llama")
     student, record, old = start(teacher, edit := Replace(1, SPECS["slim"]))

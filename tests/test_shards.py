@@ -86,7 +86,7 @@ def test_more_text_moves_no_document() -> None:
 def test_the_same_file_for_choosing_and_for_reporting_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(f"document {number} " + "word " * 250 for number in range(100)))
-    with pytest.raises(ValueError, match="dropped because the same texts are in data.val_path"):
+    with pytest.raises(ValueError, match=r"dropped because the same texts are in data\.val_path"):
         open_shards(TextFiles(str(file), val_path=str(file)), byte_tokenizer(), Splitter(), tmp_path / "cache").windows(
             "calibration", 64
         )
