@@ -123,12 +123,29 @@ def block_specs(**sizes: Any) -> dict[str, Spec]:
 
 
 def mixer_specs() -> dict[str, Spec]:
-    """The spec of every mixer in conf/mixer; chunks are short, so that tiny windows hold several."""
+    """The spec of every mixer in conf/mixer; chunks and windows are short, so that tiny texts hold several."""
     specs = {}
     for name, values in conf_group("mixer").items():
         kwargs = {key: value for key, value in values.items() if key not in ("_target_", "defaults")}
-        specs[name] = Spec(values["_target_"], {**kwargs, "chunk": 5})
+        specs[name] = Spec(values["_target_"], {**kwargs, **({"window": 4} if "window" in kwargs else {}), "chunk": 5})
     return specs
+
+
+@torch.no_grad()
+def louder(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger weights and no zero biases, so that what a mixer does shows in the logits of a random model."""
+    generator = torch.Generator().manual_seed(1)
+    for block in Stack(model).layers:
+        for parameter in block.get_submodule(Stack(model).family.attn).parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def padded(lengths: tuple[int, ...] = (16, 9)) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows padded on the left: ids, mask and positions, each [B, T]."""
+    ids = windows(len(lengths), max(lengths), seed=3)
+    mask = torch.stack([(torch.arange(ids.shape[1]) >= ids.shape[1] - length).long() for length in lengths])
+    return ids * mask, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def digest(model: nn.Module) -> str:

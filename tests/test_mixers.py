@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import iskd
 from iskd import surgery
-from iskd.arch import Stack, weight_of
+from iskd.arch import Stack
 from iskd.export import write
-from iskd.hosting import HostedMixer, StateLayer, kept
-from iskd.mixers.base import Projections, recurrence
-from iskd.mixers.linear_attention import LinearAttention
-from iskd.optim import OptimSpec, make_optimizer, new_parameters, regroup
-from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
-from iskd.schedules.base import ConvertTo, History
-from iskd.schedules.oneshot import Oneshot
-from tests.factories import FAMILIES, conf_group, mixer_specs, tiny, windows
+from iskd.hosting import CacheSlot, StateLayer
+from iskd.mixers.base import Context
+from iskd.plan import Convert, Record, Remove, Replace, Spec
+from tests.factories import FAMILIES, conf_group, louder, mixer_specs, padded, tiny, windows
 
 SPECS = mixer_specs()
 LINEAR = "iskd.mixers.linear_attention.LinearAttention"
 LAYERS = (0, 2)
-EVERY = [pytest.param(family, name, id=f"{family}-{name}") for family in FAMILIES for name in SPECS]
+# laws about hosts: two mixers, one grouped and one with gates, in every family, and all others in two
+WIDE = ("linear_attention", "gla")
+EVERY = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for name in SPECS
+    for family in (FAMILIES if name in WIDE else ("llama", "gpt2"))
+]
 
 
 def converted(family: str, spec: Spec, layers: tuple[int, ...] = LAYERS, **config: Any) -> PreTrainedModel:
@@ -38,20 +39,10 @@ def converted(family: str, spec: Spec, layers: tuple[int, ...] = LAYERS, **confi
     return louder(model)
 
 
-@torch.no_grad()
-def louder(model: PreTrainedModel) -> PreTrainedModel:
-    """Larger weights and no zero biases, so that what a mixer does shows in the logits of a random model."""
-    generator = torch.Generator().manual_seed(1)
-    for block in Stack(model).layers:
-        for parameter in block.get_submodule(Stack(model).family.attn).parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @cache
 def student(family: str, name: str) -> PreTrainedModel:
-    """Shared by the tests below, which must not change it."""
-    return converted(family, SPECS[name])
+    """Shared by the tests below, which must not change it; float64, so that equal means equal."""
+    return converted(family, SPECS[name]).double()
 
 
 @torch.no_grad()
@@ -59,15 +50,12 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     return model(input_ids=ids, **kwargs).logits
 
 
+def with_(name: str, **kwargs: Any) -> Spec:
+    return Spec(SPECS[name].target, {**SPECS[name].kwargs, **kwargs})
+
+
 def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-
-
-def padded(lengths: tuple[int, ...] = (16, 9)) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows padded on the left: ids, mask and positions, each [B, T]."""
-    ids = windows(len(lengths), max(lengths), seed=3)
-    mask = torch.stack([(torch.arange(ids.shape[1]) >= ids.shape[1] - length).long() for length in lengths])
-    return ids * mask, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def mixers(model: PreTrainedModel, layers: tuple[int, ...] = LAYERS) -> list[nn.Module]:
@@ -79,137 +67,146 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- the recurrence --------------------------------------------------------------------------------------------------
+# ---- the mixing ------------------------------------------------------------------------------------------------------
 
 
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Token after token, head after head; key-value heads repeated as the hosts do it."""
-    heads = q.shape[2] * q.shape[3]
-    q, repeats = q.flatten(2, 3), q.shape[3]
-    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-    states = state.repeat_interleave(repeats, dim=1)
-    outputs = []
-    for t in range(q.shape[1]):
-        states = states + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append(torch.stack([torch.einsum("bk,bkv->bv", q[:, t, h], states[:, h]) for h in range(heads)], 1))
-    o = torch.stack(outputs, 1).unflatten(2, (-1, repeats))
-    return o, states[:, ::repeats]
+def mixer_of(name: str, family: str = "llama") -> Any:
+    """The first mixer of a model, in float64."""
+    return copy.deepcopy(mixers(student(family, name))[0].get_submodule("mixer"))
 
 
-@pytest.mark.parametrize(("tokens", "chunk"), [(13, 4), (12, 4), (1, 64), (7, 64), (5, 1)])
-def test_chunks_give_what_single_tokens_give(tokens: int, chunk: int) -> None:
-    inputs = [randn(2, tokens, 3, 2, 4, seed=0), randn(2, tokens, 3, 4, seed=1), randn(2, tokens, 3, 5, seed=2)]
-    inputs = [x.requires_grad_() for x in (*inputs, randn(2, 3, 4, 5, seed=3))]
-    results = [recurrence(*inputs, chunk=chunk), one_by_one(*inputs)]
-    toward = randn(2, tokens, 3, 2, 5, seed=4), randn(2, 3, 4, 5, seed=5)
-    gradients = [torch.autograd.grad((o * toward[0]).sum() + (state * toward[1]).sum(), inputs) for o, state in results]
-    for fast, slow in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-10)
+def exact(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-7)
 
 
-def test_a_state_carries_the_past() -> None:
-    q, k, v = randn(2, 11, 3, 2, 4, seed=0), randn(2, 11, 3, 4, seed=1), randn(2, 11, 3, 5, seed=2)
-    whole, end = recurrence(q, k, v, chunk=4)
-    state, parts = None, []
-    for part in (slice(0, 6), slice(6, 7), slice(7, 11)):
-        o, state = recurrence(q[:, part], k[:, part], v[:, part], state, chunk=4)
-        parts.append(o)
-    assert state is not None
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(state, end, atol=1e-10, rtol=1e-10)
+# two documents in a row, the second row padded on the left
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [1, 1, 1, 0, 1, 2, 3, 4, 5, 6, 7]])
+MASK = torch.tensor([[1] * 11, [0] * 3 + [1] * 8])
 
 
-def attend(mixer: LinearAttention, x_BTD: Tensor) -> Tensor:
-    """Linear attention as a full matrix of weights phi(q)_t phi(k)_s, s <= t, per query head."""
-    phi = {"elu1": lambda x: nn.functional.elu(x) + 1, "relu": torch.relu, "identity": lambda x: x}[mixer.feature_map]
-    q, k, v = mixer.projections.split(x_BTD)
-    repeats = q.shape[3]
-    q, k, v = phi(q).flatten(2, 3), phi(k).repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-    weights = torch.einsum("bthk,bshk->bhts", q, k) * torch.ones(x_BTD.shape[1], x_BTD.shape[1]).tril()
-    scale = weights.sum(-1, keepdim=True) + mixer.eps if mixer.normalize else k.shape[-1] ** 0.5
-    o = torch.einsum("bhts,bshv->bthv", weights / scale, v)
-    return mixer.projections.o_proj(o.flatten(2))
-
-
-@pytest.mark.parametrize(
-    ("feature_map", "normalize"),
-    [("elu1", True), ("elu1", False), ("relu", True), ("relu", False), ("identity", False)],
-)
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_linear_attention_is_the_matrix_of_its_weights(family: str, feature_map: str, normalize: bool) -> None:
-    spec = Spec(LINEAR, {"feature_map": feature_map, "normalize": normalize, "chunk": 4})
-    mixer = copy.deepcopy(mixers(converted(family, spec))[0].get_submodule("mixer")).double()
-    assert isinstance(mixer, LinearAttention)
-    x = randn(2, 11, 48, seed=0).requires_grad_()
-    wanted = [x, *mixer.parameters()]
-    values = [mixer(x), attend(mixer, x)]
-    gradients = [torch.autograd.grad((y * randn(2, 11, 48, seed=1)).sum(), wanted) for y in values]
-    for fast, slow in zip((values[0], *gradients[0]), (values[1], *gradients[1]), strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-10)
-
-
-# ---- what is inherited -----------------------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
-def test_the_projections_are_those_of_the_attention_in_every_family() -> None:
-    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
-    for family in FAMILIES:
-        model = louder(tiny(family))
-        stack = Stack(model)
-        block = stack.layers[1]
-        attention = block.get_submodule(stack.family.attn)
-        copied = Projections.from_attention(attention, stack)
-        projected, dims = [block.get_submodule(path)(x) for path in stack.family.qkv], stack.dims
-        # the way in which each family's own attention takes a fused projection apart
-        if stack.family.fused == "thirds":
-            projected = list(projected[0].split(48, dim=2))
-        elif stack.family.fused == "heads":
-            projected = [part.flatten(2) for part in projected[0].view(2, 5, dims.heads, -1).chunk(3, dim=-1)]
-        for mine, hosts in zip((copied.q_proj, copied.k_proj, copied.v_proj), projected, strict=True):
-            same(mine(x), hosts)
-        out = block.get_submodule(stack.family.out)
-        mixed = torch.randn(2, 5, weight_of(out).shape[1], generator=torch.Generator().manual_seed(1))
-        same(copied.o_proj(mixed), out(mixed))
-        assert copied.kv_heads == dims.kv_heads
-        shared = {p.data_ptr() for p in attention.parameters()} & {p.data_ptr() for p in copied.parameters()}
-        assert not shared, "copies: training the student must not move its teacher"
+def test_a_pass_is_the_matrix_times_the_values(name: str) -> None:
+    mixer, x = mixer_of(name), randn(2, 11, 48, seed=0)
+    if not mixer.exposes_matrix:
+        with pytest.raises(ValueError, match=f"{type(mixer).__name__} has no mixing matrix"):
+            mixer.matrix(x)
+        return
+    for mask, positions in ((None, None), (MASK, POSITIONS)):
+        context = Context.of(x, mask, positions)
+        streams = mixer.streams(x, context).hiding(context.seen)
+        mixed, _ = mixer.mix(streams, context)
+        matrix = mixer.matrix(x, mask=mask, positions=positions)
+        values = streams.v.repeat_interleave(mixed.shape[2] // streams.v.shape[2], dim=2)
+        exact(torch.einsum("bhts,bshv->bthv", matrix, values), mixed)
+        assert matrix.shape == (2, mixer.heads, 11, 11)
+        assert not matrix.triu(1).any()
+    assert matrix[0].abs().sum() > 0
+    assert not matrix[0, :, 5:, :5].any(), "nothing crosses into the next document"
+    assert not matrix[1, :, 3:, :3].any(), "nothing comes from padding"
 
 
-@pytest.mark.parametrize(("family", "config"), [("qwen3", {}), ("phi", {"qk_layernorm": True})])
-def test_query_and_key_norms_are_inherited(family: str, config: dict[str, Any]) -> None:
-    model = tiny(family, **config)
-    stack = Stack(model)
-    old = [stack.layers[0].get_submodule(path).state_dict() for path in stack.family.qk_norms]
-    surgery.apply(model, Record(4), [Convert(0, Spec(LINEAR))])
-    projections = mixers(model)[0].get_submodule("mixer.projections")
-    new = [projections.get_submodule(path).state_dict() for path in ("q_norm", "k_norm")]
-    for mine, hosts in zip(new, old, strict=True):
-        assert mine.keys() == hosts.keys()
-        assert all(torch.equal(mine[key], hosts[key]) for key in hosts)
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_documents_in_a_row_do_not_see_each_other(name: str) -> None:
+    mixer, x = mixer_of(name), randn(2, 11, 48, seed=1)
+    both = mixer(x, mask=MASK, positions=POSITIONS)
+    exact(both[:1, :5], mixer(x[:1, :5]))
+    exact(both[:1, 5:], mixer(x[:1, 5:]))
+    exact(both[1:, 3:], mixer(x[1:, 3:]))
 
 
-@pytest.mark.parametrize(("family", "name"), EVERY)
-def test_all_but_the_mixer_stays_the_same_objects(family: str, name: str) -> None:
-    model = tiny(family)
-    stack = Stack(model)
-    before = {key: (p, p.detach().clone()) for key, p in model.named_parameters()}
-    blocks, config = list(stack.layers), copy.deepcopy(model.config.to_dict())
-    record = surgery.apply(model, Record(4), [Convert(layer, SPECS[name]) for layer in LAYERS])
-    assert record.layers == (0, 1, 2, 3)
-    assert model.config.to_dict() == config
-    inside = tuple(f".{stack.family.layers}.{layer}.{stack.family.attn}." for layer in LAYERS)
-    after = dict(model.named_parameters())
-    for key, (p, value) in before.items():
-        if not any(part in key for part in inside):
-            assert after[key] is p
-            assert torch.equal(p, value)
-    assert all(any(part in key for part in inside) for key in after.keys() - before.keys())
-    fresh = {id(p) for mixer in mixers(model) for p in mixer.parameters()}
-    assert not fresh & {id(p) for p, _ in before.values()}
-    assert type(stack.layers[0]) is type(blocks[0])
-    assert not isinstance(blocks[0].get_submodule(stack.family.attn), HostedMixer), "the old block stays as it was"
-    assert [mixer.layer_idx for mixer in mixers(model)] == list(LAYERS)
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_a_cache_goes_on_with_the_last_document_alone(name: str) -> None:
+    mixer, x = mixer_of(name), randn(1, 9, 48, seed=4)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    for read in (6, 7):  # one and two tokens of the second document
+        both, alone = DynamicCache(), DynamicCache()
+        mixer(x[:, :read], positions=positions[:, :read], cache=CacheSlot(both, 0))
+        mixer(x[:, 5:read], positions=positions[:, 5:read], cache=CacheSlot(alone, 0))
+        rest = {"positions": positions[:, read:]}
+        exact(
+            mixer(x[:, read:], **rest, cache=CacheSlot(both, 0)), mixer(x[:, read:], **rest, cache=CacheSlot(alone, 0))
+        )
+
+
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_token_by_token_is_all_at_once(name: str) -> None:
+    """Also in parts, in every length of chunk, and behind padding."""
+    mixer, x = mixer_of(name), randn(2, 11, 48, seed=2)
+    positions = (MASK.cumsum(1) - 1).clamp_min(0)
+    whole = mixer(x, mask=MASK, positions=positions)
+    for lengths in ([1] * 11, [6, 1, 4], [4, 7]):
+        cache, outputs, seen = DynamicCache(), [], 0
+        for part, at in zip(x.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True):
+            seen += part.shape[1]
+            outputs.append(mixer(part, mask=MASK[:, :seen], positions=at, cache=CacheSlot(cache, 0)))
+        exact(torch.cat(outputs, dim=1)[MASK.bool()], whole[MASK.bool()])
+    for mixer.chunk in (1, 3, 64):
+        exact(mixer(x, mask=MASK, positions=positions)[MASK.bool()], whole[MASK.bool()])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_part_is_accounted_for(name: str) -> None:
+    mixer: Any = converted("llama", SPECS[name]).get_submodule("model.layers.0.self_attn.mixer")
+    lines = dict(line.split(" ", 1) for line in mixer.report)
+    parts = {key.removeprefix("projections.").split(".")[0] for key, _ in mixer.named_parameters()}
+    assert parts | {f"{part}_proj" for part in "qkvo"} <= set(lines)
+    known = ("copied", "fresh: ", "dropped: ", "not used: ")
+    assert all(line.startswith(known) for line in lines.values()), lines
+    assert lines["o_proj"] == "copied"
+    drawn: Any = converted("llama", with_(name, init="random")).get_submodule("model.layers.0.self_attn.mixer")
+    assert "o_proj fresh: mixer.init=random" in drawn.report
+    assert {key: p.shape for key, p in drawn.named_parameters()} == {
+        key: p.shape for key, p in mixer.named_parameters()
+    }
+    with pytest.raises(ValueError, match=r"mixer\.init='guess': choose one of copy, random"):
+        converted("llama", with_(name, init="guess"))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_heads_may_be_regrouped(name: str) -> None:
+    model = converted("llama", with_(name, heads=3))
+    assert mixers(model)[0].get_submodule("mixer").heads == 3
+    check_cache(model)
+    with pytest.raises(
+        ValueError, match=r"mixer.heads=5 does not divide the 48 channels of the attention \(6 heads of 8"
+    ):
+        converted("llama", with_(name, heads=5))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_one_batch_is_learnt_by_heart(name: str) -> None:
+    """Every other token is the same, so whoever sees only the present token is left with log(6) / 2 = 0.9 nats."""
+    model, ids = tiny("llama", layers=1), windows(1, 13, seed=5)
+    ids[:, ::2] = 7
+    surgery.apply(model, Record(1), [Convert(0, SPECS[name])])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        if loss.item() < 0.5:
+            return
+        loss.backward()
+        optimizer.step()
+    pytest.fail(f"after 100 steps the loss is {loss.item():.2f}")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_a_fresh_mixer_disturbs_no_more_than_no_mixer(name: str) -> None:
+    """What a mixer writes before it has learnt anything is hardly larger than what the attention wrote."""
+    model = tiny("llama")
+    attention = Stack(model).layers[0].get_submodule(Stack(model).family.attn)
+    x = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
+    turn = Stack(model).base.get_submodule("rotary_emb")(x, torch.arange(32)[None])
+    hidden = torch.full((32, 32), -1e30).triu(1)[None, None]
+    own = attention(x, position_embeddings=turn, attention_mask=hidden)[0]
+    surgery.apply(model, Record(4), [Convert(0, SPECS[name])])
+    new = mixers(model, (0,))[0](x)[0]
+    assert new.square().mean().sqrt() < 1.5 * own.square().mean().sqrt()
 
 
 # ---- inside a host ---------------------------------------------------------------------------------------------------
@@ -230,19 +227,14 @@ def test_the_future_does_not_change_the_past(family: str, name: str) -> None:
 def test_a_mixer_mixes(family: str, name: str) -> None:
     """The last output depends on the first token through the mixer alone."""
     mixer = mixers(student(family, name))[0]
-    x = torch.randn(1, 9, 48, generator=torch.Generator().manual_seed(0))
-    other = torch.cat([-x[:, :1], x[:, 1:]], dim=1)
-    assert (mixer(x)[0][:, -1] - mixer(other)[0][:, -1]).abs().max() > 1e-4
+    x = randn(1, 9, 48, seed=0)
+    other = torch.cat([randn(1, 1, 48, seed=1), x[:, 1:]], dim=1)
+    assert (mixer(x)[0][:, -1] - mixer(other)[0][:, -1]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("family", "name"), EVERY)
-def test_padding_does_not_enter_the_state(family: str, name: str, implementation: str) -> None:
+def test_padding_does_not_enter_the_state(family: str, name: str) -> None:
     model = student(family, name)
-    if implementation == "eager":
-        weights = model.state_dict()
-        model = converted(family, SPECS[name], attn_implementation="eager")
-        model.load_state_dict(weights)
     ids, mask, positions = padded()
     batch = logits(model, ids, attention_mask=mask, position_ids=positions)
     same(batch[:1], logits(student(family, name), ids[:1]))
@@ -253,6 +245,15 @@ def test_padding_does_not_enter_the_state(family: str, name: str, implementation
         logits(student(family, name), windows()[1:, :9]),
     )
     same(logits(model, ids, attention_mask=torch.ones_like(ids)), logits(model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_of_eager_attention_is_read_too(family: str) -> None:
+    model = converted(family, SPECS["gla"], attn_implementation="eager")
+    ids, mask, positions = padded()
+    batch = logits(model, ids, attention_mask=mask, position_ids=positions)
+    same(batch[:1], logits(model, ids[:1]))
+    same(batch[1:, -9:], logits(model, ids[1:, -9:]))
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ def test_a_cache_changes_nothing(family: str, name: str) -> None:
     check_cache(student(family, name))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -290,14 +291,13 @@ def test_a_cache_changes_nothing(family: str, name: str) -> None:
     ],
 )
 def test_variants_of_a_family_host_every_mixer(family: str, config: dict[str, Any], name: str) -> None:
-    for layers in (LAYERS, (0, 1, 2, 3), (3,)):
-        model = converted(family, SPECS[name], layers, **config)
-        check_cache(model)
-        check_generation(model, (9, 7))
+    model = converted(family, SPECS[name], (0, 1, 3), **config).double()
+    check_cache(model)
+    check_generation(model, (9, 7))
 
 
 def generate(model: Any, *, cached: bool, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **options}
     return model.generate(
         ids, attention_mask=mask, use_cache=cached, return_dict_in_generate=True, output_scores=True, **options
     )
@@ -344,40 +344,6 @@ def test_the_state_does_not_grow(name: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@torch.no_grad()
-def test_a_cache_that_cannot_hold_a_state_is_refused() -> None:
-    model = student("llama", "linear_attention")
-    ids = windows()
-    foreign = tiny("llama")(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="slot 0 of the cache is a DynamicLayer"):
-        model(ids, past_key_values=foreign)
-    with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
-        generate(model, cached=True, ids=ids, mask=torch.ones_like(ids), cache_implementation="static")
-    past = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cannot take 4 tokens out of the state"):
-        past.crop(-4)
-    past.reset()
-    same(model(ids, past_key_values=past).logits, logits(model, ids))
-    past.batch_repeat_interleave(2)
-    past.batch_select_indices(torch.tensor([0, 2]))
-    same(model(ids[:, :3], past_key_values=past).logits, logits(model, torch.cat([ids, ids[:, :3]], 1))[:, 16:])
-
-
-def test_which_tokens_are_kept_is_read_off_every_kind_of_mask() -> None:
-    real = torch.tensor([[True, True, True], [False, True, True]])
-    sees = real[:, None, None, :] & torch.ones(3, 3, dtype=torch.bool).tril()
-    additive = torch.zeros(2, 1, 3, 3).masked_fill(~sees, torch.finfo(torch.float32).min)
-    assert kept(None, 3) is None
-    for mask in (sees, additive, real.long(), torch.cat([torch.ones(2, 2), real.float()], 1)):
-        found = kept(mask, 3)
-        assert found is not None
-        assert torch.equal(found, real)
-    with pytest.raises(ValueError, match="cannot read the attention mask BlockMask"):
-        kept(type("BlockMask", (), {})(), 3)
-    with pytest.raises(ValueError, match=r"cannot read the attention mask \[3\]"):
-        kept(torch.ones(3), 3)
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -402,32 +368,6 @@ def test_half_precision_stays_finite(family: str, name: str) -> None:
     half = copy.deepcopy(model).bfloat16()
     assert logits(half, ids).dtype == torch.bfloat16
     assert logits(half, ids).isfinite().all()
-
-
-def test_only_the_mixer_of_a_converted_block_is_new() -> None:
-    slim = Spec("iskd.blocks.slim.Slim", {"ratio": 0.6})
-    mixer, model = Spec(LINEAR), tiny("gpt2")
-    stage = Stage("one", (Convert(0, mixer), Replace(1, slim), Convert(1, mixer), Convert(2, mixer), Remove(2)))
-    record, blocks = surgery.apply(model, Record(4), stage.edits), Stack(model).layers
-    expected = [*mixers(model, (0,))[0].parameters(), *blocks[1].parameters()]
-    assert {id(p) for p in new_parameters(model, record, stage)} == {id(p) for p in expected}
-    optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, stage)
-    groups = {group["name"]: set[int]() for group in optimizer.param_groups}
-    for group in optimizer.param_groups:
-        groups[group["name"]] |= {id(p) for p in group["params"]}
-    assert groups["new"] == {id(p) for p in expected}
-    assert groups["base"] == {id(p) for p in model.parameters()} - groups["new"]
-
-
-def test_a_schedule_converts_layers() -> None:
-    edit = ConvertTo(Spec(LINEAR, {"chunk": 8}))
-    stage = Oneshot(edit, count=-1, order="alternate", protect=[3], tokens=100, seed=2).next_stage(History(Record(4)))
-    assert stage is not None
-    assert not stage.fit
-    assert sorted(stage.edits, key=lambda e: e.layer) == [Convert(i, edit.mixer, seed=20_014 + i) for i in range(3)]
-    with pytest.raises(ValueError, match="mixers have no fit"):
-        ConvertTo(edit.mixer, fit=True)
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -468,21 +408,6 @@ def test_a_converted_student_is_saved_and_loaded(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_yaml_names_what_its_mixer_takes(name: str) -> None:
-    target = conf_group("mixer")[name]
-    takes = inspect.signature(Spec(target["_target_"]).resolve().from_attention).parameters  # type: ignore[attr-defined]
-    assert set(target) - {"_target_", "defaults"} <= set(takes)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"feature_map": "cosine"}, "mixer.feature_map='cosine': choose one of elu1, relu, identity"),
-        ({"feature_map": "identity"}, "mixer.normalize=true needs weights that are not negative"),
-        ({"chunk": 0}, "mixer.chunk must be at least 1"),
-        ({"eps": 0.0}, "mixer.eps positive"),
-    ],
-)
-def test_an_impossible_linear_attention_is_refused(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        converted("llama", Spec(LINEAR, kwargs))
+def test_a_yaml_shows_what_every_mixer_takes(name: str) -> None:
+    """All keys of a yaml are taken, or no mixer above were built; some every yaml shows."""
+    assert {"init", "heads", "chunk"} <= set(conf_group("mixer")[name])

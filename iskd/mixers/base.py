@@ -1,4 +1,4 @@
-"""What every mixer offers, the projections it inherits from the attention, and the recurrence over chunks.
+"""What all mixers share: from the stream to the inputs of one recurrence (`iskd.mixers.core`) and back again.
 
 A mixer is a class with
 
@@ -7,109 +7,343 @@ A mixer is a class with
   weights may be drawn here: surgery calls it under the edit's own seed;
 - `forward(x_BTD, *, mask, positions, cache) -> y_BTD`, no residual: norms, residual and MLP stay the host block's.
   `mask` is the host's; `iskd.hosting.kept` reads off it which tokens may enter the state. `cache` is a
-  `iskd.hosting.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`).
+  `iskd.hosting.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
+- `matrix(x_BTD, *, mask, positions) -> [B, H, T, T]` if `exposes_matrix`: the weights with which tokens are mixed.
 
-Sizes: B sequences, T tokens, D stream width, G key-value heads, R query heads of each, K key width, V value width.
-Query head h = g * R + r reads key-value head g: the order of repeat_interleave and of every host.
+`RecurrentMixer` is all of this but for two methods: `streams`, the inputs of the recurrence, and, where norm, gate and
+output projection are not enough, `finish`. A mixer of another kind needs only the three above.
+
+Sizes: B sequences, T tokens, D stream width, G key heads, H = G * R query heads (head h = g * R + r reads key head g),
+K key width, V value width, C channels.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.arch import Stack, qkv_of, weight_of
+from iskd.arch import Stack, class_of
+from iskd.hosting import CacheSlot, kept
+from iskd.mixers import core
+from iskd.mixers.parts import HeadNorm, Rotary, ShortConv
+from iskd.mixers.projections import Projections
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# what a report says of the parts that `RecurrentMixer` itself may have
+_NOTES = {
+    "convs": "fresh: attention has no short convolutions; they start as the identity",
+    "norm": "fresh: attention has no norm on its heads' outputs; starts at the size of the copied values",
+    "gate": "fresh: attention has no output gate; it starts open",
+}
 
 
-class Projections(nn.Module):
-    """Copies of an attention's q, k, v and output projections, and of its q and k norms (Qwen3, Phi) if it has them.
+@dataclass(frozen=True)
+class Attention:
+    """The attention that a mixer is made from, and the model it stands in."""
 
-    The copy table is that of arXiv 2504.14366; key-value heads stay grouped. Rotary positions are not inherited.
+    module: nn.Module
+    stack: Stack
+
+
+class Basics(TypedDict, total=False):
+    """Keywords that every mixer takes and hands on to `RecurrentMixer`."""
+
+    init: str
+    heads: int | None
+    chunk: int
+
+
+class Common(Basics, total=False):
+    """These and those to which some mixers give another default or meaning."""
+
+    conv: int
+    rotary: bool
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The inputs of `core.chunk`, and what turns its result into mixed values.
+
+    Attributes:
+        q, k, v: queries [B, T, H, K], keys [B, T, G, K], values [B, T, G, V].
+        g: log decays [B, T, G] or [B, T, G, K], or None.
+        beta: strength of the delta rule [B, T, G], or None.
+        scale: factor on q^T S.
+        bonus: weight of the present token [G, K], or None.
+        normalizer: from a token's sum of weights to what its mixed values are divided by; None = not divided.
+        skip: [H], times the token's own value, added to the output (D of Mamba-2), or None.
+        extra: whatever `finish` needs from `streams`.
     """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+    scale: float = 1.0
+    bonus: Tensor | None = None
+    normalizer: Callable[[Tensor], Tensor] | None = None
+    skip: Tensor | None = None
+    extra: tuple[Tensor, ...] = ()
+
+    def hiding(self, seen_BT: Tensor | None) -> Streams:
+        """The same with hidden tokens that leave the state as it is: no key, no delta, no decay."""
+        if seen_BT is None:
+            return self
+        beta, g = self.beta, self.g
+        if beta is not None:
+            beta = beta * seen_BT[..., None]
+        if g is not None:
+            g = g.masked_fill(~seen_BT.reshape(*seen_BT.shape, *[1] * (g.dim() - 2)), 0.0)
+        return replace(self, k=self.k * seen_BT[..., None, None], beta=beta, g=g)
+
+
+@dataclass
+class Context:
+    """What a mixer knows about its tokens beside the stream; made anew for every pass.
+
+    Attributes:
+        seen: tokens that are real and not padding, bool [B, T]; None = all.
+        positions: of the tokens in their documents, [B, T] or [1, T].
+        segments: document number of every token [B, T]; None = one document. A real token whose position does not
+            grow starts a new one. The first real token goes on with the document of the cache.
+        past: last inputs of the windows (`window`) before the first token, in the order of the calls.
+        last: the same after the last token.
+    """
+
+    seen: Tensor | None
+    positions: Tensor
+    segments: Tensor | None = None
+    past: list[Tensor] = field(default_factory=list)
+    last: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, x_BTD: Tensor, mask: Tensor | None, positions: Tensor | None, past: tuple[Tensor, ...] = ()) -> Context:
+        """Read the host's mask and positions; without positions the tokens are one document from its start."""
+        tokens = x_BTD.shape[1]
+        seen = kept(mask, tokens)
+        if positions is None:
+            return cls(seen, torch.arange(tokens, device=x_BTD.device).unsqueeze(0), past=list(past))
+        starts = positions[:, 1:] <= positions[:, :-1]
+        if seen is not None:
+            # padding has positions of its own; the first real token goes on like the first token
+            starts = starts & seen[:, 1:] & (seen.cumsum(1)[:, :-1] > 0)
+        segments = None
+        # almost always there is one document, and the core is faster without segments
+        if tokens > 1 and bool(starts.any()):
+            segments = F.pad(starts.long().cumsum(1), (1, 0)).expand(x_BTD.shape[0], -1)
+        return cls(seen, positions, segments, list(past))
+
+    def window(self, x_BTC: Tensor, size: int) -> list[Tensor]:
+        """The inputs of `size - 1`, ..., 1 and 0 tokens ago, each [B, T, C]; zero before a document and for padding.
+
+        The last `size - 1` inputs go into the cache, so call it equally often, in the same order, in every pass.
+        """
+        if self.seen is not None:
+            x_BTC = x_BTC * self.seen[..., None]
+        index, tokens = len(self.last), x_BTC.shape[1]
+        before = self.past[index] if self.past else x_BTC.new_zeros(x_BTC.shape[0], size - 1, x_BTC.shape[2])
+        row = torch.cat([before.to(x_BTC.dtype), x_BTC], dim=1)
+        parts = [row[:, start : start + tokens] for start in range(size)]
+        last = row[:, tokens:]
+        if self.segments is not None:
+            # inputs from the cache belong to the first token's document
+            number = F.pad(self.segments, (size - 1, 0))
+            parts = [
+                part * (number[:, start : start + tokens] == self.segments)[..., None]
+                for start, part in enumerate(parts)
+            ]
+            last = last * (number[:, tokens:] == number[:, -1:])[..., None]
+        self.last.append(last)
+        return parts
+
+    def conv(self, conv: ShortConv, x_BTC: Tensor) -> Tensor:
+        """A short convolution over the document's inputs."""
+        y_BTC: Tensor = conv(self.window(x_BTC, conv.size))
+        return y_BTC
+
+
+class RecurrentMixer(nn.Module):
+    """A mixer over inherited projections and the recurrence of `iskd.mixers.core`.
+
+    A subclass makes its gates in `__init__`, sets `norm` and `gate` if its output has them, and writes `streams`. A
+    `HeadNorm` then starts at the size of the copied values. With class attributes it says what it inherits:
+
+        inherits: the projections that are copied, of q, k, v and o.
+        expands: repeat the key-value heads to one per query head (for gates per head); otherwise they stay grouped.
+        notes: by name of a child or parameter, "fresh: why"; of a projection that is not there, "dropped: why".
+        exposes_matrix: whether the mixing is one matrix per head.
+
+    Args:
+        attention: what it is made from.
+        init: "copy" the attention's weights, or "random": the ablation.
+        heads: so many heads instead of the attention's: fewer are wider and hold a larger state.
+        chunk: tokens per chunk of the recurrence; changes the speed, not the result.
+        conv: tokens seen by a short convolution behind each of q, k and v; 0 = none.
+        rotary: turn q and k by their position as the attention does; nothing in a family without rotary positions.
+
+    Raises:
+        ValueError: an unknown init, heads that do not divide, a chunk below 1, a conv below 0, or rotary positions for
+            a mixer that does not inherit queries and keys.
+    """
+
+    inherits: ClassVar[str] = "qkvo"
+    expands: ClassVar[bool] = True
+    notes: ClassVar[dict[str, str]] = {}
+    exposes_matrix: ClassVar[bool] = True
 
     def __init__(
         self,
-        qkv: tuple[nn.Linear, nn.Linear, nn.Linear],
-        out: nn.Linear,
-        norms: Sequence[nn.Module],
-        head_dim: int,
+        attention: Attention,
+        *,
+        init: str = "copy",
+        heads: int | None = None,
+        chunk: int = 64,
+        conv: int = 0,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = qkv
-        self.o_proj = out
-        self.q_norm, self.k_norm = norms or (nn.Identity(), nn.Identity())
-        self.head_dim = head_dim
-        self.kv_heads = qkv[1].out_features // head_dim
+        if chunk < 1:
+            raise ValueError(f"mixer.chunk must be at least 1, got {chunk}")
+        if conv < 0:
+            raise ValueError(f"mixer.conv is a number of tokens, 0 = no short convolution, got {conv}")
+        if rotary and not {"q", "k"} <= set(self.inherits):
+            raise ValueError(
+                f"mixer.rotary=true turns the attention's queries and keys, but {type(self).__name__} has keys of its "
+                "own; set mixer.rotary=false"
+            )
+        stack = attention.stack
+        self.projections = Projections.from_attention(
+            attention.module, stack, parts=self.inherits, expand=self.expands, heads=heads, init=init
+        )
+        self.stream = stack.dims.hidden
+        self.heads, self.kv_heads = self.projections.heads, self.projections.kv_heads
+        self.head_dim, self.chunk = self.projections.head_dim, chunk
+        widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
+        self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
+        path = stack.family.rotary
+        self.rotary = Rotary(class_of(stack.base.get_submodule(path)), stack.config) if rotary and path else None
+        self.norm: nn.Module | None = None
+        self.gate: nn.Module | None = None
 
     @classmethod
-    def from_attention(cls, old_attn: nn.Module, stack: Stack) -> Projections:
-        """Copy what `old_attn` holds; heads are counted from its weights, so a slimmed block's attention will do."""
-        family = stack.family
-        inside = f"{family.attn}."
-        q, k, v = (linear(weight, bias) for weight, bias in qkv_of(old_attn, stack))
-        out = old_attn.get_submodule(family.out.removeprefix(inside))
-        names = [path.removeprefix(inside) for path in family.qk_norms]
-        norms = [copy.deepcopy(old_attn.get_submodule(name)) for name in names if hasattr(old_attn, name)]
-        return cls((q, k, v), linear(weight_of(out), getattr(out, "bias", None)), norms, stack.dims.head_dim)
+    def from_attention(cls, old_attn: nn.Module, stack: Stack, **kwargs: Any) -> Self:
+        """The mixer that stands in for `old_attn`; keywords as in the class."""
+        mixer = cls(Attention(old_attn, stack), **kwargs)
+        if isinstance(mixer.norm, HeadNorm):
+            mixer.norm.size_to(mixer.projections.get_submodule("v_proj").get_parameter("weight"))
+        return mixer
 
-    def split(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, G, R, K], keys [B, T, G, K] and values [B, T, G, V] of the normalised stream."""
-        groups = (self.kv_heads, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x_BTD).unflatten(-1, groups))
-        k = self.k_norm(self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim)))
-        return q, k, self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
+    @property
+    def report(self) -> list[str]:
+        """What is copied, fresh or dropped, and why, a line per part."""
+        missing = [f"{name}_proj" for name in "qkvo" if name not in self.inherits]
+        own = [name for name in (*self._parameters, *self._modules) if name != "projections" and self._holds(name)]
+        notes = {**_NOTES, **self.notes}
+        turned = "copied" if self.rotary else "not used: order reaches the mixer through causality and the stream"
+        names = dict.fromkeys((*missing, *own))
+        return [*self.projections.report, *(f"{name} {notes[name]}" for name in names), f"rotary {turned}"]
 
-    def out(self, o_BTGRV: Tensor) -> Tensor:
-        """Mixed values back into the stream [B, T, D]."""
-        y_BTD: Tensor = self.o_proj(o_BTGRV.flatten(2))
-        return y_BTD
+    def _holds(self, name: str) -> bool:
+        part = getattr(self, name)
+        return isinstance(part, nn.Parameter) or (isinstance(part, nn.Module) and any(True for _ in part.parameters()))
 
+    def _qkv(self) -> list[str]:
+        return [name for name in "qkv" if name in self.inherits]
 
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with copies of a weight [out, in] and a bias [out] (None = without); draws no random numbers."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(memory_format=torch.contiguous_format))
-    return layer
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
+        raise NotImplementedError
 
+    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+        """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
+        if self.norm is not None:
+            o_BTHV = self.norm(o_BTHV)
+        o_BTHV = o_BTHV.to(x_BTD.dtype)
+        return self.projections.out(o_BTHV if self.gate is None else self.gate(o_BTHV, x_BTD))
 
-def recurrence(
-    q_BTGRK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, state_BGKV: Tensor | None = None, *, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
-    """S_t = S_{t-1} + k_t v_t^T and o_t = q_t^T S_t, for all tokens, chunk by chunk.
+    def project(self, name: str, x_BTD: Tensor, context: Context) -> Tensor:
+        """Inherited queries [B, T, H, K], keys [B, T, G, K] or values [B, T, G, V] ("q", "k", "v").
 
-    Inside a chunk the tokens meet as a causal matrix, across chunks through the state (the chunkwise form, e.g.
-    arXiv 2312.06635, section 2.1): time and memory are linear in T.
+        In this order: projection, short convolution, the attention's own norm, rotary positions.
+        """
+        y_BTC = self.projections.get_submodule(f"{name}_proj")(x_BTD)
+        if name in self.convs:
+            conv = self.convs[name]
+            assert isinstance(conv, ShortConv)
+            y_BTC = context.conv(conv, y_BTC)
+        y_BTHK = self.projections.shaped(name, y_BTC)
+        if self.rotary is not None and name != "v":
+            y_BTHK = self.rotary(y_BTHK, context.positions)
+        return self.projections.regrouped(y_BTHK)
 
-    Args:
-        q_BTGRK: queries, features already mapped.
-        k_BTGK: keys, features already mapped.
-        v_BTGV: values.
-        state_BGKV: S before the first token; None = zero.
-        chunk: tokens per chunk.
+    def qkv(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """`project` of all three."""
+        q, k, v = (self.project(name, x_BTD, context) for name in "qkv")
+        return q, k, v
 
-    Returns:
-        Outputs [B, T, G, R, V] and S after the last token [B, G, K, V].
-    """
-    tokens = q_BTGRK.shape[1]
-    size = min(chunk, tokens)
-    # keys of zero add nothing to the state
-    q, k, v = (
-        F.pad(x, (0, 0) * (x.dim() - 2) + (0, -tokens % size)).unflatten(1, (-1, size))
-        for x in (q_BTGRK, k_BTGK, v_BTGV)
-    )
-    added = torch.einsum("bnjgk,bnjgv->bngkv", k, v)
-    state = torch.zeros_like(added[:, 0]) if state_BGKV is None else state_BGKV
-    before = []
-    for index in range(added.shape[1]):
-        before.append(state)
-        state = state + added[:, index]
-    pairs = torch.einsum("bnigrk,bnjgk->bngrij", q, k).tril()
-    o = torch.einsum("bngrij,bnjgv->bnigrv", pairs, v)
-    o = o + torch.einsum("bnigrk,bngkv->bnigrv", q, torch.stack(before, dim=1))
-    return o.flatten(1, 2)[:, :tokens], state
+    def mix(self, streams: Streams, context: Context, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mixed values [B, T, H, V] and the state after the last token [B, G, K, V].
+
+        With a normaliser the state has a column more: the sum of the weights is what mixing ones gives.
+        """
+        s, v = streams, streams.v
+        if s.normalizer is not None:
+            v = F.pad(v, (0, 1), value=1.0)
+        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
+        if v.shape[1] == 1:
+            o, state = core.step(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, **options)
+        else:
+            o, state = core.chunk(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, size=self.chunk, **options)
+        if s.normalizer is not None:
+            o = o[..., :-1] / s.normalizer(o[..., -1:])
+        if s.skip is not None:
+            own = s.v.repeat_interleave(s.q.shape[2] // s.v.shape[2], dim=2)
+            o = o + s.skip.to(o.dtype)[:, None] * own.to(o.dtype)
+        return o, state
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: CacheSlot | None = None,
+    ) -> Tensor:
+        """Mix the normalised stream [B, T, D]; tokens that the mask hides do not enter the state.
+
+        Raises ValueError when a mixer with rotary positions goes on from a cache and is not told the positions.
+        """
+        past = None if cache is None else cache.state()
+        if past is not None and positions is None and self.rotary is not None:
+            raise ValueError("a mixer with mixer.rotary=true needs position_ids to go on from a cache")
+        context = Context.of(x_BTD, mask, positions, past[1:] if past else ())
+        streams = self.streams(x_BTD, context).hiding(context.seen)
+        o_BTHV, state = self.mix(streams, context, past[0] if past else None)
+        if cache is not None:
+            cache.keep((state, *context.last), tokens=x_BTD.shape[1])
+        return self.finish(o_BTHV, x_BTD, streams)
+
+    def matrix(self, x_BTD: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """M [B, H, T, T] with `mix`'s output = M @ values: what a pass over [B, T, D] multiplies the values with.
+
+        Normalised and with `skip` on the diagonal; quadratic in T. Raises ValueError when the mixer has none.
+        """
+        if not self.exposes_matrix:
+            raise ValueError(f"{type(self).__name__} has no mixing matrix per head; align its outputs instead")
+        context = Context.of(x_BTD, mask, positions)
+        s = self.streams(x_BTD, context).hiding(context.seen)
+        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
+        weights: Tensor = core.matrix(s.q, s.k, s.g, s.beta, **options)
+        if s.normalizer is not None:
+            weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
+        if s.skip is not None:
+            weights = weights + torch.diag_embed(s.skip.to(weights.dtype)[:, None].expand(-1, weights.shape[-1]))
+        return weights

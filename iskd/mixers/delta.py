@@ -1,0 +1,64 @@
+"""What the mixers with a delta rule share: activated and normalised queries and keys, and beta.
+
+    q_t, k_t = phi(conv(W x_t)) / |phi(conv(W x_t))|,  v_t = phi(conv(W x_t)),  beta_t = sigmoid(w_b x_t + b)
+    S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = K^-1/2 q_t^T S_t
+
+phi is SiLU, as published (arXiv 2406.06484, section 3.3). Behind a copied projection it is no identity: near x / 2 for
+small x, a factor that the normalisation of q and k and the norm of the output remove, it flattens negative numbers as
+they grow. `activation=identity` leaves the copies whole. The convolutions start as the identity, beta at 1/2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
+from iskd.mixers.gates import activation_of, widen
+from iskd.mixers.parts import HeadNorm, gate_proj
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class DeltaMixer(RecurrentMixer):
+    """A mixer with a delta rule over inherited projections and an RMS norm per head. Its state is [B, H, K, V], fp32.
+
+    Args:
+        attention: what it is made from.
+        activation: of q, k and v, "silu" or "identity".
+        conv, rotary, **common: as in `RecurrentMixer`.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    notes: ClassVar[dict[str, str]] = {
+        "beta": "fresh: attention has no delta rule; starts near 1/2",
+        "decay": "fresh: attention does not forget; starts near 1",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        activation: str = "silu",
+        conv: int = 4,
+        rotary: bool = False,
+        **common: Unpack[Basics],
+    ) -> None:
+        super().__init__(attention, conv=conv, rotary=rotary, **common)
+        self.activation = activation_of(activation)
+        self.beta = gate_proj(self.stream, self.heads)
+        self.norm = HeadNorm(self.heads, self.head_dim)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """Queries and keys of length 1, values, and beta; without decay."""
+        q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
+        # in the wide dtype, because a sum of squares is; back, because the kernels want half precision
+        q, k = (F.normalize(widen(x), dim=-1, eps=1e-6).to(v.dtype) for x in (q, k))
+        beta = torch.sigmoid(widen(self.beta(x_BTD)))
+        return Streams(q, k, v, beta=beta, scale=self.head_dim**-0.5)

@@ -1,0 +1,73 @@
+"""HGRN2 (arXiv 2404.07904, section 3): a gated recurrence over outer products, its key what the forget gate gives up.
+
+    S_t = diag(f_t) S_{t-1} + (1 - f_t) i_t^T,  f_t = l + (1 - l) sigmoid(W_f x_t + b)      o_t = K^-1/2 silu(q_t)^T S_t
+    y_t = W_o RMSNorm_h(o_t)
+
+Copied: q, v as the input i (key-value heads repeated) and o; attention's keys have no place. Fresh: the forget gate and
+its lower bound l in (0, 1), learned per channel. The published bounds grow with the depth through a softmax over all
+layers; a layer that is converted alone has no others to share with, so all start at `lower_bound`. The gate starts at
+exp(-1 / memory), near 1: the state is a slow moving average of the values, whose size the norm restores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
+from iskd.mixers.parts import HeadNorm, gate_proj
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class HGRN2(RecurrentMixer):
+    """HGRN2 over inherited queries, values and output. Its state is [B, H, K, V], fp32.
+
+    Args:
+        attention: what it is made from.
+        lower_bound: where the lower bound of the forget gate starts, in (0, 1).
+        memory: tokens after which a fresh gate has forgotten all but 1/e.
+        **common: as in `RecurrentMixer`, `rotary` excepted.
+
+    Raises:
+        ValueError: a lower bound outside (0, 1), or a memory too short for it.
+    """
+
+    inherits: ClassVar[str] = "qvo"
+    notes: ClassVar[dict[str, str]] = {
+        "k_proj": "dropped: the key is 1 - forget gate",
+        "forget": "fresh: attention does not forget; starts near 1",
+        "bound": "fresh: the forget gate's lower bound, before its sigmoid",
+    }
+
+    def __init__(
+        self, attention: Attention, *, lower_bound: float = 0.5, memory: float = 256.0, **common: Unpack[Common]
+    ) -> None:
+        super().__init__(attention, **common)
+        if not 0 < lower_bound < 1:
+            raise ValueError(f"mixer.lower_bound must be in (0, 1), got {lower_bound}")
+        start = math.exp(-1 / memory) if memory > 0 else 0.0
+        if start <= lower_bound:
+            raise ValueError(
+                f"mixer.memory={memory} tokens ask for a forget gate of {start:.3f}, which is not above "
+                f"mixer.lower_bound={lower_bound}; raise the memory or lower the bound"
+            )
+        width = self.heads * self.head_dim
+        self.forget = gate_proj(self.stream, width, bias=math.log((start - lower_bound) / (1 - start)))
+        self.bound = nn.Parameter(torch.full((width,), math.log(lower_bound / (1 - lower_bound))))
+        self.norm = HeadNorm(self.heads, self.head_dim)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """Queries, values, log decays and the keys that follow from them."""
+        q, v = self.project("q", x_BTD, context), self.project("v", x_BTD, context)
+        logits = self.forget(x_BTD)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        # 1 - f = (1 - l) (1 - sigmoid(z)), without the cancellation
+        key = torch.sigmoid(-self.bound.to(wide)) * torch.sigmoid(-logits.to(wide))
+        key = key.unflatten(-1, (self.heads, self.head_dim))
+        return Streams(F.silu(q), key.to(q.dtype), v, g=torch.log1p(-key), scale=self.head_dim**-0.5)

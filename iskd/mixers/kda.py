@@ -1,0 +1,72 @@
+"""Kimi Delta Attention (arXiv 2510.26692, section 3): the delta rule with a decay per key channel.
+
+    S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T        o_t = K^-1/2 q_t^T S_t
+    log a_t = -exp(A_log) softplus(W_2 W_1 x_t + dt_bias)
+    y_t = W_o (RMSNorm_h(o_t) * sigmoid(U_2 U_1 x_t + b_g))
+
+with q and k of length 1 (`iskd.mixers.delta`, which says what the SiLU in front of them does to the copies). Copied: q,
+k, v (key-value heads repeated, as each head has its own gates) and o. Fresh: beta, which starts at 1/2; the decays, at
+exp(-1 / memory), near 1; the output gate, at 0.95; the short convolutions, as the identity; the norm. Both W and U go
+through `rank` channels, the width of a head as published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from iskd.mixers.base import Attention, Basics, Context, Streams
+from iskd.mixers.delta import DeltaMixer
+from iskd.mixers.gates import SoftplusDecay, widen
+from iskd.mixers.parts import gate_proj
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class KDA(DeltaMixer):
+    """Kimi Delta Attention over inherited projections. Its state is that of Gated DeltaNet.
+
+    Args:
+        attention: what it is made from.
+        rank: channels through which the decays and the output gate are computed; None = the width of a head.
+        memory: tokens after which a fresh decay has forgotten all but 1/e.
+        activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
+
+    Raises:
+        ValueError: an unknown activation or a memory that is not positive.
+    """
+
+    notes: ClassVar[dict[str, str]] = {
+        **DeltaMixer.notes,
+        "out_gate": "fresh: attention has no output gate; it starts open",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        rank: int | None = None,
+        memory: float = 256.0,
+        activation: str = "silu",
+        conv: int = 4,
+        rotary: bool = False,
+        **common: Unpack[Basics],
+    ) -> None:
+        super().__init__(attention, activation=activation, conv=conv, rotary=rotary, **common)
+        rank, width = rank or self.head_dim, self.heads * self.head_dim
+        self.decay = SoftplusDecay(self.stream, self.heads, self.head_dim, rank=rank, memory=memory)
+        self.out_gate = gate_proj(self.stream, width, rank=rank, bias=3.0)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """Those of the delta rule with a log decay per key channel."""
+        return replace(super().streams(x_BTD, context), g=self.decay(x_BTD))
+
+    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+        """Norm, sigmoid gate and output projection."""
+        gate = torch.sigmoid(widen(self.out_gate(x_BTD))).unflatten(-1, o_BTHV.shape[2:])
+        assert self.norm is not None
+        return self.projections.out((self.norm(o_BTHV) * gate).to(x_BTD.dtype))

@@ -1,0 +1,86 @@
+"""Mamba-2 (arXiv 2405.21060, section 7): a state space model with one decay per head, as gated linear attention.
+
+    S_t = a_t S_{t-1} + dt_t B_t x_t^T,  dt_t = softplus(w_dt u_t + dt_bias),  log a_t = -exp(A_log) dt_t
+    o_t = K^-1/2 C_t^T S_t + D x_t
+    y_t = W_o RMSNorm_h(o_t * silu(W_z u_t + b_z))
+
+C, B, x = phi(conv(W u_t)) are copied from q, k, v (arXiv 2408.10189, 2408.15237; key-value heads repeated, as each head
+has its own decay) and W_o from o, so every head has its own B and C and widths are the teacher's; the published model
+shares one B and C of 128 among heads of 64. dt goes with B here, so that the values that are mixed are x.
+
+Fresh: dt, which starts at 1, so that every token is written as it is; A_log, so that the decay starts at
+exp(-1 / memory), near 1; D, at 0, as attention has no path around the state (published: 1); the gate, at 1; the short
+convolutions, as the identity; the norm, after the gate. phi is SiLU, as published: near x / 2 for small x, a factor
+that the norm removes, but it flattens negative numbers as they grow. `activation=identity` leaves the copies whole, as
+MOHAWK does (arXiv 2408.10189). K^-1/2 is attention's; the published model has none, the norm removes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
+from iskd.mixers.gates import activation_of, inverse_softplus, widen
+from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Mamba2(RecurrentMixer):
+    """Mamba-2 over inherited projections. Its state is [B, H, K, V], fp32, and the convolutions' last inputs.
+
+    Args:
+        attention: what it is made from.
+        activation: of C, B and x, "silu" or "identity".
+        memory: tokens after which a fresh decay has forgotten all but 1/e.
+        conv, rotary, **common: as in `RecurrentMixer`.
+
+    Raises:
+        ValueError: an unknown activation or a memory that is not positive.
+    """
+
+    notes: ClassVar[dict[str, str]] = {
+        "dt": "fresh: attention has no step size; starts near 1",
+        "A_log": "fresh: attention does not forget; the decay starts near 1",
+        "D": "fresh: attention has no path around its state; starts at 0",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        activation: str = "silu",
+        memory: float = 256.0,
+        conv: int = 4,
+        rotary: bool = False,
+        **common: Unpack[Basics],
+    ) -> None:
+        super().__init__(attention, conv=conv, rotary=rotary, **common)
+        if memory <= 0:
+            raise ValueError(f"mixer.memory must be positive, got {memory}")
+        self.activation = activation_of(activation)
+        self.dt = gate_proj(self.stream, self.heads, bias=inverse_softplus(1.0))
+        self.A_log = nn.Parameter(torch.full((self.heads,), -math.log(memory)))
+        self.D = nn.Parameter(torch.zeros(self.heads))
+        self.norm = HeadNorm(self.heads, self.head_dim)
+        self.gate = OutputGate(self.stream, self.heads * self.head_dim)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """C, dt B and x as queries, keys and values; a log decay per head; D."""
+        q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
+        dt = F.softplus(widen(self.dt(x_BTD)))
+        g = -self.A_log.to(dt.dtype).exp() * dt
+        k = (widen(k) * dt[..., None]).to(k.dtype)
+        return Streams(q, k, v, g=g, scale=self.head_dim**-0.5, skip=self.D)
+
+    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+        """Gate, then norm, then output projection."""
+        assert self.norm is not None
+        assert self.gate is not None
+        return self.projections.out(self.norm(self.gate(o_BTHV, x_BTD)).to(x_BTD.dtype))

@@ -1,0 +1,108 @@
+"""RWKV-6 "Finch" (arXiv 2404.05892, section 4): a decay per key channel, and a bonus for the present token.
+
+    S_t = diag(w_t) S_{t-1} + k_t v_t^T,  w_t = exp(-exp(b_w + B_w tanh(A_w x^w_t)))
+    o_t = K^-1/2 r_t^T (S_{t-1} + diag(u) k_t v_t^T)
+    y_t = W_o (LayerNorm_h(o_t) * silu(W_g x^g_t + b_g))
+
+and, with `token_shift`, every projection has its own mix of the token and the one before (x_0 = 0):
+
+    x^c_t = x_t + (x_{t-1} - x_t) (m_c + B_c tanh(A_c (x_t + (x_{t-1} - x_t) m)))        c = r, w, k, v, g
+
+Copied: r from q, k, v (key-value heads repeated, as each head has its own decays) and o. Fresh: the decays, which start
+at exp(-1 / memory), near 1; the bonus u, at 1: the present token counts as the others do; the gate, at 1; the norm; the
+shift, near none (m = 0). It is off unless asked for: RADLADS (arXiv 2505.03005) finds it neutral. K^-1/2 is
+attention's; the published model has none, the norm removes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
+from iskd.mixers.gates import widen
+from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SHIFTED = "rwkvg"
+
+
+class TokenShift(nn.Module):
+    """The five mixes of a token and the one before it; see the module."""
+
+    def __init__(self, stream: int, rank: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.zeros(stream))
+        self.outer = nn.Parameter(torch.zeros(len(SHIFTED), stream))
+        self.down = nn.Linear(stream, len(SHIFTED) * rank, bias=False)
+        # not zero, so that `down` gets a gradient from the first step
+        self.up = nn.Parameter(0.01 * torch.randn(len(SHIFTED), rank, stream))
+
+    def forward(self, before_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
+        """The inputs of r, w, k, v and g, each [B, T, D]."""
+        back = before_BTD - x_BTD
+        low = torch.tanh(self.down(x_BTD + back * self.inner)).unflatten(-1, (len(SHIFTED), -1))
+        mixes = self.outer + torch.einsum("btcr,crd->btcd", low, self.up)
+        return {name: (x_BTD + back * mix).to(x_BTD.dtype) for name, mix in zip(SHIFTED, mixes.unbind(2), strict=True)}
+
+
+class RWKV6(RecurrentMixer):
+    """RWKV-6 over inherited projections. Its state is [B, H, K, V], fp32, and with a shift the last token's stream.
+
+    Args:
+        attention: what it is made from.
+        rank: channels through which the decays are computed.
+        memory: tokens after which a fresh decay has forgotten all but 1/e.
+        token_shift: mix every token with the one before.
+        shift_rank: channels through which each of the five mixes is computed.
+        **common: as in `RecurrentMixer`.
+
+    Raises:
+        ValueError: a memory that is not positive.
+    """
+
+    notes: ClassVar[dict[str, str]] = {
+        "decay": "fresh: attention does not forget; starts near 1",
+        "bonus": "fresh: attention has no bonus on the present token; starts at 1, which is none",
+        "shift": "fresh: attention has no token shift; starts near none",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        rank: int = 64,
+        memory: float = 256.0,
+        token_shift: bool = False,
+        shift_rank: int = 32,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(attention, **common)
+        if memory <= 0:
+            raise ValueError(f"mixer.memory must be positive, got {memory}")
+        width = self.heads * self.head_dim
+        self.decay = nn.Sequential(
+            nn.Linear(self.stream, rank, bias=False), nn.Tanh(), gate_proj(rank, width, bias=-math.log(memory))
+        )
+        self.bonus = nn.Parameter(torch.ones(self.heads, self.head_dim))
+        self.shift = TokenShift(self.stream, shift_rank) if token_shift else None
+        self.norm = HeadNorm(self.heads, self.head_dim, centre=True)
+        self.gate = OutputGate(self.stream, width)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """Receptance, keys and values, a log decay per key channel and the bonus; the gate's input."""
+        shifted = dict.fromkeys(SHIFTED, x_BTD)
+        if self.shift is not None:
+            shifted = self.shift(*context.window(x_BTD, 2))
+        r, k, v = (self.project(name, shifted[source], context) for name, source in zip("qkv", "rkv", strict=True))
+        g = -widen(self.decay(shifted["w"])).exp().unflatten(-1, (self.heads, self.head_dim))
+        return Streams(r, k, v, g=g, scale=self.head_dim**-0.5, bonus=self.bonus, extra=(shifted["g"],))
+
+    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+        """Norm, gate by its own mix of tokens, output projection."""
+        return super().finish(o_BTHV, streams.extra[0], streams)
