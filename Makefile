@@ -80,11 +80,13 @@ format: $(SETUP) ## format and fix what can be fixed
 	@$(PY) -m ruff format --quiet .
 	@$(PY) -m ruff check --fix --quiet .
 
+# Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
+LOCKED = gguf data tensorboard slurm
 # Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
 # that pip knows, and writes neither it nor an index into the file.
 lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 	@$(PY) -m pip install $(PIP_QUIET) uv
-	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(PY) -m uv pip compile pyproject.toml --all-extras --group dev \
+	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(PY) -m uv pip compile pyproject.toml $(LOCKED:%=--extra %) --group dev \
 		--universal --python-version 3.10 --no-python-downloads --generate-hashes --quiet \
 		--no-emit-package torch --no-emit-find-links --no-header \
 		-o requirements.lock $(ARGS)

@@ -24,7 +24,7 @@ from iskd import checkpoint, sharding, surgery
 from iskd.data import TextData
 from iskd.deciding import Importance, decide, history_of
 from iskd.distributed import Ranks, rewrap, whole_device
-from iskd.editing import back_to, carry_out
+from iskd.editing import back_to, carry_out, settle
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
 from iskd.module import DistillModule
 from iskd.movement import MovementCheck, require_moved
@@ -32,9 +32,9 @@ from iskd.optim import (
     check_partition,
     load_optimizer_tensors,
     make_optimizer,
-    new_parameters,
     optimizer_tensors,
     regroup,
+    watched_parameters,
 )
 from iskd.options import RunOptions
 from iskd.plan import Stage
@@ -164,7 +164,7 @@ class CompressionCallback(Callback):
         if carried is not None:
             self._settle_edit(trainer, module)
         elif state.edited and state.stage is not None:
-            self._movement.watch(module.student, new_parameters(module.student, state.record, state.stage))
+            self._movement.watch(module.student, watched_parameters(module.student, state.record, state.stage))
         self._begin(trainer, module)
 
     def _begin(self, trainer: L.Trainer, module: DistillModule) -> None:
@@ -216,7 +216,7 @@ class CompressionCallback(Callback):
         assert stage is not None
         module.stage_number = len(state.finished) + 1
         check_partition(trainer.optimizers[0], module.student)
-        self._movement.watch(module.student, new_parameters(module.student, state.record, stage))
+        self._movement.watch(module.student, watched_parameters(module.student, state.record, stage))
         self._steps, self._train_speed = 0, None
         if self.options.measure_before and stage.edits:
             quality = self._measure(trainer, module)
@@ -234,7 +234,7 @@ class CompressionCallback(Callback):
         module, stage = cast(DistillModule, pl_module), cast(Stage, self.state.stage)
         module.steps = self.state.steps + self._steps
         module.lr_scale = module.optim.scale(
-            self._steps, self._stage_steps(trainer, stage), self.state.steps, self.state.total_steps
+            self._steps, self._stage_steps(trainer, stage), self.state.steps, self.state.total_steps, stage.shape
         )
 
     def on_before_optimizer_step(
@@ -288,7 +288,9 @@ class CompressionCallback(Callback):
     def _end(self, trainer: L.Trainer, module: DistillModule) -> None:
         state, stage = self.state, self.state.stage
         assert stage is not None
+        settle(module, trainer.optimizers[0])
         quality = self._measure(trainer, module)
+        state.events += module.alignment()
         if state.tournament is not None:
             self._judge(trainer, module, state.tournament, quality["kl"])
             return

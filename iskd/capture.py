@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from iskd.arch import Stack
 
 
-def _state(output: Any) -> Tensor:
+def state_of(output: Any) -> Tensor:
+    """What a block or an attention returns first: its state [B, T, D]."""
     state = output[0] if isinstance(output, tuple) else output
     assert isinstance(state, Tensor)
     return state
@@ -56,7 +59,7 @@ def capture(stack: Stack, layers: Sequence[int], wanted: Collection[int]) -> Ite
 
     def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            states[layer] = _state(output)
+            states[layer] = state_of(output)
 
         return hook
 
@@ -107,7 +110,7 @@ class Trace:
     def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
         """Call `block` as the host called the block at `position`, with another input stream."""
         args, kwargs = self._calls[position]
-        return _state(block(h_BTD, *args, **kwargs))
+        return state_of(block(h_BTD, *args, **kwargs))
 
 
 def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], input_ids: Tensor) -> dict[int, Tensor]:
@@ -124,3 +127,70 @@ def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], i
         finally:
             handle.remove()
     return states
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a host called one of its modules, the stream included."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def stream(self) -> Tensor:
+        """The stream that went in [B, T, D]; hosts pass it first or by its name."""
+        stream: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return stream
+
+
+@torch.no_grad()
+def follow(
+    stack: Stack,
+    input_ids: Tensor,
+    spans: Sequence[tuple[nn.Module, nn.Module]],
+    visit: Callable[[int, Call, Any], None],
+) -> None:
+    """Run `stack` on `input_ids` [B, T] and visit stretches of it while it runs, so that nothing is kept for later.
+
+    Args:
+        stack: the model to read; the pass ends with the last span.
+        input_ids: windows.
+        spans: a first and a last module each, in the order of the pass; they may be the same module.
+        visit: called right after a span's last module with the span's index, the call of its first module and the
+            output of its last one. Gradients are off.
+    """
+    begun: dict[int, Call] = {}
+
+    def begin(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            begun[index] = Call(args, kwargs)
+
+        return hook
+
+    def end(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            visit(index, begun.pop(index), output)
+            if index == len(spans) - 1:
+                _stop(stack)
+
+        return hook
+
+    handles = [first.register_forward_pre_hook(begin(i), with_kwargs=True) for i, (first, _) in enumerate(spans)]
+    handles += [last.register_forward_hook(end(i)) for i, (_, last) in enumerate(spans)]
+    try:
+        with suppress(_Enough):
+            stack.last_hidden(input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention_weights(stack: Stack) -> Iterator[None]:
+    """Inside the context attentions return their weights [B, H, T, T] second: softmax written out, masks with it."""
+    before = stack.config._attn_implementation
+    stack.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        stack.config._attn_implementation = before

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch import distributed as dist
 
 from iskd import sharding
+from iskd.lora import IN_SHARDS
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -35,12 +36,13 @@ def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_strategy(strategy: Strategy, *, edits: bool = True) -> None:
+def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = False) -> None:
     """Refuse strategies under which an edited model would train wrongly or get lost.
 
     Args:
         strategy: the trainer's.
         edits: whether the running model will be edited in this process.
+        adapters: whether a stage trains adapters (schedule.train=lora).
 
     Raises:
         ValueError: with the reason and the alternative.
@@ -48,6 +50,8 @@ def check_strategy(strategy: Strategy, *, edits: bool = True) -> None:
     if isinstance(strategy, SingleDeviceStrategy):
         return
     if isinstance(strategy, FSDP2Strategy):
+        if adapters:
+            raise ValueError(IN_SHARDS)
         if edits and sharding.UNTESTED is not None:
             raise ValueError(
                 f"trainer=fsdp edits sharded models through private parts of torch, and {sharding.UNTESTED}; "

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from iskd import checkpoint, sharding, surgery
+from iskd import checkpoint, lora, sharding, surgery
 from iskd.arch import Stack
 from iskd.fit import Fitted, warm_start
 from iskd.module import DistillModule
-from iskd.optim import regroup
+from iskd.optim import new_parameters, regroup
 from iskd.plan import Record, Stage
 
 
@@ -45,9 +46,31 @@ def carry_out(
         with forward_context():
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
     sharding.freeze(student, origin, optimizer)
+    adapt(student, record, stage)
     module.record, module.stage = record, stage
     regroup(optimizer, student, record, stage)
     return fitted
+
+
+def adapt(student: PreTrainedModel, record: Record, stage: Stage) -> None:
+    """Attach the adapters of a stage that trains them; nothing for any other.
+
+    Raises ValueError when they cannot be attached, or would not move.
+    """
+    if stage.train != "lora":
+        return
+    if stage.tokens and not stage.lr:
+        raise ValueError(
+            f"schedule.lr=0 in stage {stage.name!r}: the adapters of schedule.train=lora train at this rate"
+        )
+    lora.attach(student, record, stage.lora, new_parameters(student, record, stage))
+
+
+def settle(module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
+    """Merge the adapters at the end of a stage, so that scores, edits and checkpoints see a plain student."""
+    if lora.merge(module.student):
+        module.stage = lora.merged(module.stage)
+        regroup(optimizer, module.student, module.record, module.stage)
 
 
 def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, stage: Stage) -> Record:
@@ -63,7 +86,7 @@ def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer,
     module.student = surgery.rebuild(module.teacher, record).train()
     nn.Module.to(module.student, device)
     module.configure_model()
-    module.record, module.stage = record, stage
-    regroup(optimizer, module.student, record, stage)
+    module.record, module.stage = record, lora.merged(stage)
+    regroup(optimizer, module.student, record, module.stage)
     checkpoint.restore(path, module.student, optimizer, rng=False)
     return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import lightning as L
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd import sharding
+from iskd.align import align
 from iskd.arch import Stack
 from iskd.capture import capture
 from iskd.distributed import Ranks
@@ -26,10 +27,14 @@ from iskd.signals import IGNORE, Signals
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one pure step gives: the loss with its gradient, and every term's detached mean for the logs."""
+    """What one pure step gives: the loss with its gradient, and every term's detached mean for the logs.
+
+    `by_layer` are the detached values by layer of an objective that has them.
+    """
 
     loss: Tensor
     parts: Mapping[str, Tensor]
+    by_layer: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def next_tokens(input_ids: Tensor) -> Tensor:
@@ -79,6 +84,7 @@ class DistillModule(L.LightningModule):
         self.skipped = False  # whether the step just made was skipped, on every rank
         self.stopping = False  # whether a rank was asked to stop, on every rank
         self._finite: Tensor | None = None
+        self._by_layer: Mapping[int, Tensor] = {}
         self._teacher_cache: dict[int, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -111,6 +117,8 @@ class DistillModule(L.LightningModule):
 
     def step(self, input_ids: Tensor) -> StepResult:
         """Loss of windows [B, T]: a pure function of weights and batch."""
+        if self.stage.objective != "loss":
+            return self._align(self.stage.objective, input_ids)
         wanted = self._wanted()
         student = self.signals(self.student, input_ids, self.record.layers, wanted)
         teacher = None
@@ -131,6 +139,12 @@ class DistillModule(L.LightningModule):
             softcap=stack.softcap,
         )
         return StepResult(loss, parts)
+
+    def _align(self, objective: str, input_ids: Tensor) -> StepResult:
+        """The step of a stage that aligns layers: the sum over them is minimised, their mean logged."""
+        aligned = align(objective, self.student, self.teacher, self.record, input_ids)
+        mean = torch.stack(list(aligned.by_layer.values())).mean()
+        return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
 
     def _wanted(self) -> set[int]:
         """Layers whose states the losses compare."""
@@ -163,6 +177,7 @@ class DistillModule(L.LightningModule):
         result = self.step(batch["input_ids"])
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
+        self._by_layer = result.by_layer
         self._log(result)
         return result.loss
 
@@ -172,6 +187,12 @@ class DistillModule(L.LightningModule):
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
         self.log_dict({**values, **rates, **place}, on_step=True, on_epoch=False)
+
+    def alignment(self) -> list[str]:
+        """A sentence on how far each layer was from the teacher's in the latest step; none in a stage without."""
+        values, self._by_layer = self._by_layer, {}
+        listed = ", ".join(f"{layer}: {float(value):.4g}" for layer, value in values.items())
+        return [f"{self.stage.objective} by layer in the last step: {listed}"] if values else []
 
     def where(self) -> str:
         """The place of the step in progress, for messages."""

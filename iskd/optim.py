@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd import lora
+from iskd.align import reachable
 from iskd.arch import Stack
-from iskd.plan import Convert, Record, Replace, Stage
+from iskd.plan import SHAPES, TRAIN, Convert, Record, Replace, Stage
 from iskd.sharding import like
 
 
@@ -31,7 +33,7 @@ class OptimSpec:
         betas, weight_decay, eps: of AdamW (decoupled decay; matrices only, not norms and biases).
         clip: largest gradient norm; None = no clipping.
         warmup: share of a stage in which its rates rise from their first step to full, in [0, 1).
-        decay: `constant`, `linear` or `cosine`.
+        decay: `constant`, `linear`, `cosine`, or `wsd`: constant, and linear in the last tenth.
         decay_over: `run` decays once over all tokens, `stage` in every stage anew.
         end: share of the rate that is left at the end, in [0, 1].
     """
@@ -47,8 +49,8 @@ class OptimSpec:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"optim.decay={self.decay!r}: choose constant, linear or cosine")
+        if self.decay not in SHAPES[1:]:
+            raise ValueError(f"optim.decay={self.decay!r}: choose constant, linear, cosine or wsd")
         if self.decay_over not in ("run", "stage"):
             raise ValueError(f"optim.decay_over={self.decay_over!r}: choose run or stage")
         if not 0 <= self.warmup < 1 or not 0 <= self.end <= 1:
@@ -58,7 +60,7 @@ class OptimSpec:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"optim.clip must be positive or null, got {self.clip}")
 
-    def scale(self, step: int, stage_steps: int, before: int, total: int) -> float:
+    def scale(self, step: int, stage_steps: int, before: int, total: int, shape: str = "") -> float:
         """Factor on a stage's learning rates, in (0, 1].
 
         Args:
@@ -66,13 +68,18 @@ class OptimSpec:
             stage_steps: optimizer steps of this stage.
             before: optimizer steps of earlier stages.
             total: optimizer steps of the whole run as planned.
+            shape: falls over this stage, in the place of `decay` and `decay_over`; "" = as they say.
         """
         ramp = min(1.0, (step + 1) / (math.ceil(self.warmup * stage_steps) + 1))
         done, length = (
-            (step, stage_steps) if self.decay_over == "stage" else (before + step, max(total, before + stage_steps))
+            (step, stage_steps)
+            if shape or self.decay_over == "stage"
+            else (before + step, max(total, before + stage_steps))
         )
         x = done / max(length, 1)
-        fall = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[self.decay]
+        falls = {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}
+        falls["wsd"] = min(1.0, 10 * (1 - x))
+        fall = falls[shape or self.decay]
         return ramp * (self.end + (1 - self.end) * fall)
 
 
@@ -87,6 +94,11 @@ def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list
     return [p for part in (*_blocks(model, record, replaced), *mixers) for p in part.parameters()]
 
 
+def watched_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
+    """What must move in the first steps after this stage's edits: the new parameters, and adapters."""
+    return [*new_parameters(model, record, stage), *(lora.adapters(model) if stage.edits else ())]
+
+
 def _blocks(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Module]:
     wanted = set(layers)
     return [block for layer, block in zip(record.layers, Stack(model).layers, strict=True) if layer in wanted]
@@ -99,9 +111,11 @@ def _of_layers(model: PreTrainedModel, record: Record, layers: Iterable[int]) ->
 def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
     """What the stage trains, by identity and never by name prefix, in the module's order.
 
+    What its objective cannot reach stays frozen: it would get no gradient, and decay all the same.
     Raises ValueError when the choice matches nothing.
     """
-    everything = list(model.parameters())
+    reached = reachable(model, record, stage.objective)
+    everything = [p for p in model.parameters() if id(p) in reached]
     if stage.train == "all":
         return everything
     touched = {edit.layer for edit in stage.edits}
@@ -111,20 +125,24 @@ def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.P
         chosen = new_parameters(model, record, stage)
     elif stage.train == "adjacent":
         chosen = _of_layers(model, record, touched | _neighbours(record, touched))
+    elif stage.train == "lora":
+        chosen = [*lora.adapters(model), *new_parameters(model, record, stage)]
     else:
         try:
             pattern = re.compile(stage.train)
         except re.error as error:
             raise ValueError(
-                f"schedule.train={stage.train!r} is neither all/edited/new/adjacent nor a regular expression: {error}"
+                f"schedule.train={stage.train!r} is neither {'/'.join(TRAIN)} nor a regular expression: {error}"
             ) from None
         chosen = [p for name, p in model.named_parameters() if pattern.search(name)]
-    if not chosen:
-        raise ValueError(
-            f"schedule.train={stage.train!r} matches no parameter of stage {stage.name!r}; nothing would train"
-        )
     ids = {id(p) for p in chosen}
-    return [p for p in everything if id(p) in ids]
+    found = [p for p in everything if id(p) in ids]
+    if not found:
+        raise ValueError(
+            f"schedule.train={stage.train!r} matches no parameter of stage {stage.name!r} that its objective "
+            f"({stage.objective}) can train; nothing would train"
+        )
+    return found
 
 
 def _neighbours(record: Record, touched: set[int]) -> set[int]:
@@ -150,7 +168,8 @@ def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
 def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
     """Give the groups what the stage trains: what this stage's edits put in is `new`, the rest `base`; matrices decay.
 
-    Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left.
+    Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left; beside
+    adapters, that of all that are frozen, since memory is what they are for.
     """
     chosen = {id(p) for p in trainable(model, record, stage)}
     fresh = {id(p) for p in new_parameters(model, record, stage)}
@@ -159,7 +178,8 @@ def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Re
     for parameter in model.parameters():
         parameter.grad = None
         parameter.requires_grad_(id(parameter) in chosen)
-        alive.add(id(parameter))
+        if id(parameter) in chosen or stage.train != "lora":
+            alive.add(id(parameter))
         if id(parameter) in chosen:
             groups["new" if id(parameter) in fresh else "base", parameter.dim() > 1].append(parameter)
     for group in optimizer.param_groups:

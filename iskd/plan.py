@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iskd.lora_spec import LoraSpec
+
 Json = dict[str, Any]
 
 # What a file may ask for at most. A real plan stays far below; a forged one must not cost memory or hours.
@@ -29,7 +31,9 @@ _MAX_NAME = 256
 _MAX_SIZE = 1_000_000
 _MAX_VALUES = 1_000
 _MAX_WAYS = 500_000
-TRAIN = ("all", "edited", "new", "adjacent")
+TRAIN = ("all", "edited", "new", "adjacent", "lora")
+OBJECTIVES = ("loss", "matrix", "mixer_output", "hidden")
+SHAPES = ("", "constant", "linear", "cosine", "wsd")
 
 # Only classes below these prefixes are ever imported by name from a record. A user who ships blocks of their own
 # extends the list in code (`iskd.plan.allow("mypackage.blocks.")`), never from the file that is being read.
@@ -185,10 +189,15 @@ class Stage:
         edits: applied in order at the start of the stage.
         tokens: training tokens of this stage over all ranks (0 = edit only).
         train: which parameters train: `all`, `edited` (every edited layer so far), `new` (this stage's edits),
-            `adjacent` (this stage's edits and the surviving neighbours), or a regular expression on parameter names.
+            `adjacent` (this stage's edits and the surviving neighbours), `lora` (adapters of low rank, merged at the
+            end of the stage, and this stage's new blocks), or a regular expression on parameter names.
         lr: learning rate of everything that trains but the new blocks.
         lr_new: learning rate of the blocks and mixers that this stage inserts.
         fit: fit the inserted blocks to the replaced ones on calibration tokens before training.
+        lora: the adapters of `train=lora`.
+        objective: what training minimises: the configured `loss` terms, or layer by layer on the teacher's own inputs
+            (`iskd.align`) the distance of mixing `matrix`, `mixer_output` or the block's `hidden` output.
+        shape: how the rates of this stage fall, see `iskd.optim.OptimSpec.decay`; "" = as configured there.
     """
 
     name: str
@@ -198,6 +207,9 @@ class Stage:
     lr: float = 1e-4
     lr_new: float = 3e-4
     fit: bool = True
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    objective: str = "loss"
+    shape: str = ""
 
 
 def to_json(value: Spec | Edit | Record | Stage) -> Json:
@@ -342,7 +354,11 @@ def stage_from_json(data: Mapping[str, Any]) -> Stage:
         raise ValueError(f"{where}: fit must be true or false, got {values['fit']!r:.80}")
     if _text(values.get("train", "all"), f"{where}: train", _MAX_NAME) not in TRAIN:
         _pattern(values.get("train", "all"), f"{where}: train")
+    for key, known in (("objective", OBJECTIVES), ("shape", SHAPES)):
+        if _text(values.get(key, known[0]), f"{where}: {key}", _MAX_NAME) not in known:
+            raise ValueError(f"{where}: {key} must be one of {known}, got {values[key]!r:.80}")
     values["edits"] = tuple(map(edit_from_json, _edits(values, where)))
+    values["lora"] = LoraSpec.of(values.get("lora", {}))
     return Stage(**values)
 
 

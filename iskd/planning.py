@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd import surgery
+from iskd import align, surgery
 from iskd.distributed import Ranks
 from iskd.module import DistillModule, clock
 from iskd.plan import Json, Record, Stage, to_json
@@ -60,6 +60,7 @@ def plan_rows(
     rows: list[Json] = [_row("teacher", model, 0, 0.0, None)]
     for stage, trained in zip(stages, tokens, strict=True):
         record = surgery.apply(model, record, stage.edits)
+        align.check(model, record, stage)
         rows.append(_row(stage.name, model, trained, trained * seconds_per_token, stage))
     return rows
 
@@ -92,6 +93,7 @@ def announce(
     module: DistillModule, plan: Sequence[Stage], tokens: Sequence[int], windows: Tensor, ranks: Ranks, run_dir: Path
 ) -> None:
     """Stages, exact parameter counts, tokens and the time that a short probe predicts, before the first step."""
+    align.check_whole(module.student, *(stage.objective for stage in plan))
     rows = plan_rows(module.teacher, plan, tokens, probe(module, windows) / ranks.size)
     check_plan(rows, plan)
     if ranks.rank == 0:

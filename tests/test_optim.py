@@ -115,7 +115,7 @@ def test_a_choice_that_matches_nothing_is_refused(train: str) -> None:
 
 def test_a_broken_pattern_is_refused() -> None:
     model, record = student_after()
-    with pytest.raises(ValueError, match=r"schedule.train='layers\.\(' is neither all/edited/new/adjacent nor a reg"):
+    with pytest.raises(ValueError, match=r"train='layers\.\(' is neither all/edited/new/adjacent/lora nor a regular"):
         trainable(model, record, Stage("heal", train="layers.("))
 
 
@@ -305,7 +305,7 @@ def test_a_rate_falls_over_the_run_or_in_every_stage() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"decay": "exponential"}, "optim.decay='exponential': choose constant, linear or cosine"),
+        ({"decay": "exponential"}, "optim.decay='exponential': choose constant, linear, cosine or wsd"),
         ({"decay_over": "epoch"}, "optim.decay_over='epoch': choose run or stage"),
         ({"warmup": 1.0}, r"optim.warmup must be in \[0, 1\)"),
         ({"warmup": -0.1}, r"optim.warmup must be in \[0, 1\)"),

@@ -238,7 +238,7 @@ def test_descriptions_group_by_operation() -> None:
         ({"name": "a", "lr_new": "1e-4"}, "lr_new must be a finite number >= 0, got '1e-4'"),
         ({"name": "a", "fit": 1}, "fit must be true or false, got 1"),
         ({"name": "a", "train": ["all"]}, "train must be a string"),
-        ({"name": "a", "train": "(["}, "neither all/edited/new/adjacent nor a regular expression"),
+        ({"name": "a", "train": "(["}, "neither all/edited/new/adjacent/lora nor a regular expression"),
         ({"name": "a", "train": "(" * 250}, "nor a regular expression"),
         ({"name": "a", "train": "a{99999999999999999999}"}, "nor a regular expression"),
     ],

@@ -12,7 +12,6 @@ under Triton 3.4 to 3.7.0, whose code is wrong.
 
 from __future__ import annotations
 
-import importlib
 import os
 from functools import cache
 from types import ModuleType
@@ -38,9 +37,11 @@ def serve(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> bool:
 def ops() -> ModuleType | None:
     """The package fla.ops, or None where it, Triton or einops is missing (the extra `gpu` installs them)."""
     try:
-        return importlib.import_module("fla.ops")
+        import fla.ops
     except ImportError:
         return None
+    package: ModuleType = fla.ops
+    return package
 
 
 def chunk(

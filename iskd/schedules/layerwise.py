@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from iskd.lora_spec import lora_of
 from iskd.plan import Record, Stage, describe
 from iskd.schedules.base import EditKind, History, RemoveLayers, Target, check_floor, check_layers
 from iskd.schedules.orders import NAMES, first_available, ordered
@@ -34,6 +36,7 @@ class LayerSchedule:
         restart_at_edit: save, end the process and carry out the edit in a fresh one (for trainer=fsdp on a torch whose
             private state iskd does not know, and for anything that must not be changed while it runs).
         train, lr, lr_new: what trains, at which rates (see `iskd.plan.Stage`).
+        lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.lora_spec.LoraSpec`).
         seed: seed of fresh weights.
 
     Raises:
@@ -63,6 +66,7 @@ class LayerSchedule:
         train: str = "all",
         lr: float = 1e-4,
         lr_new: float = 3e-4,
+        lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         if layers is not None and count is target_layers is target_params is None:
@@ -92,6 +96,7 @@ class LayerSchedule:
         self.order, self.layers, self.seed = order, layers, seed
         self.protect, self.protect_first, self.protect_last = tuple(protect), protect_first, protect_last
         self.train, self.lr, self.lr_new, self.floor = train, lr, lr_new, check_floor(floor)
+        self.lora = lora_of(lora, train, seed)
         self.scoring = "never" if layers is not None or order != "importance" else ("each" if rescore else "once")
 
     def complete(self, history: History) -> bool:
@@ -126,8 +131,8 @@ class LayerSchedule:
 
     def _stage(self, layers: Sequence[int], tokens: int) -> Stage:
         edits = tuple(self.edit.make(layer, self.seed) for layer in layers)
-        rates = {"lr": self.lr, "lr_new": self.lr_new}
-        return Stage(describe(edits), edits, tokens, train=self.train, fit=self.edit.fit, **rates)
+        how: dict[str, Any] = {"train": self.train, "lr": self.lr, "lr_new": self.lr_new, "lora": self.lora}
+        return Stage(describe(edits), edits, tokens, fit=self.edit.fit, **how)
 
     def _protected(self, record: Record) -> list[int]:
         """Layers that are never edited, ascending."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from iskd.lora_spec import lora_of
 from iskd.plan import Stage
 from iskd.schedules.base import History
 
@@ -9,10 +13,12 @@ from iskd.schedules.base import History
 class NoEdits:
     """One stage that trains the unedited student for `tokens`."""
 
-    def __init__(self, *, tokens: int = 100_000, train: str = "all", lr: float = 1e-4) -> None:
+    def __init__(
+        self, *, tokens: int = 100_000, train: str = "all", lr: float = 1e-4, lora: Mapping[str, Any] | None = None
+    ) -> None:
         if tokens < 1:
             raise ValueError(f"schedule.tokens={tokens}: nothing would be edited or trained")
-        self.tokens, self.train, self.lr = tokens, train, lr
+        self.tokens, self.train, self.lr, self.lora = tokens, train, lr, lora_of(lora, train)
         self.floor: float | None = None
         self.scoring = "never"
         self.restart_at_edit = False
@@ -31,4 +37,6 @@ class NoEdits:
         """The single stage; None afterwards."""
         if self.complete(history):
             return None
-        return Stage("finetune", tokens=self.tokens, train=self.train, lr=self.lr, lr_new=self.lr, fit=False)
+        return Stage(
+            "finetune", tokens=self.tokens, train=self.train, lr=self.lr, lr_new=self.lr, fit=False, lora=self.lora
+        )

@@ -1,0 +1,160 @@
+"""Subquadratic students (arXiv 2504.14366): align the mixers, align the hidden states, distil end to end.
+
+Shares of the tokens, rates and their shapes are those of the authors' configs: 2.6 / 5.3 / 92 % of 3 G tokens, as in
+MOHAWK (arXiv 2408.10189), at 2e-4 and 2e-3 with a stable plateau, and 3e-4 falling linearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from iskd.plan import SHAPES, Stage
+from iskd.schedules.base import ConvertTo, EditKind, History
+from iskd.schedules.layerwise import LayerSchedule
+
+# by name of a choice of layers, the first one taken and the step to the next
+NAMED = {"all": (0, 1), "every_second": (1, 2)}
+MIXERS = ("matrix", "mixer_output")
+_OFF = (None, False, "off")
+
+
+class Align(LayerSchedule):
+    """All conversions at once, then up to three stages; a technique that is off leaves its tokens to the last one.
+
+    Args:
+        edit: the conversion (edit=convert).
+        mixers: what the mixers learn first, on the teacher's own inputs: `matrix`, `mixer_output` (cheaper, for any
+            mixer) or null.
+        hidden: whether every edited block then learns the teacher's block output.
+        count: how many layers are converted, the first of `order`; -1 = every one that is not protected.
+        layers: instead of `count`: `all`, `every_second` (layers 1, 3, ...), or a list.
+        order, protect, protect_first, protect_last, restart_at_edit, lora, seed: as in `LayerSchedule`.
+        tokens: training tokens of the whole run.
+        mixers_share, hidden_share: shares of `tokens` of the first two stages.
+        mixers_lr, hidden_lr, lr: learning rates of the three stages.
+        mixers_shape, hidden_shape, shape: how each rate falls over its stage (`iskd.optim.OptimSpec.decay`); "" = as
+            configured there.
+        mixers_train, hidden_train, train: what trains in each (see `iskd.plan.Stage`), of what its objective reaches.
+
+    Raises:
+        ValueError: a value that cannot work; the message names its key.
+    """
+
+    def __init__(
+        self,
+        edit: EditKind,
+        *,
+        mixers: str | bool | None = "matrix",
+        hidden: bool = True,
+        count: int | None = -1,
+        layers: str | Sequence[int] | None = None,
+        order: str = "importance",
+        protect: Sequence[int] = (),
+        protect_first: int = 0,
+        protect_last: int = 0,
+        tokens: int = 100_000,
+        mixers_share: float = 0.026,
+        hidden_share: float = 0.053,
+        mixers_lr: float = 2e-4,
+        hidden_lr: float = 2e-3,
+        lr: float = 3e-4,
+        mixers_shape: str = "wsd",
+        hidden_shape: str = "wsd",
+        shape: str = "linear",
+        mixers_train: str = "new",
+        hidden_train: str = "edited",
+        train: str = "all",
+        lora: Mapping[str, Any] | None = None,
+        restart_at_edit: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(edit, ConvertTo):
+            raise ValueError("schedule=align aligns mixers with the attention they replace; use edit=convert")
+        if mixers not in (*MIXERS, *_OFF):
+            raise ValueError(f"schedule.mixers={mixers!r} is unknown; choose matrix, mixer_output or null")
+        if min(mixers_share, hidden_share) < 0 or mixers_share + hidden_share >= 1:
+            raise ValueError(
+                "schedule.mixers_share and schedule.hidden_share must be >= 0 and leave something for the last stage, "
+                f"got {mixers_share} and {hidden_share}"
+            )
+        for name in (mixers_shape, hidden_shape, shape):
+            if name not in SHAPES:
+                raise ValueError(f"schedule: shape {name!r} of a rate is unknown; choose one of {SHAPES}")
+        self.named = _named(layers, count)
+        listed = None if layers is None or isinstance(layers, str) else layers
+        super().__init__(
+            edit,
+            count=len(listed) if listed is not None and count in (None, -1) else -1 if self.named else count,
+            per_stage=None,
+            tokens=tokens,
+            order="middle_out" if self.named else order,
+            layers=listed,
+            protect=protect,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            restart_at_edit=restart_at_edit,
+            train=train,
+            lr=lr,
+            lora=lora,
+            seed=seed,
+        )
+        parts = [
+            ("mixers", "loss" if mixers in _OFF else str(mixers), mixers_share, mixers_train, mixers_lr, mixers_shape),
+            ("hidden", "hidden" if hidden else "loss", hidden_share, hidden_train, hidden_lr, hidden_shape),
+        ]
+        self.stages = [
+            Stage(name, (), round(tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
+            for name, objective, share, trains, rate, falls in parts
+            if objective != "loss" and round(tokens * share)
+        ]
+        rest = tokens - sum(stage.tokens for stage in self.stages)
+        self.stages.append(Stage("end to end", (), rest, train, lr, lr, fit=False, lora=self.lora, shape=shape))
+
+    def complete(self, history: History) -> bool:
+        """Whether all stages are done."""
+        return len(history.stages) >= len(self.stages)
+
+    def candidates_for(self, history: History) -> list[Stage]:
+        """The next stage, the first one with all conversions; none when the run is complete.
+
+        Raises:
+            ValueError: the choice of layers does not fit the teacher.
+        """
+        if self.complete(history):
+            return []
+        stage = self.stages[len(history.stages)]
+        if history.stages:
+            return [stage]
+        return [replace(stage, edits=tuple(self.edit.make(layer, self.seed) for layer in self._chosen(history)))]
+
+    def _chosen(self, history: History) -> list[int]:
+        """The layers to convert, ascending."""
+        if self.named is None:
+            [everything] = super().candidates_for(history)
+            return sorted(edit.layer for edit in everything.edits)
+        first, step = NAMED[self.named]
+        protected = self._protected(history.record)
+        chosen = [layer for layer in range(first, history.record.num_layers, step) if layer not in protected]
+        if not chosen:
+            raise ValueError(
+                f"schedule.layers={self.named} leaves nothing to convert: the teacher has {history.record.num_layers} "
+                f"layers, and {protected} are protected"
+            )
+        return chosen
+
+
+def _named(layers: str | Sequence[int] | None, count: int | None) -> str | None:
+    """The name of a choice of layers; None where a list or an order decides."""
+    if layers is None:
+        return "all" if count == -1 else None
+    if not isinstance(layers, str):
+        return None
+    if layers not in NAMED:
+        raise ValueError(f"schedule.layers={layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers")
+    if count not in (None, -1):
+        raise ValueError(
+            f"schedule.layers={layers} and schedule.count={count} are two choices; set one of them to null"
+        )
+    return layers
