@@ -1,0 +1,153 @@
+"""Decoding with a cache that grows and with states that do not: time per token and bytes against the context.
+
+SmolLM2-135M with its attention, and with every layer converted to each mixer, untrained: neither time nor bytes depend
+on the weights. Caches are filled up to a context with random keys and values, states by a prompt of 64 tokens, and then
+the time of one more token is measured, models interleaved. Times are ratios to attention's at the shortest context;
+bytes are those of the tensors in the cache. Writes results.csv and decode.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from iskd.allocator import tune
+
+tune()
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+
+from iskd import surgery  # noqa: E402
+from iskd.arch import Stack  # noqa: E402
+from iskd.figure import figure_of, set_heading  # noqa: E402
+from iskd.plan import Convert, Record, Spec  # noqa: E402
+from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+
+HERE = Path(__file__).parent
+MIXERS = HERE.parents[1] / "conf" / "mixer"
+ATTENTION = "attention"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def converted(teacher: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A copy with every layer's attention exchanged for the mixer of conf/mixer/NAME.yaml."""
+    values: dict[str, Any] = yaml.safe_load((MIXERS / f"{name}.yaml").read_text())
+    spec = Spec(values.pop("_target_"), values)
+    model = copy.deepcopy(teacher)
+    layers = len(Stack(model).layers)
+    surgery.apply(model, Record(layers), [Convert(layer, spec) for layer in range(layers)])
+    return model.eval().to(DEVICE, DTYPE)
+
+
+def filled(model: PreTrainedModel, tokens: int) -> DynamicCache:
+    """The cache of a prompt of so many tokens; attention's keys and values are drawn, not computed."""
+    config, cache = model.config, DynamicCache()
+    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(
+            torch.randn(shape, device=DEVICE, dtype=DTYPE), torch.randn(shape, device=DEVICE, dtype=DTYPE), layer
+        )
+    return cache
+
+
+def prompted(model: PreTrainedModel) -> DynamicCache:
+    """The cache of a prompt of 64 tokens."""
+    cache = DynamicCache()
+    model(torch.arange(64, device=DEVICE)[None], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def held(cache: DynamicCache) -> int:
+    """Bytes of all tensors of a cache."""
+
+    def tensors(layer: Any) -> list[Tensor]:
+        state = getattr(layer, "state", None)
+        return [layer.keys, layer.values] if state is None else list(state)
+
+    return sum(tensor.nbytes for layer in cache.layers for tensor in tensors(layer))
+
+
+def seconds(model: PreTrainedModel, cache: DynamicCache, position: int, steps: int) -> float:
+    """Of one token more, mean over `steps` tokens."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter() if DEVICE.type == "cuda" else time.process_time()
+    for step in range(steps):
+        at = torch.tensor([[position + step]], device=DEVICE)
+        model(ids, past_key_values=cache, use_cache=True, position_ids=at)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return ((time.perf_counter() if DEVICE.type == "cuda" else time.process_time()) - start) / steps
+
+
+@torch.no_grad()
+def measure(names: list[str], contexts: list[int], repeats: int, steps: int) -> list[dict[str, Any]]:
+    """A row per model and context: time in units of attention's at the first context, and bytes."""
+    teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")).model
+    plain = teacher.to(DEVICE, DTYPE)
+    rows = []
+    for name in names:
+        model = plain if name == ATTENTION else converted(teacher, name)
+        for context in contexts:
+            cache = filled(plain, context) if name == ATTENTION else prompted(model)
+            size, times = held(cache), []
+            for _ in range(repeats):
+                unit = seconds(plain, filled(plain, contexts[0]), contexts[0], steps)  # beside every measurement
+                times.append(seconds(model, cache, context, steps) / unit)
+            rows.append({"mixer": name, "context": context, "time": statistics.median(times), "bytes": size})
+            print(f"{name}, {context}: {rows[-1]['time']:.2f}, {size / 2**20:.1f} MiB", flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Two panels against the context: time and bytes, attention in black."""
+    names = list(dict.fromkeys(row["mixer"] for row in rows))
+    with figure_of(5.4, width=10.5) as figure:
+        panels = figure.subplots(1, 2)
+        titles = ("Time of a token / attention's at the shortest context", "Cache or state (MiB)")
+        for axes, key, title in zip(panels, ("time", "bytes"), titles, strict=True):
+            for index, name in enumerate(names):
+                points = [(r["context"], r[key] / (2**20 if key == "bytes" else 1)) for r in rows if r["mixer"] == name]
+                look = (
+                    {"color": "black", "linewidth": 2.5}
+                    if name == ATTENTION
+                    else {"linestyle": ("-", "--", ":")[index % 3]}
+                )
+                axes.plot(*zip(*points, strict=True), marker=".", label=name, **look)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel("context (tokens)")
+            set_heading(axes, title)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=8, fontsize=7)
+        figure.savefig(HERE / "decode.png", dpi=120, facecolor="white", metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mixers", nargs="*", default=sorted(file.stem for file in MIXERS.glob("*.yaml")))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 512, 2048, 8192])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = measure([ATTENTION, *arguments.mixers], arguments.contexts, arguments.repeats, arguments.steps)
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "time": round(row["time"], 3)} for row in rows)
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()
