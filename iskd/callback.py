@@ -206,9 +206,9 @@ class CompressionCallback(Callback):
         assert stage is not None
         fits = stage.fit and stage.edits and self.options.fit_tokens
         batches = self.data.calibration(self.options.fit_tokens) if fits else []
-        fitted = carry_out(module, optimizer, stage, batches, trainer.precision_plugin.forward_context)
+        events = carry_out(module, optimizer, stage, batches, trainer.precision_plugin.forward_context)
         state.record, state.edited = module.record, True
-        state.events += map(str, fitted)
+        state.events += events
 
     def _settle_edit(self, trainer: L.Trainer, module: DistillModule) -> None:
         """What follows every edit: the checks that it took, and its quality before healing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +17,10 @@ from iskd.arch import Stack
 from iskd.fit import Fitted, warm_start
 from iskd.module import DistillModule
 from iskd.optim import new_parameters, regroup
-from iskd.plan import Record, Stage
+from iskd.plan import Convert, Record, Stage
+from iskd.table import layers_text
+
+_log = logging.getLogger(__name__)
 
 
 def carry_out(
@@ -24,7 +29,7 @@ def carry_out(
     stage: Stage,
     batches: Sequence[Tensor],
     forward_context: Callable[[], AbstractContextManager[None]],
-) -> list[Fitted]:
+) -> list[str]:
     """Apply a stage's edits, fit the compact blocks, and give the optimizer what the stage trains.
 
     Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
@@ -35,6 +40,9 @@ def carry_out(
         stage: what to do.
         batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
         forward_context: the precision under which training runs.
+
+    Returns:
+        Sentences worth telling: how well blocks were fitted, what mixers took over from the attention.
     """
     student, before = module.student, module.record
     touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
@@ -49,7 +57,22 @@ def carry_out(
     adapt(student, record, stage)
     module.record, module.stage = record, stage
     regroup(optimizer, student, record, stage)
-    return fitted
+    events = [*map(str, fitted), *taken_over(student, record, stage)]
+    for event in events:
+        _log.info("%s", event)
+    return events
+
+
+def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:
+    """What the mixers of a stage copied, drew fresh or dropped, layers that did the same in one sentence."""
+    stack, layers = Stack(student), defaultdict(list)
+    for edit in stage.edits:
+        if isinstance(edit, Convert) and edit.layer in record.layers:
+            attention = stack.layers[record.layers.index(edit.layer)].get_submodule(stack.family.attn)
+            report = getattr(getattr(attention, "mixer", None), "report", None)
+            if report:
+                layers[edit.mixer.target.rpartition(".")[2], tuple(report)].append(edit.layer)
+    return [f"{name}, layers {layers_text(numbers)}: {'; '.join(report)}" for (name, report), numbers in layers.items()]
 
 
 def adapt(student: PreTrainedModel, record: Record, stage: Stage) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from iskd import lora
 from iskd.align import reachable
@@ -30,7 +31,7 @@ class OptimSpec:
     """AdamW and its schedule.
 
     Attributes:
-        betas, weight_decay, eps: of AdamW (decoupled decay; matrices only, not norms and biases).
+        betas, weight_decay, eps: of AdamW (decoupled decay; see `maps` for what decays).
         clip: largest gradient norm; None = no clipping.
         warmup: share of a stage in which its rates rise from their first step to full, in [0, 1).
         decay: `constant`, `linear`, `cosine`, or `wsd`: constant, and linear in the last tenth.
@@ -165,6 +166,16 @@ def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
 
 
+def maps(model: nn.Module) -> list[nn.Parameter]:
+    """What weight decay is for: weights of linear maps, embeddings and adapters.
+
+    Not by the number of dimensions: norms per head, decays per channel, short convolutions that start as the identity
+    and learned feature maps are matrices too, and decay would pull them to a zero that means something else.
+    """
+    weights = [m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
+    return [*weights, *lora.adapters(model)]
+
+
 def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
     """Give the groups what the stage trains: what this stage's edits put in is `new`, the rest `base`; matrices decay.
 
@@ -173,6 +184,7 @@ def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Re
     """
     chosen = {id(p) for p in trainable(model, record, stage)}
     fresh = {id(p) for p in new_parameters(model, record, stage)}
+    decaying = {id(p) for p in maps(model)}
     alive = set()
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
@@ -181,7 +193,7 @@ def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Re
         if id(parameter) in chosen or stage.train != "lora":
             alive.add(id(parameter))
         if id(parameter) in chosen:
-            groups["new" if id(parameter) in fresh else "base", parameter.dim() > 1].append(parameter)
+            groups["new" if id(parameter) in fresh else "base", id(parameter) in decaying].append(parameter)
     for group in optimizer.param_groups:
         group["params"] = groups[group["name"], group["decays"]]
     for gone in [p for p in optimizer.state if id(p) not in alive]:

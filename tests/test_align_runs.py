@@ -92,6 +92,7 @@ def test_a_technique_that_is_off_leaves_its_tokens_to_the_last_stage(mixers: Any
         ({"layers": "all", "protect_first": 1, "protect": [4]}, [1, 2, 3, 5, 6, 7]),
         ({"layers": "every_second"}, [1, 3, 5, 7]),
         ({"layers": "every_second", "count": None, "protect_last": 1}, [1, 3, 5]),
+        ({"layers": "every_second", "count": 2, "order": "alternate"}, [3, 5]),
         ({"layers": [6, 2]}, [2, 6]),
         ({"layers": [6, 2], "count": 1}, [6]),
         ({"count": 3}, [1, 5, 7]),
@@ -110,12 +111,11 @@ def test_layers_are_chosen_as_in_every_schedule(settings: dict[str, Any], layers
     [
         ({"mixers": "heads"}, "schedule.mixers='heads' is unknown; choose matrix, mixer_output or null"),
         ({"layers": "odd"}, "schedule.layers='odd' is unknown; choose all, every_second or a list"),
-        ({"layers": "all", "count": 2}, "schedule.layers=all and schedule.count=2 are two choices"),
         ({"layers": [1, 1]}, "lists layer 1 twice"),
         ({"layers": [9]}, r"layers 0\.\.7"),
         ({"count": 9, "order": "alternate"}, "only 8 layers may be edited"),
         ({"count": 0}, "nothing would be edited"),
-        ({"layers": "every_second", "protect": [1, 3, 5, 7]}, "leaves nothing to convert"),
+        ({"layers": "every_second", "protect": [1, 3, 5, 7]}, "every layer is protected: nothing would be edited"),
         ({"mixers_share": 0.6, "hidden_share": 0.4}, "leave something for the last stage, got 0.6 and 0.4"),
         ({"hidden_share": -0.1}, "must be >= 0"),
         ({"shape": "steep"}, "shape 'steep' of a rate is unknown"),
@@ -194,6 +194,14 @@ def test_a_run_aligns_and_distils(mixers: str, make: Callable[..., Parts], tmp_p
         ("hidden", 0),
         ("end to end", 0),
     ]
+
+
+def test_users_are_told_what_the_mixers_took_over(make: Callable[..., Parts], tmp_path: Path) -> None:
+    result = run(make(tmp_path / "run", schedule=recipe(tokens=9 * TOKENS, layers=[1, 2])))
+    [told] = [event for event in result.stages[1].events if event.startswith("GLA, layers 1, 2: ")]
+    for words in ("q_proj fresh: mixer.init=random", "decay fresh: ", "gate fresh: ", "rotary not used"):
+        assert words in told
+        assert words in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_resume_inside_every_stage_is_bitwise(make: Callable[..., Parts], tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from iskd.optim import (
     check_partition,
     load_optimizer_tensors,
     make_optimizer,
+    maps,
     new_parameters,
     optimizer_tensors,
     regroup,
     trainable,
 )
-from iskd.plan import Record, Remove, Replace, Spec, Stage
-from tests.factories import tiny, windows
+from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
+from tests.factories import mixer_specs, tiny, windows
 
 BLOCK = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 3, "zero_up": False})
 FIRST = Stage("one", (Replace(5, BLOCK, seed=5),))
@@ -161,6 +162,17 @@ def test_a_frozen_parameter_keeps_its_state_for_later() -> None:
     assert {id(p) for p in optimizer.state} == kept
     regroup(optimizer, model, record, FIRST)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", mixer_specs())
+def test_of_a_mixer_only_linear_maps_decay(name: str) -> None:
+    model = tiny("llama")
+    surgery.apply(model, Record(4), [Convert(1, mixer_specs()[name])])
+    decaying = {id(p) for p in maps(model)}
+    for path, module in Stack(model).layers[1].named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            linear = isinstance(module, torch.nn.Linear) and own == "weight"
+            assert (id(parameter) in decaying) == linear, f"{path}.{own}"
 
 
 def test_weight_decay_is_for_matrices() -> None:

@@ -100,6 +100,15 @@ def test_a_list_of_layers_is_the_order() -> None:
     assert Iterative(REPLACE, layers=[6]).scoring == "never"
 
 
+def test_a_choice_of_layers_by_name() -> None:
+    assert sorted(layers(play(Iterative(REPLACE, layers="every_second", order="middle_out")))) == [1, 3, 5, 7]
+    assert layers(play(Iterative(REPLACE, layers="every_second", count=2, order="middle_out"))) == [3, 5]
+    assert layers(play(Oneshot(REPLACE, layers="all", protect=[0], order="middle_out"))) == [3, 4, 2, 5, 1, 6, 7]
+    assert Iterative(REPLACE, layers="every_second").scoring == "once"
+    with pytest.raises(ValueError, match=r"schedule.layers='odd' is unknown; choose all, every_second or a list"):
+        Iterative(REPLACE, layers="odd")
+
+
 def test_protected_layers_are_never_edited() -> None:
     stages = play(Iterative(REMOVE, count=5, protect=[0, 3, 7], order="middle_out"))
     assert layers(stages) == [4, 2, 5, 1, 6]

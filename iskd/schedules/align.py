@@ -14,8 +14,6 @@ from iskd.plan import SHAPES, Stage
 from iskd.schedules.base import ConvertTo, EditKind, History
 from iskd.schedules.layerwise import LayerSchedule
 
-# by name of a choice of layers, the first one taken and the step to the next
-NAMED = {"all": (0, 1), "every_second": (1, 2)}
 MIXERS = ("matrix", "mixer_output")
 _OFF = (None, False, "off")
 
@@ -29,7 +27,7 @@ class Align(LayerSchedule):
             mixer) or null.
         hidden: whether every edited block then learns the teacher's block output.
         count: how many layers are converted, the first of `order`; -1 = every one that is not protected.
-        layers: instead of `count`: `all`, `every_second` (layers 1, 3, ...), or a list.
+        layers: among which: `all`, `every_second` (layers 1, 3, ...), or a list.
         order, protect, protect_first, protect_last, restart_at_edit, lora, seed: as in `LayerSchedule`.
         tokens: training tokens of the whole run.
         mixers_share, hidden_share: shares of `tokens` of the first two stages.
@@ -82,15 +80,15 @@ class Align(LayerSchedule):
         for name in (mixers_shape, hidden_shape, shape):
             if name not in SHAPES:
                 raise ValueError(f"schedule: shape {name!r} of a rate is unknown; choose one of {SHAPES}")
-        self.named = _named(layers, count)
-        listed = None if layers is None or isinstance(layers, str) else layers
+        everything = count == -1 or (count is None and layers is not None)
         super().__init__(
             edit,
-            count=len(listed) if listed is not None and count in (None, -1) else -1 if self.named else count,
+            # a list says how many it means; where all are converted, nobody asks in which order
+            count=None if everything and layers is not None else count,
+            order="middle_out" if everything else order,
+            layers=layers,
             per_stage=None,
             tokens=tokens,
-            order="middle_out" if self.named else order,
-            layers=listed,
             protect=protect,
             protect_first=protect_first,
             protect_last=protect_last,
@@ -131,30 +129,5 @@ class Align(LayerSchedule):
 
     def _chosen(self, history: History) -> list[int]:
         """The layers to convert, ascending."""
-        if self.named is None:
-            [everything] = super().candidates_for(history)
-            return sorted(edit.layer for edit in everything.edits)
-        first, step = NAMED[self.named]
-        protected = self._protected(history.record)
-        chosen = [layer for layer in range(first, history.record.num_layers, step) if layer not in protected]
-        if not chosen:
-            raise ValueError(
-                f"schedule.layers={self.named} leaves nothing to convert: the teacher has {history.record.num_layers} "
-                f"layers, and {protected} are protected"
-            )
-        return chosen
-
-
-def _named(layers: str | Sequence[int] | None, count: int | None) -> str | None:
-    """The name of a choice of layers; None where a list or an order decides."""
-    if layers is None:
-        return "all" if count == -1 else None
-    if not isinstance(layers, str):
-        return None
-    if layers not in NAMED:
-        raise ValueError(f"schedule.layers={layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers")
-    if count not in (None, -1):
-        raise ValueError(
-            f"schedule.layers={layers} and schedule.count={count} are two choices; set one of them to null"
-        )
-    return layers
+        [everything] = super().candidates_for(history)
+        return sorted(edit.layer for edit in everything.edits)

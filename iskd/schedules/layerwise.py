@@ -10,6 +10,9 @@ from iskd.plan import Record, Stage, describe
 from iskd.schedules.base import EditKind, History, RemoveLayers, Target, check_floor, check_layers
 from iskd.schedules.orders import NAMES, first_available, ordered
 
+# by name of a choice of layers, the first one and the step to the next
+NAMED = {"all": (0, 1), "every_second": (1, 2)}
+
 
 class LayerSchedule:
     """Layers are edited until the target is reached, `per_stage` at a time, with an equal share of `tokens` after each.
@@ -25,7 +28,8 @@ class LayerSchedule:
         tokens: training tokens of the whole run.
         final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1).
         order: a name of `iskd.schedules.orders.NAMES`; ignored when `layers` is given.
-        layers: explicit order; then `count` defaults to its length.
+        layers: explicit order; then `count` defaults to its length. Or a name of `NAMED`: only these layers are edited,
+            in the order that `order` says, all of them unless a target says otherwise.
         protect: layers that are never edited.
         protect_first, protect_last: so many layers at the bottom and at the top are never edited either.
         rescore: with `order=importance`, score again before every stage.
@@ -54,7 +58,7 @@ class LayerSchedule:
         tokens: int = 100_000,
         final_share: float = 0.0,
         order: str = "importance",
-        layers: Sequence[int] | None = None,
+        layers: str | Sequence[int] | None = None,
         protect: Sequence[int] = (),
         protect_first: int = 0,
         protect_last: int = 0,
@@ -69,8 +73,14 @@ class LayerSchedule:
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if layers is not None and count is target_layers is target_params is None:
-            count = len(layers)
+        self.named = layers if isinstance(layers, str) else None
+        if self.named is not None and self.named not in NAMED:
+            raise ValueError(
+                f"schedule.layers={self.named!r} is unknown; choose {', '.join(NAMED)} or a list of layers"
+            )
+        layers = None if isinstance(layers, str) else layers
+        if count is target_layers is target_params is None:
+            count = -1 if self.named else None if layers is None else len(layers)
         self.target = Target(count, target_layers, target_params)
         if self.target.count is None and not isinstance(edit, RemoveLayers):
             raise ValueError(f"{self.target} is for edit=remove; say how many layers are edited with schedule.count")
@@ -138,7 +148,9 @@ class LayerSchedule:
         """Layers that are never edited, ascending."""
         depth = record.num_layers
         ends = [*range(depth)[: self.protect_first], *range(depth)[max(0, depth - self.protect_last) :]]
-        return sorted({*check_layers(sorted(set(self.protect)), record, "protect"), *ends})
+        first, step = NAMED[self.named or "all"]
+        others = set(range(depth)) - set(range(first, depth, step))
+        return sorted({*check_layers(sorted(set(self.protect)), record, "protect"), *ends, *others})
 
     def _budget(self, done: Sequence[Stage], left: int) -> int:
         """Tokens of the next of `left` stages; what the stages before it were given is never given again."""
