@@ -116,3 +116,25 @@ def test_a_schedule_converts_layers() -> None:
     assert sorted(stage.edits, key=lambda e: e.layer) == [Convert(i, edit.mixer, seed=20_014 + i) for i in range(3)]
     with pytest.raises(ValueError, match="mixers have no fit"):
         ConvertTo(edit.mixer, fit=True)
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
+def test_a_state_goes_on_past_the_context_of_the_teacher(layers: tuple[int, ...]) -> None:
+    model = tiny("llama", context=8)
+    surgery.apply(model, Record(4), [Convert(layer, mixer_specs()["gla"]) for layer in layers])
+    ids = windows(1, 8)
+    with_cache, without = (
+        model.generate(ids, min_new_tokens=16, max_new_tokens=16, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert with_cache.shape == (1, 24)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_learned_positions_end_where_the_teachers_do(family: str) -> None:
+    model = tiny(family, context=8)
+    surgery.apply(model, Record(4), [Convert(layer, mixer_specs()["gla"]) for layer in range(4)])
+    assert logits(model, windows(1, 8)).isfinite().all()
+    with pytest.raises((IndexError, ValueError)):
+        logits(model, windows(1, 16))
