@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from iskd.arch import Stack, class_of
 from iskd.hosting import CacheSlot, kept
 from iskd.mixers import core
+from iskd.mixers.limits import MAX_CONV, MAX_TOKENS, check_count
 from iskd.mixers.parts import HeadNorm, Rotary, ShortConv
 from iskd.mixers.projections import Projections
 
@@ -190,8 +191,8 @@ class RecurrentMixer(nn.Module):
         rotary: turn q and k by their position as the attention does; nothing in a family without rotary positions.
 
     Raises:
-        ValueError: an unknown init, heads that do not divide, a chunk below 1, a conv below 0, or rotary positions for
-            a mixer that does not inherit queries and keys.
+        ValueError: an unknown init, heads that do not divide, a chunk or conv out of its range (`iskd.mixers.limits`),
+            or rotary positions for a mixer that does not inherit queries and keys.
     """
 
     inherits: ClassVar[str] = "qkvo"
@@ -210,17 +211,15 @@ class RecurrentMixer(nn.Module):
         rotary: bool = False,
     ) -> None:
         super().__init__()
-        if chunk < 1:
-            raise ValueError(f"mixer.chunk must be at least 1, got {chunk}")
-        if conv < 0:
-            raise ValueError(f"mixer.conv is a number of tokens, 0 = no short convolution, got {conv}")
+        check_count("chunk", chunk, 1, MAX_TOKENS)
+        check_count("conv", conv, 0, MAX_CONV)
         if rotary and not {"q", "k"} <= set(self.inherits):
             raise ValueError(
                 f"mixer.rotary=true turns the attention's queries and keys, but {type(self).__name__} has keys of its "
                 "own; set mixer.rotary=false"
             )
         stack = attention.stack
-        self.projections = Projections.from_attention(
+        self.projections = Projections.copied(
             attention.module, stack, parts=self.inherits, expand=self.expands, heads=heads, init=init
         )
         self.stream = stack.dims.hidden
@@ -229,13 +228,19 @@ class RecurrentMixer(nn.Module):
         widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
         self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
         path = stack.family.rotary
+        self.turnable = path is not None
         self.rotary = Rotary(class_of(stack.base.get_submodule(path)), stack.config) if rotary and path else None
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 
     @classmethod
     def from_attention(cls, old_attn: nn.Module, stack: Stack, **kwargs: Any) -> Self:
-        """The mixer that stands in for `old_attn`; keywords as in the class."""
+        """The mixer that stands in for `old_attn`; keywords as in the class.
+
+        Raises ValueError for a class without `streams` of its own: it is a base of mixers and none itself.
+        """
+        if cls.streams is RecurrentMixer.streams:
+            raise ValueError(f"{cls.__module__}.{cls.__qualname__} is no mixer: it has no `streams` of its own")
         mixer = cls(Attention(old_attn, stack), **kwargs)
         if isinstance(mixer.norm, HeadNorm):
             mixer.norm.size_to(mixer.projections.get_submodule("v_proj").get_parameter("weight"))
@@ -248,8 +253,8 @@ class RecurrentMixer(nn.Module):
         own = [name for name in (*self._parameters, *self._modules) if name != "projections" and self._holds(name)]
         notes = {**_NOTES, **self.notes}
         turned = "copied" if self.rotary else "not used: order reaches the mixer through causality and the stream"
-        names = dict.fromkeys((*missing, *own))
-        return [*self.projections.report, *(f"{name} {notes[name]}" for name in names), f"rotary {turned}"]
+        lines = [*self.projections.report, *(f"{name} {notes[name]}" for name in dict.fromkeys((*missing, *own)))]
+        return [*lines, f"rotary {turned}"] if self.turnable else lines
 
     def _holds(self, name: str) -> bool:
         part = getattr(self, name)

@@ -36,7 +36,7 @@ class GatedDeltaNet(DeltaMixer):
         activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory that is not positive.
+        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.limits`).
     """
 
     def __init__(

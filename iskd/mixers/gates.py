@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.mixers.limits import check_memory
 from iskd.mixers.parts import gate_proj
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda x: x}
@@ -47,13 +48,12 @@ class SoftplusDecay(nn.Module):
         memory: tokens after which a fresh decay has forgotten all but 1/e.
 
     Raises:
-        ValueError: a memory that is not positive.
+        ValueError: a memory out of its range.
     """
 
     def __init__(self, stream: int, heads: int, width: int = 1, *, rank: int | None = None, memory: float) -> None:
         super().__init__()
-        if memory <= 0:
-            raise ValueError(f"mixer.memory must be positive, got {memory}")
+        check_memory(memory)
         self.width = width
         self.A_log = nn.Parameter(torch.full((heads,), math.log(RATE)))
         self.proj = gate_proj(stream, heads * width, rank=rank, bias=inverse_softplus(1 / (memory * RATE)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
+from iskd.mixers.limits import check_width
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj, logit_of_memory
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class GLA(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a temper or memory that is not positive.
+        ValueError: a rank, temper or memory out of its range (`iskd.mixers.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {"decay": "fresh: attention does not forget; starts near 1"}
@@ -52,6 +53,7 @@ class GLA(RecurrentMixer):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)
+        check_width("rank", rank, self.stream)
         width = self.heads * self.head_dim
         self.temper = temper
         self.decay = gate_proj(self.stream, width, rank=rank, bias=logit_of_memory(memory, temper))

@@ -6,7 +6,8 @@
 Copied: q, v as the input i (key-value heads repeated) and o; attention's keys have no place. Fresh: the forget gate and
 its lower bound l in (0, 1), learned per channel. The published bounds grow with the depth through a softmax over all
 layers; a layer that is converted alone has no others to share with, so all start at `lower_bound`. The gate starts at
-exp(-1 / memory), near 1: the state is a slow moving average of the values, whose size the norm restores.
+exp(-1 / memory), near 1: the state is a slow moving average of the values, whose size the norm restores. The norm is
+one per head, as in the other mixers here; the published code norms the whole width at once, heads together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
+from iskd.mixers.limits import check_memory
 from iskd.mixers.parts import HeadNorm, gate_proj
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class HGRN2(RecurrentMixer):
         **common: as in `RecurrentMixer`, `rotary` excepted.
 
     Raises:
-        ValueError: a lower bound outside (0, 1), or a memory too short for it.
+        ValueError: a lower bound outside (0, 1), or a memory out of its range or too short for it.
     """
 
     inherits: ClassVar[str] = "qvo"
@@ -51,7 +53,8 @@ class HGRN2(RecurrentMixer):
         super().__init__(attention, **common)
         if not 0 < lower_bound < 1:
             raise ValueError(f"mixer.lower_bound must be in (0, 1), got {lower_bound}")
-        start = math.exp(-1 / memory) if memory > 0 else 0.0
+        check_memory(memory)
+        start = math.exp(-1 / memory)
         if start <= lower_bound:
             raise ValueError(
                 f"mixer.memory={memory} tokens ask for a forget gate of {start:.3f}, which is not above "

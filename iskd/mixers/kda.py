@@ -21,6 +21,7 @@ from torch import Tensor
 from iskd.mixers.base import Attention, Basics, Context, Streams
 from iskd.mixers.delta import DeltaMixer
 from iskd.mixers.gates import SoftplusDecay, widen
+from iskd.mixers.limits import check_width
 from iskd.mixers.parts import gate_proj
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class KDA(DeltaMixer):
         activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory that is not positive.
+        ValueError: an unknown activation, or a rank or memory out of its range (`iskd.mixers.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {
@@ -57,7 +58,9 @@ class KDA(DeltaMixer):
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, activation=activation, conv=conv, rotary=rotary, **common)
-        rank, width = rank or self.head_dim, self.heads * self.head_dim
+        if rank is not None:
+            check_width("rank", rank, self.stream)
+        rank, width = self.head_dim if rank is None else rank, self.heads * self.head_dim
         self.decay = SoftplusDecay(self.stream, self.heads, self.head_dim, rank=rank, memory=memory)
         self.out_gate = gate_proj(self.stream, width, rank=rank, bias=3.0)
 

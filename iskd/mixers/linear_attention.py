@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.features import FIXED, SIGNED, Hedgehog
+from iskd.mixers.limits import MIN_EPS, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,7 +35,7 @@ class LinearAttention(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: an unknown map, a map that cannot be normalised or an eps that is not positive.
+        ValueError: an unknown map, a map that cannot be normalised or an eps out of its range.
     """
 
     expands: ClassVar[bool] = False
@@ -61,8 +62,7 @@ class LinearAttention(RecurrentMixer):
                 f"mixer.normalize=true needs weights that are not negative; choose mixer.feature_map among {positive}, "
                 "or mixer.normalize=false"
             )
-        if eps <= 0:
-            raise ValueError(f"mixer.eps must be positive, got {eps}")
+        check_number("eps", eps, MIN_EPS, 1)
         self.feature_map, self.normalize, self.eps = feature_map, normalize, eps
         if feature_map == "hedgehog":
             self.q_map: nn.Module = Hedgehog(self.heads, self.head_dim)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.gates import activation_of, widen
+from iskd.mixers.limits import check_width
 from iskd.mixers.parts import OutputGate
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Mamba(RecurrentMixer):
         conv, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, or a state or rank out of its range (`iskd.mixers.limits`).
     """
 
     inherits: ClassVar[str] = "vo"
@@ -70,7 +71,9 @@ class Mamba(RecurrentMixer):
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, conv=conv, **common)
-        inner, rank = self.heads * self.head_dim, rank or math.ceil(self.stream / 16)
+        inner, rank = self.heads * self.head_dim, math.ceil(self.stream / 16) if rank is None else rank
+        check_width("rank", rank, self.stream)
+        check_width("state", state, self.stream)
         self.activation, self.sizes = activation_of(activation), (rank, state, state)
         self.select = nn.Linear(inner, sum(self.sizes), bias=False)
         self.dt = nn.Linear(rank, inner)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.gates import activation_of, inverse_softplus, widen
+from iskd.mixers.limits import check_memory
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Mamba2(RecurrentMixer):
         conv, rotary, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory that is not positive.
+        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {
@@ -62,8 +63,7 @@ class Mamba2(RecurrentMixer):
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, conv=conv, rotary=rotary, **common)
-        if memory <= 0:
-            raise ValueError(f"mixer.memory must be positive, got {memory}")
+        check_memory(memory)
         self.activation = activation_of(activation)
         self.dt = gate_proj(self.stream, self.heads, bias=inverse_softplus(1.0))
         self.A_log = nn.Parameter(torch.full((self.heads,), -math.log(memory)))

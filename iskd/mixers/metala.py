@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
+from iskd.mixers.gates import widen
+from iskd.mixers.limits import MAX_CONV, check_count
 from iskd.mixers.parts import HeadNorm, OutputGate, ShortConv, gate_proj, logit_of_memory
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class MetaLA(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a temper or memory that is not positive.
+        ValueError: a conv, temper or memory out of its range (`iskd.mixers.limits`).
     """
 
     inherits: ClassVar[str] = "qvo"
@@ -61,7 +63,8 @@ class MetaLA(RecurrentMixer):
         **common: Unpack[Basics],
     ) -> None:
         # the convolution is over the stream, not behind each projection
-        super().__init__(attention, conv=min(conv, 0), **common)
+        super().__init__(attention, **common)
+        check_count("conv", conv, 0, MAX_CONV)
         width = self.heads * self.head_dim
         self.temper = temper
         self.decay = gate_proj(self.stream, width, bias=logit_of_memory(memory, temper))
@@ -76,12 +79,13 @@ class MetaLA(RecurrentMixer):
             x_BTD = context.conv(self.conv, x_BTD)
         q, v = self.project("q", x_BTD, context), self.project("v", x_BTD, context)
         logits = self.decay(x_BTD).unflatten(-1, (self.heads, self.head_dim))
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.temper
+        g = F.logsigmoid(widen(logits)) / self.temper
         return Streams(q, (-torch.expm1(g)).to(q.dtype), v, g=g, scale=self.head_dim**-0.5, extra=(x_BTD,))
 
     def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Self-augmentation, then norm, gate and output projection."""
         if self.augment is not None:
-            strength = (streams.q * streams.k * self.augment).sum(-1, keepdim=True)
-            o_BTHV = o_BTHV + torch.sigmoid(strength * streams.v).to(o_BTHV.dtype)
+            # wide: it is about 1/2, of which the norm takes away all but the digits that half precision has not
+            strength = (widen(streams.q) * widen(streams.k) * widen(self.augment)).sum(-1, keepdim=True)
+            o_BTHV = o_BTHV + torch.sigmoid(strength * widen(streams.v))
         return super().finish(o_BTHV, streams.extra[0], streams)

@@ -42,11 +42,11 @@ class MLSTM(RecurrentMixer):
 
     Args:
         attention: what it is made from.
-        memory: tokens after which a fresh forget gate has forgotten all but 1/e; up to about 3 million.
+        memory: tokens after which a fresh forget gate has forgotten all but 1/e.
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a memory that is not positive or that the cap does not reach.
+        ValueError: a memory out of its range (`iskd.mixers.limits`), all of which is within the cap.
     """
 
     notes: ClassVar[dict[str, str]] = {
@@ -57,8 +57,6 @@ class MLSTM(RecurrentMixer):
     def __init__(self, attention: Attention, *, memory: float = 256.0, **common: Unpack[Common]) -> None:
         super().__init__(attention, **common)
         logit = logit_of_memory(memory)
-        if abs(logit) >= CAP:
-            raise ValueError(f"mixer.memory={memory} is beyond what a gate capped at {CAP:g} reaches; choose up to 3e6")
         self.input_gate = gate_proj(self.stream, self.heads, bias=-math.log(2))
         self.forget_gate = gate_proj(self.stream, self.heads, bias=CAP * math.atanh(logit / CAP))
         self.norm = HeadNorm(self.heads, self.head_dim, centre=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from iskd.mixers.limits import MAX_TEMPER, check_memory, check_number
+
 # silu(1.27846) = 1 and sigmoid(3) = 0.95: with weights of zero, where a gate starts
 _GATES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "silu": (F.silu, 1.2784645427610738),
@@ -130,7 +132,7 @@ def gate_proj(stream: int, out: int, *, rank: int | None = None, bias: float = 0
     With `rank`, through so many channels (GLA, arXiv 2312.06635, section 4.4). The weights are not zero, so that both
     factors get a gradient from the first step.
     """
-    last = nn.Linear(rank or stream, out)
+    last = nn.Linear(stream if rank is None else rank, out)
     nn.init.normal_(last.weight, std=std)
     nn.init.constant_(last.bias, bias)
     return last if rank is None else nn.Sequential(nn.Linear(stream, rank, bias=False), last)
@@ -139,9 +141,9 @@ def gate_proj(stream: int, out: int, *, rank: int | None = None, bias: float = 0
 def logit_of_memory(tokens: float, temper: float = 1.0) -> float:
     """The z with sigmoid(z)^(1/temper) = exp(-1/tokens): where a decay gate starts that forgets after `tokens` tokens.
 
-    Raises ValueError when `tokens` or `temper` is not positive.
+    Raises ValueError when `tokens` or `temper` is out of its range (`iskd.mixers.limits`).
     """
-    if tokens <= 0 or temper <= 0:
-        raise ValueError(f"mixer.memory and mixer.temper must be positive, got {tokens} and {temper}")
-    decay = math.exp(-temper / tokens)
-    return math.log(decay / (1 - decay))
+    check_memory(tokens)
+    check_number("temper", temper, 1, MAX_TEMPER)
+    # log(d / (1 - d)) of d = exp(-temper / tokens), without the cancellation
+    return -math.log(math.expm1(temper / tokens))

@@ -3,6 +3,9 @@
 The copy table is that of arXiv 2504.14366 ("QKV copying"): every weight and bias goes where the mixer has a place for
 it. Key-value heads stay grouped or are repeated to one per query head, in the order of repeat_interleave and of every
 host: query head h = g * R + r reads key-value head g.
+
+What is no weight is left behind: attention dropout in every family, and in GPT-2, whose attention drops out channels of
+its output as well, that dropout too (`resid_pdrop`; elsewhere it is the block's and stays).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Projections(nn.Module):
         self.report = list(report)
 
     @classmethod
-    def from_attention(
+    def copied(
         cls,
         old_attn: nn.Module,
         stack: Stack,
@@ -91,7 +94,8 @@ class Projections(nn.Module):
         if init == "random":
             _redraw(layers.values(), norms.values(), float(getattr(stack.config, "initializer_range", 0.02)))
         verb = "copied" if init == "copy" else "fresh: mixer.init=random"
-        report = [f"{name}_proj {verb}{_repeated(name, verb, groups, repeats)}" for name in parts]
+        regrouped = sizes[0] if sizes[2] != width else None
+        report = [f"{name}_proj {verb}{_heads(name, verb, groups, repeats, regrouped)}" for name in parts]
         report += [f"{name}_norm {verb}" for name in norms]
         return cls(layers, norms, sizes=sizes, inner_dim=width, report=report)
 
@@ -99,7 +103,8 @@ class Projections(nn.Module):
         """Projected queries, keys or values ("q", "k", "v") as heads of the attention [B, T, heads, K], normed."""
         y_BTHK: Tensor = y_BTC.unflatten(-1, (-1, self.inner_dim))
         if name != "v":
-            y_BTHK = self.get_submodule(f"{name}_norm")(y_BTHK)
+            # under autocast a norm with float32 weights widens; the kernels take q, k and v of one dtype
+            y_BTHK = self.get_submodule(f"{name}_norm")(y_BTHK).to(y_BTC.dtype)
         return y_BTHK
 
     def regrouped(self, y_BTHK: Tensor) -> Tensor:
@@ -147,10 +152,14 @@ def _repeat_bias(bias: Tensor | None, repeats: int, width: int) -> Tensor | None
     return None if bias is None else _repeat(bias, repeats, width)
 
 
-def _repeated(name: str, verb: str, groups: int, repeats: int) -> str:
-    if name not in "kv" or repeats == 1:
-        return ""
-    return f"{':' if verb == 'copied' else ';'} {groups} heads, each {repeats} times"
+def _heads(name: str, verb: str, groups: int, repeats: int, regrouped: int | None) -> str:
+    """What the report says of the heads of a projection; `regrouped` into so many, None = they are as they were."""
+    repeated = f"{groups} heads, each {repeats} times" if name in "kv" and repeats > 1 else ""
+    if verb != "copied":
+        return f"; {repeated}" if repeated else ""
+    if name == "o" or regrouped is None:
+        return f": {repeated}" if repeated else ""
+    return f", regrouped into {regrouped} heads" + (f": the attention's {repeated}" if repeated else "")
 
 
 @torch.no_grad()

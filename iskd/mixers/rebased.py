@@ -6,16 +6,23 @@
 with q'' = q' / sqrt(N) and phi(q)^T phi(k) = (q^T k)^2 in N (N + 1) / 2 features: weights that are never negative and,
 but for eps, sum to 1. Copied: v (the key-value heads stay grouped) and o. Queries and keys are fresh: N = 16 channels
 are fewer than the attention's heads have, and the features of 64 channels would be 2,080.
+
+The features stay in the wide dtype: rounded ones give squares below zero, and sums next to -eps whose quotients and
+gradients explode. So the kernels for half precision (`iskd.mixers.kernels`) do not serve this mixer.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.features import quadratic
+from iskd.mixers.gates import widen
+from iskd.mixers.limits import MAX_FEATURES, MIN_EPS, check_count, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,7 +38,7 @@ class ReBased(RecurrentMixer):
         **common: as in `RecurrentMixer`, `rotary` excepted.
 
     Raises:
-        ValueError: a feature_dim below 1 or an eps that is not positive.
+        ValueError: a feature_dim or an eps out of its range (`iskd.mixers.limits`).
     """
 
     inherits: ClassVar[str] = "vo"
@@ -47,19 +54,23 @@ class ReBased(RecurrentMixer):
         self, attention: Attention, *, feature_dim: int = 16, eps: float = 1e-5, **common: Unpack[Common]
     ) -> None:
         super().__init__(attention, **common)
-        if feature_dim < 1 or eps <= 0:
-            raise ValueError(
-                f"mixer.feature_dim must be at least 1 and mixer.eps positive, got {feature_dim} and {eps}"
-            )
+        check_count("feature_dim", feature_dim, 1, MAX_FEATURES)
+        check_number("eps", eps, MIN_EPS, 1)
         self.feature_dim, self.eps = feature_dim, eps
         self.q_proj = nn.Linear(self.stream, self.heads * feature_dim, bias=False)
         self.k_proj = nn.Linear(self.stream, self.kv_heads * feature_dim, bias=False)
         self.q_affine, self.k_affine = nn.LayerNorm(feature_dim), nn.LayerNorm(feature_dim)
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
-        """Quadratic features, values and the normaliser."""
-        heads = (-1, self.feature_dim)
-        q = quadratic(self.q_affine(self.q_proj(x_BTD).unflatten(-1, heads)) * self.feature_dim**-0.5)
-        k = quadratic(self.k_affine(self.k_proj(x_BTD).unflatten(-1, heads)))
+        """Quadratic features in the wide dtype, values and the normaliser."""
+        q = quadratic(self._normed(self.q_affine, self.q_proj(x_BTD)) * self.feature_dim**-0.5)
+        k = quadratic(self._normed(self.k_affine, self.k_proj(x_BTD)))
         v = self.project("v", x_BTD, context)
-        return Streams(q.to(v.dtype), k.to(v.dtype), v, normalizer=lambda weights: weights + self.eps)
+        # a sum of squares of which the chunks' rounding may leave a trace below zero
+        return Streams(q, k, v, normalizer=lambda weights: weights.clamp_min(0) + self.eps)
+
+    def _normed(self, affine: nn.LayerNorm, y_BTC: Tensor) -> Tensor:
+        """Heads of N channels, normed in the wide dtype whatever the weights have."""
+        y = widen(y_BTC).unflatten(-1, (-1, self.feature_dim))
+        with torch.autocast(y.device.type, enabled=False):
+            return F.layer_norm(y, (self.feature_dim,), affine.weight.to(y.dtype), affine.bias.to(y.dtype), affine.eps)

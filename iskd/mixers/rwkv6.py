@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.gates import widen
+from iskd.mixers.limits import check_memory, check_width
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ class TokenShift(nn.Module):
 
     def forward(self, before_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
         """The inputs of r, w, k, v and g, each [B, T, D]."""
-        back = before_BTD - x_BTD
-        low = torch.tanh(self.down(x_BTD + back * self.inner)).unflatten(-1, (len(SHIFTED), -1))
-        mixes = self.outer + torch.einsum("btcr,crd->btcd", low, self.up)
-        return {name: (x_BTD + back * mix).to(x_BTD.dtype) for name, mix in zip(SHIFTED, mixes.unbind(2), strict=True)}
+        x, back = widen(x_BTD), widen(before_BTD) - widen(x_BTD)
+        inner, outer, up = (part.to(x.dtype) for part in (self.inner, self.outer, self.up))
+        low = torch.tanh(widen(self.down((x + back * inner).to(x_BTD.dtype)))).unflatten(-1, (len(SHIFTED), -1))
+        # wide: a mix rounded to half precision would round what five projections see once more
+        with torch.autocast(x.device.type, enabled=False):
+            mixes = outer + torch.einsum("btcr,crd->btcd", low, up)
+        return {name: (x + back * mix).to(x_BTD.dtype) for name, mix in zip(SHIFTED, mixes.unbind(2), strict=True)}
 
 
 class RWKV6(RecurrentMixer):
@@ -63,7 +67,7 @@ class RWKV6(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a memory that is not positive.
+        ValueError: a rank, memory or shift_rank out of its range (`iskd.mixers.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {
@@ -83,8 +87,9 @@ class RWKV6(RecurrentMixer):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)
-        if memory <= 0:
-            raise ValueError(f"mixer.memory must be positive, got {memory}")
+        check_memory(memory)
+        check_width("rank", rank, self.stream)
+        check_width("shift_rank", shift_rank, self.stream)
         width = self.heads * self.head_dim
         self.decay = nn.Sequential(
             nn.Linear(self.stream, rank, bias=False), nn.Tanh(), gate_proj(rank, width, bias=-math.log(memory))

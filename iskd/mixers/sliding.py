@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.features import FIXED, SIGNED, Hedgehog
 from iskd.mixers.gates import widen
+from iskd.mixers.limits import MAX_TOKENS, check_count
 from iskd.mixers.window import near, pairs, unnormalised
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Sliding(RecurrentMixer):
         rotary, conv, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a window below 1, an unknown map, or a gamma outside (0, 1).
+        ValueError: a window out of its range (`iskd.mixers.limits`), an unknown map, or a gamma outside (0, 1).
     """
 
     expands: ClassVar[bool] = False
@@ -71,8 +72,7 @@ class Sliding(RecurrentMixer):
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, rotary=rotary, conv=conv, **common)
-        if window < 1:
-            raise ValueError(f"mixer.window must be at least 1 token, got {window}")
+        check_count("window", window, 1, MAX_TOKENS)
         if feature_map not in MAPS:
             raise ValueError(f"mixer.feature_map={feature_map!r}: choose one of {', '.join(MAPS)}")
         if not 0 < gamma < 1:
