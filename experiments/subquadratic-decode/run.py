@@ -27,13 +27,14 @@ from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
 from iskd import surgery  # noqa: E402
 from iskd.arch import Stack  # noqa: E402
-from iskd.figure import figure_of, set_heading  # noqa: E402
+from iskd.figure import PALETTE, figure_of, set_heading  # noqa: E402
 from iskd.plan import Convert, Record, Spec  # noqa: E402
 from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
 MIXERS = HERE.parents[1] / "conf" / "mixer"
 ATTENTION = "attention"
+COLOURS = [PALETTE[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
@@ -118,15 +119,21 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for axes, key, title in zip(panels, ("time", "bytes"), titles, strict=True):
             for index, name in enumerate(names):
                 points = [(r["context"], r[key] / (2**20 if key == "bytes" else 1)) for r in rows if r["mixer"] == name]
+                color, style = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS)]
                 look = (
-                    {"color": "black", "linewidth": 2.5}
-                    if name == ATTENTION
-                    else {"linestyle": ("-", "--", ":")[index % 3]}
+                    {"color": "black", "linewidth": 2.5} if name == ATTENTION else {"color": color, "linestyle": style}
                 )
                 axes.plot(*zip(*points, strict=True), marker=".", label=name, **look)
+            contexts = sorted({row["context"] for row in rows})
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_xticks(contexts, [f"{context:,}" for context in contexts], minor=False)
             axes.set_xlabel("context (tokens)")
+            if key == "bytes":
+                axes.set_yscale("log", base=10)
+                ticks = [1, 10, 100, 1000]
+                axes.set_yticks(ticks, [str(tick) for tick in ticks])
+            else:
+                axes.set_ylim(bottom=0)
             set_heading(axes, title)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=8, fontsize=7)
         figure.savefig(HERE / "decode.png", dpi=120, facecolor="white", metadata={"Software": None})
