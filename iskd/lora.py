@@ -2,7 +2,7 @@
 
 During a stage the maps of the blocks are frozen and a small A and B beside each of them train; at its end B A is added
 to the map and the adapter is gone. Optimizer and gradients then cost memory for the adapters alone. It is not the
-default: with the small budgets that this package is made for, a student heals better when everything trains.
+default: what it saves is memory, and RADLADS (2505.03005), for one, found it worse than training everything.
 
 Not peft, which renames the base weights that checkpoints, records and parameter patterns go by and wraps the model
 that edits take apart, while attaching and merging plain maps takes less code than undoing that at every stage's end.
