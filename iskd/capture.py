@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 
 from iskd.arch import Stack
 
@@ -33,6 +34,16 @@ def _stop(stack: Stack) -> None:
     """End the forward pass, unless the model is in shards: a pass broken off leaves their state undefined."""
     if not isinstance(stack.model, FSDPModule):
         raise _Enough
+
+
+def _pass(stack: Stack, input_ids: Tensor, handles: Sequence[RemovableHandle]) -> None:
+    """One forward pass up to where a hook calls it enough; the hooks are gone afterwards."""
+    try:
+        with suppress(_Enough):
+            stack.last_hidden(input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -99,12 +110,7 @@ class Trace:
                 _stop(stack)
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack.layers]
-        try:
-            with suppress(_Enough):
-                stack.last_hidden(input_ids)
-        finally:
-            for handle in handles:
-                handle.remove()
+        _pass(stack, input_ids, handles)
         self.input = inputs[0]
 
     def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
@@ -121,11 +127,7 @@ def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], i
 
     with capture(stack, layers, wanted) as states:
         handle = stack.layers[max(layers.index(layer) for layer in wanted)].register_forward_hook(stop)
-        try:
-            with suppress(_Enough):
-                stack.last_hidden(input_ids)
-        finally:
-            handle.remove()
+        _pass(stack, input_ids, [handle])
     return states
 
 
@@ -177,12 +179,7 @@ def follow(
 
     handles = [first.register_forward_pre_hook(begin(i), with_kwargs=True) for i, (first, _) in enumerate(spans)]
     handles += [last.register_forward_hook(end(i)) for i, (_, last) in enumerate(spans)]
-    try:
-        with suppress(_Enough):
-            stack.last_hidden(input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _pass(stack, input_ids, handles)
 
 
 @contextmanager

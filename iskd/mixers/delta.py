@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of, widen
+from iskd.mixers.gates import activation_of
 from iskd.mixers.parts import HeadNorm, gate_proj
 
 if TYPE_CHECKING:
@@ -59,6 +60,6 @@ class DeltaMixer(RecurrentMixer):
         """Queries and keys of length 1, values, and beta; without decay."""
         q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
         # in the wide dtype, because a sum of squares is; back, because the kernels want half precision
-        q, k = (F.normalize(widen(x), dim=-1, eps=1e-6).to(v.dtype) for x in (q, k))
-        beta = torch.sigmoid(widen(self.beta(x_BTD)))
+        q, k = (F.normalize(at_least_fp32(x), dim=-1, eps=1e-6).to(v.dtype) for x in (q, k))
+        beta = torch.sigmoid(at_least_fp32(self.beta(x_BTD)))
         return Streams(q, k, v, beta=beta, scale=self.head_dim**-0.5)

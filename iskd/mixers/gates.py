@@ -1,4 +1,4 @@
-"""What several mixers make their gates of: the wide dtype, activations of q, k and v, decays through a softplus."""
+"""What several mixers make their gates of: activations of q, k and v, decays through a softplus."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.limits import check_memory
 from iskd.mixers.parts import gate_proj
 
@@ -22,11 +23,6 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ValueError(f"mixer.activation={name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def widen(x: Tensor) -> Tensor:
-    """The same in float32, or float64 if it is that: what exponents and sums over the past are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_softplus(y: float) -> float:
@@ -60,6 +56,6 @@ class SoftplusDecay(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Log decays [B, T, H] or [B, T, H, K], at most 0, in the wide dtype."""
-        steps = F.softplus(widen(self.proj(x_BTD))).unflatten(-1, (-1, self.width))
+        steps = F.softplus(at_least_fp32(self.proj(x_BTD))).unflatten(-1, (-1, self.width))
         g: Tensor = -self.A_log.to(steps.dtype).exp()[:, None] * steps
         return g if self.width > 1 else g.squeeze(-1)

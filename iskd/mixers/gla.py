@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.limits import check_width
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj, logit_of_memory
@@ -64,5 +64,5 @@ class GLA(RecurrentMixer):
         """Queries, keys and values with a log decay per key channel."""
         q, k, v = self.qkv(x_BTD, context)
         logits = self.decay(x_BTD).unflatten(-1, (self.heads, self.head_dim))
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.temper
+        g = F.logsigmoid(at_least_fp32(logits)) / self.temper
         return Streams(q, k, v, g=g, scale=self.head_dim**-0.5)

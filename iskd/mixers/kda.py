@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, Streams
 from iskd.mixers.delta import DeltaMixer
-from iskd.mixers.gates import SoftplusDecay, widen
+from iskd.mixers.gates import SoftplusDecay
 from iskd.mixers.limits import check_width
 from iskd.mixers.parts import gate_proj
 
@@ -70,6 +71,6 @@ class KDA(DeltaMixer):
 
     def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Norm, sigmoid gate and output projection."""
-        gate = torch.sigmoid(widen(self.out_gate(x_BTD))).unflatten(-1, o_BTHV.shape[2:])
+        gate = torch.sigmoid(at_least_fp32(self.out_gate(x_BTD))).unflatten(-1, o_BTHV.shape[2:])
         assert self.norm is not None
         return self.projections.out((self.norm(o_BTHV) * gate).to(x_BTD.dtype))

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of, widen
+from iskd.mixers.gates import activation_of
 from iskd.mixers.limits import check_width
 from iskd.mixers.parts import OutputGate
 
@@ -89,7 +90,7 @@ class Mamba(RecurrentMixer):
         """C, B and x as queries, keys and values [B, T, I, 1]; dt [B, T, I] in the place of beta."""
         x_BTI = self.activation(self.project("v", x_BTD, context)).flatten(2)
         low, b, c = self.select(x_BTI).split(self.sizes, dim=-1)
-        return Streams(c.unsqueeze(2), b.unsqueeze(2), x_BTI.unsqueeze(3), beta=F.softplus(widen(self.dt(low))))
+        return Streams(c.unsqueeze(2), b.unsqueeze(2), x_BTI.unsqueeze(3), beta=F.softplus(at_least_fp32(self.dt(low))))
 
     def mix(self, streams: Streams, context: Context, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mixed values [B, T, H, V] and the state after the last token [B, I, N]; a hidden token's dt is zero."""

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of, inverse_softplus, widen
+from iskd.mixers.gates import activation_of, inverse_softplus
 from iskd.mixers.limits import check_memory
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
 
@@ -74,9 +75,9 @@ class Mamba2(RecurrentMixer):
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """C, dt B and x as queries, keys and values; a log decay per head; D."""
         q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
-        dt = F.softplus(widen(self.dt(x_BTD)))
+        dt = F.softplus(at_least_fp32(self.dt(x_BTD)))
         g = -self.A_log.to(dt.dtype).exp() * dt
-        k = (widen(k) * dt[..., None]).to(k.dtype)
+        k = (at_least_fp32(k) * dt[..., None]).to(k.dtype)
         return Streams(q, k, v, g=g, scale=self.head_dim**-0.5, skip=self.D)
 
     def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:

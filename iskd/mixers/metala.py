@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import widen
 from iskd.mixers.limits import MAX_CONV, check_count
 from iskd.mixers.parts import HeadNorm, OutputGate, ShortConv, gate_proj, logit_of_memory
 
@@ -79,13 +79,15 @@ class MetaLA(RecurrentMixer):
             x_BTD = context.conv(self.conv, x_BTD)
         q, v = self.project("q", x_BTD, context), self.project("v", x_BTD, context)
         logits = self.decay(x_BTD).unflatten(-1, (self.heads, self.head_dim))
-        g = F.logsigmoid(widen(logits)) / self.temper
+        g = F.logsigmoid(at_least_fp32(logits)) / self.temper
         return Streams(q, (-torch.expm1(g)).to(q.dtype), v, g=g, scale=self.head_dim**-0.5, extra=(x_BTD,))
 
     def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Self-augmentation, then norm, gate and output projection."""
         if self.augment is not None:
             # wide: it is about 1/2, of which the norm takes away all but the digits that half precision has not
-            strength = (widen(streams.q) * widen(streams.k) * widen(self.augment)).sum(-1, keepdim=True)
-            o_BTHV = o_BTHV + torch.sigmoid(strength * widen(streams.v))
+            strength = (at_least_fp32(streams.q) * at_least_fp32(streams.k) * at_least_fp32(self.augment)).sum(
+                -1, keepdim=True
+            )
+            o_BTHV = o_BTHV + torch.sigmoid(strength * at_least_fp32(streams.v))
         return super().finish(o_BTHV, streams.extra[0], streams)

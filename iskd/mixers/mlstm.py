@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import widen
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj, logit_of_memory
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class MLSTM(RecurrentMixer):
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys times the input gate, values, the log of the forget gate and the normaliser."""
         q, k, v = self.qkv(x_BTD, context)
-        g = F.logsigmoid(soft_cap(widen(self.forget_gate(x_BTD))))
-        keys = widen(k) * soft_cap(widen(self.input_gate(x_BTD))).exp()[..., None]
+        g = F.logsigmoid(soft_cap(at_least_fp32(self.forget_gate(x_BTD))))
+        keys = at_least_fp32(k) * soft_cap(at_least_fp32(self.input_gate(x_BTD))).exp()[..., None]
         # e^15 is more than float16 holds
         keys = keys if k.dtype == torch.float16 else keys.to(k.dtype)
         return Streams(

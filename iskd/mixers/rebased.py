@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.features import quadratic
-from iskd.mixers.gates import widen
 from iskd.mixers.limits import MAX_FEATURES, MIN_EPS, check_count, check_number
 
 if TYPE_CHECKING:
@@ -71,6 +71,6 @@ class ReBased(RecurrentMixer):
 
     def _normed(self, affine: nn.LayerNorm, y_BTC: Tensor) -> Tensor:
         """Heads of N channels, normed in the wide dtype whatever the weights have."""
-        y = widen(y_BTC).unflatten(-1, (-1, self.feature_dim))
+        y = at_least_fp32(y_BTC).unflatten(-1, (-1, self.feature_dim))
         with torch.autocast(y.device.type, enabled=False):
             return F.layer_norm(y, (self.feature_dim,), affine.weight.to(y.dtype), affine.bias.to(y.dtype), affine.eps)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import widen
 from iskd.mixers.limits import check_memory, check_width
 from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
 
@@ -46,9 +46,9 @@ class TokenShift(nn.Module):
 
     def forward(self, before_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
         """The inputs of r, w, k, v and g, each [B, T, D]."""
-        x, back = widen(x_BTD), widen(before_BTD) - widen(x_BTD)
+        x, back = at_least_fp32(x_BTD), at_least_fp32(before_BTD) - at_least_fp32(x_BTD)
         inner, outer, up = (part.to(x.dtype) for part in (self.inner, self.outer, self.up))
-        low = torch.tanh(widen(self.down((x + back * inner).to(x_BTD.dtype)))).unflatten(-1, (len(SHIFTED), -1))
+        low = torch.tanh(at_least_fp32(self.down((x + back * inner).to(x_BTD.dtype)))).unflatten(-1, (len(SHIFTED), -1))
         # wide: a mix rounded to half precision would round what five projections see once more
         with torch.autocast(x.device.type, enabled=False):
             mixes = outer + torch.einsum("btcr,crd->btcd", low, up)
@@ -105,7 +105,7 @@ class RWKV6(RecurrentMixer):
         if self.shift is not None:
             shifted = self.shift(*context.window(x_BTD, 2))
         r, k, v = (self.project(name, shifted[source], context) for name, source in zip("qkv", "rkv", strict=True))
-        g = -widen(self.decay(shifted["w"])).exp().unflatten(-1, (self.heads, self.head_dim))
+        g = -at_least_fp32(self.decay(shifted["w"])).exp().unflatten(-1, (self.heads, self.head_dim))
         return Streams(r, k, v, g=g, scale=self.head_dim**-0.5, bonus=self.bonus, extra=(shifted["g"],))
 
     def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.features import FIXED, SIGNED, Hedgehog
-from iskd.mixers.gates import widen
 from iskd.mixers.limits import MAX_TOKENS, check_count
 from iskd.mixers.window import near, pairs, unnormalised
 
@@ -104,7 +104,7 @@ class Sliding(RecurrentMixer):
             Streams(phi_q(s.q), late, F.pad(v[:, :tokens], (0, 1), value=1.0)), context, state_BGKV
         )
         with torch.autocast(s.q.device.type, enabled=False):
-            q, k, v = widen(s.q) * s.scale, widen(k), widen(v)
+            q, k, v = at_least_fp32(s.q) * s.scale, at_least_fp32(k), at_least_fp32(v)
             softmax = near(q, k, v, number, segments, size=self.chunk)
             o = self.window_gate.to(softmax.dtype).sigmoid()[:, None] * softmax + linear
         return o[..., :-1] / o[..., -1:].clamp_min(EPS), state
@@ -120,8 +120,8 @@ class Sliding(RecurrentMixer):
             own = (number[:, None] == segments[..., None])[:, None]
             back = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).tril()
             behind = back.tril(-self.window)
-            softmax = unnormalised(pairs(widen(s.q) * s.scale, widen(s.k)), own & back & ~behind)
-            linear = pairs(widen(phi_q(s.q)), widen(phi_k(s.k))) * (own & behind)
+            softmax = unnormalised(pairs(at_least_fp32(s.q) * s.scale, at_least_fp32(s.k)), own & back & ~behind)
+            linear = pairs(at_least_fp32(phi_q(s.q)), at_least_fp32(phi_k(s.k))) * (own & behind)
             both = self.window_gate.to(softmax.dtype).sigmoid()[:, None, None] * softmax + linear
         return both / both.sum(-1, keepdim=True).clamp_min(EPS)
 
