@@ -13,7 +13,6 @@ import copy
 import csv
 import gzip
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -31,6 +30,7 @@ from iskd import checkpoint, surgery  # noqa: E402
 from iskd.arch import Stack  # noqa: E402
 from iskd.build import fast_bf16  # noqa: E402
 from iskd.corpus import Docstrings  # noqa: E402
+from iskd.metrics import QualityMetrics  # noqa: E402
 from iskd.plan import Record  # noqa: E402
 from iskd.readers import detokenize_wikitext  # noqa: E402
 from iskd.task_files import copy_items, read_task  # noqa: E402
@@ -53,14 +53,9 @@ def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> Tensor
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Log-probabilities [T, V] of the next tokens of one window [T]."""
-    return model(ids[None].to(DEVICE)).logits[0].float().log_softmax(-1)
-
-
-def next_token_loss(log_q: Tensor, ids: Tensor) -> float:
-    """Mean over the tokens of a window [T] in nats."""
-    return torch.nn.functional.nll_loss(log_q[:-1], ids[1:].to(DEVICE)).item()
+def last_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The head's input [1, T, D] for one window [T]."""
+    return model.base_model(ids[None].to(DEVICE)).last_hidden_state
 
 
 def autocast() -> torch.autocast:
@@ -83,17 +78,18 @@ class Scorer:
         self.tasks = {name: read_task(name, data, items) for name in METRICS if name != "copy"}
         self.tasks["copy"] = copy_items(min(items, 50))
         with autocast():
-            texts = self.texts["wikitext"][::2]
-            self.goals = [log_probabilities(self.teacher.model.to(DEVICE), ids)[::4].cpu() for ids in texts]
+            self.goals = {
+                name: [last_hidden(self.teacher.model.to(DEVICE), ids) for ids in text]
+                for name, text in self.texts.items()
+            }
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """All scores of one model; tasks as one number per item."""
         model.eval().to(DEVICE)
         with autocast():
-            found: dict[str, Any] = dict(zip(("ppl_wikitext", "kl"), self._on_wikitext(model), strict=True))
-            found["ppl_docstrings"] = math.exp(
-                mean(next_token_loss(log_probabilities(model, ids), ids) for ids in self.texts["docstrings"])
-            )
+            wikitext, docstrings = (self._on_text(model, name) for name in self.texts)
+            found: dict[str, Any] = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
+            found["ppl_docstrings"] = docstrings["ppl"]
             for name, items in self.tasks.items():
                 result = evaluate(model, self.teacher.tokenizer, items)
                 found[name] = [round(value, 3) for value in result.of(METRICS[name]).tolist()]
@@ -101,16 +97,14 @@ class Scorer:
                     found["lambada_nll"] = -result.mean("log_p")
         return found
 
-    def _on_wikitext(self, model: PreTrainedModel) -> tuple[float, float]:
-        """Perplexity, and KL of the teacher in nats at every 4th position of every 2nd window."""
-        losses, divergences = [], []
-        for index, ids in enumerate(self.texts["wikitext"]):
-            log_q = log_probabilities(model, ids)
-            losses.append(next_token_loss(log_q, ids))
-            if index % 2 == 0:
-                goal = self.goals[index // 2].to(DEVICE)
-                divergences.append((goal.exp() * (goal - log_q[::4])).sum(-1).mean().item())
-        return math.exp(mean(losses)), mean(divergences)
+    def _on_text(self, model: PreTrainedModel, name: str) -> dict[str, float]:
+        """Perplexity, KL to the teacher and the rest on one text, every next token once."""
+        metrics = QualityMetrics().to(DEVICE)
+        heads = Stack(model).head, Stack(self.teacher.model).head
+        for ids, goal in zip(self.texts[name], self.goals[name], strict=True):
+            hidden, labels = last_hidden(model, ids), ids[None, 1:].to(DEVICE)
+            metrics.update_from_hidden(hidden[:, :-1], heads[0], goal[:, :-1], heads[1], labels)
+        return metrics.compute()
 
 
 def score(run: Path, depths: list[int], scorer: Scorer) -> None:
