@@ -1,4 +1,4 @@
-"""Print the tables of the grid, mixers by techniques, and write results.csv: what stages.json of every run says."""
+"""Print the tables of the grid, mixers by techniques, and write RESULTS, a csv: what stages.json of every run says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
 TECHNIQUES = ("kl", "copy", "matrix", "hidden", "all")
 TITLES = ("only KL", "+ copy", "+ matrix", "+ hidden", "all")
 COLUMNS = ("kl", "ppl", "retention", "params", "tokens")
@@ -23,12 +22,12 @@ def last_row(run: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`table.py FOLDER`."""
+    """`table.py FOLDER RESULTS`."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for report in sorted(Path(sys.argv[1]).glob("*/report.html")):
         mixer, _, technique = report.parent.name.rpartition("-")
         found[mixer][technique] = last_row(report.parent)
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with Path(sys.argv[2]).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["mixer", "technique", *COLUMNS, "seconds"])
         for mixer, runs in found.items():
