@@ -40,10 +40,11 @@ from iskd.options import RunOptions
 from iskd.plan import Stage
 from iskd.planning import announce, forecast, planned_steps, stage_steps
 from iskd.preemption import StopSignals
+from iskd.saving import Saver
 from iskd.schedules.base import Schedule
 from iskd.state import RunState, Status
 from iskd.tournament import Tournament
-from iskd.tracking import QUALITY, log_row, write_stages
+from iskd.tracking import QUALITY, log_row
 from iskd.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class CompressionCallback(Callback):
             )
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
-        self.signals = StopSignals()
+        self.signals, self.saver = StopSignals(), Saver(run_dir, options)
         self.preempted = self.restarting = False
         self._ranks, self.watchdog = Ranks(), Watchdog(Ranks(), "")
         self._movement = MovementCheck(options.movement_steps)
@@ -85,7 +86,6 @@ class CompressionCallback(Callback):
         self._clock = time.perf_counter()
         self._training_since = (self._clock, 0)
         self._train_speed: float | None = None
-        self._boundary: Path | None = None
         self._carried: dict[str, Tensor] | None = None  # optimizer state after an edit that was made before the fit
 
     @property
@@ -160,7 +160,7 @@ class CompressionCallback(Callback):
         if carried is not None:
             load_optimizer_tensors(optimizer, module.student, carried)
         rewrap(trainer.strategy)  # what trains may differ from what the strategy wrapped at start-up
-        self._boundary = checkpoint.newest(self.run_dir / "checkpoints", checkpoint.BOUNDARY)
+        self.saver.find_boundary()
         if carried is not None:
             self._settle_edit(trainer, module)
         elif state.edited and state.stage is not None:
@@ -334,16 +334,16 @@ class CompressionCallback(Callback):
 
     def _back(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Student, record and optimizer as they were at the last stage boundary."""
-        assert self._boundary is not None, "the last boundary is always kept"
+        assert self.saver.boundary is not None, "the last boundary is always kept"
         state, before = self.state, self.state.finished[-1] if self.state.finished else Stage("start")
-        state.record = back_to(self._boundary, module, trainer.optimizers[0], before)
+        state.record = back_to(self.saver.boundary, module, trainer.optimizers[0], before)
         rewrap(trainer.strategy)
         state.edited, state.batch, state.before = False, 0, None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say where the last good state is when numbers blow up or memory runs out."""
         if isinstance(exception, NonFiniteError) or is_out_of_memory(exception):
-            where, good = cast(DistillModule, pl_module).where(), checkpoint.newest(self.run_dir / "checkpoints")
+            where, good = cast(DistillModule, pl_module).where(), checkpoint.newest(self.saver.root)
             sizes = {"data.batch_size": self.data.batch_size, "data.seq_len": self.data.seq_len}
             exception.args = (advice(exception, where, sizes, good),)
 
@@ -381,20 +381,8 @@ class CompressionCallback(Callback):
             return module.measure(self.data.validation())
 
     def _save(self, trainer: L.Trainer, module: DistillModule) -> None:
-        """Write a checkpoint with every rank's random numbers, and drop the ones that are no longer needed."""
-        root, sharded = self.run_dir / "checkpoints", self.options.checkpoints == "sharded"
-        path = checkpoint.save(root, module.student, trainer.optimizers[0], self.state, self._ranks, sharded=sharded)
-        if not self.state.edited:
-            self._boundary = path
-            stage = self.state.stage
-            self.restarting = self.schedule.restart_at_edit and stage is not None and bool(stage.edits)
-        checkpoint.together(
-            self._ranks, self.run_dir, lambda: self._keep_up(trainer) if trainer.is_global_zero else None
-        )
-
-    def _keep_up(self, trainer: L.Trainer) -> None:
-        pinned = [self._boundary] if self._boundary else []
-        checkpoint.prune(self.run_dir / "checkpoints", keep=self.options.keep, pinned=pinned)
-        write_stages(self.run_dir, self.state.results)
-        for logger in trainer.loggers:
-            logger.save()  # rows up to here must outlive a kill: the resumed run continues after them
+        """Write a checkpoint; with `schedule.restart_at_edit` the process ends at one that an edit follows."""
+        state = self.state
+        self.saver.save(module.student, trainer.optimizers[0], state, self._ranks, trainer.loggers)
+        if not state.edited:
+            self.restarting = self.schedule.restart_at_edit and state.stage is not None and bool(state.stage.edits)

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from iskd.losses import chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
-from iskd.losses.base import Head, Loss, Terms
+from iskd.losses.base import Head, Loss, Terms, knows_its_slope, uses_teacher
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
@@ -108,6 +108,67 @@ def test_chunked_equals_naive_in_value_and_gradient(setting: dict[str, float], c
         assert_close(got, wanted)
     assert fast.teacher_hidden.grad is None
     assert fast.teacher_head[0].grad is None
+
+
+class Plain:
+    """A term that does not know its slope."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss, self.needs, self.uses_teacher = loss, loss.needs, uses_teacher(loss)
+
+    def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+        return self.loss(student, teacher)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("name", ALL_TERMS)
+def test_closed_form_slopes_equal_autograd_whatever_the_rows(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iskd.losses.walk._ROWS", rows * V)
+    loss, weight = ALL_TERMS[name]
+    assert knows_its_slope(loss)
+    gradients = []
+    for term in (loss, Plain(loss)):
+        case = Case()
+        total, means = chunked_vocabulary_loss(
+            {"term": (term, weight)}, *case.inputs(), chunk=5, scale=0.7, softcap=3.0
+        )
+        total.backward()
+        gradients.append([total.detach(), means["term"], *case.gradients()])
+    for closed, walked in zip(*gradients, strict=True):
+        assert_close(closed, walked)
+
+
+def test_slopes_at_ignored_labels_and_at_the_teacher() -> None:
+    student, teacher = on_logits(rand(4, V, seed=1), rand(4, V, seed=2))
+    student.labels = torch.tensor([3, IGNORE, 0, IGNORE])
+    values, slope = CrossEntropy().with_gradient(student, teacher)
+    assert not slope[1::2].any()
+    assert not values[1::2].any()
+    assert_close(slope.sum(-1), torch.zeros(4, dtype=torch.float64))
+    for loss in DIVERGENCES:
+        _, at_teacher = loss.with_gradient(student, Signals(student.labels, student.logits))
+        assert_close(at_teacher, torch.zeros_like(at_teacher))
+
+
+def test_a_subclass_that_changes_the_value_has_no_closed_form() -> None:
+    class Half(KL):
+        def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+            return 0.5 * super().__call__(student, teacher)
+
+    class Renamed(KL):
+        pass
+
+    assert knows_its_slope(Renamed())
+    assert not knows_its_slope(Half())
+    gradients = []
+    for loss, weight in ((Half(), 1.0), (KL(), 0.5)):
+        case = Case()
+        chunked_vocabulary_loss({"kl": (loss, weight)}, *case.inputs())[0].backward()
+        gradients.append(case.gradients())
+    for half, whole in zip(*gradients, strict=True):
+        assert_close(half, whole)
 
 
 def test_gradcheck_of_the_chunked_reducer() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ class Loss(Protocol):
     """A loss term; lower = better, zero when the student does what is asked of it.
 
     A loss that never looks at the teacher sets `uses_teacher = False` (assumed True when absent), which spares the
-    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep.
+    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep. A loss on
+    logits that knows its own slope has `with_gradient(student, teacher) -> (values, d values / d student.logits)`,
+    values of the labels' shape and a slope [..., V] that the caller may overwrite, which spares autograd.
     """
 
     @property
@@ -96,12 +98,34 @@ def token_values(name: str, loss: Loss, student: Signals, teacher: Signals) -> T
     """
     with torch.autocast(student.labels.device.type, enabled=False):
         values = loss(student, teacher)
+    _check_values(name, values, student)
+    return values
+
+
+def _check_values(name: str, values: Tensor, student: Signals) -> None:
     if values.shape != student.labels.shape:
         raise ValueError(
             f"loss.{name} returned shape {list(values.shape)}, expected one value per token "
             f"{list(student.labels.shape)}; leave masking and means over tokens to the framework"
         )
-    return values
+
+
+def knows_its_slope(loss: Loss) -> bool:
+    """Whether `with_gradient` stands for this very loss: a subclass that changes only the value does not have one."""
+    for cls in type(loss).__mro__:
+        if "with_gradient" in vars(cls):
+            return True
+        if "__call__" in vars(cls):
+            return False
+    return False
+
+
+def values_and_slope(name: str, loss: Any, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+    """Values and slope of a term that knows both, outside autocast and held to the contract as in `token_values`."""
+    with torch.autocast(student.labels.device.type, enabled=False):
+        values, slope = loss.with_gradient(student, teacher)
+    _check_values(name, values, student)
+    return values, slope
 
 
 def masked_mean(values: Tensor, labels: Tensor) -> Tensor:
@@ -169,3 +193,10 @@ def finish_logits(projected: Tensor, *, scale: float, softcap: float | None) -> 
     if softcap <= 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     return torch.tanh(logits / softcap) * softcap
+
+
+def finish_slope(slope: Tensor, logits: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """The slope with respect to projections, from that with respect to finished logits, both [..., V], in place."""
+    if softcap is not None:
+        slope.mul_(1 - (logits / softcap).square())  # d tanh(x) / dx = 1 - tanh(x)^2
+    return slope if scale == 1.0 else slope.mul_(scale)

@@ -26,3 +26,12 @@ class CrossEntropy:
         logits = at_least_fp32(student.logits).flatten(0, -2)
         values = F.cross_entropy(logits, student.labels.flatten(), ignore_index=IGNORE, reduction="none")
         return values.view_as(student.labels)
+
+    def with_gradient(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """Values as of a call, and their slope [..., V]: softmax minus the label's unit vector, 0 at ignored labels."""
+        values, labels = self(student, teacher), student.labels.unsqueeze(-1)
+        assert student.logits is not None
+        slope = at_least_fp32(student.logits).softmax(-1)
+        kept = labels != IGNORE
+        slope.scatter_add_(-1, labels.clamp(min=0), -kept.to(slope.dtype))
+        return values, slope if kept.all() else slope.mul_(kept)

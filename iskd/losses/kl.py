@@ -35,6 +35,7 @@ class KL:
 
     needs: frozenset[str] = frozenset({"logits"})
     uses_teacher: bool = True
+    by_buckets: bool = True
 
     def __init__(self, direction: str = "forward", temperature: float = 1.0, beta: float = 0.5) -> None:
         if direction not in DIRECTIONS:
@@ -53,6 +54,32 @@ class KL:
         Raises:
             ValueError: Logits are missing, or the two vocabularies differ in size.
         """
+        return self._divergence(*self._log_probabilities(student, teacher)) * self.temperature**2
+
+    def with_gradient(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """Values as of a call, and their slope with respect to the student's logits s, [..., V].
+
+        With q_v = softmax(s / temperature)_v and <x> = sum_v q_v x_v, in units of the temperature:
+
+            forward   q - p
+            reverse   q (log q/p - <log q/p>)
+            jsd       (1 - beta) q (log q/m - <log q/m>)
+        """
+        log_p, log_q = self._log_probabilities(student, teacher)
+        tau = self.temperature
+        if self.direction == "forward":
+            p = log_p.exp()
+            values = (p * log_p.sub_(log_q)).sum(-1)
+            return values.mul_(tau**2), log_q.exp_().sub_(p).mul_(tau)
+        values, q = self._divergence(log_p, log_q), log_q.exp()
+        other = log_p if self.direction == "reverse" else self._log_mixture(log_p, log_q)
+        ratio = log_q.sub_(other)
+        factor = tau if self.direction == "reverse" else tau * (1 - self.beta)
+        ratio.sub_((q * ratio).sum(-1, keepdim=True))
+        return values.mul_(tau**2), q.mul_(ratio).mul_(factor)
+
+    def _log_probabilities(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """Teacher's and student's at the temperature, in tensors of their own, after the checks."""
         if student.logits is None or teacher.logits is None:
             raise ValueError("KL needs logits of student and teacher: call it on a vocabulary chunk")
         if student.logits.shape != teacher.logits.shape:
@@ -60,17 +87,22 @@ class KL:
                 f"KL needs one vocabulary: student logits {list(student.logits.shape)}, "
                 f"teacher logits {list(teacher.logits.shape)}"
             )
-        log_q = torch.log_softmax(at_least_fp32(student.logits) / self.temperature, dim=-1)
-        log_p = torch.log_softmax(at_least_fp32(teacher.logits.detach()) / self.temperature, dim=-1)
-        return self._divergence(log_p, log_q) * self.temperature**2
+        return self._log_softmax(teacher.logits.detach()), self._log_softmax(student.logits)
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        wide = at_least_fp32(logits)
+        return torch.log_softmax(wide if self.temperature == 1 else wide / self.temperature, dim=-1)
 
     def _divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.direction == "forward":
             return _kl(log_p, log_q)
         if self.direction == "reverse":
             return _kl(log_q, log_p)
-        log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+        log_m = self._log_mixture(log_p, log_q)
         return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
+
+    def _log_mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
