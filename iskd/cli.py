@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,15 +31,32 @@ AUTO = "auto"
 _RESUME = "ISKD_RESUME"
 # a fresh process of our own: sys.argv[0] may be a launcher's, and the package need not be installed
 _ENTRY = (sys.executable, "-m", "iskd")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
     """Command-line overrides; a resumed run gets its own folder as Hydra's run directory (`auto` stays in Hydra's)."""
+    argv = [other for argument in argv for other in named_model(argument)]
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
     if not folders or folders[-1] in ("", "null", AUTO):
         return list(argv)
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
+
+
+def named_model(argument: str) -> list[str]:
+    """`model=` takes a folder and a hub id too: what they stand for; any other argument as it is.
+
+    A preset of conf/model goes before a folder of that name; ./name is the folder.
+    """
+    key, _, value = argument.partition("=")
+    if key != "model" or ("/" not in value and (Path(CONF) / "model" / f"{value}.yaml").is_file()):
+        return [argument]
+    quoted = "'" + value.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
+    if Path(value).expanduser().is_dir():
+        return ["model=local", f"model.path={quoted}"]
+    hub_id = _HUB_ID.fullmatch(value)
+    return ["model=hub", f"model.name={quoted}"] if hub_id else [argument]
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
