@@ -65,5 +65,5 @@ def _draw(curves: Sequence[Curve], out: Path) -> None:
             axes.invert_xaxis()  # a run goes from left to right
             set_heading(axes, title)
             axes.set_xlabel("layers left")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(curves))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(3, len(curves)))
         figure.savefig(out, dpi=120, facecolor="white", metadata={"Software": None})
