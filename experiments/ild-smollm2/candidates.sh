@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Does the rank-flip guard pay? 30 -> 26 layers with and without it, the same training tokens in all, trials included.
-#   DATA, SEEDS, TRAINER, OUT, PYTHON as in run.sh; STAGE: tokens per removed layer, half of them for three trials
+#   DATA, SEEDS, TRAINER, OUT, PYTHON as in run.sh; STAGE: tokens per removed layer, half of them for three trials of
+#   whole steps: a multiple of 6 x 1024
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2 and tinystories}
-STAGE=${STAGE:-8192}
+STAGE=${STAGE:-6144}
 SEEDS=${SEEDS:-0 1}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/ild-candidates}
 PYTHON=${PYTHON:-.venv/bin/python}
 COMMON=(trainer="$TRAINER" experiment=ild importance=racing data=text data.path="$DATA/*/train.txt.gz"
-        data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext data.val_tokens=16384
+        data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext data.val_tokens=8192
         optim.decay_over=stage run.measure_before=false run.checkpoint_every=1000000 export=false)
 
 for seed in $SEEDS; do
