@@ -47,7 +47,8 @@ LEVELS = {
 LIBRARIES = {
     "hydra": {"build", "cli", "train"},
     "omegaconf": {"build", "cli", "train"},
-    "lightning": {"module", "data", "callback", "checkpoint", "checkpoint_io", "progress", "distributed", "run"},
+    "lightning": {"module", "data", "callback", "checkpoint", "checkpoint_io", "progress", "distributed", "run"}
+    | {"parts", "finish", "tracking_wandb"},
 }
 # Names inside transformers' models. A part's own attribute of such a name (self.q_proj) is its own business.
 FOREIGN = {"self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "input_layernorm", "embed_tokens", "wte"}
@@ -96,8 +97,10 @@ def dotted_imports(path: Path) -> Iterator[tuple[str, int]]:
 NAMES = {name_of(path): path for path in FILES}
 
 
-def iskd_imports(path: Path) -> Iterator[tuple[str, int]]:
+@cache
+def iskd_imports(path: Path) -> list[tuple[str, int]]:
     """Imported modules of iskd with their line; `from iskd.plan import Edit` is the module plan."""
+    found = []
     for dotted, line in dotted_imports(path):
         parts = dotted.split(".")
         if parts[0] != "iskd":
@@ -105,14 +108,15 @@ def iskd_imports(path: Path) -> Iterator[tuple[str, int]]:
         while len(parts) > 1 and ".".join(parts[1:]) not in NAMES:
             parts.pop()
         if len(parts) > 1 and NAMES[".".join(parts[1:])] != path:
-            yield ".".join(parts[1:]), line
+            found.append((".".join(parts[1:]), line))
+    return found
 
 
-def level(name: str, above: frozenset[str] = frozenset()) -> int:
+@cache
+def level(name: str) -> int:
+    """Of a file; where imports form a cycle, another test names it."""
     listed = LEVELS.get(family(name))
-    if listed is not None or name in above:
-        return listed or 0
-    return max((level(other, above | {name}) for other, _ in iskd_imports(NAMES[name])), default=0)
+    return max((level(other) for other, _ in iskd_imports(NAMES[name])), default=0) if listed is None else listed
 
 
 def parts() -> set[str]:

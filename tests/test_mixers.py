@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import iskd
 from iskd import surgery
 from iskd.arch import Stack
+from iskd.efficiency import cache_held_bytes
 from iskd.export import write
 from iskd.hosting import CacheSlot, StateLayer
 from iskd.mixers.base import Context
@@ -380,3 +381,16 @@ def test_a_converted_student_is_saved_and_loaded(name: str, tmp_path: Path) -> N
 def test_a_yaml_shows_what_every_mixer_takes(name: str) -> None:
     """All keys of a yaml are taken, or no mixer above were built; some every yaml shows."""
     assert {"init", "heads", "chunk"} <= set(conf_group("mixer")[name])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_memory_behind_a_state_does_not_grow_with_the_prompt(name: str) -> None:
+    """Parts of a prompt that go into the cache as views would keep all of it."""
+    model = converted("llama", SPECS[name], (0, 1, 2, 3))
+    held = []
+    for tokens in (40, 60):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=windows(1, tokens), past_key_values=cache, use_cache=True)
+        held.append(cache_held_bytes(cache))
+    assert held[0] == held[1]

@@ -333,7 +333,8 @@ class RecurrentMixer(nn.Module):
         streams = self.streams(x_BTD, context).hiding(context.seen)
         o_BTHV, state = self.mix(streams, context, past[0] if past else None)
         if cache is not None:
-            cache.keep((state, *context.last), tokens=x_BTD.shape[1])
+            # copies: as views they would keep the whole row of the prompt alive
+            cache.keep((state, *(last.clone() for last in context.last)), tokens=x_BTD.shape[1])
         return self.finish(o_BTHV, x_BTD, streams)
 
     def matrix(self, x_BTD: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

@@ -1,0 +1,137 @@
+"""Cost of using a model: cache bytes by formula, contexts and time that are kept to, models left as they were."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from iskd import efficiency, machine, surgery
+from iskd.measurements import efficiency_of
+from iskd.plan import Convert, Record, Remove, Spec
+from tests.factories import digest, modes, tiny
+
+QUICK = {"decode_tokens": 2, "repeats": 2}
+LINEAR = Spec("iskd.mixers.linear_attention.LinearAttention", {})
+
+
+def llama(context: int = 64) -> PreTrainedModel:
+    return tiny("llama", context=context)  # 4 layers, 3 key-value heads of width 8
+
+
+def converted() -> PreTrainedModel:
+    student = copy.deepcopy(llama())
+    surgery.apply(student, Record(4), [Convert(layer, LINEAR) for layer in range(4)])
+    return student
+
+
+def test_the_cache_of_attention_grows_by_the_formula_and_a_state_does_not() -> None:
+    grown = {row["context"]: row for row in efficiency.measure(llama(), contexts=[8, 32], **QUICK)["contexts"]}
+    assert {context: row["cache_bytes"] for context, row in grown.items()} == {
+        context: 2 * 4 * 3 * 8 * context * 4 for context in (8, 32)
+    }
+    states = efficiency.measure(converted(), contexts=[8, 32], **QUICK)["contexts"]
+    assert states[0]["cache_bytes"] == states[1]["cache_bytes"] > 0
+    assert all(row["cache_held_bytes"] >= row["cache_bytes"] for row in [*grown.values(), *states])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "gemma"])
+def test_every_kind_of_family_is_measured(family: str) -> None:
+    (row,) = efficiency.measure(tiny(family), contexts=[8], **QUICK)["contexts"]
+    assert row["prefill_seconds"] > 0
+    assert row["decode_seconds_per_token"] > 0
+    assert row["repeats"] == 2
+    assert row["cache_bytes"] > 0
+
+
+def test_contexts_beyond_the_model_are_left_out_and_named() -> None:
+    found = efficiency.measure(llama(), contexts=[64, 128, 8], **QUICK)
+    assert [row["context"] for row in found["contexts"]] == [8, 64]
+    assert found["left_out"] == {"128": "needs 128 positions, the model has 64"}
+    # learned positions have to last for the decoded tokens too
+    assert "64" in efficiency.measure(tiny("gpt2"), contexts=[8, 64], **QUICK)["left_out"]
+
+
+def test_time_is_kept_to_and_what_falls_to_it_is_named() -> None:
+    start = time.perf_counter()
+    found = efficiency.measure(llama(4096), contexts=[8, 4096], decode_tokens=2, repeats=1000, seconds=0.01)
+    assert time.perf_counter() - start < 20
+    assert [row["context"] for row in found["contexts"]] == [8]
+    assert "no time left" in found["left_out"]["4096"]
+
+
+def test_a_comparison_is_written_shown_and_read_by_the_report(tmp_path: Path) -> None:
+    teacher, student = llama(), copy.deepcopy(llama())
+    surgery.apply(student, Record(4), [Remove(1)])
+    student.train()
+    before = digest(teacher), digest(student), modes(student), torch.get_rng_state()
+    steps: list[tuple[int, int]] = []
+    result = efficiency.compare(
+        teacher, student, contexts=[8, 16], progress=lambda _, done, total: steps.append((done, total)), **QUICK
+    )
+    assert (digest(teacher), digest(student), modes(student)) == before[:3]
+    assert torch.equal(torch.get_rng_state(), before[3])
+    assert steps == [(0, 2), (1, 2)]
+    assert result["student"]["params"] < result["teacher"]["params"] == surgery.parameters(teacher)
+    assert result["teacher"]["bytes"] == 4 * result["teacher"]["params"]
+    assert result["teacher"]["peak_memory_bytes"] >= result["teacher"]["bytes"]
+    assert result["student"]["contexts"][1]["cache_bytes"] * 4 == result["teacher"]["contexts"][1]["cache_bytes"] * 3
+    path = efficiency.write(tmp_path, result)
+    read = efficiency_of(json.loads(path.read_text()))
+    assert read.student is not None
+    assert read.student.at(16) is not None
+    console = Console(record=True, width=120)
+    console.print(efficiency.efficiency_table(result))
+    assert "cache after 16 (MiB)" in console.export_text()
+
+
+def test_a_copy_in_another_dtype_is_measured_and_the_model_stays() -> None:
+    model = llama()
+    found = efficiency.measure(model, contexts=[8], dtype=torch.bfloat16, **QUICK)
+    assert found["dtype"] == "bfloat16"
+    assert found["bytes"] == 2 * found["params"]
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [{"contexts": []}, {"contexts": [0]}, {"decode_tokens": 0}, {"repeats": 0}])
+def test_bad_values_are_named(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"efficiency needs {next(iter(bad))} of at least 1"):
+        efficiency.measure(llama(), **bad)  # type: ignore[arg-type]
+
+
+def test_a_view_holds_what_it_was_cut_from() -> None:
+    class Layer:
+        def __init__(self) -> None:
+            row = torch.zeros(1, 100)
+            self.state = (row[:, :3], row[:, 3:4])
+            self.keys = None
+
+    class Cache:
+        layers = [Layer()]  # noqa: RUF012
+
+    assert efficiency.cache_bytes(Cache) == 16
+    assert efficiency.cache_held_bytes(Cache) == 400
+
+
+def test_memory_of_a_piece_of_work_is_seen() -> None:
+    size = 64 << 20
+    with machine.PeakMemory(torch.device("cpu")) as memory:
+        held = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.05)
+        del held
+    assert size * 0.8 < memory.rise < size * 4
+
+
+def test_the_machine_is_named_without_its_host() -> None:
+    import platform
+
+    facts = machine.describe("cpu")
+    assert {"device", "cores", "threads", "torch", "note"} <= facts.keys()
+    assert "this machine only" in facts["note"]
+    assert len(platform.node()) < 4 or platform.node() not in json.dumps(facts)
