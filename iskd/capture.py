@@ -131,6 +131,27 @@ def states_after(stack: Stack, layers: Sequence[int], wanted: Collection[int], i
     return states
 
 
+def read(
+    stack: Stack, layers: Sequence[int], wanted: Collection[int], input_ids: Tensor, *, last: bool
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """One forward pass on `input_ids` [B, T], as short as it can be; gradients as the caller has them.
+
+    Args:
+        stack: the model to read.
+        layers: the teacher's layer number of each block in stack order.
+        wanted: layers whose states are read.
+        input_ids: windows.
+        last: whether the state after the final norm is read too; if not, blocks above the last wanted one are not run.
+
+    Returns:
+        The last hidden state [B, T, D] or None, and the state after each wanted layer [B, T, D].
+    """
+    if not last:
+        return None, states_after(stack, layers, wanted, input_ids) if wanted else {}
+    with capture(stack, layers, wanted) as states:
+        return stack.last_hidden(input_ids), states
+
+
 @dataclass(frozen=True)
 class Call:
     """How a host called one of its modules, the stream included."""

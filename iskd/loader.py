@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from iskd.shards import Tokens
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 class StageLoader:
@@ -55,7 +56,10 @@ class StageLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield {"input_ids": [batch_size, seq_len] int64}."""
+        """Yield {"input_ids": [batch_size, seq_len] int64, "index": the windows' numbers, a list}.
+
+        No tensor: Lightning would put it on the device, and reading it there waits for all that was asked of it.
+        """
         return (self.batch(self.first_step + step) for step in range(self.steps))
 
     def batch(self, micro_batch: int) -> Batch:
@@ -63,7 +67,7 @@ class StageLoader:
         count = len(self.windows)
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
         order = [_permutation(self.seed, k // count, count)[k % count] for k in range(first, first + self.batch_size)]
-        return {"input_ids": to_tensor(self.windows[order])}
+        return {"input_ids": to_tensor(self.windows[order]), "index": [int(window) for window in order]}
 
 
 @lru_cache(maxsize=2)

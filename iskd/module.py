@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,14 +16,19 @@ from transformers import PreTrainedModel
 from iskd import sharding
 from iskd.align import align
 from iskd.arch import Stack
-from iskd.capture import capture
+from iskd.data import TextData
 from iskd.distributed import Ranks
-from iskd.losses.base import Terms, check_terms, uses_teacher
+from iskd.losses.base import Terms, check_terms
 from iskd.losses.chunked import total_loss
+from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.metrics import QualityMetrics
 from iskd.optim import OptimSpec, make_optimizer, regroup
+from iskd.passes import Wanted, both, next_tokens, wanted
 from iskd.plan import Record, Stage
-from iskd.signals import IGNORE, Signals
+from iskd.prefix import SharedPrefix
+from iskd.signals import Signals
+from iskd.teacher_cache import TeacherCache
+from iskd.teacher_rows import CacheSpec, check_terms_cached
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,6 @@ class StepResult:
     by_layer: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
-    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
-
-
 class DistillModule(L.LightningModule):
     """Holds the teacher outside the module tree and trains the student towards it.
 
@@ -52,6 +53,9 @@ class DistillModule(L.LightningModule):
         optim: optimizer settings.
         record: the edits applied to `student` so far.
         chunk: tokens per chunk of logits.
+        share_prefix: run leading blocks that are frozen and still the teacher's once for both (`iskd.prefix`).
+        cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
+            those of stages that align layers. It can be set later too (`use_cache`).
     """
 
     teacher: PreTrainedModel
@@ -65,6 +69,8 @@ class DistillModule(L.LightningModule):
         record: Record,
         *,
         chunk: int = 256,
+        share_prefix: bool = True,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms)
@@ -73,6 +79,11 @@ class DistillModule(L.LightningModule):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.terms, self.optim, self.record, self.chunk = terms, optim, record, chunk
         self.stage = Stage("start")
+        self.share_prefix, self._prefix = share_prefix, SharedPrefix()
+        self.cache: TeacherCache | None = None
+        self.cache_spec: CacheSpec | None = None  # of the one that `fill_cache` builds
+        if cache is not None:
+            self.use_cache(cache)
         # factor and counters of the step in progress; the callback owns them
         self.tokens = 0
         self.stage_number = 0
@@ -85,7 +96,28 @@ class DistillModule(L.LightningModule):
         self.stopping = False  # whether a rank was asked to stop, on every rank
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
-        self._teacher_cache: dict[int, Tensor] = {}
+        self._validated: dict[int, Tensor] = {}
+
+    def use_cache(self, cache: TeacherCache) -> None:
+        """Read the teacher's side of every training step from `cache`.
+
+        Raises ValueError when a term needs a signal that it does not hold.
+        """
+        check_terms_cached(self.terms, cache.spec.kind)
+        self.cache = cache
+
+    def fill_cache(self, data: TextData, forward_context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """With a `cache_spec`: have the teacher's answers to all training windows computed, or find them on disk."""
+        if self.cache_spec is None:
+            return
+        folder, tokenizer = data.cache_dir.parent / "teacher", str(data.manifest()["tokenizer"])
+        with forward_context():
+            self.use_cache(
+                TeacherCache.build(
+                    self.teacher, data.windows("train"), folder, self.cache_spec,
+                    tokenizer=tokenizer, batch_size=data.batch_size,
+                )
+            )  # fmt: skip
 
     def configure_model(self) -> None:
         """Put student and teacher, two roots, into shards where the strategy has a mesh for them."""
@@ -108,36 +140,27 @@ class DistillModule(L.LightningModule):
         """
         nn.Module.to(self.teacher, self.device)
 
-    def signals(self, model: PreTrainedModel, input_ids: Tensor, layers: Sequence[int], wanted: set[int]) -> Signals:
-        """One forward pass of `model`: last hidden state and the states after the wanted layers."""
-        stack = Stack(model)
-        with capture(stack, layers, wanted) as states:
-            last = stack.last_hidden(input_ids)
-        return Signals(labels=next_tokens(input_ids), last_hidden=last, hidden=dict(states))
+    def step(self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None) -> StepResult:
+        """Loss of windows [B, T]: a pure function of weights and batch.
 
-    def step(self, input_ids: Tensor) -> StepResult:
-        """Loss of windows [B, T]: a pure function of weights and batch."""
+        Args:
+            input_ids: the windows.
+            cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
+        """
         if self.stage.objective != "loss":
             return self._align(self.stage.objective, input_ids)
-        wanted = self._wanted()
-        student = self.signals(self.student, input_ids, self.record.layers, wanted)
-        teacher = None
-        if any(uses_teacher(loss) for loss, _ in self.terms.values()):
-            after = {layer: self.record.state_after(layer) for layer in wanted}
-            with torch.no_grad():
-                teacher = self.signals(self.teacher, input_ids, range(self.record.num_layers), set(after.values()))
-            # the student's state after a layer stands for the teacher's state after the gap that follows it
-            teacher.hidden = {layer: teacher.hidden[target] for layer, target in after.items()}
-        stack = Stack(self.student)
-        loss, parts = total_loss(
-            self.terms,
-            student,
-            teacher,
-            stack.head,
-            Stack(self.teacher).head,
-            chunk=self.chunk,
-            softcap=stack.softcap,
-        )
+        stack, terms, record = Stack(self.student), self.terms, self.record
+        theirs = None if cached is not None else wanted(terms, record, self.stage, of_teacher=True)
+        shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
+        ours = wanted(terms, record, self.stage) or Wanted()
+        student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared)
+        if cached is not None and "ids" in cached:
+            top = TopK(cached["ids"], cached["log_probs"])
+            return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
+        if cached is not None:
+            teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
+        head = None if teacher is None else Stack(self.teacher).head
+        loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
         return StepResult(loss, parts)
 
     def _align(self, objective: str, input_ids: Tensor) -> StepResult:
@@ -146,40 +169,23 @@ class DistillModule(L.LightningModule):
         mean = torch.stack(list(aligned.by_layer.values())).mean()
         return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
 
-    def _wanted(self) -> set[int]:
-        """Layers whose states the losses compare."""
-        wanted: set[int] = set()
-        survivors = self.record.layers
-        named = {
-            "last": survivors[-1:],
-            "all": survivors,
-            "edited": self._standing_for(self.record.edited),
-            "stage": self._standing_for(edit.layer for edit in self.stage.edits),
-        }
-        for loss, weight in self.terms.values():
-            if "hidden" not in loss.needs or not weight:
-                continue
-            layers = getattr(loss, "layers", "all")
-            wanted |= set(named[layers] if isinstance(layers, str) else layers) & set(survivors)
-        return wanted
-
-    def _standing_for(self, edited: Iterable[int]) -> Sequence[int]:
-        """The layers whose states stand for the outputs of edited ones: of a removed layer, the survivor below it.
-
-        Below a gap at the bottom there is none, so the first survivor does; where nothing is edited, the last layer.
-        """
-        survivors = self.record.layers
-        below = {max((x for x in survivors if x <= layer), default=survivors[0]) for layer in edited}
-        return sorted(below) or survivors[-1:]
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
-        result = self.step(batch["input_ids"])
+        result = self.step(batch["input_ids"], *self._cached(batch))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
         self._log(result)
         return result.loss
+
+    def _cached(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """What the cached teacher said about a batch, on its device; nothing where the teacher is to be run."""
+        if self.cache is None or self.stage.objective != "loss":
+            return []
+        if "index" not in batch:
+            raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
+        rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
+        return [{name: values.to(device, non_blocking=True) for name, values in rows.items()}]
 
     def _log(self, result: StepResult) -> None:
         values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
@@ -241,14 +247,14 @@ class DistillModule(L.LightningModule):
         student, teacher = Stack(self.student), Stack(self.teacher)
         for index, batch in enumerate(batches):
             input_ids = batch["input_ids"].to(self.device)
-            if index not in self._teacher_cache:
-                self._teacher_cache[index] = teacher.last_hidden(input_ids)
+            if index not in self._validated:
+                self._validated[index] = teacher.last_hidden(input_ids)
             start = clock(self.device)
             hidden = student.last_hidden(input_ids)
             seconds += clock(self.device) - start
             labels = next_tokens(input_ids)
             metrics.update_from_hidden(
-                hidden, student.head, self._teacher_cache[index], teacher.head, labels, softcap=student.softcap
+                hidden, student.head, self._validated[index], teacher.head, labels, softcap=student.softcap
             )
         self.student.train(was_training)
         tokens = sum(batch["input_ids"].numel() for batch in batches)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from iskd import surgery
 from iskd.arch import Stack
-from iskd.capture import Trace, capture, states_after
+from iskd.capture import Trace, capture, read, states_after
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, hooks, tiny, windows
 
@@ -135,3 +135,18 @@ def test_states_that_do_not_exist_are_refused(layers: range, wanted: set[int], m
     with pytest.raises(ValueError, match=message), capture(Stack(student), layers, wanted):
         pass
     assert hooks(student) == 0
+
+
+@torch.no_grad()
+def test_a_pass_is_as_short_as_what_is_read() -> None:
+    student, ids = student_of("llama"), windows()
+    stack = Stack(student)
+    last, states = read(stack, RECORD.layers, {0, 3}, ids, last=True)
+    assert last is not None
+    assert torch.equal(last, stack.last_hidden(ids))
+    assert set(states) == {0, 3}
+    nothing, short = read(stack, RECORD.layers, {0, 3}, ids, last=False)
+    assert nothing is None
+    assert all(torch.equal(short[layer], states[layer]) for layer in states)
+    stack.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("nothing is read, and a block runs"))
+    assert read(stack, RECORD.layers, set(), ids, last=False) == (None, {})

@@ -26,9 +26,11 @@ class Loss(Protocol):
     """A loss term; lower = better, zero when the student does what is asked of it.
 
     A loss that never looks at the teacher sets `uses_teacher = False` (assumed True when absent), which spares the
-    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep. A loss on
-    logits that knows its own slope has `with_gradient(student, teacher) -> (values, d values / d student.logits)`,
-    values of the labels' shape and a slope [..., V] that the caller may overwrite, which spares autograd.
+    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep; the last
+    hidden state is for those that need no other signal, or logits. A loss on logits that is a divergence between
+    next-token distributions, and may see tokens merged, sets `by_buckets = True`. One on logits that knows its own
+    slope has `with_gradient(student, teacher) -> (values, d values / d student.logits)`, values of the labels' shape
+    and a slope [..., V] that the caller may overwrite, which spares autograd.
     """
 
     @property

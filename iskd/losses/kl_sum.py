@@ -42,6 +42,7 @@ class SummedKL:
 
     needs: frozenset[str] = frozenset({"logits"})
     uses_teacher: bool = True
+    by_buckets: bool = True
 
     def __init__(self, batch_size: int = 2, seq_len: int = 2048, divisor: float = 100.0) -> None:
         if batch_size < 1 or seq_len < 1 or not (math.isfinite(divisor) and divisor > 0):
