@@ -1,0 +1,247 @@
+"""What an evaluation found: scores by task, retention with intervals, perplexity; as json and as a table.
+
+Retention is the student's score / the teacher's on the same items, by task and as the mean over tasks, apart for
+multiple choice and for generation: students without some layers often still choose well when they can no longer write.
+Chance stands beside every score, as a ratio says nothing about tasks on which both models guess.
+
+Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from iskd.table import ABSENT, number, percent
+from iskd.tasks import Paired, TaskResult, paired
+from iskd.text_score import TextScore
+
+CHOICE, GENERATION = "choice", "generation"
+_TAILS = (0.025, 0.975)
+_AT_A_TIME = 1 << 22  # drawn items in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One model on one task.
+
+    Attributes:
+        kind: `choice`, the likeliest of several texts must be the right one, or `generation`, greedy decoding must
+            give it.
+        metric: the metric of `result` that is compared, in [0, 1], higher = better.
+        chance: what guessing gets.
+        result: all metrics by item.
+    """
+
+    kind: str
+    metric: str
+    chance: float
+    result: TaskResult
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; all nan where there is nothing to divide by."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's scores, in [0, 1].
+
+    Attributes:
+        task, kind, metric, chance: as in `Scored`.
+        items: how many both models were asked.
+        student, teacher: means over the items; the teacher's is None when there is none.
+        student_error, teacher_error: standard errors of the means; nan for one item.
+        difference: student - teacher, None without a teacher.
+        retention: student / teacher, None without a teacher, nan when the teacher gets nothing right.
+        metrics: means of all metrics of the task, by `student` and `teacher`.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    items: int
+    chance: float
+    student: float
+    student_error: float
+    teacher: float | None
+    teacher_error: float | None
+    difference: Estimate | None
+    retention: Estimate | None
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything found; equal for equal models, data, settings and machine.
+
+    Attributes:
+        tasks: in the order asked for.
+        retention: mean over the tasks of a kind, by kind; empty without a teacher. Tasks of which the teacher gets
+            nothing right are left out.
+        text: perplexity and bits per byte; None when no text was given.
+        settings: what was asked for, hashes of the data, versions; no paths and no times.
+    """
+
+    tasks: tuple[TaskScore, ...]
+    retention: dict[str, Estimate]
+    text: TextScore | None
+    settings: dict[str, Any]
+
+    def to_json(self) -> str:
+        """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
+        return json.dumps(_plain(asdict(self)), indent=1, sort_keys=True) + "\n"
+
+
+def compare(
+    student: Mapping[str, Scored], teacher: Mapping[str, Scored] | None, *, resamples: int, seed: int
+) -> tuple[tuple[TaskScore, ...], dict[str, Estimate]]:
+    """Scores by task, and mean retention by kind.
+
+    Args:
+        student: by task.
+        teacher: the same tasks and items; None = nothing to compare with.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the two were not asked the same items.
+    """
+    scores: list[TaskScore] = []
+    ratios: dict[str, Tensor] = {}
+    for task, mine in student.items():
+        theirs = None if teacher is None else teacher[task]
+        if theirs is None:
+            scores.append(_score(task, mine, None, None, None))
+            continue
+        difference = paired(mine.result, theirs.result, mine.metric, resamples=resamples, seed=seed)
+        ratios[task] = _ratios(mine, theirs, resamples, zlib.crc32(f"{seed}/{task}".encode()))
+        scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
+    means: dict[str, Estimate] = {}
+    for kind in (CHOICE, GENERATION):
+        some = [row for task, row in ratios.items() if student[task].kind == kind and row[0].isfinite()]
+        if some:
+            means[kind] = _estimate(torch.stack(some).mean(0))
+    return tuple(scores), means
+
+
+def _score(
+    task: str, mine: Scored, theirs: Scored | None, difference: Paired | None, retention: Estimate | None
+) -> TaskScore:
+    metrics = {"student": _means(mine.result)} | ({} if theirs is None else {"teacher": _means(theirs.result)})
+    return TaskScore(
+        task=task,
+        kind=mine.kind,
+        metric=mine.metric,
+        items=len(mine.result.ids),
+        chance=mine.chance,
+        student=mine.result.mean(mine.metric),
+        student_error=mine.result.stderr(mine.metric),
+        teacher=None if theirs is None else theirs.result.mean(mine.metric),
+        teacher_error=None if theirs is None else theirs.result.stderr(mine.metric),
+        difference=None if difference is None else Estimate(difference.difference, difference.low, difference.high),
+        retention=retention,
+        metrics=metrics,
+    )
+
+
+def _means(result: TaskResult) -> dict[str, float]:
+    return {metric: result.mean(metric) for metric in result.values}
+
+
+def _ratios(mine: Scored, theirs: Scored, resamples: int, seed: int) -> Tensor:
+    """Student's mean / teacher's [1 + resamples], float64: on the items, then on every resample of them."""
+    both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
+    items, generator = len(both_N2), torch.Generator().manual_seed(seed)
+    means = [both_N2.mean(0, keepdim=True)]
+    for start in range(0, resamples, step := max(1, _AT_A_TIME // items)):
+        drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
+        means.append(both_N2[drawn].mean(1))
+    student, teacher = torch.cat(means).unbind(1)
+    return torch.where(teacher > 0, student / teacher, torch.nan)
+
+
+def _estimate(values: Tensor) -> Estimate:
+    """The first of the values, and the interval of the others, as far as they are finite."""
+    first, others = float(values[0]), values[1:][values[1:].isfinite()]
+    if math.isnan(first) or not len(others):
+        return Estimate(first, math.nan, math.nan)
+    low, high = others.quantile(torch.tensor(_TAILS, dtype=torch.float64)).tolist()
+    return Estimate(first, low, high)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row per task, then the means; numbers in percent, perplexity below."""
+    compared = any(score.teacher is not None for score in evaluation.tasks)
+    table = Table(title="evaluation", caption=_text_line(evaluation.text), caption_justify="left")
+    table.add_column("task")
+    heads = ("teacher %", "student %", "difference (95 %)", "retention % (95 %)") if compared else ("score %", "error")
+    for head in ("items", "metric", "chance %", *heads):
+        table.add_column(head, justify="right")
+    for score in evaluation.tasks:
+        cells = [score.task, f"{score.items:,}", score.metric, percent(score.chance)]
+        if compared:
+            cells += [
+                percent(score.teacher),
+                percent(score.student),
+                _signed(score.difference),
+                _interval(score.retention),
+            ]
+        else:
+            cells += [percent(score.student), percent(score.student_error)]
+        table.add_row(*cells)
+    if evaluation.retention:
+        table.add_section()
+    for kind, mean in evaluation.retention.items():
+        table.add_row(f"mean, {kind}", "", "", "", "", "", "", _interval(mean))
+    return table
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None or not math.isfinite(estimate.value):
+        return ABSENT
+    return f"{percent(estimate.value)} ({percent(estimate.low)} .. {percent(estimate.high)})"
+
+
+def _signed(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ABSENT
+    value, low, high = (f"{100 * part:+.1f}" for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} .. {high})"
+
+
+def _text_line(text: TextScore | None) -> str | None:
+    if text is None:
+        return None
+
+    def both(student: float, teacher: float | None) -> str:
+        return number(student, 4) + ("" if teacher is None else f" (teacher {number(teacher, 4)})")
+
+    perplexity, bits = (
+        both(text.perplexity, text.teacher_perplexity),
+        both(text.bits_per_byte, text.teacher_bits_per_byte),
+    )
+    return f"perplexity {perplexity}, bits per byte {bits}, on {text.tokens:,} tokens"
