@@ -11,21 +11,24 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from iskd import surgery
 from iskd.arch import FAMILIES
 from iskd.checkpoint import load_model_tensors
-from iskd.export import WEIGHTS, IskdConfig, student_class
-from iskd.model_files import weight_files
-from iskd.plan import MAX_LAYERS, Record, read_json, record_from_json
+from iskd.export import IskdConfig, student_class
+from iskd.model_files import WEIGHTS, check_whole, present_weights
+from iskd.plan import MAX_LAYERS, Json, Record, read_json, record_from_json
 
 # Keys by which a config reaches beyond its architecture: kernels from a hub, other formats of the weights, sizes that
 # differ from layer to layer, a table as long as a number says. No student is written with a value for any of them.
@@ -53,14 +56,8 @@ class IskdForCausalLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        for harmless in (
-            "config",
-            "trust_remote_code",
-            "_from_auto",
-            "adapter_kwargs",
-            "local_files_only",
-            "_commit_hash",
-        ):
+        revision, local = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
+        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(harmless, None)
         unknown = [key for key, value in kwargs.items() if value is not None]
         if args or unknown:
@@ -68,7 +65,7 @@ class IskdForCausalLM(PreTrainedModel):
                 f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
                 "load first, then move or wrap the model"
             )
-        model = load(Path(pretrained_model_name_or_path))
+        model = load(_folder_of(pretrained_model_name_or_path, revision, local))
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
@@ -80,14 +77,50 @@ def register() -> None:
     AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
 
 
+def _folder_of(name: Any, revision: str | None, local: bool) -> Path:
+    """A folder as it is, or the snapshot of a student that somebody put on the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    files = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(str(name), revision=revision, local_files_only=local, allow_patterns=files))
+
+
+@dataclass(frozen=True)
+class Described:
+    """What an exported student's files say, checked against each other without reading its weights.
+
+    Attributes:
+        folder: where it lies.
+        native: whether plain transformers loads it.
+        config: its own where native, else its teacher's.
+        record: the edits that are left to apply; none where native.
+    """
+
+    folder: Path
+    native: bool
+    config: PreTrainedConfig
+    record: Record
+
+
 def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
     """Load an exported student, in float32 and evaluation mode.
 
     No code that comes with the folder is run, and nothing is built that its weights do not account for.
 
     Raises:
-        ValueError: the folder is not a student, its record names a class outside the allow-list, or its weights do not
-            fit its record.
+        ValueError: the folder is not a student, a weights file is missing or cut short, its record names a class
+            outside the allow-list, or its weights do not fit its record.
+    """
+    found = describe(directory)
+    with _only_value_errors(found.folder):
+        return (_load_native if found.native else _load_edited)(found).eval()
+
+
+def describe(directory: str | os.PathLike[str]) -> Described:
+    """Check an exported student's files, without loading its weights.
+
+    Raises:
+        ValueError: as `load`, except for what only the weights themselves can tell.
     """
     folder = Path(directory)
     config_file = folder / "config.json"
@@ -96,8 +129,30 @@ def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
     data = read_json(config_file)
     if not isinstance(data, dict):
         raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
+    native = data.get("model_type") != "iskd"
     with _only_value_errors(folder):
-        return (_load_edited if data.get("model_type") == "iskd" else _load_native)(folder, data).eval()
+        for file in present_weights(folder):
+            check_whole(file)
+        try:
+            config, record = (_describe_native if native else _describe_edited)(folder, data)
+            _check_size(folder, config, record)
+        except ValueError as error:
+            raise ValueError(f"{error}{_other_versions(data)}") from error
+    return Described(folder, native, config, record)
+
+
+def _other_versions(data: Json) -> str:
+    """What to tell a reader whose file was written by other versions than those that fail to read it."""
+    from iskd import __version__  # at the first call: iskd itself imports this module
+
+    here = {"iskd": __version__, "transformers": transformers.__version__}
+    there = {name: data.get(f"{name}_version") for name in here}
+    other = [
+        f"{name} {str(there[name])[:40]} (here {own})" for name, own in here.items() if there[name] not in (None, own)
+    ]
+    return (
+        f"; config.json was written by {' and '.join(other)}: read it with those, or export it again" if other else ""
+    )
 
 
 @contextmanager
@@ -111,23 +166,16 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error!s:.300}") from error
 
 
-def _load_native(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
+def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
         )
     config = _host_config(data, folder / "config.json")
-    _check_size(folder, config, Record(config.num_hidden_layers))
-    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    model, report = loaded
-    # transformers would fill these with random numbers and only warn
-    if unset := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder}: the weights do not fit config.json: {unset[0]!r} is missing ({len(unset)} such)")
-    return cast(PreTrainedModel, model)
+    return config, Record(config.num_hidden_layers)
 
 
-def _load_edited(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
+def _describe_edited(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
     record = record_from_json(data.get("record", {}))
     config = _host_config(data.get("teacher"), folder / "config.json")
     if config.num_hidden_layers != record.num_layers:
@@ -135,12 +183,27 @@ def _load_edited(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
             f"{folder / 'config.json'}: the record is about {record.num_layers} layers, "
             f"its teacher has {config.num_hidden_layers}"
         )
-    _check_size(folder, config, record)
+    return config, record
+
+
+def _load_native(found: Described) -> PreTrainedModel:
+    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        found.folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    model, report = loaded
+    # transformers would fill these with random numbers and only warn
+    if unset := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{found.folder}: the weights do not fit config.json: {unset[0]!r} is missing ({len(unset)} such)"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _load_edited(found: Described) -> PreTrainedModel:
+    folder, record, config = found.folder, found.record, found.config
     model: Any = _build(config, record)
-    try:
-        load_model_tensors(model, load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    load_model_tensors(model, _tensors(folder))
     generation = folder / "generation_config.json"
     if generation.is_file() and model.generation_config is not None:
         read_json(generation)
@@ -148,6 +211,20 @@ def _load_edited(folder: Path, data: Mapping[str, Any]) -> PreTrainedModel:
     model.__class__ = student_class(cast(Any, type(model)))
     model.iskd_record, model.iskd_teacher_config = record, config
     return model
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All weights by name, from one file or from shards."""
+    found: dict[str, Tensor] = {}
+    for file in present_weights(folder):
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{file}: {twice[0]!r} stands in another shard too: export the student again")
+        found |= tensors
+    return found
 
 
 def _build(config: PreTrainedConfig, record: Record) -> PreTrainedModel:
@@ -178,7 +255,7 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
 def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
     """Build the student without memory first, and compare its size with that of the weights."""
     shapes = []
-    for file in weight_files(folder):
+    for file in present_weights(folder):
         try:
             with safe_open(file, "pt") as weights:
                 shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118

@@ -6,12 +6,15 @@ Only safetensors count as weights: a pickle can run code while it is read.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
-from iskd.plan import read_json
+from iskd.plan import MAX_NUMBER, read_json
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_HEADER = 100_000_000  # bytes of a header at most, the limit of safetensors itself
 
 
 def file_sha256(path: Path) -> str:
@@ -25,7 +28,7 @@ def file_sha256(path: Path) -> str:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors of a model directory in name order: one file, or the shards its index names (present or not)."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / WEIGHTS, directory / INDEX
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -47,6 +50,42 @@ def weights_sha256(directory: Path) -> str:
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()).hexdigest()
 
 
+def present_weights(directory: Path) -> list[Path]:
+    """`weight_files`, every one of which is there. Raises ValueError naming those that are not."""
+    files = weight_files(directory)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+    return files
+
+
+def check_whole(file: Path) -> None:
+    """Check that a safetensors file has as many bytes as its own header describes.
+
+    Raises:
+        ValueError: it is cut short, or no safetensors file; with both numbers of bytes.
+    """
+    actual = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(length) if length <= min(_HEADER, actual) else b""
+    expected = 8 + length
+    try:
+        if header and 8 + length <= actual:
+            entries = json.loads(header)
+            spans = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+            expected += max(spans, default=0)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: it is no safetensors file ({error!r:.100})") from None
+    if actual < 8 or length > _HEADER or expected > MAX_NUMBER:
+        raise ValueError(f"{file} cannot be read: it has {actual:,} bytes and is no safetensors file")
+    if actual < expected:
+        raise ValueError(
+            f"{file} cannot be read: it is cut short, {actual:,} bytes where its header describes {expected:,}: "
+            "copy it again"
+        )
+
+
 def check_model_directory(directory: Path) -> None:
     """Check that a directory holds config.json and complete safetensors weights.
 
@@ -57,11 +96,7 @@ def check_model_directory(directory: Path) -> None:
         raise ValueError(f"model.path={directory} is not a directory: give the one that holds config.json")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} is not a model directory: config.json is missing")
-    files = weight_files(directory)
-    if not files:
+    if not present_weights(directory):
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         hint = f" ({pickles[0]} is a pickle and never loaded: save the model as safetensors)" if pickles else ""
-        raise ValueError(f"{directory} has no weights: model.safetensors is missing{hint}")
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+        raise ValueError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")

@@ -17,12 +17,14 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 
 import iskd
 from iskd import export as export_module
-from iskd import surgery
+from iskd import loading, surgery
 from iskd.arch import Stack, dims_of
-from iskd.export import export, write
+from iskd.export import MAX_SHARD_BYTES, export, write
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.tokenizer import byte_tokenizer
 from tests.factories import FAMILIES, block_specs, mixer_specs, tiny, windows
+
+SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
 
 
 def student(
@@ -34,7 +36,7 @@ def student(
 
 
 def saved(tmp_path: Path, family: str = "llama") -> tuple[Path, PreTrainedModel]:
-    model, record, teacher = student(family, Replace(1, Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})))
+    model, record, teacher = student(family, Replace(1, SLIM))
     write(tmp_path / "model", model, record, teacher.config)
     return tmp_path / "model", model
 
@@ -92,6 +94,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
     "qwen3 window slim": ("qwen3", {**WINDOWED, "max_window_layers": 2}, [Remove(3), *slimmed(0, 1, 2)]),
     **{f"{name} channels": (name, {}, slimmed(0, 1, 2, 3, kv_groups=6)) for name in ("gpt2", "gpt_neox", "opt")},
 }
+SHARD = 40_000  # bytes: several files even of a tiny model
 IN_A_PROCESS_WITHOUT_ISKD = """
 import sys, torch
 sys.modules["iskd"] = None
@@ -103,6 +106,17 @@ for name in names:
     assert AutoTokenizer.from_pretrained(f"{root}/{name}").eos_token_id is not None
     text = model.generate(ids[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
     found[name] = (model(ids).logits.detach(), text, model.generation_config.no_repeat_ngram_size)
+own = f"{root}/own"
+assert AutoTokenizer.from_pretrained(own).eos_token_id is not None
+for trust in (False, True):
+    try:
+        AutoModelForCausalLM.from_pretrained(own, trust_remote_code=trust)
+    except (ImportError, ValueError) as error:
+        found[f"refused {trust}"] = f"{type(error).__name__}: {error}"
+del sys.modules["iskd"]
+model = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)
+found["own"] = model(ids).logits.detach()
+model.save_pretrained(f"{root}/again", max_shard_size=int(sys.argv[3]))
 torch.save(found, f"{root}/out.pt")
 """
 
@@ -111,13 +125,21 @@ torch.save(found, f"{root}/out.pt")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PreTrainedModel], dict[str, Any]]:
     """The folder of all `NATIVE` exports, the students, and what one process that cannot import iskd makes of them."""
     root, students = tmp_path_factory.mktemp("native"), {}
-    for name, (family, keys, edits) in NATIVE.items():
+    for index, (name, (family, keys, edits)) in enumerate(NATIVE.items()):
         students[name], record, teacher = student(family, *edits, **keys)
         cast(Any, students[name]).generation_config.no_repeat_ngram_size = 3
-        export(root / name, students[name], record, teacher.config, byte_tokenizer(), verify=False)
+        size = SHARD if index % 2 else MAX_SHARD_BYTES
+        export(
+            root / name, students[name], record, teacher.config, byte_tokenizer(), verify=False, max_shard_bytes=size
+        )
+    students["own"], record, teacher = student("llama", Remove(0), Replace(1, SLIM), Replace(2, SLIM), layers=4)
+    export(root / "own", students["own"], record, teacher.config, byte_tokenizer(), verify=False, max_shard_bytes=SHARD)
     torch.save(windows(), root / "ids.pt")
-    command = [sys.executable, "-c", IN_A_PROCESS_WITHOUT_ISKD, str(root), ",".join(NATIVE)]
-    subprocess.run(command, check=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, "-c", IN_A_PROCESS_WITHOUT_ISKD, str(root), ",".join(NATIVE), str(SHARD)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
+    subprocess.run(
+        command, check=True, timeout=500, env=environment, cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL
+    )
     return root, students, torch.load(root / "out.pt", weights_only=True)
 
 
@@ -133,6 +155,43 @@ def test_native_export_loads_where_iskd_is_not(
     torch.testing.assert_close(logits, model(windows()).logits, atol=1e-6, rtol=1e-5)
     assert torch.equal(text, model.generate(windows()[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0))
     assert ngram == 3
+
+
+def test_other_export_loads_where_iskd_was_not_imported(
+    exported: tuple[Path, dict[str, PreTrainedModel], dict[str, Any]],
+) -> None:
+    """With trust_remote_code alone, from shards; without the package the message says what to install."""
+    root, students, found = exported
+    with torch.no_grad():
+        expected = students["own"](windows()).logits
+    assert torch.equal(found["own"], expected)
+    assert found["refused False"].startswith("ValueError")
+    assert "trust_remote_code" in found["refused False"]
+    assert found["refused True"].startswith("ImportError")
+    assert "pip install iskd" in found["refused True"]
+    for folder in (root / "own", root / "again"):
+        files = {path.name for path in folder.iterdir()}
+        assert {"model.safetensors.index.json", "modeling_iskd.py"} <= files
+        assert "model.safetensors" not in files
+        assert "export.py" not in files, "transformers copies the module of a class that it registered"
+        assert torch.equal(iskd.load(folder)(windows()).logits, expected)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(windows()).logits, expected)
+
+
+def test_shards_of_an_earlier_export_are_never_read(tmp_path: Path) -> None:
+    """Neither beside a single file nor beside fewer shards; a shard that is gone is named."""
+    edits: dict[str, tuple[Edit, ...]] = {"native": (Remove(1),), "own": (Replace(1, SLIM),)}
+    for kind, size in ((kind, size) for kind in edits for size in (SHARD, 2 * SHARD, MAX_SHARD_BYTES, SHARD)):
+        model, record, teacher = student("llama", *edits[kind])
+        with torch.no_grad():
+            cast(Any, model).get_input_embeddings().weight.mul_(1 + size / 1e12)
+        write(tmp_path, model, record, teacher.config, max_shard_bytes=size)
+        with torch.no_grad():
+            assert torch.equal(iskd.load(tmp_path)(windows()).logits, model(windows()).logits)
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    last.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ weight files: {last.name}"):
+        iskd.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -227,15 +286,18 @@ def test_students_with_removed_compact_and_converted_layers_load(family: str, tm
 
 
 def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, record, teacher = student("llama", Replace(1, Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})))
+    model, record, teacher = student("llama", Replace(1, SLIM))
     target = export(tmp_path / "model", model, record, teacher.config)
     assert sorted(path.name for path in target.iterdir()) == [
+        "README.md",
         "config.json",
+        "export.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_iskd.py",
         "record.json",
     ]
-    text = "".join(path.read_text() for path in target.glob("*.json"))
+    text = "".join(path.read_text() for path in (*target.glob("*.json"), target / "README.md"))
     assert str(Path.home()) not in text
     assert "_name_or_path" not in text
     before = (target / "model.safetensors").read_bytes()
@@ -289,9 +351,11 @@ def test_weights_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
         file.unlink()
     else:
         save_file(tensors, file)
-    message = {"shape": "has shape", "truncated": "cannot be read", "gone": "cannot be read"}.get(
-        damage, f"is {damage}"
+    size = file.stat().st_size if file.exists() else 0
+    cut = (
+        rf"model\.safetensors cannot be read: it is cut short, {size:,} bytes where its header describes {size + 100:,}"
     )
+    message = {"shape": "has shape", "truncated": cut, "gone": "cannot be read"}.get(damage, f"is {damage}")
     with pytest.raises(ValueError, match=message):
         iskd.load(folder)
 
@@ -309,3 +373,18 @@ def test_native_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a model directory: config\.json is missing"):
         iskd.load(tmp_path)
+
+
+def test_a_student_on_the_hub_is_fetched_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, model = saved(tmp_path)
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    loaded = loading.IskdForCausalLM.from_pretrained("owner/student", revision="v1", local_files_only=True)
+    assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("owner/student", "v1", True)
+    with torch.no_grad():
+        assert torch.equal(loaded(windows()).logits, model(windows()).logits)
