@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: Name of the CSS variable -> its colour in the light scheme.
@@ -32,7 +33,7 @@ PALETTE = {
     "purple": "#cc79a7",
     "sky": "#56b4e9",
 }
-_WIDTH = 6.1  # inches of 72 units: between a phone and one report column, so text is legible on both
+_WIDTH = 5.4  # inches of 72 units: between a phone and one report column, so text is legible on both
 _LOG_SPREAD = 30.0
 SQUARES: dict[str, Any] = {
     "borderpad": 0.1,
@@ -128,15 +129,32 @@ def needs_log(values: Sequence[float]) -> bool:
 
 def log_y(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers at few ticks; call it once the data are drawn."""
+    axes.set_yscale("log")
+    _log_ticks(axes.yaxis, axes.get_ylim())
+
+
+def log_x(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers at few ticks; call it once the data are drawn."""
+    axes.set_xscale("log")
+    _log_ticks(axes.xaxis, axes.get_xlim())
+
+
+def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    wide = high / low > 1e3
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(plain))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    wide = max(limits) / min(limits) > 1e3
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plain_x(axes: Axes, ticks: int = 6) -> None:
+    """At most `ticks` ticks with plain numbers: no offset and no power of ten at the end of the axis."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
 
 
 def integer_x(axes: Axes, low: int, high: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from iskd.edit_map import KIND_COLOUR, KINDS, layer_states
+from iskd.edit_map import KIND_COLOUR, KINDS, label_rows, layer_states
 from iskd.figure import (
     PALETTE,
     SQUARES,
@@ -20,6 +20,7 @@ from iskd.figure import (
     short_label,
     to_svg,
 )
+from iskd.measurements import Evaluation
 from iskd.table import kept_of, rolled_back_of
 from iskd.tracking import StageResult
 
@@ -145,7 +146,7 @@ def losses(
         axes.set_xlim(left=0)
         axes.set_xlabel(f"cumulative training {axis}{unit}")
         set_heading(axes, "Training loss (per token)")
-        legend_at_right(axes, columns=4)
+        figure.legend(loc="outside lower left", ncols=4, columnspacing=1.2)
         return to_svg(figure, "losses", "Training losses against cumulative tokens")
 
 
@@ -206,3 +207,26 @@ def importance(results: Sequence[StageResult], num_layers: int) -> str | None:
 def _by_layer(result: StageResult) -> dict[int, float]:
     scores = {int(layer): score for layer, score in (result.scores or {}).items()}
     return {layer: scores[layer] for layer in sorted(scores) if math.isfinite(scores[layer])}
+
+
+def task_retention(evaluation: Evaluation) -> str | None:
+    """Retention by task with its interval, the teacher at 100 %; None when no task has a retention."""
+    tasks = [task for task in evaluation.tasks if math.isfinite(task.retention.value)]
+    if not tasks:
+        return None
+    with figure_of(1.1 + min(0.27 * len(tasks), 12.0)) as figure:
+        axes = figure.subplots()
+        axes.axvline(100, color=PALETTE["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+        if math.isfinite(evaluation.mean.value):
+            axes.axvline(100 * evaluation.mean.value, color=PALETTE["blue"], linewidth=1.2, linestyle=":")
+        for row, task in enumerate(tasks):
+            low, high = task.retention.low, task.retention.high
+            if math.isfinite(low) and math.isfinite(high):
+                axes.hlines(row, 100 * low, 100 * high, color=PALETTE["blue"], linewidth=1.6)
+        axes.plot([100 * task.retention.value for task in tasks], range(len(tasks)), "o", color=PALETTE["blue"])
+        label_rows(axes, [short_label(task.name, 24) for task in tasks])
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.margins(x=0.06)
+        axes.set_xlabel("retention (% of the teacher's score)")
+        return to_svg(figure, "tasks", "Retention by task")

@@ -51,6 +51,23 @@ thead th{vertical-align:bottom;white-space:normal;min-width:4rem}
 thead th:first-child{min-width:0}
 .stages td:nth-child(2){min-width:9rem;white-space:normal}
 .stages :is(th,td):is(:first-child,:nth-child(2),:last-child),.properties :is(th,td){text-align:left}
+.aside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1.5rem 2.5rem;
+align-items:start}
+.aside>*{min-width:0}
+.scroll{background:linear-gradient(90deg,var(--surface) 30%,transparent) 0/2.5rem 100% no-repeat local,
+linear-gradient(-90deg,var(--surface) 30%,transparent) 100%/2.5rem 100% no-repeat local,
+linear-gradient(90deg,var(--cell),transparent) 0/.6rem 100% no-repeat scroll,
+linear-gradient(-90deg,var(--cell),transparent) 100%/.6rem 100% no-repeat scroll}
+.named td:first-child{text-align:left;white-space:normal;min-width:7rem;overflow-wrap:anywhere}
+.named th:first-child,.runs :is(th,td):first-child{text-align:left}
+.runs :is(th,td):first-child{position:sticky;left:0;background:var(--surface);padding-right:.8rem;z-index:1}
+.runs thead th:nth-child(n+2){min-width:5.5rem}
+.name,.value{display:inline-block;width:max-content;max-width:min(14rem,40vw);white-space:normal;overflow-wrap:break-word}
+.name b{margin-right:.3rem}
+.setback td,.mean td{color:var(--muted)}
+.setback .mark{display:block;font-size:.8rem;color:var(--vermillion);font-weight:600}
+.mean td:not(:first-child){font-style:italic}
+a{color:var(--blue)}
 .properties td{white-space:normal;overflow-wrap:anywhere}
 .rolled_back td{color:var(--muted)}
 .rolled_back td:last-child{color:var(--vermillion);font-weight:600}
@@ -59,6 +76,7 @@ figure{margin:0;min-width:0}
 svg{display:block;width:100%;max-width:100%;height:auto;margin-bottom:.5rem}
 .events,.notes ul{margin:0;padding-left:1.1rem;font-size:.9rem;overflow-wrap:anywhere}
 .notes{border-left:3px solid var(--orange);padding-left:1rem;margin-top:2rem}
+@media (max-width:480px){main{padding:1.5rem 1rem 3rem}}
 details{margin-top:1.5rem;border-top:1px solid var(--grid);padding-top:.9rem}
 summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;font:.8rem/1.5 var(--mono);margin:.8rem 0 0}

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from iskd.measurements import (
+    EFFICIENCY_FILE,
+    EVALUATION_FILE,
+    Efficiency,
+    Evaluation,
+    efficiency_of,
+    evaluation_of,
+)
 from iskd.plan import MAX_LAYERS, read_json
 from iskd.table import teacher_of
 from iskd.tracking import NOT_LOSSES, STAGES_FILE, X_AXIS, StageResult, read_stages
 
+_Read = TypeVar("_Read")
+
 
 @dataclass
 class RunFiles:
-    """A run directory's contents; what could not be read is told in `notes`."""
+    """A run directory's contents; `notes` tells what is missing or cannot be read, `faults` the latter alone."""
 
     name: str
     stages: list[StageResult] = field(default_factory=list)
@@ -26,7 +37,10 @@ class RunFiles:
     data: Any = None
     environment: Any = None
     model_bytes: int | None = None
+    efficiency: Efficiency | None = None
+    evaluation: Evaluation | None = None
     notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
@@ -39,8 +53,12 @@ class RunFiles:
         return max(named, default=-1) + 1
 
 
-def read_run(run_dir: Path) -> RunFiles:
+def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     """Read what a run left.
+
+    Args:
+        run_dir: The run's directory.
+        curves: Whether to read the loss curves, by far the longest file.
 
     Raises:
         ValueError: `run_dir` is no directory, or its `stages.json` is broken.
@@ -54,7 +72,8 @@ def read_run(run_dir: Path) -> RunFiles:
         run.notes.append(f"{STAGES_FILE} is missing: no stage table and no plots of stages")
     if run.stages and teacher_of(run.stages) is None:
         run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
-    _read_curves(run_dir / "metrics.csv", run)
+    if curves:
+        _read_curves(run_dir / "metrics.csv", run)
     run.config = _text(run_dir / "config.yaml", run)
     run.record, run.data, run.environment = (
         _json(run_dir / f"{name}.json", run) for name in ("record", "data", "environment")
@@ -63,7 +82,23 @@ def read_run(run_dir: Path) -> RunFiles:
         run.model_bytes = sum(path.stat().st_size for path in (run_dir / "model").rglob("*") if path.is_file())
     else:
         run.notes.append("model/ is missing: the student was not exported")
+    # Made by commands of their own after the run, so their absence is nothing to tell.
+    run.efficiency = _measured(run_dir / EFFICIENCY_FILE, efficiency_of, run)
+    run.evaluation = _measured(run_dir / EVALUATION_FILE, evaluation_of, run)
     return run
+
+
+def _measured(path: Path, parse: Callable[[Any], _Read], run: RunFiles) -> _Read | None:
+    try:
+        return parse(read_json(path)) if path.exists() else None
+    except ValueError as error:
+        _tell_fault(run, f"{path.name} cannot be shown: {error}")
+        return None
+
+
+def _tell_fault(run: RunFiles, text: str) -> None:
+    run.notes.append(text)
+    run.faults.append(text)
 
 
 def _text(path: Path, run: RunFiles) -> str | None:
@@ -78,7 +113,7 @@ def _json(path: Path, run: RunFiles) -> Any:
     try:
         return None if text is None else read_json(path)
     except ValueError as error:
-        run.notes.append(f"{path.name} is not valid JSON: {error}")
+        _tell_fault(run, f"{path.name} is not valid JSON: {error}")
         return None
 
 

@@ -44,6 +44,7 @@ _CAPTION = (
 )
 _TEXT = ("stage", "edits", "status")  # left-aligned; the others are numbers
 ABSENT = "-"
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -63,6 +64,16 @@ def number(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None) -> str:
     """A ratio as a percentage with one decimal, without the sign."""
     return ABSENT if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Bytes of the decimal unit in which sizes up to `largest` are best told, and its name."""
+    return next(((unit, name) for unit, name in _BYTES if largest >= unit), _BYTES[-1])
+
+
+def duration(seconds: float) -> str:
+    """A wall time in hours or minutes."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 
 def kl_text(value: float) -> str:

@@ -7,105 +7,27 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from iskd.edit_map import layer_states
+from iskd.heatmap import rounds
+from iskd.measurements import Interval, evaluation_of
+from iskd.plots_cost import tokens_by_stage
 from iskd.report import picture, write_report
 from iskd.table import COLUMNS, layers_text, number, plain_table, stage_table
 from iskd.tracking import METRICS, NOT_LOSSES, X_AXIS, StageResult, read_stages, write_stages
+from tests.run_folders import EFFICIENCY, EVALUATION, LAYERS, STAGES, Balanced, stage, write_run
 
-LAYERS = 6
 HOSTILE = "</pre><script>alert('$x$')</script><img src=https://example.org/a.png>-->&"
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def stage(index: int, **changes: object) -> StageResult:
-    """A plausible stage; `changes` override its fields."""
-    values: dict[str, object] = {
-        "index": index,
-        "name": "teacher" if index == 0 else f"replace {index}",
-        "edits": [{"op": "replace", "layer": index, "block": "iskd.blocks.slim.Slim"}] if index else [],
-        "params": 4_000_000 - 30_000 * index,
-        "block_params": 3_000_000 - 30_000 * index,
-        "ppl": 20.0 + index,
-        "kl": 0.05 * index,
-        "top1": 1.0 - 0.02 * index,
-        "retention": 1.0 - 0.03 * index,
-        "before": {"ppl": 90.0 * index**3, "kl": 0.5, "top1": 0.4, "retention": 0.7} if index else None,
-        "tokens": 100_000 * index,
-        "seconds": 12.5,
-        "tokens_per_s": 5000.0,
-        "scores": {str(i): 0.01 * 4.0**i for i in range(LAYERS)} if index < 2 else None,
-    }
-    return StageResult(**(values | changes))  # type: ignore[arg-type]
-
-
-STAGES = [
-    stage(0),
-    stage(1),
-    stage(2, status="rolled_back", events=["retention is under the floor"]),
-    stage(3, name="remove 3", edits=[{"op": "remove", "layer": 3}]),
-    stage(4, name="convert 4", edits=[{"op": "convert", "layer": 4, "mixer": {"target": "iskd.mixers.gla.GLA"}}]),
-    stage(5, name="finetune", edits=[], before=None),
-]
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run with every file that the report reads."""
-    run = tmp_path / "demo"
-    (run / "model").mkdir(parents=True)
-    (run / "model" / "model.safetensors").write_bytes(bytes(1000))
-    write_stages(run, STAGES)
-    rows = [f"{1000 * i},{i},1,{3 + 1 / (i + 1)},{1 / (i + 1)},0.5,\n" for i in range(500)]
-    header = "tokens,step,stage,train/loss,train/kl,train/grad_norm,val/ppl\n"
-    (run / "metrics.csv").write_text(header + "".join(rows) + ",,,,,,21.5\n", encoding="utf-8")
-    (run / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
-    for name, value in (
-        ("record", {"num_layers": LAYERS, "edits": [e for s in STAGES for e in s.edits if s.status == "kept"]}),
-        ("data", {"train": {"sha256": "ab" * 32, "tokens": 2_391_884}, "windows": [str(i) for i in range(99)]}),
-        ("environment", {"torch": "2.13.0"}),
-    ):
-        (run / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
-    return run
-
-
-class Balanced(HTMLParser):
-    """Checks nesting and collects tags, attributes and text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.ids: list[str] = []
-        self.targets: list[str] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.targets += [value or "" for name, value in attrs if name in ("href", "xlink:href", "src")]
+    """A finished run with every file that the report always reads."""
+    return write_run(tmp_path / "demo")
 
 
 def test_stage_result_round_trips(tmp_path: Path) -> None:
@@ -218,7 +140,7 @@ def test_report_is_whole_and_self_contained(run_dir: Path) -> None:
         assert result.name in parsed.text
     for text in ("rolled back", "retention is under the floor", "seed: 7", "2,391,884", "(99 in all)", "2.13.0"):
         assert text in parsed.text
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "Not in this report" not in parsed.text
     assert "script" not in parsed.tags
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
@@ -227,6 +149,84 @@ def test_report_is_whole_and_self_contained(run_dir: Path) -> None:
     assert {target[1:] for target in parsed.targets} <= set(parsed.ids)
     assert "DejaVu" not in page, "figures use the page's font"
     assert len(page) < 400_000
+
+
+def test_measurements_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    files = {"efficiency": EFFICIENCY, "evaluation": EVALUATION}
+    page = write_report(write_run(tmp_path / "all", files=files)).read_text(encoding="utf-8")
+    parsed = Balanced(page)
+    assert page.count("<svg") == 8
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    rows = [["peak memory (MB)", "90.0", "72.0", "0.80"], ["cache at 2,048 (MB)", "3.15", "0.262", "0.08"]]
+    rows += [
+        ["decoding after 512 (ms per token)", "4.00", "3.20", "0.80"],
+        ["piqa", "89.7", "84.0 to 95.0", "0.610", "0.680", "200"],
+    ]
+    for row in rows:
+        assert "".join(row) in parsed.text
+    for text in ("name cpu of a test; threads 1", "69.8 %", "mean retention, 2 tasks", "sizes.piqa"):
+        assert text in parsed.text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("efficiency", [], "efficiency.json must hold a JSON object, got list"),
+        ("efficiency", {"machine": "x"}, "neither 'teacher' nor 'student'"),
+        (
+            "efficiency",
+            {"student": {"contexts": [{"context": "long"}, 3, {"context": 8}, {"context": 10**400}], "bytes": "many"}},
+            "on",
+        ),
+        (
+            "efficiency",
+            {"student": {"contexts": {}}, "teacher": 3, "machine": ["a", "b"]},
+            "Measured, not computed, on: a, b",
+        ),
+        ("evaluation", 3, "evaluation.json must hold a JSON object, got int"),
+        ("evaluation", {"tasks": [1, 2], "mean_retention": "high"}, "1, 2"),
+        ("evaluation", {"tasks": [], "retention": {"choice": {"value": 0.5}}}, "mean, choice50.0"),
+        ("evaluation", {"tasks": {"x": {"student": None, "retention": True}}, "other": {"a": 1}}, "other.a"),
+    ],
+)
+def test_odd_measurements_do_not_fail(name: str, value: object, told: str, tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "odd", files={name: value})).read_text(encoding="utf-8")
+    assert told in Balanced(page).text
+
+
+def test_both_ways_to_list_tasks_are_read() -> None:
+    bounds = {"value": 0.9, "low": 0.8, "high": 1.0}
+    listed = [{"task": "copy", "student": 0.9, "teacher": 1.0, "retention": bounds, "items": 50, "kind": "generation"}]
+    listed += [{"task": "piqa", "student": 0.5, "teacher": 0.0, "retention": None}]
+    found = evaluation_of({"tasks": listed, "retention": {"generation": bounds}, "settings": {"seed": 1}})
+    by_name = {"copy": {"student": 0.9, "teacher": 1.0, "retention": 0.9, "low": 0.8, "high": 1.0, "items": 50}}
+    assert found.tasks[:1] == evaluation_of({"tasks": by_name}).tasks
+    assert found.tasks[0].retention == found.mean == Interval(0.9, 0.8, 1.0)
+    assert math.isnan(found.tasks[1].retention.value)
+    assert found.rest == {"settings": {"seed": 1}}
+    several = {kind: {"value": value} for kind, value in (("choice", 0.2), ("generation", 0.4))}
+    assert evaluation_of({"tasks": listed, "retention": several}).mean.value == 0.9, "over tasks, not over kinds"
+    assert evaluation_of({"tasks": listed, "mean_retention": 0.3}).mean.value == 0.3
+
+
+def test_rounds_rank_the_layers_that_are_left() -> None:
+    scores = [{"0": 5.0, "1": 1.0, "2": 3.0, "3": 3.0}, {"0": 0.2, "1": 9.0, "2": 0.1, "3": math.nan}]
+    taken = [
+        stage(1, edits=[{"op": "remove", "layer": 1}], scores=scores[0]),
+        stage(2, edits=[{"op": "remove", "layer": 3}], scores=scores[0], status="rolled_back"),
+        stage(3, edits=[{"op": "remove", "layer": 2}], scores=scores[1]),
+    ]
+    found = rounds(taken, 4)
+    assert [result.index for result, _ in found] == [1, 3], "stage 2 went by the scores of stage 1"
+    assert found[0][1] == {0: 1.0, 1: 0.0, 2: 0.5, 3: 0.5}, "equal scores share their rank"
+    assert found[1][1] == {0: 1.0, 2: 0.0}, "layer 1 is gone, layer 3 has no score, both whatever the file says"
+
+
+def test_tokens_by_stage_are_differences_of_the_cumulative_counts() -> None:
+    assert tokens_by_stage([stage(0, tokens=0), stage(1, tokens=30), stage(2, tokens=30), stage(3, tokens=70)]) == [
+        0, 30, 0, 40,
+    ]  # fmt: skip
 
 
 def test_same_files_same_bytes(run_dir: Path, tmp_path: Path) -> None:
@@ -271,7 +271,14 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
         [stage(1, status="rolled_back")],
         [stage(0), stage(1, ppl=math.inf, kl=math.nan, retention=math.nan, scores={"0": 0.0, "1": 9.0, "2": 0.1})],
         [stage(0, block_params=0, params=0, kl=0.0, scores={"0": 0.0, "1": -1.0})],
-        [stage(i, edits=[{"op": "convert", "layer": j, "mixer": "m.M"} for j in range(48)]) for i in range(60)],
+        [
+            stage(
+                i,
+                scores={str(j): (i * j) % 7 + 0.5 for j in range(40)},
+                edits=[{"op": "convert", "layer": j, "mixer": "m.M"} for j in range(48)],
+            )
+            for i in range(60)
+        ],
     ],
     ids=["teacher only", "no teacher", "nothing kept", "not finite", "zeros", "sixty stages"],
 )
