@@ -2,7 +2,7 @@
 
 Every curve of a run is drawn against `X_AXIS`, cumulative training tokens, because stages differ in batch size and a
 step is therefore not a unit of cost. `stages.json` holds the list of `StageResult`; the table, the report and the
-resumed schedule all read this one file.
+resumed schedule all read this one file. The few numbers that stand for a whole run are in `iskd.summary`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,8 @@ METRICS: Mapping[str, str] = {
     "train/mixer_output": "mean square, mean over layers",
     "train/grad_norm": "L2 norm before clipping",
     "train/tokens_per_s": "tokens per second of training, over the stage",
+    "train/mfu": "model FLOPs utilisation over the stage: share of the matrix peak measured in the same run, 0 to 1",
+    "train/flops_per_token": "FLOPs of a training step per token, counted",
     "lr/base": "learning rate of the step before, inherited weights",
     "lr/new": "learning rate of the step before, weights made by an edit",
     "val/ppl": "perplexity of the student",
@@ -48,7 +51,7 @@ METRICS: Mapping[str, str] = {
 }
 
 #: Metrics under `train/` that are not losses, so the loss plot leaves them out.
-NOT_LOSSES = frozenset({"train/grad_norm", "train/tokens_per_s"})
+NOT_LOSSES = frozenset({"train/grad_norm", "train/tokens_per_s", "train/mfu", "train/flops_per_token"})
 
 _OPS = ("replace", "remove", "convert")
 _STATUSES = ("kept", "rolled_back")
@@ -215,13 +218,28 @@ def _scores(value: Any, where: str) -> dict[str, float]:
 
 def log_row(loggers: Iterable[Any], row: StageResult, step: int) -> None:
     """Give a stage's result to every logger (`log_metrics(values, step)`), against cumulative tokens."""
-    values = {f"val/{key}": getattr(row, key) for key in (*QUALITY, "tokens_per_s")}
+    values = {f"val/{key}": getattr(row, key) for key in QUALITY}
     values |= {"model/params": row.params, "model/block_params": row.block_params}
-    values |= {X_AXIS: float(row.tokens), "stage": float(row.index)}
-    if row.train_tokens_per_s is not None:
-        values["train/tokens_per_s"] = row.train_tokens_per_s
+    speeds = {"val/tokens_per_s": row.tokens_per_s, "train/tokens_per_s": row.train_tokens_per_s}
+    values |= {name: speed for name, speed in speeds.items() if speed is not None}
+    log_values(loggers, values, row.tokens, row.index, step)
+
+
+def log_values(loggers: Iterable[Any], values: Mapping[str, float], tokens: int, stage: int, step: int) -> None:
+    """Give values of a stage to every logger, with their place on the axes."""
     for logger in loggers:
-        logger.log_metrics(values, step=step)
+        logger.log_metrics({**values, X_AXIS: float(tokens), "stage": float(stage)}, step=step)
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """Name of the sweep that a run belongs to, the folder above it, or None.
+
+    Hydra writes multirun.yaml there, Optuna's sweeper does not; but a job's own .hydra/hydra.yaml tells its mode.
+    """
+    folder = Path(run_dir).resolve()
+    note = folder / ".hydra" / "hydra.yaml"
+    several = note.is_file() and re.search(r"^  mode: MULTIRUN$", note.read_text(encoding="utf-8"), re.MULTILINE)
+    return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None
 
 
 def write_stages(run_dir: Path, results: Sequence[StageResult]) -> Path:
