@@ -82,7 +82,7 @@ format: $(SETUP) ## format and fix what can be fixed
 	@$(PY) -m ruff check --fix --quiet .
 
 # Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
-LOCKED = gguf data tensorboard slurm
+LOCKED = gguf data tensorboard slurm eval sweep
 # Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
 # that pip knows, and writes neither it nor an index into the file.
 lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml

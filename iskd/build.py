@@ -15,25 +15,27 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from iskd.arch import Stack
-from iskd.corpus import TextFiles
+from iskd.corpus import Source, TextFiles
 from iskd.data import TextData
 from iskd.importance.base import rows_of
 from iskd.losses.base import Terms
 from iskd.options import RunOptions
+from iskd.parts import Parts
 from iskd.plan import Spec, allowed
 from iskd.ranks import global_rank
-from iskd.run import Parts
-from iskd.teachers import load_teacher
+from iskd.teacher_rows import CacheSpec, check_terms_cached
+from iskd.teachers import Loaded, load_teacher
 
 SAVED = "config.yaml"
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
 # what may differ when a run is continued: nothing that changes its numbers
-_FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra")
+_FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "objectives", "reference", "profile")
 # what a resumed run may change: how its batches lie over processes (`RunState.take_up` says where), and its upkeep
 _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
+    *("run.mfu", "run.efficiency_seconds", "run.max_shard_bytes", "run.share_prefix"),
     "schedule.restart_at_edit",
 )
 
@@ -57,15 +59,19 @@ def spec(config: DictConfig) -> Spec:
     return Spec(values.pop("_target_"), values)
 
 
-def parts(config: DictConfig, run_dir: Path) -> Parts:
-    """All objects of a run, and the resolved config beside its results."""
+def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
+    """All objects of a run, and the resolved config beside its results.
+
+    `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
+    """
     resuming = config.resume is not None
     _claim(run_dir, resuming)
-    teacher = load_teacher(part(config.model))
+    teacher = teacher or load_teacher(part(config.model))
     stack = Stack(teacher.model)
-    data = _data(config, teacher.tokenizer, stack)
+    data = _data(config, teacher.tokenizer, stack, source)
     runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
     schedule = part(config.schedule, **runtime)
+    losses = terms(plain(config.loss))
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
     if not resuming and global_rank() == 0:
@@ -74,7 +80,7 @@ def parts(config: DictConfig, run_dir: Path) -> Parts:
         teacher=teacher,
         data=data,
         schedule=schedule,
-        terms=terms(plain(config.loss)),
+        terms=losses,
         run_dir=run_dir,
         importance=part(config.importance),
         optim=part(config.optim),
@@ -85,7 +91,19 @@ def parts(config: DictConfig, run_dir: Path) -> Parts:
         seed=config.seed,
         resume=resuming,
         export=config.export,
+        evaluation=part(config.eval) if config.get("eval") else None,
+        cache=_teacher_cache(config, losses),
     )
+
+
+def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
+    """How the teacher's answers are kept, or None; checked against the losses before anything runs."""
+    values: dict[str, Any] = plain(config.get("teacher") or {})
+    kind = values.pop("cache", None)
+    if kind is None:
+        return None
+    check_terms_cached(losses, kind)
+    return CacheSpec(kind, **values)
 
 
 def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...]]:
@@ -128,15 +146,16 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
     os.replace(draft, run_dir / SAVED)
 
 
-def _data(config: DictConfig, tokenizer: Any, stack: Stack) -> TextData:
+def _data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
     values: dict[str, Any] = dict(config.data)
-    source = part(values.pop("source"))
+    described = values.pop("source")
+    source = part(described) if given is None else given
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
-    if files["path"] is not None:
+    if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
         reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
         source = TextFiles(**files, **reading)
-    elif (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
+    elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
     return TextData(
         source,
@@ -225,7 +244,9 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         _refuse_other_preset(saved, config)
-    saved.resume, saved.logger, saved.cache_dir = str(run_dir), config.logger, config.cache_dir
+    saved.resume = str(run_dir)
+    for key in ("logger", "cache_dir", "eval", "objectives"):
+        saved[key] = config.get(key)
     return saved
 
 

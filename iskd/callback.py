@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -26,6 +26,7 @@ from iskd.deciding import Importance, decide, history_of
 from iskd.distributed import Ranks, rewrap, whole_device
 from iskd.editing import back_to, carry_out, settle
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
+from iskd.flops import MfuMeter
 from iskd.module import DistillModule
 from iskd.movement import MovementCheck, require_moved
 from iskd.optim import (
@@ -44,7 +45,7 @@ from iskd.saving import Saver
 from iskd.schedules.base import Schedule
 from iskd.state import RunState, Status
 from iskd.tournament import Tournament
-from iskd.tracking import QUALITY, log_row
+from iskd.tracking import QUALITY, log_row, log_values
 from iskd.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class CompressionCallback(Callback):
         self._clock = time.perf_counter()
         self._training_since = (self._clock, 0)
         self._train_speed: float | None = None
+        self._mfu: MfuMeter | Literal[False] = False
+        self._batch: Mapping[str, Any] | None = None  # the latest micro-batch
         self._carried: dict[str, Tensor] | None = None  # optimizer state after an edit that was made before the fit
 
     @property
@@ -125,6 +128,10 @@ class CompressionCallback(Callback):
         self.signals.install()
         module.stop_wanted = lambda: self.signals.received is not None
         module.place_teacher()
+        forward_context = trainer.precision_plugin.forward_context
+        if not self.options.plan_only:
+            module.fill_cache(self.data, forward_context)
+            self._mfu = self.options.mfu and MfuMeter(module.device, forward_context, devices=trainer.world_size)
         if self.resume_from is not None:
             self._take_up(trainer, module, self.resume_from)
             return
@@ -183,8 +190,10 @@ class CompressionCallback(Callback):
         self.data.set_stage(state.first_batch + state.batch, self._left(trainer))
 
     def _decide(self, trainer: L.Trainer, module: DistillModule) -> None:
-        windows, context = partial(self.data.calibration, self.options.score_tokens), trainer.precision_plugin
-        decide(self.schedule, self.importance, self.state, module, windows, self._ranks, context.forward_context)
+        start, windows = time.perf_counter(), partial(self.data.calibration, self.options.score_tokens)
+        context = trainer.precision_plugin.forward_context
+        decide(self.schedule, self.importance, self.state, module, windows, self._ranks, context)
+        self.state.seconds += time.perf_counter() - start  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
@@ -253,7 +262,7 @@ class CompressionCallback(Callback):
     ) -> None:
         """Count; at optimizer steps check that new parameters move and write a checkpoint now and then."""
         module, state = cast(DistillModule, pl_module), self.state
-        state.batch += 1
+        state.batch, self._batch = state.batch + 1, batch
         state.tokens += batch["input_ids"].numel() * trainer.world_size
         module.tokens = state.tokens
         if state.batch % trainer.accumulate_grad_batches:
@@ -282,6 +291,9 @@ class CompressionCallback(Callback):
         self._tick()
         since, tokens = self._training_since
         self._train_speed = (self.state.tokens - tokens) / max(self._clock - since, 1e-9)
+        if self._mfu and self._batch is not None:  # before the end of the stage, where adapters merge
+            shares = self._mfu.stage(module, self._batch, self._train_speed)
+            log_values(trainer.loggers, shares, self.state.tokens, len(self.state.finished) + 1, self.steps_done)
         self._end(trainer, module)
         self._begin(trainer, module)
 

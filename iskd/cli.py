@@ -1,4 +1,7 @@
-"""Commands: `iskd train` (what train.py runs), `iskd score`, `iskd report`, `iskd curve`, over the same conf/."""
+"""Commands. Hydra applications over the same conf/: `iskd train` (what train.py runs), `score`, `evaluate`, `profile`.
+
+On folders: `iskd report`, `curve`, `verify`, `generate`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from iskd.allocator import tune
 
@@ -22,6 +25,9 @@ from hydra.conf import HydraConf  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+if TYPE_CHECKING:
+    from iskd.tracking import StageResult
 
 _HERE = Path(__file__).parent
 # processes that a multi-process run starts get the arguments without the command's name, but the environment
@@ -60,12 +66,13 @@ def named_model(argument: str) -> list[str]:
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
-def train(config: DictConfig) -> float:
-    """Compose, build, run; the last perplexity is what a sweep minimises."""
+def train(config: DictConfig) -> float | list[float]:
+    """Compose, build, run; what `objectives` names is returned to a sweep."""
     from iskd import build
     from iskd.preemption import Preempted
     from iskd.ranks import global_rank
     from iskd.run import StartAgain, run
+    from iskd.summary import objectives
 
     # Lightning's start-up notes say nothing about a compression run and bury what does
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -73,12 +80,13 @@ def train(config: DictConfig) -> float:
     environment, hydra_config = dict(os.environ), HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     config.resume = resume_folder(config.resume, run_dir, hydra_config)
+    result_of = objectives(build.plain(config.objectives))
     if hydra_config.mode == RunMode.MULTIRUN and config.schedule.get("restart_at_edit"):
-        return in_a_child(run_dir, config.resume, hydra_config.overrides.task)
+        return result_of(in_a_child(run_dir, config.resume, hydra_config.overrides.task))
     if config.resume is not None:
         config = build.resumed(config, hydra_config.overrides.task)
     try:
-        return run(build.parts(config, run_dir)).final.ppl
+        return result_of(run(build.parts(config, run_dir)).stages)
     except (Preempted, StartAgain) as stop:
         if global_rank() == 0:  # Python prints nothing for an exit with a code
             print(stop.message, file=sys.stderr)
@@ -98,11 +106,11 @@ def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]
     os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], _ours(environment))
 
 
-def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> float:
+def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> list[StageResult]:
     """Run one job of a sweep in a process of its own, which may be replaced by fresh ones; stop signals are passed on.
 
     Returns:
-        The last perplexity.
+        The rows of its stages.
     """
     from iskd.preemption import EXIT_CODE, Preempted, StopSignals
     from iskd.tracking import read_stages
@@ -127,7 +135,7 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> f
             raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:
         signals.uninstall()
-    return [stage.ppl for stage in read_stages(run_dir) if stage.status == "kept"][-1]
+    return read_stages(run_dir)
 
 
 def _ours(environment: Mapping[str, str]) -> dict[str, str]:
@@ -174,12 +182,65 @@ def score(config: DictConfig) -> None:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
-def report() -> None:
-    """`iskd report RUN_DIR...`: write report.html of finished runs again."""
-    from iskd.report import write_report
+@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
+def evaluate(config: DictConfig) -> None:
+    """`iskd evaluate model=DIR_OR_NAME eval=quick`: tasks and text, beside the teacher on the same items."""
+    from rich.console import Console
 
-    for folder in sys.argv[1:]:
-        print(write_report(Path(folder)))
+    from iskd import build_evaluate
+    from iskd.evaluation import evaluation_table
+
+    found, files = build_evaluate.evaluation(config, Path(HydraConfig.get().runtime.output_dir))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(evaluation_table(found))
+    for file in files:
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
+def profile(config: DictConfig) -> None:
+    """`iskd profile experiment=...`: where the time of a training step goes."""
+    from rich.console import Console
+
+    from iskd import build_evaluate
+    from iskd.profile_report import profile_table, write_profile
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    found = build_evaluate.profile(config, folder)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(profile_table(found))
+    console.print(str(write_profile(folder, found)), highlight=False, soft_wrap=True)
+
+
+def report() -> None:
+    """`iskd report DIR...`: report.html of one run again, or runs.html over several or a folder of runs."""
+    from iskd.report import write_report
+    from iskd.report_runs import runs_file, write_runs_report
+    from iskd.run_list import is_run
+
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    if not folders:
+        sys.exit("usage: iskd report RUN_DIR...")
+    if len(folders) == 1 and is_run(folders[0]):
+        print(write_report(folders[0]))
+    else:
+        print(write_runs_report(folders, runs_file(folders)))
+
+
+def verify() -> None:
+    """`iskd verify DIR...`: reopen students in a clean process."""
+    from iskd.verify import main as command
+
+    if code := command(sys.argv[1:]):
+        sys.exit(code)
+
+
+def generate() -> None:
+    """`iskd generate DIR [PROMPT]`: teacher and student side by side."""
+    from iskd.generate import main as command
+
+    if code := command(sys.argv[1:]):
+        sys.exit(code)
 
 
 def curve() -> None:
@@ -193,13 +254,20 @@ def curve() -> None:
     print(sys.argv[1])
 
 
+# the first ones read Hydra overrides
+_HYDRA = {"train": train, "score": score, "evaluate": evaluate, "profile": profile}
+_COMMANDS = {**_HYDRA, "report": report, "curve": curve, "verify": verify, "generate": generate}
+
+
 def main() -> None:
     """Entry point of the `iskd` command."""
-    commands = {"train": train, "score": score, "report": report, "curve": curve}
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
+    if len(sys.argv) > 1 and sys.argv[1] in _COMMANDS:
         os.environ[_COMMAND] = sys.argv.pop(1)
-    if os.environ.get(_COMMAND) not in commands:
-        names = ", ".join(commands)
-        sys.exit(f"usage: iskd COMMAND ...; commands: {names}")
-    sys.argv[1:] = arguments(sys.argv[1:])
-    commands[os.environ[_COMMAND]]()
+    name = os.environ.get(_COMMAND)
+    if name not in _COMMANDS:
+        sys.exit(f"usage: iskd COMMAND ...; commands: {', '.join(_COMMANDS)}")
+    if name in _HYDRA:
+        sys.argv[1:] = arguments(sys.argv[1:])
+    if name == "evaluate" and not any(argument.startswith("eval=") for argument in sys.argv):
+        sys.argv.append("eval=quick")
+    _COMMANDS[name]()

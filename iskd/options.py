@@ -21,6 +21,11 @@ class RunOptions:
         on_oom: what to do when memory runs out: `stop` with advice, or `halve` the micro-batch, double the accumulation
             and go on from the newest checkpoint (one process only).
         checkpoints: `full`, gathered on rank 0, or `sharded`, every process its own part (trainer=fsdp).
+        mfu: measure the machine's matrix peak at the start and log every stage's share of it; a step per stage.
+        efficiency_seconds: how long latency, memory and cache of student and teacher may be measured at the end of the
+            run; 0 = they are not.
+        share_prefix: compute leading layers once that are frozen and still the teacher's.
+        max_shard_bytes: of one weights file of the export, as a number or as text such as "5GB".
         plan_only: print the plan and stop.
     """
 
@@ -33,6 +38,10 @@ class RunOptions:
     max_skipped: int = 3
     on_oom: str = "stop"
     checkpoints: str = "full"
+    mfu: bool = False
+    efficiency_seconds: float = 0.0
+    share_prefix: bool = True
+    max_shard_bytes: int | str = "50GB"
     plan_only: bool = False
 
     def __post_init__(self) -> None:
@@ -40,7 +49,7 @@ class RunOptions:
         for key in ("checkpoint_every", "keep", "movement_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("fit_tokens", "score_tokens", "max_skipped"):
+        for key in ("fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds"):
             if getattr(self, key) < 0:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
         for key, choices in (("on_oom", ("stop", "halve")), ("checkpoints", ("full", "sharded"))):

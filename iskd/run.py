@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import os
-import platform
-import resource
-import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +18,23 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from torch import distributed as dist
 
-from iskd import checkpoint, lora, sharding, surgery
+from iskd import checkpoint, lora, surgery
 from iskd.callback import CompressionCallback
-from iskd.data import TextData
-from iskd.deciding import Importance
-from iskd.distributed import FSDP2Strategy, Ranks, check_strategy, strategy_of
+from iskd.distributed import FSDP2Strategy, check_strategy, strategy_of
 from iskd.editing import adapt
-from iskd.export import export
 from iskd.faults import is_out_of_memory
-from iskd.losses.base import Terms
+from iskd.finish import finish, write_facts
 from iskd.metrics_file import keep_metrics, merge_metrics
 from iskd.module import DistillModule
-from iskd.optim import OptimSpec
-from iskd.options import RunOptions
-from iskd.plan import Record, Stage, to_json
+from iskd.parts import Parts, Result
+from iskd.plan import Record, Stage
 from iskd.preemption import Preempted
 from iskd.progress import StageProgress
 from iskd.ranks import global_rank
-from iskd.report import write_report
-from iskd.schedules.base import Schedule
 from iskd.state import RunState
-from iskd.table import stage_table
-from iskd.teachers import Loaded
-from iskd.tracking import X_AXIS, StageResult, write_stages
+from iskd.tracking import X_AXIS
+
+__all__ = ["Parts", "Result", "StartAgain", "halved", "make_module", "run"]
 
 # what Lightning says about every run of ours, and why it does not matter here
 _EXPECTED = (
@@ -55,44 +44,6 @@ _EXPECTED = (
     "The number of training batches .* is smaller than the logging interval",
     "You defined a `validation_step`",
 )
-
-
-@dataclass
-class Parts:
-    """Everything a run is made of. `trainer` holds keyword arguments of `lightning.Trainer`."""
-
-    teacher: Loaded
-    data: TextData
-    schedule: Schedule
-    terms: Terms
-    run_dir: Path
-    importance: Importance | None = None
-    optim: OptimSpec = field(default_factory=OptimSpec)
-    options: RunOptions = field(default_factory=RunOptions)
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    loggers: list[Logger] = field(default_factory=list)
-    callbacks: list[Callback] = field(default_factory=list)
-    chunk: int = 256
-    seed: int = 0
-    resume: bool = False
-    export: bool = True
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves: its stage table, the student with its record, and where things are."""
-
-    stages: list[StageResult]
-    student: Any
-    record: Record
-    run_dir: Path
-    model_dir: Path | None
-    report: Path | None
-
-    @property
-    def final(self) -> StageResult:
-        """The last stage that was kept."""
-        return [stage for stage in self.stages if stage.status == "kept"][-1]
 
 
 class StartAgain(SystemExit):
@@ -164,7 +115,7 @@ def _run(parts: Parts) -> Result:
     parts.data.prepare()
     state, resume_from = _position(parts)
     parts = _as_halved(parts, state)
-    module = _module(parts, state)
+    module = make_module(parts, state)
     digest = parts.teacher.source.get("sha256")
     callback = CompressionCallback(
         parts.schedule,
@@ -182,7 +133,7 @@ def _run(parts: Parts) -> Result:
     if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
         raise ValueError("run.checkpoints=sharded saves the shards of trainer=fsdp; use run.checkpoints=full here")
     if trainer.is_global_zero:
-        _write_facts(parts, trainer)
+        write_facts(parts, trainer)
     try:
         try:
             trainer.fit(module, datamodule=parts.data)
@@ -192,7 +143,7 @@ def _run(parts: Parts) -> Result:
             if trainer.is_global_zero:
                 merge_metrics(parts.run_dir)
         _leave(parts, trainer, callback)
-        result = _finish(parts, trainer, module, state)
+        result = finish(parts, trainer, module, state)
     except BaseException:
         callback.close(failed=True)
         raise
@@ -250,10 +201,15 @@ def _on_rank_zero(function: Callable[..., None], *args: Any, **kwargs: Any) -> N
         function(*args, **kwargs)
 
 
-def _module(parts: Parts, state: RunState) -> DistillModule:
+def make_module(parts: Parts, state: RunState) -> DistillModule:
+    """Teacher and student of the run where it stands; weights of a resumed student come with its checkpoint."""
     teacher = parts.teacher.model
     student = surgery.rebuild(teacher, state.record) if state.record.edits else copy.deepcopy(teacher).float()
-    module = DistillModule(student, teacher, parts.terms, parts.optim, state.record, chunk=parts.chunk)
+    module = DistillModule(
+        student, teacher, parts.terms, parts.optim, state.record,
+        chunk=parts.chunk, share_prefix=parts.options.share_prefix,
+    )  # fmt: skip
+    module.cache_spec = parts.cache
     if state.stage is not None and state.edited:
         module.stage = state.stage
         adapt(student, state.record, state.stage)
@@ -295,66 +251,3 @@ def _loggers(parts: Parts) -> list[Logger]:
             logger.experiment.define_metric(X_AXIS)
             logger.experiment.define_metric("*", step_metric=X_AXIS)
     return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]
-
-
-def _write_facts(parts: Parts, trainer: L.Trainer) -> None:
-    """What identifies data, teacher and machine, beside the results."""
-    facts = {
-        "teacher": parts.teacher.source,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "precision": str(trainer.precision),
-        "processes": trainer.world_size,
-    }
-    (parts.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
-    _write_data(parts)
-
-
-def _write_data(parts: Parts) -> None:
-    selection = getattr(parts.importance, "selection", {})  # items of tasks that layers are chosen by
-    hashes = {task: [item.sha256 for item in items] for task, items in selection.items()}
-    data = {**parts.data.manifest(), "selection_sha256": hashes}
-    (parts.run_dir / "data.json").write_text(json.dumps(data, indent=1))
-
-
-def _finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState) -> Result:
-    run_dir, model_dir, report = parts.run_dir, None, None
-    if parts.options.plan_only:
-        return Result(state.results, module.student, state.record, run_dir, None, None)
-    student = _gathered(module, state.record, Ranks(trainer))
-    if trainer.is_global_zero:
-        write_stages(run_dir, state.results)
-        _write_data(parts)  # again: now with every calibration window that was used
-        (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
-        report = write_report(run_dir)
-        _print_end(state.results, report)  # before the export: what was measured stands even if that fails
-        if parts.export:
-            teacher = parts.teacher
-            model_dir = export(run_dir / "model", student, state.record, teacher.model.config, teacher.tokenizer)
-            Console().print(f"model:  {model_dir}", highlight=False, soft_wrap=True)
-    trainer.strategy.barrier("finish")
-    return Result(state.results, student, state.record, run_dir, model_dir, report)
-
-
-def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
-    """The student with whole weights: itself, or of one in shards a copy on rank 0's CPU."""
-    if not sharding.is_sharded(module.student):
-        return module.student
-    tensors = checkpoint.held(checkpoint.model_tensors(module.student), ranks)
-    if ranks.rank:
-        return module.student
-    student = surgery.rebuild(module.teacher, record)
-    checkpoint.load_model_tensors(student, tensors)
-    return student
-
-
-def _print_end(results: list[StageResult], report: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(stage_table(results))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
-    console.print(f"peak memory {peak:.2f} GiB", highlight=False)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
