@@ -38,6 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "iskd needs Python >= 3.10, this is " + sys.version.split()[0] + ": set PYTHON=")'
 	@echo "setup: virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install $(PIP_QUIET) --upgrade 'pip>=24.1' # older ones misread pinned extras with hashes
 	@echo "setup: $(TORCH) (the largest download)"
 	@$(PY) -m pip install $(PIP_QUIET) $(PIP_TORCH_FLAGS) '$(TORCH)'
 	@echo "setup: locked dependencies (about a minute)"
@@ -89,7 +90,7 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 	@$(PY) -m pip install $(PIP_QUIET) uv
 	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(PY) -m uv pip compile pyproject.toml $(LOCKED:%=--extra %) --group dev \
 		--universal --python-version 3.10 --no-python-downloads --generate-hashes --quiet \
-		--no-emit-package torch --no-emit-find-links --no-header \
+		--no-emit-package torch --no-emit-find-links --no-header --no-strip-extras \
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
