@@ -25,6 +25,7 @@ from iskd.plan import Spec, allowed
 from iskd.ranks import global_rank
 from iskd.teacher_rows import CacheSpec, check_terms_cached
 from iskd.teachers import Loaded, load_teacher
+from iskd.tracking import sweep_of
 
 SAVED = "config.yaml"
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
@@ -204,6 +205,7 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
     if values.get("offline") == "auto":
         values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
         values["name"] = values["name"] or run_dir.name
+        values["group"] = values["group"] or sweep_of(run_dir)
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
 
 

@@ -28,6 +28,7 @@ from iskd.report import write_report
 from iskd.state import RunState
 from iskd.table import stage_table
 from iskd.tracking import StageResult, write_stages
+from iskd.tracking_wandb import log_end
 
 EVALUATION = "evaluation.json"
 
@@ -77,6 +78,7 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
         _measure(parts, module, student)
         report = write_report(run_dir)
         _print_end(state.results, report)  # before the export: what was measured stands even if that fails
+        log_end(parts.loggers, run_dir, state.results)
         if parts.export:
             teacher = parts.teacher
             model_dir = export(

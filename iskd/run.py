@@ -32,7 +32,7 @@ from iskd.preemption import Preempted
 from iskd.progress import StageProgress
 from iskd.ranks import global_rank
 from iskd.state import RunState
-from iskd.tracking import X_AXIS
+from iskd.tracking_wandb import log_start
 
 __all__ = ["Parts", "Result", "StartAgain", "halved", "make_module", "run"]
 
@@ -246,8 +246,5 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
 
 def _loggers(parts: Parts) -> list[Logger]:
     """metrics.csv in the run directory, always, and whatever was chosen beside it."""
-    for logger in parts.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.define_metric(X_AXIS)
-            logger.experiment.define_metric("*", step_metric=X_AXIS)
+    log_start(parts.loggers, parts.run_dir)
     return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]

@@ -24,7 +24,7 @@ _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
-_INCIDENTAL = frozenset({"resume", "cache_dir", "export", "plan_only", "trainer.progress"})
+_INCIDENTAL = frozenset({"resume", "cache_dir", "export", "objectives", "plan_only", "trainer.progress"})
 _INCIDENTAL_PARTS = ("logger", "run")
 
 

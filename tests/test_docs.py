@@ -287,7 +287,11 @@ def run_here(words: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
         ]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setenv("ISKD_COMMAND", "")
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as stop:  # of the commands that end with a code
+        if stop.code:
+            raise AssertionError(f"{shlex.join(arguments)} ended with {stop.code}") from stop
     GlobalHydra.instance().clear()
 
 
