@@ -61,7 +61,7 @@ demo-ild: teacher ## SmolLM2 from 30 layers to 26, healed after every removal, a
 	@$(PY) train.py experiment=ild importance=racing schedule.tokens=20480 run.score_tokens=2048 data.val_tokens=4096 \
 		hydra.run.dir=$(DEMO_ILD)/ild $(ARGS)
 	@$(PY) train.py experiment=shortgpt schedule=iterative schedule.target_layers=26 schedule.tokens=0 export=false data.val_tokens=4096 \
-		run.measure_before=false hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
+		run.measure_before=false run.efficiency_seconds=0 hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
 	@$(PY) -m iskd curve $(DEMO_ILD)/curve.png "ILD=$(DEMO_ILD)/ild" "one-shot ShortGPT, not healed=$(DEMO_ILD)/shortgpt"
 
 test: $(SETUP) ## the fast tests, on the CPU

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -43,6 +43,7 @@ from iskd.planning import announce, forecast, planned_steps, stage_steps
 from iskd.preemption import StopSignals
 from iskd.saving import Saver
 from iskd.schedules.base import Schedule
+from iskd.stage_clock import StageClock
 from iskd.state import RunState, Status
 from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, log_row, log_values
@@ -84,11 +85,7 @@ class CompressionCallback(Callback):
         self._ranks, self.watchdog = Ranks(), Watchdog(Ranks(), "")
         self._movement = MovementCheck(options.movement_steps)
         self._steps = 0  # optimizer steps in this stage
-        self._clock = time.perf_counter()
-        self._training_since = (self._clock, 0)
-        self._train_speed: float | None = None
-        self._mfu: MfuMeter | Literal[False] = False
-        self._batch: Mapping[str, Any] | None = None  # the latest micro-batch
+        self._clock = StageClock()
         self._carried: dict[str, Tensor] | None = None  # optimizer state after an edit that was made before the fit
 
     @property
@@ -131,7 +128,8 @@ class CompressionCallback(Callback):
         forward_context = trainer.precision_plugin.forward_context
         if not self.options.plan_only:
             module.fill_cache(self.data, forward_context)
-            self._mfu = self.options.mfu and MfuMeter(module.device, forward_context, devices=trainer.world_size)
+            if self.options.mfu:
+                self._clock.meter = MfuMeter(module.device, forward_context, devices=trainer.world_size)
         if self.resume_from is not None:
             self._take_up(trainer, module, self.resume_from)
             return
@@ -199,10 +197,10 @@ class CompressionCallback(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Apply the stage's edits, unless a resumed run is already past them."""
-        self._clock = time.perf_counter()
+        self._clock.lap()
         if not self.state.edited:
             self._edit(trainer, cast(DistillModule, pl_module))
-        self._training_since = (time.perf_counter(), self.state.tokens)
+        self._clock.train(self.state.tokens)
 
     def _edit(self, trainer: L.Trainer, module: DistillModule) -> None:
         """Edit, optimizer, strategy, log; the decision was made at the end of the stage before."""
@@ -226,7 +224,7 @@ class CompressionCallback(Callback):
         module.stage_number = len(state.finished) + 1
         check_partition(trainer.optimizers[0], module.student)
         self._movement.watch(module.student, watched_parameters(module.student, state.record, stage))
-        self._steps, self._train_speed = 0, None
+        self._steps, self._clock.speed = 0, None
         if self.options.measure_before and stage.edits:
             quality = self._measure(trainer, module)
             state.before = {key: quality[key] for key in QUALITY}
@@ -240,6 +238,7 @@ class CompressionCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the factor on the learning rates for the coming step."""
+        self._clock.batch_starts()
         module, stage = cast(DistillModule, pl_module), cast(Stage, self.state.stage)
         module.steps = self.state.steps + self._steps
         module.lr_scale = module.optim.scale(
@@ -262,11 +261,16 @@ class CompressionCallback(Callback):
     ) -> None:
         """Count; at optimizer steps check that new parameters move and write a checkpoint now and then."""
         module, state = cast(DistillModule, pl_module), self.state
-        state.batch, self._batch = state.batch + 1, batch
+        state.batch += 1
         state.tokens += batch["input_ids"].numel() * trainer.world_size
         module.tokens = state.tokens
-        if state.batch % trainer.accumulate_grad_batches:
-            return
+        if not state.batch % trainer.accumulate_grad_batches:
+            self._stepped(trainer, module)
+        self._clock.batch_ends(batch)
+
+    def _stepped(self, trainer: L.Trainer, module: DistillModule) -> None:
+        """After an optimizer step."""
+        state = self.state
         self._steps += 1
         last = not self._left(trainer)
         state.count_step(self.steps_done, skipped=module.skipped, most=self.options.max_skipped)
@@ -289,11 +293,8 @@ class CompressionCallback(Callback):
         if self.preempted:
             return
         self._tick()
-        since, tokens = self._training_since
-        self._train_speed = (self.state.tokens - tokens) / max(self._clock - since, 1e-9)
-        if self._mfu and self._batch is not None:  # before the end of the stage, where adapters merge
-            shares = self._mfu.stage(module, self._batch, self._train_speed)
-            log_values(trainer.loggers, shares, self.state.tokens, len(self.state.finished) + 1, self.steps_done)
+        values = self._clock.end(module, self.state.tokens)
+        log_values(trainer.loggers, values, self.state.tokens, len(self.state.finished) + 1, self.steps_done)
         self._end(trainer, module)
         self._begin(trainer, module)
 
@@ -314,7 +315,7 @@ class CompressionCallback(Callback):
                 "the run ends with the student before it"
             )
         status: Status = "rolled_back" if missed else "kept"
-        row = state.row(module.student, stage.name, quality, self._train_speed, status)
+        row = state.row(module.student, stage.name, quality, self._clock.speed, status)
         state.results.append(row)
         if missed:
             self._roll_back(trainer, module)
@@ -366,9 +367,7 @@ class CompressionCallback(Callback):
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""
-        now = time.perf_counter()
-        self.state.seconds += now - self._clock
-        self._clock = now
+        self.state.seconds += self._clock.lap()
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
