@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from iskd import checkpoint, sharding, surgery
 from iskd.data import TextData
-from iskd.deciding import Importance, decide, history_of
+from iskd.deciding import Importance, check_importance, decide, divergence, history_of
 from iskd.distributed import Ranks, rewrap, whole_device
 from iskd.editing import back_to, carry_out, settle
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
@@ -74,10 +74,7 @@ class CompressionCallback(Callback):
         resume_from: Path | None = None,
         teacher: str | None = None,
     ) -> None:
-        if schedule.scoring != "never" and importance is None:
-            raise ValueError(
-                "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
-            )
+        check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.resume_from, self.teacher = state, options, resume_from, teacher
         self.signals, self.saver = StopSignals(), Saver(run_dir, options)
@@ -302,11 +299,11 @@ class CompressionCallback(Callback):
         state, stage = self.state, self.state.stage
         assert stage is not None
         settle(module, trainer.optimizers[0])
-        quality = self._measure(trainer, module)
         state.events += module.alignment()
         if state.tournament is not None:
-            self._judge(trainer, module, state.tournament, quality["kl"])
+            self._judge(trainer, module, state.tournament)
             return
+        quality = self._measure(trainer, module)
         floor = self.schedule.floor
         missed = self._ranks.first(floor is not None and bool(stage.edits) and quality["retention"] < floor)
         if missed:
@@ -336,9 +333,11 @@ class CompressionCallback(Callback):
         log_row(trainer.loggers, self.state.results[-1], self.state.steps)
         self._save(trainer, module)
 
-    def _judge(self, trainer: L.Trainer, module: DistillModule, trials: Tournament, kl: float) -> None:
-        """End of a trial: back to where it began, and on with the next one or with the winner."""
-        state = self.state
+    def _judge(self, trainer: L.Trainer, module: DistillModule, trials: Tournament) -> None:
+        """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
+        state, windows = self.state, self.data.calibration(self.data.val_tokens)
+        with trainer.precision_plugin.forward_context():
+            kl = self._ranks.first(divergence(module, windows))
         trials = trials.judged(kl)
         self._back(trainer, module)
         state.tournament = None if trials.over else trials

@@ -10,15 +10,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd import surgery
+from iskd.arch import Stack
 from iskd.distributed import Ranks
-from iskd.importance.base import by_layer, rows_of, within_noise
+from iskd.importance.base import WindowImportance, by_layer, within_noise
+from iskd.importance.fixed import Fixed
+from iskd.metrics import QualityMetrics
 from iskd.module import DistillModule
+from iskd.passes import next_tokens
 from iskd.plan import stage_from_json, to_json
-from iskd.schedules.base import History, Schedule
+from iskd.schedules.base import Choice, History, Schedule
 from iskd.state import RunState
 from iskd.tournament import Tournament
 
 Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
+
+
+def check_importance(schedule: Schedule, importance: Importance | None) -> None:
+    """Raise ValueError where the schedule asks for scores that it cannot get."""
+    if schedule.scoring != "never" and importance is None:
+        raise ValueError(
+            "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
+        )
+    if schedule.scoring == "each" and schedule.removes and isinstance(importance, Fixed):
+        raise ValueError(
+            "importance=fixed holds one entry per block of the student, and a removal leaves fewer; set "
+            "schedule.rescore=false"
+        )
 
 
 def history_of(state: RunState, module: DistillModule) -> History:
@@ -52,8 +69,9 @@ def decide(
     if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module)):
         assert importance is not None
         batches = [batch.to(module.device) for batch in windows()]
+        choice = schedule.choice(history_of(state, module))
         with forward_context():
-            scores, note = _scored(importance, module, batches, state.record.layers)
+            scores, note = _scored(importance, module, batches, state.record.layers, choice)
         state.scores = ranks.first(by_layer(scores, state.record.layers))
         state.events += [note] if note else []
     found = schedule.candidates_for(history_of(state, module))
@@ -64,11 +82,31 @@ def decide(
 
 
 def _scored(
-    importance: Importance, module: DistillModule, batches: Sequence[Tensor], layers: Sequence[int]
+    importance: Importance, module: DistillModule, batches: Sequence[Tensor], layers: Sequence[int], choice: Choice
 ) -> tuple[Tensor, str]:
-    """Scores [L], and which layers the calibration windows cannot tell from the lowest one."""
-    rows = rows_of(importance, module.student, module.teacher, batches)
-    scores = rows.mean(1)
-    lowest = int(torch.argmin(scores))
-    ties = [layers[position] for position in within_noise(rows, lowest, range(len(rows)))]
-    return scores, f"the scores of layers {ties} are within noise of that of layer {layers[lowest]}" if ties else ""
+    """Scores [L], and which of the layers not chosen the calibration windows cannot tell from the last one chosen."""
+    positions = [layers.index(layer) for layer in choice.layers]
+    if isinstance(importance, WindowImportance):
+        asked = importance.choosing(positions, min(choice.number + choice.spare, len(positions)))
+        scores, rows = asked.scored(module.student, module.teacher, batches)
+    else:
+        scores = importance(module.student, module.teacher, batches)
+        rows = scores[:, None]
+    order = sorted(positions, key=lambda position: (scores[position].item(), position))
+    last = order[choice.number - 1]
+    ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]
+    return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
+
+
+@torch.no_grad()
+def divergence(module: DistillModule, batches: Sequence[Tensor]) -> float:
+    """KL from teacher to student on windows [B, T], nats per token."""
+    was_training = module.student.training
+    module.student.eval()
+    metrics, student, teacher = QualityMetrics().to(module.device), Stack(module.student), Stack(module.teacher)
+    for batch in batches:
+        ids = batch.to(module.device)
+        ours, theirs = student.last_hidden(ids), teacher.last_hidden(ids)
+        metrics.update_from_hidden(ours, student.head, theirs, teacher.head, next_tokens(ids), softcap=student.softcap)
+    module.student.train(was_training)
+    return metrics.compute()["kl"]

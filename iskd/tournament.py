@@ -1,7 +1,8 @@
 """The rank-flip guard: the best few candidates for a stage are each healed for a short budget, and one is kept.
 
 A score taken before healing does not say which layer is missed least after it. Every trial starts from the same
-weights, optimizer state and windows; what it trained is thrown away.
+weights, optimizer state and windows; what it trained is thrown away. They are judged on calibration windows, as many
+as there are of validation: text that chooses layers must not be the text that is reported.
 """
 
 from __future__ import annotations

@@ -277,6 +277,30 @@ def test_the_winner_is_that_of_the_full_scores(seed: int) -> None:
                 assert len(result.rows[position]) == 64
 
 
+@pytest.mark.parametrize("number", [2, 3, 12])
+@pytest.mark.parametrize("seed", range(3))
+def test_as_many_winners_as_are_asked_for_are_those_of_the_full_scores(seed: int, number: int) -> None:
+    values = 1 + torch.rand(12, generator=torch.Generator().manual_seed(seed))
+    measure = planted(values, spread=0.5, seed=seed, tokens=16)
+    result = race(measure, range(12), 64, stride=1, first=2, growth=2, z=3.0, number=number)
+    full = measure.table.double().mean((0, 2))  # type: ignore[attr-defined]
+    winners = set(sorted(result.scores, key=result.scores.__getitem__)[:number])
+    assert winners == set(full.argsort()[:number].tolist())
+    assert winners <= set(result.left)
+    if number == 12:  # nothing to decide but the order: everything is read
+        assert [result.scores[i] for i in range(12)] == pytest.approx(full.tolist(), abs=1e-6)
+
+
+def test_the_race_is_among_those_who_may_go() -> None:
+    """A block that may not go does not end the race by winning it."""
+    teacher = tiny("llama", layers=6)
+    silence(teacher, 0)
+    full = Ablation(1)(teacher, teacher, BATCHES)
+    scores = Racing().choosing([1, 2, 3, 4, 5], 2)(teacher, teacher, BATCHES)
+    assert set(scores.argsort()[:2].tolist()) == set((full[1:].argsort()[:2] + 1).tolist())
+    assert scores.argmax() == 0, "it did not race"
+
+
 def test_nobody_is_put_out_without_evidence() -> None:
     same = planted(torch.ones(3), spread=0.0)
     assert run(same, 3).left == [0, 1, 2]
@@ -366,8 +390,7 @@ class Sink(nn.Module):
 def test_a_block_that_builds_the_sink_does_not_race() -> None:
     teacher = tiny("llama", layers=6)
     Stack(teacher).set_layers([*list(Stack(teacher).layers)[:2], Sink(), *list(Stack(teacher).layers)[3:]])
-    result, _, aside = Racing().race(teacher, teacher, BATCHES)
-    assert aside == [2]
+    result, _ = Racing().race(teacher, teacher, BATCHES)
     assert set(result.scores) == {0, 1, 3, 4, 5}
     assert Racing()(teacher, teacher, BATCHES).argmax() == 2
 

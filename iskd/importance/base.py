@@ -37,6 +37,17 @@ def scoring(*models: nn.Module) -> Iterator[None]:
 class WindowImportance(ABC):
     """An importance whose score is the mean of its rows; a metric that reads no windows has one column."""
 
+    def choosing(self, candidates: Sequence[int], number: int) -> WindowImportance:
+        """This importance for a choice of the `number` lowest among some positions; most score all blocks anyway."""
+        return self
+
+    def scored(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [L] of the student's blocks and the rows [L, W] that tell their noise; nan where nothing was read."""
+        rows = rows_of(self, student, teacher, batches)
+        return rows.mean(1), rows
+
     @abstractmethod
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Scores [L, W] of the student's blocks on each of the W windows in `batches`, token ids [B, T] each."""
@@ -80,9 +91,11 @@ def within_noise(rows: Tensor, chosen: int, candidates: Sequence[int]) -> list[i
 
     Returns:
         Positions whose mean difference to the chosen block is at most one paired standard error, either way; a tie in
-        every window counts. Empty for one window, which says nothing about noise.
+        every window counts. Empty for one window, which says nothing about noise. Windows that were not read for the
+        chosen block (nan) do not count, and a block that was not read on the others is no tie.
     """
     others = [position for position in candidates if position != chosen]
+    rows = rows[:, rows[chosen].isfinite()]
     if not others:
         return []
     difference = rows[others].double() - rows[chosen].double()

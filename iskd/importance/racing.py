@@ -1,4 +1,4 @@
-"""Racing: find the block that costs least to leave out, by scoring on ever more windows only those that may be it.
+"""Racing: find the blocks that cost least to leave out, by scoring on ever more windows only those that may be them.
 
 Successive elimination (Maron and Moore 1993, "Hoeffding races") with paired statistics, as in F-race (Birattari et al.
 2002): what makes a window hard is hard for every block, so blocks are compared by their differences on the same tokens.
@@ -8,17 +8,20 @@ Successive elimination (Maron and Moore 1993, "Hoeffding races") with paired sta
    influence (ShortGPT, arXiv 2403.03853); both are free of the head. The order decides ties and nothing else.
 3. All others are scored on the first piece, then on ever more pieces. The more blocks are left, the fewer positions are
    scored: every 8th at first, all of them at the end.
-4. The leader has the lowest mean. A block is out when its mean difference to the leader is more than `z` paired
-   standard errors, which shrink to zero as the pieces run out.
-5. The race ends when one block is left or there are no more pieces. In the latter case the pieces of which only a part
-   was scored are read again for those that are left, and their scores are the exact ones of `ablation`.
+4. To beat is the `number`-th lowest mean, where so many blocks are asked for; that of the leader where one is. A block
+   is out when its mean difference to it is more than `z` paired standard errors, which shrink to zero as the pieces run
+   out.
+5. The race ends when `number` blocks are left or there are no more pieces. In the latter case the pieces of which only
+   a part was scored are read again for those left, and their scores are the exact ones of `ablation`.
 
-Made for stages that remove one block: behind the winner the order is an estimate. Models in shards do not race: the
-processes would drop out of each other's collectives as soon as two races went differently.
+Who takes part and how many are asked for is what the schedule says (`choosing`): layers that may not be edited do not
+race. Right is which blocks are the lowest; the order among them and behind them is an estimate. Models in shards do not
+race: the processes would drop out of each other's collectives as soon as two races went differently.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +56,8 @@ class Race:
 
     Attributes:
         scores: score of every raced block by position, in nats, lower = costs less. Of those left at the end the mean
-            over all pieces that were read; of the others the winner's score plus the mean difference to the leader in
-            the round in which they went out, which is positive. So the winner's is the lowest.
+            over all pieces that were read; of the others the score of the last of the winners plus the mean difference
+            to the one to beat in the round in which they went out, which is positive. So the winners' are the lowest.
         rows: values per piece of the blocks that were left at the end, by position, over the pieces read [W'].
         left: who was left at the end, best first.
         rounds: pieces read by the end of each round, stride of the scored positions, and how many blocks ran in it.
@@ -67,7 +70,7 @@ class Race:
 
 
 class Racing(WindowImportance):
-    """Leave-one-out scores whose lowest is right; the rest is as good as the race had to find out.
+    """Leave-one-out scores whose lowest are right; the rest is as good as the race had to find out.
 
     Args:
         metric: `kl` or `loss`, as in `ablation`.
@@ -110,26 +113,39 @@ class Racing(WindowImportance):
         self.metric, self.stride, self.tokens, self.pieces = metric, stride, tokens, pieces
         self.growth, self.z, self.veto, self.width = growth, z, veto, width
         self.cache = PrefixCache(cache_mb)
+        self.candidates: tuple[int, ...] | None = None  # who races; None = every block
+        self.number = 1
+
+    def choosing(self, candidates: Sequence[int], number: int) -> Racing:
+        """This race among some positions, for the `number` lowest of them; the kept streams are shared."""
+        chosen = copy.copy(self)
+        chosen.candidates, chosen.number = tuple(candidates), number
+        return chosen
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Values [L, pieces] of the blocks left at the end of the race; nan for all others and for pieces not read."""
-        result, _, _ = self.race(student, teacher, batches)
-        count = sum(len(batch) for batch in self.cut(batches))
-        rows = torch.full((len(Stack(student).layers), count), torch.nan)
-        for position, values in result.rows.items():
-            rows[position, : len(values)] = values
-        return rows
+        return self.scored(student, teacher, batches)[1]
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-        """Scores [L] of all blocks: `Race.scores`, and for those set aside the highest of them plus block influence."""
-        result, turns, aside = self.race(student, teacher, batches)
-        highest = max(result.scores.values())
-        return torch.tensor([highest + turns[i] if i in aside else result.scores[i] for i in range(len(turns))])
+        """Scores [L] of all blocks: `Race.scores`, and for those that did not race the highest plus block influence."""
+        return self.scored(student, teacher, batches)[0]
+
+    def scored(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [L] and rows [L, pieces] of one race, as `__call__` and `rows` give them."""
+        result, turns = self.race(student, teacher, batches)
+        highest, count = max(result.scores.values()), sum(len(batch) for batch in self.cut(batches))
+        scores = torch.tensor([result.scores.get(position, highest + turn) for position, turn in enumerate(turns)])
+        rows = torch.full((len(turns), count), torch.nan)
+        for position, values in result.rows.items():
+            rows[position, : len(values)] = values
+        return scores, rows
 
     def race(
         self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
-    ) -> tuple[Race, list[float], list[int]]:
-        """The race, the block influence [L] of every block on the first piece, and the positions set aside.
+    ) -> tuple[Race, list[float]]:
+        """The race, and the block influence [L] of every block on the first piece.
 
         Raises:
             ValueError: the student is in shards, or the windows have one token.
@@ -156,12 +172,11 @@ class Racing(WindowImportance):
 
         with scoring(student, teacher):
             turns, sinks = _scout(Stack(student), pieces[0][:1], self.cache)
-            aside = [position for position, sink in enumerate(sinks) if sink > self.veto]
-            order = sorted(set(range(len(turns))) - set(aside), key=turns.__getitem__)
-            if not order:  # a model of sink builders only: race them all
-                order, aside = sorted(range(len(turns)), key=turns.__getitem__), []
-            count = sum(len(batch) for batch in pieces)
-            return self.decide(measure, order, count), turns, aside
+            order = sorted(range(len(turns)) if self.candidates is None else self.candidates, key=turns.__getitem__)
+            harmless = [position for position in order if sinks[position] <= self.veto]
+            # where more are asked for than are harmless, builders of the sink have to race too
+            order = harmless if len(harmless) >= self.number else order
+            return self.decide(measure, order, sum(len(batch) for batch in pieces)), turns
 
     def cut(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Windows [B, T] in pieces of equal length, one below the other [B * n, T / n]; a remainder is dropped."""
@@ -174,13 +189,27 @@ class Racing(WindowImportance):
 
     def decide(self, measure: Measure, order: Sequence[int], pieces: int) -> Race:
         """Race the blocks `order` on so many pieces with these settings, whoever measures."""
-        return race(measure, order, pieces, stride=self.stride, first=self.pieces, growth=self.growth, z=self.z)
+        return race(
+            measure, order, pieces,
+            stride=self.stride, first=self.pieces, growth=self.growth, z=self.z, number=self.number,
+        )  # fmt: skip
 
 
 def race(
-    measure: Measure, order: Sequence[int], pieces: int, *, stride: int, first: int, growth: float, z: float
+    measure: Measure,
+    order: Sequence[int],
+    pieces: int,
+    *,
+    stride: int,
+    first: int,
+    growth: float,
+    z: float,
+    number: int = 1,
 ) -> Race:
-    """Race the blocks `order` on `pieces` pieces, `first` of them in the first round, in the end at `stride`."""
+    """Race the blocks `order` on `pieces` pieces, `first` of them in the first round, in the end at `stride`.
+
+    Asked for are the `number` lowest; as many as there are blocks: all are scored on everything.
+    """
     alive, read = list(order), 0
     rounds: list[tuple[int, int, int]] = []
     values: dict[int, list[Tensor]] = {position: [] for position in alive}
@@ -197,12 +226,14 @@ def race(
             coarse.append((start, read))
         if read == pieces:
             break
-        out = _beaten(alive, values, z, pieces)
+        if len(order) <= number:
+            continue
+        out = _beaten(alive, values, z, pieces, number)
         gaps |= out
         alive = [position for position in alive if position not in out]
-        if len(alive) == 1:
+        if len(alive) == number:
             break
-    if len(alive) > 1:
+    if len(alive) > number or len(order) <= number:
         for start, stop in coarse:
             for index, piece in enumerate(measure(alive, start, stop, stride), start):
                 for position, tokens in zip(alive, piece, strict=True):
@@ -210,7 +241,7 @@ def race(
     rows = {position: _means(values[position]) for position in alive}
     scores = {position: rows[position].mean().item() for position in alive}
     left = sorted(alive, key=scores.__getitem__)  # stable: ties stay in the order of the proxy
-    scores |= {position: scores[left[0]] + gap for position, gap in gaps.items()}
+    scores |= {position: scores[left[number - 1]] + gap for position, gap in gaps.items()}
     return Race(scores, rows, left, rounds)
 
 
@@ -219,14 +250,15 @@ def coarsening(left: int) -> int:
     return min(COARSEST, 1 << max(0, (left // AT_ALL_POSITIONS).bit_length() - 1))
 
 
-def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float, of: int) -> dict[int, float]:
-    """Mean difference to the leader of every block that is, beyond doubt, worse than it on all `of` pieces."""
-    leader = min(alive, key=lambda position: _means(values[position]).mean().item())
+def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float, of: int, number: int) -> dict[int, float]:
+    """Mean difference to the `number`-th lowest of every block that is, beyond doubt, worse on all `of` pieces."""
+    standing = sorted(alive, key=lambda position: _means(values[position]).mean().item())
+    last = standing[number - 1]
     out = {}
-    for position in alive:
-        pairs = [mine - best for mine, best in zip(values[position], values[leader], strict=True)]
+    for position in standing[number:]:
+        pairs = [mine - best for mine, best in zip(values[position], values[last], strict=True)]
         gap = _means(pairs).mean().item()
-        if position != leader and gap > _doubt(pairs, z, of):
+        if gap > _doubt(pairs, z, of):
             out[position] = gap
     return out
 

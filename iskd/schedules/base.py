@@ -2,8 +2,9 @@
 
 A schedule is a plain class with `next_stage(history) -> Stage | None` (pure: same history, same stage), the attribute
 `floor` (retention below which a healed stage is rolled back, or None) and `scoring` (`never`, `once`, `each`: when the
-callback must fill `history.scores`) and `restart_at_edit` (every edit in a fresh process). `candidates_for` lists the
-best few choices of the next stage, each of which may be tried for `trial_tokens` before one is kept.
+callback must fill `history.scores`), `removes` (whether edits leave fewer layers) and `restart_at_edit` (every edit in
+a fresh process). `candidates_for` lists the best few choices of the next stage, each of which may be tried for
+`trial_tokens` before one is kept; `choice` says what the scores for it are needed for.
 """
 
 from __future__ import annotations
@@ -40,17 +41,36 @@ class History:
         return replace(self, record=record, stages=(*self.stages, stage), params=params)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What scores are asked for: a choice among some layers.
+
+    Attributes:
+        layers: those that may be edited next, ascending.
+        number: how many of them, the lowest, are going to be edited on these scores.
+        spare: how many of the next ones are tried as well (`candidates`).
+    """
+
+    layers: tuple[int, ...] = ()
+    number: int = 0
+    spare: int = 0
+
+
 class Schedule(Protocol):
     """The contract of every schedule."""
 
     floor: float | None
     scoring: str
+    removes: bool
     restart_at_edit: bool
     candidates: int
     trial_tokens: int
 
     def complete(self, history: History) -> bool:
         """Whether no stage is left; reads no scores, so that none are computed in vain."""
+
+    def choice(self, history: History) -> Choice:
+        """What the scores of `scoring` are needed for; read only while the run is not complete."""
 
     def candidates_for(self, history: History) -> list[Stage]:
         """At most `candidates` stages that differ in one layer, the best first; none when the run is complete."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from iskd.lora_spec import lora_of
 from iskd.plan import Record, Stage, describe
-from iskd.schedules.base import EditKind, History, RemoveLayers, Target, check_floor, check_layers
+from iskd.schedules.base import Choice, EditKind, History, RemoveLayers, Target, check_floor, check_layers
 from iskd.schedules.orders import NAMES, first_available, ordered
 
 # by name of a choice of layers, the first one and the step to the next
@@ -103,7 +103,7 @@ class LayerSchedule:
             )
         self.edit, self.per_stage, self.tokens, self.final_share = edit, per_stage, tokens, final_share
         self.restart_at_edit, self.candidates, self.trial_tokens = restart_at_edit, candidates, trial_tokens
-        self.order, self.layers, self.seed = order, layers, seed
+        self.order, self.layers, self.seed, self.removes = order, layers, seed, isinstance(edit, RemoveLayers)
         self.protect, self.protect_first, self.protect_last = tuple(protect), protect_first, protect_last
         self.train, self.lr, self.lr_new, self.floor = train, lr, lr_new, check_floor(floor)
         self.lora = lora_of(lora, train, seed)
@@ -116,6 +116,18 @@ class LayerSchedule:
     def next_stage(self, history: History) -> Stage | None:
         """The next layers of the order; None once the target is reached."""
         return next(iter(self.candidates_for(history)), None)
+
+    def choice(self, history: History) -> Choice:
+        """All layers that may still be edited, and how many of them the next scores decide on.
+
+        Scored once, that is all that are left to edit; for a size in parameters the order of all of them counts.
+        """
+        record, protected = history.record, self._protected(history.record)
+        available = first_available(record.layers, record.edited, protected, len(record.layers))
+        by_size = self.target.params is not None
+        left = len(available) if by_size else self.target.left(history, available, protected)
+        number = min(self.per_stage or left, left) if self.scoring == "each" else left
+        return Choice(tuple(available), number, self.candidates - 1)
 
     def candidates_for(self, history: History) -> list[Stage]:
         """The next stage with the best choice of layers, then with the next best in place of its last layer, and so on.

@@ -7,7 +7,7 @@ from typing import Any
 
 from iskd.lora_spec import lora_of
 from iskd.plan import Stage
-from iskd.schedules.base import History
+from iskd.schedules.base import Choice, History
 
 
 class NoEdits:
@@ -20,13 +20,17 @@ class NoEdits:
             raise ValueError(f"schedule.tokens={tokens}: nothing would be edited or trained")
         self.tokens, self.train, self.lr, self.lora = tokens, train, lr, lora_of(lora, train)
         self.floor: float | None = None
-        self.scoring = "never"
+        self.scoring, self.removes = "never", False
         self.restart_at_edit = False
         self.candidates, self.trial_tokens = 1, 0
 
     def complete(self, history: History) -> bool:
         """Whether the single stage is done."""
         return bool(history.stages)
+
+    def choice(self, history: History) -> Choice:
+        """Nothing to choose."""
+        return Choice()
 
     def candidates_for(self, history: History) -> list[Stage]:
         """The single stage; nothing afterwards."""
