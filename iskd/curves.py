@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from iskd.figure import PALETTE, figure_of, integer_x, log_y, needs_log, set_heading
@@ -17,7 +18,7 @@ _LOOKS = (("blue", "o"), ("vermillion", "s"), ("green", "^"), ("purple", "D"), (
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: the results of its kept stages by layers left, deepest first."""
+    """One run, or several of one method: the results of kept stages by layers left, deepest first."""
 
     name: str
     points: list[tuple[int, StageResult]]
@@ -35,8 +36,24 @@ def read_curve(run_dir: Path, name: str | None = None) -> Curve:
     return Curve(name or files.name, points)
 
 
+def joined(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves of one name as one: a method that removes all layers at once gives one depth per run."""
+    found: dict[str, dict[int, StageResult]] = {}
+    for curve in curves:
+        points = found.setdefault(curve.name, {})
+        for layers, stage in curve.points:
+            if layers in points and stage.index and points[layers].index:
+                raise ValueError(f"two runs named {curve.name!r} have a student of {layers} layers; name them apart")
+            points.setdefault(layers, stage)
+    return [Curve(name, sorted(points.items(), reverse=True)) for name, points in found.items()]
+
+
 def write_curves(curves: Sequence[Curve], out: Path) -> None:
-    """KL to the teacher and perplexity against layers left, as a PNG, and the numbers beside it as a csv."""
+    """KL to the teacher and perplexity against layers left, as a PNG, and the numbers beside it as a csv.
+
+    A dotted line leads over depths that nobody measured.
+    """
+    curves = joined(curves)
     if len(curves) > len(_LOOKS):
         raise ValueError(f"{len(curves)} runs in one picture; at most {len(_LOOKS)} can be told apart")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +74,11 @@ def _draw(curves: Sequence[Curve], out: Path) -> None:
             for curve, (colour, marker) in zip(curves, _LOOKS, strict=False):
                 points = [(layers, getattr(stage, key)) for layers, stage in curve.points if key != "kl" or stage.index]
                 values += [value for _, value in points]
-                axes.plot(*zip(*points, strict=True), marker=marker, color=PALETTE[colour], label=curve.name)
+                skips = any(above - below > 1 for (above, _), (below, _) in pairwise(curve.points))
+                axes.plot(
+                    *zip(*points, strict=True),
+                    linestyle=":" if skips else "-", marker=marker, color=PALETTE[colour], label=curve.name,
+                )  # fmt: skip
             if needs_log(values):
                 log_y(axes)
             depths = [layers for curve in curves for layers, _ in curve.points]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class LayerScore:
         layer: in the teacher's numbering.
         score: higher = keep.
         error: standard error of the mean over windows; nan for one window.
-        low, high: percentile bootstrap over windows.
+        low, high: percentile bootstrap over windows; nan for one window.
         tied: whether the windows cannot tell it from the lowest layer (one paired standard error).
     """
 
@@ -55,8 +56,13 @@ def layer_scores(rows: Tensor, layers: Sequence[int], seed: int = 0) -> list[Lay
 
 
 def bootstrap(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """2.5 and 97.5 % points [L] of the mean of rows [L, W] over resampled windows, the same windows for all layers."""
+    """2.5 and 97.5 % points [L] of the mean of rows [L, W] over resampled windows, the same windows for all layers.
+
+    One window, or a score that reads none, has no interval: nan.
+    """
     windows, generator = rows.shape[1], torch.Generator().manual_seed(seed)
+    if windows < 2:
+        return torch.full((len(rows),), torch.nan), torch.full((len(rows),), torch.nan)
     drawn = torch.randint(windows, (_RESAMPLES, windows), generator=generator)
     weights = torch.zeros(_RESAMPLES, windows, dtype=torch.float64)
     weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
@@ -71,14 +77,25 @@ def score_table(scores: Sequence[LayerScore], name: str) -> Table:
     for head in ("layer", "score", "standard error", "95 % interval", ""):
         table.add_column(head, justify="left" if not head else "right")
     for place, entry in enumerate(sorted(scores, key=lambda entry: (entry.score, entry.layer))):
-        interval = f"{number(entry.low)} .. {number(entry.high)}"
+        interval = "" if math.isnan(entry.low) else f"{number(entry.low)} .. {number(entry.high)}"
         note = "lowest" if not place else "within noise of the lowest" if entry.tied else ""
-        table.add_row(str(entry.layer), number(entry.score), number(entry.error), interval, note)
+        table.add_row(
+            str(entry.layer),
+            number(entry.score),
+            "" if math.isnan(entry.error) else number(entry.error),
+            interval,
+            note,
+        )
     return table
 
 
-def write_scores(folder: Path, scores: Sequence[LayerScore], rows: Tensor, name: str) -> list[Path]:
-    """`scores.csv`, `rows.csv` (one column per window) and `scores.png` in `folder`."""
+def write_scores(
+    folder: Path, scores: Sequence[LayerScore], rows: Tensor, name: str, runs: Tensor | None = None
+) -> list[Path]:
+    """`scores.csv`, `rows.csv` (one column per window) and `scores.png` in `folder`.
+
+    With `runs` [n, L], scores of runs of 1..n consecutive layers by the first of them, also `runs.csv`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -90,7 +107,20 @@ def write_scores(folder: Path, scores: Sequence[LayerScore], rows: Tensor, name:
         writer.writerow(["layer", *(f"window{index}" for index in range(rows.shape[1]))])
         writer.writerows([entry.layer, *row] for entry, row in zip(scores, rows.tolist(), strict=True))
     _chart(folder / "scores.png", scores, name)
-    return [folder / file for file in ("scores.csv", "rows.csv", "scores.png")]
+    files = [folder / file for file in ("scores.csv", "rows.csv", "scores.png")]
+    return files if runs is None else [*files, _write_runs(folder / "runs.csv", scores, runs)]
+
+
+def _write_runs(path: Path, scores: Sequence[LayerScore], runs: Tensor) -> Path:
+    """Every run that fits, of each length the lowest first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layers", "first", "last", "score"])
+        for length, row in enumerate(runs.tolist(), 1):
+            fitting = sorted(zip(row, range(len(scores) - length + 1), strict=False))
+            for score, first in fitting:
+                writer.writerow([length, scores[first].layer, scores[first + length - 1].layer, score])
+    return path
 
 
 def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> None:
@@ -101,12 +131,16 @@ def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> None:
         axes = figure.subplots()
         colours = [PALETTE["vermillion"] if entry.tied else PALETTE["blue"] for entry in scores]
         heights = [entry.score for entry in scores]
-        spans = [[s.score - s.low for s in scores], [s.high - s.score for s in scores]]
         bars = axes.bar([entry.layer for entry in scores], heights, width=0.72, color=colours)
         for bar, entry in zip(bars, scores, strict=True):
             bar.set_hatch("//" if entry.tied else "")
-        axes.errorbar([s.layer for s in scores], heights, yerr=spans, fmt="none", ecolor=PALETTE["ink"], elinewidth=1)
-        set_heading(axes, f"{name}: score by layer (higher = keep), 95 % interval over windows")
+        known = not any(math.isnan(entry.low) for entry in scores)
+        if known:
+            spans = [[s.score - s.low for s in scores], [s.high - s.score for s in scores]]
+            places = [s.layer for s in scores]
+            axes.errorbar(places, heights, yerr=spans, fmt="none", ecolor=PALETTE["ink"], elinewidth=1)
+        interval = ", 95 % interval over windows" if known else ""
+        set_heading(axes, f"{name}: score by layer (higher = keep){interval}")
         axes.set_xlabel("layer (teacher's index)")
         integer_x(axes, min(s.layer for s in scores), max(s.layer for s in scores))
         label = "lowest, or within noise of it"

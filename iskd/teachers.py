@@ -267,6 +267,9 @@ def _loaded(
     if spec.trim_vocab:
         gone = _trim(spec.name, model, max(len(tokenizer), largest + 1))
         rows, where = rows - gone, where | {"trimmed_rows": gone}
+    elif (unused := rows - -(-max(len(tokenizer), largest + 1) // 8) * 8) > 0:
+        # not by itself: who drafts for the teacher with the student needs the teacher's vocabulary size
+        log.info("%s: %d of %d embedding rows have no token; model.trim_vocab=true drops them", spec.name, unused, rows)
     source: dict[str, str | int] = {
         "name": spec.name,
         "kind": kind,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from iskd.curves import Curve, read_curve, write_curves
+from iskd.curves import Curve, joined, read_curve, write_curves
 from iskd.run import run
 from iskd.schedules.base import RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.tracking import StageResult
 from tests.runs import TOKENS, make_parts, write_text
 
 
@@ -28,6 +29,22 @@ def test_a_removal_run_becomes_a_curve(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="at most 6"):
         write_curves([Curve(str(n), runs[0].points) for n in range(7)], tmp_path / "many.png")
+
+
+def test_runs_of_one_name_are_one_curve(tmp_path: Path) -> None:
+    def point(layers: int, index: int) -> tuple[int, StageResult]:
+        sizes = {"params": layers, "block_params": layers, "tokens": 0, "seconds": 0.0}
+        return layers, StageResult(
+            index=index, name=str(layers), ppl=30.0 - layers, kl=1.0, top1=1.0, retention=1.0, **sizes
+        )
+
+    ends = [Curve("at once", [point(6, 0), point(left, 1)]) for left in (2, 4)]
+    (whole,) = joined(ends)
+    assert [layers for layers, _ in whole.points] == [6, 4, 2]
+    write_curves(ends, tmp_path / "curve.png")
+    assert [row["layers"] for row in csv.DictReader((tmp_path / "curve.csv").open())] == ["6", "4", "2"]
+    with pytest.raises(ValueError, match="two runs named 'at once' have a student of 4 layers"):
+        joined([*ends, ends[1]])
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

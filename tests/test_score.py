@@ -45,7 +45,9 @@ def test_bootstrap_is_seeded_and_matches_resampling(rows: torch.Tensor) -> None:
 
 def test_one_window_has_no_noise_and_bad_scores_are_named() -> None:
     scores = layer_scores(torch.tensor([[1.0], [2.0]]), [0, 1])
-    assert np.isnan(scores[0].error)
+    assert np.isnan([scores[0].error, scores[0].low, scores[0].high]).all()
+    (column,) = [column for column in score_table(scores, "random").columns if column.header == "95 % interval"]
+    assert list(column.cells) == ["", ""]
     assert [entry.tied for entry in scores] == [True, False]
     with pytest.raises(ValueError, match=r"not finite for layers \[1\]"):
         layer_scores(torch.tensor([[1.0], [float("nan")]]), [0, 1])
@@ -58,6 +60,16 @@ def test_files(rows: torch.Tensor, tmp_path: Path) -> None:
     assert [int(row["layer"]) for row in table] == [2, 5, 7, 9]
     assert len(files[1].read_text().splitlines()[0].split(",")) == 41
     assert files[2].read_bytes().startswith(b"\x89PNG")
+    assert len(files) == 3
+
+
+def test_runs_of_layers_by_length_the_best_first(rows: torch.Tensor, tmp_path: Path) -> None:
+    nan = float("nan")
+    runs = torch.tensor([[0.3, 0.1, 0.2, 0.4], [0.5, 0.7, 0.6, nan], [0.9, 0.8, nan, nan]])
+    *_, file = write_scores(tmp_path, layer_scores(rows, [2, 5, 7, 9]), rows, "angular", runs)
+    found = [(row["layers"], row["first"], row["last"]) for row in csv.DictReader(file.read_text().splitlines())]
+    assert found[:4] == [("1", "5", "5"), ("1", "7", "7"), ("1", "2", "2"), ("1", "9", "9")]
+    assert found[4:] == [("2", "2", "5"), ("2", "7", "9"), ("2", "5", "7"), ("3", "5", "9"), ("3", "2", "7")]
     assert score_table(scores, "ablation").row_count == 4
 
 
