@@ -61,6 +61,7 @@ def test_files(rows: torch.Tensor, tmp_path: Path) -> None:
     assert len(files[1].read_text().splitlines()[0].split(",")) == 41
     assert files[2].read_bytes().startswith(b"\x89PNG")
     assert len(files) == 3
+    assert score_table(scores, "ablation").row_count == 4
 
 
 def test_runs_of_layers_by_length_the_best_first(rows: torch.Tensor, tmp_path: Path) -> None:
@@ -70,7 +71,6 @@ def test_runs_of_layers_by_length_the_best_first(rows: torch.Tensor, tmp_path: P
     found = [(row["layers"], row["first"], row["last"]) for row in csv.DictReader(file.read_text().splitlines())]
     assert found[:4] == [("1", "5", "5"), ("1", "7", "7"), ("1", "2", "2"), ("1", "9", "9")]
     assert found[4:] == [("2", "2", "5"), ("2", "7", "9"), ("2", "5", "7"), ("3", "5", "9"), ("3", "2", "7")]
-    assert score_table(scores, "ablation").row_count == 4
 
 
 def test_the_command(tmp_path: Path) -> None:
