@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from iskd.loading import load, register
-from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
+from iskd.allocator import ask_for_huge_pages
+
+ask_for_huge_pages()  # before torch is imported below
+
+from iskd.loading import load, register  # noqa: E402
+from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage  # noqa: E402
 
 if TYPE_CHECKING:
     from iskd.api import Result, compress

@@ -1,6 +1,7 @@
 """`iskd.compress`: a run from Python, for notebooks and scripts, with the configuration and the objects of `train.py`.
 
-Nothing here reads the command line, changes the working directory or keeps a signal handler; any thread will do.
+Nothing here reads the command line, changes the working directory or keeps a signal handler; any thread will do. What
+stays is the way in which the process keeps freed memory (`iskd.allocator`; `ISKD_ALLOCATOR=stock` leaves it alone).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.allocator import tune
 from iskd.build_compose import options, parts
 from iskd.corpus import Source
 from iskd.memory import lent, memory_teacher, memory_texts
+from iskd.model_names import named_model
 from iskd.run import Result, run
 from iskd.teachers import Loaded
 
@@ -91,6 +94,7 @@ def compress(
     asked.append(f"export={str(export).lower()}")
     if resume and run_dir is None:
         raise ValueError("resume=True continues the run in run_dir: pass run_dir too")
+    tune()
     teacher, model_keys = _teacher(model, tokenizer)
     source, data_keys = _source(texts)
     guard: AbstractContextManager[None] = nullcontext() if isinstance(model, str | Path) else lent(model)
@@ -124,16 +128,11 @@ def _teacher(
 
 
 def _named_model(name: str) -> list[str]:
-    if name in options("model"):
-        return [f"model={name}"]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return ["model=local", _assigned("model.path", str(folder))]
-    owner, _, rest = name.partition("/")
-    if owner in ("", ".", "..", "~") or not rest or "/" in rest:
+    found = named_model(name)
+    if not found:
         known = ", ".join(options("model"))
         raise ValueError(f"model={name!r} is no directory, no model config ({known}) and no OWNER/NAME of the hub")
-    return ["model=hub", _assigned("model.name", name)]
+    return found
 
 
 def _source(texts: Iterable[str] | str | Path) -> tuple[Source | None, list[str]]:

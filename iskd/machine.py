@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from iskd import allocator
+
 _STATM = Path("/proc/self/statm")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -31,7 +33,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "allocator": "tuned" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "stock",
+        "allocator": allocator.state(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

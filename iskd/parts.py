@@ -14,6 +14,7 @@ from iskd.data import TextData
 from iskd.deciding import Importance
 from iskd.evaluate import EvalSpec
 from iskd.losses.base import Terms
+from iskd.losses.chunk_size import Chunk
 from iskd.optim import OptimSpec
 from iskd.options import RunOptions
 from iskd.plan import Record
@@ -42,7 +43,7 @@ class Parts:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     loggers: list[Logger] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
-    chunk: int = 256
+    chunk: Chunk = "auto"
     seed: int = 0
     resume: bool = False
     export: bool = True

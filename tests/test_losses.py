@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from iskd.losses import chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
-from iskd.losses.base import Head, Loss, Terms, knows_its_slope, uses_teacher
+from iskd.losses import chunk_size, chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
+from iskd.losses.base import BatchSignals, Head, Loss, Terms, kept_tokens, knows_its_slope, uses_teacher
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState, SummedKL
+from iskd.losses.scratch import scratch
 from iskd.signals import IGNORE, Signals
 
 B, T, D, V = 3, 7, 8, 11
@@ -29,6 +34,7 @@ DIVERGENCES = [
     KL("jsd", temperature=3.0, beta=0.9),
 ]
 ALL_TERMS: Terms = {"ce": (CrossEntropy(), 0.3)} | {f"kl{i}": (loss, 0.1 + i) for i, loss in enumerate(DIVERGENCES)}
+CLOSED: Terms = {**ALL_TERMS, "kl_sum": (SummedKL(), 0.2)}
 CONF = Path(__file__).parents[1] / "conf" / "loss"
 
 
@@ -121,12 +127,12 @@ class Plain:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 100])
-@pytest.mark.parametrize("name", ALL_TERMS)
+@pytest.mark.parametrize("name", CLOSED)
 def test_closed_form_slopes_equal_autograd_whatever_the_rows(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("iskd.losses.walk._ROWS", rows * V)
-    loss, weight = ALL_TERMS[name]
+    loss, weight = CLOSED[name]
     assert knows_its_slope(loss)
     gradients = []
     for term in (loss, Plain(loss)):
@@ -147,7 +153,7 @@ def test_slopes_at_ignored_labels_and_at_the_teacher() -> None:
     assert not slope[1::2].any()
     assert not values[1::2].any()
     assert_close(slope.sum(-1), torch.zeros(4, dtype=torch.float64))
-    for loss in DIVERGENCES:
+    for loss in (*DIVERGENCES, SummedKL()):
         _, at_teacher = loss.with_gradient(student, Signals(student.labels, student.logits))
         assert_close(at_teacher, torch.zeros_like(at_teacher))
 
@@ -284,6 +290,108 @@ def test_half_precision_head_gets_half_precision_gradients() -> None:
     for x in (hidden, weight):
         assert x.grad is not None
         assert x.grad.dtype == torch.bfloat16
+
+
+# Memory and the device.
+
+
+def test_chunks_of_all_steps_lie_in_the_same_memory() -> None:
+    where: dict[str, set[int]] = {"student": set(), "teacher": set()}
+
+    class Spy(KL):
+        def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+            assert student.logits is not None
+            assert teacher.logits is not None
+            where["student"].add(student.logits.data_ptr())
+            where["teacher"].add(teacher.logits.data_ptr())
+            return super().__call__(student, teacher)
+
+    for _ in range(2):
+        chunked_vocabulary_loss({"kl": (Spy(), 1.0)}, *Case().inputs(), chunk=4)
+    assert [len(places) for places in where.values()] == [1, 1]
+    assert where["student"] != where["teacher"]
+
+
+def test_scratch_grows_and_every_thread_has_its_own() -> None:
+    like, found = torch.empty(0, dtype=torch.float64), []
+    first = scratch("test", (2, 3), like)
+    assert scratch("test", (3, 2), like).data_ptr() == first.data_ptr()
+    assert scratch("other", (2, 3), like).data_ptr() != first.data_ptr()
+    thread = threading.Thread(target=lambda: found.append(scratch("test", (2, 3), like)))
+    thread.start()
+    thread.join()
+    assert found[0].data_ptr() != first.data_ptr()
+    assert scratch("test", (4, 3), like).shape == (4, 3)
+    assert scratch("test", (2, 3), like.float()).dtype == torch.float32
+
+
+def test_the_loss_under_inference_mode_leaves_nothing_that_training_cannot_use() -> None:
+    def work() -> None:
+        case = Case()
+        with torch.inference_mode():
+            silent, _ = chunked_vocabulary_loss(ALL_TERMS, *Case().inputs())
+        total, _ = chunked_vocabulary_loss(ALL_TERMS, *case.inputs())
+        total.backward()
+        found.append((silent, total.detach()))
+
+    found: list[tuple[Tensor, Tensor]] = []
+    thread = threading.Thread(target=work)  # scratch of its own
+    thread.start()
+    thread.join()
+    assert_close(*found[0])
+
+
+def test_an_automatic_chunk_follows_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, size, found = torch.device("cuda"), 49152, []
+    assert chunk_size.chunk_tokens("auto", torch.device("cpu"), size) == 256
+    for free in (1 << 10, 1 << 30, 5 << 30, 20 << 30, 120 << 30):
+        monkeypatch.setattr(chunk_size, "free_bytes", lambda _, free=free: free)
+        found.append(chunk_size.chunk_tokens("auto", gpu, size))
+        assert found[-1] == 16 or 40 * size * found[-1] <= min(free / 4, 4 << 30)
+    assert found == [16, 128, 512, 2048, 2048]
+    for wrong in ("many", True, 2.5):
+        with pytest.raises(ValueError, match=r"chunk=.*: choose auto, a number of tokens, or null"):
+            chunk_size.chunk_tokens(wrong, gpu, size)  # type: ignore[arg-type]
+
+
+def test_known_tokens_are_not_looked_for_and_speak_of_their_labels_alone() -> None:
+    labels = some_labels()
+    kept = (labels != IGNORE).flatten().nonzero().squeeze(1)
+    signals = BatchSignals(labels, known=(labels, kept))
+    assert kept_tokens(signals) is kept
+    signals.labels = labels.masked_fill(labels == labels.max(), IGNORE)
+    fewer = kept_tokens(signals)
+    assert torch.equal(fewer, kept_tokens(Signals(signals.labels)))
+    assert len(fewer) < len(kept)
+    assert torch.equal(kept_tokens(dataclasses.replace(signals, labels=labels.clone())), kept)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses every operation after which the host waits for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense), str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_with_known_tokens_the_host_asks_the_device_for_nothing() -> None:
+    """What a CPU is asked by `CrossEntropy.with_gradient`, a GPU is not: here its slope is autograd's."""
+    case, labels = Case(), some_labels()
+    kept = kept_tokens(Signals(labels))
+    terms: Terms = {**CLOSED, "ce": (Plain(CrossEntropy()), 0.3), "final": (FinalState(), 1.0), "x": (HiddenMatch(), 1)}
+    student = BatchSignals(labels, last_hidden=case.hidden, hidden={1: case.hidden}, known=(labels, kept))
+    target = case.teacher_hidden.detach()[..., :D]
+    teacher = Signals(labels, last_hidden=target, hidden={1: target})
+    heads = (case.weight, case.bias), (case.teacher_head[0].detach()[:, :D], None)
+    expected, _ = total_loss(terms, student, teacher, *heads, chunk=4)
+    for closed in (True, False):
+        chosen = {name: term for name, term in terms.items() if not closed or name != "ce"}
+        with NoQuestions():
+            total, _ = total_loss(chosen, student, teacher, *heads, chunk=4)
+            total.backward()
+    assert_close(total, expected)
+    with pytest.raises(AssertionError, match="nonzero"), NoQuestions():
+        total_loss(terms, Signals(labels, last_hidden=case.hidden), teacher, *heads)
 
 
 # Invariances of the mean over tokens.
@@ -528,6 +636,38 @@ def test_total_adds_terms_on_logits_and_on_hidden_states() -> None:
     assert state.grad is not None
     assert bool((state.grad[case.labels == IGNORE] == 0).all())
     assert case.hidden.grad is not None
+
+
+def test_no_chunk_is_the_reference_and_every_chunk_gives_what_it_gives() -> None:
+    found = []
+    for chunk in (None, 4, "auto"):
+        case = Case()
+        state = rand(B, T, D, seed=10).requires_grad_()
+        student = Signals(case.labels, last_hidden=case.hidden, hidden={5: state})
+        teacher = Signals(case.labels, last_hidden=case.teacher_hidden, hidden={5: rand(B, T, D, seed=11)})
+        terms: Terms = {**CLOSED, "hidden": (HiddenMatch(), 0.7)}
+        heads = (case.weight, case.bias), case.teacher_head
+        total, parts = total_loss(terms, student, teacher, *heads, chunk=chunk, scale=0.5, softcap=4.0)
+        total.backward()
+        found.append([total.detach(), *parts.values(), *case.gradients(), state.grad])
+    for whole, chunked, auto in zip(*found, strict=True):
+        assert_close(chunked, whole)
+        assert_close(auto, whole)
+
+
+def test_no_chunk_shows_terms_whole_logits() -> None:
+    seen: list[torch.Size] = []
+
+    class Spy(KL):
+        def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+            assert student.logits is not None
+            seen.append(student.logits.shape)
+            return super().__call__(student, teacher)
+
+    case = Case()
+    student, teacher = (Signals(case.labels, last_hidden=x) for x in (case.hidden, case.teacher_hidden))
+    total_loss({"kl": (Spy(), 1.0)}, student, teacher, (case.weight, None), case.teacher_head, chunk=None)
+    assert seen == [(B, T, V)]
 
 
 def test_total_without_a_teacher() -> None:

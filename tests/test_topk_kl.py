@@ -73,7 +73,7 @@ def test_value_and_gradient_are_those_of_the_definition(direction: str, kind: ty
     loss, (hidden, weight), top = kind(direction, beta=0.3), student(), likeliest(4)
     assert knows_its_slope(loss) == (kind is KL)
     terms: Terms = {"kl": (loss, 0.7), "ce": (CrossEntropy(), 0.2)}
-    for chunk in (3, 100):
+    for chunk in (3, 100, None):
         signals = Signals(labels(), last_hidden=hidden)
         found, parts = topk_loss(terms, signals, top, (weight, None), chunk=chunk, softcap=softcap)
         logits = hidden @ weight.T

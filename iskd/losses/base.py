@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -131,7 +132,7 @@ def values_and_slope(name: str, loss: Any, student: Signals, teacher: Signals) -
 
 
 def masked_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of per-token `values` where `labels` (same shape) are not ignored.
+    """Mean of per-token `values` where `labels` (same shape) are not ignored; looks at them, as the reference may.
 
     Raises:
         ValueError: Every label is ignored.
@@ -142,19 +143,41 @@ def masked_mean(values: Tensor, labels: Tensor) -> Tensor:
     return values[keep].mean()
 
 
-def valid_tokens(labels_BT: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that keeps the valid tokens of a [B, T, ...] tensor, as [N, ...].
+@dataclass
+class BatchSignals(Signals):
+    """Signals of a batch whose valid tokens are known without a look at its labels.
+
+    Attributes:
+        known: labels [B, T], and the numbers [N] of the tokens in the flattened batch whose labels are not ignored. It
+            speaks of those very labels: it stands for nothing once `labels` is another tensor.
+    """
+
+    known: tuple[Tensor, Tensor] | None = None
+
+
+def kept_tokens(signals: Signals) -> Tensor:
+    """Numbers [N] of the tokens in the flattened batch whose labels are not ignored.
+
+    Where they are not known beforehand (`BatchSignals`) labels are looked at, which on a GPU waits for the device.
 
     Raises:
         ValueError: Every label is ignored.
     """
-    valid = (labels_BT != IGNORE).flatten()
-    index_N = valid.nonzero().squeeze(1)
-    if len(index_N) == 0:
-        raise ValueError(_no_tokens(labels_BT))
-    if len(index_N) == len(valid):
+    known = signals.known if isinstance(signals, BatchSignals) else None
+    if known is not None and known[0] is signals.labels:
+        kept_N = known[1]
+    else:
+        kept_N = (signals.labels != IGNORE).flatten().nonzero().squeeze(1)
+    if len(kept_N) == 0:
+        raise ValueError(_no_tokens(signals.labels))
+    return kept_N
+
+
+def keeping(kept_N: Tensor, tokens: int) -> Callable[[Tensor], Tensor]:
+    """A function that keeps some of the B * T = `tokens` tokens of a [B, T, ...] tensor, as [N, ...]."""
+    if len(kept_N) == tokens:
         return lambda x: x.flatten(0, 1)
-    return lambda x: x.flatten(0, 1).index_select(0, index_N)
+    return lambda x: x.flatten(0, 1).index_select(0, kept_N)
 
 
 def _no_tokens(labels: Tensor) -> str:

@@ -8,7 +8,7 @@ other N are walked in chunks, and the gradient of the weighted sum
 with respect to the hidden states and the head is formed during the forward pass, chunk by chunk (`iskd.losses.walk`),
 so that one chunk of logits is alive at a time. The backward pass only multiplies by the incoming scalar; first order
 only. The idea is that of fused linear cross-entropy (Liger Kernel, arXiv 2410.10989, section 3), here in plain PyTorch
-and for any per-token term. `naive_vocabulary_loss` is the obvious reference.
+and for any per-token term. `naive_vocabulary_loss` is the obvious reference, and what `chunk=None` switches to.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from torch.nn import functional as F
 from iskd.losses.base import (
     Head,
     Terms,
+    at_least_fp32,
     autocast_head,
     check_batch,
     check_terms,
     finish_logits,
+    keeping,
+    kept_tokens,
     masked_mean,
     token_values,
     uses_teacher,
-    valid_tokens,
 )
+from iskd.losses.chunk_size import Chunk, chunk_tokens
 from iskd.losses.walk import ChunkedMean, Tokens, walk
 from iskd.signals import Signals
 
@@ -40,9 +43,10 @@ def total_loss(
     student_head: Head,
     teacher_head: Head | None,
     *,
-    chunk: int = 256,
+    chunk: Chunk = 256,
     scale: float = 1.0,
     softcap: float | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of all terms: those on logits in chunks, the others on the whole signals.
 
@@ -52,9 +56,12 @@ def total_loss(
         teacher: The same for the teacher; None if no term uses it.
         student_head: Weight [V, D] and bias [V] or None.
         teacher_head: The same for the teacher; None if no term on logits uses it.
-        chunk: Tokens per chunk of logits.
+        chunk: Tokens per chunk of logits; "auto" = what suits the device (`iskd.losses.chunk_size`); None = the naive
+            reference, whole logits by autograd.
         scale: Multiplies the logits of both models.
         softcap: Caps the logits of both models by tanh; None = no cap.
+        kept: Numbers [N] of the tokens in the flattened batch whose labels are not ignored, where the caller knows
+            them; None = as the student's signals say (`iskd.losses.base.kept_tokens`).
 
     Returns:
         The scalar total with its gradient, and the unweighted, detached mean of every term by name.
@@ -69,22 +76,26 @@ def total_loss(
     readers = [name for name, (loss, _) in terms.items() if uses_teacher(loss)]
     if readers and teacher is None:
         raise ValueError(f"loss terms {readers} use the teacher; pass its signals")
+    kept = kept_tokens(student) if kept is None else kept
     means: dict[str, Tensor] = {}
     totals: list[Tensor] = []
     on_logits = {name: term for name, term in terms.items() if "logits" in term[0].needs}
     if on_logits:
         if student.last_hidden is None:
             raise ValueError(f"loss terms {list(on_logits)} need logits, but the student's signals have no last_hidden")
-        total, parts = chunked_vocabulary_loss(
-            on_logits, student.last_hidden, student_head, teacher.last_hidden if teacher else None, teacher_head,
-            student.labels, chunk=chunk, scale=scale, softcap=softcap,
-        )  # fmt: skip
+        inputs = (student.last_hidden, student_head, teacher.last_hidden if teacher else None, teacher_head)
+        if chunk is None:
+            total, parts = naive_vocabulary_loss(on_logits, *inputs, student.labels, scale=scale, softcap=softcap)
+        else:
+            total, parts = chunked_vocabulary_loss(
+                on_logits, *inputs, student.labels, chunk=chunk, scale=scale, softcap=softcap, kept=kept
+            )
         means.update(parts)
         totals.append(total)
     for name, (loss, weight) in terms.items():
         if name not in on_logits:
             values = token_values(name, loss, student, teacher or Signals(student.labels))
-            mean = masked_mean(values, student.labels)
+            mean = values.flatten().index_select(0, kept).mean()
             means[name] = mean.detach()
             totals.append(weight * mean)
     return torch.stack(totals).sum(), {name: means[name] for name in terms}
@@ -98,9 +109,10 @@ def chunked_vocabulary_loss(
     teacher_head: Head | None,
     labels_BT: Tensor,
     *,
-    chunk: int = 256,
+    chunk: int | str = 256,
     scale: float = 1.0,
     softcap: float | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of terms on logits, one chunk of logits at a time.
 
@@ -114,9 +126,10 @@ def chunked_vocabulary_loss(
         teacher_hidden_BTD: The teacher head's input (its width may differ); None if no term uses the teacher.
         teacher_head: Weight and bias of the teacher; no gradient reaches it.
         labels_BT: Next-token ids; -100 = ignored.
-        chunk: Tokens per chunk.
+        chunk: Tokens per chunk, or "auto" (`iskd.losses.chunk_size`).
         scale: Multiplies the logits of both models.
         softcap: Caps the logits of both models by tanh; None = no cap.
+        kept: Numbers [N] of the tokens in the flattened batch whose labels are not ignored; None = look.
 
     Returns:
         The scalar total with its gradient, and the unweighted, detached mean of every term over the valid tokens.
@@ -124,15 +137,15 @@ def chunked_vocabulary_loss(
     Raises:
         ValueError: Bad terms, shapes that do not belong together, chunk < 1, no teacher, or no valid label.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be >= 1 token, got {chunk}")
+    vocabulary = max(len(head[0]) for head in (student_head, teacher_head) if head is not None)
+    size = chunk_tokens(chunk, labels_BT.device, vocabulary)
     check_batch(terms, student_hidden_BTD, teacher_hidden_BTD, teacher_head, labels_BT)
-    take = valid_tokens(labels_BT)
+    take = keeping(kept_tokens(Signals(labels_BT)) if kept is None else kept, labels_BT.numel())
     teacher_ND: Tensor | None = None
     if teacher_hidden_BTD is not None and any(uses_teacher(loss) for loss, _ in terms.values()):
         teacher_ND = take(teacher_hidden_BTD.detach())
     frozen_head = None if teacher_head is None else autocast_head(teacher_head)
-    tokens = Tokens(terms, take(labels_BT), teacher_ND, frozen_head, chunk, scale, softcap)
+    tokens = Tokens(terms, take(labels_BT), teacher_ND, frozen_head, size, scale, softcap)
     student_ND, (weight_VD, bias_V) = take(student_hidden_BTD), student_head
     inputs = (student_ND, weight_VD, bias_V)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -150,19 +163,20 @@ def naive_vocabulary_loss(
     teacher_head: Head | None,
     labels_BT: Tensor,
     *,
-    chunk: int = 256,
+    chunk: Chunk = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Reference for `chunked_vocabulary_loss`: whole logits [B, T, V] and plain autograd; `chunk` has no effect."""
     check_batch(terms, student_hidden_BTD, teacher_hidden_BTD, teacher_head, labels_BT)
-    student = Signals(
-        labels_BT, finish_logits(F.linear(student_hidden_BTD, *student_head), scale=scale, softcap=softcap)
-    )
-    teacher = Signals(labels_BT)
+
+    def logits(hidden_BTD: Tensor, head: Head) -> Tensor:
+        return finish_logits(at_least_fp32(F.linear(hidden_BTD, *head)), scale=scale, softcap=softcap)
+
+    student, teacher = Signals(labels_BT, logits(student_hidden_BTD, student_head)), Signals(labels_BT)
     if teacher_hidden_BTD is not None and teacher_head is not None:
         with torch.no_grad():
-            teacher.logits = finish_logits(F.linear(teacher_hidden_BTD, *teacher_head), scale=scale, softcap=softcap)
+            teacher.logits = logits(teacher_hidden_BTD.to(teacher_head[0].dtype), teacher_head)
     means = {
         name: masked_mean(token_values(name, loss, student, teacher), labels_BT) for name, (loss, _) in terms.items()
     }

@@ -57,16 +57,28 @@ class SummedKL:
         Raises:
             ValueError: Logits are missing, or the two vocabularies differ in size.
         """
-        if student.logits is None or teacher.logits is None:
-            raise ValueError("SummedKL needs logits of student and teacher: call it on a vocabulary chunk")
-        if student.logits.shape != teacher.logits.shape:
-            raise ValueError(
-                f"SummedKL needs one vocabulary: student logits {list(student.logits.shape)}, "
-                f"teacher logits {list(teacher.logits.shape)}"
-            )
-        log_q = torch.log_softmax(at_least_fp32(student.logits), dim=-1)
-        log_p = torch.log_softmax(at_least_fp32(teacher.logits.detach()), dim=-1)
+        log_p, log_q = _log_probabilities(student, teacher)
         return self.factor * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    def with_gradient(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """Values as of a call, and their slope with respect to the student's logits, factor * (q - p), [..., V]."""
+        log_p, log_q = _log_probabilities(student, teacher)
+        p = log_p.exp()
+        values = (p * log_p.sub_(log_q)).sum(-1)
+        return values.mul_(self.factor), log_q.exp_().sub_(p).mul_(self.factor)
+
+
+def _log_probabilities(student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+    """Teacher's and student's, in tensors of their own, after the checks."""
+    if student.logits is None or teacher.logits is None:
+        raise ValueError("SummedKL needs logits of student and teacher: call it on a vocabulary chunk")
+    if student.logits.shape != teacher.logits.shape:
+        raise ValueError(
+            f"SummedKL needs one vocabulary: student logits {list(student.logits.shape)}, "
+            f"teacher logits {list(teacher.logits.shape)}"
+        )
+    log_p = torch.log_softmax(at_least_fp32(teacher.logits.detach()), dim=-1)
+    return log_p, torch.log_softmax(at_least_fp32(student.logits), dim=-1)
 
 
 class FinalState:

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iskd.losses.base import Head, Loss, Terms, at_least_fp32, knows_its_slope, uses_teacher
+from iskd.losses.base import Head, Loss, Terms, at_least_fp32, kept_tokens, knows_its_slope, uses_teacher
+from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import total_loss
 from iskd.signals import IGNORE, Signals
 
@@ -43,7 +44,7 @@ class TopK:
 
 
 def topk_loss(
-    terms: Terms, student: Signals, teacher: TopK, head: Head, *, chunk: int = 256, softcap: float | None = None
+    terms: Terms, student: Signals, teacher: TopK, head: Head, *, chunk: Chunk = 256, softcap: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of all terms, those that use the teacher on k + 1 outcomes per token.
 
@@ -52,7 +53,7 @@ def topk_loss(
         student: signals of a batch, whole ones.
         teacher: its tokens and their log-probabilities for the same windows.
         head: the student's weight [V, D] and bias [V] or None.
-        chunk: tokens per chunk of logits.
+        chunk: tokens per chunk of logits, "auto" or None, as in `iskd.losses.chunked.total_loss`.
         softcap: caps the student's logits by tanh; the teacher's were capped when they were stored.
 
     Returns:
@@ -62,7 +63,8 @@ def topk_loss(
     numbers = torch.arange(len(table.labels), device=table.labels.device)
     rows = numbers.masked_fill(table.labels == IGNORE, IGNORE).view_as(student.labels)
     at_rows: Terms = {name: (_at_rows(loss, table), weight) for name, (loss, weight) in terms.items()}
-    return total_loss(at_rows, replace(student, labels=rows), None, head, None, chunk=chunk, softcap=softcap)
+    kept, numbered = kept_tokens(student), replace(student, labels=rows)
+    return total_loss(at_rows, numbered, None, head, None, chunk=chunk, softcap=softcap, kept=kept)
 
 
 def in_buckets(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +89,13 @@ class _Table:
     def labels_at(self, rows: Tensor) -> Tensor:
         return self.labels[rows.clamp(min=0)].masked_fill(rows == IGNORE, IGNORE)
 
+    def ids_at(self, rows: Tensor) -> Tensor:
+        """What stands at ignored rows, which only whole logits have, counts in no mean."""
+        return self.ids[rows.clamp(min=0)]
+
+    def log_probs_at(self, rows: Tensor) -> Tensor:
+        return at_least_fp32(self.log_probs[rows.clamp(min=0)])
+
 
 class _AtRows:
     """A term that does not use the teacher, given row numbers for labels."""
@@ -109,12 +118,12 @@ class _InBuckets(_AtRows):
     def seen(self, student: Signals, teacher: Signals) -> tuple[Signals, Signals]:
         assert student.logits is not None
         rows = student.labels
-        return self.signals(rows, in_buckets(student.logits, self.table.ids[rows])[0])
+        return self.signals(rows, in_buckets(student.logits, self.table.ids_at(rows))[0])
 
     def signals(self, rows: Tensor, log_q: Tensor) -> tuple[Signals, Signals]:
         """Log-probabilities are logits: the softmax of them is what they are the logarithms of."""
         labels = self.table.labels_at(rows)
-        return Signals(labels, log_q), Signals(labels, at_least_fp32(self.table.log_probs[rows]))
+        return Signals(labels, log_q), Signals(labels, self.table.log_probs_at(rows))
 
 
 class _AtRowsWithSlope(_AtRows):
@@ -136,7 +145,7 @@ class _InBucketsWithSlope(_InBuckets):
         assert student.logits is not None
         loss: Any = self.loss
         rows = student.labels
-        ids = self.table.ids[rows]
+        ids = self.table.ids_at(rows)
         log_q, within = in_buckets(student.logits, ids)
         values, slope = loss.with_gradient(*self.signals(rows, log_q))
         within.exp_().mul_(slope[..., -1:]).scatter_(-1, ids, slope[..., :-1])

@@ -4,7 +4,8 @@ A chunk of tokens is what the two matmuls with a head want: many rows, or the he
 added to too often. The element-wise work between them wants few rows, so few that they stay in the processor's cache:
 every pass over 256 x 49k logits would otherwise go through memory. So the logits of a chunk are kept in the heads' own
 precision, and a block of rows after the other is widened to at least float32, put through all terms and replaced, in
-place, by its gradient.
+place, by its gradient. The logits of all chunks lie in the same memory (`iskd.losses.scratch`), hence a term may keep
+none of what it is given.
 
 A term that knows its own slope (`with_gradient`) is read off in closed form; one autograd graph per chunk serves any
 other. Both give what `iskd.losses.chunked.naive_vocabulary_loss` gives.
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from iskd.losses.base import (
     Head,
@@ -32,6 +32,7 @@ from iskd.losses.base import (
     token_values,
     values_and_slope,
 )
+from iskd.losses.scratch import scratch
 from iskd.signals import Signals
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -55,7 +56,7 @@ class Tokens:
         """The teacher's projections [n, V] of a chunk before scale and cap, in its head's dtype."""
         if self.teacher_ND is None or self.teacher_head is None:
             return None
-        return F.linear(self.teacher_ND[at].to(self.teacher_head[0].dtype), *self.teacher_head)
+        return _project("teacher", self.teacher_ND[at], self.teacher_head)
 
     def signals(self, raw_nV: Tensor | None, at: slice) -> Signals:
         """What terms see of some tokens: labels and finished logits."""
@@ -98,7 +99,7 @@ def walk(
     for start in range(0, len(hidden_ND), tokens.chunk):
         at = slice(start, start + tokens.chunk)
         h_nD = hidden_ND[at].to(head[0].dtype)
-        student_nV, teacher_nV = F.linear(h_nD, *head), tokens.teacher_logits(at)
+        student_nV, teacher_nV = _project("student", h_nD, head), tokens.teacher_logits(at)
         if not any(wants):
             sums_K = _sums(tokens, student_nV, teacher_nV, at)
         elif closed:
@@ -113,6 +114,15 @@ def walk(
     return _weighted(weights, means_K), means_K, sink.gradients(weight_VD.dtype)
 
 
+def _project(whose: str, hidden_nD: Tensor, head: Head) -> Tensor:
+    """Hidden states through a head, in its dtype, [n, V]; in the place of the chunk before."""
+    weight_VD, bias_V = head
+    low_nD, logits_nV = hidden_nD.to(weight_VD.dtype), scratch(whose, (len(hidden_nD), len(weight_VD)), weight_VD)
+    if bias_V is None:
+        return torch.mm(low_nD, weight_VD.T, out=logits_nV)
+    return torch.addmm(bias_V, low_nD, weight_VD.T, out=logits_nV)
+
+
 def _sums(tokens: Tokens, student_nV: Tensor, teacher_nV: Tensor | None, at: slice) -> Tensor:
     """Sum of every term over one chunk, [K], from projections [n, V]."""
     student, teacher = tokens.signals(student_nV, at), tokens.signals(teacher_nV, at)
@@ -121,7 +131,7 @@ def _sums(tokens: Tokens, student_nV: Tensor, teacher_nV: Tensor | None, at: sli
 
 def _by_autograd(tokens: Tokens, student_nV: Tensor, teacher_nV: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
     """Sums [K] over one chunk, and the weighted sum's gradient [n, V] in at least float32."""
-    logits_nV = at_least_fp32(student_nV).requires_grad_()
+    logits_nV = at_least_fp32(student_nV).detach().requires_grad_()
     with torch.enable_grad():
         sums_K = _sums(tokens, logits_nV, teacher_nV, at)
         weighted = _weighted([weight for _, weight in tokens.terms.values()], sums_K)
@@ -165,20 +175,25 @@ class _Sink:
         self.hidden_ND = torch.empty_like(hidden_ND) if wants[0] else None
         self.weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants[1] else None
         self.bias_V = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and wants[2] else None
+        self._of_chunk_VD: Tensor | None = None  # the head's gradient from one chunk, where it has to be widened
 
     def add(self, grad_nV: Tensor, h_nD: Tensor, weight_VD: Tensor, at: slice) -> None:
         """Backward of one chunk; matmuls in the dtype of the forward one, sums in that of the buffers."""
         if self.bias_V is not None:
             self.bias_V += grad_nV.sum(0, dtype=self.bias_V.dtype)
         low_nV = grad_nV.to(weight_VD.dtype)
-        if self.hidden_ND is not None:
+        if self.hidden_ND is not None and self.hidden_ND.dtype == low_nV.dtype:
+            torch.mm(low_nV, weight_VD, out=self.hidden_ND[at])
+        elif self.hidden_ND is not None:
             self.hidden_ND[at] = low_nV @ weight_VD
         if self.weight_VD is None:
             return
         if self.weight_VD.dtype == low_nV.dtype:
             self.weight_VD.addmm_(low_nV.T, h_nD)
         else:
-            self.weight_VD += low_nV.T @ h_nD
+            if self._of_chunk_VD is None:
+                self._of_chunk_VD = torch.empty_like(self.weight_VD, dtype=low_nV.dtype)
+            self.weight_VD += torch.mm(low_nV.T, h_nD, out=self._of_chunk_VD)
 
     def gradients(self, head_dtype: torch.dtype) -> Gradients:
         """The buffers, those of the head in the head's own dtype."""
