@@ -34,7 +34,6 @@ from iskd.optim import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
-    regroup,
     watched_parameters,
 )
 from iskd.options import RunOptions
@@ -110,7 +109,7 @@ class CompressionCallback(Callback):
         for model in (module.student, module.teacher):
             nn.Module.to(model, whole_device(trainer.strategy))
         optimizer = make_optimizer(module.optim)
-        regroup(optimizer, module.student, state.record, module.stage)
+        module.regroup(optimizer)
         checkpoint.restore(self.resume_from, module.student, optimizer, rng=False)
         self._carry_out(trainer, module, optimizer)
         sharding.from_first_rank(module.student)
@@ -124,7 +123,7 @@ class CompressionCallback(Callback):
         module.place_teacher()
         forward_context = trainer.precision_plugin.forward_context
         if not self.options.plan_only:
-            module.fill_cache(self.data, forward_context)
+            module.open_cache(self.data)
             if self.options.mfu:
                 self._clock.meter = MfuMeter(module.device, forward_context, devices=trainer.world_size)
         if self.resume_from is not None:
@@ -156,7 +155,7 @@ class CompressionCallback(Callback):
         """Optimizer, weights and random numbers of a checkpoint, and the stage it lies in."""
         state, optimizer = self.state, trainer.optimizers[0]
         state.take_up(self._identity(trainer))
-        regroup(optimizer, module.student, state.record, module.stage)
+        module.regroup(optimizer)
         carried, self._carried = self._carried, None
         checkpoint.restore(path, module.student if carried is None else None, optimizer, self._ranks.rank)
         if carried is not None:

@@ -17,6 +17,7 @@ from iskd.arch import Stack
 from iskd.fit import Fitted, warm_start
 from iskd.module import DistillModule
 from iskd.optim import new_parameters, regroup
+from iskd.passes import freeze_out_of_reach
 from iskd.plan import Convert, Record, Stage
 from iskd.table import layers_text
 
@@ -57,7 +58,8 @@ def carry_out(
     adapt(student, record, stage)
     module.record, module.stage = record, stage
     regroup(optimizer, student, record, stage)
-    events = [*map(str, fitted), *taken_over(student, record, stage)]
+    frozen = freeze_out_of_reach(optimizer, student, module.terms, record, stage)
+    events = [*map(str, fitted), *taken_over(student, record, stage), *frozen]
     for event in events:
         _log.info("%s", event)
     return events
@@ -93,7 +95,7 @@ def settle(module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
     """Merge the adapters at the end of a stage, so that scores, edits and checkpoints see a plain student."""
     if lora.merge(module.student):
         module.stage = lora.merged(module.stage)
-        regroup(optimizer, module.student, module.record, module.stage)
+        module.regroup(optimizer)
 
 
 def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, stage: Stage) -> Record:
@@ -110,6 +112,6 @@ def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer,
     nn.Module.to(module.student, device)
     module.configure_model()
     module.record, module.stage = record, lora.merged(stage)
-    regroup(optimizer, module.student, record, module.stage)
+    module.regroup(optimizer)
     checkpoint.restore(path, module.student, optimizer, rng=False)
     return record

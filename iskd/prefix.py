@@ -37,17 +37,22 @@ class SharedPrefix:
     def depth(self, student: PreTrainedModel, teacher: PreTrainedModel, record: Record) -> int:
         """Number of leading blocks that need not be run for the student; 0 = nothing is shared.
 
-        Whatever trained, moved, was edited or put in another mode since the last call is compared again. A model in
-        shards shares nothing: its blocks gather their weights when they are called, and the two have other groups.
+        Whatever trained, moved, was edited or put in another mode since the last call is compared again: weights and
+        buffers by torch's own count of writes, modes of every module inside, the attention kernels of both models. What
+        that cannot see, and nothing in a run does between two steps: writing through `.data` into the same memory,
+        changing the rate of a dropout module, writing to the teacher. Take another `SharedPrefix` after such a thing.
+
+        A model in shards shares nothing: its blocks gather their weights when they are called, and the two have other
+        groups.
         """
         if sharding.is_sharded(student) or sharding.is_sharded(teacher):
             return 0
         ours = Stack(student)
-        entrance, blocks = _entrance(ours), _untouched(ours, record)
-        if not blocks or any(_trains(part) for part in entrance):
+        below, blocks = entrance(ours), _untouched(ours, record)
+        if not blocks or any(_trains(part) for part in below):
             self._stamp = None
             return 0
-        stamp = _stamp(student, teacher, [*entrance, *blocks])
+        stamp = _stamp(student, teacher, [*below, *blocks])
         if stamp != self._stamp:
             self._stamp, self._depth = stamp, _equal_depth(ours, Stack(teacher), len(blocks))
         return self._depth
@@ -86,7 +91,7 @@ class _Given(nn.Module):
         return self.state
 
 
-def _entrance(stack: Stack) -> list[nn.Module]:
+def entrance(stack: Stack) -> list[nn.Module]:
     """What a host runs before its first block: embeddings, their projection and dropout, rotary tables."""
     later = {stack.family.layers, stack.family.norm, "project_out"}
     return [part for name, part in stack.base.named_children() if name not in later]
@@ -107,10 +112,21 @@ def _trains(part: nn.Module) -> bool:
 
 
 def _stamp(student: PreTrainedModel, teacher: PreTrainedModel, parts: list[nn.Module]) -> tuple[Any, ...]:
-    """Changes as soon as a frozen weight is written to, moved or exchanged, or a mode is switched; costs no kernel."""
-    weights = tuple((p.data_ptr(), p._version) for part in parts for p in part.parameters())
-    modes = tuple(part.training for part in parts)
-    return weakref.ref(student), weakref.ref(teacher), next(teacher.parameters()).device, weights, modes
+    """Changes as soon as weights or buffers are written to, moved or exchanged, or a mode or kernel is switched.
+
+    Costs no kernel.
+    """
+    modules = [module for part in parts for module in part.modules()]
+    numbers = tuple(
+        (tensor.data_ptr(), tensor._version)
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+    modes = (teacher.training, student.training, *(module.training for module in modules))
+    kernels = tuple(model.config._attn_implementation for model in (student, teacher))
+    place = next(teacher.parameters()).device
+    return weakref.ref(student), weakref.ref(teacher), place, numbers, modes, kernels
 
 
 def _equal_depth(ours: Stack, theirs: Stack, most: int) -> int:
@@ -118,7 +134,7 @@ def _equal_depth(ours: Stack, theirs: Stack, most: int) -> int:
     # OPT drops whole layers, by a rate on the decoder itself
     if ours.config._attn_implementation != theirs.config._attn_implementation or _drops(ours.base):
         return 0
-    pairs = zip(_entrance(ours), _entrance(theirs), strict=True)
+    pairs = zip(entrance(ours), entrance(theirs), strict=True)
     if not all(_same(mine, its) for mine, its in pairs):
         return 0
     depth = 0
@@ -134,7 +150,7 @@ def _same(mine: nn.Module, its: nn.Module) -> bool:
     modules = list(mine.named_modules())
     if [(name, type(part)) for name, part in modules] != [(name, type(part)) for name, part in its.named_modules()]:
         return False
-    if any(_drops(part) for _, part in modules):
+    if any(_drops(part) for made in (mine, its) for part in made.modules()):
         return False
     return all(
         a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

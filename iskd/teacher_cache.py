@@ -1,13 +1,13 @@
-"""The teacher cache: what the teacher says about every training window, computed once and read by every later run.
+"""The teacher cache: what the teacher says about the training windows, said once and read from then on.
 
-One folder per recipe, named by its hash: kind, windows (their very tokens), seq_len, tokenizer, the teacher's weights
-and config, precision. In it `meta.json` for the reader, and chunks of whole windows
+One folder per recipe, named by its hash: kind, windows (their very tokens), seq_len, tokenizer, the teacher's weights,
+config and attention kernel, precision, kind of device, versions of torch and transformers. In it `meta.json` for the
+reader, and the rows (`iskd.teacher_rows`) of every window that somebody asked about (`iskd.row_store`).
 
-    00000.rows   rows [windows of the chunk, seq_len] (`iskd.teacher_rows`), then the SHA-256 of those bytes
-
-A chunk is written under another name and renamed when it is whole, so that a killed build goes on where it was; a chunk
-is checked when a process first reads from it. One process builds at a time, others wait for it and find the result. It
-pays for several epochs over fixed text or several runs over it, never for one epoch of one run.
+A window that is not there yet, or is not what its digest says, is put to the teacher when it is first read, and the
+answer is written down: a run pays for the windows that it trains on and no others, at the step that needs them and on
+the process that needs them, so that no process waits for another. Later epochs and later runs read. It pays for several
+epochs over fixed text or several runs over it, never for one epoch of one run. `build` asks about all windows ahead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,20 +33,22 @@ from transformers import PreTrainedModel
 from iskd import sharding
 from iskd.arch import Stack
 from iskd.plan import read_json
+from iskd.row_store import RowStore
 from iskd.teacher_rows import CacheSpec, RowFormat
 
 Windows = NDArray[np.integer[Any]]
 
-_VERSION = 1
-_SHA256 = 32  # bytes
-_OPEN_CHUNKS = 64  # each holds a file descriptor
+_VERSION = 2
 _PIECE = 1 << 16  # windows hashed at a time
 _VARIABLE = ("_name_or_path", "transformers_version")  # of a config: not what the model computes
 _log = logging.getLogger(__name__)
 
 
 class TeacherCache:
-    """Rows of the training windows, by window number.
+    """Rows of the training windows, by window number. `open` it, or `build` it.
+
+    The teacher is asked where it lies, in the precision that was the caller's when the cache was opened; its weights
+    must not change from then on.
 
     Attributes:
         spec: what is kept. folder: where. nbytes_per_token: size of a row.
@@ -55,13 +57,16 @@ class TeacherCache:
     def __init__(self, model: PreTrainedModel, windows: Windows, folder: Path, spec: CacheSpec, tokenizer: str) -> None:
         if sharding.is_sharded(model):
             raise ValueError("teacher.cache needs a whole teacher: build it with trainer=gpu, not with trainer=fsdp")
-        self.spec, self._format = spec, RowFormat(spec, Stack(model))
+        self.spec, self._stack, self._windows = spec, Stack(model), windows
+        self._format = RowFormat(spec, self._stack)
         self.count, self.seq_len = (int(size) for size in windows.shape)
-        self._per_chunk = max(1, spec.chunk_tokens // self.seq_len)
+        self._per_file = max(1, spec.chunk_tokens // self.seq_len)
+        device = model.device.type
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.recipe = self._recipe(model, windows, tokenizer)
         self.folder = folder / hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
-        self._checked: set[int] = set()
-        self._rows = lru_cache(maxsize=_OPEN_CHUNKS)(self._open_chunk)
+        self._store = RowStore(self.folder, self.count, self.nbytes_per_token * self.seq_len, self._per_file)
+        self._writes = True
 
     @classmethod
     def open(
@@ -73,17 +78,24 @@ class TeacherCache:
         *,
         tokenizer: str = "",
     ) -> TeacherCache:
-        """The whole cache of these windows and this teacher; arguments as of `build`.
+        """The cache of these windows and this teacher as far as it is there; the rest is made as it is read.
+
+        Args:
+            model: the teacher, whole.
+            windows: [windows, seq_len] of token ids, may be memory-mapped.
+            folder: parent of all caches.
+            spec: what is kept.
+            tokenizer: hash of the tokenizer (`iskd.shards.tokenizer_hash`).
 
         Raises:
-            ValueError: it is not there, not whole, or another one lies in its folder.
+            ValueError: the model is in shards, or another cache lies in the folder.
         """
         cache = cls(model, windows, folder, spec or CacheSpec(), tokenizer)
-        missing = cache._missing()
-        if missing:
-            total = cache._chunk_count
-            raise ValueError(f"teacher cache {cache.folder} lacks {len(missing)} of {total} chunks: build it first")
-        cache._check_meta()
+        cache._claim()
+        there, size = cache.count - len(cache._store.missing()), cache.nbytes / 1e9
+        _log.info(
+            "teacher cache %s: %d of %d windows are there, all take %.2f GB", cache.folder, there, cache.count, size
+        )
         return cache
 
     @classmethod
@@ -97,9 +109,9 @@ class TeacherCache:
         tokenizer: str = "",
         batch_size: int = 8,
     ) -> TeacherCache:
-        """The cache of these windows and this teacher, made as far as it is not there yet.
+        """The whole cache of these windows and this teacher, made as far as it is not there yet.
 
-        The teacher runs where it lies and in the caller's autocast, which has to be that of training.
+        One process builds at a time, others wait for it, for as long as it takes, and find the result.
 
         Args:
             model: the teacher, whole.
@@ -110,14 +122,12 @@ class TeacherCache:
             batch_size: windows per forward pass.
 
         Raises:
-            ValueError: the model is in shards, the disk is too small, or another cache lies in the folder.
+            ValueError: as `open`, or the disk is too small.
         """
-        cache = cls(model, windows, folder, spec or CacheSpec(), tokenizer)
-        if cache._missing():
-            cache.folder.mkdir(parents=True, exist_ok=True)
+        cache = cls.open(model, windows, folder, spec, tokenizer=tokenizer)
+        if cache._store.missing():
             with _alone(folder / f".{cache.folder.name}.lock"):
-                cache._fill(Stack(model.eval()), windows, batch_size)
-        cache._check_meta()
+                cache._fill(batch_size)
         return cache
 
     @property
@@ -131,26 +141,33 @@ class TeacherCache:
         return self.nbytes_per_token * self.seq_len * self.count
 
     def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the teacher said about the windows numbered `indices` [B], on the CPU.
+        """What the teacher said, or says now, about the windows numbered `indices` [B], on the CPU.
 
         Returns:
             `last_hidden` [B, T, D], or `ids` [B, T, K] and `log_probs` [B, T, K + 1] (`iskd.losses.topk_kl.TopK`).
 
         Raises:
-            ValueError: there is no such window, or a chunk is not what was written.
+            ValueError: there is no such window, or a hidden state is not finite in half precision.
         """
-        rows: NDArray[Any] = np.empty((len(indices), self.seq_len), self._format.record)
-        for row, window in enumerate(indices):
+        found: dict[int, NDArray[Any]] = {}
+        unknown: list[int] = []
+        for window in dict.fromkeys(indices):
             if not 0 <= window < self.count:
                 raise ValueError(f"teacher cache {self.folder} has windows 0..{self.count - 1}, and no {window}")
-            rows[row] = self._rows(window // self._per_chunk)[window % self._per_chunk]
-        return self._format.decode(rows)
+            record = self._store.get(window)
+            if record is None:
+                unknown.append(window)
+            else:
+                found[window] = np.frombuffer(record, self._format.record)
+        if unknown:
+            found |= self._ask(unknown)
+            if self._writes:
+                self._keep({window: found[window] for window in unknown})
+        return self._format.decode(np.stack([found[window] for window in indices]))
 
     # ---- what it is bound to ----------------------------------------------------------------------------------------
 
     def _recipe(self, model: PreTrainedModel, windows: Windows, tokenizer: str) -> dict[str, Any]:
-        device = model.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         kept = {"top_k": self.spec.top_k} if self.spec.kind == "topk" else {"dtype": self.spec.dtype}
         return {
             "version": _VERSION,
@@ -161,12 +178,23 @@ class TeacherCache:
             "content": windows_sha256(windows),
             "tokenizer": tokenizer,
             "teacher": model_sha256(model),
-            "autocast": str(autocast),
-            "windows_per_chunk": self._per_chunk,
+            "attention": str(model.config._attn_implementation),
+            "autocast": str(self._autocast),
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "device": model.device.type,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "windows_per_file": self._per_file,
         }
 
-    def _check_meta(self) -> None:
+    def _claim(self) -> None:
+        """Write `meta.json` into a new folder, or find there what this cache is."""
         path = self.folder / "meta.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(self.recipe, indent=1), encoding="utf-8")
+            os.replace(part, path)
         try:
             found = read_json(path)
         except (OSError, ValueError) as error:
@@ -174,82 +202,40 @@ class TeacherCache:
         if found != self.recipe:
             raise ValueError(f"{path} describes another teacher cache: delete the folder {self.folder}")
 
-    # ---- chunks -----------------------------------------------------------------------------------------------------
+    # ---- asking the teacher -----------------------------------------------------------------------------------------
 
-    @property
-    def _chunk_count(self) -> int:
-        return -(-self.count // self._per_chunk)
+    def _ask(self, windows: Sequence[int]) -> dict[int, NDArray[Any]]:
+        """Rows [seq_len] by window, from the teacher itself."""
+        model = self._stack.model.eval()
+        ids = torch.from_numpy(self._windows[list(windows)].astype(np.int64)).to(model.device)
+        with torch.autocast(model.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            return dict(zip(windows, self._format.encode(self._stack, ids), strict=True))
 
-    def _windows_of(self, chunk: int) -> range:
-        return range(chunk * self._per_chunk, min(self.count, (chunk + 1) * self._per_chunk))
+    def _keep(self, rows: dict[int, NDArray[Any]]) -> None:
+        """Write rows down; a run that has them goes on without a place to write."""
+        try:
+            for window, row in rows.items():
+                self._store.put(window, row.tobytes())
+        except OSError as error:
+            self._writes = False
+            message = (
+                "teacher cache %s: cannot write (%s); windows that are not there will be put to the teacher each time"
+            )
+            _log.warning(message, self.folder, error)
 
-    def _path(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:05d}.rows"
-
-    def _size(self, chunk: int) -> int:
-        """Bytes of a chunk's rows."""
-        return len(self._windows_of(chunk)) * self.seq_len * self.nbytes_per_token
-
-    def _missing(self) -> list[int]:
-        """Chunks that are not there, or not of their size."""
-        return [chunk for chunk in range(self._chunk_count) if not self._has_size(chunk)]
-
-    def _has_size(self, chunk: int) -> bool:
-        path = self._path(chunk)
-        return path.is_file() and not path.is_symlink() and path.stat().st_size == self._size(chunk) + _SHA256
-
-    def _is_sound(self, chunk: int) -> bool:
-        """Whether a chunk of its size holds what was written."""
-        size, digest = self._size(chunk), hashlib.sha256()
-        with self._path(chunk).open("rb") as file:
-            while piece := file.read(min(4 << 20, size)):
-                digest.update(piece)
-                size -= len(piece)
-            return file.read() == digest.digest()
-
-    def _open_chunk(self, chunk: int) -> NDArray[Any]:
-        """Rows [windows, seq_len] of a chunk, memory-mapped; hashed once per process."""
-        path = self._path(chunk)
-        if chunk not in self._checked:
-            if not self._has_size(chunk) or not self._is_sound(chunk):
-                raise ValueError(
-                    f"teacher cache: {path} is missing or not what was written; delete this file and run again, the "
-                    "others are kept"
-                )
-            self._checked.add(chunk)
-        shape = (len(self._windows_of(chunk)), self.seq_len)
-        return np.memmap(path, dtype=self._format.record, mode="r", shape=shape)
-
-    # ---- build ------------------------------------------------------------------------------------------------------
-
-    def _fill(self, stack: Stack, windows: Windows, batch_size: int) -> None:
-        """Write every chunk that is not there or not sound. The caller holds the lock."""
-        for rest in self.folder.glob("*.part"):
-            rest.unlink()
-        _write(self.folder / "meta.json", json.dumps(self.recipe, indent=1).encode())
-        left = [c for c in range(self._chunk_count) if not (self._has_size(c) and self._is_sound(c))]
-        needed, free = sum(map(self._size, left)), shutil.disk_usage(self.folder).free
+    def _fill(self, batch_size: int) -> None:
+        """Write every window that is not there. The caller holds the lock."""
+        left = self._store.missing()
+        needed, free = len(left) * self._store.size, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
                 f"teacher.cache={self.spec.kind} needs {needed / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are "
                 "free; set data.max_train_tokens, teacher.cache=topk with a smaller teacher.top_k, or another cache_dir"
             )
-        _log.info("teacher cache %s: %.2f GB in %d chunks to write", self.folder, needed / 1e9, len(left))
-        device = stack.model.device
-        for chunk in left:
-            numbers, path, digest = self._windows_of(chunk), self._path(chunk), hashlib.sha256()
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                for first in range(numbers.start, numbers.stop, batch_size):
-                    batch = windows[first : min(first + batch_size, numbers.stop)].astype(np.int64)
-                    rows = self._format.encode(stack, torch.from_numpy(batch).to(device)).tobytes()
-                    file.write(rows)
-                    digest.update(rows)
-                file.write(digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            _log.info("teacher cache: %d of %d windows", numbers.stop, self.count)
+        for first in range(0, len(left), batch_size):
+            for window, row in self._ask(left[first : first + batch_size]).items():
+                self._store.put(window, row.tobytes())
+        _log.info("teacher cache %s: %d windows written, %.2f GB", self.folder, len(left), needed / 1e9)
 
 
 @contextmanager
@@ -265,13 +251,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a small file, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def windows_sha256(windows: Windows) -> str:

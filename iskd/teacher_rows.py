@@ -36,7 +36,7 @@ class CacheSpec:
         kind: `hidden` or `topk`.
         top_k: tokens of `topk`.
         dtype: of `hidden`: float16, or bfloat16 for states beyond 65504.
-        chunk_tokens: tokens per file; what a killed build loses at most.
+        chunk_tokens: tokens per file.
     """
 
     kind: str = "hidden"

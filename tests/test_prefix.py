@@ -197,6 +197,52 @@ def test_a_change_after_the_first_step_is_seen() -> None:
     assert now() == 2
 
 
+def inner_dropout(module: DistillModule) -> None:
+    """A mode that only a module inside a block has."""
+    inner = next(part for part in Stack(module.student).layers[1].modules() if isinstance(part, nn.Dropout))
+    inner.train()
+
+
+def buffer(module: DistillModule) -> None:
+    block = Stack(module.student).layers[2]
+    with torch.no_grad():
+        next(block.buffers()).add_(1)
+
+
+def exchanged_buffer(module: DistillModule) -> None:
+    """As transformers does when rotary frequencies follow the length."""
+    rotary = Stack(module.student).base.get_submodule("rotary_emb")
+    rotary.register_buffer("inv_freq", rotary.get_buffer("inv_freq") * 2, persistent=False)
+
+
+LATER: dict[str, tuple[str, int, Callable[[DistillModule], object]]] = {
+    "a mode inside a block": ("gpt2", 1, inner_dropout),
+    "the teacher's mode": ("gpt2", 0, lambda module: module.teacher.train()),
+    "a buffer": ("llama", 2, buffer),
+    "another buffer": ("llama", 0, exchanged_buffer),
+    "the student's attention kernel": ("llama", 0, eager),
+    "the teacher's attention kernel": (
+        "llama", 0, lambda module: setattr(module.teacher.config, "_attn_implementation", "eager")
+    ),
+    "a weight": ("llama", 1, lambda module: perturb(Stack(module.student).layers[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_nothing_that_a_run_can_change_goes_unseen(name: str) -> None:
+    family, shared, change = LATER[name]
+    module, prefix = distilled(tiny(family, layers=LAYERS, **({"dropout": 0.1} if family == "gpt2" else {}))), None
+    for model in (module.student, module.teacher):
+        model.eval()
+        for block in Stack(model).layers:
+            block.register_buffer("extra", torch.zeros(1))
+    optimizer_of(module)
+    prefix = SharedPrefix()
+    assert prefix.depth(module.student, module.teacher, module.record) == 4
+    change(module)
+    assert prefix.depth(module.student, module.teacher, module.record) == shared
+
+
 def test_the_student_is_whole_again_after_a_pass() -> None:
     model, ids = tiny("llama", layers=LAYERS), windows()
     before, blocks = digest(model), list(Stack(model).layers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd import surgery, teacher_cache
+from iskd import row_store, surgery, teacher_cache
 from iskd.arch import Stack
 from iskd.losses.base import Terms
 from iskd.losses.ce import CrossEntropy
@@ -90,7 +90,7 @@ def test_rows_are_what_the_teacher_says(spec: CacheSpec, tmp_path: Path) -> None
         torch.testing.assert_close(found["log_probs"].exp().sum(-1), torch.ones(4, 16), rtol=1e-3, atol=0)
     assert cache.nbytes_per_token == {"hidden": 2 * 48, "topk": 5 * 4 + 4}[spec.kind]
     sizes = [path.stat().st_size for path in cache.folder.glob("*.rows")]
-    assert sum(sizes) == cache.nbytes + 32 * 4
+    assert sum(sizes) == cache.nbytes + 32 * 10
     assert files(cache) == ["00000.rows", "00001.rows", "00002.rows", "00003.rows", "meta.json"]
     with pytest.raises(ValueError, match=r"has windows 0..9, and no 10"):
         cache.read([10])
@@ -164,47 +164,126 @@ def test_a_killed_build_goes_on_where_it_was(spec: CacheSpec, passes: Passes, tm
     with pytest.raises(Crash):
         TeacherCache.build(teacher(), TEXTS, tmp_path / "killed", spec, batch_size=1)
     assert passes.windows == 5
-    with pytest.raises(ValueError, match="lacks 3 of 4 chunks: build it first"):
-        TeacherCache.open(teacher(), TEXTS, tmp_path / "killed", spec)
     cache = TeacherCache.build(teacher(), TEXTS, tmp_path / "killed", spec, batch_size=1)
-    assert passes.windows == 5 + 7  # windows 3 and 4 lay in a half-written chunk
+    assert passes.windows == 10
     assert files(cache) == files(whole)
     assert all((cache.folder / name).read_bytes() == (whole.folder / name).read_bytes() for name in files(whole))
 
 
-def test_torn_and_changed_chunks_are_built_again(passes: Passes, tmp_path: Path) -> None:
-    cache = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
-    expected, (first, second, third, _) = rows(cache), sorted(cache.folder.glob("*.rows"))
-    (cache.folder / "00007.part").write_bytes(b"half")
-    first.write_bytes(first.read_bytes()[:-5])
+@SPECS
+def test_only_the_windows_that_are_read_are_paid_for(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
+    whole = rows(TeacherCache.build(teacher(), TEXTS, tmp_path / "whole", spec, batch_size=1))
+    passes.windows = 0
+    for asked, paid in ([7, 2], 2), ([2, 7, 2], 2), ([8, 2], 3):
+        cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "lazy", spec)
+        for _ in range(2):
+            found = cache.read(asked)
+            for name, values in found.items():
+                torch.testing.assert_close(values, whole[name][asked], rtol=2**-10, atol=1e-6)
+        assert passes.windows == paid
+        assert equal(TeacherCache.open(teacher(), TEXTS, tmp_path / "lazy", spec).read(asked), found)
+    assert files(cache) == ["00000.rows", "00002.rows", "meta.json"]
+    written = [path.stat().st_blocks for path in cache.folder.glob("*.rows")]
+    assert sum(written) * 512 <= cache.nbytes + 32 * 10 + 2 * 8192
+    assert equal(rows(TeacherCache.build(teacher(), TEXTS, tmp_path / "lazy", spec)), rows(cache))
+    assert passes.windows == 10
+
+
+def test_the_precision_is_that_in_which_the_cache_was_opened(tmp_path: Path) -> None:
+    model = teacher()
+    with torch.autocast("cpu", torch.bfloat16):
+        ahead = TeacherCache.build(model, TEXTS, tmp_path / "ahead", HIDDEN)
+        lazy = TeacherCache.open(model, TEXTS, tmp_path / "lazy", HIDDEN)
+    plain = TeacherCache.open(model, TEXTS, tmp_path / "plain", HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not equal(plain.read([3]), ahead.read([3]))
+    torch.testing.assert_close(lazy.read([3]), ahead.read([3]), rtol=2**-7, atol=1e-6)
+    assert not equal(plain.read([3]), lazy.read([3]))
+    assert equal(plain.read([3]), TeacherCache.open(model, TEXTS, tmp_path / "again", HIDDEN).read([3]))
+
+
+def test_a_digest_is_computed_once_per_window_and_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN)
+    sizes: list[int] = []
+    sha256 = row_store.hashlib.sha256
+    monkeypatch.setattr(row_store.hashlib, "sha256", lambda data: sizes.append(len(data)) or sha256(data))
+    for _ in range(3):
+        cache.read([4, 9, 4])
+    assert sizes == 2 * [16 * 2 * 48], "each window once, and of no other one a byte"
+
+
+def test_torn_and_changed_windows_are_asked_again(passes: Passes, tmp_path: Path) -> None:
+    cache = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN, batch_size=1)
+    expected, (first, second, third, fourth) = rows(cache), sorted(cache.folder.glob("*.rows"))
+    first.write_bytes(first.read_bytes()[:-5])  # the digest of window 2
     second.unlink()
     content = bytearray(third.read_bytes())
-    content[100] ^= 1
+    content[100] ^= 1  # window 6
     third.write_bytes(content)
     passes.windows = 0
-    again = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
-    assert passes.windows == 9
-    assert equal(rows(again), expected)
-    assert "00007.part" not in files(cache)
-
-
-def test_a_chunk_that_changed_is_found_when_it_is_read(passes: Passes, tmp_path: Path) -> None:
-    cache = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
-    expected, chunk = rows(cache), cache.folder / "00001.rows"
-    content = bytearray(chunk.read_bytes())
-    content[100] ^= 1
-    chunk.write_bytes(content)
-    changed = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
-    assert equal(changed.read([0, 9]), cache.read([0, 9]))
-    with pytest.raises(ValueError, match=r"00001\.rows is missing or not what was written; delete this file"):
-        changed.read([4])
-    chunk.unlink()
+    again = TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN)
+    for window in range(10):
+        assert equal(again.read([window]), {"last_hidden": expected["last_hidden"][[window]]})
+    assert passes.windows == 1 + 3 + 1
+    assert equal(rows(TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN)), expected)
+    assert passes.windows == 5
+    second.unlink()
+    fourth.write_bytes(b"")
     passes.windows = 0
-    assert equal(rows(TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)), expected)
+    TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
+    assert passes.windows == 4
+    assert equal(again.read([4, 9]), {"last_hidden": expected["last_hidden"][[4, 9]]})
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "cache", HIDDEN)
+    target = tmp_path / "of somebody else"
+    target.write_bytes(b"theirs")
+    (cache.folder / "00000.rows").symlink_to(target)
+    with pytest.raises(OSError, match=r"00000\.rows"):
+        cache.read([0])
+    assert target.read_bytes() == b"theirs"
+
+
+def test_a_full_disk_stops_the_writing_and_not_the_run(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    expected = TeacherCache.build(teacher(), TEXTS, tmp_path / "whole", HIDDEN).read([3])
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "full", HIDDEN)
+    monkeypatch.setattr(row_store.RowStore, "put", full)
+    passes.windows = 0
+    for _ in range(3):
+        torch.testing.assert_close(cache.read([3]), expected, rtol=2**-10, atol=1e-6)
     assert passes.windows == 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot write ([Errno 28] No space left on device)" in caplog.text
+    with pytest.raises(OSError, match="No space left"):
+        TeacherCache.build(teacher(), TEXTS, tmp_path / "full", HIDDEN)
 
 
-def test_a_cache_belongs_to_one_teacher_one_text_and_one_kind(tmp_path: Path) -> None:
+def test_processes_that_read_the_same_windows_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    model, found = teacher(), []
+
+    def read() -> None:
+        cache = TeacherCache.open(model, TEXTS, tmp_path, HIDDEN)
+        found.append([cache.read([window])["last_hidden"] for window in (5, 1, 8)])
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = TeacherCache.open(model, TEXTS, tmp_path, HIDDEN)
+    reference = [again.read([window])["last_hidden"] for window in (5, 1, 8)]
+    assert len(found) == 4
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, reference, strict=True))
+
+
+def test_a_cache_belongs_to_one_teacher_one_text_and_one_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = TEXTS.copy()
     other[3, 2] += 1
     touched = teacher()
@@ -227,8 +306,17 @@ def test_a_cache_belongs_to_one_teacher_one_text_and_one_kind(tmp_path: Path) ->
         ]
     }
     assert len(folders) == 11
+    eager = teacher()
+    eager.config._attn_implementation = "eager"
+    assert TeacherCache(eager, TEXTS, tmp_path, HIDDEN, "a").folder not in folders
     with torch.autocast("cpu", torch.bfloat16):
         assert TeacherCache(teacher(), TEXTS, tmp_path, HIDDEN, "a").folder not in folders
+    for library in (teacher_cache.torch, teacher_cache.transformers):
+        with monkeypatch.context() as patched:
+            patched.setattr(library, "__version__", "9.9.9")
+            assert TeacherCache(teacher(), TEXTS, tmp_path, HIDDEN, "a").folder not in folders
+    recipe = TeacherCache(teacher(), TEXTS, tmp_path, HIDDEN, "a").recipe
+    assert {recipe[key] for key in ("attention", "device", "autocast")} == {"sdpa", "cpu", "None"}
     assert TeacherCache(teacher(), TEXTS, tmp_path, HIDDEN, "a").folder in folders
 
 
