@@ -9,12 +9,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from iskd.documents import positions_in
+
 # the attribute of a model in shards (`iskd.sharding`) that holds its way in
 SHARDED_TRUNK = "iskd_trunk"
+# the key of a config, while a run lasts, for the token between documents (`Stack.keep_apart`)
+SEPARATOR = "iskd_separator"
 # keys of a config that hold one value per layer, in stack order
 PER_LAYER = (
     "layer_types",
@@ -208,11 +213,59 @@ class Stack:
         return trunk(input_ids, attention_mask)
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The decoder without its head, called as it is."""
+        """The decoder without its head, called as it is; documents apart where `keep_apart` was asked for it."""
+        separator = self.separator
+        more: dict[str, Tensor] = {}
+        if separator is not None and attention_mask is None:
+            more["position_ids"] = positions_in(input_ids, separator)
         output: Tensor = self.base(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
         ).last_hidden_state
         return output
+
+    @property
+    def separator(self) -> int | None:
+        """The token behind which a new document begins, or None: a window is one text."""
+        return getattr(self.config, SEPARATOR, None)
+
+    def keep_apart(self, separator: int | None, *, check: bool = True) -> None:
+        """Let no token of a window see another document: from now on, in passes without an attention mask.
+
+        It is a note on the model's config, and so on that of its copies; take it off (None) before the config is saved.
+
+        Args:
+            separator: id of the token that ends a document; None = a window is one text again.
+            check: try it on two tiny windows.
+
+        Raises:
+            ValueError: the family, or its attention implementation, cannot.
+        """
+        vars(self.config).pop(SEPARATOR, None)
+        if separator is None:
+            return
+        setattr(self.config, SEPARATOR, separator)
+        if check and not self._is_apart(separator):
+            vars(self.config).pop(SEPARATOR)
+            raise ValueError(
+                f"data.boundaries=true: {self.config.model_type} with attn_implementation="
+                f"{self.config._attn_implementation!r} attends across documents all the same; set data.boundaries=false"
+                ", or load a model with rotary positions with attn_implementation='sdpa' or 'eager'"
+            )
+
+    @torch.no_grad()
+    def _is_apart(self, separator: int) -> bool:
+        """Whether what stands before a separator changes nothing behind it."""
+        first, other, *rest = (token for token in range(5) if token != separator)
+        windows = torch.tensor([[first, separator, *rest[:2]], [other, separator, *rest[:2]]])
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            states = self.last_hidden(windows.to(self.model.device)).float()
+        finally:
+            for module in training:
+                module.training = True
+        difference = (states[0] - states[1]).abs()
+        return bool(difference[2:].max() <= 1e-4 * difference[:2].max())
 
     def finish(self, h_BTD: Tensor) -> Tensor:
         """What the host does between its last block and its head: final norm, output projection of OPT."""

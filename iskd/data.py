@@ -13,7 +13,7 @@ import torch
 
 from iskd.corpus import Source
 from iskd.loader import Batch, StageLoader, to_tensor
-from iskd.shards import Shards, Tokens, open_shards
+from iskd.shards import Shards, Tokens, open_shards, separator
 from iskd.splits import SPLITS, Splitter
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class TextData(L.LightningDataModule):
         test_fraction: share for test, where the source has no file for it.
         max_context: longest sequence the model takes; None skips the check.
         vocab_size: rows of the model's embedding; None skips the check.
+        boundaries: keep the documents of a window apart (`iskd.documents`): no token sees another document, and the
+            first one of a document is no target. Attention then takes a mask, which is slower than none.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TextData(L.LightningDataModule):
         test_fraction: float = 0.0,
         max_context: int | None = None,
         vocab_size: int | None = None,
+        boundaries: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
@@ -80,6 +83,7 @@ class TextData(L.LightningDataModule):
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.val_tokens = val_tokens
         self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
+        self.boundaries = boundaries
         self._splitter = Splitter(validation_fraction, calibration_fraction, test_fraction)
         self._shards: Shards | None = None
         self._stage: tuple[int, int] | None = None
@@ -103,6 +107,23 @@ class TextData(L.LightningDataModule):
                 "use the model's own tokenizer, or resize the model's embedding"
             )
         self._shards = shards
+
+    @property
+    def separator(self) -> int | None:
+        """The token that keeps documents apart; None where a window is one text.
+
+        Raises:
+            ValueError: they are to be kept apart and nothing stands between them.
+        """
+        if not self.boundaries:
+            return None
+        _, token = separator(self.tokenizer)
+        if token is None:
+            raise ValueError(
+                "data.boundaries=true needs a token between documents, and the tokenizer has neither eos nor bos; set "
+                "data.boundaries=false, or tokenizer.eos_token"
+            )
+        return token
 
     def prepare_data(self) -> None:
         """Lightning's hook: one process per node builds the shards before the others open them."""
@@ -207,12 +228,22 @@ class TextData(L.LightningDataModule):
             "seed": self.seed,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
+            "boundaries": self.boundaries,
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what the order of the training data depends on: a resumed run must find it unchanged."""
+        """Return what the training data and their order depend on: a resumed run must find it unchanged."""
         manifest = self.manifest()
-        keys = ("content", "tokenizer", "train_windows", "validation_sha256", "seq_len", "batch_size", "seed")
+        keys = (
+            "content",
+            "tokenizer",
+            "train_windows",
+            "validation_sha256",
+            "seq_len",
+            "boundaries",
+            "batch_size",
+            "seed",
+        )
         return {key: manifest[key] for key in keys}
 
     def _spread(self, split: str, tokens: int) -> Tokens:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from iskd.module import DistillModule, clock
@@ -111,23 +111,23 @@ def step_flops(
         forward_context: the precision under which training runs.
         cached: what a teacher cache holds about the windows; None = the teacher is run.
     """
-    more = () if cached is None else (cached,)
 
     def step() -> None:
         with forward_context():
-            loss = module.step(input_ids, *more).loss
+            loss = module.step(input_ids, cached).loss
         loss.backward()
 
-    with as_found(module), torch.enable_grad(), countable(module.student, module.teacher):
+    with as_found(module), torch.enable_grad(), countable(module):
         return count_flops(step)
 
 
 @contextmanager
-def countable(*models: nn.Module) -> Iterator[None]:
+def countable(module: DistillModule) -> Iterator[None]:
     """Keep work where the counter sees it: no kernels of fla, no compiled blocks; the same maths in plain torch."""
     before = os.environ.get(_FLA)
-    parts = [part for model in models for part in model.modules()]
+    parts = [*module.student.modules(), *module.teacher.modules()]
     compiled = any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) for part in parts)
+    compiled |= module.blocks.backend is not None
     os.environ[_FLA] = "0"
     try:
         # only where needed: it imports the compiler
@@ -249,17 +249,14 @@ class MfuMeter:
             batch: a micro-batch of the stage, from the loader or as trained on; one window of it is used.
             tokens_per_second: of the stage, over all processes.
         """
-        first = _first(batch)
-        if "cached" not in first:
-            first = module.on_before_batch_transfer(first, 0)
-        first = module.transfer_batch_to_device(first, module.device, 0)
+        first = module.transfer_batch_to_device(_first(batch), module.device, 0)
         window = first["input_ids"]
-        flops = step_flops(module, window, self.forward_context, cached=first.get("cached"))
+        flops = step_flops(module, window, self.forward_context, cached=module.cached(first))
         per_token = flops / window.numel()
         share = mfu(per_token * tokens_per_second, 1.0, self.peak * self.devices)
         return {"train/mfu": share, "train/flops_per_token": per_token}
 
 
 def _first(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first row of every tensor of a batch."""
-    return {name: _first(value) if isinstance(value, Mapping) else value[:1] for name, value in batch.items()}
+    """The first window of a batch, with its number where the loader gives one."""
+    return {name: value[:1] for name, value in batch.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,14 +15,17 @@ from transformers import PreTrainedModel
 from iskd import sharding
 from iskd.align import align
 from iskd.arch import Stack
+from iskd.blockwise import BlockRunner
 from iskd.data import TextData
 from iskd.distributed import Ranks
+from iskd.documents import within
 from iskd.losses.base import Terms, check_terms
+from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import total_loss
 from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.metrics import QualityMetrics
 from iskd.optim import OptimSpec, make_optimizer, regroup
-from iskd.passes import Wanted, both, next_tokens, wanted
+from iskd.passes import Wanted, both, freeze_out_of_reach, next_tokens, wanted
 from iskd.plan import Record, Stage
 from iskd.prefix import SharedPrefix
 from iskd.signals import Signals
@@ -52,10 +54,15 @@ class DistillModule(L.LightningModule):
         terms: loss and weight by name.
         optim: optimizer settings.
         record: the edits applied to `student` so far.
-        chunk: tokens per chunk of logits.
+        chunk: tokens per chunk of logits; `auto` by the free memory, None = whole logits (`iskd.losses.chunk_size`).
         share_prefix: run leading blocks that are frozen and still the teacher's once for both (`iskd.prefix`).
         cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
             those of stages that align layers. It can be set later too (`use_cache`).
+        gradient_checkpointing: run the student's blocks a second time in the backward pass (`iskd.blockwise`).
+        compile: compile the blocks of training steps; True or the name of a backend.
+        separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
+            computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
+            cannot (`Stack.keep_apart`).
     """
 
     teacher: PreTrainedModel
@@ -68,9 +75,12 @@ class DistillModule(L.LightningModule):
         optim: OptimSpec,
         record: Record,
         *,
-        chunk: int = 256,
+        chunk: Chunk = "auto",
         share_prefix: bool = True,
         cache: TeacherCache | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool | str = False,
+        separator: int | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms)
@@ -80,8 +90,11 @@ class DistillModule(L.LightningModule):
         self.terms, self.optim, self.record, self.chunk = terms, optim, record, chunk
         self.stage = Stage("start")
         self.share_prefix, self._prefix = share_prefix, SharedPrefix()
+        self.blocks = BlockRunner(recompute=gradient_checkpointing, compile=compile)
+        Stack(teacher).keep_apart(separator)
+        Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
         self.cache: TeacherCache | None = None
-        self.cache_spec: CacheSpec | None = None  # of the one that `fill_cache` builds
+        self.cache_spec: CacheSpec | None = None  # of the one that `open_cache` opens
         if cache is not None:
             self.use_cache(cache)
         # factor and counters of the step in progress; the callback owns them
@@ -106,18 +119,18 @@ class DistillModule(L.LightningModule):
         check_terms_cached(self.terms, cache.spec.kind)
         self.cache = cache
 
-    def fill_cache(self, data: TextData, forward_context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """With a `cache_spec`: have the teacher's answers to all training windows computed, or find them on disk."""
+    def open_cache(self, data: TextData) -> None:
+        """With a `cache_spec`: read the teacher's answers to training windows from disk, computed when first read."""
         if self.cache_spec is None:
             return
         folder, tokenizer = data.cache_dir.parent / "teacher", str(data.manifest()["tokenizer"])
-        with forward_context():
-            self.use_cache(
-                TeacherCache.build(
-                    self.teacher, data.windows("train"), folder, self.cache_spec,
-                    tokenizer=tokenizer, batch_size=data.batch_size,
-                )
-            )  # fmt: skip
+        windows = data.windows("train")
+        self.use_cache(TeacherCache.open(self.teacher, windows, folder, self.cache_spec, tokenizer=tokenizer))
+
+    def teardown(self, stage: str) -> None:
+        """After the fit both models read a window as one text again; nothing of it is in an export."""
+        for model in (self.student, self.teacher):
+            Stack(model).keep_apart(None)
 
     def configure_model(self) -> None:
         """Put student and teacher, two roots, into shards where the strategy has a mesh for them."""
@@ -126,17 +139,24 @@ class DistillModule(L.LightningModule):
             if mesh is not None and not sharding.is_sharded(model):
                 sharding.shard(model, mesh["data_parallel"])
 
+    def regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer what the stage trains and the losses reach; it keeps its state."""
+        regroup(optimizer, self.student, self.record, self.stage)
+        freeze_out_of_reach(optimizer, self.student, self.terms, self.record, self.stage)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
         optimizer = make_optimizer(self.optim)
-        regroup(optimizer, self.student, self.record, self.stage)
+        self.regroup(optimizer)
         return optimizer
 
     def place_teacher(self) -> None:
         """Move the teacher to the student's device.
 
         It keeps float32 weights and runs under the student's autocast: an untouched student then has a KL of exactly 0.
-        Casting the module to bf16 would also round its rotary frequencies, by up to 0.7 rad at position 511.
+        Casting the module to bf16 would also round its rotary frequencies, by up to 0.7 rad at position 511. Copies of
+        its matrices in bf16 would spare autocast their rounding in every pass, at half their memory again: 0.4 % of a
+        step's time on a CPU (6 layers of width 576, 1,024 tokens), within the noise of the teacher's pass.
         """
         nn.Module.to(self.teacher, self.device)
 
@@ -153,7 +173,11 @@ class DistillModule(L.LightningModule):
         theirs = None if cached is not None else wanted(terms, record, self.stage, of_teacher=True)
         shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
         ours = wanted(terms, record, self.stage) or Wanted()
-        student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared)
+        with self.blocks.running(self.student, self.teacher):
+            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared)
+        for signals in (student, teacher):
+            if signals is not None:
+                signals.labels = within(signals.labels, input_ids, stack.separator)
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
             return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
@@ -171,28 +195,36 @@ class DistillModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
-        result = self.step(batch["input_ids"], *self._cached(batch))
+        result = self.step(batch["input_ids"], self.cached(batch))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
-        self._log(result)
+        self._log(lambda: self._values(result))
         return result.loss
 
-    def _cached(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        """What the cached teacher said about a batch, on its device; nothing where the teacher is to be run."""
+    def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
         if self.cache is None or self.stage.objective != "loss":
-            return []
+            return None
         if "index" not in batch:
             raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
         rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
-        return [{name: values.to(device, non_blocking=True) for name, values in rows.items()}]
+        return {name: values.to(device, non_blocking=True) for name, values in rows.items()}
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
+        """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
+
+        A number is copied to the device, and that copy waits for what the device was asked before.
+        """
+        if self.trainer._logger_connector.should_update_logs:
+            self.log_dict(dict(values()), on_step=True, on_epoch=False)
+
+    def _values(self, result: StepResult) -> dict[str, Tensor | float]:
         values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
         rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
-        self.log_dict({**values, **rates, **place}, on_step=True, on_epoch=False)
+        return {**values, **rates, **place}
 
     def alignment(self) -> list[str]:
         """A sentence on how far each layer was from the teacher's in the latest step; none in a stage without."""
@@ -222,6 +254,10 @@ class DistillModule(L.LightningModule):
 
         Without gradients AdamW changes nothing, neither weights nor moments. All ranks skip when one has to: its loss
         may be infinite while the summed gradient is not.
+
+        To know it the host waits for the backward pass, once per optimizer step. AdamW could be told on the device
+        (`found_inf`), but the answer is wanted before the step ends all the same: it is counted towards
+        run.max_skipped, a checkpoint written at this step holds the count, and new parameters need not have moved.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = sharding.whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
@@ -233,7 +269,7 @@ class DistillModule(L.LightningModule):
                 parameter.grad = None
         elif self.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
-        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+        self._log(lambda: {"train/grad_norm": norm})
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -252,7 +288,7 @@ class DistillModule(L.LightningModule):
             start = clock(self.device)
             hidden = student.last_hidden(input_ids)
             seconds += clock(self.device) - start
-            labels = next_tokens(input_ids)
+            labels = within(next_tokens(input_ids), input_ids, student.separator)
             metrics.update_from_hidden(
                 hidden, student.head, self._validated[index], teacher.head, labels, softcap=student.softcap
             )

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import statistics
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from iskd.deciding import decide
 from iskd.distributed import Ranks
 from iskd.editing import carry_out
 from iskd.flops import ForwardContext, as_found, countable, counter, matmul_dtype, matmul_peak
+from iskd.loader import StageLoader
 from iskd.module import DistillModule, clock
 from iskd.operators import operator_seconds
 from iskd.optim import make_optimizer
@@ -38,6 +41,7 @@ from iskd.plan import Record, Stage
 from iskd.profile_report import PARTS, Profile
 from iskd.run import Parts, make_module
 from iskd.state import RunState
+from iskd.teacher_cache import TeacherCache
 
 _FUNCTIONS = {"total_loss": "loss", "topk_loss": "loss", "align": "alignment"}  # of iskd.module
 _WARM_UP = 2  # only the second one holds gradients and moments at the same time as activations
@@ -129,7 +133,7 @@ def profile_step(
         with _silent(module), machine.PeakMemory(device) as memory:
             for _ in range(_WARM_UP):
                 unwatched()
-        with _silent(module), countable(module.student, module.teacher), counter() as counted:
+        with _silent(module), countable(module), counter() as counted:
             flops_meter = _Meter(lambda: float(counted.get_total_flops()))
             with _watched(module, flops_meter):
                 flops = flops_meter.whole(step)
@@ -171,8 +175,7 @@ def _step(
     tokens = 0
     for index in range(accumulate):
         with meter.part("loader"):
-            batch = module.on_before_batch_transfer(next(batches), 0)
-            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            batch = module.transfer_batch_to_device(next(batches), module.device, 0)
         with forward_context():
             loss = module.training_step(batch, index)
         if not index:
@@ -200,6 +203,7 @@ def _watched(module: DistillModule, meter: _Meter) -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(_replaced(passes, "read", metered_read))
+        patches.enter_context(_replaced(module, "cached", meter.around("loader", module.cached)))
         for name, part in _FUNCTIONS.items():
             patches.enter_context(_replaced(module_file, name, meter.around(part, getattr(module_file, name))))
         yield
@@ -212,7 +216,7 @@ def _silent(module: DistillModule) -> Iterator[None]:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    with _replaced(module, "_log", nothing), _replaced(module, "log", nothing):
+    with _replaced(module, "_log", nothing):
         yield
 
 
@@ -280,10 +284,29 @@ def profile_parts(
         module.place_teacher()
         optimizer = make_optimizer(parts.optim)
         _enter_stage(parts, module, optimizer, state, context, edits)
-        parts.data.set_stage(0, (2 * steps + _WARM_UP + 2) * accumulate)
-        batches: Iterator[Batch] = iter(parts.data.train_dataloader())
         options: dict[str, Any] = {"steps": steps, "accumulate": accumulate, "operators": operators}
-        return profile_step(module, batches, optimizer, forward_context=context, progress=progress, **options)
+        with _batches(parts, module, (2 * steps + _WARM_UP + 2) * accumulate, context) as batches:
+            return profile_step(module, batches, optimizer, forward_context=context, progress=progress, **options)
+
+
+@contextmanager
+def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardContext) -> Iterator[Iterator[Batch]]:
+    """The first `count` micro-batches of the run.
+
+    Where the run reads a teacher cache, they are of as many windows from the front of the split, and a cache of these
+    alone is made for the profile: that of all windows can take hours.
+    """
+    data, spec = parts.data, module.cache_spec
+    if spec is None:
+        data.set_stage(0, count)
+        yield iter(data.train_dataloader())
+        return
+    windows = data.windows("train")[: count * data.batch_size]
+    with tempfile.TemporaryDirectory() as folder:
+        with context():
+            cache = TeacherCache.build(module.teacher, windows, Path(folder), spec, batch_size=data.batch_size)
+        module.use_cache(cache)
+        yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
 
 
 def _place(parts: Parts) -> tuple[torch.device, ForwardContext]:

@@ -161,3 +161,21 @@ def test_training_reads_the_cache_by_window_and_leaves_the_teacher_alone() -> No
     assert teacher == ALL
     with pytest.raises(ValueError, match="give batches an 'index'"):
         module.training_step({"input_ids": windows()}, 0)
+
+
+def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of({"ce": CE})
+    log = module.log_dict
+    made: list[set[str]] = []
+
+    def log_dict(values: dict[str, Any], **how: Any) -> None:
+        made.append(set(values))
+        log(values, **how)
+
+    monkeypatch.setattr(module, "log_dict", log_dict)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, log_every_n_steps=2, **quiet)
+    trainer.fit(module, StageLoader(windows(12).numpy(), batch_size=2, seed=0, first_step=0, steps=5))
+    assert len(made) == 2 * 2  # the losses, and the norm of the gradients, at the second and fourth step
+    assert {"train/loss", "train/grad_norm", "tokens"} <= {name for names in made for name in names}
+    assert "train/loss" in trainer.callback_metrics

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from iskd.operators import group_of
 from iskd.optim import OptimSpec, make_optimizer, regroup
 from iskd.plan import Convert, Record, Remove, Spec, Stage
 from iskd.profile_report import PARTS, profile_table, write_profile
+from iskd.teacher_cache import TeacherCache
+from iskd.teacher_rows import CacheSpec
 from tests.factories import digest, tiny, windows
 from tests.runs import Scripted, make_parts, write_text
 
@@ -106,6 +110,14 @@ def test_the_meter_of_a_stage_is_flops_by_time_and_peak() -> None:
     assert found["train/flops_per_token"] == flops.step_flops(module, windows(1, 16)) / 16
     assert found["train/mfu"] == pytest.approx(found["train/flops_per_token"] * 100.0 / 1e9)
     assert meter.dtype == torch.float32
+
+
+def test_a_step_that_reads_the_cache_is_counted_without_the_teacher(tmp_path: Path) -> None:
+    module, batch, meter = module_of(), {"input_ids": windows(3, 16), "index": [2, 0, 1]}, flops.MfuMeter(CPU, peak=1e9)
+    live = meter.stage(module, batch, 1.0)["train/flops_per_token"]
+    module.use_cache(TeacherCache.build(module.teacher, windows(3, 16).numpy(), tmp_path))
+    cached = meter.stage(module, batch, 1.0)["train/flops_per_token"]
+    assert 16 * (live - cached) == 2 * 16 * MATRICES + LAYERS * attention(1, 16, 2)
 
 
 def test_the_peak_is_positive_draws_nothing_and_names_bad_values() -> None:
@@ -214,6 +226,20 @@ def test_a_run_is_profiled_in_its_first_stage_that_trains(objective: str, tmp_pa
         whole = profiling.profile_parts(parts, steps=1, edits=False, operators=False)
         assert whole.flops["student"] > profile.flops["student"]
         assert whole.flops["teacher"] == profile.flops["teacher"]
+
+
+@pytest.mark.usefixtures("_small_peak")
+def test_a_run_with_a_teacher_cache_is_profiled_as_it_reads_it(tmp_path: Path) -> None:
+    stages, terms = [Stage("heal", (Remove(1),), tokens=256)], {"kl": (KL(), 1.0)}
+    made = partial(make_parts, text=write_text(tmp_path), cache=tmp_path / "data", schedule=Scripted(stages))
+    live, cached = (made(tmp_path / name, terms=terms) for name in ("live", "cached"))
+    cached = replace(cached, cache=CacheSpec())
+    found, expected = (profiling.profile_parts(parts, steps=1, operators=False) for parts in (cached, live))
+    assert "teacher" in expected.seconds
+    assert "teacher" not in found.seconds
+    assert set(found.flops) == set(expected.flops) - {"teacher"}
+    assert found.flops["student"] == expected.flops["student"]
+    assert not (tmp_path / "teacher").exists()  # the cache of a run is not made for a profile
 
 
 def test_bad_profiles_are_refused(tmp_path: Path) -> None:

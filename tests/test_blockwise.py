@@ -1,0 +1,150 @@
+"""Blocks recomputed in the backward pass, or compiled: the same losses and gradients, after every edit.
+
+Compiled is with the backends that need no C++ compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from iskd import surgery
+from iskd.arch import Stack
+from iskd.checkpoint import model_tensors
+from iskd.editing import carry_out
+from iskd.losses.ce import CrossEntropy
+from iskd.losses.hidden import HiddenMatch
+from iskd.losses.kl import KL
+from iskd.module import DistillModule
+from iskd.optim import OptimSpec, make_optimizer
+from iskd.options import RunOptions
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
+from tests.factories import tiny, windows
+from tests.runs import BOTTLENECK, MIXER, SLIM
+
+LAYERS = 6
+TERMS = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.5), "hidden": (HiddenMatch("normalized", "all"), 0.5)}
+MIXED: tuple[Edit, ...] = (Replace(1, SLIM), Replace(3, BOTTLENECK), Remove(4), Convert(5, MIXER))
+UPPER = r"\.[3-9]\."  # parameters of the blocks from position 3 on
+# torch's compiler looks at the .grad of every tensor that comes in
+compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+def distilled(
+    edits: tuple[Edit, ...] = (), train: str = "all", *, family: str = "llama", layers: int = LAYERS, **options: Any
+) -> tuple[DistillModule, torch.optim.Optimizer]:
+    """A module after its first edits; the same numbers whatever the options."""
+    teacher = tiny(family, layers=layers, dropout=0.2)
+    module = DistillModule(copy.deepcopy(teacher), teacher, TERMS, OptimSpec(), Record(layers), **options)
+    optimizer = make_optimizer(module.optim)
+    edit(module, optimizer, edits, train)
+    return module, optimizer
+
+
+def edit(module: DistillModule, optimizer: torch.optim.Optimizer, edits: tuple[Edit, ...], train: str = "all") -> None:
+    carry_out(module, optimizer, Stage("heal", edits, train=train), [], nullcontext)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+
+
+def trained(module: DistillModule, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Loss, its parts and all gradients of a step under dropout, and an update."""
+    torch.manual_seed(5)
+    optimizer.zero_grad()
+    result = module.step(windows())
+    result.loss.backward()
+    grads = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return {"loss": result.loss.detach(), **result.parts, **grads}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and len(a) > 5 and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def runs(model: Any) -> list[int]:
+    """A list that grows by a block's position whenever the first linear map in it is run."""
+    found: list[int] = []
+    for position, block in enumerate(Stack(model).layers):
+        first = next(part for part in block.modules() if isinstance(part, nn.Linear))
+        first.register_forward_pre_hook(lambda *_, position=position: found.append(position))
+    return found
+
+
+@pytest.mark.parametrize("train", ["all", UPPER])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_blocks_have_the_same_gradients_after_every_edit(family: str, train: str) -> None:
+    plain, again = (distilled(family=family, train=train, gradient_checkpointing=on) for on in (False, True))
+    for edits in ((), MIXED, (Convert(2, MIXER, seed=9), Replace(0, BOTTLENECK, seed=2))):
+        for module, optimizer in (plain, again):
+            edit(module, optimizer, edits, train)
+        assert equal(trained(*plain), trained(*again))
+
+
+def test_every_block_that_a_gradient_comes_to_is_run_twice_and_no_other() -> None:
+    module, optimizer = distilled(train=UPPER, gradient_checkpointing=True, share_prefix=False)
+    found, outside = runs(module.student), [0] * LAYERS
+    for position, block in enumerate(Stack(module.student).layers):
+
+        def count(*_: Any, position: int = position) -> None:
+            outside[position] += 1
+
+        block.register_forward_hook(count)
+    trained(module, optimizer)
+    assert sorted(found) == [0, 1, 2, 3, 3, 4, 4, 5, 5]
+    assert outside == [1] * LAYERS  # hooks on blocks are not called again
+    edit(module, optimizer, (Replace(5, BOTTLENECK),), UPPER)
+    new = runs(module.student)
+    trained(module, optimizer)
+    assert new.count(5) == 2
+    new.clear()
+    with torch.no_grad():
+        module.step(windows())
+    assert sorted(new) == list(range(LAYERS))
+
+
+@compiles
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_survive_edits_and_leave_names_alone(recompute: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    options: dict[str, Any] = {"layers": 3, "gradient_checkpointing": recompute}
+    plain, fast = distilled(**options), distilled(**options, compile="eager")
+    module, stack = fast[0], Stack(fast[0].student)
+    for edits in ((), (Remove(0), Convert(1, MIXER), Replace(2, SLIM)))[recompute:]:
+        for one, optimizer in (plain, fast):
+            edit(one, optimizer, edits)
+        assert equal(trained(*plain), trained(*fast))
+        assert set(module.blocks._compiled) == {*stack.layers, *Stack(module.teacher).layers}
+        assert not any("forward" in vars(part) for part in (*module.modules(), *module.teacher.modules()))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert model_tensors(module.student).keys() == model_tensors(plain[0].student).keys()
+    twin = surgery.rebuild(module.teacher, module.record)
+    twin.load_state_dict(module.student.state_dict())
+    assert torch.equal(twin.eval()(windows()).logits, module.student.eval()(windows()).logits)
+
+
+def graphs(layers: int) -> int:
+    """How many graphs a step of so many layers makes."""
+    torch._dynamo.reset()
+    counters.clear()
+    trained(*distilled(layers=layers, compile="eager"))
+    return int(counters["stats"]["unique_graphs"])
+
+
+@compiles
+def test_blocks_made_alike_are_compiled_once() -> None:
+    assert 0 < graphs(2) == graphs(9)
+
+
+def test_bad_options_are_refused() -> None:
+    assert RunOptions(compile="aot_eager", gradient_checkpointing=True).compile == "aot_eager"
+    for key, value in (("compile", ""), ("compile", 3), ("gradient_checkpointing", "sometimes")):
+        with pytest.raises(ValueError, match=rf"run\.{key}={value!r}"):
+            RunOptions(**{key: value})  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""Packed documents kept apart: what a model makes of each is what it makes of it alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd import surgery
+from iskd.arch import Stack
+from iskd.corpus import TextFiles
+from iskd.data import TextData
+from iskd.documents import positions_in, within
+from iskd.losses.ce import CrossEntropy
+from iskd.losses.kl import KL
+from iskd.module import DistillModule
+from iskd.optim import OptimSpec
+from iskd.passes import next_tokens
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
+from iskd.signals import IGNORE
+from iskd.teacher_cache import model_sha256
+from iskd.tokenizer import byte_tokenizer
+from tests.factories import FAMILIES, block_specs, louder, mixer_specs, tiny, windows
+from tests.runs import MIXER, SLIM, write_text
+
+SEPARATOR, LENGTHS = 2, (7, 1, 12, 4)
+TERMS = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.5)}
+EDITS: dict[str, Edit] = {
+    **{f"block {name}": Replace(1, spec) for name, spec in block_specs().items()},
+    **{f"mixer {name}": Convert(1, spec) for name, spec in mixer_specs().items()},
+}
+
+
+def documents() -> list[Tensor]:
+    """Documents [1, n], each but the last with the separator at its end."""
+    found = [windows(1, length, seed=length) for length in LENGTHS]
+    for document in found[:-1]:
+        document[:, -1] = SEPARATOR
+    return found
+
+
+PACKED = torch.cat(documents(), dim=1)
+
+
+@torch.no_grad()
+def differences(model: PreTrainedModel) -> list[float]:
+    """By how much the last hidden states of every document in the packed window differ from those of it alone."""
+    stack = Stack(model)
+    parts = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
+    return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(parts, documents(), strict=True)]
+
+
+def test_positions_restart_behind_each_separator() -> None:
+    ids = torch.tensor([[5, 2, 2, 6, 7, 2], [2, 5, 6, 7, 8, 9]])
+    assert positions_in(ids, 2).tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
+    labels = within(next_tokens(ids), ids, 2)
+    assert labels.tolist() == [[2, IGNORE, IGNORE, 7, 2, IGNORE], [IGNORE, 6, 7, 8, 9, IGNORE]]
+    assert within(labels, ids, None) is labels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_keeps_documents_apart_or_says_that_it_cannot(family: str) -> None:
+    model = louder(tiny(family))
+    assert max(differences(model)[1:]) > 1e-2
+    if family == "opt":  # its masks are made without positions
+        with pytest.raises(ValueError, match=r"data\.boundaries=true: opt with attn_implementation='sdpa' attends"):
+            Stack(model).keep_apart(SEPARATOR)
+        assert Stack(model).separator is None
+        return
+    Stack(model).keep_apart(SEPARATOR)
+    assert max(differences(model)) < 1e-4
+    model.config._attn_implementation = "eager"
+    assert max(differences(model)) < 1e-4
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_so_does_every_student(family: str, name: str) -> None:
+    model = louder(tiny(family))
+    try:
+        surgery.apply(model, Record(4), (EDITS[name],))
+    except ValueError:
+        pytest.skip("not for this family")
+    Stack(model).keep_apart(SEPARATOR)
+    assert max(differences(model)) < 1e-4
+
+
+def module_of(separator: int | None) -> DistillModule:
+    teacher = louder(tiny("llama"))
+    student, edits = copy.deepcopy(teacher), (Replace(0, SLIM), Convert(1, MIXER), Remove(3))
+    record = surgery.apply(student, Record(4), edits)
+    module = DistillModule(student, teacher, TERMS, OptimSpec(), record, separator=separator)
+    module.stage = Stage("heal", edits)
+    return module
+
+
+def weighted(module: DistillModule, values: Any) -> float:
+    """Mean of a value of each document alone, weighted by the tokens that it predicts."""
+    found = [(values(module, document), length - 1) for document, length in zip(documents(), LENGTHS, strict=True)
+             if length > 1]  # fmt: skip
+    return sum(value * count for value, count in found) / sum(count for _, count in found)
+
+
+def test_the_loss_of_a_packed_window_is_that_of_its_documents() -> None:
+    def loss(module: DistillModule, ids: Tensor) -> float:
+        return float(module.step(ids).loss.detach())
+
+    def nll(module: DistillModule, ids: Tensor) -> float:
+        module._validated.clear()  # kept by position, of batches that stay the same
+        return module.measure([{"input_ids": ids}])["nll"]
+
+    for value in (loss, nll):
+        packed, alone = value(module_of(SEPARATOR), PACKED), weighted(module_of(None), value)
+        assert packed == pytest.approx(alone, rel=1e-5)
+        assert value(module_of(None), PACKED) != pytest.approx(alone, rel=1e-3)
+
+
+def test_what_the_models_are_told_goes_to_copies_and_ends_with_the_fit() -> None:
+    module = module_of(SEPARATOR)
+    rolled_back = surgery.rebuild(module.teacher, module.record)
+    assert Stack(rolled_back).separator == SEPARATOR
+    apart = model_sha256(module.teacher)  # what a teacher cache is bound to
+    module.teardown("fit")
+    for model in (module.student, module.teacher):
+        assert Stack(model).separator is None
+        assert not any("iskd" in key for key in model.config.to_dict())
+    assert model_sha256(module.teacher) != apart
+    assert model_sha256(module.teacher) == model_sha256(module_of(None).teacher)
+
+
+def test_the_data_names_the_token_between_documents(tmp_path: Path) -> None:
+    text, tokenizer = TextFiles(str(write_text(tmp_path))), byte_tokenizer()
+
+    def data(**options: Any) -> TextData:
+        return TextData(text, tokenizer, cache_dir=tmp_path / "cache", **options)
+
+    assert data().separator is None
+    assert data(boundaries=True).separator == tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.bos_token = None
+    with pytest.raises(ValueError, match=r"data\.boundaries=true needs a token between documents"):
+        _ = data(boundaries=True).separator
