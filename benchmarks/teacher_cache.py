@@ -1,5 +1,7 @@
 """The step with a live teacher and with its cached last hidden states or likeliest tokens: times, bytes, losses.
 
+    python -m benchmarks.teacher_cache
+
 A random model of SmolLM2-135M's sizes is the teacher; the student lacks some layers and trains whole, under AdamW.
 The cache holds the windows of the measured steps. Every repeat makes one step of each way on the same windows, reading
 from the memory map included; a ratio is the median over the repeats of the ratio within one. A random model's next
@@ -9,102 +11,100 @@ tokens are nearly equally likely, so the likeliest show little of its KL here: t
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
-from iskd.allocator import tune
+import numpy as np
+import torch
 
-tuned = tune()
+from benchmarks.common import (
+    Taken,
+    backward,
+    distilled,
+    in_turns,
+    low,
+    setting,
+    size_options,
+    sizes,
+    spread,
+    timed,
+    update,
+)
+from iskd.module import DistillModule
+from iskd.optim import make_optimizer, regroup
+from iskd.shards import Tokens
+from iskd.teacher_cache import TeacherCache
+from iskd.teacher_rows import KINDS, CacheSpec
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from shared_prefix import random_teacher  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from iskd import surgery  # noqa: E402
-from iskd.losses.kl import KL  # noqa: E402
-from iskd.module import DistillModule, clock  # noqa: E402
-from iskd.optim import OptimSpec, make_optimizer, regroup  # noqa: E402
-from iskd.plan import Record, Remove  # noqa: E402
-from iskd.teacher_cache import TeacherCache  # noqa: E402
-from iskd.teacher_rows import KINDS, CacheSpec  # noqa: E402
-
-Times = list[tuple[float, float, float]]
+Rounds = dict[str, list[tuple[Taken, float]]]
 
 
-def step(
-    module: DistillModule, optimizer: torch.optim.Optimizer, ids: Tensor, index: Tensor, mixed: bool
-) -> tuple[float, float, float]:
-    """Wall and CPU seconds of one step, and its loss."""
-    wall, cpu = clock(ids.device), time.process_time()
-    given = (
-        () if module.cache is None else ({k: v.to(ids.device) for k, v in module.cache.read(index.tolist()).items()},)
-    )
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
-        loss = module.step(ids, *given).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return clock(ids.device) - wall, time.process_time() - cpu, float(loss.detach())
+def built(
+    module: DistillModule, windows: Tokens, folder: Path, options: argparse.Namespace
+) -> dict[str, tuple[TeacherCache | None, float]]:
+    """Every kind of cache and the seconds that it took; the live teacher first."""
+    found: dict[str, tuple[TeacherCache | None, float]] = {"live": (None, 0.0)}
+    for kind in KINDS:
+        spec = CacheSpec(kind, top_k=options.top_k)
+        with low(module.device, options.bf16):
+            taken, cache = timed(
+                module.device,
+                lambda spec=spec: TeacherCache.build(module.teacher, windows, folder, spec, batch_size=options.batch),
+            )
+        found[kind] = (cache, taken.wall)
+    return found
+
+
+def measured(
+    module: DistillModule, windows: Tokens, caches: dict[str, TeacherCache | None], options: argparse.Namespace
+) -> Rounds:
+    """Seconds and loss of a step of every way, by repeat."""
+    optimizer = make_optimizer(module.optim)
+    # rates stay 0: every way sees the same weights
+    regroup(optimizer, module.student, module.record, module.stage)
+
+    def step(repeat: int, cache: TeacherCache | None) -> tuple[Taken, float]:
+        module.cache = cache
+        rows = list(range(repeat * options.batch, (repeat + 1) * options.batch))
+        ids = torch.from_numpy(windows[rows]).to(module.device)
+
+        def work() -> torch.Tensor:
+            read = {} if cache is None else {k: v.to(ids.device) for k, v in cache.read(rows).items()}
+            loss = backward(module, ids, options.bf16, *([read] if read else []))
+            update(optimizer)
+            return loss
+
+        taken, loss = timed(module.device, work)
+        return taken, float(loss)
+
+    ways = {name: lambda repeat, cache=cache: step(repeat, cache) for name, cache in caches.items()}
+    return in_turns(ways, options.repeats)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--removed", type=int, default=4)
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser = size_options(__doc__)
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4, help="windows")
-    parser.add_argument("--tokens", type=int, default=512, help="per window")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    teacher = random_teacher(options.layers, options.width, options.vocabulary, options.tokens).to(device)
-    student, first = copy.deepcopy(teacher), (options.layers - options.removed) // 2
-    record = surgery.apply(student, Record(options.layers), [Remove(first + i) for i in range(options.removed)])
-    module = DistillModule(student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), record).to(device)
-    module.place_teacher()
-    optimizer = make_optimizer(module.optim)
-    regroup(optimizer, student, record, module.stage)  # rates stay 0: every way sees the same weights
+    module = distilled(options, (options.layers - options.removed) // 2, device)
     shape = (options.batch * (options.repeats + 1), options.tokens)
-    texts = np.random.default_rng(0).integers(0, options.vocabulary, shape)
+    windows = np.random.default_rng(0).integers(0, options.vocabulary, shape)
     with tempfile.TemporaryDirectory() as folder:
-        caches: dict[str, TeacherCache | None] = {"live": None}
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            for kind in KINDS:
-                start, spec = time.perf_counter(), CacheSpec(kind, top_k=options.top_k)
-                caches[kind] = TeacherCache.build(teacher, texts, Path(folder), spec, batch_size=options.batch)
-                print(f"{kind}: built in {time.perf_counter() - start:.1f} s for {texts.size} tokens")
-        taken: dict[str, Times] = {name: [] for name in caches}
-        for repeat in range(options.repeats + 1):
-            index = torch.arange(options.batch) + repeat * options.batch
-            ids = torch.from_numpy(texts[index.numpy()]).to(device)
-            for name, module.cache in caches.items():
-                found = step(module, optimizer, ids, index, options.bf16)
-                if repeat:  # the first warms up
-                    taken[name].append(found)
-    print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} thread(s), "
-        f"{'bf16 autocast' if options.bf16 else 'float32'}, {'tuned' if tuned else 'stock'} allocator, "
-        f"{options.layers} layers of width {options.width}, {options.removed} removed, "
-        f"vocabulary {options.vocabulary}, top {options.top_k}, {options.batch} x {options.tokens} tokens, "
-        f"median of {options.repeats}"
-    )
-    print("\n| teacher | seconds per step | times faster (wall) | (CPU time) | bytes per token | KL |")
+        caches = built(module, windows, Path(folder), options)
+        found = measured(module, windows, {name: cache for name, (cache, _) in caches.items()}, options)
+    live = found["live"]
+    step_seconds = statistics.median(taken.wall for taken, _ in live)
+    print(f"{setting(device)}\n\n{sizes(options, device)}, top {options.top_k}\n")
+    print("| teacher | faster by (wall) | (CPU time) | bytes per token | building it / live steps on its text | KL |")
     print("|---|---|---|---|---|---|")
-    for name, cache in caches.items():
-        wall = statistics.median(row[0] for row in taken[name])
-        pairs = list(zip(taken["live"], taken[name], strict=True))
-        by_wall, by_cpu = (statistics.median(live[i] / row[i] for live, row in pairs) for i in (0, 1))
+    for name, (cache, seconds) in caches.items():
+        wall = spread([taken.wall for taken, _ in live], [taken.wall for taken, _ in found[name]])
+        cpu = spread([taken.cpu for taken, _ in live], [taken.cpu for taken, _ in found[name]])
         size = "-" if cache is None else str(cache.nbytes_per_token)
-        kl = statistics.fmean(row[2] for row in taken[name])
-        print(f"| {name} | {wall:.3f} | {by_wall:.2f} | {by_cpu:.2f} | {size} | {kl:.5f} |")
+        price = "-" if cache is None else f"{seconds / (step_seconds * len(windows) / options.batch):.2f}"
+        kl = statistics.fmean(loss for _, loss in found[name])
+        print(f"| {name} | {wall} | {cpu} | {size} | {price} | {kl:.5f} |")
 
 
 if __name__ == "__main__":

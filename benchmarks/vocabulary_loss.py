@@ -1,39 +1,38 @@
 """The vocabulary loss: chunks with gradients formed on the way, against whole logits and autograd.
 
-One student and one teacher head of the given size, CE + KL by default. Time: the ways one after the other within each
-repeat, wall seconds of forward and backward, medians of the ratios within a repeat. Memory: every way alone in a fresh
-process, the rise of its peak resident memory (CPU) or of the peak allocation (CUDA) over what it held before. Liger's
-fused linear JSD at beta 0 (forward KL alone) is added where `liger-kernel` is installed and the loss is `kl`.
-
     python -m benchmarks.vocabulary_loss --tokens 2048 --vocabulary 49152 --width 576
+
+One student and one teacher head of the given size, CE + KL by default. Time: wall seconds of forward and backward, the
+ways in turns, medians of the ratios within a repeat. Memory: every way alone in a fresh process, the rise of its memory
+(`iskd.machine.PeakMemory`) over what the inputs took; the gradients that every way has to return are part of it, and
+left out of the last column. Liger's fused linear JSD at beta 0 (forward KL alone) is added where `liger-kernel` is
+installed and the loss is `kl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
-from iskd.allocator import tune
+import torch
+from torch import Tensor, nn
 
-tune()
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from iskd.build import fast_bf16  # noqa: E402
-from iskd.losses.base import Terms  # noqa: E402
-from iskd.losses.ce import CrossEntropy  # noqa: E402
-from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss  # noqa: E402
-from iskd.losses.kl import KL  # noqa: E402
+from benchmarks.common import Taken, fast_bf16, in_turns, low, setting, spread, timed
+from iskd.losses.base import Terms
+from iskd.losses.ce import CrossEntropy
+from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss
+from iskd.losses.kl import KL
+from iskd.machine import PeakMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Way = Callable[[], Tensor]
+COMPILED = DEVICE.type == "cuda"
+LIGER = "Liger, compiled" if COMPILED else "Liger, not compiled"
 LOSSES: dict[str, Terms] = {
     "ce+kl": {"ce": (CrossEntropy(), 1.0), "kl": (KL(), 1.0)},
     "kl": {"kl": (KL(), 1.0)},
@@ -48,10 +47,14 @@ class Inputs:
     def __init__(self, tokens: int, vocabulary: int, width: int) -> None:
         torch.manual_seed(0)
         self.hidden = torch.randn(1, tokens, width, device=DEVICE, requires_grad=True)
-        self.weight = torch.nn.Parameter(torch.randn(vocabulary, width, device=DEVICE) * width**-0.5)
+        self.weight = nn.Parameter(torch.randn(vocabulary, width, device=DEVICE) * width**-0.5)
         self.teacher_hidden = torch.randn(1, tokens, width, device=DEVICE)
         self.teacher_weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
         self.labels = torch.randint(vocabulary, (1, tokens), device=DEVICE)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.hidden.nbytes + self.weight.nbytes
 
     def ours(self, terms: Terms, chunk: int) -> Tensor:
         return chunked_vocabulary_loss(
@@ -67,43 +70,46 @@ class Inputs:
     def liger(self) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=COMPILED)
         return loss(self.hidden[0], self.weight, self.teacher_hidden[0], self.teacher_weight, self.labels[0])
 
 
-def ways(given: Inputs, terms: Terms, chunks: list[int], *, liger: bool) -> dict[str, Way]:
-    found: dict[str, Way] = {"naive": lambda: given.naive(terms)}
-    for chunk in chunks:
-        found[f"chunks of {chunk}"] = lambda chunk=chunk: given.ours(terms, chunk)
-    if liger:
-        found["Liger, not compiled"] = given.liger
+def ways(given: Inputs, loss: str, chunks: list[int]) -> dict[str, Callable[[], Tensor]]:
+    terms = LOSSES[loss]
+    found: dict[str, Callable[[], Tensor]] = {"naive": partial(given.naive, terms)}
+    found |= {f"chunks of {chunk}": partial(given.ours, terms, chunk) for chunk in chunks}
+    if loss == "kl" and importlib.util.find_spec("liger_kernel") is not None:
+        found[LIGER] = given.liger
     return found
 
 
-def once(given: Inputs, way: Way, *, low: bool) -> tuple[float, float]:
-    """Wall seconds of forward and backward, and the loss."""
+def once(given: Inputs, way: Callable[[], Tensor], *, mixed: bool) -> tuple[Taken, float]:
+    """Seconds of forward and backward, and the loss."""
     given.hidden.grad = given.weight.grad = None
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
-        loss = way()
-    loss.backward()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, loss.item()
+
+    def work() -> Tensor:
+        with low(DEVICE, mixed):
+            loss = way()
+        loss.backward()
+        return loss.detach()
+
+    taken, loss = timed(DEVICE, work)
+    return taken, float(loss)
 
 
-def peak_mib() -> float:
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def memory_rise(given: Inputs, options: argparse.Namespace, *, mixed: bool) -> int:
+    """Bytes that the one way takes on top of the inputs."""
+    small = Inputs(8, 64, options.width)  # what libraries set up at their first use is not the way's
+    once(small, ways(small, options.loss, options.chunks)[options.only], mixed=mixed)
+    with PeakMemory(DEVICE, interval=0.002) as memory:
+        once(given, ways(given, options.loss, options.chunks)[options.only], mixed=mixed)
+    return memory.rise
 
 
-def memory(arguments: argparse.Namespace, name: str) -> float:
-    """Rise of the peak in MiB, in a process of its own."""
+def in_a_process(name: str) -> int:
+    """The memory of a way, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.vocabulary_loss", *sys.argv[1:], "--only", name]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return int(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
 def main() -> None:
@@ -115,46 +121,35 @@ def main() -> None:
     parser.add_argument("--loss", choices=LOSSES, default="ce+kl")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--only", help="measure one way's memory and print it")
-    arguments = parser.parse_args()
-    auto = DEVICE.type == "cuda" or fast_bf16()
-    low = auto if arguments.precision == "auto" else arguments.precision == "bf16"
-    given = Inputs(arguments.tokens, arguments.vocabulary, arguments.width)
-    try:
-        import liger_kernel  # noqa: F401
-
-        liger = arguments.loss == "kl"
-    except ImportError:
-        liger = False
-    found = ways(given, LOSSES[arguments.loss], arguments.chunks, liger=liger)
-    if arguments.only:
-        given.hidden.grad, given.weight.grad = torch.zeros_like(given.hidden), torch.zeros_like(given.weight)
-        before = peak_mib()
-        once(given, found[arguments.only], low=low)
-        print(json.dumps(peak_mib() - before))
+    parser.add_argument("--only", help="measure one way's memory and print it, in bytes")
+    options = parser.parse_args()
+    mixed = fast_bf16(DEVICE) if options.precision == "auto" else options.precision == "bf16"
+    given = Inputs(options.tokens, options.vocabulary, options.width)
+    if options.only:
+        print(json.dumps(memory_rise(given, options, mixed=mixed)))
         return
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    values = {}
-    for repeat in range(arguments.repeats + 1):  # the first one warms up
-        for name, way in found.items():
-            taken, values[name] = once(given, way, low=low)
-            if repeat:
-                seconds[name].append(taken)
+    found = ways(given, options.loss, options.chunks)
+    memory = {name: in_a_process(name) for name in found}
+    rounds = in_turns({name: lambda _, way=way: once(given, way, mixed=mixed) for name, way in found.items()},
+                      options.repeats)  # fmt: skip
+    returned = given.gradient_bytes
     print(
-        f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, width {arguments.width}, {arguments.loss}, "
-        f"{'bf16 autocast' if low else 'float32'}, {DEVICE.type}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, {arguments.repeats} repeats\n"
+        f"{setting(DEVICE)}\n\n{options.loss}, {options.tokens} tokens x vocabulary {options.vocabulary}, width "
+        f"{options.width}, {'bf16 autocast' if mixed else 'float32'}, median of {options.repeats} (least-greatest), "
+        f"gradients that every way returns: {returned / 2**20:.0f} MiB\n"
     )
     absolute = " ms |" if DEVICE.type == "cuda" else ""
-    print(f"| way |{absolute} times faster than naive | peak memory MiB | naive's memory / this | loss |")
-    print("|---|---|---|---|---|" + ("---|" if absolute else ""))
-    base = memory(arguments, "naive")
-    for name, taken in seconds.items():
-        ratios = [naive / own for naive, own in zip(seconds["naive"], taken, strict=True)]
-        mib = base if name == "naive" else memory(arguments, name)
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        shown = f" {1e3 * statistics.median(taken):.2f} |" if absolute else ""
-        print(f"| {name} |{shown} {spread} | {mib:.0f} | {base / max(mib, 1e-9):.1f} | {values[name]:.5f} |")
+    print(f"| way |{absolute} faster than naive by | peak MiB | naive's / this | without the gradients | loss |")
+    print("|---|---|---|---|---|---|" + ("---|" if absolute else ""))
+    base = [taken.wall for taken, _ in rounds["naive"]]
+    for name, taken in rounds.items():
+        own, rise = [one.wall for one, _ in taken], memory[name]
+        shown = f" {1e3 * statistics.median(own):.2f} |" if absolute else ""
+        beyond = (memory["naive"] - returned) / max(rise - returned, 1)
+        print(
+            f"| {name} |{shown} {spread(base, own)} | {rise / 2**20:.0f} | {memory['naive'] / max(rise, 1):.1f} "
+            f"| {beyond:.1f} | {taken[-1][1]:.5f} |"
+        )
 
 
 if __name__ == "__main__":
