@@ -15,8 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from iskd.arch import Stack
+from iskd.busy import Busy
 from iskd.corpus import Source, TextFiles
 from iskd.data import TextData
+from iskd.evaluate import EvalSpec, check
+from iskd.finish import selected
+from iskd.importance.angular import Angular, angular_windows
 from iskd.importance.base import rows_of
 from iskd.losses.base import Terms
 from iskd.options import RunOptions
@@ -37,6 +41,7 @@ _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
     *("run.mfu", "run.efficiency_seconds", "run.max_shard_bytes", "run.share_prefix"),
+    *("run.gradient_checkpointing", "run.compile"),
     "schedule.restart_at_edit",
 )
 
@@ -67,12 +72,16 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     """
     resuming = config.resume is not None
     _claim(run_dir, resuming)
-    teacher = teacher or load_teacher(part(config.model))
+    if teacher is None:
+        with Busy("loading the teacher"):
+            teacher = load_teacher(part(config.model))
     stack = Stack(teacher.model)
     data = _data(config, teacher.tokenizer, stack, source)
     runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
     schedule = part(config.schedule, **runtime)
     losses = terms(plain(config.loss))
+    importance = part(config.importance)
+    asked = _evaluation(config, teacher, importance)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
     if not resuming and global_rank() == 0:
@@ -83,7 +92,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         schedule=schedule,
         terms=losses,
         run_dir=run_dir,
-        importance=part(config.importance),
+        importance=importance,
         optim=part(config.optim),
         options=RunOptions(**plain(config.run), plan_only=config.plan_only),
         trainer=settings,
@@ -92,9 +101,21 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         seed=config.seed,
         resume=resuming,
         export=config.export,
-        evaluation=part(config.eval) if config.get("eval") else None,
+        evaluation=asked,
         cache=_teacher_cache(config, losses),
     )
+
+
+def _evaluation(config: DictConfig, teacher: Loaded, importance: object) -> EvalSpec | None:
+    """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
+    if not config.get("eval"):
+        return None
+    spec: EvalSpec = part(config.eval)
+    if spec.efficiency_seconds:
+        raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
+    if global_rank() == 0:
+        check(spec, teacher, exclude=[sha for items in selected(importance).values() for sha in items])
+    return spec
 
 
 def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
@@ -107,22 +128,29 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
     return CacheSpec(kind, **values)
 
 
-def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...]]:
+def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
     """Rows [L, W] of the configured importance on the model as it is, and the numbers of its layers.
 
-    The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
+    Third is what `angular` says of every run of consecutive layers [L - 1, L] (`iskd.importance.angular`), None of
+    other importances. The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
     """
     teacher = load_teacher(part(config.model))
     stack = Stack(teacher.model.eval())
-    windows = _data(config, teacher.tokenizer, stack).calibration(config.run.score_tokens)
+    data = _data(config, teacher.tokenizer, stack)
+    stack.keep_apart(data.separator)
+    windows = data.calibration(config.run.score_tokens)
     wanted = config.trainer.accelerator
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(teacher.model, device)
     mixed = precision(config.trainer.precision, wanted) == "bf16-mixed"
     batches = [batch.to(device) for batch in windows]
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        rows = rows_of(part(config.importance), teacher.model, teacher.model, batches)
-    return rows, tuple(range(len(stack.layers)))
+        importance, depth = part(config.importance), len(stack.layers)
+        rows = rows_of(importance, teacher.model, teacher.model, batches)
+        runs = None
+        if isinstance(importance, Angular) and depth > 1:
+            runs = angular_windows(teacher.model, batches, depth - 1, importance.tokens)
+    return rows, tuple(range(depth)), runs
 
 
 def _edit(config: DictConfig) -> Any:
@@ -202,10 +230,11 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
     if "_target_" not in node:
         return []
     values = plain(node)
-    if values.get("offline") == "auto":
-        values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
-        values["name"] = values["name"] or run_dir.name
-        values["group"] = values["group"] or sweep_of(run_dir)
+    if node["_target_"].endswith(".WandbLogger"):
+        if values.get("offline") == "auto":
+            values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
+        values["name"] = values.get("name") or run_dir.name
+        values["group"] = values.get("group") or sweep_of(run_dir)
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
 
 

@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from iskd import build
-from iskd.evaluate import evaluate
+from iskd import build, efficiency
+from iskd.busy import Busy
+from iskd.card_measured import refresh_card
+from iskd.evaluate import EvalSpec, evaluate
 from iskd.evaluation import Evaluation
-from iskd.finish import EVALUATION
 from iskd.generate import find_teacher
 from iskd.loading import load
+from iskd.measurements import EVALUATION_FILE, write_whole
+from iskd.model_files import weights_sha256
 from iskd.plan import read_json
 from iskd.profile_report import Profile
 from iskd.profiling import profile_parts
 from iskd.progress_line import ProgressLine
+from iskd.report import write_report
 from iskd.teachers import Loaded, load_teacher
 from iskd.tracking import STAGES_FILE
 from iskd.verify import student_folder, tokenizer_of
 
 
-def evaluation(config: DictConfig, folder: Path) -> tuple[Evaluation, list[Path]]:
+@dataclass(frozen=True)
+class Found:
+    """What `iskd evaluate` found, each None where it was not asked for, and the files that say so."""
+
+    evaluation: Evaluation | None
+    efficiency: Mapping[str, Any] | None
+    files: list[Path]
+
+
+def evaluation(config: DictConfig, folder: Path) -> Found:
     """Evaluate `model` beside `reference`, or beside the teacher that a student was made from.
 
     Args:
         config: the composed config; `model.path` may be a run, an export or any model's folder.
-        folder: where the result goes; it also goes into the run that the student belongs to, for its report.
-
-    Returns:
-        The result, and the files it was written to.
+        folder: where the results go. They also go into the run that the student belongs to, whose report and model card
+            are written anew, unless `reference` is another model than the run's teacher.
 
     Raises:
         ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluate.evaluate`.
     """
-    spec, student = build.part(config.eval), _student(config)
+    spec: EvalSpec = build.part(config.eval)
+    student = _student(config)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    teacher = _teacher(config, student)
-    if student is None:
-        model = load_teacher(build.part(config.model))
-    else:
-        tokenizer = tokenizer_of(student) or (None if teacher is None else teacher.tokenizer)
-        if tokenizer is None:
-            raise ValueError(f"{student} has no tokenizer: put that of its teacher beside it, or set reference=TEACHER")
-        model = Loaded(load(student), tokenizer, {})
+    with Busy("loading the models"):
+        model, teacher = _models(config, student)
     accelerator = config.trainer.get("accelerator", "cpu")
     device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
     low = build.precision(config.trainer.get("precision", "auto"), accelerator) == "bf16-mixed"
-    with torch.autocast(device.type, torch.bfloat16, enabled=low):
-        found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run))
-    files = [place / EVALUATION for place in (folder, run) if place is not None]
-    for file in files:
-        file.write_text(found.to_json(), encoding="utf-8")
-    return found, files
+    shown = run if run is not None and _is_its_teacher(run, teacher) else None
+    places, files = [folder, *([shown] if shown else [])], list[Path]()
+    found: Evaluation | None = None
+    cost: dict[str, Any] | None = None
+    if spec.tasks or spec.text or not spec.efficiency_seconds:
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
+        files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
+    if spec.efficiency_seconds:
+        cost = _cost(model, teacher, spec.efficiency_seconds)
+        files += [efficiency.write(place, cost) for place in places]
+    if student is not None and shown is not None:
+        card = refresh_card(student, shown)
+        files += [write_report(shown), *([card] if card else [])]
+    return Found(found, cost, files)
+
+
+def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
+    """What both cost in use, in bf16 on a GPU, as they would be served."""
+    models = {} if teacher is None else {"teacher": teacher.model}
+    low = torch.bfloat16 if model.model.device.type == "cuda" else None
+    with ProgressLine() as line:
+        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=low, progress=line)
 
 
 def _student(config: DictConfig) -> Path | None:
@@ -69,19 +95,31 @@ def _student(config: DictConfig) -> Path | None:
     return student_folder(folder)
 
 
-def _teacher(config: DictConfig, student: Path | None) -> Loaded | None:
-    """What the model is compared with: `reference`, else a student's own teacher, else nothing."""
-    if config.reference is None and student is None:
-        return None
-    return load_teacher(find_teacher(student, config.reference))
+def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | None]:
+    """The model, and what it is compared with: `reference`, else a student's own teacher, else nothing."""
+    alone = config.reference is None and student is None
+    teacher = None if alone else load_teacher(find_teacher(student, config.reference))
+    if student is None:
+        return load_teacher(build.part(config.model)), teacher
+    tokenizer = tokenizer_of(student) or (None if teacher is None else teacher.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{student} has no tokenizer: put that of its teacher beside it, or set reference=TEACHER")
+    return Loaded(load(student), tokenizer, {"kind": "student", "sha256": weights_sha256(student)}), teacher
+
+
+def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
+    """Whether the weights are those of the run's own teacher, as far as the run says whose they are."""
+    file = run / "environment.json"
+    told = read_json(file).get("teacher", {}).get("sha256") if file.is_file() else None
+    return teacher is not None and told in (None, teacher.source.get("sha256"))
 
 
 def _chosen_by(run: Path | None) -> list[str]:
     """Hashes of the items that the run chose layers by."""
     if run is None or not (run / "data.json").is_file():
         return []
-    selected = read_json(run / "data.json").get("selection_sha256", {})
-    return [sha for items in selected.values() for sha in items]
+    chosen = read_json(run / "data.json").get("selection_sha256", {})
+    return [sha for items in chosen.values() for sha in items]
 
 
 def profile(config: DictConfig, folder: Path) -> Profile:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from iskd.allocator import tune
+from iskd.model_names import CONF as _CONF
+from iskd.model_names import named_model
 
 tune()  # before torch is imported below
 
@@ -37,32 +39,24 @@ AUTO = "auto"
 _RESUME = "ISKD_RESUME"
 # a fresh process of our own: sys.argv[0] may be a launcher's, and the package need not be installed
 _ENTRY = (sys.executable, "-m", "iskd")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONF = str(_HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf")
+CONF = str(_CONF)
+_RUN_HOLDS = "a run's folder (hydra.run.dir) holds config.yaml and, from its first stage on, stages.json"
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
     """Command-line overrides; a resumed run gets its own folder as Hydra's run directory (`auto` stays in Hydra's)."""
-    argv = [other for argument in argv for other in named_model(argument)]
+    with _told():
+        argv = [other for argument in argv for other in _named(argument)]
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
     if not folders or folders[-1] in ("", "null", AUTO):
         return list(argv)
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
 
 
-def named_model(argument: str) -> list[str]:
-    """`model=` takes a folder and a hub id too: what they stand for; any other argument as it is.
-
-    A preset of conf/model goes before a folder of that name; ./name is the folder.
-    """
+def _named(argument: str) -> list[str]:
+    """`model=` takes a folder and a hub id too: what they stand for; any other argument as it is."""
     key, _, value = argument.partition("=")
-    if key != "model" or ("/" not in value and (Path(CONF) / "model" / f"{value}.yaml").is_file()):
-        return [argument]
-    quoted = "'" + value.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
-    if Path(value).expanduser().is_dir():
-        return ["model=local", f"model.path={quoted}"]
-    hub_id = _HUB_ID.fullmatch(value)
-    return ["model=hub", f"model.name={quoted}"] if hub_id else [argument]
+    return (named_model(value) if key == "model" else []) or [argument]
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
@@ -174,11 +168,11 @@ def score(config: DictConfig) -> None:
     from iskd.score import layer_scores, score_table, write_scores
 
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["importance"]
-    rows, layers = build.importance_rows(config)
+    rows, layers, runs = build.importance_rows(config)
     scores = layer_scores(rows, layers, config.seed)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(score_table(scores, name))
-    for file in write_scores(folder, scores, rows, name):
+    for file in write_scores(folder, scores, rows, name, runs):
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
@@ -188,13 +182,17 @@ def evaluate(config: DictConfig) -> None:
     from rich.console import Console
 
     from iskd import build_evaluate
+    from iskd.efficiency import efficiency_table
     from iskd.evaluation import evaluation_table
 
-    found, files = build_evaluate.evaluation(config, Path(HydraConfig.get().runtime.output_dir))
+    found = build_evaluate.evaluation(config, Path(HydraConfig.get().runtime.output_dir))
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(evaluation_table(found))
-    for file in files:
-        console.print(str(file), highlight=False, soft_wrap=True)
+    if found.evaluation is not None:
+        console.print(evaluation_table(found.evaluation))
+    if found.efficiency is not None:
+        console.print(efficiency_table(found.efficiency))
+    for file in found.files:
+        console.print(f"written: {file}", highlight=False, soft_wrap=True)
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
@@ -209,7 +207,7 @@ def profile(config: DictConfig) -> None:
     found = build_evaluate.profile(config, folder)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(profile_table(found))
-    console.print(str(write_profile(folder, found)), highlight=False, soft_wrap=True)
+    console.print(f"written: {write_profile(folder, found)}", highlight=False, soft_wrap=True)
 
 
 def report() -> None:
@@ -221,6 +219,8 @@ def report() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
         sys.exit("usage: iskd report RUN_DIR...")
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"no such folder: {', '.join(missing)}; {_RUN_HOLDS}")
     if len(folders) == 1 and is_run(folders[0]):
         print(write_report(folders[0]))
     else:
@@ -246,10 +246,14 @@ def generate() -> None:
 def curve() -> None:
     """`iskd curve OUT.png [NAME=]RUN_DIR...`: quality against depth of several runs in one picture."""
     from iskd.curves import read_curve, write_curves
+    from iskd.run_list import is_run
 
     if len(sys.argv) < 3:
         sys.exit("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
     named = [argument.rpartition("=") for argument in sys.argv[2:]]
+    for folder in (Path(folder) for _, _, folder in named):
+        if not is_run(folder):
+            raise ValueError(f"{folder} is {'no run' if folder.is_dir() else 'no such folder'}; {_RUN_HOLDS}")
     write_curves([read_curve(Path(folder), name or None) for name, _, folder in named], Path(sys.argv[1]))
     print(sys.argv[1])
 
@@ -270,4 +274,15 @@ def main() -> None:
         sys.argv[1:] = arguments(sys.argv[1:])
     if name == "evaluate" and not any(argument.startswith("eval=") for argument in sys.argv):
         sys.argv.append("eval=quick")
-    _COMMANDS[name]()
+    with nullcontext() if name in _HYDRA else _told():  # Hydra shows errors its own way
+        _COMMANDS[name]()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a user can mend is said in a line, without a traceback; the exit code is 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

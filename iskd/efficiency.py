@@ -26,16 +26,19 @@ from transformers import PreTrainedModel
 
 from iskd import machine, sharding, surgery
 from iskd.arch import Stack
+from iskd.faults import is_out_of_memory
+from iskd.measurements import EFFICIENCY_FILE, write_whole
 from iskd.module import clock
 
 CONTEXTS = (128, 1024, 4096, 8192)
-FILE = "efficiency.json"
+_MACHINE = "machine"
+_NO_MEMORY = "not enough memory"
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many passes are done, and of how many."""
 
 
 def measure(
-    model: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     *,
     contexts: Sequence[int] = CONTEXTS,
     decode_tokens: int = 32,
@@ -44,64 +47,44 @@ def measure(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Size, latency and memory of one model, where it lies.
+    """Size, latency and memory of models side by side, where they lie.
 
     Args:
-        model: a whole model, not in shards; mode, weights and random numbers stay as they are.
+        models: whole models, not in shards, on one device, by name: `teacher` and `student` for efficiency.json. Modes,
+            weights and random numbers stay as they are.
         contexts: lengths of the prompt in tokens.
         decode_tokens: tokens decoded after the prompt, over which the time per token is the mean.
         repeats: of which the median is taken; at least one, the others as far as `seconds` go.
         seconds: time for all of it, roughly; longer contexts and further repeats are left out. The shortest context is
             always measured. None = no limit.
-        dtype: measure a copy in this dtype, e.g. bfloat16 as it would be served; None = as it is.
+        dtype: measure copies in this dtype, e.g. bfloat16 as they would be served; None = as they are.
         progress: told how far it is.
 
     Returns:
-        `params`, `bytes` (of the weights, tied ones once), `dtype`, `peak_memory_bytes` (the weights and what the
-        costliest context takes on top), `contexts` and `left_out`. A context has `context`, `prefill_seconds`,
-        `decode_seconds_per_token`, `cache_bytes` after the prompt, `cache_held_bytes` (the memory behind these, more
-        where they are views), `peak_memory_bytes` and `repeats`; `left_out` says why, by length.
+        `machine` (`iskd.machine.describe`), and by name of each model `params`, `bytes` (of the weights, tied ones
+        once), `dtype`, `peak_memory_bytes` (the weights and what the costliest context takes on top), `contexts` and
+        `left_out`. A context has `context`, `prefill_seconds`, `decode_seconds_per_token`, `cache_bytes` after the
+        prompt, `cache_held_bytes` (the memory behind these, more where they are views), `peak_memory_bytes` and
+        `repeats`; `left_out` says why, by length: too long for the model, for the time or for the memory.
 
     Raises:
-        ValueError: a context, `decode_tokens` or `repeats` below 1, or a model in shards.
+        ValueError: a context, `decode_tokens` or `repeats` below 1, a model in shards, models on different devices, or
+            one that is called `machine`.
     """
-    return _side_by_side({"model": _as(model, dtype)}, contexts, decode_tokens, repeats, seconds, progress)["model"]
-
-
-def compare(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    *,
-    contexts: Sequence[int] = CONTEXTS,
-    decode_tokens: int = 32,
-    repeats: int = 5,
-    seconds: float | None = None,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Both models side by side; arguments as in `measure`, `seconds` for the two together.
-
-    Returns:
-        `machine` (`iskd.machine.describe`), `teacher` and `student`, each as from `measure`.
-
-    Raises:
-        ValueError: as in `measure`, or the models lie on different devices.
-    """
-    places = _device(teacher), _device(student)
-    if places[0] != places[1]:
-        raise ValueError(
-            f"the teacher lies on {places[0]} and the student on {places[1]}: put both on one device to compare them"
-        )
-    models = {"teacher": _as(teacher, dtype), "student": _as(student, dtype)}
-    facts = machine.describe(places[0])
-    return {"machine": facts, **_side_by_side(models, contexts, decode_tokens, repeats, seconds, progress)}
+    places = {name: _device(model) for name, model in models.items()}
+    if len(set(places.values())) > 1:
+        where = ", ".join(f"the {name} lies on {place}" for name, place in places.items())
+        raise ValueError(f"{where}: put both on one device to compare them")
+    if _MACHINE in models:
+        raise ValueError(f"no model may be called {_MACHINE!r}, the key of what it was measured on")
+    facts = machine.describe(next(iter(places.values())))
+    copies = {name: _as(model, dtype) for name, model in models.items()}
+    return {_MACHINE: facts, **_side_by_side(copies, contexts, decode_tokens, repeats, seconds, progress)}
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
-    """Put a comparison into `run_dir` as efficiency.json."""
-    path = run_dir / FILE
-    path.write_text(json.dumps(result, indent=1))
-    return path
+    """Put what `measure` returned into `run_dir` as efficiency.json."""
+    return write_whole(run_dir / EFFICIENCY_FILE, json.dumps(result, indent=1))
 
 
 def cache_bytes(cache: Any) -> int:
@@ -172,38 +155,73 @@ def _side_by_side(
             raise ValueError(f"efficiency needs {key} of at least 1, got {least}")
     deadline = time.perf_counter() + (math.inf if seconds is None else seconds)
     found = {name: _facts(model) for name, model in models.items()}
-    one_round, before, lengths = 0.0, 0, sorted(set(contexts))
+    one_round, before, full = 0.0, 0, False
     with _evaluating(models.values()):
-        for index, context in enumerate(lengths):
-            if progress is not None:
-                progress("measuring efficiency", index, len(lengths))
+        for context in sorted(set(contexts)):
             taking = dict(models)
             for name, model in models.items():
-                reason = _too_long(model, context, decode_tokens)
+                reason = _NO_MEMORY if full else _too_long(model, context, decode_tokens)
                 # at least as many times as long as the context is longer; a warm-up and one repeat
                 if not reason and before and time.perf_counter() + 2 * one_round * context / before > deadline:
                     reason = f"no time left of {seconds:g} s"
                 if reason:
                     found[name]["left_out"][str(context)] = reason
                     del taking[name]
-            if taking:
-                rows, one_round = _rounds(taking, context, decode_tokens, repeats, deadline)
-                before = context
-                for name, row in rows.items():
-                    found[name]["contexts"].append(row)
+            if not taking:
+                continue
+            rows = _rows(taking, context, decode_tokens, repeats, deadline, progress)
+            full = rows is None
+            for name in taking:
+                if rows is None:
+                    found[name]["left_out"][str(context)] = _NO_MEMORY
+                else:
+                    found[name]["contexts"].append(rows[0][name])
+            if rows is not None:
+                one_round, before = rows[1], context
     for facts in found.values():
         peaks = [row["peak_memory_bytes"] for row in facts["contexts"]]
         facts["peak_memory_bytes"] = max(peaks, default=facts["bytes"])
     return found
 
 
+def _rows(
+    models: Mapping[str, PreTrainedModel],
+    context: int,
+    decode_tokens: int,
+    repeats: int,
+    deadline: float,
+    progress: Progress | None,
+) -> tuple[dict[str, dict[str, Any]], float] | None:
+    """A row per model, and the seconds of one pass of all of them; None where memory is not enough."""
+    try:
+        return _rounds(models, context, decode_tokens, repeats, deadline, progress)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
 def _rounds(
-    models: Mapping[str, PreTrainedModel], context: int, decode_tokens: int, repeats: int, deadline: float
+    models: Mapping[str, PreTrainedModel],
+    context: int,
+    decode_tokens: int,
+    repeats: int,
+    deadline: float,
+    progress: Progress | None,
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """A row per model, and the seconds of one pass of all of them."""
     at = {name: _AtContext(context, _weight_bytes(model)) for name, model in models.items()}
+    passes, done = len(models) * (1 + repeats), 0
+
+    def tell() -> None:
+        nonlocal done
+        if progress is not None:
+            progress(f"measuring efficiency at {context:,} tokens, passes", done, passes)
+        done += 1
+
     start = time.perf_counter()
     for name, model in models.items():
+        tell()
         with machine.PeakMemory(_device(model)) as memory:
             *_, cache = _use(model, context, decode_tokens)
         at[name].rise, at[name].cache = memory.rise, cache
@@ -213,6 +231,7 @@ def _rounds(
             break
         start = time.perf_counter()
         for name in order if repeat % 2 else reversed(order):
+            tell()
             prefill, decode, _ = _use(models[name], context, decode_tokens)
             at[name].prefill.append(prefill)
             at[name].decode.append(decode)
@@ -295,16 +314,19 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def efficiency_table(result: Mapping[str, Any]) -> Table:
-    """Teacher, student and their ratio, for the terminal; `result` is from `compare`."""
-    facts, models = result["machine"], (result["teacher"], result["student"])
+    """What `measure` found of teacher and student, and their ratio, or of one of them, for the terminal."""
+    facts, names = result[_MACHINE], [name for name in ("teacher", "student") if name in result]
+    models = [result[name] for name in names]
     table = Table(title="efficiency, measured")
-    for head in ("", "teacher", "student", "student / teacher"):
+    for head in ("", *names, *(["student / teacher"] if len(names) > 1 else [])):
         table.add_column(head, justify="right" if head else "left")
 
     def add(name: str, values: Sequence[float | None], scale: float, digits: int) -> None:
         cells = ["-" if value is None else f"{value * scale:,.{digits}f}" for value in values]
-        teacher, student = values
-        table.add_row(name, *cells, f"{student / teacher:.2f}" if teacher and student is not None else "-")
+        if len(values) > 1:
+            teacher, student = values
+            cells.append(f"{student / teacher:.2f}" if teacher and student is not None else "-")
+        table.add_row(name, *cells)
 
     for key, name, scale in (
         ("params", "parameters (M)", 1e-6),
@@ -313,7 +335,7 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
     ):
         add(name, [model[key] for model in models], scale, 1)
     rows = [{row["context"]: row for row in model["contexts"]} for model in models]
-    for context in sorted({*rows[0], *rows[1]}):
+    for context in sorted({length for found in rows for length in found}):
         for key, name, scale in (
             ("prefill_seconds", "prefill of {:,} tokens (ms)", 1e3),
             ("decode_seconds_per_token", "a token after {:,} (ms)", 1e3),
@@ -323,7 +345,7 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
             add(name.format(context), values, scale, 2)
     left = {f"{context}: {why}" for model in models for context, why in model["left_out"].items()}
     where = (
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[1]['dtype']}; {facts['note']}"
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1]['dtype']}; {facts['note']}"
     )
     table.caption = "; ".join([where, *sorted(left)])
     return table

@@ -6,13 +6,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd import harness
+from iskd import harness, surgery
 from iskd.arch import Stack
+from iskd.busy import Busy
 from iskd.evaluation import GENERATION, Evaluation, Scored, compare
 from iskd.harness import Drawn
 from iskd.progress_line import ProgressLine
@@ -22,6 +25,7 @@ from iskd.teachers import Loaded
 from iskd.text_score import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
 
 _PACKAGES = ("lm_eval", "torch", "transformers")
+_NOTHING = "there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE"
 # words, spaces, digits, marks, letters beyond ASCII: tokenizers of equal vocabularies may still cut these differently
 _PROBE = "The caf\u00e9 costs 12.50,\n\n\tdon't  you   think? \u4f60\u597d"
 
@@ -45,6 +49,8 @@ class EvalSpec:
         tokens: at most so many tokens of the text.
         window: tokens per window of the text; shorter where the model's context is.
         resamples: of the bootstrap.
+        efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
+            At the end of a run it is `run.efficiency_seconds` that says so.
 
     Raises:
         ValueError: a value that cannot work.
@@ -60,6 +66,7 @@ class EvalSpec:
     tokens: int = 16384
     window: int = 512
     resamples: int = 1000
+    efficiency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -69,7 +76,7 @@ class EvalSpec:
             for name in self.tasks:
                 check_task(name)
         least = {"limit": 1, "batch_size": 1, "batch_tokens": 1, "tokens": 2, "window": 2, "resamples": 1}
-        for key, lowest in least.items():
+        for key, lowest in (least | {"efficiency_seconds": 0}).items():
             value = getattr(self, key)
             if value is not None and value < lowest:
                 raise ValueError(f"eval.{key}={value} must be at least {lowest}")
@@ -83,6 +90,7 @@ def evaluate(
     *,
     text: str | None = None,
     exclude: Collection[str] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score a model, and its teacher on the same items, where they are and under the caller's autocast.
 
@@ -95,6 +103,7 @@ def evaluate(
         teacher: what to compare with; its tokenizer must be the student's.
         text: scored when the spec names no file, e.g. the test text of the run.
         exclude: `Item.sha256` of items to leave out: those that layers were selected by, from the run's data.json.
+        source: where the model came from, as `Loaded.source`; what identifies it goes into the result.
 
     Raises:
         ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed, or
@@ -109,8 +118,8 @@ def evaluate(
     with ProgressLine() as tell:
         windows = _windows(spec, text, tokenizer, [one for _, one, _ in models])
         if not spec.tasks and windows is None:
-            raise ValueError("there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE")
-        questions = _questions(spec, exclude, tell)
+            raise ValueError(_NOTHING)
+        questions = _questions(spec, exclude)
         scores: list[dict[str, Scored]] = []
         losses: list[TextLoss] = []
         for who, one, own in models:
@@ -118,18 +127,39 @@ def evaluate(
             if windows is not None:
                 step = partial(tell, f"{who}, windows of text")
                 losses.append(text_loss(one, windows, batch_tokens=spec.batch_tokens, step=step))
-    found, retention = compare(
+    found, retention, mean = compare(
         scores[0], scores[1] if teacher is not None else None, resamples=spec.resamples, seed=spec.seed
     )
     scored_text = None
     if windows is not None:
         theirs = losses[1] if teacher is not None else None
         scored_text = text_score(windows, losses[0], theirs, resamples=spec.resamples, seed=spec.seed)
-    return Evaluation(found, retention, scored_text, _settings(spec, questions, len(exclude)))
+    named = {"student": _facts(model, source or {})}
+    if teacher is not None:
+        named["teacher"] = _facts(teacher.model, teacher.source)
+    settings = _settings(spec, questions, len(exclude), model)
+    return Evaluation(found, retention, mean, scored_text, named, settings)
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless two tokenizers have the same tokens under the same ids and cut a text alike."""
+def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = ()) -> None:
+    """Find out at the start of a run what would keep `evaluate` from working at its end.
+
+    Tasks are read and their items drawn, from the hub too, which keeps a copy on this machine; text is read and cut.
+
+    Raises:
+        ValueError: as `evaluate`, but for what only the scores of a model can tell.
+    """
+    windows = _windows(spec, None, teacher.tokenizer, [teacher.model])
+    if not spec.tasks and windows is None:
+        raise ValueError(_NOTHING)
+    _check_rows("teacher", teacher.model, teacher.tokenizer)
+    _questions(spec, exclude)
+
+
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, texts: Sequence[str] = ()
+) -> None:
+    """Raise ValueError unless two tokenizers have the same tokens under the same ids and cut texts alike."""
     if student is teacher:
         return
     mine, theirs = student.get_vocab(), teacher.get_vocab()
@@ -139,15 +169,19 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"{len(mine):,} and {len(theirs):,} tokens; {token!r} has id {mine.get(token)} in the student's, "
             f"{theirs.get(token)} in the teacher's"
         )
-    elif (cut := student(_PROBE).input_ids) != (other := teacher(_PROBE).input_ids):
-        what = (
-            f"the same vocabulary, but they cut a text into {len(cut)} and {len(other)} tokens or begin it differently"
-        )
     else:
-        return
+        cuts = ((text, student(text).input_ids, teacher(text).input_ids) for text in (*texts, _PROBE))
+        different = next((found for found in cuts if found[1] != found[2]), None)
+        if different is None:
+            return
+        text, cut, other = different
+        what = (
+            f"one vocabulary, but {text[:40]!r} is cut into {len(cut)} tokens by the student's and {len(other)} by the "
+            "teacher's, or begins differently"
+        )
     raise ValueError(
-        f"student and teacher have different tokenizers ({what}): retention would compare different tasks; give the "
-        "teacher that the student was made from, or evaluate each model alone"
+        f"student and teacher have different tokenizers ({what}): what they say is not about the same tokens; give the "
+        "teacher that the student was made from, or look at each model alone"
     )
 
 
@@ -171,7 +205,7 @@ def _windows(
     return text_windows(text, tokenizer, tokens=spec.tokens, window=window)
 
 
-def _questions(spec: EvalSpec, exclude: Collection[str], tell: Tell) -> dict[str, Drawn | list[Item]]:
+def _questions(spec: EvalSpec, exclude: Collection[str]) -> dict[str, Drawn | list[Item]]:
     """What to ask, by task in the order of the spec."""
     names = [name for name in spec.tasks if name != COPY]
     questions: dict[str, Drawn | list[Item]] = {}
@@ -182,9 +216,8 @@ def _questions(spec: EvalSpec, exclude: Collection[str], tell: Tell) -> dict[str
             "seed": spec.seed,
             "exclude": exclude,
         }
-        for drawn in harness.draw(names, **options):
-            questions[drawn.name] = drawn
-            tell("tasks read", len(questions), len(names))
+        with Busy("reading the tasks"):
+            questions |= {drawn.name: drawn for drawn in harness.draw(names, **options)}
     if COPY in spec.tasks:
         free = [item for item in copy_items(COPY_POOL) if item.sha256 not in exclude]
         questions[COPY] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
@@ -205,15 +238,34 @@ def _ask_all(
         if isinstance(question, Drawn):
             scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step)
         else:
-            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens)
-            step(len(question), len(question))
+            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step)
             scores[name] = Scored(GENERATION, "led", 0.0, result)
     return scores
 
 
-def _settings(spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int) -> dict[str, Any]:
-    """What was asked for, without the paths of one machine."""
-    asked = {key: value for key, value in asdict(spec).items() if key not in ("data_dir", "text")}
+def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a model; of a name that is a folder only its end, as folders are those of one machine."""
+    facts = {key: source[key] for key in ("name", "kind", "revision", "seed", "sha256") if key in source}
+    if facts.get("kind") not in ("hub", "bundled") and "name" in facts:
+        facts["name"] = PurePath(str(facts["name"])).name
+    sizes = {"layers": len(Stack(model).layers), "params": surgery.parameters(model)}
+    return {**facts, "type": str(model.config.model_type), **sizes, "dtype": _dtype(model.dtype)}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _settings(
+    spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int, model: PreTrainedModel
+) -> dict[str, Any]:
+    """What was asked for and what computed it, without the paths of one machine."""
+    own = ("data_dir", "text", "efficiency_seconds")
+    asked = {key: value for key, value in asdict(spec).items() if key not in own}
+    kind = model.device.type
+    mixed = torch.is_autocast_enabled(kind)
+    asked["device"] = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+    asked["precision"] = f"{_dtype(torch.get_autocast_dtype(kind))} autocast" if mixed else _dtype(model.dtype)
     sources = {name: question.source for name, question in questions.items() if isinstance(question, Drawn)}
     versions = {package: _version(package) for package in _PACKAGES}
     return {**asked, "local": spec.data_dir is not None, "excluded": excluded, "data": sources, "versions": versions}

@@ -4,7 +4,9 @@ Retention is the student's score / the teacher's on the same items, by task and 
 multiple choice and for generation: students without some layers often still choose well when they can no longer write.
 Chance stands beside every score, as a ratio says nothing about tasks on which both models guess.
 
-Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004).
+Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004). Those of means
+over tasks come from the same draws, each task's items drawn on their own: tasks count alike, whatever their metric and
+their number of items, and how much another choice of tasks would change is not in the interval.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from iskd.measurements import Interval
 from iskd.table import ABSENT, number, percent
-from iskd.tasks import Paired, TaskResult, paired
+from iskd.tasks import Paired, TaskResult, paired, resampled_means
 from iskd.text_score import TextScore
 
 CHOICE, GENERATION = "choice", "generation"
 _TAILS = (0.025, 0.975)
-_AT_A_TIME = 1 << 22  # drawn items in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +47,6 @@ class Scored:
     metric: str
     chance: float
     result: TaskResult
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; all nan where there is nothing to divide by."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,8 @@ class TaskScore:
     student_error: float
     teacher: float | None
     teacher_error: float | None
-    difference: Estimate | None
-    retention: Estimate | None
+    difference: Interval | None
+    retention: Interval | None
     metrics: dict[str, dict[str, float]]
 
 
@@ -92,13 +85,17 @@ class Evaluation:
         tasks: in the order asked for.
         retention: mean over the tasks of a kind, by kind; empty without a teacher. Tasks of which the teacher gets
             nothing right are left out.
+        mean_retention: mean over the tasks of all kinds; None without a teacher, or when none is left.
         text: perplexity and bits per byte; None when no text was given.
-        settings: what was asked for, hashes of the data, versions; no paths and no times.
+        models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
+        settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
     """
 
     tasks: tuple[TaskScore, ...]
-    retention: dict[str, Estimate]
+    retention: dict[str, Interval]
+    mean_retention: Interval | None
     text: TextScore | None
+    models: dict[str, dict[str, Any]]
     settings: dict[str, Any]
 
     def to_json(self) -> str:
@@ -108,8 +105,8 @@ class Evaluation:
 
 def compare(
     student: Mapping[str, Scored], teacher: Mapping[str, Scored] | None, *, resamples: int, seed: int
-) -> tuple[tuple[TaskScore, ...], dict[str, Estimate]]:
-    """Scores by task, and mean retention by kind.
+) -> tuple[tuple[TaskScore, ...], dict[str, Interval], Interval | None]:
+    """Scores by task, mean retention by kind, and over all tasks.
 
     Args:
         student: by task.
@@ -130,16 +127,17 @@ def compare(
         difference = paired(mine.result, theirs.result, mine.metric, resamples=resamples, seed=seed)
         ratios[task] = _ratios(mine, theirs, resamples, zlib.crc32(f"{seed}/{task}".encode()))
         scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
-    means: dict[str, Estimate] = {}
+    kept = {task: row for task, row in ratios.items() if row[0].isfinite()}
+    means: dict[str, Interval] = {}
     for kind in (CHOICE, GENERATION):
-        some = [row for task, row in ratios.items() if student[task].kind == kind and row[0].isfinite()]
+        some = [row for task, row in kept.items() if student[task].kind == kind]
         if some:
             means[kind] = _estimate(torch.stack(some).mean(0))
-    return tuple(scores), means
+    return tuple(scores), means, _estimate(torch.stack(list(kept.values())).mean(0)) if kept else None
 
 
 def _score(
-    task: str, mine: Scored, theirs: Scored | None, difference: Paired | None, retention: Estimate | None
+    task: str, mine: Scored, theirs: Scored | None, difference: Paired | None, retention: Interval | None
 ) -> TaskScore:
     metrics = {"student": _means(mine.result)} | ({} if theirs is None else {"teacher": _means(theirs.result)})
     return TaskScore(
@@ -152,7 +150,7 @@ def _score(
         student_error=mine.result.stderr(mine.metric),
         teacher=None if theirs is None else theirs.result.mean(mine.metric),
         teacher_error=None if theirs is None else theirs.result.stderr(mine.metric),
-        difference=None if difference is None else Estimate(difference.difference, difference.low, difference.high),
+        difference=None if difference is None else Interval(difference.difference, difference.low, difference.high),
         retention=retention,
         metrics=metrics,
     )
@@ -165,22 +163,18 @@ def _means(result: TaskResult) -> dict[str, float]:
 def _ratios(mine: Scored, theirs: Scored, resamples: int, seed: int) -> Tensor:
     """Student's mean / teacher's [1 + resamples], float64: on the items, then on every resample of them."""
     both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
-    items, generator = len(both_N2), torch.Generator().manual_seed(seed)
-    means = [both_N2.mean(0, keepdim=True)]
-    for start in range(0, resamples, step := max(1, _AT_A_TIME // items)):
-        drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
-        means.append(both_N2[drawn].mean(1))
-    student, teacher = torch.cat(means).unbind(1)
+    means = torch.cat([both_N2.mean(0, keepdim=True), resampled_means(both_N2, resamples, seed)])
+    student, teacher = means.unbind(1)
     return torch.where(teacher > 0, student / teacher, torch.nan)
 
 
-def _estimate(values: Tensor) -> Estimate:
+def _estimate(values: Tensor) -> Interval:
     """The first of the values, and the interval of the others, as far as they are finite."""
     first, others = float(values[0]), values[1:][values[1:].isfinite()]
     if math.isnan(first) or not len(others):
-        return Estimate(first, math.nan, math.nan)
+        return Interval(first, math.nan, math.nan)
     low, high = others.quantile(torch.tensor(_TAILS, dtype=torch.float64)).tolist()
-    return Estimate(first, low, high)
+    return Interval(first, low, high)
 
 
 def _plain(value: Any) -> Any:
@@ -215,18 +209,21 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_row(*cells)
     if evaluation.retention:
         table.add_section()
-    for kind, mean in evaluation.retention.items():
-        table.add_row(f"mean, {kind}", "", "", "", "", "", "", _interval(mean))
+    means = {f"mean, {kind}": mean for kind, mean in evaluation.retention.items()}
+    if len(means) > 1 and evaluation.mean_retention is not None:
+        means["mean, all"] = evaluation.mean_retention
+    for name, mean in means.items():
+        table.add_row(name, "", "", "", "", "", "", _interval(mean))
     return table
 
 
-def _interval(estimate: Estimate | None) -> str:
+def _interval(estimate: Interval | None) -> str:
     if estimate is None or not math.isfinite(estimate.value):
         return ABSENT
     return f"{percent(estimate.value)} ({percent(estimate.low)} .. {percent(estimate.high)})"
 
 
-def _signed(estimate: Estimate | None) -> str:
+def _signed(estimate: Interval | None) -> str:
     if estimate is None:
         return ABSENT
     value, low, high = (f"{100 * part:+.1f}" for part in (estimate.value, estimate.low, estimate.high))

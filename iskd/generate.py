@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.bundled import BUNDLES
+from iskd.evaluate import check_same_tokenizer
 from iskd.loading import load
+from iskd.model_names import refuse_missing_folder
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.verify import SENTENCE, read_facts, student_folder, tokenizer_of
 
 _RUN_CONFIG, _LONGEST_CONFIG = "config.yaml", 1 << 20
-# Two tokenizers with one vocabulary may still cut text differently.
-_SAMPLE = "The quick brown fox, aged 27,\n\tsaid: \u201cna\u00efve caf\u00e9s don't open at 3.14!\u201d"
+_NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def generate(
     folder = None if isinstance(student, PreTrainedModel) else student_folder(Path(student))
     loaded = teacher if isinstance(teacher, Loaded) else load_teacher(find_teacher(folder, teacher))
     own = tokenizer or (tokenizer_of(folder) if folder else None) or loaded.tokenizer
-    check_tokenizers(loaded.tokenizer, own, prompt)
+    check_same_tokenizer(own, loaded.tokenizer, [prompt])
     ids = torch.tensor([list(own(prompt)["input_ids"])])
     model = student if isinstance(student, PreTrainedModel) else load(student_folder(Path(student)))
     name = "this model" if isinstance(student, PreTrainedModel) else str(student)
@@ -152,6 +153,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
     if teacher is not None:
         if Path(teacher).expanduser().is_dir():
             return TeacherSpec(Path(teacher).name, path=str(teacher))
+        refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
     if folder is not None:
         saved = folder.resolve().parent / _RUN_CONFIG
@@ -164,26 +166,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
             and isinstance(source.get("name"), str)
         ):
             return dataclasses.replace(_named(source["name"]), revision=source.get("revision"))
-    raise ValueError("which teacher? nothing here says where it is: give its folder or its name (--teacher)")
-
-
-def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, prompt: str = "") -> None:
-    """Raises ValueError where teacher and student would not read the same tokens."""
-    if teacher is student:
-        return
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    odd = next((token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token)), None)
-    if odd is not None:
-        raise ValueError(
-            f"teacher and student have different tokenizers: {odd!r:.40} is {theirs.get(odd, 'no token')} in the "
-            f"teacher's and {ours.get(odd, 'no token')} in the student's; give the teacher that the student came from"
-        )
-    for text in (prompt, _SAMPLE):
-        if list(teacher(text)["input_ids"]) != list(student(text)["input_ids"]):
-            raise ValueError(
-                f"teacher and student have different tokenizers: one vocabulary, but {text[:40]!r} is cut differently; "
-                "give the teacher that the student came from"
-            )
+    raise ValueError(f"which teacher? nothing here says where it is; {_NAME_IT}")
 
 
 def _named(name: str) -> TeacherSpec:
@@ -195,13 +178,18 @@ def _named(name: str) -> TeacherSpec:
 def _of_run(file: Path) -> TeacherSpec:
     """The teacher of a run's config. No code comes with it: every known family is in transformers."""
     if file.stat().st_size > _LONGEST_CONFIG:
-        raise ValueError(f"{file} is too long for the config of a run: give the teacher (--teacher)")
+        raise ValueError(f"{file} is too long for the config of a run; of the teacher: {_NAME_IT}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         values = {key: value for key, value in config["model"].items() if key[:1] != "_"}
         spec = TeacherSpec(**values)
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}): give it (--teacher)") from error
+        raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}); {_NAME_IT}") from error
+    if spec.path is not None and not Path(spec.path).expanduser().is_dir():
+        raise ValueError(
+            f"the teacher of this student was {spec.path!r}, as {file} says, and that is no folder here (a model given "
+            f"to iskd.compress was in memory); {_NAME_IT}"
+        )
     return dataclasses.replace(spec, trust_remote_code=False, dtype="float32")
 
 

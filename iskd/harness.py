@@ -30,8 +30,7 @@ from iskd.evaluation import CHOICE, GENERATION, Scored
 from iskd.importance.base import scoring
 from iskd.model_files import file_sha256
 from iskd.task_files import COPY, TASKS, check_task, read_task, subset
-from iskd.tasks import TaskResult
-from iskd.text_score import Step
+from iskd.tasks import Step, TaskResult
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +179,8 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
     """A task, group or tag of the harness; of a group the items are drawn over all its tasks."""
     hub_name = HUB_NAMES.get(name, name)
     if hub_name not in manager.all_tasks:
+        if name in TASKS:
+            raise ValueError(f"lm_eval has no task {name!r}. {_put(name)}")
         close = difflib.get_close_matches(name, [*TASKS, COPY, *manager.all_tasks], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
@@ -205,9 +206,16 @@ def _unreachable(name: str, error: Exception) -> str:
     if name not in TASKS:
         return f"the data of task {name!r} is neither on this machine nor did the hub give it ({first:.300})"
     return (
-        f"the data of task {name!r} ({TASKS[name].hub}) is neither on this machine nor did the hub give it "
-        f"({first:.300}). Offline, put its items into DIR/{name}/eval.jsonl, one JSON object a line with the fields "
-        f"id, {TASKS[name].fields}, and set eval.data_dir=DIR"
+        f"the data of task {name!r} is neither on this machine nor did the hub give it ({first:.300}). "
+        f"Offline: {_put(name)}"
+    )
+
+
+def _put(name: str) -> str:
+    """Where the items of a task of ours go."""
+    return (
+        f"Put its items ({TASKS[name].hub} on the hub) into DIR/{name}/eval.jsonl, one JSON object a line with the "
+        f"fields id, {TASKS[name].fields}, and set eval.data_dir=DIR"
     )
 
 

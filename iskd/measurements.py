@@ -7,7 +7,9 @@ fail because of the eleventh. Keys that are not known here are kept in `Evaluati
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from iskd.plan import MAX_NUMBER
@@ -67,13 +69,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Scores on one task, ratios; `items` is how many questions both models were asked."""
+    """Scores on one task, ratios, by the `metric`; `items` is how many questions both models were asked."""
 
     name: str
     student: float
     teacher: float
     retention: Interval
     items: float
+    chance: float = math.nan
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,14 @@ class Evaluation:
     means: dict[str, Interval]
     mean: Interval
     rest: dict[str, Any]
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Write a file whole or not at all: a reader, or whoever looks after a kill, finds the old one or the new one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+    return file
 
 
 def efficiency_of(value: Any) -> Efficiency:
@@ -148,8 +160,11 @@ def _task(name: str, scores: dict[str, Any]) -> TaskScore:
     retention = scores.get("retention")
     if not isinstance(retention, dict):
         retention = {"value": retention, "low": scores.get("low"), "high": scores.get("high")}
-    student, teacher, items = (_number(scores.get(key)) for key in ("student", "teacher", "items"))
-    return TaskScore(name, student, teacher, _interval(retention), items)
+    student, teacher, items, chance = (_number(scores.get(key)) for key in ("student", "teacher", "items", "chance"))
+    metric = scores.get("metric")
+    return TaskScore(
+        name, student, teacher, _interval(retention), items, chance, metric if isinstance(metric, str) else ""
+    )
 
 
 def _interval(value: Any) -> Interval:

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
+from iskd.card_measured import CARD, measured_section, model_index
 from iskd.plan import Convert, Json, Record, Remove, Replace, Spec, read_json
 from iskd.tracking import METRICS, STAGES_FILE, StageResult, read_stages
 
-CARD = "README.md"
 UNKNOWN = "not known"
 # Teachers whose licence stands in this repository's own README; any other is read off the card beside its weights.
 _LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
@@ -84,15 +84,17 @@ def write_card(
         parameters: of the student.
         versions: of the packages that made it.
         teacher: `iskd.teachers.Loaded.source`; None reads it from the run.
-        run_dir: the run's, for stages.json, data.json, environment.json and config.yaml; each may be missing.
+        run_dir: the run's, for stages.json, data.json, environment.json, config.yaml, evaluation.json and
+            efficiency.json; each may be missing. `iskd.card_measured.refresh_card` renews what the last two say.
     """
     stages = read_stages(run_dir) if run_dir and (run_dir / STAGES_FILE).is_file() else []
     known = teacher or _mapping(_json(run_dir, "environment.json").get("teacher"))
     licence = licence_of(known)
     name = _public(str(known.get("name", "an unnamed teacher")))
+    title = f"{name.rpartition('/')[2]}, compressed by iskd"
     parts = [
-        _header(known, licence, native=native),
-        f"# {name.rpartition('/')[2]}, compressed by iskd",
+        _header(known, licence, model_index(title, run_dir), native=native),
+        f"# {title}",
         _opening(record, name, model_type, parameters),
         "## Teacher",
         *_teacher(known, licence),
@@ -104,6 +106,7 @@ def write_card(
         "`iskd verify DIR` opens it in a clean process and compares what it says with what it said when it was made.",
         "## Numbers",
         *_numbers(stages),
+        measured_section(run_dir),
         "## Data",
         *_data(_json(run_dir, "data.json")),
         "## How it was made",
@@ -165,13 +168,14 @@ def _front_matter(file: Path) -> Json:
         return {}
 
 
-def _header(teacher: Mapping[str, Any], licence: str | None, *, native: bool) -> str:
+def _header(teacher: Mapping[str, Any], licence: str | None, index: Json, *, native: bool) -> str:
     values: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if teacher.get("kind") in ("hub", "bundled"):
         values["base_model"] = str(teacher["name"])
     if licence:
         values["license"] = licence
     values["tags"] = ["iskd", "compression", "distillation", *([] if native else ["custom_code"])]
+    values |= index
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 

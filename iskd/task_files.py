@@ -12,7 +12,13 @@ lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602), zero shot; ever
     winogrande, winograd_wsc   each of `context_options` + the `continuation`: which context makes it likelier
     lambada         `text` up to its last space + the last word, which greedy decoding must give
     blimp           nothing + sentence_good, sentence_bad: the likelier sentence
+    cbt             the `sentences`, then the `question` up to its XXXXX + each of `options` with what follows XXXXX
     copy            made here, no file: random words, shown once; given the first, greedy decoding must repeat the rest
+
+The harness has no cbt, the Children's Book Test (Hill et al. 2016, arXiv 1511.02301), so that it is read from a local
+file alone. A line has the fields of the data set on the hub: `sentences` (20 texts), `question` (the 21st sentence with
+XXXXX in the place of a word), `options` (ten words) and `answer` (one of them). How likely a word and the rest of the
+sentence are, given all that stands before, is how Radford et al. (GPT-2, 2019, section 3.2) score it.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from typing import Any
 
 COPY = "copy"
 COPY_POOL = 1000
+_GAP = "XXXXX"  # where the word stood
 _WORDS = (
     "apple arrow basket bell bird boat bottle bread bridge brush bucket button cake candle carpet chair cheese church "
     "clock cloud coat corn cow crown desk dog door dress drum duck egg engine farm feather fence field fish flag "
@@ -293,6 +300,17 @@ def _blimp(row: Any, id_: str) -> Item:
     return _choice(id_, "", [_text(row, "sentence_good"), _text(row, "sentence_bad")], 0)
 
 
+def _cbt(row: Any, id_: str) -> Item:
+    before, gap, after = _text(row, "question").partition(_GAP)
+    options, answer = _texts(row, "options"), _text(row, "answer")
+    if not gap:
+        raise ValueError(f"field 'question' has no {_GAP}, the place of the word: {row['question']!r:.200}")
+    if answer not in options:
+        raise ValueError(f"field 'answer' must be one of the options, not {answer!r:.200}")
+    context = " ".join([*_texts(row, "sentences"), before]).strip()
+    return _choice(id_, context, [option + after for option in options], options.index(answer))
+
+
 @dataclass(frozen=True)
 class Task:
     """How a task's lines become items: the function, the fields that a line must have, the data set on the hub."""
@@ -317,4 +335,5 @@ TASKS: dict[str, Task] = {
     "winograd_wsc": Task(_two_contexts, _CONTEXTS, "ErnestSDavis/winograd_wsc, wsc273"),
     "lambada": Task(_lambada, "text", "EleutherAI/lambada_openai"),
     "blimp": Task(_blimp, "sentence_good, sentence_bad", "nyu-mll/blimp"),
+    "cbt": Task(_cbt, "sentences, question, options, answer", "cam-cst/cbt, CN or NE"),
 }

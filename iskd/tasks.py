@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 HEAD_CHUNK = 256  # positions whose logits exist at a time
+_AT_A_TIME = 1 << 22  # drawn items in memory
 
 Pairs = Sequence[tuple[str, str]]
+Step = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +102,10 @@ def evaluate(
     items: Sequence[Item],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
 ) -> TaskResult:
     """Scores of a model on items. Raises ValueError as `log_likelihoods` does, and when there is no item."""
-    return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens))
+    return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step))
 
 
 def copy_score(
@@ -127,10 +131,24 @@ def paired(
             f"a paired difference needs the same items in the same order, got {len(a.ids)} and {len(b.ids)}"
         )
     differences = (a.of(metric) - b.of(metric)).double()
-    drawn = torch.randint(len(a.ids), (resamples, len(a.ids)), generator=torch.Generator().manual_seed(seed))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = differences[drawn].mean(1).quantile(tails).tolist()
+    low, high = resampled_means(differences, resamples, seed).quantile(tails).tolist()
     return Paired(differences.mean().item(), low, high)
+
+
+def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
+    """Means over the items of bootstrap resamples [resamples, ...] in float64, for values [N, ...] of N items.
+
+    A few resamples exist at a time: all of them at once would be gigabytes for BLiMP. The draws are one stream of the
+    seed, so that how many exist at a time changes nothing.
+    """
+    items, generator = len(values), torch.Generator().manual_seed(seed)
+    step = max(1, _AT_A_TIME // items)
+    means = []
+    for start in range(0, resamples, step):
+        drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
+        means.append(values.double()[drawn].mean(1))
+    return torch.cat(means)
 
 
 def pairs_of(items: Sequence[Item]) -> list[tuple[str, str]]:
@@ -159,11 +177,18 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
 
 
 def log_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, *, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
 ) -> Likelihoods:
     """Log-likelihood of each continuation given its context; see `by_branch`, of which this is the plain case."""
     stack = Stack(model)
-    (found,) = by_branch(model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens)
+    (found,) = by_branch(
+        model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens, step=step
+    )
     return found
 
 
@@ -174,6 +199,7 @@ def by_branch(
     states: Callable[[Tensor], Iterable[Tensor]],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
 ) -> list[Likelihoods]:
     """Log-likelihoods of each (context, continuation) under variants of a model that share its head.
 
@@ -187,6 +213,7 @@ def by_branch(
         pairs: N texts and their continuations; the context may be empty.
         states: for token ids [B, T], the state after the final norm [B, T, D] under each variant in turn.
         batch_tokens: most tokens in a batch, padding included, but for a single longer text.
+        step: told how many of the pairs are done.
 
     Raises:
         ValueError: no pairs, batch_tokens < 1, ids without an embedding row, a continuation without a token of its own
@@ -199,12 +226,16 @@ def by_branch(
         texts = _encode(tokenizer, pairs, stack)
         log_p: list[Tensor] = []
         led: list[Tensor] = []
+        done = 0
         for batch in _batches(texts, batch_tokens):
             for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
                 if branch == len(log_p):
                     log_p.append(torch.zeros(len(texts), dtype=torch.float64))
                     led.append(torch.zeros(len(texts), dtype=torch.int64))
                 _score(stack, batch, h_BTD, log_p[branch], led[branch])
+            done += len(batch.pairs)
+            if step is not None:
+                step(done, len(texts))
     if bad := [i for sums in log_p for i in sums.isnan().nonzero()]:
         context, continuation = pairs[int(bad[0])]
         raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.arch import Stack
@@ -27,12 +26,9 @@ from iskd.importance.base import scoring
 from iskd.losses.base import autocast_head, finish_logits, project
 from iskd.metrics import Perplexity
 from iskd.readers import find_files, read_file
-from iskd.tasks import HEAD_CHUNK, TaskResult, paired
+from iskd.tasks import HEAD_CHUNK, Step, TaskResult, paired
 
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
-
-Step = Callable[[int, int], None]
-"""Told how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +72,6 @@ class TextLoss:
     perplexity: float
     bits_per_byte: float
     nats_W: Tensor
-
-
-class BitsPerByte(Metric):
-    """Negative log-likelihood in bits, per UTF-8 byte of text; nan before the first byte."""
-
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = False
-    nats: Tensor
-    bytes: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("bytes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, nats: Tensor, bytes_: int) -> None:
-        """Add tokens: their summed negative log-likelihood in nats, and the bytes that they stand for."""
-        self.nats += nats
-        self.bytes += bytes_
-
-    def compute(self) -> Tensor:
-        """Bits per byte."""
-        return self.nats / (math.log(2) * self.bytes)
 
 
 def read_text(path: str | Path, tokens: int) -> str:
@@ -161,7 +133,7 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
         ValueError: the model gives nan.
     """
     stack = Stack(model)
-    perplexity, bits = Perplexity().to(model.device), BitsPerByte().to(model.device)
+    perplexity = Perplexity().to(model.device)
     nats: list[Tensor] = []
     with scoring(model):
         head = autocast_head(stack.head)
@@ -173,11 +145,12 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
                     perplexity.update(logits_tV, None, label_t)
                 nats.append((perplexity.total - before).cpu())
             step(len(nats), len(windows.ids))
-    bits.update(perplexity.total, windows.bytes)
+    bits_per_byte = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+    bits_per_byte.update(perplexity.total.cpu() / (math.log(2) * windows.bytes), windows.bytes)
     nats_W = torch.stack(nats) / (windows.ids.shape[1] - 1)
     if nats_W.isnan().any():
         raise ValueError("the model gives nan on the text: its weights are broken")
-    return TextLoss(perplexity.compute().item(), bits.compute().item(), nats_W)
+    return TextLoss(perplexity.compute().item(), bits_per_byte.compute().item(), nats_W)
 
 
 def text_score(

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,12 +18,17 @@ from iskd.measurements import efficiency_of
 from iskd.plan import Convert, Record, Remove, Spec
 from tests.factories import digest, modes, tiny
 
-QUICK = {"decode_tokens": 2, "repeats": 2}
+QUICK: dict[str, Any] = {"decode_tokens": 2, "repeats": 2}
 LINEAR = Spec("iskd.mixers.linear_attention.LinearAttention", {})
 
 
 def llama(context: int = 64) -> PreTrainedModel:
     return tiny("llama", context=context)  # 4 layers, 3 key-value heads of width 8
+
+
+def alone(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """What is measured of a single model."""
+    return cast("dict[str, Any]", efficiency.measure({"student": model}, **options)["student"])
 
 
 def converted() -> PreTrainedModel:
@@ -32,18 +38,18 @@ def converted() -> PreTrainedModel:
 
 
 def test_the_cache_of_attention_grows_by_the_formula_and_a_state_does_not() -> None:
-    grown = {row["context"]: row for row in efficiency.measure(llama(), contexts=[8, 32], **QUICK)["contexts"]}
+    grown = {row["context"]: row for row in alone(llama(), contexts=[8, 32], **QUICK)["contexts"]}
     assert {context: row["cache_bytes"] for context, row in grown.items()} == {
         context: 2 * 4 * 3 * 8 * context * 4 for context in (8, 32)
     }
-    states = efficiency.measure(converted(), contexts=[8, 32], **QUICK)["contexts"]
+    states = alone(converted(), contexts=[8, 32], **QUICK)["contexts"]
     assert states[0]["cache_bytes"] == states[1]["cache_bytes"] > 0
     assert all(row["cache_held_bytes"] >= row["cache_bytes"] for row in [*grown.values(), *states])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "gemma"])
 def test_every_kind_of_family_is_measured(family: str) -> None:
-    (row,) = efficiency.measure(tiny(family), contexts=[8], **QUICK)["contexts"]
+    (row,) = alone(tiny(family), contexts=[8], **QUICK)["contexts"]
     assert row["prefill_seconds"] > 0
     assert row["decode_seconds_per_token"] > 0
     assert row["repeats"] == 2
@@ -51,16 +57,16 @@ def test_every_kind_of_family_is_measured(family: str) -> None:
 
 
 def test_contexts_beyond_the_model_are_left_out_and_named() -> None:
-    found = efficiency.measure(llama(), contexts=[64, 128, 8], **QUICK)
+    found = alone(llama(), contexts=[64, 128, 8], **QUICK)
     assert [row["context"] for row in found["contexts"]] == [8, 64]
     assert found["left_out"] == {"128": "needs 128 positions, the model has 64"}
     # learned positions have to last for the decoded tokens too
-    assert "64" in efficiency.measure(tiny("gpt2"), contexts=[8, 64], **QUICK)["left_out"]
+    assert "64" in alone(tiny("gpt2"), contexts=[8, 64], **QUICK)["left_out"]
 
 
 def test_time_is_kept_to_and_what_falls_to_it_is_named() -> None:
     start = time.perf_counter()
-    found = efficiency.measure(llama(4096), contexts=[8, 4096], decode_tokens=2, repeats=1000, seconds=0.01)
+    found = alone(llama(4096), contexts=[8, 4096], decode_tokens=2, repeats=1000, seconds=0.01)
     assert time.perf_counter() - start < 20
     assert [row["context"] for row in found["contexts"]] == [8]
     assert "no time left" in found["left_out"]["4096"]
@@ -72,12 +78,15 @@ def test_a_comparison_is_written_shown_and_read_by_the_report(tmp_path: Path) ->
     student.train()
     before = digest(teacher), digest(student), modes(student), torch.get_rng_state()
     steps: list[tuple[int, int]] = []
-    result = efficiency.compare(
-        teacher, student, contexts=[8, 16], progress=lambda _, done, total: steps.append((done, total)), **QUICK
+    result = efficiency.measure(
+        {"teacher": teacher, "student": student},
+        contexts=[8, 16],
+        progress=lambda _, done, total: steps.append((done, total)),
+        **QUICK,
     )
     assert (digest(teacher), digest(student), modes(student)) == before[:3]
     assert torch.equal(torch.get_rng_state(), before[3])
-    assert steps == [(0, 2), (1, 2)]
+    assert steps == [(done, 6) for _ in range(2) for done in range(6)], "each model is warmed up and timed twice"
     assert result["student"]["params"] < result["teacher"]["params"] == surgery.parameters(teacher)
     assert result["teacher"]["bytes"] == 4 * result["teacher"]["params"]
     assert result["teacher"]["peak_memory_bytes"] >= result["teacher"]["bytes"]
@@ -93,7 +102,7 @@ def test_a_comparison_is_written_shown_and_read_by_the_report(tmp_path: Path) ->
 
 def test_a_copy_in_another_dtype_is_measured_and_the_model_stays() -> None:
     model = llama()
-    found = efficiency.measure(model, contexts=[8], dtype=torch.bfloat16, **QUICK)
+    found = alone(model, contexts=[8], dtype=torch.bfloat16, **QUICK)
     assert found["dtype"] == "bfloat16"
     assert found["bytes"] == 2 * found["params"]
     assert next(model.parameters()).dtype == torch.float32
@@ -102,7 +111,34 @@ def test_a_copy_in_another_dtype_is_measured_and_the_model_stays() -> None:
 @pytest.mark.parametrize("bad", [{"contexts": []}, {"contexts": [0]}, {"decode_tokens": 0}, {"repeats": 0}])
 def test_bad_values_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"efficiency needs {next(iter(bad))} of at least 1"):
-        efficiency.measure(llama(), **bad)  # type: ignore[arg-type]
+        alone(llama(), **bad)
+
+
+def test_what_does_not_fit_into_memory_is_left_out_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    use = efficiency._use
+
+    def full(model: PreTrainedModel, context: int, decode_tokens: int) -> Any:
+        if context > 8:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
+        return use(model, context, decode_tokens)
+
+    monkeypatch.setattr(efficiency, "_use", full)
+    found = alone(llama(), contexts=[8, 16, 32], **QUICK)
+    assert [row["context"] for row in found["contexts"]] == [8]
+    assert found["left_out"] == {"16": "not enough memory", "32": "not enough memory"}
+    monkeypatch.setattr(efficiency, "_use", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        alone(llama(), contexts=[8], **QUICK)
+
+
+def test_a_model_alone_is_shown_alone() -> None:
+    console = Console(record=True, width=120)
+    console.print(efficiency.efficiency_table(efficiency.measure({"student": llama()}, contexts=[8], **QUICK)))
+    text = console.export_text()
+    assert "student" in text
+    assert "teacher" not in text
+    with pytest.raises(ValueError, match="no model may be called 'machine'"):
+        efficiency.measure({"machine": llama()}, contexts=[8], **QUICK)
 
 
 def test_a_view_holds_what_it_was_cut_from() -> None:

@@ -18,15 +18,16 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from iskd import harness, progress_line, surgery
+from iskd import harness, progress_line, surgery, tasks
 from iskd.arch import Stack
-from iskd.evaluate import EvalSpec, check_same_tokenizer, evaluate
+from iskd.evaluate import EvalSpec, check, check_same_tokenizer, evaluate
 from iskd.evaluation import CHOICE, GENERATION, Evaluation, Scored, compare, evaluation_table
 from iskd.harness import TASK_FILES, draw
+from iskd.measurements import evaluation_of
 from iskd.plan import Record, Remove
 from iskd.progress_line import ProgressLine
 from iskd.task_files import TASKS, copy_items, read_task
-from iskd.tasks import TaskResult, pairs_of
+from iskd.tasks import TaskResult, pairs_of, resampled_means
 from iskd.tasks import evaluate as ask
 from iskd.teachers import Loaded
 from iskd.text_score import text_loss, text_windows
@@ -60,6 +61,12 @@ def row(name: str, number: int) -> dict[str, Any]:
         "winograd_wsc": {**two, "gold": number % 2},
         "lambada": {"text": f"He said {word}\n\nand then  she said {word}"},
         "blimp": {"sentence_good": f"Cats {word} sleep.", "sentence_bad": f"Cats {word} sleeps."},
+        "cbt": {
+            "sentences": [f"`` {word} ! ''", f"He is n't {word} ."],
+            "question": ("XXXXX said so ." if number % 2 else "Then `` the XXXXX ''"),
+            "options": [f"{part}{digit}" for digit in range(5) for part in ('a"', "b'")],
+            "answer": f"b'{number % 5}",
+        },
     }
     return rows.get(name, {"query": f"Question: {word}?", "choices": several, "gold": number % 3})
 
@@ -183,10 +190,14 @@ def test_a_group_is_drawn_over_all_its_tasks(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match=r"unknown task 'blim': did you mean 'blimp'\?"):
         next(draw(["blim"], data_dir=None, limit=1, seed=0))
     message = (
-        r"'piqa' \(ybisk/piqa\) is neither .* DIR/piqa/eval\.jsonl, .* id, goal, sol1, sol2, label, and set eval\.data"
+        r"'piqa' is neither .* \(ybisk/piqa on the hub\) into DIR/piqa/eval\.jsonl, .* id, goal, .* label, and set"
     )
     with pytest.raises(ValueError, match=message):
         next(draw(["piqa"], data_dir=None, limit=1, seed=0))
+    with pytest.raises(
+        ValueError, match=r"lm_eval has no task 'cbt'\. Put its items \(cam-cst/cbt.* into DIR/cbt/eval"
+    ):
+        next(draw(["cbt"], data_dir=None, limit=1, seed=0))
 
 
 def test_models_and_tokenizers_are_left_as_they_were(tmp_path: Path) -> None:
@@ -237,7 +248,7 @@ def test_retention_is_the_ratio_of_means_with_a_paired_interval() -> None:
     student = teacher * (drawn[1] < 0.9)
     mine = {"a": scored(student.tolist()), "b": scored([1.0, 0.0, 1.0, 1.0]), "c": scored([0.0, 1.0], GENERATION, 0)}
     theirs = {"a": scored(teacher.tolist()), "b": scored([1.0, 1.0, 1.0, 1.0]), "c": scored([0.0, 0.0], GENERATION, 0)}
-    (a, b, c), means = compare(mine, theirs, resamples=400, seed=3)
+    (a, b, c), means, mean = compare(mine, theirs, resamples=400, seed=3)
     assert a.retention is not None
     assert a.difference is not None
     assert b.retention is not None
@@ -254,11 +265,44 @@ def test_retention_is_the_ratio_of_means_with_a_paired_interval() -> None:
     assert set(means) == {CHOICE}
     assert means[CHOICE].value == pytest.approx((share + 0.75) / 2)
     assert means[CHOICE].low < means[CHOICE].value < means[CHOICE].high
+    assert mean == means[CHOICE], "a task of which nothing can be retained counts nowhere"
     assert (a.chance, a.items, c.student, c.teacher) == (0.5, 300, 0.5, 0)
     assert compare(mine, theirs, resamples=400, seed=3)[1] == means
     assert compare(mine, theirs, resamples=400, seed=4)[1] != means
     with pytest.raises(ValueError, match="the same items in the same order"):
         compare({"a": mine["b"]}, {"a": mine["c"]}, resamples=4, seed=0)
+
+
+def test_the_mean_over_tasks_of_several_kinds_has_the_interval_of_independent_tasks() -> None:
+    """The widths of two tasks of like spread add in squares, and tasks count alike whatever their number of items."""
+    drawn = torch.rand(2, 2, 400, generator=torch.Generator().manual_seed(0))
+    teacher, kept = (drawn[0] < 0.8).float(), (drawn[1] < 0.9).float()
+    names = {"a": CHOICE, "b": GENERATION}
+    mine = {name: scored((teacher * kept)[i].tolist(), kind) for i, (name, kind) in enumerate(names.items())}
+    theirs = {name: scored(teacher[i].tolist(), kind) for i, (name, kind) in enumerate(names.items())}
+    tasks, means, mean = compare(mine, theirs, resamples=2000, seed=0)
+    assert mean is not None
+    values = [task.retention for task in tasks if task.retention is not None]
+    assert set(means) == {CHOICE, GENERATION}
+    assert mean.value == pytest.approx(sum(found.value for found in values) / 2)
+    assert mean.low < mean.value < mean.high
+    widths = [found.high - found.low for found in values]
+    assert mean.high - mean.low == pytest.approx(math.hypot(*widths) / 2, rel=0.15)
+    found = Evaluation(tasks, means, mean, None, {}, {})
+    assert "mean, all" in printed(found)
+    read = evaluation_of(json.loads(found.to_json())).mean
+    assert (read.value, read.low, read.high) == pytest.approx((mean.value, mean.low, mean.high), abs=1e-6)
+
+
+def test_how_many_resamples_exist_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.rand(37, 2, generator=torch.Generator().manual_seed(0))
+    whole = resampled_means(values, 101, seed=5)
+    assert whole.shape == (101, 2)
+    drawn = torch.randint(37, (101, 37), generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(whole, values.double()[drawn].mean(1))
+    for at_a_time in (1, 37 * 10):
+        monkeypatch.setattr(tasks, "_AT_A_TIME", at_a_time)
+        torch.testing.assert_close(resampled_means(values, 101, seed=5), whole, rtol=1e-14, atol=0)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -329,13 +373,23 @@ def test_an_evaluation_compares_on_the_same_items_and_repeats_itself(tmp_path: P
     spec = EvalSpec(["arc_easy", "copy", "lambada"], 4, str(folder), text=str(tmp_path / "text.txt"), resamples=50)
     student = copy.deepcopy(model)
     surgery.apply(student, Record(4), [Remove(1)])
-    teacher = Loaded(model, byte_tokenizer(), {})
+    place = str(tmp_path / "teacher")
+    teacher = Loaded(model, byte_tokenizer(), {"name": place, "kind": "local", "path": place, "sha256": "ab"})
+    check(spec, teacher)
     found = evaluate(student, tokenizer, spec, teacher)
     assert found.to_json() == evaluate(student, tokenizer, spec, teacher).to_json()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate(student, tokenizer, EvalSpec(["copy"], 1)).settings["precision"] == "bfloat16 autocast"
     assert str(tmp_path) not in found.to_json()
     data = json.loads(found.to_json())
     assert [task["task"] for task in data["tasks"]] == ["arc_easy", "copy", "lambada"]
     assert data["settings"]["data"]["arc_easy"].startswith("sha256 ")
+    assert (data["settings"]["device"], data["settings"]["precision"]) == ("cpu", "float32")
+    assert data["models"]["student"]["layers"] == 3
+    assert data["models"]["teacher"] == {
+        **{"name": "teacher", "kind": "local", "sha256": "ab", "type": "llama", "layers": 4, "dtype": "float32"},
+        "params": surgery.parameters(model),
+    }
     expected = ask(model, tokenizer, read_task("arc_easy", folder, 4))
     assert found.tasks[0].teacher == expected.mean()
     assert found.tasks[0].metrics["teacher"]["acc_norm"] == expected.mean("acc_norm")
@@ -363,6 +417,7 @@ def test_an_untouched_student_retains_all_and_loses_nothing(tmp_path: Path) -> N
     assert score.teacher > 0
     assert score.retention is not None
     assert score.retention.value == found.retention[CHOICE].value == 1
+    assert json.loads(found.to_json())["mean_retention"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert found.text is not None
     assert found.text.difference == 0
 
@@ -388,7 +443,7 @@ def test_every_preset_is_a_spec() -> None:
         keys = {key: value for key, value in values.items() if key not in ("_target_", "defaults")}
         spec = EvalSpec(**keys)
         assert set(spec.tasks) <= {*TASKS, "copy"}, name
-    assert set(conf_group("eval")["full"]["tasks"]) == {*TASKS, "copy"}
+    assert set(conf_group("eval")["full"]["tasks"]) == {*TASKS, "copy"} - {"cbt"}, "the harness has no cbt"
 
 
 @pytest.mark.parametrize(
@@ -400,11 +455,18 @@ def test_every_preset_is_a_spec() -> None:
         ({"window": 1}, r"eval\.window=1 must be at least 2"),
         ({"tasks": []}, r"nothing to evaluate: set eval\.tasks"),
         ({"tasks": ["piqa"], "data_dir": "nowhere"}, r"no local file nowhere/piqa/eval\.jsonl: put its items there"),
+        ({"tasks": ["copy"], "text": "nowhere.txt"}, r"eval\.text=.*nowhere\.txt does not exist"),
+        ({"tasks": ["copy"], "efficiency_seconds": -1}, r"eval\.efficiency_seconds=-1 must be at least 0"),
     ],
 )
-def test_bad_specs_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluate(model_of(), byte_tokenizer(), EvalSpec(**values))
+def test_bad_specs_are_refused_before_a_run_and_by_itself(values: dict[str, Any], message: str) -> None:
+    model, tokenizer = model_of(), byte_tokenizer()
+    for ask_ in (
+        lambda: evaluate(model, tokenizer, EvalSpec(**values)),
+        lambda: check(EvalSpec(**values), Loaded(model, tokenizer, {})),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask_()
 
 
 def test_models_with_other_tokenizers_are_refused() -> None:
@@ -412,8 +474,8 @@ def test_models_with_other_tokenizers_are_refused() -> None:
     check_same_tokenizer(same, byte_tokenizer())
     longer.add_tokens(["<x>"])
     front.backend_tokenizer.post_processor = TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", 256)])
-    for other, message in ((longer, r"257 and 258 tokens; '<x>' has id None .* 257"), (front, "cut a text into")):
-        with pytest.raises(ValueError, match=rf"different tokenizers \(.*{message}.*evaluate each model alone"):
+    for other, message in ((longer, r"257 and 258 tokens; '<x>' has id None .* 257"), (front, "is cut into")):
+        with pytest.raises(ValueError, match=rf"different tokenizers \(.*{message}.*look at each model alone"):
             evaluate(model, same, EvalSpec(["copy"], 2), Loaded(model, other, {}))
     with pytest.raises(ValueError, match="ids up to 257, the student's embedding 257 rows"):
         evaluate(model, longer, EvalSpec(["copy"], 2))

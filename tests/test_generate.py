@@ -14,8 +14,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from iskd import surgery
+from iskd.evaluate import check_same_tokenizer
 from iskd.export import FACTS, export
-from iskd.generate import check_tokenizers, find_teacher, generate, main
+from iskd.generate import find_teacher, generate, main
 from iskd.plan import Edit, Record, Replace, Spec
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.tokenizer import byte_tokenizer
@@ -104,8 +105,10 @@ def test_the_teacher_is_found(run_dir: Path, tmp_path: Path) -> None:
     assert find_teacher(None, teacher).path == str(teacher)
     assert find_teacher(None, "owner/name") == TeacherSpec("owner/name")
     assert find_teacher(None, "smollm2").bundled == "smollm2"
-    with pytest.raises(ValueError, match="which teacher"):
+    with pytest.raises(ValueError, match=r"which teacher.* --teacher DIR_OR_NAME .* reference=DIR_OR_NAME"):
         find_teacher(tmp_path)
+    with pytest.raises(ValueError, match=r"the teacher='\./nowhere': no such folder"):
+        find_teacher(None, "./nowhere")
     (tmp_path / FACTS).write_text(json.dumps({"teacher": {"name": "a/b", "kind": "hub", "revision": "v1"}}))
     assert find_teacher(tmp_path) == TeacherSpec("a/b", revision="v1")
     (tmp_path / FACTS).write_text(json.dumps({"teacher": {"name": "mine", "kind": "local"}}))
@@ -118,6 +121,11 @@ def test_the_teacher_is_found(run_dir: Path, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match="does not say which teacher"):
             find_teacher(inner)
+    gone = {"model": {"name": "local", "path": "the model given to iskd.compress"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(gone))
+    with pytest.raises(ValueError, match=r"was in memory\); name it: --teacher DIR_OR_NAME .* reference=DIR_OR_NAME"):
+        find_teacher(inner)
+    assert find_teacher(inner, teacher).path == str(teacher), "named, it is taken"
 
 
 def test_another_teacher_is_noted(run_dir: Path) -> None:
@@ -127,15 +135,18 @@ def test_another_teacher_is_noted(run_dir: Path) -> None:
 
 
 def test_tokenizers_that_differ_are_refused(run_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"different tokenizers: 'a' is 97 in the teacher's and 98 in the student's"):
+    with pytest.raises(
+        ValueError, match=r"different tokenizers \(.*'a' has id 98 in the student's, 97 in the teacher's"
+    ):
         generate(run_dir / "model", prompt=PROMPT, tokenizer=other_tokenizer())
-    check_tokenizers(byte_tokenizer(), byte_tokenizer(), PROMPT)
+    check_same_tokenizer(byte_tokenizer(), byte_tokenizer(), [PROMPT])
     prefixed = byte_tokenizer()
     values = json.loads(prefixed.backend_tokenizer.to_str())
     values["pre_tokenizer"]["add_prefix_space"] = True
     backend = type(prefixed.backend_tokenizer).from_str(json.dumps(values))
-    with pytest.raises(ValueError, match="one vocabulary, but 'a' is cut differently"):
-        check_tokenizers(byte_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>"), "a")
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
+    with pytest.raises(ValueError, match="one vocabulary, but 'a' is cut into 2 tokens by the student's and 1 by the"):
+        check_same_tokenizer(other, byte_tokenizer(), ["a"])
 
 
 @pytest.mark.parametrize(

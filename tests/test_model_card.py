@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from iskd.card_measured import refresh_card
 from iskd.model_card import licence_of, write_card
 from iskd.plan import Record, Remove, Replace, Spec
 from iskd.tracking import StageResult, write_stages
+from tests.run_folders import EFFICIENCY
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
 HUB = {"name": "some/teacher", "kind": "hub", "sha256": "ab" * 32, "revision": "v2"}
@@ -84,6 +87,73 @@ def test_card_without_a_run_invents_nothing(tmp_path: Path) -> None:
     assert "Nothing was measured" in body
     assert "iskd is not needed" in body
     assert "trust_remote_code" not in body
+
+
+def scores(value: float) -> dict[str, Any]:
+    """An evaluation.json."""
+    bounds = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    common = {"teacher": 0.5, "items": 100, "retention": bounds, "chance": 0.25}
+    return {
+        "tasks": [
+            {"task": "arc_easy", "student": value / 2, "metric": "acc", **common},
+            {"task": "copy", "student": value / 4, "metric": "led", **common},
+        ],
+        "retention": {"choice": bounds, "generation": bounds},
+        "mean_retention": bounds,
+        "text": {"perplexity": 12.25, "bits_per_byte": 1.5, "teacher_perplexity": 11.0, "teacher_bits_per_byte": 1.25},
+        "settings": {"device": "cpu", "precision": "float32", "limit": None, "seed": 0, "versions": {"lm_eval": "1"}},
+    }
+
+
+def test_card_has_scores_and_efficiency_and_takes_new_ones_later(tmp_path: Path) -> None:
+    run_dir = run_files(tmp_path / "run")
+    header, before = card(tmp_path / "card", teacher=HUB, run_dir=run_dir)
+    assert "model-index" not in header
+    assert "## Scores" not in before
+    file = tmp_path / "card" / "README.md"
+    file.write_text(file.read_text() + "\nAn owner's own words.\n")
+    for value in (0.8, 0.9):
+        (run_dir / "evaluation.json").write_text(json.dumps(scores(value)))
+        (run_dir / "efficiency.json").write_text(json.dumps(EFFICIENCY))
+        assert refresh_card(tmp_path / "card", run_dir) == file
+    _, front, body = file.read_text().split("---\n", 2)
+    renewed = yaml.safe_load(front)
+    (index,) = renewed["model-index"]
+    name, results = model_index_to_eval_results([index])
+    assert name == "teacher, compressed by iskd"
+    found = {result.dataset_name: (result.dataset_type, result.metric_type, result.metric_value) for result in results}
+    assert found == {"arc_easy": ("allenai/ai2_arc", "acc", 0.45), "copy": ("copy", "led", 0.225)}
+    assert {key: value for key, value in renewed.items() if key != "model-index"} == header
+    assert body.count("## Scores") == body.count("## Efficiency") == 1
+    for said in (
+        "| arc_easy | acc | 25.0 | 50.0 | 45.0 | 90.0 (80.0 to 100.0) | 100 |",
+        "| mean, choice |",
+        "| mean |",
+        "| perplexity | 11.00 | 12.25 |",
+        "Measured with device cpu, precision float32, limit none, seed 0, lm_eval 1.",
+        "| prefill of 128 tokens (ms) | 25.6 | 20.5 | 0.80 |",
+        "Measured on: name cpu of a test",
+        "An owner's own words.",
+        "## Data",
+    ):
+        assert said in body
+    again = card(tmp_path / "again", teacher=HUB, run_dir=run_dir)
+    assert (again[0], again[1].strip()) == (renewed, body.replace("\nAn owner's own words.\n", "").strip())
+    assert refresh_card(tmp_path, run_dir) is None
+
+
+def test_a_card_without_marks_gets_them_at_its_end_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("[]")
+    (tmp_path / "README.md").write_text("# Mine\n")
+    refresh_card(tmp_path, tmp_path)
+    assert "## Scores" not in (tmp_path / "README.md").read_text(), "what cannot be read is no score"
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores(0.5)))
+    refresh_card(tmp_path, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.index("# Mine") < text.index("## Scores")
+    (tmp_path / "README.md").write_text("---\na: [\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"the header of .*README\.md cannot be read"):
+        refresh_card(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "winograd_wsc": {"context_options": ["the cup", "the box"], "continuation": "is small.", "gold": 0},
     "lambada": {"text": "He said it\n\nand then she"},
     "blimp": {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps."},
+    "cbt": {
+        "sentences": ["It rained .", "Ann ran ."],
+        "question": "Then XXXXX fell .",
+        "options": ["Ann", "rain", "cat"],
+        "answer": "rain",
+    },
 }
 MADE: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "hellaswag": (("Tea: A man sits. he",), (" pours it.", " eats"), 1),
@@ -56,6 +62,7 @@ MADE: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "winograd_wsc": (("the cup", "the box"), (" is small.",), 0),
     "lambada": (("He said it\n\nand then",), (" she",), 0),
     "blimp": (("",), (" Cats sleep.", " Cats sleeps."), 0),
+    "cbt": (("It rained . Ann ran . Then",), (" Ann fell .", " rain fell .", " cat fell ."), 1),
 }
 PAIRS = [
     *[("Question: hot?\nAnswer:", f" {letter}") for letter in "ABCD"],  # told apart by their last byte only
@@ -158,6 +165,20 @@ def test_a_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> N
         read_task("piqa", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"question": "It fell ."}, "line 1 is no item of cbt: field 'question' has no XXXXX"),
+        ({"answer": "dog"}, "'answer' must be one of the options, not 'dog'"),
+        ({"options": ["rain"]}, "'options' must be a list of at least 2 texts"),
+    ],
+)
+def test_a_cloze_needs_a_gap_and_its_answer(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, "cbt", {**ROWS["cbt"], **changes})
+    with pytest.raises(ValueError, match=message):
+        read_task("cbt", tmp_path)
+
+
 def test_bad_files_and_items_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no items"):
         read_task("piqa", write(tmp_path, "piqa").parents[1])
@@ -234,7 +255,7 @@ def test_copy_items_are_lists_to_repeat() -> None:
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real task files are not beside this checkout")
 def test_all_real_files_are_read() -> None:
-    for name in TASKS:
+    for name in TASKS.keys() - {"cbt"}:  # whose file is not among them
         items = read_task(name, DATA)
         lines = (DATA / name / "eval.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(items) == len([line for line in lines if line.strip()])

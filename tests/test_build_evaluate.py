@@ -1,0 +1,132 @@
+"""`iskd evaluate` on folders: student and teacher are found, items that chose layers stay out, files are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iskd import build_evaluate, measurements, surgery
+from iskd.build_compose import compose_config
+from iskd.build_evaluate import Found
+from iskd.export import export
+from iskd.model_files import weights_sha256
+from iskd.plan import Record, Remove
+from iskd.task_files import COPY_POOL, copy_items
+from iskd.teachers import Loaded, TeacherSpec, load_teacher
+from iskd.tokenizer import byte_tokenizer
+from tests.factories import tiny
+from tests.run_folders import write_run
+
+EVAL = ("eval=quick", "eval.tasks=[copy]", "eval.limit=4", "eval.resamples=20", "trainer=cpu")
+
+
+def teacher_of(folder: Path, seed: int = 0) -> Loaded:
+    """A teacher on disk."""
+    tiny("llama", vocab=257, context=256, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return load_teacher(TeacherSpec("mine", path=str(folder)))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run's folder whose layers were chosen by the first lists of `copy`."""
+    loaded = teacher_of(tmp_path / "teacher")
+    folder = write_run(tmp_path / "run", finished=False)
+    model = {"_target_": "iskd.teachers.TeacherSpec", "name": "mine", "path": str(tmp_path / "teacher")}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    (folder / "environment.json").write_text(json.dumps({"teacher": loaded.source}))
+    chosen = [item.sha256 for item in copy_items(COPY_POOL - 3)]
+    (folder / "data.json").write_text(json.dumps({"selection_sha256": {"copy": chosen}}))
+    student = tiny("llama", vocab=257, context=256)
+    record = surgery.apply(student, Record(4), [Remove(1)])
+    export(
+        folder / "model", student, record, loaded.model.config, byte_tokenizer(),
+        verify=False, teacher=loaded.source, run_dir=folder,
+    )  # fmt: skip
+    return folder
+
+
+def asked(model: Path, out: Path, *overrides: str) -> Found:
+    config, _ = compose_config(["model=local", f"model.path={model}", *EVAL, *overrides])
+    out.mkdir(exist_ok=True)
+    return build_evaluate.evaluation(config, out)
+
+
+@pytest.mark.parametrize("inner", ["", "model"])
+def test_a_run_is_evaluated_beside_its_own_teacher(inner: str, run_dir: Path, tmp_path: Path) -> None:
+    found = asked(run_dir / inner, tmp_path / "out")
+    assert found.evaluation is not None
+    (score,) = found.evaluation.tasks
+    assert score.items == 3, "the others chose layers"
+    assert score.teacher is not None
+    models = found.evaluation.models
+    assert (models["student"]["layers"], models["teacher"]["layers"]) == (3, 4)
+    assert models["student"]["sha256"] == weights_sha256(run_dir / "model")
+    assert models["teacher"]["sha256"] == weights_sha256(tmp_path / "teacher")
+    written = [tmp_path / "out" / "evaluation.json", run_dir / "evaluation.json"]
+    assert found.files == [*written, run_dir / "report.html", run_dir / "model" / "README.md"]
+    assert len({file.read_text() for file in written}) == 1
+    assert str(tmp_path) not in written[0].read_text()
+    assert "Scores by task" in (run_dir / "report.html").read_text()
+    assert "## Scores" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_another_reference_says_nothing_about_the_run(run_dir: Path, tmp_path: Path) -> None:
+    other = teacher_of(tmp_path / "other", seed=1)
+    found = asked(run_dir, tmp_path / "out", f"reference={tmp_path}/other")
+    assert found.evaluation is not None
+    assert found.evaluation.models["teacher"]["sha256"] == other.source["sha256"]
+    assert found.files == [tmp_path / "out" / "evaluation.json"]
+    assert not (run_dir / "evaluation.json").exists()
+
+
+def test_the_same_teacher_elsewhere_is_still_the_runs(run_dir: Path, tmp_path: Path) -> None:
+    """As after iskd.compress, whose teacher was in memory: `reference` says where it is."""
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"no folder here .*reference=DIR_OR_NAME"):
+        asked(run_dir, tmp_path / "out")
+    assert run_dir / "evaluation.json" in asked(run_dir, tmp_path / "out", f"reference={tmp_path}/moved").files
+
+
+def test_any_model_is_evaluated_alone_or_beside_a_reference(run_dir: Path, tmp_path: Path) -> None:
+    alone = asked(tmp_path / "teacher", tmp_path / "out")
+    assert alone.evaluation is not None
+    assert alone.evaluation.tasks[0].teacher is None
+    assert alone.evaluation.tasks[0].items == 4
+    assert alone.files == [tmp_path / "out" / "evaluation.json"]
+    both = asked(tmp_path / "teacher", tmp_path / "out", f"reference={tmp_path}/teacher")
+    assert both.evaluation is not None
+    assert both.evaluation.tasks[0].difference is not None
+    assert both.evaluation.tasks[0].difference.value == 0
+
+
+def test_efficiency_is_measured_again_without_tasks(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = build_evaluate.efficiency.measure
+    monkeypatch.setattr(
+        build_evaluate.efficiency, "measure", lambda *a, **o: measure(*a, **o, contexts=[8], decode_tokens=1, repeats=1)
+    )
+    found = asked(run_dir, tmp_path / "out", "eval.tasks=[]", "eval.efficiency_seconds=1")
+    assert found.evaluation is None
+    assert found.efficiency is not None
+    assert found.efficiency.keys() == {"machine", "teacher", "student"}
+    assert run_dir / "efficiency.json" in found.files
+    assert "## Efficiency" in (run_dir / "model" / "README.md").read_text()
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        asked(run_dir, tmp_path / "out", "eval.tasks=[]")
+
+
+def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = measurements.write_whole(tmp_path / "evaluation.json", "old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurements.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measurements.write_whole(file, "new")
+    assert file.read_text() == "old"
