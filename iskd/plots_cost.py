@@ -68,7 +68,10 @@ def tokens_by_stage(results: Sequence[StageResult]) -> list[int]:
 
 
 def state_sizes(measured: Efficiency) -> str | None:
-    """Bytes held between two tokens (cache or mixers' states) against context length; None without any."""
+    """Bytes held between two tokens (cache or mixers' states) against context length; None with one length or none.
+
+    A single length says no more than the table does.
+    """
     lines = []
     for name, model in (("teacher", measured.teacher), ("student", measured.student)):
         points = [(at.context, at.cache_bytes) for at in (model.contexts if model else ())]
@@ -76,7 +79,8 @@ def state_sizes(measured: Efficiency) -> str | None:
         if points:
             lines.append((name, points))
     values = [size for _, points in lines for _, size in points]
-    if not values:
+    contexts = sorted({context for _, points in lines for context, _ in points})
+    if len(contexts) < 2:
         return None
     unit, label = byte_unit(max(values))
     looks: dict[str, dict[str, Any]] = {
@@ -90,8 +94,8 @@ def state_sizes(measured: Efficiency) -> str | None:
         if needs_log(values):
             log_y(axes)
         else:
-            axes.set_ylim(bottom=0)
-        _context_axis(axes, sorted({x for _, points in lines for x, _ in points}))
+            axes.set_ylim(0, 1.08 * max(values) / unit or 1.0)  # room for the topmost marker
+        _context_axis(axes, contexts)
         set_heading(axes, f"State or cache ({label})")
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1, columnspacing=1.2)
         return to_svg(figure, "states", "Bytes of state or cache against context length")

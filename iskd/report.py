@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from iskd import page, plots, plots_cost
 from iskd.edit_map import edit_map
@@ -65,8 +66,8 @@ def _page(run: RunFiles) -> str:
             _stages(run.stages),
             page.section("Figures", page.figures(_figures(run))),
             efficiency_section(run.efficiency),
-            page.section("Data", page.properties("Data", run.data)),
-            page.section("Environment", page.properties("Environment", run.environment)),
+            page.details("Data", page.properties("Data", run.data)),
+            page.details("Environment", page.properties("Environment", run.environment)),
             page.details("Resolved config", page.preformatted(run.config)),
             page.details("Record of edits", page.preformatted(record)),
         ],
@@ -77,14 +78,14 @@ def _headline(run: RunFiles) -> str:
     student, teacher = student_of(run.stages), teacher_of(run.stages)
     if student is None:
         return '<p class="lead">No stage was kept, so there is no student to describe.</p>'
-    lead = _lead(run.stages, teacher, student)
+    lead = _lead(run.stages, teacher, student, _teacher_name(run.environment))
     base = teacher or student
     seconds = sum(stage.seconds for stage in run.stages if math.isfinite(stage.seconds))
     tiles = [
         ("Parameters", f"{student.params / 1e6:.1f} M", f"teacher {base.params / 1e6:.1f} M"),
         ("Blocks", f"{student.block_params / 1e6:.1f} M", f"teacher {base.block_params / 1e6:.1f} M"),
         ("Perplexity", number(student.ppl, 4), f"teacher {number(base.ppl, 4)}"),
-        ("Retention", f"{percent(student.retention)} %", "of the teacher's score"),
+        ("Retention", f"{percent(student.retention)} %", "of the teacher's accuracy"),
         ("Top-1 agreement", f"{percent(student.top1)} %", f"KL {kl_text(student.kl)} nats per token"),
     ]
     if teacher is None:
@@ -102,19 +103,28 @@ def _count(tokens: int) -> str:
     return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
 
 
-def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: StageResult) -> str:
+def _teacher_name(environment: Any) -> str:
+    """What stands behind "the student": whose, where environment.json says it; owner and folders are left out."""
+    source = environment.get("teacher") if isinstance(environment, dict) else None
+    name = source.get("name") if isinstance(source, dict) else None
+    short = name.rstrip("/").rsplit("/", 1)[-1] if isinstance(name, str) else ""
+    return f" of <b>{escape(short)}</b>" if short else ""
+
+
+def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: StageResult, of: str) -> str:
     undone = sum(stage.status == "rolled_back" for stage in stages)
     ran = sum(stage.index > 0 for stage in stages)
     after = f"After {ran} stage{'s' * (ran != 1)}" + (f" ({undone} rolled back)" if undone else "")
     if teacher is None or not teacher.params:
-        return f"{after} the student has {student.params / 1e6:.1f} million parameters."
+        return f"{after} the student{of} has {student.params / 1e6:.1f} million parameters."
     if student is teacher:
         return f"The teacher has {teacher.params / 1e6:.1f} million parameters. {after}, no edit was kept."
     change = student.params / teacher.params - 1
-    size = f"{abs(100 * change):.1f}&nbsp;% {'smaller' if change < 0 else 'larger'} than" if change else "as large as"
+    grown = f"{abs(100 * change):.1f}&nbsp;% {'smaller' if change < 0 else 'larger'}"
+    size = f"<b>{grown}</b> than" if change else "as large as"
     return (
-        f"{after} the student is <b>{size}</b> the teacher and keeps <b>{percent(student.retention)}&nbsp;%</b> of its "
-        f"score; perplexity goes from {number(teacher.ppl, 4)} to {number(student.ppl, 4)}."
+        f"{after} the student{of} is {size} its teacher and keeps <b>{percent(student.retention)}&nbsp;%</b> of "
+        f"its next-token accuracy; perplexity goes from {number(teacher.ppl, 4)} to {number(student.ppl, 4)}."
     )
 
 
@@ -127,7 +137,11 @@ def _stages(stages: Sequence[StageResult]) -> str:
     table = page.table("Stages", COLUMNS, rows, kind="stages", classes=[stage.status for stage in stages])
     told = "".join(f"<li><b>Stage {s.index}</b> {escape(event)}</li>" for s in stages for event in s.events)
     events = f'<h3>Events</h3><ul class="events">{told}</ul>' if told else ""
-    hint = "Perplexity: before &rarr; after healing. tokens/s: scoring speed. tokens: of training, cumulative."
+    hint = (
+        "Perplexity: before &rarr; after healing, on text that was not trained on. Top-1: how often teacher and "
+        "student prefer the same token. Retention: the student's next-token accuracy over the teacher's. tokens/s: of "
+        "scoring. tokens: trained so far."
+    )
     return page.section("Stages", f'{table}<p class="hint">{hint}</p>{events}')
 
 

@@ -13,7 +13,7 @@ from iskd.table import ABSENT, byte_unit, number, percent
 
 
 def tasks_section(evaluation: Evaluation | None) -> str:
-    """Scores by task, their retention with its interval, and the rest of evaluation.json; empty without one."""
+    """Scores by task beside those of chance, their retention with its interval, and the rest; empty without any."""
     if evaluation is None:
         return ""
     rows = [
@@ -22,14 +22,15 @@ def tasks_section(evaluation: Evaluation | None) -> str:
             *_retention(task.retention),
             number(task.student),
             number(task.teacher),
+            number(task.chance),
             ABSENT if math.isnan(task.items) else f"{task.items:.0f}",
         ]
         for task in evaluation.tasks
     ]
-    rows += [[f"mean, {kind}", *_retention(mean), "", "", ""] for kind, mean in evaluation.means.items()]
+    rows += [[f"mean, {kind}", *_retention(mean), "", "", "", ""] for kind, mean in evaluation.means.items()]
     if len(evaluation.means) != 1 and math.isfinite(evaluation.mean.value):
-        rows.append(["mean", *_retention(evaluation.mean), "", "", ""])
-    columns = ("task", "retention %", "interval", "student", "teacher", "items")
+        rows.append(["mean", *_retention(evaluation.mean), "", "", "", ""])
+    columns = ("task", "retention %", "interval", "student", "teacher", "chance", "items")
     body = page.table("Scores by task", columns, rows, kind="named")
     caption = "Retention by task with its interval. Dashed: the teacher."
     if math.isfinite(evaluation.mean.value):

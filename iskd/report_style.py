@@ -35,8 +35,8 @@ h1{font-size:1.7rem;line-height:1.2;letter-spacing:-.015em;margin:0 0 .6rem;over
 h2{font-size:1.1rem;margin:0 0 .9rem}
 h3{font-size:.95rem;margin:1.4rem 0 .4rem}
 section{margin-top:3rem}
-.lead{font-size:1.1rem;max-width:46rem;margin:0 0 1.6rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:1.1rem 1.5rem;margin:0;
+.lead{font-size:1.1rem;max-width:46rem;margin:0 0 1.6rem;overflow-wrap:anywhere}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(122px,1fr));gap:1.1rem 1rem;margin:0;
 border-top:1px solid var(--grid);border-bottom:1px solid var(--grid);padding:1.1rem 0}
 dt{font-size:.8rem;color:var(--muted)}
 dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
@@ -59,6 +59,7 @@ linear-gradient(-90deg,var(--surface) 30%,transparent) 100%/2.5rem 100% no-repea
 linear-gradient(90deg,var(--cell),transparent) 0/.6rem 100% no-repeat scroll,
 linear-gradient(-90deg,var(--cell),transparent) 100%/.6rem 100% no-repeat scroll}
 .named td:first-child{text-align:left;white-space:normal;min-width:7rem;overflow-wrap:anywhere}
+.named thead th{min-width:3rem}
 .named th:first-child,.runs :is(th,td):first-child{text-align:left}
 .runs :is(th,td):first-child{position:sticky;left:0;background:var(--surface);padding-right:.8rem;z-index:1}
 .runs thead th:nth-child(n+2){min-width:5.5rem}
@@ -78,6 +79,7 @@ svg{display:block;width:100%;max-width:100%;height:auto;margin-bottom:.5rem}
 .notes{border-left:3px solid var(--orange);padding-left:1rem;margin-top:2rem}
 @media (max-width:480px){main{padding:1.5rem 1rem 3rem}}
 details{margin-top:1.5rem;border-top:1px solid var(--grid);padding-top:.9rem}
+summary+*{margin-top:.8rem}
 summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;font:.8rem/1.5 var(--mono);margin:.8rem 0 0}
 """

@@ -38,6 +38,7 @@ FLAGS = (
 )
 PHONE, DESK = 360, 1280
 LAYERS = 30
+EXAMPLE = Path(__file__).parents[1] / "docs" / "example-report" / "report.html"
 # Runs in a page around the page under test, whose own width is that of its frame.
 PROBE = """
 onload = () => { document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
@@ -89,7 +90,7 @@ def removals(last: float, *, undone: int = 0) -> list[StageResult]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The page of one run and the page of many, with long words everywhere."""
+    """The page of one run and the page of many, with long words everywhere, and the page that the docs show."""
     folder = tmp_path_factory.mktemp("runs")
     files = {"efficiency": EFFICIENCY, "evaluation": EVALUATION}
     for i in range(6):
@@ -99,7 +100,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         write_run(folder / name, stages, config=config, finished=i != 3, files=files if i < 3 else {}, layers=LAYERS)
     one = write_report(folder / "run-0-")
     many = write_runs_report([folder, folder / "nothing"], folder / "runs.html")
-    return [path.read_text(encoding="utf-8") for path in (one, many)]
+    return [path.read_text(encoding="utf-8") for path in (one, many, EXAMPLE)]
 
 
 def browse(folder: Path, body: str, *flags: str) -> tuple[str, list[str]]:
@@ -121,14 +122,14 @@ def test_nothing_sticks_out_and_nothing_is_loaded(pages: list[str], tmp_path: Pa
     title = re.search("<title>(.*?)</title>", dom, flags=re.DOTALL)
     assert title is not None
     found = json.loads(unescape(title.group(1)))
-    assert [page["width"] for page in found] == [PHONE, DESK, PHONE, DESK]
+    assert [page["width"] for page in found] == [PHONE, DESK] * 3
     for page in found:
         assert page["out"] == []
         assert page["clash"] == [], "words of a figure lie on each other"
         assert page["scroll"] <= page["width"], "the page itself never scrolls sideways"
         assert page["loaded"] == []
         assert page["height"] > 900
-    assert [page["figures"] for page in found] == [9, 9, 3, 3]
+    assert [page["figures"] for page in found] == [9, 9, 3, 3, 7, 7]
     assert all(page["tables"] >= 2 for page in found)
     assert console == []
 
@@ -139,12 +140,12 @@ def test_pages_show_something_in_light_and_dark(pages: list[str], tmp_path: Path
     versions = [page.replace(asked, f"@media {query}") for query in ("not all", "all") for page in pages]
     frames = "".join(frame(page, PHONE, 1500) for page in versions)
     png = tmp_path / "shot.png"
-    size = f"--window-size={4 * PHONE},1500"
+    size = f"--window-size={len(versions) * PHONE},1500"
     style = "<style>body{margin:0;display:flex}</style>"
     _, console = browse(tmp_path, style + frames, f"--screenshot={png}", size, "--force-device-scale-factor=1")
     image = Image.open(png).convert("RGB")
-    assert image.size == (4 * PHONE, 1500)
-    for i, dark in enumerate((False, False, True, True)):
+    assert image.size == (len(versions) * PHONE, 1500)
+    for i, dark in enumerate([False] * len(pages) + [True] * len(pages)):
         shot = image.crop((i * PHONE, 0, (i + 1) * PHONE, 1500))
         colours = sorted(shot.getcolors(1 << 24), reverse=True)
         share, ground = colours[0]

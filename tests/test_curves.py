@@ -42,7 +42,11 @@ def test_runs_of_one_name_are_one_curve(tmp_path: Path) -> None:
     (whole,) = joined(ends)
     assert [layers for layers, _ in whole.points] == [6, 4, 2]
     write_curves(ends, tmp_path / "curve.png")
-    assert [row["layers"] for row in csv.DictReader((tmp_path / "curve.csv").read_text().splitlines())] == ["6", "4", "2"]
+    assert [row["layers"] for row in csv.DictReader((tmp_path / "curve.csv").read_text().splitlines())] == [
+        "6",
+        "4",
+        "2",
+    ]
     with pytest.raises(ValueError, match="two runs named 'at once' have a student of 4 layers"):
         joined([*ends, ends[1]])
 

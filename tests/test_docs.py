@@ -1,27 +1,20 @@
-"""Every command in README.md and docs/ is one that works.
+"""Every command in README.md and docs/ is one that works; `tests.documents` says how blocks are marked.
 
-A comment above a code block says what is done with it:
-
-    <!-- test: fast ARGS -->     run in the fast tests, ARGS appended to every command
-    <!-- test: slow ARGS -->     run by `make test-slow`
-    <!-- test: skip REASON -->   not run
-
-Whatever it says, the configuration of every `python train.py` and `iskd train|score` line is composed, and a `make`
-target, a script, a command of iskd and an extra of the package must exist. In python blocks, which share one namespace
-per file, ARGS are keyword arguments that take the place of what is written there: `tokens=1_024`. RUN_DIR stands for a
-finished run, DIR for a model directory, my.txt for text. A fenced block without a comment fails, and so does any in
-README.md.
+Whatever the mark, the configuration of every line that takes one is composed, and a make target, a script, a command
+of iskd and an extra of the package must exist. A fenced block without a mark fails, and so does an indented one with a
+command or Python in it.
 """
 
 from __future__ import annotations
 
-import itertools
+import csv
+import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,79 +30,15 @@ from iskd.api import compress
 from iskd.build import part
 from iskd.build_compose import compose_config
 from iskd.teachers import load_teacher
+from tests.documents import ROOT, Block, blocks_of, calls_of
 from tests.factories import CONF
 
-ROOT = CONF.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"bash": "shell", "python": "python", "text": "", "yaml": "", "html": ""}
-COMMENT = re.compile(r"<!-- test: (fast|slow|skip)\b ?(.*?) -->")
+EXAMPLE = ROOT / "docs" / "example-report"
 OUTSIDE = ("wandb", "tensorboard")  # programs of others: shown, never run
 UNMEASURED = ("run.efficiency_seconds=0", "run.mfu=false")
-FIRST_WORDS = re.compile(r"(?:[A-Z]+=\S+ )?(?:python |iskd \w|make |pip |experiments/\S+\.sh|wandb |tensorboard )")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One code block: where, in which language, what the comment above it says."""
-
-    file: Path
-    line: int
-    language: str
-    text: str
-    fenced: bool
-    how: str = ""
-    rest: str = ""
-
-    @property
-    def place(self) -> str:
-        return f"{self.file.relative_to(ROOT)}:{self.line}"
-
-    @property
-    def commands(self) -> list[list[str]]:
-        """Words of every command of a shell block, `&&` split, continued lines joined, variables dropped."""
-        if self.language != "shell":
-            return []
-        lines = self.text.replace("\\\n", " ").splitlines()
-        found = [shlex.split(line, comments=True) for line in lines if FIRST_WORDS.match(line.strip())]
-        split = [part for words in found for part in _split(words)]
-        return [list(itertools.dropwhile(lambda word: re.match(r"[A-Z]+=", word), words)) for words in split]
-
-
-def _split(words: list[str]) -> list[list[str]]:
-    groups = itertools.groupby(words, lambda word: word == "&&")
-    return [list(group) for joined, group in groups if not joined]
-
-
-def blocks_of(file: Path) -> list[Block]:
-    """Fenced and indented code blocks with the comment on the last line that is not blank before them."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found, above, at = [], "", 0
-    while at < len(lines):
-        start, line = at, lines[at]
-        fence = re.match(r"```(\w*)\s*$", line)
-        indented = line.startswith("    ") and (at == 0 or not lines[at - 1].strip())
-        if fence or indented:
-            at += 1
-            while at < len(lines) and (not lines[at].startswith("```") if fence else lines[at].startswith("    ")):
-                at += 1
-            body = lines[start + 1 : at] if fence else [text[4:] for text in lines[start:at]]
-            comment = COMMENT.search(above)
-            how, rest = comment.groups() if comment else ("", "")
-            language = LANGUAGES[fence.group(1)] if fence else _language(body)
-            found.append(Block(file, start + 1, language, "\n".join(body), bool(fence), how, rest))
-            at += bool(fence)
-            above = ""
-            continue
-        above = line if line.strip() else above
-        at += 1
-    return found
-
-
-def _language(body: list[str]) -> str:
-    """Of an indented block, which cannot say it."""
-    if any(line.startswith(("import ", "from ")) for line in body):
-        return "python"
-    return "shell" if any(FIRST_WORDS.match(line) for line in body) else ""
+CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "trainer", "logger")
+HYDRA = ("train", "score", "evaluate", "profile")  # commands that compose conf/config.yaml
 
 
 BLOCKS = {file: blocks_of(file) for file in DOCUMENTS}
@@ -117,11 +46,7 @@ ALL = [block for blocks in BLOCKS.values() for block in blocks]
 
 
 def test_every_block_says_how_it_is_tested() -> None:
-    wrong = [
-        block.place
-        for block in ALL
-        if block.language and not block.how and (block.fenced or block.file.name == "README.md")
-    ]
+    wrong = [block.place for block in ALL if block.language and not block.how]
     wrong += [f"{block.place} skips without a reason" for block in ALL if block.how == "skip" and not block.rest]
     assert not wrong, "no <!-- test: ... --> above the code in " + ", ".join(wrong)
     assert sum(block.how == "fast" for block in ALL) >= 8
@@ -134,6 +59,33 @@ def test_every_link_leads_somewhere() -> None:
             if not target.startswith(("https://", "http://", "mailto:")) and not (file.parent / target).exists():
                 wrong.append(f"{file.relative_to(ROOT)} -> {target}")
     assert not wrong, "links to nowhere: " + ", ".join(wrong)
+
+
+def test_the_readme_names_every_choice() -> None:
+    words = set(re.findall(r"\w+", (ROOT / "README.md").read_text(encoding="utf-8")))
+    missing = {file.stem for group in CHOICES for file in (CONF / group).glob("*.yaml")} - words
+    assert not missing, f"README.md does not name {sorted(missing)}"
+
+
+def test_the_example_report_is_small_and_of_no_machine() -> None:
+    page = (EXAMPLE / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 200_000
+    assert (EXAMPLE / "report.png").stat().st_size < 250_000
+    assert not re.search(r"/(root|home|tmp|work|Users)\b", page)
+    assert not re.search(r"(?:src|href)=\"(?!#)", page), "the page loads nothing"
+    assert "<script" not in page
+
+
+def test_the_table_of_the_readme_is_that_of_the_example() -> None:
+    with (EXAMPLE / "curve.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours, other = ([row for row in rows if (row["run"] == "ILD") == is_ours] for is_ours in (True, False))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for a, b in zip(ours, other, strict=True):
+        kept = [f"{100 * float(row['retention']):.1f}" for row in (a, b)]
+        perplexity = [f"{float(row['ppl']):.1f}" for row in (a, b)]
+        line = " | ".join([a["layers"], f"{int(a['params']) / 1e6:.1f}", *kept, *perplexity])
+        assert f"| {line} |" in readme
 
 
 def iskd_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -153,7 +105,7 @@ def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: p
             program, first = words[0], next((word for word in words[1:] if not word.startswith("-")), "")
             fine = program in OUTSIDE and block.how == "skip"
             fine |= program == "python" and (first == "train.py" or (ROOT / f"{first.replace('.', '/')}.py").is_file())
-            fine |= program == "python" and first in ("iskd", "pip")
+            fine |= program == "python" and first in ("iskd", "pip", "venv")
             fine |= program == "iskd" and first in known
             fine |= program == "make" and re.search(rf"^{re.escape(first)}:", makefile, re.MULTILINE) is not None
             fine |= program.startswith("experiments/") and os.access(ROOT / program, os.X_OK)
@@ -166,9 +118,16 @@ def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def overrides_of(words: list[str]) -> list[str] | None:
     """Overrides of a command that composes conf/config.yaml, else None."""
-    if words[:2] in (["python", "train.py"], ["iskd", "train"], ["iskd", "score"]):
-        return cli.arguments([word for word in words[2:] if word != "-m"])
+    asks = words[:2] == ["iskd", "evaluate"] and not any(word.startswith("eval=") for word in words)
+    if words[:2] == ["python", "train.py"] or words[:2] in (["iskd", name] for name in HYDRA):
+        return cli.arguments([word for word in words[2:] if word != "-m"] + ["eval=quick"] * asks)
     return None
+
+
+def calls(block: Block) -> Iterator[list[str]]:
+    """A block's commands, with our own ones in the place of make's."""
+    for words in block.commands:
+        yield from calls_of(words[1]) if words[0] == "make" else [words]
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
@@ -176,11 +135,12 @@ def test_every_configuration_composes(file: Path) -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for block in BLOCKS[file]:
-            for words in block.commands:
-                overrides = overrides_of(words)
+            for words in calls(block):
+                # a placeholder is a folder, and a folder is what stands for itself here
+                overrides = overrides_of([re.sub(r"^model=(RUN_)?DIR$", "model=.", word) for word in words])
                 if overrides is not None:
-                    extra = shlex.split(block.rest) if block.how in ("fast", "slow") else []
-                    for given in {tuple(overrides), (*overrides, *extra)}:  # what the reader types, and what is run
+                    # what the reader types, and what is run
+                    for given in {tuple(overrides), (*overrides, *block.extra(words))}:
                         check_composition(block, list(given))
     GlobalHydra.instance().clear()
 
@@ -231,7 +191,20 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher.tokenizer.save_pretrained(folder / "model")
     keys = keys_of_shelf(folder)
     compress("tiny", texts="sample", tokens=1024, export=False, run_dir=folder / "run", overrides=keys)
+    write_tasks(folder / "tasks")
     return folder
+
+
+def write_tasks(folder: Path) -> None:
+    """Six items each of two tasks: one with choices, one with a word to be found."""
+    for name in ("piqa", "lambada"):
+        (folder / name).mkdir(parents=True)
+        items = [
+            {"id": f"{name}-{i}", "text": f"Tell me {i}, he said, and I said {i}"}
+            | {"goal": f"dry dish {i}", "sol1": f"with towel {i}", "sol2": "in a lake", "label": i % 2}
+            for i in range(6)
+        ]
+        (folder / name / "eval.jsonl").write_text("\n".join(map(json.dumps, items)))
 
 
 def keys_of_shelf(folder: Path) -> list[str]:
@@ -258,7 +231,8 @@ def desk(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def filled(text: str, shelf: Path) -> str:
     """Placeholders replaced."""
-    for word, folder in (("RUN_DIR", "run"), ("DIR", "model"), (r"runs/\.\.\./model", "run/model")):
+    places = (("RUN_DIR", "run"), ("TASK_DIR", "tasks"), ("DIR", "model"), (r"runs/\.\.\./model", "run/model"))
+    for word, folder in places:
         text = re.sub(rf"(?<![A-Z_]){word}(?![A-Z_])", str(shelf / folder), text)
     return text
 
@@ -278,13 +252,8 @@ def run_here(words: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
     """A command of iskd in this process."""
     arguments = ["iskd", "train", *words[2:]] if words[0] == "python" else list(words)
     if overrides_of(words) is not None:
-        arguments += [
-            *extra,
-            *UNMEASURED,
-            "trainer.progress=false",
-            "hydra/job_logging=none",
-            "hydra/hydra_logging=none",
-        ]
+        quiet = ("trainer.progress=false", "hydra/job_logging=none", "hydra/hydra_logging=none")
+        arguments += [*extra, *UNMEASURED, *quiet]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setenv("ISKD_COMMAND", "")
     try:
@@ -298,12 +267,15 @@ def run_here(words: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
 def run_blocks(file: Path, hows: set[str], shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a document from top to bottom, python ones in one namespace."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in BLOCKS[file]:
-        if block.how in hows and block.language == "python":
+    for block in (block for block in BLOCKS[file] if block.how in hows):
+        if block.language == "python":
             exec(compile(filled(shortened(block), shelf), block.place, "exec"), names)
-        elif block.how in hows:
-            for words in block.commands:
-                extra = shlex.split(filled(block.rest, shelf))
+        for words in calls(block):
+            extra = [filled(argument, shelf) for argument in block.extra(words)]
+            if words[:2] == ["python", "-m"]:  # tools of this checkout
+                subprocess.run([sys.executable, *words[1:], *extra], cwd=ROOT, check=True)
+            else:
+                assert words[0] == "iskd" or words[:2] == ["python", "train.py"], f"{block.place}: not run: {words}"
                 run_here([filled(word, shelf) for word in words], extra, monkeypatch)
 
 

@@ -141,12 +141,22 @@ def average(row: dict[str, Any], drawn: dict[str, Tensor] | None = None) -> floa
     return mean((v if drawn is None else v[drawn[name]]).mean().item() for name, v in values.items())
 
 
-def lost(rows: list[dict[str, Any]], teacher: dict[str, Any], resamples: int = 1000) -> tuple[float, float, float]:
-    """Share of the teacher's average accuracy that is lost, mean over seeds, with its 95 % bootstrap interval."""
+def lost(
+    rows: list[dict[str, Any]],
+    teacher: dict[str, Any],
+    than: list[dict[str, Any]] | None = None,
+    resamples: int = 1000,
+) -> tuple[float, float, float]:
+    """Share of the teacher's average accuracy that is lost, mean over seeds, with its 95 % bootstrap interval.
+
+    With `than`: how much more is lost than by these; every resample draws the same items for all.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def once(drawn: dict[str, Tensor] | None) -> float:
-        return 1 - mean(average(row, drawn) for row in rows) / average(teacher, drawn)
+        kept = mean(average(row, drawn) for row in rows) / average(teacher, drawn)
+        others = 1.0 if than is None else mean(average(row, drawn) for row in than) / average(teacher, drawn)
+        return others - kept
 
     sizes = {name: len(teacher[name]) for name in AVERAGED}
     draws = [
@@ -174,11 +184,11 @@ def table(out: Path) -> None:
         writer.writerows(flat)
     for layers, methods in sorted(groups.items(), reverse=True):
         print(f"\n**{layers} layers**\n")
-        print(f"| method | seeds | tokens k | s | {' | '.join(COLUMNS)} | average lost % |")
-        print("|---|" + "---|" * 13)
-        print(line("teacher", [teacher], teacher))
+        print(f"| method | seeds | tokens k | s | {' | '.join(COLUMNS)} | average lost % | more than ILD |")
+        print("|---|" + "---|" * 14)
+        print(line("teacher", [teacher], teacher, None))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
-            print(line(name, rows, teacher))
+            print(line(name, rows, teacher, methods.get("ild")))
 
 
 def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -190,13 +200,19 @@ def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"method": name, "seed": seed, **facts, **texts, **scores, "left": left}
 
 
-def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any]) -> str:
+def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any], ild: list[dict[str, Any]] | None) -> str:
     """A row of the table: means over seeds, half the range after the sign."""
     cells = [str(len(rows)), f"{rows[0]['tokens'] / 1e3:.0f}", f"{mean(row['seconds'] for row in rows):.0f}"]
     cells += [spread([row[key] for row in rows]) for key in TEXTS]
     cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
-    share, low, high = lost(rows, teacher)
-    return f"| {name} | " + " | ".join([*cells, f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]) + " |"
+    cells.append(interval(*lost(rows, teacher)))
+    cells.append("" if ild is None or name == "ild" else interval(*lost(rows, teacher, ild)))
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def interval(share: float, low: float, high: float) -> str:
+    """In percent."""
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def spread(values: list[float], digits: int = 2) -> str:

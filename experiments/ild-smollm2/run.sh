@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 DEPTHS="23 20" # -23 % and -33 % of the layers
 COMMON=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
         data.source.detokenize=wikitext data.val_tokens=4096 optim.decay_over=stage run.measure_before=false
-        run.checkpoint_every=1000000 run.keep=100 run.score_tokens=4096 export=false)
+        run.checkpoint_every=1000000 run.keep=100 run.score_tokens=4096 run.efficiency_seconds=0 run.mfu=false export=false)
 
 method() { # name, seed, overrides...
   local dir="$OUT/$1-$2" seed=$2
@@ -35,6 +35,11 @@ method shortgpt-unhealed 0 experiment=shortgpt schedule=iterative schedule.targe
 method ablation-no-heal 0 experiment=ablation_no_heal importance=racing schedule.target_layers=20
 for seed in $SEEDS; do
   method ild "$seed" experiment=ild importance=racing schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
+  # half of the budget heals the student that is kept
+  for depth in $DEPTHS; do
+    method "ild-late-to-$depth" "$seed" experiment=ild importance=racing schedule.target_layers="$depth" \
+      schedule.final_share=0.5 schedule.tokens=$(((30 - depth) * STAGE))
+  done
   method iterative-bi "$seed" experiment=iterative_bi schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
   method random "$seed" experiment=random_removal schedule.target_layers=20 schedule.tokens=$((10 * STAGE))
   for depth in 26 $DEPTHS; do

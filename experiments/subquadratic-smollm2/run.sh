@@ -18,7 +18,8 @@ TECHNIQUES=${TECHNIQUES:-copy all}
 COMMON=(experiment=subquadratic model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz"
         data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len=256 data.batch_size=2
         schedule.mixers_share=0.1 schedule.hidden_share=0.2 # the published 2.6 and 5.3 % would be 2 and 3 steps
-        schedule.tokens="$TOKENS" run.measure_before=false run.checkpoint_every=1000000 seed="$SEED")
+        schedule.tokens="$TOKENS" run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false
+        seed="$SEED")
 
 for mixer in $MIXERS; do
   # Mamba has no mixing matrix per head: its outputs are aligned instead

@@ -16,7 +16,8 @@ COMMON=(experiment=subquadratic model=local model.path="$DATA/stories260k" data=
         data.val_path="$DATA/tinystories/valid.txt.gz" data.seq_len=256 data.batch_size=8 data.val_tokens=32768
         schedule.lr=3e-3 # at a width of 64; with the published 3e-4 of width 960 GLA's copy ends at a KL of 1.83, not 1.71
         schedule.mixers_share=0.1 schedule.hidden_share=0.2 # the published 2.6 and 5.3 % would be 3 and 5 steps
-        schedule.tokens="$TOKENS" run.measure_before=false run.checkpoint_every=1000000 export=false seed="$SEED")
+        schedule.tokens="$TOKENS" run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false
+        export=false seed="$SEED")
 OFF=(schedule.mixers=null schedule.hidden=false)
 
 technique() { # name, mixers, overrides...
