@@ -24,6 +24,7 @@ from iskd.plan import read_json
 from iskd.profile_report import Profile
 from iskd.profiling import profile_parts
 from iskd.progress_line import ProgressLine
+from iskd.readers import find_files, hash_files
 from iskd.report import write_report
 from iskd.teachers import Loaded, load_teacher
 from iskd.tracking import STAGES_FILE
@@ -53,6 +54,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     spec: EvalSpec = build.part(config.eval)
     student = _student(config)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
+    _refuse_training_text(run, spec.text)
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     accelerator = config.trainer.get("accelerator", "cpu")
@@ -120,6 +122,16 @@ def _chosen_by(run: Path | None) -> list[str]:
         return []
     chosen = read_json(run / "data.json").get("selection_sha256", {})
     return [sha for items in chosen.values() for sha in items]
+
+
+def _refuse_training_text(run: Path | None, text: str | None) -> None:
+    """Raise ValueError where the files to report on, together or one of them, are all that the run trained on."""
+    if text is None or run is None or not (run / "data.json").is_file():
+        return
+    trained = str(read_json(run / "data.json").get("content", "")).partition("-")[0]
+    files = find_files(str(text), "eval.text")
+    if trained in {hash_files(files), *(hash_files([file]) for file in files)}:
+        raise ValueError(f"eval.text={text} is what {run} was trained on; report on text that it never saw")
 
 
 def profile(config: DictConfig, folder: Path) -> Profile:

@@ -14,6 +14,7 @@ from iskd.build_evaluate import Found
 from iskd.export import export
 from iskd.model_files import weights_sha256
 from iskd.plan import Record, Remove
+from iskd.readers import hash_files
 from iskd.task_files import COPY_POOL, copy_items
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.tokenizer import byte_tokenizer
@@ -72,6 +73,18 @@ def test_a_run_is_evaluated_beside_its_own_teacher(inner: str, run_dir: Path, tm
     assert str(tmp_path) not in written[0].read_text()
     assert "Scores by task" in (run_dir / "report.html").read_text()
     assert "## Scores" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_a_run_is_not_reported_on_what_it_was_trained_on(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "seen.txt").write_text("What was seen in training. " * 40)
+    (tmp_path / "new.txt").write_text("What was not seen. " * 40)
+    data = {"content": f"{hash_files([tmp_path / 'seen.txt'])}-0-0", "selection_sha256": {}}
+    (run_dir / "data.json").write_text(json.dumps(data))
+    for text in ("seen.txt", "*.txt"):
+        with pytest.raises(ValueError, match="text that it never saw"):
+            asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/{text}")
+    found = asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/new.txt")
+    assert found.evaluation is not None
 
 
 def test_another_reference_says_nothing_about_the_run(run_dir: Path, tmp_path: Path) -> None:
