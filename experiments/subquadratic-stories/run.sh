@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with stories260k and tinystories}
-TOKENS=${TOKENS:-409600}
+TOKENS=${TOKENS:-307200}
 SEED=${SEED:-0}
 OUT=${OUT:-runs/subquadratic-stories}
 PYTHON=${PYTHON:-.venv/bin/python}
