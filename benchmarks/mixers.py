@@ -1,31 +1,35 @@
-"""The mixers' recurrence on a CPU: chunks against single tokens, and against causal attention of the same size.
+"""The mixers' recurrences on a CPU: chunks against single tokens, and against causal attention of the same size.
 
-Two tables of ratios, every kind of decay and rule, float32, equal heads for queries and keys. The ways of a table run
-one after the other within each repeat; a ratio is the median over the repeats of the ratio within one. Times are CPU
-seconds of the process, so that other programs on the machine count little. Attention is torch's own
-scaled_dot_product_attention(is_causal=True), which gets its tensors in the layout it likes, [B, H, T, K].
+    python -m benchmarks.mixers
+
+Two tables of ratios, float32, equal heads for queries and keys: the shared core with every kind of decay and rule, and
+the two mixers with a way of their own, `mamba` (its scan) and `sliding` (softmax in a window, linear attention behind
+it), between their projections. A ratio is taken within a repeat, of CPU seconds of the process, so that other programs
+on the machine count little. Attention is torch's own scaled_dot_product_attention(is_causal=True), which gets its
+tensors in the layout it likes, [B, H, T, K].
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from iskd.allocator import tune
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-tune()
+from benchmarks.common import in_turns, setting, spread, timed
+from iskd.arch import Stack
+from iskd.mixers import core
+from iskd.mixers.base import Context, RecurrentMixer, Streams
+from iskd.mixers.mamba import Mamba
+from iskd.mixers.sliding import Sliding
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from iskd.mixers import core  # noqa: E402
-
-KINDS = {
+CPU = torch.device("cpu")
+CORES = {
     "no decay": (),
     "scalar decay": ("scalar",),
     "vector decay": ("vector",),
@@ -34,64 +38,95 @@ KINDS = {
     "scalar decay, delta rule": ("scalar", "delta"),
     "vector decay, delta rule": ("vector", "delta"),
 }
+MIXERS: dict[str, type[RecurrentMixer]] = {"mamba": Mamba, "sliding": Sliding}
+KINDS = (*CORES, *MIXERS)
+GOALS = ("at least 5", "at most 2")
 Inputs = dict[str, Tensor]
-Seconds = dict[str, list[tuple[float, float]]]
+Way = Callable[..., Tensor]
 
 
-def inputs(parts: tuple[str, ...], tokens: int, heads: int, width: int) -> Inputs:
-    """One sequence; keys of length 1 and decays as a fresh GLA or Gated DeltaNet has them."""
-    shape = (1, tokens, heads, width)
-    found = {name: torch.randn(shape) for name in ("q_BTHK", "v_BTGV")}
-    found["k_BTGK"] = F.normalize(torch.randn(shape), dim=-1)
+def inputs(kind: str, tokens: int, heads: int, width: int) -> Inputs:
+    """One sequence; keys of length 1 and decays as a fresh GLA, Gated DeltaNet or Mamba has them."""
+    shape, parts = (1, tokens, heads, width), CORES.get(kind, ())
+    if kind == "mamba":
+        found = {name: torch.randn(1, tokens, 1, 16) for name in "qk"}
+        step = F.softplus(torch.randn(1, tokens, heads * width) - 4)
+        return {**found, "v": torch.randn(1, tokens, heads * width, 1), "beta": step}
+    found = {"q": torch.randn(shape), "k": F.normalize(torch.randn(shape), dim=-1), "v": torch.randn(shape)}
     if "scalar" in parts or "vector" in parts:
         found["g"] = F.logsigmoid(torch.randn(shape if "vector" in parts else shape[:3])) / 16
     if "delta" in parts:
-        found["beta_BTG"] = torch.rand(shape[:3])
+        found["beta"] = torch.rand(shape[:3])
     if "bonus" in parts:
         found["bonus_GK"] = torch.randn(shape[2:])
     return found
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    return (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
+def ways(kind: str, heads: int, width: int, size: int) -> tuple[Way, Way]:
+    """The recurrence in chunks, and token after token."""
+    if kind in MIXERS:
+        mixer = mixer_of(MIXERS[kind], heads, width, size)
+        return partial(mixed, mixer, tokens=None), partial(mixed, mixer, tokens=1)
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, **rest: Tensor) -> Tensor:
+        bonus = {name: rest.pop(name) for name in ("bonus_GK",) if name in rest}
+        return function(q, k, v, rest.get("g"), rest.get("beta"), **bonus)[0]
+
+    return partial(run, partial(core.chunk, size=size)), partial(run, core.step)
 
 
-def timed(function: Callable[..., tuple[Tensor, ...]], given: Inputs) -> tuple[float, float]:
+def mixer_of(kind: type[RecurrentMixer], heads: int, width: int, size: int) -> RecurrentMixer:
+    """A fresh mixer for as many key-value heads as query heads."""
+    sizes = {"hidden_size": heads * width, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config = LlamaConfig(**sizes, head_dim=width, intermediate_size=64, num_hidden_layers=1, vocab_size=32)
+    stack = Stack(AutoModelForCausalLM.from_config(config))
+    return kind.from_attention(stack.layers[0].get_submodule(stack.family.attn), stack, chunk=size).requires_grad_(
+        False
+    )
+
+
+def mixed(mixer: RecurrentMixer, *, tokens: int | None, **given: Tensor) -> Tensor:
+    """What the mixer makes of queries, keys and values, so many tokens at a time (None = all), as in decoding."""
+    extra = () if isinstance(mixer, Mamba) else (given["k"].new_ones(given["k"].shape[:2]),)
+    total, outputs, state, past = given["k"].shape[1], [], None, []
+    for start in range(0, total, tokens or total):
+        part = slice(start, start + (tokens or total))
+        streams = Streams(**{name: x[:, part] for name, x in given.items()}, extra=tuple(x[:, part] for x in extra))
+        context = Context(None, torch.arange(total)[None, part], past=past)
+        o, state = mixer.mix(streams, context, state)
+        outputs.append(o)
+        past = context.last
+    return torch.cat(outputs, dim=1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def seconds(way: Way, given: Inputs, _: int) -> tuple[float, float]:
     """CPU seconds of the forward pass without gradients, and of forward and backward."""
-    with torch.no_grad():
-        start = time.process_time()
-        function(**given)
-        forward = time.process_time() - start
-    given = {name: x.detach().requires_grad_() for name, x in given.items()}
-    start = time.process_time()
-    o = function(**given)[0]
-    torch.autograd.grad(o, [*given.values()], torch.ones_like(o))
-    return forward, time.process_time() - start
+
+    def forward() -> None:
+        with torch.no_grad():
+            way(**given)
+
+    def both() -> None:
+        leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+        o = way(**leaves)
+        torch.autograd.grad(o, [*leaves.values()], torch.ones_like(o))
+
+    return timed(CPU, forward)[0].cpu, timed(CPU, both)[0].cpu
 
 
-def interleaved(ways: dict[str, Callable[[], tuple[float, float]]], repeats: int) -> Seconds:
-    """Every way once per repeat; the first repeat warms up and is not kept."""
-    seconds: Seconds = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            pair = way()
-            if repeat:
-                seconds[name].append(pair)
-    return seconds
+def table(title: str, goal: str, rows: Mapping[str, tuple[Sequence[Any], Sequence[Any]]]) -> None:
+    """Of every kind the ratios of the first to the second."""
+    print(f"\n| {title} | forward | forward + backward | goal |\n|---|---|---|---|")
+    for name, (above, below) in rows.items():
+        cells = [spread([one[part] for one in above], [one[part] for one in below]) for part in (0, 1)]
+        print(f"| {name} | {' | '.join(cells)} | {goal} |")
 
 
-def ratio(seconds: Seconds, above: str, below: str, part: int) -> float:
-    pairs = zip(seconds[above], seconds[below], strict=True)
-    return statistics.median(one[part] / other[part] for one, other in pairs)
-
-
-def table(title: str, rows: dict[str, tuple[float, float]]) -> None:
-    print(f"\n| {title} | forward | forward + backward |\n|---|---|---|")
-    for name, (forward, both) in rows.items():
-        print(f"| {name} | {forward:.2f} | {both:.2f} |")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -99,31 +134,35 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of a head's keys and values")
     parser.add_argument("--size", type=int, default=64, help="tokens per chunk")
     parser.add_argument("--tokens", type=int, nargs=2, default=[1024, 2048], help="of the two tables")
-    options = parser.parse_args()
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sized: dict[str, Any] = {"heads": options.heads, "width": options.width}
-    by_chunks = partial(core.chunk, size=options.size)
+    sizes = {"heads": options.heads, "width": options.width}
+    found = {kind: ways(kind, **sizes, size=options.size) for kind in options.kinds}
     print(
-        f"torch {torch.__version__}, {options.threads} thread(s), float32, batch 1, {options.heads} heads, "
-        f"K = V = {options.width}, chunks of {options.size}, median of {options.repeats}"
+        f"{setting(CPU)}; float32, batch 1, {options.heads} heads, K = V = {options.width}, chunks of {options.size}, "
+        f"median of {options.repeats} (least-greatest)"
     )
-
     short, long = options.tokens
-    given = {name: inputs(parts, short, **sized) for name, parts in KINDS.items()}
-    ways = {name: partial(timed, by_chunks, x) for name, x in given.items()}
-    ways |= {f"{name}, step": partial(timed, core.step, x) for name, x in given.items()}
-    seconds = interleaved(ways, options.repeats)
-    rows = {
-        name: (ratio(seconds, f"{name}, step", name, 0), ratio(seconds, f"{name}, step", name, 1)) for name in KINDS
+    given = {kind: inputs(kind, short, **sizes) for kind in found}
+    turns = {
+        f"{kind} {name}": partial(seconds, way, given[kind])
+        for kind, pair in found.items()
+        for name, way in zip(("chunk", "step"), pair, strict=True)
     }
-    table(f"{short} tokens: times faster than step", rows)
+    taken = in_turns(turns, options.repeats)
+    rows = {kind: (taken[f"{kind} step"], taken[f"{kind} chunk"]) for kind in found}
+    table(f"{short} tokens: times faster than step", GOALS[0], rows)
 
-    qkv = {name: torch.randn(1, options.heads, long, options.width) for name in "qkv"}
-    ways = {name: partial(timed, by_chunks, inputs(parts, long, **sized)) for name, parts in KINDS.items()}
-    seconds = interleaved({"attention": partial(timed, attention, qkv), **ways}, options.repeats)
-    rows = {name: (ratio(seconds, name, "attention", 0), ratio(seconds, name, "attention", 1)) for name in KINDS}
-    table(f"{long} tokens: time / time of causal attention", rows)
+    plain = {name: torch.randn(1, options.heads, long, options.width) for name in "qkv"}
+    turns = {kind: partial(seconds, chunk, inputs(kind, long, **sizes)) for kind, (chunk, _) in found.items()}
+    taken = in_turns({"attention": partial(seconds, attention, plain), **turns}, options.repeats)
+    table(
+        f"{long} tokens: time / time of causal attention",
+        GOALS[1],
+        {kind: (taken[kind], taken["attention"]) for kind in found},
+    )
 
 
 if __name__ == "__main__":

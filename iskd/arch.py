@@ -204,6 +204,25 @@ class Stack:
         """Longest sequence the model was made for, in tokens."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that the model takes, prompt and new ones together; None = any number.
+
+        A table of learned positions ends where it ends. Without one the context counts as long as an attention of the
+        family's is left, in a block or inside a compact block: mixers have no length of their own.
+        """
+        attention = f".{self.family.out}"
+        attends = any(name.endswith(attention) for name, _ in self.layers.named_modules())
+        return self.context if self.family.positions or attends else None
+
+    @property
+    def bound(self) -> str:
+        """What `limit` is, for messages: "the context of 64", "the table of 64 learned positions", or ""."""
+        limit = self.limit
+        if limit is None:
+            return ""
+        return f"the table of {limit} learned positions" if self.family.positions else f"the context of {limit}"
+
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """State after the final norm [B, T, D] for `input_ids` [B, T]: the head's input.
 
@@ -213,7 +232,12 @@ class Stack:
         return trunk(input_ids, attention_mask)
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The decoder without its head, called as it is; documents apart where `keep_apart` was asked for it."""
+        """The decoder without its head, called as it is; documents apart where `keep_apart` was asked for it.
+
+        Raises ValueError for more tokens than there are learned positions; torch would name an index and no cause.
+        """
+        if self.family.positions and self.context and input_ids.shape[1] > self.context:
+            raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
         separator = self.separator
         more: dict[str, Tensor] = {}
         if separator is not None and attention_mask is None:

@@ -38,7 +38,7 @@ from iskd.optim import (
 )
 from iskd.options import RunOptions
 from iskd.plan import Stage
-from iskd.planning import announce, forecast, planned_steps, stage_steps
+from iskd.planning import announce, check_alignment, forecast, planned_steps, stage_steps
 from iskd.preemption import StopSignals
 from iskd.saving import Saver
 from iskd.schedules.base import Schedule
@@ -120,6 +120,7 @@ class CompressionCallback(Callback):
         module, state = cast(DistillModule, pl_module), self.state
         self.signals.install()
         module.stop_wanted = lambda: self.signals.received is not None
+        check_alignment(module.student, self.schedule)
         module.place_teacher()
         forward_context = trainer.precision_plugin.forward_context
         if not self.options.plan_only:
@@ -137,9 +138,9 @@ class CompressionCallback(Callback):
         steps = planned_steps(plan, self._step_tokens(trainer))
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
         windows = torch.cat(self.data.calibration(self._step_tokens(trainer)))[: self.data.batch_size]
-        tokens = [count * self._step_tokens(trainer) for count in steps]
+        windows = windows.to(module.device)
         with trainer.precision_plugin.forward_context():
-            announce(module, plan, tokens, windows.to(module.device), self._ranks, self.run_dir)
+            announce(module, plan, steps, self._step_tokens(trainer), windows, self._ranks, self.run_dir)
         if self.options.plan_only:
             trainer.should_stop = True
             self.data.set_stage(0, 1)

@@ -3,6 +3,9 @@
 One sequence, greedy decoding, the cache that the model itself makes. The two models of a comparison take turns within
 every repeat, so that a machine that slows down slows both; a first pass of each, which warms up and during which memory
 is watched, is not timed. Times are medians. On a CPU they hold for this machine only, and ratios for machines like it.
+
+What a token costs after a long context is the point of a converted student, and reading such a context takes a CPU
+minutes. Where there is no time for that, a short prompt is read and its cache lengthened (`iskd.cache.lengthen`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from transformers import PreTrainedModel
 
 from iskd import machine, sharding, surgery
 from iskd.arch import Stack
+from iskd.cache import cache_bytes, cache_held_bytes, lengthen
 from iskd.faults import is_out_of_memory
 from iskd.measurements import EFFICIENCY_FILE, write_whole
 from iskd.module import clock
@@ -33,6 +37,7 @@ from iskd.module import clock
 CONTEXTS = (128, 1024, 4096, 8192)
 _MACHINE = "machine"
 _NO_MEMORY = "not enough memory"
+_SHORT = 64  # tokens of the prompt whose cache is lengthened
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many passes are done, and of how many."""
 
@@ -55,17 +60,18 @@ def measure(
         contexts: lengths of the prompt in tokens.
         decode_tokens: tokens decoded after the prompt, over which the time per token is the mean.
         repeats: of which the median is taken; at least one, the others as far as `seconds` go.
-        seconds: time for all of it, roughly; longer contexts and further repeats are left out. The shortest context is
-            always measured. None = no limit.
+        seconds: time for all of it, roughly; what does not fit is left out, in this order: further repeats, the
+            reading of long prompts, long contexts. The shortest context is always measured. None = no limit.
         dtype: measure copies in this dtype, e.g. bfloat16 as they would be served; None = as they are.
         progress: told how far it is.
 
     Returns:
         `machine` (`iskd.machine.describe`), and by name of each model `params`, `bytes` (of the weights, tied ones
         once), `dtype`, `peak_memory_bytes` (the weights and what the costliest context takes on top), `contexts` and
-        `left_out`. A context has `context`, `prefill_seconds`, `decode_seconds_per_token`, `cache_bytes` after the
-        prompt, `cache_held_bytes` (the memory behind these, more where they are views), `peak_memory_bytes` and
-        `repeats`; `left_out` says why, by length: too long for the model, for the time or for the memory.
+        `left_out`. A context has `context`, `prefill_seconds` (None where the cache was filled and no such prompt
+        read), `decode_seconds_per_token`, `cache_bytes` after the prompt, `cache_held_bytes` (the memory behind these,
+        more where they are views), `peak_memory_bytes` (of decoding alone where no prompt was read) and `repeats`;
+        `left_out` says why, by length: too long for the model (`Stack.limit`), for the time or for the memory.
 
     Raises:
         ValueError: a context, `decode_tokens` or `repeats` below 1, a model in shards, models on different devices, or
@@ -87,36 +93,12 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
     return write_whole(run_dir / EFFICIENCY_FILE, json.dumps(result, indent=1))
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a cache: keys and values of attention, states of mixers."""
-    return sum(tensor.nbytes for tensor in _tensors(cache))
-
-
-def cache_held_bytes(cache: Any) -> int:
-    """Bytes of the memory behind a cache's tensors: a view keeps all of what it was cut from."""
-    storages = (tensor.untyped_storage() for tensor in _tensors(cache))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _tensors(cache: Any) -> Iterator[Tensor]:
-    def inside(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from inside(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from inside(item)
-
-    return inside([vars(layer) for layer in cache.layers])
-
-
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _AtContext:
-    """One model at one context."""
+    """One model at one context; `prefill` stays empty where the cache is filled and no prompt of that length read."""
 
     context: int
     weights: int
@@ -128,13 +110,48 @@ class _AtContext:
     def row(self) -> dict[str, Any]:
         return {
             "context": self.context,
-            "prefill_seconds": statistics.median(self.prefill),
+            "prefill_seconds": statistics.median(self.prefill) if self.prefill else None,
             "decode_seconds_per_token": statistics.median(self.decode),
             "cache_bytes": self.cache[0],
             "cache_held_bytes": self.cache[1],
             "peak_memory_bytes": self.weights + self.rise,
-            "repeats": len(self.prefill),
+            "repeats": len(self.decode),
         }
+
+
+@dataclass
+class _Clock:
+    """The time that is left, and what passes will take, judged by those before.
+
+    A context takes at least two passes of every model. The time for decoding after all longer contexts is kept back
+    from the reading of prompts, which takes ever longer and says less.
+    """
+
+    deadline: float
+    context: int = 0  # the longest prompt that was read
+    reading: float = 0.0  # seconds for it, all models
+    decoding: float = 0.0  # seconds of all else in a pass at the latest context, all models
+
+    def allows(self, context: int, *, reading: bool, longer: int = 0) -> bool:
+        """Whether there is time for a context, its prompt read or not, and then for `longer` more, theirs not read."""
+        if not self.context:
+            return True
+        ahead = 2 * (1 + longer) * self.decoding
+        if reading:
+            # at least as many times as long as the context is longer
+            ahead += 2 * self.reading * context / self.context
+        return time.perf_counter() + ahead <= self.deadline
+
+    def share(self, contexts: int) -> float:
+        """When the first of so many contexts, which share what is left alike, should make no further repeat."""
+        now = time.perf_counter()
+        return now + (self.deadline - now) / contexts
+
+    def learn(self, context: int, reading: float | None, decoding: float) -> None:
+        """Take note of a pass of all models."""
+        self.decoding = decoding
+        if reading is not None:
+            self.context, self.reading = context, reading
 
 
 @torch.no_grad()
@@ -153,31 +170,28 @@ def _side_by_side(
     }.items():
         if least < 1:
             raise ValueError(f"efficiency needs {key} of at least 1, got {least}")
-    deadline = time.perf_counter() + (math.inf if seconds is None else seconds)
+    left = _Clock(time.perf_counter() + (math.inf if seconds is None else seconds))
     found = {name: _facts(model) for name, model in models.items()}
-    one_round, before, full = 0.0, 0, False
+    lengths, full = sorted(set(contexts)), False
     with _evaluating(models.values()):
-        for context in sorted(set(contexts)):
-            taking = dict(models)
-            for name, model in models.items():
-                reason = _NO_MEMORY if full else _too_long(model, context, decode_tokens)
-                # at least as many times as long as the context is longer; a warm-up and one repeat
-                if not reason and before and time.perf_counter() + 2 * one_round * context / before > deadline:
-                    reason = f"no time left of {seconds:g} s"
-                if reason:
-                    found[name]["left_out"][str(context)] = reason
-                    del taking[name]
-            if not taking:
-                continue
-            rows = _rows(taking, context, decode_tokens, repeats, deadline, progress)
-            full = rows is None
-            for name in taking:
-                if rows is None:
-                    found[name]["left_out"][str(context)] = _NO_MEMORY
+        for index, context in enumerate(lengths):
+            longer = len(lengths) - index - 1
+            late = "" if left.allows(context, reading=False) else f"no time left of {seconds:g} s"
+            reasons = {
+                name: _NO_MEMORY if full else _too_long(model, context, decode_tokens) or late
+                for name, model in models.items()
+            }
+            taking = {name: model for name, model in models.items() if not reasons[name]}
+            rows = None
+            if taking:
+                reads, until = left.allows(context, reading=True, longer=longer), left.share(longer + 1)
+                rows = _rows(taking, context, decode_tokens, repeats, reads, until, left, progress)
+                full = rows is None
+            for name in models:
+                if rows and name in rows:
+                    found[name]["contexts"].append(rows[name])
                 else:
-                    found[name]["contexts"].append(rows[0][name])
-            if rows is not None:
-                one_round, before = rows[1], context
+                    found[name]["left_out"][str(context)] = reasons[name] or _NO_MEMORY
     for facts in found.values():
         peaks = [row["peak_memory_bytes"] for row in facts["contexts"]]
         facts["peak_memory_bytes"] = max(peaks, default=facts["bytes"])
@@ -189,16 +203,20 @@ def _rows(
     context: int,
     decode_tokens: int,
     repeats: int,
-    deadline: float,
+    reads: bool,
+    until: float,
+    left: _Clock,
     progress: Progress | None,
-) -> tuple[dict[str, dict[str, Any]], float] | None:
-    """A row per model, and the seconds of one pass of all of them; None where memory is not enough."""
+) -> dict[str, dict[str, Any]] | None:
+    """A row per model; None where memory is not enough."""
     try:
-        return _rounds(models, context, decode_tokens, repeats, deadline, progress)
+        rows, reading, decoding = _rounds(models, context, decode_tokens, repeats, reads, until, progress)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
+    left.learn(context, reading, decoding)
+    return rows
 
 
 def _rounds(
@@ -206,10 +224,11 @@ def _rounds(
     context: int,
     decode_tokens: int,
     repeats: int,
-    deadline: float,
+    reads: bool,
+    until: float,
     progress: Progress | None,
-) -> tuple[dict[str, dict[str, Any]], float]:
-    """A row per model, and the seconds of one pass of all of them."""
+) -> tuple[dict[str, dict[str, Any]], float | None, float]:
+    """A row per model, the seconds of reading the prompt, and those of all else in a pass of all of them."""
     at = {name: _AtContext(context, _weight_bytes(model)) for name, model in models.items()}
     passes, done = len(models) * (1 + repeats), 0
 
@@ -223,32 +242,38 @@ def _rounds(
     for name, model in models.items():
         tell()
         with machine.PeakMemory(_device(model)) as memory:
-            *_, cache = _use(model, context, decode_tokens)
+            *_, cache = _use(model, context, decode_tokens, reads)
         at[name].rise, at[name].cache = memory.rise, cache
     one_round, order = time.perf_counter() - start, list(models)
     for repeat in range(repeats):
-        if repeat and time.perf_counter() + one_round > deadline:
+        if repeat and time.perf_counter() + one_round > until:
             break
         start = time.perf_counter()
         for name in order if repeat % 2 else reversed(order):
             tell()
-            prefill, decode, _ = _use(models[name], context, decode_tokens)
-            at[name].prefill.append(prefill)
+            prefill, decode, _ = _use(models[name], context, decode_tokens, reads)
+            at[name].prefill += [prefill] if reads else []
             at[name].decode.append(decode)
         one_round = time.perf_counter() - start
-    return {name: entry.row() for name, entry in at.items()}, one_round
+    reading = sum(entry.prefill[-1] for entry in at.values()) if reads else None
+    return {name: entry.row() for name, entry in at.items()}, reading, one_round - (reading or 0.0)
 
 
-def _use(model: PreTrainedModel, context: int, decode_tokens: int) -> tuple[float, float, tuple[int, int]]:
-    """Seconds of a prompt, seconds per token decoded after it, and the bytes of the cache between the two."""
+def _use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> tuple[float, float, tuple[int, int]]:
+    """Seconds of a prompt, seconds per token decoded after it, and the bytes of the cache between the two.
+
+    Unless it `reads` the prompt, that is a short one, and the cache is lengthened to the context.
+    """
     stack, device = Stack(model), _device(model)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(model.config.vocab_size), (1, context), generator=generator).to(device)
+    length = context if reads else min(context, _SHORT)
+    ids = torch.randint(int(model.config.vocab_size), (1, length), generator=generator).to(device)
     start = clock(device)
     output = stack.base(input_ids=ids, use_cache=True)
     token = _next(stack, output.last_hidden_state)
     prefill = clock(device) - start
     cache = output.past_key_values
+    lengthen(cache, context - length)
     held = cache_bytes(cache), cache_held_bytes(cache)
     start = clock(device)
     for _ in range(decode_tokens):
@@ -266,10 +291,8 @@ def _next(stack: Stack, last_BTD: Tensor) -> Tensor:
 def _too_long(model: PreTrainedModel, context: int, decode_tokens: int) -> str:
     """Why a model cannot take a context, or ""; a table of learned positions ends for decoded tokens too."""
     stack = Stack(model)
-    needed = context + (decode_tokens if stack.family.positions else 0)
-    if stack.context is None or needed <= stack.context:
-        return ""
-    return f"needs {needed:,} positions, the model has {stack.context:,}"
+    needed, limit = context + (decode_tokens if stack.family.positions else 0), stack.limit
+    return "" if limit is None or needed <= limit else f"{needed} tokens are more than {stack.bound}"
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -347,5 +370,7 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
     where = (
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1]['dtype']}; {facts['note']}"
     )
+    if any(row["prefill_seconds"] is None for found in rows for row in found.values()):
+        left.add("no prefill where the cache was filled without a prompt of that length")
     table.caption = "; ".join([where, *sorted(left)])
     return table

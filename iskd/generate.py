@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.arch import Stack
 from iskd.bundled import BUNDLES
 from iskd.evaluate import check_same_tokenizer
 from iskd.loading import load
@@ -48,8 +49,8 @@ class Spoken:
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens per second, the prompt's time included."""
-        return len(self.ids) / self.seconds
+        """New tokens per second, the prompt's time included; 0 for a model that could say nothing."""
+        return len(self.ids) / self.seconds if self.ids else 0.0
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ class SideBySide:
         table.add_row(*(Text.assemble((self.prompt, "dim"), said.text) for said in (self.teacher, self.student)))
         table.add_section()
         table.add_row(*(f"{len(s.ids)} tokens, {s.tokens_per_s:,.1f} tokens/s" for s in (self.teacher, self.student)))
-        faster = self.student.tokens_per_s / self.teacher.tokens_per_s
-        table.caption = f"the first {self.same} tokens are the same; the student is {faster:.2f} times as fast"
+        table.caption = f"the first {self.same} tokens are the same"
+        if self.teacher.ids:
+            faster = self.student.tokens_per_s / self.teacher.tokens_per_s
+            table.caption += f"; the student is {faster:.2f} times as fast"
         return table
 
 
@@ -104,6 +107,9 @@ def generate(
 ) -> SideBySide:
     """Let teacher and student continue the same prompt, each as it was loaded (float32 unless said otherwise).
 
+    Each goes as far as it can (`Stack.limit`): a student without attention goes on where its teacher has to stop, and
+    speaks alone where the prompt is too long for the teacher; a note says so.
+
     Args:
         student: folder of an export or of a run, or a model.
         teacher: a folder, a name on the hub, a bundled teacher's key, or a loaded teacher. None finds it through the
@@ -116,7 +122,8 @@ def generate(
         device: where to compute; "auto" takes a GPU if there is one.
 
     Raises:
-        ValueError: the teacher cannot be found, the tokenizers differ, or prompt and tokens do not fit.
+        ValueError: the teacher cannot be found, the tokenizers differ, or prompt and tokens are more than the student
+            can take.
     """
     _check(prompt, max_new_tokens, temperature)
     folder = None if isinstance(student, PreTrainedModel) else student_folder(Path(student))
@@ -127,18 +134,26 @@ def generate(
     model = student if isinstance(student, PreTrainedModel) else load(student_folder(Path(student)))
     name = "this model" if isinstance(student, PreTrainedModel) else str(student)
     for who in (loaded.model, model):
-        _check_fits(who, ids, max_new_tokens)
+        _check_rows(who, ids)
+    _check_fits(model, ids, max_new_tokens)
+    room = Stack(loaded.model).limit
+    most = max_new_tokens if room is None else min(max_new_tokens, max(0, room - ids.shape[1]))
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     how = "greedy"
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         how = f"temperature {temperature:g}, seed {seed}"
     said = [
-        _speak(who, label, own, ids.to(place), options, seed)
-        for who, label in ((loaded.model, str(loaded.source["name"])), (model, name))
+        _speak(who, label, own, ids.to(place), {**options, "max_new_tokens": tokens}, seed)
+        for who, label, tokens in ((loaded.model, str(loaded.source["name"]), most), (model, name, max_new_tokens))
     ]
-    return SideBySide(prompt, ids.shape[1], said[0], said[1], f"{how}, {place.type}", _notes(folder, loaded))
+    notes = _notes(folder, loaded)
+    if most < max_new_tokens:
+        notes += (
+            f"the teacher says at most {most} tokens: with the prompt more would be over {Stack(loaded.model).bound}",
+        )
+    return SideBySide(prompt, ids.shape[1], said[0], said[1], f"{how}, {place.type}", notes)
 
 
 def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> TeacherSpec:
@@ -202,14 +217,17 @@ def _check(prompt: str, max_new_tokens: int, temperature: float) -> None:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive number")
 
 
-def _check_fits(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> None:
+def _check_rows(model: PreTrainedModel, ids: Tensor) -> None:
     rows, largest = int(model.config.vocab_size), int(ids.max())
     if largest >= rows:
         raise ValueError(f"the tokenizer has token {largest}, the model only {rows} rows: they do not belong together")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and ids.shape[1] + new_tokens > context:
+
+
+def _check_fits(student: PreTrainedModel, ids: Tensor, new_tokens: int) -> None:
+    stack = Stack(student)
+    if stack.limit is not None and ids.shape[1] + new_tokens > stack.limit:
         raise ValueError(
-            f"{ids.shape[1]} tokens of prompt and {new_tokens} new ones are more than the context of {context}: "
+            f"{ids.shape[1]} tokens of prompt and {new_tokens} new ones are more than {stack.bound}: "
             "shorten the prompt or lower the number of new tokens (--tokens)"
         )
 
@@ -223,6 +241,8 @@ def _speak(
     seed: int,
 ) -> Spoken:
     """One model's continuation. A first token is made before the clock starts: nobody waits for it twice."""
+    if not options["max_new_tokens"]:
+        return Spoken(name, (), "", 0.0)
     was_training = model.training
     nn.Module.to(model.eval(), ids.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

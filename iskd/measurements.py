@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class AtContext:
 
     Attributes:
         context: Tokens of the context.
-        prefill_seconds: Time to read the whole context.
+        prefill_seconds: Time to read the whole context; NaN where it was not read and the cache filled instead.
         decode_seconds_per_token: Time of one more token after it.
         cache_bytes: Keys and values, or the mixers' states, held between two tokens.
     """
@@ -37,12 +38,13 @@ class AtContext:
 
 @dataclass(frozen=True)
 class Measured:
-    """Size and speed of one model; contexts ascending, each length once."""
+    """Size and speed of one model; contexts ascending, each length once; why others were left out, by length."""
 
     params: float
     weight_bytes: float
     peak_memory_bytes: float
     contexts: tuple[AtContext, ...]
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     def at(self, context: int) -> AtContext | None:
         """The measurement at a context length, None where there is none."""
@@ -199,4 +201,12 @@ def _measured(value: Any) -> Measured | None:
             keys = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
             found[length] = AtContext(length, *(_number(item.get(key)) for key in keys))
     params, weights, peak = (_number(value.get(key)) for key in ("params", "bytes", "peak_memory_bytes"))
-    return Measured(params, weights, peak, tuple(found[length] for length in sorted(found)))
+    return Measured(params, weights, peak, tuple(found[length] for length in sorted(found)), _reasons(value))
+
+
+def _reasons(value: dict[str, Any]) -> dict[int, str]:
+    """Why contexts were not measured, by their length ascending."""
+    told = value.get("left_out")
+    items = told.items() if isinstance(told, dict) else ()
+    known = {int(at): why for at, why in items if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
+    return dict(sorted(known.items()))

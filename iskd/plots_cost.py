@@ -1,4 +1,4 @@
-"""The report's figures of cost: when each stage ran and what it trained on, and what a context takes to hold."""
+"""The report's figure of cost: when each stage ran, and what it trained on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from iskd.edit_map import grid_height, label_rows, row_labels
-from iskd.figure import PALETTE, figure_of, log_y, needs_log, plain_x, set_heading, to_svg
-from iskd.measurements import Efficiency
-from iskd.table import byte_unit
+from iskd.figure import PALETTE, figure_of, plain_x, to_svg
 from iskd.tracking import StageResult
 
 if TYPE_CHECKING:
@@ -65,48 +63,3 @@ def tokens_by_stage(results: Sequence[StageResult]) -> list[int]:
     """Tokens that each stage trained on, from the cumulative counts."""
     counts = [result.tokens for result in results]
     return [max(0, now - before) for before, now in zip([0, *counts], counts, strict=False)]
-
-
-def state_sizes(measured: Efficiency) -> str | None:
-    """Bytes held between two tokens (cache or mixers' states) against context length; None with one length or none.
-
-    A single length says no more than the table does.
-    """
-    lines = []
-    for name, model in (("teacher", measured.teacher), ("student", measured.student)):
-        points = [(at.context, at.cache_bytes) for at in (model.contexts if model else ())]
-        points = [(context, size) for context, size in points if math.isfinite(size) and size >= 0]
-        if points:
-            lines.append((name, points))
-    values = [size for _, points in lines for _, size in points]
-    contexts = sorted({context for _, points in lines for context, _ in points})
-    if len(contexts) < 2:
-        return None
-    unit, label = byte_unit(max(values))
-    looks: dict[str, dict[str, Any]] = {
-        "teacher": {"color": PALETTE["ink"], "linestyle": "--", "marker": "s"},
-        "student": {"color": PALETTE["blue"], "marker": "o"},
-    }
-    with figure_of(3.3) as figure:
-        axes = figure.subplots()
-        for name, points in lines:
-            axes.plot([x for x, _ in points], [size / unit for _, size in points], label=name, **looks[name])
-        if needs_log(values):
-            log_y(axes)
-        else:
-            axes.set_ylim(0, 1.08 * max(values) / unit or 1.0)  # room for the topmost marker
-        _context_axis(axes, contexts)
-        set_heading(axes, f"State or cache ({label})")
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0.1, columnspacing=1.2)
-        return to_svg(figure, "states", "Bytes of state or cache against context length")
-
-
-def _context_axis(axes: Axes, contexts: Sequence[int]) -> None:
-    """Context lengths, each twice as far as the half of it, with ticks where something was measured."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log", base=2)
-    every = math.ceil(len(contexts) / 8)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(contexts[::every], [f"{context:,}" for context in contexts[::every]])
-    axes.set_xlabel("context (tokens)")

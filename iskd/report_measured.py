@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from html import escape
 
-from iskd import page, plots_cost
+from iskd import page, report_contexts
 from iskd.measurements import AtContext, Efficiency, Evaluation, Interval, Measured
 from iskd.plots import task_retention
 from iskd.table import ABSENT, byte_unit, number, percent
@@ -45,10 +45,12 @@ def efficiency_section(measured: Efficiency | None) -> str:
         return ""
     columns = ("", "teacher", "student", "student / teacher")
     body = page.table("Efficiency", columns, _efficiency_rows(measured), kind="named")
-    caption = "What a model holds between two tokens: keys and values, or the mixers' states."
-    body = f'<div class="aside">{body}{page.figures([(plots_cost.state_sizes(measured), caption)])}</div>'
+    caption = "What a token costs after a context, and what is held between two: keys and values, or mixers' states."
+    body = f'<div class="aside">{body}{page.figures([(report_contexts.of_run(measured), caption)])}</div>'
     machine = "; ".join(f"{key} {text}" if key else text for key, text in page.flat("", measured.machine))
     hint = "Measured, not computed" + (f", on: {machine}." if machine else "; the machine is not named.")
+    told = report_contexts.left_out((("teacher", measured.teacher), ("student", measured.student)))
+    hint += f" {told}" if told else ""
     return page.section("Efficiency", f'{body}<p class="hint">{escape(hint)}</p>')
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from iskd import page
+from iskd import page, report_contexts
+from iskd.measurements import AtContext
 from iskd.plots_runs import Cost, Point, tradeoff
 from iskd.report import REPORT_FILE
 from iskd.run_list import Run, differing, read_runs, telling
-from iskd.table import ABSENT, kl_text, number, percent
+from iskd.table import ABSENT, byte_unit, kl_text, number, percent
 from iskd.tracking import StageResult
 
 RUNS_FILE = "runs.html"
@@ -61,6 +62,7 @@ def _page(runs: Sequence[Run], problems: Sequence[str], home: Path) -> str:
             _lead(runs, numbered),
             page.notes(problems),
             page.section("Retention against cost", _figures(runs, numbered)),
+            page.section("Cost against context", _against_context(runs, numbered)),
             _table(numbered, home),
             _all_differences(runs),
         ],
@@ -116,12 +118,23 @@ def _speed(stage: StageResult | None) -> float:
     return math.nan if stage is None or stage.tokens_per_s is None else stage.tokens_per_s
 
 
-def _decode(run: Run, context: int | None, *, of_teacher: bool = False) -> float:
-    """Milliseconds per token after `context` tokens; NaN where that was not measured."""
+def _at(run: Run, context: int | None, *, of_teacher: bool = False) -> AtContext | None:
+    """What was measured at a context length, if it was."""
     files = run.files.efficiency
     model = None if files is None else files.teacher if of_teacher else files.student
-    found = model.at(context) if model and context else None
+    return model.at(context) if model and context else None
+
+
+def _decode(run: Run, context: int | None, *, of_teacher: bool = False) -> float:
+    """Milliseconds per token after `context` tokens; NaN where that was not measured."""
+    found = _at(run, context, of_teacher=of_teacher)
     return math.nan if found is None else 1e3 * found.decode_seconds_per_token
+
+
+def _held(run: Run, context: int | None) -> float:
+    """Bytes of cache or state after `context` tokens; NaN where that was not measured."""
+    found = _at(run, context)
+    return math.nan if found is None else found.cache_bytes
 
 
 def _common_context(runs: Sequence[Run]) -> int | None:
@@ -157,11 +170,10 @@ def _tradeoffs(runs: Sequence[Run], numbered: Numbered, by_tasks: bool) -> Itera
     if context:
         cost = Cost("decode", f"decoding after {context:,} tokens (ms per token)")
         originals = [(_decode(run, context, of_teacher=True), 1.0) for run in runs]
-        machines = {_hardware(run.files.efficiency.machine) for run in runs if run.files.efficiency}
         points = _points(numbered, lambda run: _decode(run, context), quality)
         without = sum(run.student is not None and math.isnan(_decode(run, context)) for run in runs)
         text = "Retention against decoding time." + (f" {without} runs without a measurement." if without else "")
-        yield tradeoff(points, originals, [], cost), text + _care(machines)
+        yield tradeoff(points, originals, [], cost), text + _care(_measured_on(runs))
 
     if any(run.student and math.isnan(_decode(run, context)) for run in runs):
         cost = Cost("speed", "scoring speed (tokens per second, more is better)", more_is_better=True)
@@ -172,6 +184,21 @@ def _tradeoffs(runs: Sequence[Run], numbered: Numbered, by_tasks: bool) -> Itera
         machines = {_hardware(run.files.environment) for run in runs if run.files.environment}
         points = _points(numbered, lambda run: _speed(run.student), quality)
         yield tradeoff(points, originals, tried, cost), f"Retention against scoring speed.{_care(machines)}"
+
+
+def _against_context(runs: Sequence[Run], numbered: Numbered) -> str:
+    text = (
+        "What a token costs after a context, and what is held between two tokens: keys and values, or mixers' states. "
+        "A line per run, in one colour where they share a configuration; dashed: the teacher, its median over the runs."
+    )
+    told = report_contexts.left_out((run.name, run.measured) for run in runs)
+    drawn = page.figures([(report_contexts.of_runs(numbered), text + _care(_measured_on(runs)))])
+    return drawn + (f'<p class="hint">{escape(told)}</p>' if told else "")
+
+
+def _measured_on(runs: Sequence[Run]) -> set[str]:
+    """The machines on which latencies were measured."""
+    return {_hardware(run.files.efficiency.machine) for run in runs if run.files.efficiency}
 
 
 def _hardware(facts: Any) -> str:
@@ -208,6 +235,8 @@ class _Column:
 def _columns(runs: Sequence[Run]) -> list[_Column]:
     """The columns of results; those without a single number are left out."""
     context = _common_context(runs)
+    sizes = [size for run in runs if math.isfinite(size := _held(run, context))]
+    unit, label = byte_unit(max(sizes, default=0.0))
     columns = [
         _Column("retention %", _retention, percent),
         _Column("task retention %", _by_tasks, percent),
@@ -215,6 +244,7 @@ def _columns(runs: Sequence[Run]) -> list[_Column]:
         _Column("perplexity", lambda run: run.student.ppl if run.student else math.nan, lambda value: number(value, 4)),
         _Column("KL (nats)", lambda run: run.student.kl if run.student else math.nan, kl_text),
         _Column(f"decode at {context} (ms/token)", lambda run: _decode(run, context), number),
+        _Column(f"cache or state at {context} tokens ({label})", lambda run: _held(run, context) / unit, number),
         _Column("scoring (tokens/s)", lambda run: _speed(run.student), number),
         _Column("tokens (k)", lambda run: run.tokens / 1e3, lambda value: f"{value:.0f}"),
         _Column("time (min)", lambda run: run.seconds / 60, number),

@@ -2,7 +2,8 @@
 
 Continuations are scored as in lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602): context and continuation
 are encoded as one text and cut at the length of the encoded context; `acc` picks the continuation of the highest sum of
-log p, `acc_norm` that of the highest sum per character. A context too long for the model loses its beginning.
+log p, `acc_norm` that of the highest sum per character. A context too long for the model (`Stack.limit`) loses its
+beginning.
 
 Whether greedy decoding would give a continuation is read off the same pass: up to its first mistake, decoding sees the
 very tokens that scoring feeds. So scores of the generation type, which lose most when layers go, cost no generation.
@@ -275,7 +276,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
     stripped = list(dict.fromkeys(context.rstrip() for context, _ in pairs))
     encoded = tokenizer(stripped, add_special_tokens=False).input_ids
     lengths = {text: len(ids) for text, ids in zip(stripped, encoded, strict=True)}
-    rows, context_tokens, texts, cut = stack.head[0].shape[0], stack.context, [], 0
+    rows, context_tokens, texts, cut = stack.head[0].shape[0], stack.limit, [], 0
     for (context, continuation), whole in zip(pairs, wholes, strict=True):
         length = lengths[context.rstrip()]
         if not (length or front) and start is None:

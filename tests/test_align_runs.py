@@ -109,7 +109,7 @@ def test_layers_are_chosen_as_in_every_schedule(settings: dict[str, Any], layers
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixers": "heads"}, "schedule.mixers='heads' is unknown; choose matrix, mixer_output or null"),
+        ({"mixers": "heads"}, "schedule.mixers='heads' is unknown; choose auto, matrix, mixer_output or null"),
         ({"layers": "odd"}, "schedule.layers='odd' is unknown; choose all, every_second or a list"),
         ({"layers": [1, 1]}, "lists layer 1 twice"),
         ({"layers": [9]}, r"layers 0\.\.7"),

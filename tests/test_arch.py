@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache, StaticCache
 
+from iskd import surgery
 from iskd.arch import FAMILIES, Dims, Stack, dims_of, family_of, set_layer_idx
 from iskd.blocks.identity import Identity
 from iskd.capture import capture
 from iskd.hosting import CacheSlot, HostedBlock, run_decoder, small_decoder
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from tests import factories
 from tests.factories import tiny, windows
 
@@ -45,6 +47,24 @@ def test_sizes_and_paths_are_those_of_the_model(name: str) -> None:
     assert block.get_submodule(family.attn).layer_idx == 0
     for part in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
         assert part is None or isinstance(stack.base.get_submodule(part), nn.Module)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_limit_is_that_of_what_is_left_of_the_teacher(name: str) -> None:
+    """A model reads to its context; with its last attention that ends, but a table of learned positions does not."""
+    stack, mixer = Stack(tiny(name)), Spec("iskd.mixers.linear_attention.LinearAttention", {})
+    assert stack.limit == 64
+    slim: list[Edit] = [Replace(3, Spec("iskd.blocks.slim.Slim", {"ratio": 0.6}))]
+    record = surgery.apply(stack.model, Record(4), [*slim, *(Convert(layer, mixer) for layer in range(3))])
+    assert stack.limit == 64, "an attention inside a compact block is left"
+    surgery.apply(stack.model, record, [Remove(3)])
+    if stack.family.positions is None:
+        assert (stack.limit, stack.bound) == (None, "")
+        assert stack.last_hidden(windows(1, 80)).shape[1] == 80
+    else:
+        assert (stack.limit, stack.bound) == (64, "the table of 64 learned positions")
+        with pytest.raises(ValueError, match="a text of 65 tokens is longer than the table of 64 learned positions"):
+            stack.last_hidden(windows(1, 65))
 
 
 def test_sizes_that_a_config_leaves_out_follow_its_family() -> None:

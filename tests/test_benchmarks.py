@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
 
-from benchmarks import step
+from benchmarks import mixers, step
 from benchmarks.common import in_turns, rotated, spread
 from benchmarks.step_setup import TASKS
 from benchmarks.step_tables import notes, step_table
 from benchmarks.step_ways import run_ours, run_plain
+from tests.factories import tiny, windows
 
 
 def row(way: str, repeat: int, seconds: float) -> dict[str, Any]:
@@ -68,3 +72,42 @@ def test_plain_and_ours_see_the_same_batches_and_find_the_same_losses() -> None:
     assert plain.batches == ours.batches
     assert len(ours.seconds) == len(ours.losses) == len(ours.gaps) + 1 == 3
     assert ours.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", mixers.KINDS)
+def test_both_ways_of_a_mixer_find_the_same(kind: str) -> None:
+    torch.manual_seed(0)
+    given, (chunk, step) = mixers.inputs(kind, 20, 2, 8), mixers.ways(kind, 2, 8, 8)
+    torch.testing.assert_close(chunk(**given), step(**given), atol=1e-5, rtol=1e-4)
+
+
+def test_every_kind_of_mixer_has_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"--repeats": "1", "--heads": "2", "--width": "8", "--size": "8", "--threads": str(torch.get_num_threads())}
+    mixers.main([*(word for pair in sizes.items() for word in pair), "--tokens", "12", "16"])
+    printed = capsys.readouterr().out
+    for kind in mixers.KINDS:
+        assert printed.count(f"\n| {kind} | ") == 2
+
+
+@torch.no_grad()
+def test_caches_with_room_ahead_say_what_a_growing_one_says() -> None:
+    """The decoding experiment compares attention with three caches: their logits are the same."""
+    file = Path(__file__).resolve().parents[1] / "experiments" / "subquadratic-decode" / "run.py"
+    spec = importlib.util.spec_from_file_location("subquadratic_decode", file)
+    assert spec is not None
+    assert spec.loader is not None
+    decode = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decode)
+    model, ids = tiny("llama", head_dim=8), windows(1, 12)
+
+    def logits(cache: Any) -> list[torch.Tensor]:
+        parts = (ids[:, :9], *(ids[:, at : at + 1] for at in range(9, 12)))
+        return [model(part, past_key_values=cache, use_cache=True).logits for part in parts]
+
+    grown = logits(DynamicCache())
+    for kind in (decode.IN_PLACE, decode.STATIC):
+        for found, expected in zip(logits(decode.empty(model, kind, 12)), grown, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        cache = decode.filled(model, 10, kind, more=3)
+        assert decode.seconds(model, cache, 10, 3) > 0
+        assert cache.get_seq_length() == 13

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from iskd import efficiency, machine, surgery
+from iskd.cache import cache_bytes, cache_held_bytes
 from iskd.measurements import efficiency_of
 from iskd.plan import Convert, Record, Remove, Spec
 from tests.factories import digest, modes, tiny
@@ -59,9 +61,58 @@ def test_every_kind_of_family_is_measured(family: str) -> None:
 def test_contexts_beyond_the_model_are_left_out_and_named() -> None:
     found = alone(llama(), contexts=[64, 128, 8], **QUICK)
     assert [row["context"] for row in found["contexts"]] == [8, 64]
-    assert found["left_out"] == {"128": "needs 128 positions, the model has 64"}
+    assert found["left_out"] == {"128": "128 tokens are more than the context of 64"}
     # learned positions have to last for the decoded tokens too
-    assert "64" in alone(tiny("gpt2"), contexts=[8, 64], **QUICK)["left_out"]
+    found = alone(tiny("gpt2"), contexts=[8, 64], **QUICK)
+    assert found["left_out"] == {"64": "66 tokens are more than the table of 64 learned positions"}
+
+
+def test_a_model_without_attention_has_no_context_of_its_own() -> None:
+    """The teacher stops at its context, the converted student is measured beyond it."""
+    result = efficiency.measure({"teacher": llama(), "student": converted()}, contexts=[8, 200], **QUICK)
+    assert [row["context"] for row in result["student"]["contexts"]] == [8, 200]
+    assert list(result["teacher"]["left_out"]) == ["200"]
+    assert result["student"]["left_out"] == {}
+
+
+def test_where_there_is_no_time_to_read_a_prompt_the_cache_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of a prompt, decoding is timed, reading is not."""
+    read = alone(llama(), contexts=[8, 32], **QUICK)["contexts"][1]
+    monkeypatch.setattr(efficiency._Clock, "allows", lambda _, context, reading, longer=0: not reading or context == 8)
+    monkeypatch.setattr(efficiency, "_SHORT", 5)
+    result = efficiency.measure({"student": llama()}, contexts=[8, 32], **QUICK)
+    short, filled = result["student"]["contexts"]
+    assert short["prefill_seconds"] > 0
+    assert filled["prefill_seconds"] is None
+    assert filled["decode_seconds_per_token"] > 0
+    assert filled["repeats"] == 2
+    assert filled["cache_bytes"] == read["cache_bytes"]
+    console = Console(record=True, width=120)
+    console.print(efficiency.efficiency_table(result))
+    assert "no prefill where the cache was filled" in " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize(("slowness", "reached"), [(1.0, 4), (0.5, 4), (20.0, 1)])
+def test_a_minute_reaches_the_longest_context(slowness: float, reached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine where a token is read in 4 ms and decoded in 45 ms, more after a long context: SmolLM2 on a core."""
+    now = [0.0]
+
+    def use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> Any:
+        prefill = 0.004 * (context if reads else 64) * slowness
+        decode = 0.045 * (1 + context / 6000) * slowness
+        now[0] += prefill + decode * decode_tokens
+        return prefill, decode, (1, 1)
+
+    monkeypatch.setattr(efficiency, "_use", use)
+    monkeypatch.setattr(efficiency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    result = efficiency.measure({"teacher": llama(8192), "student": llama(8192)}, seconds=60)
+    rows = result["student"]["contexts"]
+    assert [row["context"] for row in rows] == list(efficiency.CONTEXTS[:reached])
+    assert rows[0]["prefill_seconds"] == pytest.approx(0.004 * 128 * slowness)
+    assert len(result["student"]["left_out"]) == 4 - reached
+    if reached == 4:
+        assert now[0] < 66
+        assert rows[-1]["prefill_seconds"] is None
 
 
 def test_time_is_kept_to_and_what_falls_to_it_is_named() -> None:
@@ -94,6 +145,7 @@ def test_a_comparison_is_written_shown_and_read_by_the_report(tmp_path: Path) ->
     path = efficiency.write(tmp_path, result)
     read = efficiency_of(json.loads(path.read_text()))
     assert read.student is not None
+    assert read.student.left_out == {}
     assert read.student.at(16) is not None
     console = Console(record=True, width=120)
     console.print(efficiency.efficiency_table(result))
@@ -117,10 +169,10 @@ def test_bad_values_are_named(bad: dict[str, object]) -> None:
 def test_what_does_not_fit_into_memory_is_left_out_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     use = efficiency._use
 
-    def full(model: PreTrainedModel, context: int, decode_tokens: int) -> Any:
+    def full(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> Any:
         if context > 8:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
-        return use(model, context, decode_tokens)
+        return use(model, context, decode_tokens, reads)
 
     monkeypatch.setattr(efficiency, "_use", full)
     found = alone(llama(), contexts=[8, 16, 32], **QUICK)
@@ -151,8 +203,8 @@ def test_a_view_holds_what_it_was_cut_from() -> None:
     class Cache:
         layers = [Layer()]  # noqa: RUF012
 
-    assert efficiency.cache_bytes(Cache) == 16
-    assert efficiency.cache_held_bytes(Cache) == 400
+    assert cache_bytes(Cache) == 16
+    assert cache_held_bytes(Cache) == 400
 
 
 def test_memory_of_a_piece_of_work_is_seen() -> None:

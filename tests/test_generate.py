@@ -17,7 +17,7 @@ from iskd import surgery
 from iskd.evaluate import check_same_tokenizer
 from iskd.export import FACTS, export
 from iskd.generate import find_teacher, generate, main
-from iskd.plan import Edit, Record, Replace, Spec
+from iskd.plan import Convert, Edit, Record, Replace, Spec
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.tokenizer import byte_tokenizer
 from tests.factories import tiny
@@ -162,6 +162,28 @@ def test_tokenizers_that_differ_are_refused(run_dir: Path) -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, run_dir: Path) -> None:
     with pytest.raises(ValueError, match=message):
         generate(run_dir / "model", **{"prompt": PROMPT, **options})
+
+
+def test_each_goes_as_far_as_it_can(run_dir: Path) -> None:
+    """A student without attention goes on past its teacher's context; a table of learned positions ends for both."""
+    loaded = load_teacher(find_teacher(run_dir / "model"))
+    linear = [Convert(layer, Spec("iskd.mixers.linear_attention.LinearAttention", {})) for layer in range(4)]
+    student = tiny("llama", vocab=257, eos_token_id=None)
+    surgery.apply(student, Record(4), linear)
+    student.generation_config.eos_token_id = None
+    for prompt, most in (("a" * 61, 3), ("a" * 90, 0)):
+        found = generate(student, loaded, prompt, max_new_tokens=8, device="cpu")
+        assert len(found.student.ids) == 8
+        assert len(found.teacher.ids) <= most
+        assert f"the teacher says at most {most} tokens" in found.notes[0]
+        assert "the context of 64" in found.notes[0]
+        found.table()
+    assert (found.teacher.tokens_per_s, found.same) == (0.0, 0)
+    gpt2 = tiny("gpt2", vocab=257)
+    surgery.apply(gpt2, Record(4), linear)
+    teacher = Loaded(tiny("gpt2", vocab=257), byte_tokenizer(), {"name": "mine"})
+    with pytest.raises(ValueError, match=r"61 tokens of prompt and 8 new ones are more than the table of 64 learned"):
+        generate(gpt2, teacher, "a" * 61, max_new_tokens=8)
 
 
 def test_the_command_prints_two_columns(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iskd import surgery
+from iskd.mixers import kernels
+from iskd.plan import Convert, Record
 from tests import programs
+from tests.factories import mixer_specs, tiny, windows
 from tests.runs import largest_difference, write_text
 from tests.test_cli import SMOKE, train
 from tests.worlds import World, run_world
@@ -145,3 +149,54 @@ def test_running_out_of_memory_halves_the_micro_batch(folder: Path, one: dict[st
     seen = trained(folder, "memory", options={"on_oom": "halve"}, hog=True)
     assert seen["stages"][-1][3] == one["stages"][-1][3]
     assert "run.on_oom=halve: going on with data.batch_size=1" in (folder / "logs" / "memory" / "rank0.log").read_text()
+
+
+# one mixer per kernel of fla, two where it serves with a decay and without
+CONVERTED = ("linear_attention", "retnet", "gla", "deltanet", "gated_deltanet", "kda")
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_converted_model_trains_and_speaks_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels where they serve: it learns a batch under autocast; in bf16 a state says what no state says."""
+    served = converted_in_bf16(name, "cuda", monkeypatch)
+    refused = name in ("retnet", "gated_deltanet") and kernels.refuses_scalar_gradients()
+    if kernels.ops() is not None:
+        assert served["generate"] > 0
+        assert (served["train"] > 0) != refused
+
+
+def converted_in_bf16(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Train and generate; how many calls the kernels served in each."""
+    calls: list[str] = []
+    original = kernels.chunk
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append("chunk")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "chunk", counted)
+    model: Any = tiny("llama", hidden=128, heads=4, kv_heads=2, layers=2)
+    surgery.apply(model, Record(2), [Convert(layer, mixer_specs()[name], seed=layer) for layer in range(2)])
+    model.to(device).train()
+    ids, losses = windows(4, 48).to(device), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(15):
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    trained = len(calls)
+    model.eval().bfloat16()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        text = model.generate(ids[:, :17], attention_mask=torch.ones_like(ids[:, :17]), **options)
+        past = model(text[:, :17], use_cache=True).past_key_values
+        by_state = [model(token, past_key_values=past).logits for token in text[:, 17:].split(1, dim=1)]
+        whole = model(text).logits[:, 17:].float()
+    assert text.shape == (4, 25)
+    assert (torch.cat(by_state, 1).float() - whole).norm() < 5e-2 * whole.norm()
+    return {"train": trained, "generate": len(calls) - trained}

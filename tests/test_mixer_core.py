@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.mixers import core, kernels
+from iskd.mixers import core
 
 DECAYS = ("none", "scalar", "vector")
 KINDS = [pytest.param(decay, delta, id=decay + "-delta" * delta) for decay in DECAYS for delta in (False, True)]
@@ -182,9 +180,9 @@ def test_packed_documents_do_not_meet(decay: str, delta: bool, bonus: bool) -> N
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def patterns(decay: str, tokens: int) -> dict[str, Tensor]:
+def patterns(decay: str, tokens: int, keys: int = 4) -> dict[str, Tensor]:
     """Log decays that break sums of logs: all strong, strong ones among weak ones, exact zeros."""
-    shape = (2, tokens, 2, 4) if decay == "vector" else (2, tokens, 2)
+    shape = (2, tokens, 2, keys) if decay == "vector" else (2, tokens, 2)
     rare = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.2
     weak = torch.full(shape, -0.01)
     return {
@@ -264,87 +262,3 @@ def test_what_does_not_fit_is_named(name: str, value: Any, message: str) -> None
 def test_a_row_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="needs at least one token"):
         core.chunk(**arguments("none", False, 0))
-
-
-# ---- kernels ---------------------------------------------------------------------------------------------------------
-
-
-def kernel(seen: list[str], name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What a kernel of fla computes, and what it demands of its arguments."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        seen.append(name)
-        assert more.pop("output_final_state")
-        assert q.shape == k.shape
-        assert k.shape[:3] == v.shape[:3]
-        assert k.shape[3] % 8 == v.shape[3] % 8 == 0
-        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
-        assert all(x.dtype == torch.float32 for x in (*more.values(), initial_state) if x is not None)
-        o, state = core.step(q, k, v, more.get("g"), more.get("beta"), scale=scale, state_BGKV=initial_state)
-        return o.to(v.dtype), state
-
-    return run
-
-
-@pytest.mark.parametrize("state", [False, True], ids=["", "state"])
-@pytest.mark.parametrize(
-    ("decay", "delta", "name"),
-    [
-        ("none", False, "chunk_simple_gla"),
-        ("scalar", False, "chunk_simple_gla"),
-        ("vector", False, "chunk_gla"),
-        ("none", True, "chunk_delta_rule"),
-        ("scalar", True, "chunk_gated_delta_rule"),
-        ("vector", True, "chunk_kda"),
-    ],
-)
-def test_a_kernel_gets_what_it_expects(
-    decay: str, delta: bool, name: str, state: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    named = ("chunk_simple_gla", "chunk_gla", "chunk_delta_rule", "chunk_gated_delta_rule", "chunk_kda")
-    monkeypatch.setattr(kernels, "ops", lambda: SimpleNamespace(**{name: kernel(seen, name) for name in named}))
-    given = arguments(decay, delta, 9, repeats=3, state=state, dtype=torch.bfloat16)
-    o, end = kernels.chunk(**given, scale=0.7)
-    expected, expected_end = core.chunk(**given, scale=0.7)
-    assert seen == [name]
-    assert o.dtype == end.dtype == torch.float32
-    close(end, expected_end, 1e-5)
-    close(o, expected, 2e-2)
-
-
-def test_kernels_serve_half_precision_on_cuda_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def served(dtype: torch.dtype = torch.bfloat16, width: int = 64, cuda: bool = True) -> bool:
-        x = SimpleNamespace(dtype=dtype, shape=(1, 2, 3, width), is_cuda=cuda)
-        return kernels.serve(x, x, x)  # type: ignore[arg-type]
-
-    monkeypatch.delenv("ISKD_FLA", raising=False)
-    monkeypatch.setattr(kernels, "ops", lambda: None)
-    assert not served()
-    monkeypatch.setattr(kernels, "ops", SimpleNamespace)
-    assert served()
-    assert served(torch.float16)
-    assert not any([served(torch.float32), served(width=257), served(cuda=False)])
-    monkeypatch.setenv("ISKD_FLA", "0")
-    assert not served()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize(("decay", "delta"), KINDS)
-def test_kernels_agree_with_torch(decay: str, delta: bool, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.ops() is None:
-        pytest.skip("fla-core is not installed")
-    sizes = (2, 2, 64, 65)
-    given = arguments(decay, delta, 200, repeats=repeats, state=True, dtype=torch.bfloat16, sizes=sizes)
-    given = {name: x.detach().cuda().requires_grad_() for name, x in given.items()}
-    results = []
-    for switch in ("1", "0"):
-        monkeypatch.setenv("ISKD_FLA", switch)
-        assert kernels.serve(*(given[name] for name in ("q_BTHK", "k_BTGK", "v_BTGV"))) == (switch == "1")
-        outputs = core.chunk(**given, scale=0.125)
-        loss = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, [*given.values()])])
-    for fast, slow in zip(*results, strict=True):
-        assert (fast.float() - slow.float()).norm() < 2e-2 * slow.float().norm()

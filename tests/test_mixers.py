@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import iskd
 from iskd import surgery
 from iskd.arch import Stack
-from iskd.efficiency import cache_held_bytes
+from iskd.cache import cache_held_bytes
 from iskd.export import write
 from iskd.hosting import CacheSlot, StateLayer
 from iskd.mixers.base import Context

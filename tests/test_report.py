@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -160,12 +161,32 @@ def test_measurements_are_shown_where_there_are_any(tmp_path: Path) -> None:
     rows = [["peak memory (MB)", "90.0", "72.0", "0.80"], ["cache at 2,048 (MB)", "3.15", "0.262", "0.08"]]
     rows += [
         ["decoding after 512 (ms per token)", "4.00", "3.20", "0.80"],
-        ["piqa", "89.7", "84.0 to 95.0", "0.610", "0.680", "200"],
+        ["piqa", "89.7", "84.0 to 95.0", "0.610", "0.680", "-", "200"],
     ]
     for row in rows:
         assert "".join(row) in parsed.text
     for text in ("name cpu of a test; threads 1", "69.8 %", "mean retention, 2 tasks", "sizes.piqa"):
         assert text in parsed.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_context_costs_is_drawn_and_what_was_left_out_is_told(tmp_path: Path) -> None:
+    told = copy.deepcopy(EFFICIENCY)
+    told["teacher"]["left_out"] = {"8192": "no time left of 60 s", "odd": "never said", "4096": 3}
+    told["student"]["left_out"] = {"8192": "no time left of 60 s"}
+    for model in ("teacher", "student"):
+        told[model]["contexts"][2]["prefill_seconds"] = None
+    page = write_report(write_run(tmp_path / "run", files={"efficiency": told})).read_text(encoding="utf-8")
+    text = Balanced(page).text
+    for said in (
+        "Time of a token (ms)",
+        "Cache or state (MB)",
+        "Not measured: teacher, student at 8,192 tokens (no time left of 60 s).",
+        "At 2,048 tokens no prompt of that length was read",
+        "prefill of 2,048 tokens (ms)---",
+    ):
+        assert said in text
+    assert "never said" not in text
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from iskd.measurements import AtContext
+from iskd.plots_context import Line, against_context, look_of
 from iskd.plots_runs import pareto_front
 from iskd.report_runs import runs_file, write_runs_report
 from iskd.run_list import differing, find_runs, flatten, read_runs, telling
 from iskd.tracking import StageResult
-from tests.run_folders import EFFICIENCY, EVALUATION, STAGES, Balanced, stage, write_run
+from tests.run_folders import EFFICIENCY, EVALUATION, STAGES, Balanced, measured, stage, write_run
 
 HOSTILE = "</pre><script>alert('$x$')</script><img src=https://example.org/a.png>-->&"
 
@@ -127,7 +130,7 @@ def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
         assert text in parsed.text
     for text in ("10 runs of 9 configurations", "92.0 (90.0 to 94.0)", "mean of 2", "Ablation", "Fixed", "diverged"):
         assert text in parsed.text
-    assert page.count("<svg") == 3, "parameters, decoding of the one that was measured, scoring speed of all"
+    assert page.count("<svg") == 4, "parameters, decoding and contexts of the one measured, scoring speed of all"
     assert not {"script", "img"} & parsed.tags
     assert all(target.startswith("#") for target in parsed.targets), "no way up from the page's folder"
     assert len(set(parsed.ids)) == len(parsed.ids)
@@ -148,7 +151,32 @@ def test_tasks_count_where_all_runs_have_them(tmp_path: Path) -> None:
     text = Balanced(page).text
     assert "Retention: its mean over tasks" in text
     assert "decode at 2048 (ms/token)" in text
-    assert page.count("<svg") == 2, "with every run's latency measured, scoring speed says nothing more"
+    assert page.count("<svg") == 3, "with every run's latency measured, scoring speed says nothing more"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_over_mixers_shows_time_and_bytes_against_the_context(tmp_path: Path) -> None:
+    """A line per run in a colour per configuration, named by its mixer; one teacher; a column of bytes."""
+    for job in range(20):
+        cost = copy.deepcopy(EFFICIENCY)
+        cost["student"] = measured(0.8, (128, 512, 2048), 1024.0 * (job + 1), growing=False)
+        if job == 7:
+            del cost["student"]["contexts"][2]
+            cost["student"]["left_out"] = {"2048": "not enough memory"}
+        mixer = f"mixer:\n  _target_: iskd.mixers.m{job // 2}.Mixer{job // 2}\n"
+        write_run(tmp_path / f"run-{job}", config=config(job % 2, extra=mixer), files={"efficiency": cost})
+    page = write_runs_report([tmp_path], tmp_path / "runs.html").read_text(encoding="utf-8")
+    text = Balanced(page).text
+    assert "cache or state at 512 tokens (MB)" in text, "the longest context at which all were measured"
+    assert "Cost against context" in text
+    assert "Not measured: run-7 at 2,048 tokens (not enough memory)." in text
+    drawing = next(part for part in page.split("<figure>") if "Time of a token (ms)" in part)
+    legend = Balanced(drawing.split("<figcaption>")[0]).text
+    assert legend.count("teacher") == 1
+    for number in range(10):
+        assert f"{number + 1} Mixer{number}" in legend
+    lines = against_context([Line("a", [AtContext(8, 1.0, 0.1, 5.0)], look_of(0))])
+    assert lines is None, "one context is no line"
 
 
 def test_hostile_runs_stay_text(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from iskd import surgery, tasks
 from iskd.arch import Stack
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.losses import base as losses
-from iskd.plan import Record, Remove, Replace, Spec
+from iskd.plan import Convert, Record, Remove, Replace, Spec
 from iskd.task_files import COPY, TASKS, Item, copy_items, disjoint, read_task, split_items, subset
 from iskd.tasks import Likelihoods, TaskResult, copy_score, evaluate, judge, log_likelihoods, paired, pairs_of
 from iskd.tokenizer import byte_tokenizer
@@ -448,6 +448,21 @@ def test_bad_input_is_refused_and_the_model_left_as_it_was() -> None:
 def test_a_context_cut_at_its_beginning_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     log_likelihoods(model_of(), byte_tokenizer(), [("a" * 300, " b"), ("a", " b")])
     assert "1 of 2 texts lost their beginning: the context is 128 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("family", "cut"), [("llama", False), ("gpt2", True)])
+def test_a_model_without_attention_reads_all_of_a_context(
+    family: str, cut: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless it has learned positions, which end."""
+    model, linear = model_of(family), Spec("iskd.mixers.linear_attention.LinearAttention", {})
+    surgery.apply(model, Record(4), [Convert(layer, linear) for layer in range(4)])
+    found = log_likelihoods(model, byte_tokenizer(), [("b" * 100 + "a" * 200, " c")])
+    assert ("lost their beginning" in caplog.text) == cut
+    ids = list(("b" * 100 + "a" * 200 + " c").encode())
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:-1][-128:] if cut else ids[:-1]])).logits[0].double().log_softmax(-1)
+    assert found.log_p.item() == pytest.approx(float(logits[-2, ids[-2]] + logits[-1, ids[-1]]), abs=1e-4)
 
 
 # ---- importance -----------------------------------------------------------------------------------------------------

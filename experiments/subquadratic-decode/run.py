@@ -4,6 +4,11 @@ SmolLM2-135M with its attention, and with every layer converted to each mixer, u
 on the weights. Caches are filled up to a context with random keys and values, states by a prompt of 64 tokens, and then
 the time of one more token is measured, models interleaved. Times are ratios to attention's at the shortest context;
 bytes are those of the tensors in the cache. Writes results.csv and decode.png.
+
+Attention is measured with three caches. `attention` has transformers' default, DynamicCache, which copies all keys and
+values for every token; `attention, in place` the same with room ahead, so that a token writes its own keys and values
+and copies nothing; `attention, StaticCache` transformers' own cache with room ahead, which comes with a mask, for which
+grouped keys and values are repeated for all query heads at every token.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ tune()
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache  # noqa: E402
+from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 from iskd import surgery  # noqa: E402
 from iskd.arch import Stack  # noqa: E402
@@ -33,7 +39,8 @@ from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
 MIXERS = HERE.parents[1] / "conf" / "mixer"
-ATTENTION = "attention"
+ATTENTION, IN_PLACE, STATIC = "attention", "attention, in place", "attention, StaticCache"
+STYLES = {ATTENTION: "-", IN_PLACE: "--", STATIC: ":"}
 COLOURS = [PALETTE[name] for name in ("blue", "vermillion", "green", "orange", "purple", "sky")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -49,9 +56,39 @@ def converted(teacher: PreTrainedModel, name: str) -> PreTrainedModel:
     return model.eval().to(DEVICE, DTYPE)
 
 
-def filled(model: PreTrainedModel, tokens: int) -> DynamicCache:
-    """The cache of a prompt of so many tokens; attention's keys and values are drawn, not computed."""
-    config, cache = model.config, DynamicCache()
+class RoomAhead(DynamicLayer):
+    """Keys and values of one layer in memory that is there from the start; what is handed out are views of it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens [B, H, T, K] behind the others; all of them."""
+        old = self.get_seq_length()
+        if not old:
+            shape = (*key_states.shape[:2], self.room, key_states.shape[3])
+            self.rows = key_states.new_empty(shape), value_states.new_empty(shape)
+            self.is_initialized = True
+        end = old + key_states.shape[2]
+        for row, states in zip(self.rows, (key_states, value_states), strict=True):
+            row[:, :, old:end] = states
+        self.keys, self.values = (row[:, :, :end] for row in self.rows)
+        return self.keys, self.values
+
+
+def empty(model: PreTrainedModel, kind: str, room: int) -> Cache:
+    """A cache for attention with room for so many tokens, where the kind has to know."""
+    if kind == STATIC:
+        return StaticCache(config=model.config, max_cache_len=room)
+    if kind == IN_PLACE:
+        return Cache(layers=[RoomAhead(room) for _ in range(model.config.num_hidden_layers)])
+    return DynamicCache()
+
+
+def filled(model: PreTrainedModel, tokens: int, kind: str = ATTENTION, more: int = 0) -> Cache:
+    """The cache of a prompt of so many tokens, `more` to come; attention's keys and values are drawn, not computed."""
+    config, cache = model.config, empty(model, kind, tokens + more)
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
     for layer in range(config.num_hidden_layers):
         cache.update(
@@ -67,7 +104,7 @@ def prompted(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def held(cache: DynamicCache) -> int:
+def held(cache: Cache) -> int:
     """Bytes of all tensors of a cache."""
 
     def tensors(layer: Any) -> list[Tensor]:
@@ -77,7 +114,7 @@ def held(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in tensors(layer))
 
 
-def seconds(model: PreTrainedModel, cache: DynamicCache, position: int, steps: int) -> float:
+def seconds(model: PreTrainedModel, cache: Cache, position: int, steps: int) -> float:
     """Of one token more, mean over `steps` tokens."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     if DEVICE.type == "cuda":
@@ -98,9 +135,10 @@ def measure(names: list[str], contexts: list[int], repeats: int, steps: int) -> 
     plain = teacher.to(DEVICE, DTYPE)
     rows = []
     for name in names:
-        model = plain if name == ATTENTION else converted(teacher, name)
+        attends = name.startswith(ATTENTION)
+        model = plain if attends else converted(teacher, name)
         for context in contexts:
-            cache = filled(plain, context) if name == ATTENTION else prompted(model)
+            cache = filled(plain, context, name, repeats * steps) if attends else prompted(model)
             size, times = held(cache), []
             for _ in range(repeats):
                 unit = seconds(plain, filled(plain, contexts[0]), contexts[0], steps)  # beside every measurement
@@ -111,7 +149,7 @@ def measure(names: list[str], contexts: list[int], repeats: int, steps: int) -> 
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Two panels against the context: time and bytes, attention in black."""
+    """Two panels against the context: time and bytes, attention with its caches in black."""
     names = list(dict.fromkeys(row["mixer"] for row in rows))
     with figure_of(5.4, width=10.5) as figure:
         panels = figure.subplots(1, 2)
@@ -119,10 +157,10 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for axes, key, title in zip(panels, ("time", "bytes"), titles, strict=True):
             for index, name in enumerate(names):
                 points = [(r["context"], r[key] / (2**20 if key == "bytes" else 1)) for r in rows if r["mixer"] == name]
-                color, style = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS)]
-                look = (
-                    {"color": "black", "linewidth": 2.5} if name == ATTENTION else {"color": color, "linestyle": style}
-                )
+                color, style = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
+                look: dict[str, Any] = {"color": color, "linestyle": style}
+                if name.startswith(ATTENTION):
+                    look = {"color": "black", "linewidth": 2.5, "linestyle": STYLES[name]}
                 axes.plot(*zip(*points, strict=True), marker=".", label=name, **look)
             contexts = sorted({row["context"] for row in rows})
             axes.set_xscale("log", base=2)
@@ -148,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows = measure([ATTENTION, *arguments.mixers], arguments.contexts, arguments.repeats, arguments.steps)
+    rows = measure([*STYLES, *arguments.mixers], arguments.contexts, arguments.repeats, arguments.steps)
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

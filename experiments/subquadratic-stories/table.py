@@ -9,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+WITHOUT_MATRIX = ("mamba",)
+"""Mixers without a mixing matrix per head; run.sh aligns their outputs in its place."""
 TECHNIQUES = ("kl", "copy", "matrix", "hidden", "all")
 TITLES = ("only KL", "+ copy", "+ matrix", "+ hidden", "all")
 COLUMNS = ("kl", "ppl", "retention", "params", "tokens")
@@ -39,7 +41,10 @@ def main() -> None:
         factor = 100 if key == "retention" else 1
         for mixer, runs in sorted(found.items(), key=lambda pair: min(row["kl"] for row in pair[1].values())):
             cells = [f"{factor * runs[name][key]:.{digits}f}" if name in runs else "" for name in TECHNIQUES]
-            print(f"| {mixer} | {next(iter(runs.values()))['params'] / 1e3:.0f} k | {' | '.join(cells)} |")
+            star = "*" if mixer in WITHOUT_MATRIX else ""
+            print(f"| {mixer}{star} | {next(iter(runs.values()))['params'] / 1e3:.0f} k | {' | '.join(cells)} |")
+    for mixer in sorted(set(WITHOUT_MATRIX) & found.keys()):
+        print(f"\n* {mixer} has no mixing matrix: its columns '+ matrix' and 'all' align outputs (mixer_output).")
 
 
 if __name__ == "__main__":

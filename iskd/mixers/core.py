@@ -68,7 +68,7 @@ def chunk(
     if size < 1:
         raise ValueError(f"size must be at least 1 token per chunk, got {size}")
     _check(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV, segments_BT, bonus_GK)
-    if segments_BT is None and bonus_GK is None and kernels.serve(q_BTHK, k_BTGK, v_BTGV):
+    if segments_BT is None and bonus_GK is None and kernels.serve(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV):
         return kernels.chunk(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale=scale, state_BGKV=state_BGKV)
     with torch.autocast(q_BTHK.device.type, enabled=False):
         x = _Tokens.read(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale, state_BGKV, segments_BT, bonus_GK)

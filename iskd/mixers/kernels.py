@@ -6,12 +6,13 @@
     vector           chunk_gla              chunk_kda
 
 They take half precision on CUDA and keys of at most 256 features. A bonus and documents packed in a row stay in torch.
-`ISKD_FLA=0` in the environment keeps everything there. On Hopper fla itself refuses the gradient of its gated kernels
-under Triton 3.4 to 3.7.0, whose code is wrong.
+`ISKD_FLA=0` in the environment keeps everything there. On Hopper (H100, H200) fla refuses the gradient of its kernels
+with a scalar decay under Triton 3.4.0 to 3.7.0, which compile it wrongly: those calls stay in torch too.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from types import ModuleType
@@ -20,17 +21,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_log = logging.getLogger(__name__)
+
 MAX_WIDTH = 256
 # fla refuses odd widths in half precision (Triton miscompiles masked tails), and a normaliser's column of ones makes
 # widths odd. Eight numbers are 16 bytes, what one load takes.
 WIDTH_STEP = 8
 
 
-def serve(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> bool:
-    """Whether `chunk` takes these inputs now: half precision of one kind, CUDA, width, fla there and wanted."""
+def serve(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g: Tensor | None = None, *others: Tensor | None) -> bool:
+    """Whether `chunk` takes these inputs now: half precision of one kind, CUDA, width, fla there and wanted.
+
+    Args:
+        q_BTHK: queries.
+        k_BTGK: keys.
+        v_BTGV: values.
+        g: log decay per head [B, T, G] or per key feature [B, T, G, K], or None.
+        *others: what else a gradient may be wanted of: beta and the state.
+    """
     half = q_BTHK.dtype in (torch.bfloat16, torch.float16) and q_BTHK.dtype == k_BTGK.dtype == v_BTGV.dtype
     fits = q_BTHK.is_cuda and k_BTGK.shape[-1] <= MAX_WIDTH
-    return half and fits and os.environ.get("ISKD_FLA") != "0" and ops() is not None
+    if not (half and fits and os.environ.get("ISKD_FLA") != "0" and ops() is not None):
+        return False
+    if g is None or g.dim() != 3 or not torch.is_grad_enabled():
+        return True
+    learns = any(x is not None and x.requires_grad for x in (q_BTHK, k_BTGK, v_BTGV, g, *others))
+    return not (learns and refuses_scalar_gradients())
+
+
+@cache
+def refuses_scalar_gradients() -> bool:
+    """Whether fla refuses the gradient of a scalar decay on this machine, by its own flags; a True is logged once.
+
+    `chunk_bwd_dqkwg` in fla/ops/common/chunk_o.py raises by these flags. Versions before 0.5.2 lack the last one and
+    refuse under every Triton from 3.4.0 on.
+    """
+    try:
+        from fla import utils
+    except ImportError:
+        return False
+    flags = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
+    hopper, broken, mended = (bool(getattr(utils, name, False)) for name in flags)
+    refused = hopper and broken and not mended
+    if refused:
+        _log.warning(
+            "mixers with one decay per head (retnet, mamba2, mlstm, gated_deltanet) train in torch here, not by the "
+            "faster kernels of fla: on Hopper, fla refuses their gradient under Triton 3.4.0 to 3.7.0; install "
+            "Triton 3.7.1 or later"
+        )
+    return refused
 
 
 @cache

@@ -90,7 +90,7 @@ class HeadNorm(nn.Module):
 
         A quarter is what is left of a value when 16 unlike ones are averaged, as attention does; another quarter is
         what norms before an attention leave of the variance (SmolLM2-135M: weights of 0.04 to 0.42). At weight 1 the
-        output is many times that of the copied attention, and one untrained mixer costs up to 5 nats more than none.
+        output would be many times that of the copied attention.
 
         Args:
             v_proj: weight of the values' projection [G * V, D].

@@ -14,7 +14,7 @@ from iskd.plan import SHAPES, Stage
 from iskd.schedules.base import ConvertTo, EditKind, History
 from iskd.schedules.layerwise import LayerSchedule
 
-MIXERS = ("matrix", "mixer_output")
+MIXERS = ("auto", "matrix", "mixer_output")
 _OFF = (None, False, "off")
 
 
@@ -24,7 +24,7 @@ class Align(LayerSchedule):
     Args:
         edit: the conversion (edit=convert).
         mixers: what the mixers learn first, on the teacher's own inputs: `matrix`, `mixer_output` (cheaper, for any
-            mixer) or null.
+            mixer), `auto` (`matrix` where the mixer exposes one, else `mixer_output`) or null.
         hidden: whether every edited block then learns the teacher's block output.
         count: how many layers are converted, the first of `order`; -1 = every one that is not protected.
         layers: among which: `all`, `every_second` (layers 1, 3, ...), or a list.
@@ -71,7 +71,7 @@ class Align(LayerSchedule):
         if not isinstance(edit, ConvertTo):
             raise ValueError("schedule=align aligns mixers with the attention they replace; use edit=convert")
         if mixers not in (*MIXERS, *_OFF):
-            raise ValueError(f"schedule.mixers={mixers!r} is unknown; choose matrix, mixer_output or null")
+            raise ValueError(f"schedule.mixers={mixers!r} is unknown; choose auto, matrix, mixer_output or null")
         if min(mixers_share, hidden_share) < 0 or mixers_share + hidden_share >= 1:
             raise ValueError(
                 "schedule.mixers_share and schedule.hidden_share must be >= 0 and leave something for the last stage, "
@@ -80,6 +80,8 @@ class Align(LayerSchedule):
         for name in (mixers_shape, hidden_shape, shape):
             if name not in SHAPES:
                 raise ValueError(f"schedule: shape {name!r} of a rate is unknown; choose one of {SHAPES}")
+        if mixers == "auto":
+            mixers = "matrix" if getattr(edit.mixer.resolve(), "exposes_matrix", False) else "mixer_output"
         everything = count == -1 or (count is None and layers is not None)
         super().__init__(
             edit,
