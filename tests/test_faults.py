@@ -44,8 +44,8 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Tensor, Ste
     """Pass the result of every step, with its number, through `act`."""
     original, numbers = DistillModule.step, iter(range(100_000))
 
-    def step(self: DistillModule, input_ids: Tensor) -> StepResult:
-        return act(next(numbers), input_ids, original(self, input_ids))
+    def step(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:
+        return act(next(numbers), input_ids, original(self, input_ids, *rest))
 
     monkeypatch.setattr(DistillModule, "step", step)
 
