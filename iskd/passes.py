@@ -110,11 +110,13 @@ def freeze_out_of_reach(
         return []
     reached, names = within_reach(student, terms, record, stage), {id(p): n for n, p in student.named_parameters()}
     groups = optimizer.param_groups
-    lost = [(group["name"], p) for group in groups for p in group["params"] if id(p) not in reached]
+    # what is no part of the student is `iskd.optim.check_partition`'s to tell
+    held = [(group["name"], p) for group in groups for p in group["params"] if id(p) in names]
+    lost = [(name, p) for name, p in held if id(p) not in reached]
     if not lost:
         return []
     new = [p for name, p in lost if name == "new"]
-    if new or len(lost) == sum(len(group["params"]) for group in groups):
+    if new or len(lost) == len(held):
         first = new[0] if new else lost[0][1]
         raise ValueError(
             f"loss=[{active}] reads nothing that {names[id(first)]} has a part in: it would not train in stage "
