@@ -205,8 +205,8 @@ def poisoned(rank: int, folder: Path, name: str, victim: int) -> None:
     parts, steps = parts_of(folder, name, 2, "ddp"), iter(range(1000))
     original = DistillModule.step
 
-    def infinite(self: DistillModule, input_ids: Tensor) -> StepResult:
-        result = original(self, input_ids)
+    def infinite(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:
+        result = original(self, input_ids, *rest)
         bad = rank == victim and next(steps) == 9
         return StepResult(result.loss + float("inf"), result.parts) if bad else result
 
@@ -282,9 +282,9 @@ def _hog() -> None:
     """From the tenth step on, ask the device for more than it has whenever a micro-batch has two windows."""
     original, steps = DistillModule.step, iter(range(1000))
 
-    def greedy(self: DistillModule, input_ids: Tensor) -> StepResult:
+    def greedy(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:
         if next(steps) > 9 and len(input_ids) > 1:
             torch.empty(2**46, dtype=torch.uint8, device=input_ids.device)
-        return original(self, input_ids)
+        return original(self, input_ids, *rest)
 
     DistillModule.step = greedy  # type: ignore[method-assign]
