@@ -29,6 +29,7 @@ from iskd.plan import Spec, allowed
 from iskd.ranks import global_rank
 from iskd.teacher_rows import CacheSpec, check_terms_cached
 from iskd.teachers import Loaded, load_teacher
+from iskd.text_score import refuse_training_text
 from iskd.tracking import sweep_of
 
 SAVED = "config.yaml"
@@ -42,7 +43,7 @@ _CHANGES = (
     *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
     *("run.mfu", "run.efficiency_seconds", "run.max_shard_bytes", "run.share_prefix"),
     *("run.gradient_checkpointing", "run.compile"),
-    "schedule.restart_at_edit",
+    *("schedule.restart_at_edit", "export"),
 )
 
 
@@ -81,7 +82,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     schedule = part(config.schedule, **runtime)
     losses = terms(plain(config.loss))
     importance = part(config.importance)
-    asked = _evaluation(config, teacher, importance)
+    asked = _evaluation(config, teacher, importance, data)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
     if not resuming and global_rank() == 0:
@@ -100,19 +101,31 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         chunk=config.chunk,
         seed=config.seed,
         resume=resuming,
-        export=config.export,
+        export=_export(config.export),
         evaluation=asked,
         cache=_teacher_cache(config, losses),
     )
 
 
-def _evaluation(config: DictConfig, teacher: Loaded, importance: object) -> EvalSpec | None:
+def _export(value: object) -> bool:
+    """`true` and `hf` write the student as a model directory, `false` does not."""
+    if value not in (True, False, "hf"):
+        raise ValueError(
+            f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
+            "docs/loading.md"
+        )
+    return bool(value)
+
+
+def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
         return None
     spec: EvalSpec = part(config.eval)
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
+    if spec.text is not None:
+        refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
         check(spec, teacher, exclude=[sha for items in selected(importance).values() for sha in items])
     return spec

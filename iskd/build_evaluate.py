@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from iskd.plan import read_json
 from iskd.profile_report import Profile
 from iskd.profiling import profile_parts
 from iskd.progress_line import ProgressLine
-from iskd.readers import find_files, hash_files
+from iskd.readers import hash_files
 from iskd.report import write_report
 from iskd.teachers import Loaded, load_teacher
+from iskd.text_score import refuse_training_text
 from iskd.tracking import STAGES_FILE
 from iskd.verify import student_folder, tokenizer_of
 
@@ -54,7 +56,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     spec: EvalSpec = build.part(config.eval)
     student = _student(config)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    _refuse_training_text(run, spec.text)
+    if spec.text is not None and run is not None and (run / "data.json").is_file():
+        refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     accelerator = config.trainer.get("accelerator", "cpu")
@@ -69,6 +72,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     if spec.tasks or spec.text or not spec.efficiency_seconds:
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
+        files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
     if spec.efficiency_seconds:
         cost = _cost(model, teacher, spec.efficiency_seconds)
@@ -77,6 +81,15 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         card = refresh_card(student, shown)
         files += [write_report(shown), *([card] if card else [])]
     return Found(found, cost, files)
+
+
+def _kept(file: Path, text: str) -> list[Path]:
+    """Where a run's earlier evaluation of another kind is put aside: nobody wants to lose hours to ten items."""
+    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+        return []
+    aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
+    os.replace(file, aside)
+    return [aside]
 
 
 def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
@@ -122,16 +135,6 @@ def _chosen_by(run: Path | None) -> list[str]:
         return []
     chosen = read_json(run / "data.json").get("selection_sha256", {})
     return [sha for items in chosen.values() for sha in items]
-
-
-def _refuse_training_text(run: Path | None, text: str | None) -> None:
-    """Raise ValueError where the files to report on, together or one of them, are all that the run trained on."""
-    if text is None or run is None or not (run / "data.json").is_file():
-        return
-    trained = str(read_json(run / "data.json").get("content", "")).partition("-")[0]
-    files = find_files(str(text), "eval.text")
-    if trained in {hash_files(files), *(hash_files([file]) for file in files)}:
-        raise ValueError(f"eval.text={text} is what {run} was trained on; report on text that it never saw")
 
 
 def profile(config: DictConfig, folder: Path) -> Profile:

@@ -90,13 +90,16 @@ def check_model_directory(directory: Path) -> None:
     """Check that a directory holds config.json and complete safetensors weights.
 
     Raises:
-        ValueError: what is missing, by name.
+        ValueError: what is missing or cut short, by name.
     """
     if not directory.is_dir():
         raise ValueError(f"model.path={directory} is not a directory: give the one that holds config.json")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} is not a model directory: config.json is missing")
-    if not present_weights(directory):
+    weights = present_weights(directory)
+    for file in weights:
+        check_whole(file)
+    if not weights:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         hint = f" ({pickles[0]} is a pickle and never loaded: save the model as safetensors)" if pickles else ""
         raise ValueError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")

@@ -25,7 +25,7 @@ from iskd.arch import Stack
 from iskd.importance.base import scoring
 from iskd.losses.base import autocast_head, finish_logits, project
 from iskd.metrics import Perplexity
-from iskd.readers import find_files, read_file
+from iskd.readers import find_files, hash_files, read_file
 from iskd.tasks import HEAD_CHUNK, Step, TaskResult, paired
 
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
@@ -89,6 +89,18 @@ def read_text(path: str | Path, tokens: int) -> str:
             if wanted <= 0:
                 return "\n\n".join(documents)
     return "\n\n".join(documents)
+
+
+def refuse_training_text(text: str | Path, content: str) -> None:
+    """Raise ValueError where the files to report on, together or one of them, are all that a run trained on.
+
+    Args:
+        text: file, folder or glob.
+        content: what identifies the run's data (`data.json`): of local files their hash, before those of validation.
+    """
+    trained, files = content.partition("-")[0], find_files(str(text), "eval.text")
+    if trained in {hash_files(files), *(hash_files([file]) for file in files)}:
+        raise ValueError(f"eval.text={text} is what the run trains on; report on text that it never sees")
 
 
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, window: int) -> TextWindows:

@@ -24,6 +24,7 @@ from iskd.model_card import edits_in_words
 from iskd.model_files import file_sha256, weight_files
 from iskd.plan import Json, read_json, record_from_json
 from iskd.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
+from iskd.tracking import STAGES_FILE
 
 SENTENCE = "Once upon a time"
 _SPOKEN = 24
@@ -149,11 +150,18 @@ def verify(
 
 
 def student_folder(folder: Path) -> Path:
-    """`folder`, or where it is the directory of a run the student in it. Raises ValueError when it is no folder."""
+    """`folder`, or where it is the directory of a run the student in it. Raises ValueError when there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the one that holds config.json, such as RUN_DIR/model")
     inner = folder / "model"
-    return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+    found = inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+    if not (found / "config.json").is_file() and (folder / STAGES_FILE).is_file():
+        raise ValueError(
+            f"{folder} is a run that wrote no student (export=false): resume={folder} export=true writes it"
+        )
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model directory: config.json is missing")
+    return found
 
 
 def read_facts(folder: Path) -> Json:

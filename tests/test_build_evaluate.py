@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from iskd import build_evaluate, measurements, surgery
 from iskd.build_compose import compose_config
 from iskd.build_evaluate import Found
 from iskd.export import export
+from iskd.generate import generate
 from iskd.model_files import weights_sha256
 from iskd.plan import Record, Remove
 from iskd.readers import hash_files
@@ -70,9 +72,24 @@ def test_a_run_is_evaluated_beside_its_own_teacher(inner: str, run_dir: Path, tm
     written = [tmp_path / "out" / "evaluation.json", run_dir / "evaluation.json"]
     assert found.files == [*written, run_dir / "report.html", run_dir / "model" / "README.md"]
     assert len({file.read_text() for file in written}) == 1
+    first = written[1].read_text()
+    assert asked(run_dir / inner, tmp_path / "out").files[-3] == written[1], "the same again puts nothing aside"
+    other = asked(run_dir / inner, tmp_path / "out", "eval.limit=2")
+    (aside,) = run_dir.glob("evaluation-*.json")
+    assert aside in other.files
+    assert aside.read_text() == first != written[1].read_text()
     assert str(tmp_path) not in written[0].read_text()
     assert "Scores by task" in (run_dir / "report.html").read_text()
     assert "## Scores" in (run_dir / "model" / "README.md").read_text()
+
+
+def test_a_run_without_a_student_says_how_to_get_it(run_dir: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run_dir / "model")
+    for look in (lambda: asked(run_dir, tmp_path / "out"), lambda: generate(run_dir, "Once")):
+        with pytest.raises(ValueError, match=rf"wrote no student \(export=false\): resume={run_dir} export=true"):
+            look()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        generate(tmp_path, "Once")
 
 
 def test_a_run_is_not_reported_on_what_it_was_trained_on(run_dir: Path, tmp_path: Path) -> None:
@@ -81,7 +98,7 @@ def test_a_run_is_not_reported_on_what_it_was_trained_on(run_dir: Path, tmp_path
     data = {"content": f"{hash_files([tmp_path / 'seen.txt'])}-0-0", "selection_sha256": {}}
     (run_dir / "data.json").write_text(json.dumps(data))
     for text in ("seen.txt", "*.txt"):
-        with pytest.raises(ValueError, match="text that it never saw"):
+        with pytest.raises(ValueError, match="text that it never sees"):
             asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/{text}")
     found = asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/new.txt")
     assert found.evaluation is not None

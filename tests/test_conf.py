@@ -19,6 +19,7 @@ from iskd.cli import arguments
 from iskd.run import run
 from iskd.teachers import load_teacher
 from tests.factories import CONF
+from tests.runs import write_text
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -122,8 +123,23 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
         build.resumed(composed(f"resume={tmp_path}", "experiment=kd"), ["experiment=kd"])
     moved = composed(f"resume={tmp_path}", "cache_dir=elsewhere", "trainer.progress=false")
     assert build.resumed(moved, ["cache_dir=elsewhere"]).cache_dir == "elsewhere"
+    later = composed(f"resume={tmp_path}", "export=false")
+    assert build.resumed(later, ["export=false"]).export is False, "a run may write its student later, or not"
     with pytest.raises(ValueError, match=r"no config\.yaml in there"):
         build.resumed(composed(f"resume={tmp_path}/none"), [])
+
+
+@pytest.mark.parametrize("value", ["gguf", "none", "off"])
+def test_an_export_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"export={value}: choose hf"):
+        build.parts(composed("debug=smoke", f"export={value}", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
+
+
+def test_a_run_is_not_asked_about_the_text_it_trains_on(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    asked = ["debug=smoke", "data=text", f"data.path={text}", "eval=quick", "eval.tasks=[copy]", f"eval.text={text}"]
+    with pytest.raises(ValueError, match="text that it never sees"):
+        build.parts(composed(*asked, "export=hf", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
 
 
 def test_resume_may_lay_the_batches_out_anew(tmp_path: Path) -> None:
