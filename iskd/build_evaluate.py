@@ -54,7 +54,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluate.evaluate`.
     """
     spec: EvalSpec = build.part(config.eval)
-    student = _student(config)
+    student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
     if spec.text is not None and run is not None and (run / "data.json").is_file():
         refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
@@ -100,11 +100,11 @@ def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, An
         return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=low, progress=line)
 
 
-def _student(config: DictConfig) -> Path | None:
-    """The folder of the student that `model` names; None for any other model."""
-    if config.model.path is None:
+def _student(path: str | None) -> Path | None:
+    """The folder of the student that is named; None for any other model."""
+    if path is None:
         return None
-    folder = Path(config.model.path).expanduser()
+    folder = Path(path).expanduser()
     if not (folder / STAGES_FILE).is_file() and not (folder / "export.json").is_file():
         return None
     return student_folder(folder)
@@ -112,14 +112,21 @@ def _student(config: DictConfig) -> Path | None:
 
 def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | None]:
     """The model, and what it is compared with: `reference`, else a student's own teacher, else nothing."""
-    alone = config.reference is None and student is None
-    teacher = None if alone else load_teacher(find_teacher(student, config.reference))
-    if student is None:
-        return load_teacher(build.part(config.model)), teacher
+    alone, other = config.reference is None and student is None, _student(config.reference)
+    if other is not None:
+        teacher: Loaded | None = _opened(other, None)
+    else:
+        teacher = None if alone else load_teacher(find_teacher(student, config.reference))
+    model = load_teacher(build.part(config.model)) if student is None else _opened(student, teacher)
+    return model, teacher
+
+
+def _opened(student: Path, teacher: Loaded | None) -> Loaded:
+    """A student with its own tokenizer, or its teacher's."""
     tokenizer = tokenizer_of(student) or (None if teacher is None else teacher.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{student} has no tokenizer: put that of its teacher beside it, or set reference=TEACHER")
-    return Loaded(load(student), tokenizer, {"kind": "student", "sha256": weights_sha256(student)}), teacher
+    return Loaded(load(student), tokenizer, {"kind": "student", "sha256": weights_sha256(student)})
 
 
 def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:

@@ -83,6 +83,15 @@ def test_a_run_is_evaluated_beside_its_own_teacher(inner: str, run_dir: Path, tm
     assert "## Scores" in (run_dir / "model" / "README.md").read_text()
 
 
+def test_a_student_is_compared_with_a_student(run_dir: Path, tmp_path: Path) -> None:
+    found = asked(run_dir, tmp_path / "out", f"reference={run_dir}")
+    assert found.evaluation is not None
+    (score,) = found.evaluation.tasks
+    assert score.student == score.teacher
+    assert found.evaluation.models["student"]["sha256"] == found.evaluation.models["teacher"]["sha256"]
+    assert not (run_dir / "evaluation.json").exists(), "it is not the run's teacher"
+
+
 def test_a_run_without_a_student_says_how_to_get_it(run_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(run_dir / "model")
     for look in (lambda: asked(run_dir, tmp_path / "out"), lambda: generate(run_dir, "Once")):
