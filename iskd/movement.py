@@ -72,6 +72,6 @@ def require_moved(still: Sequence[Sequence[str]], *, split: bool) -> None:
     if stuck:
         raise RuntimeError(
             f"new parameter {stuck[0]} did not move in the first steps after its edit ({len(stuck)} such): "
-            "is it in the optimizer, and does the loss depend on it? The feature maps of mixer=sliding do nothing where "
-            "mixer.window is not below data.seq_len"
+            "is it in the optimizer, and does the loss depend on it? The feature maps of mixer=sliding do nothing "
+            "where mixer.window is not below data.seq_len"
         )
