@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd import surgery
-from iskd.arch import Stack
 from iskd.distributed import Ranks
 from iskd.importance.base import WindowImportance, by_layer, within_noise
 from iskd.importance.fixed import Fixed
-from iskd.metrics import QualityMetrics
 from iskd.module import DistillModule
-from iskd.passes import next_tokens
 from iskd.plan import stage_from_json, to_json
 from iskd.schedules.base import Choice, History, Schedule
 from iskd.state import RunState
@@ -98,15 +94,6 @@ def _scored(
     return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
 
 
-@torch.no_grad()
 def divergence(module: DistillModule, batches: Sequence[Tensor]) -> float:
-    """KL from teacher to student on windows [B, T], nats per token."""
-    was_training = module.student.training
-    module.student.eval()
-    metrics, student, teacher = QualityMetrics().to(module.device), Stack(module.student), Stack(module.teacher)
-    for batch in batches:
-        ids = batch.to(module.device)
-        ours, theirs = student.last_hidden(ids), teacher.last_hidden(ids)
-        metrics.update_from_hidden(ours, student.head, theirs, teacher.head, next_tokens(ids), softcap=student.softcap)
-    module.student.train(was_training)
-    return metrics.compute()["kl"]
+    """KL from teacher to student on windows [B, T], nats per token, as validation measures it."""
+    return module.measure([{"input_ids": batch} for batch in batches], remember=False)["kl"]

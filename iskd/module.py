@@ -272,26 +272,26 @@ class DistillModule(L.LightningModule):
         self._log(lambda: {"train/grad_norm": norm})
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    def measure(self, batches: Sequence[Mapping[str, Tensor]], *, remember: bool = True) -> dict[str, float]:
         """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's tokens_per_s.
 
-        The teacher's last hidden states are computed once per batch position and kept.
+        The teacher's last hidden states are computed once per batch position and kept: with `remember` the batches are
+        those of every other call.
         """
         was_training = self.student.training
         self.student.eval()
         metrics, seconds = QualityMetrics().to(self.device), 0.0
+        kept = self._validated if remember else dict[int, Tensor]()
         student, teacher = Stack(self.student), Stack(self.teacher)
         for index, batch in enumerate(batches):
             input_ids = batch["input_ids"].to(self.device)
-            if index not in self._validated:
-                self._validated[index] = teacher.last_hidden(input_ids)
+            if index not in kept:
+                kept[index] = teacher.last_hidden(input_ids)
             start = clock(self.device)
             hidden = student.last_hidden(input_ids)
             seconds += clock(self.device) - start
             labels = within(next_tokens(input_ids), input_ids, student.separator)
-            metrics.update_from_hidden(
-                hidden, student.head, self._validated[index], teacher.head, labels, softcap=student.softcap
-            )
+            metrics.update_from_hidden(hidden, student.head, kept[index], teacher.head, labels, softcap=student.softcap)
         self.student.train(was_training)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         return {**metrics.compute(), "tokens_per_s": tokens / max(seconds, 1e-9)}
