@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ class TeacherCache:
         path = self.folder / "meta.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
+            part = path.with_suffix(f".{uuid4().hex}.part")  # process numbers repeat among machines and threads
             part.write_text(json.dumps(self.recipe, indent=1), encoding="utf-8")
             os.replace(part, path)
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,17 @@ from tests.factories import sampled, tiny_teacher
 def pytest_configure() -> None:
     """Use one thread: on tiny tensors a second one costs more than it gives, tenfold on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Give the next test the logging this one found: a command called in this process sets level and handlers."""
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, root.handlers[:], logging.root.manager.disable
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    logging.disable(disabled)
 
 
 @pytest.fixture(scope="session")

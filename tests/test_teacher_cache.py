@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -256,8 +257,10 @@ def test_a_full_disk_stops_the_writing_and_not_the_run(
     cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "full", HIDDEN)
     monkeypatch.setattr(row_store.RowStore, "put", full)
     passes.windows = 0
-    for _ in range(3):
-        torch.testing.assert_close(cache.read([3]), expected, rtol=2**-10, atol=1e-6)
+    with caplog.at_level("WARNING"):
+        caplog.clear()
+        for _ in range(3):
+            torch.testing.assert_close(cache.read([3]), expected, rtol=2**-10, atol=1e-6)
     assert passes.windows == 3
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot write ([Errno 28] No space left on device)" in caplog.text
@@ -332,9 +335,17 @@ def test_a_folder_that_holds_another_cache_is_refused(tmp_path: Path) -> None:
         TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
 
 
-def test_one_process_builds_and_others_find_the_result(passes: Passes, tmp_path: Path) -> None:
+def test_one_process_builds_and_others_find_the_result(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     found: list[TeacherCache] = []
-    model = teacher()
+    model, replace, all_wrote = teacher(), os.replace, threading.Barrier(3)
+
+    def together(draft: Path, path: Path) -> None:
+        all_wrote.wait(timeout=60)
+        replace(draft, path)
+
+    monkeypatch.setattr(teacher_cache.os, "replace", together)
     threads = [
         threading.Thread(target=lambda: found.append(TeacherCache.build(model, TEXTS, tmp_path, HIDDEN)))
         for _ in range(3)
