@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import rotated
 from benchmarks.step_setup import DEVICE, TASKS
 from benchmarks.step_tables import WARM_UP, Row, notes, profile_tables, step_table
-from benchmarks.step_ways import WAYS
+from benchmarks.step_ways import COMPARED, ENVIRONMENTS, WAYS
 
 EXTRAS = ("flops", "peak", "profile")
 TIMEOUT = 1200  # seconds of one process
@@ -57,7 +57,12 @@ def measure(name: str, model: str, timed: int) -> dict[str, Any]:
 
 def in_a_process(name: str, model: str, timed: int) -> dict[str, Any]:
     """What `measure` returns in a fresh process, or {"error": why there is nothing}."""
-    environment = {"WANDB_MODE": "disabled", "TRL_EXPERIMENTAL_SILENCE": "1", **os.environ}
+    environment = {
+        "WANDB_MODE": "disabled",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        **os.environ,
+        **ENVIRONMENTS.get(name, {}),
+    }
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.step", "--only", name, "--model", model, "--timed", str(timed)]
@@ -120,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", type=int, default=5, help=f"steps of a way, after {WARM_UP} that warm up")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ours is always among them")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(COMPARED), help="ours is always among them")
     parser.add_argument("--model", choices=TASKS, default="smollm2", help="tiny: random weights, to try it out")
     parser.add_argument("--out", type=Path, help="file that keeps what is measured; what it holds is not run again")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="our step, by part")

@@ -114,8 +114,8 @@ class Setup:
 
 
 @contextmanager
-def configured(task: Task, steps: int) -> Iterator[Parts]:
-    """The objects of our run: the other ways take teacher and text from them."""
+def configured(task: Task, steps: int, *options: str) -> Iterator[Parts]:
+    """The objects of our run, with more options if given: the other ways take teacher and text from them."""
     tokens = steps * task.rows * task.length
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(CONF, version_base="1.3"):
         overrides = [
@@ -126,7 +126,9 @@ def configured(task: Task, steps: int) -> Iterator[Parts]:
             *("optim.warmup=0", "optim.decay=constant", "optim.clip=1.0", "trainer.progress=false", "export=false"),
             *("run.measure_before=false", "run.checkpoint_every=1000", "run.mfu=false", "run.efficiency_seconds=0"),
         ]
-        yield build.parts(compose("config", [*task.overrides, *overrides, "name=benchmark"]), Path(folder) / "run")
+        yield build.parts(
+            compose("config", [*task.overrides, *overrides, *options, "name=benchmark"]), Path(folder) / "run"
+        )
 
 
 @contextmanager

@@ -10,6 +10,9 @@ the end of one step to the end of the next, so that everything between steps cou
     modelopt KDTrainer of NVIDIA ModelOpt
     liger    Liger's chunked JSD at beta 0 in the plain loop, on last hidden states
     ours     `python train.py`, its Trainer and callbacks included
+
+and ours with one option turned: `checkpointing` (run.gradient_checkpointing=true), `compile` (run.compile=true),
+`whole_logits` (chunk=null), `stock` (the process runs with ISKD_ALLOCATOR=stock).
 """
 
 from __future__ import annotations
@@ -209,21 +212,32 @@ class Watch(Callback):
         self.found.end()
 
 
-def run_ours(task: Task, steps: int) -> Outcome:
-    """The command line's own objects: layers removed at once, then `steps` steps."""
+def run_ours(task: Task, steps: int, *options: str) -> Outcome:
+    """The command line's own objects, options added: layers removed at once, then `steps` steps."""
     found = Recorder()
-    with configured(task, steps) as parts:
+    with configured(task, steps, *options) as parts:
         parts.callbacks.append(Watch(found))
         result = run(parts)
         assert not set(task.removed) & set(result.record.layers)
     return found.outcome()
 
 
-WAYS: dict[str, Callable[[Task, int], Outcome]] = {
+OPTIONS = {
+    "checkpointing": ("run.gradient_checkpointing=true",),
+    "compile": ("run.compile=true",),
+    "whole_logits": ("chunk=null",),
+    "stock": (),
+}
+ENVIRONMENTS = {"stock": {"ISKD_ALLOCATOR": "stock"}}  # of the process, where it is another than that of all ways
+
+COMPARED: dict[str, Callable[[Task, int], Outcome]] = {
     "padded": run_padded,
     "plain": run_plain,
     "trl": run_trl,
     "modelopt": run_modelopt,
     "liger": run_liger,
     "ours": run_ours,
+}
+WAYS = COMPARED | {
+    name: lambda task, steps, options=options: run_ours(task, steps, *options) for name, options in OPTIONS.items()
 }

@@ -343,7 +343,7 @@ def test_the_loss_under_inference_mode_leaves_nothing_that_training_cannot_use()
 
 def test_an_automatic_chunk_follows_the_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, size, found = torch.device("cuda"), 49152, []
-    assert chunk_size.chunk_tokens("auto", torch.device("cpu"), size) == 256
+    assert chunk_size.chunk_tokens("auto", torch.device("cpu"), size) == 512
     for free in (1 << 10, 1 << 30, 5 << 30, 20 << 30, 120 << 30):
         monkeypatch.setattr(chunk_size, "free_bytes", lambda _, free=free: free)
         found.append(chunk_size.chunk_tokens("auto", gpu, size))

@@ -9,8 +9,9 @@ import torch
 Chunk = int | Literal["auto"] | None
 """Tokens per chunk; "auto" = what suits the device; None = all at once, by the naive reference loss."""
 
-# where logits stay in a CPU's caches by rows anyway, and the matmuls with a head have enough of them
-_ON_CPU = 256
+# a CPU's matmuls with a head, and the sum of its gradients over chunks, gain up to here; logits stay in its caches by
+# rows anyway
+_ON_CPU = 512
 # bytes per token and vocabulary entry at the peak: projections of both models, and float32 log-probabilities, products
 # and slopes of one or two terms
 _BYTES = 40
@@ -23,7 +24,7 @@ def chunk_tokens(chunk: int | str, device: torch.device, vocabulary: int) -> int
     """Tokens per chunk of logits.
 
     Args:
-        chunk: their number, or "auto": 256 on a CPU; on a GPU the largest power of two whose logits and what is
+        chunk: their number, or "auto": 512 on a CPU; on a GPU the largest power of two whose logits and what is
             computed of them take a quarter of the memory that is free now, and 4 GiB at most. A power of two, so that a
             little more or less free memory does not change how sums are split.
         device: where the logits will be.

@@ -73,7 +73,7 @@ class ChunkedMean(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tokens, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Any:
         """Total and means [K] of the terms."""
         total, means_K, gradients = walk(tokens, hidden_ND, weight_VD, bias_V, wants=ctx.needs_input_grad[1:])
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         ctx.tokens = len(tokens.labels_N)
         ctx.mark_non_differentiable(means_K)
         return total, means_K
@@ -81,10 +81,19 @@ class ChunkedMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
-        """The finished gradients times the incoming scalar."""
+        """The finished gradients times the incoming scalar; in place, unless the graph is kept for another time."""
         # The division by N comes last: gradients of a mean over many tokens would underflow in fp16 matmuls.
         factor = grad_total / ctx.tokens
-        return None, *(None if gradient is None else gradient * factor for gradient in ctx.saved_tensors)
+        if _graph_is_kept():
+            return None, *(None if gradient is None else gradient * factor for gradient in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass in progress was called with `retain_graph=True`; where torch does not tell, yes."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or bool(tell())
 
 
 @torch.no_grad()
@@ -193,12 +202,18 @@ class _Sink:
         else:
             if self._of_chunk_VD is None:
                 self._of_chunk_VD = torch.empty_like(self.weight_VD, dtype=low_nV.dtype)
-            self.weight_VD += torch.mm(low_nV.T, h_nD, out=self._of_chunk_VD)
+            _add_narrow(self.weight_VD, torch.mm(low_nV.T, h_nD, out=self._of_chunk_VD))
 
     def gradients(self, head_dtype: torch.dtype) -> Gradients:
         """The buffers, those of the head in the head's own dtype."""
         weight_VD, bias_V = (None if x is None else x.to(head_dtype) for x in (self.weight_VD, self.bias_V))
         return self.hidden_ND, weight_VD, bias_V
+
+
+def _add_narrow(sum_VD: Tensor, addend_VD: Tensor) -> None:
+    """Add a tensor of lower precision; on a CPU in blocks, or torch would first widen all of it into fresh memory."""
+    for rows in _row_blocks(sum_VD):
+        sum_VD[rows].add_(addend_VD[rows])
 
 
 def _weighted(weights: list[float], values_K: Tensor) -> Tensor:
