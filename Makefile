@@ -64,8 +64,10 @@ demo-ild: teacher ## SmolLM2 from 30 layers to 26, healed after every removal, a
 		run.measure_before=false run.efficiency_seconds=0 hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
 	@$(PY) -m iskd curve $(DEMO_ILD)/curve.png "ILD=$(DEMO_ILD)/ild" "one-shot ShortGPT, not healed=$(DEMO_ILD)/shortgpt"
 
-test: $(SETUP) ## the fast tests, on the CPU
-	@$(PY) -m pytest $(ARGS)
+# one thread per process: on tiny tensors a second one costs more than it gives
+JOBS := 2
+test: $(SETUP) ## the fast tests, on the CPU, in JOBS processes
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(SETUP) ## the slow tests
 	@$(PY) -m pytest -m 'slow and not gpu' $(ARGS)

@@ -2,13 +2,14 @@
 
     python -m benchmarks.step --out step.json
 
-Every way (`benchmarks.step_ways`) runs alone in a fresh process, all with the same memory settings (`iskd.allocator`),
-one after the other within each repeat, in an order that moves on by one from repeat to repeat; the matrix peak is
-measured as one of them. Same teacher, same student (layers 12-15 gone), the same batches in the same order (padded: one
-document per row), forward KL, AdamW 1e-5 without weight decay, gradients clipped at 1, no activation checkpointing, no
-key-value cache. Figures are medians over the repeats, ratios are taken within a repeat. Speed counts the tokens that
-are no padding; memory is the most that a process had until its last step ended; the KL is what each way itself
-computed on the first batch, in nats per token.
+Every way (`benchmarks.step_ways`) runs alone in a fresh process, all with the same memory settings (`iskd.allocator`;
+but `stock`, which is there to be compared with them), one after the other within each repeat, in an order that moves
+on by one from repeat to repeat; the matrix peak is measured as one of them. Same teacher, same student (layers 12-15
+gone), the same batches in the same order (padded: one document per row), forward KL, AdamW 1e-5 without weight decay,
+gradients clipped at 1, no activation checkpointing (but `checkpointing`), no key-value cache. Figures are medians
+over the repeats, ratios are taken within a repeat. Speed counts the tokens that are no padding; memory is the most
+that a process had until its last step ended; the KL is what each way itself computed on the first batch, in nats per
+token.
 
 With --out every finished process is kept in that file at once, and what is in it is not run again. A way that fails
 does not stop the others: its line says why.
@@ -51,8 +52,12 @@ def measure(name: str, model: str, timed: int) -> dict[str, Any]:
         return step_machine.flops(task)
     if name == "profile":
         return step_machine.profile(task, min(timed, 3))
-    # a padded step takes about three times as long: half as many
-    return asdict(WAYS[name](task, WARM_UP + (max(1, timed // 2) if name == "padded" else timed)))
+    return asdict(WAYS[name](task, WARM_UP + (half(timed) if name == "padded" else timed)))
+
+
+def half(timed: int) -> int:
+    """Timed steps of `padded`: they take about three times as long as those of others."""
+    return max(1, timed // 2)
 
 
 def in_a_process(name: str, model: str, timed: int) -> dict[str, Any]:
@@ -142,7 +147,9 @@ def main() -> None:
     found = rows.rows
     where = next((row["setting"] for row in found if row["way"] == "peak" and "error" not in row), DEVICE.type)
     size = f"{options.model}, layers {list(task.removed)} removed, {task.rows} x {task.length} tokens"
-    print(f"{where}\n\n{size}, {options.repeats} repeats of {options.timed} timed steps\n")
+    print(
+        f"{where}\n\n{size}, {options.repeats} repeats of {options.timed} timed steps (padded: {half(options.timed)})\n"
+    )
     print("\n".join(step_table(found, ways, task.rows * task.length, DEVICE.type)) + "\n")
     print("\n".join(notes(found, ways, DEVICE.type)))
     for row in found:

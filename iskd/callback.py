@@ -124,7 +124,8 @@ class CompressionCallback(Callback):
         module.place_teacher()
         forward_context = trainer.precision_plugin.forward_context
         if not self.options.plan_only:
-            module.open_cache(self.data)
+            with forward_context():  # a cache holds what a teacher of the run's precision says
+                module.open_cache(self.data)
             if self.options.mfu:
                 self._clock.meter = MfuMeter(module.device, forward_context, devices=trainer.world_size)
         if self.resume_from is not None:

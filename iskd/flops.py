@@ -3,8 +3,9 @@
     MFU = FLOPs of the step / (seconds of the step x FLOP/s of the fastest matmul)             (arXiv 2204.02311, B)
 
 Counted is every matrix product that really runs, forward and backward: of the trunk, of attention, and of the chunked
-loss, which forms its gradients in the forward pass. A recomputed forward pass (gradient checkpointing) counts as often
-as it runs. Element-wise work, norms and the optimizer count nothing, as usual.
+loss, which forms its gradients in the forward pass. A forward pass that gradient checkpointing runs again counts once,
+as the definition has it (`iskd profile` counts what runs, and says so). Element-wise work, norms and the optimizer
+count nothing, as usual.
 
 torch's counter does not know products that are added in place, as those of the head's gradient are, nor the CPU's
 flash attention, neither forward nor backward, and counts a causal attention as if it looked at the future too. All is
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from iskd.blockwise import BlockRunner
 from iskd.module import DistillModule, clock
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
@@ -103,7 +105,8 @@ def step_flops(
 ) -> int:
     """FLOPs of one training step on windows [B, T], forward and backward; they grow linearly in B.
 
-    Leaves weights, gradients and random numbers as they were. In shards it is a collective: every rank calls it.
+    Without those of recomputed blocks. Leaves weights, gradients and random numbers as they were. In shards it is a
+    collective: every rank calls it.
 
     Args:
         module: teacher, student and stage.
@@ -118,6 +121,7 @@ def step_flops(
         loss.backward()
 
     with as_found(module), torch.enable_grad(), countable(module):
+        module.blocks = BlockRunner()
         return count_flops(step)
 
 

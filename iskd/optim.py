@@ -37,6 +37,7 @@ class OptimSpec:
         decay: `constant`, `linear`, `cosine`, or `wsd`: constant, and linear in the last tenth.
         decay_over: `run` decays once over all tokens, `stage` in every stage anew.
         end: share of the rate that is left at the end, in [0, 1].
+        fused: update all parameters in one kernel; False = torch's loop over them, for comparison.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -47,6 +48,7 @@ class OptimSpec:
     decay: str = "cosine"
     decay_over: str = "run"
     end: float = 0.0
+    fused: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -163,7 +165,9 @@ def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
         for name in ("base", "new")
         for decays in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=spec.fused
+    )
 
 
 def maps(model: nn.Module) -> list[nn.Parameter]:

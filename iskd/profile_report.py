@@ -32,6 +32,7 @@ class Profile:
         memory_bytes: the most in use during a step: on a GPU by tensors, on a CPU by the whole process.
         operators: seconds of one step by kind of operator (`group_of`), under torch's profiler; may be empty.
         machine: see `iskd.machine.describe`.
+        recomputed: whether FLOPs hold blocks that gradient checkpointing ran a second time.
     """
 
     stage: str
@@ -44,6 +45,7 @@ class Profile:
     memory_bytes: int
     operators: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+    recomputed: bool = False
 
     @property
     def watched_seconds(self) -> float:
@@ -94,9 +96,9 @@ def profile_table(profile: Profile) -> Table:
         whole = sum(profile.operators.values())
         for group, seconds in profile.operators.items():
             add(f"operators: {group}", seconds, whole, None)
-    facts = profile.machine
+    facts, share = profile.machine, "HFU (with what is recomputed)" if profile.recomputed else "MFU"
     table.caption = (
-        f"{profile.tokens_per_second:,.0f} tokens/s, MFU {100 * profile.mfu:.1f} % of "
+        f"{profile.tokens_per_second:,.0f} tokens/s, {share} {100 * profile.mfu:.1f} % of "
         f"{profile.peak_flops / 1e12:.3g} TFLOP/s ({profile.dtype} matmul in this run), "
         f"peak memory {profile.memory_bytes / 2**30:.2f} GiB; {facts.get('device', 'unnamed machine')}, "
         f"{facts.get('threads', '?')} threads, allocator {facts.get('allocator', '?')}, load {facts.get('load', '?')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks import mixers, step
 from benchmarks.common import in_turns, rotated, spread
 from benchmarks.step_setup import TASKS
 from benchmarks.step_tables import notes, step_table
-from benchmarks.step_ways import run_ours, run_plain
+from benchmarks.step_ways import WAYS, run_ours, run_plain
 from tests.factories import tiny, windows
 
 
@@ -65,6 +66,28 @@ def test_rows_survive_a_break_and_failed_ones_run_again(tmp_path: Path) -> None:
     assert [kept["way"] for kept in step.Rows(file, settings).rows] == ["plain", "trl"]
     with pytest.raises(SystemExit, match="other settings"):
         step.Rows(file, {"timed": 3})
+
+
+def test_the_stock_way_runs_without_the_settings_that_this_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, dict[str, str]] = {}
+
+    def started(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        seen[command[command.index("--only") + 1]] = env
+        return subprocess.CompletedProcess(command, 1, "", "not run")
+
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setattr(step.subprocess, "run", started)
+    for name in ("ours", "stock"):
+        assert step.in_a_process(name, "tiny", 1)["error"] == "not run"
+    assert seen["ours"]["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert "ISKD_ALLOCATOR" not in seen["ours"]
+    assert (seen["stock"]["THP_MEM_ALLOC_ENABLE"], seen["stock"]["ISKD_ALLOCATOR"]) == ("0", "stock")
+
+
+def test_an_option_of_ours_changes_no_loss() -> None:
+    ours = run_ours(TASKS["tiny"], 3)
+    for name in ("checkpointing", "whole_logits"):
+        assert WAYS[name](TASKS["tiny"], 3).losses == pytest.approx(ours.losses, rel=1e-4)
 
 
 def test_plain_and_ours_see_the_same_batches_and_find_the_same_losses() -> None:

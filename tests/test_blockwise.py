@@ -1,11 +1,12 @@
 """Blocks recomputed in the backward pass, or compiled: the same losses and gradients, after every edit.
 
-Compiled is with the backends that need no C++ compiler.
+Compiled is with the backends that need no C++ compiler; with torch's default one in a slow test, where there is one.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import nullcontext
 from typing import Any
 
@@ -128,6 +129,23 @@ def test_compiled_blocks_survive_edits_and_leave_names_alone(recompute: bool) ->
     twin = surgery.rebuild(module.teacher, module.record)
     twin.load_state_dict(module.student.state_dict())
     assert torch.equal(twin.eval()(windows()).logits, module.student.eval()(windows()).logits)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_blocks_of_the_default_compiler_have_the_same_losses_and_gradients() -> None:
+    torch._dynamo.reset()
+    plain, fast = distilled(layers=3), distilled(layers=3, compile=True)
+    for edits in ((), (Remove(0), Replace(2, SLIM))):
+        for one, optimizer in (plain, fast):
+            edit(one, optimizer, edits)
+            one.student.eval()  # inductor draws other dropout masks
+        expected, found = trained(*plain), trained(*fast)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
 
 
 def graphs(layers: int) -> int:

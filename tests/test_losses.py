@@ -212,6 +212,46 @@ def test_backward_twice_gives_the_same_gradient_twice() -> None:
     assert_close(torch.autograd.grad(total, case.weight)[0], first)
 
 
+def test_a_graph_that_was_not_kept_is_not_differentiated_again() -> None:
+    total, _ = chunked_vocabulary_loss(ALL_TERMS, *(case := Case()).inputs(), chunk=4)
+    torch.autograd.grad(total, case.weight)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        torch.autograd.grad(total, case.weight)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_forward_kl_in_closed_form_keeps_its_digits_under_large_logits(temperature: float) -> None:
+    """A constant added to all logits changes no distribution; what is nearly the teacher has a KL of nearly 0."""
+    loss, teacher = KL(temperature=temperature), rand(3, 50, seed=1).float()
+    student = teacher + 1e-3 * rand(3, 50, seed=2).float()
+    expected, slope = loss.with_gradient(*on_logits(student.double(), teacher.double()))
+    for shift in (0.0, 30.0, 100.0):
+        found, own_slope = loss.with_gradient(*on_logits(student + shift, teacher - 2 * shift))
+        # float32 has 2^-22 for logarithms of probabilities near 2, and 2^-17 for logits near 100
+        torch.testing.assert_close(found, expected.float(), atol=1e-6 if not shift else 3e-5, rtol=0)
+        torch.testing.assert_close(own_slope, slope.float(), atol=1e-7 if not shift else 1e-5, rtol=0)
+        assert bool((loss.with_gradient(*on_logits(teacher + shift, teacher + shift))[0] == 0).all())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_chunked_loss_is_that_of_liger_where_it_is_installed(beta: float) -> None:
+    """Liger's jensen-shannon at beta 0 is the forward KL; at 0.5 both mixtures are the same."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    fused = liger.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+    ours, theirs = Case(bias=False, ignored=False), Case(bias=False, ignored=False)
+    kl = KL("jsd", beta=beta) if beta else KL()
+    total, _ = chunked_vocabulary_loss({"kl": (kl, 1.0)}, *ours.inputs(), chunk=4)
+    hidden = (x.flatten(0, 1) for x in (theirs.hidden, theirs.teacher_hidden.detach()))
+    weights = (theirs.weight, theirs.teacher_head[0].detach())
+    (student, teacher), (own, other) = hidden, weights
+    other_total = fused(student, own, teacher, other, theirs.labels.flatten())
+    for loss in (total, other_total):
+        loss.backward()
+    assert_close(other_total.detach().double(), total.detach(), 1e-5)
+    assert_close(theirs.hidden.grad, ours.hidden.grad, 1e-5)
+    assert_close(theirs.weight.grad, ours.weight.grad, 1e-5)
+
+
 def test_no_grad_gives_the_same_value_without_a_graph() -> None:
     case = Case()
     total, _ = chunked_vocabulary_loss(ALL_TERMS, *case.inputs())

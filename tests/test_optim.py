@@ -255,6 +255,18 @@ def test_a_restored_optimizer_takes_the_same_next_step() -> None:
     assert all(torch.equal(value, again[key]) for key, value in optimizer_tensors(first, one).items())
 
 
+def test_one_kernel_for_all_parameters_is_the_loop_over_them() -> None:
+    found = []
+    for fused in (True, False):
+        model, record = student_after(FIRST)
+        optimizer = make_optimizer(OptimSpec(weight_decay=0.1, fused=fused))
+        regroup(optimizer, model, record, FIRST)
+        for seed in range(3):
+            step(model, optimizer, seed)
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
 def test_state_of_another_student_is_refused() -> None:
     model, optimizer = grouped()
     step(model, optimizer)

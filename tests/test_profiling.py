@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from iskd import flops, passes, profiling
 from iskd import module as module_file
 from iskd.arch import Stack
+from iskd.blockwise import BlockRunner
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.module import DistillModule
@@ -89,6 +90,18 @@ def test_the_flops_of_a_step_grow_with_the_windows_and_shrink_with_the_student()
     one, three = (flops.step_flops(module, windows(n, 16)) for n in (1, 3))
     assert three == 3 * one
     assert flops.step_flops(module_of(layers=2), windows(1, 16)) < one
+
+
+def test_blocks_that_are_run_twice_count_once_in_a_step() -> None:
+    """Model FLOPs, as MFU has them; a profile counts what runs and says that it does."""
+    module = module_of()
+    expected = flops.step_flops(module, windows(2, 16))
+    module.blocks = BlockRunner(recompute=True)
+    assert flops.step_flops(module, windows(2, 16)) == expected
+    assert module.blocks.recompute
+    profile = profiling.profile_step(module, {"input_ids": windows(2, 16)}, optimizer_of(module), steps=1)
+    assert profile.recomputed
+    assert sum(profile.flops.values()) > expected
 
 
 def test_counting_leaves_weights_gradients_and_random_numbers() -> None:

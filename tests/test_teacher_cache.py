@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import threading
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from iskd.losses.kl_sum import FinalState
 from iskd.module import DistillModule
 from iskd.optim import OptimSpec
 from iskd.plan import Record, Remove
+from iskd.run import run
+from iskd.schedules.base import ReplaceWith
+from iskd.schedules.iterative import Iterative
 from iskd.teacher_cache import TeacherCache
 from iskd.teacher_rows import CacheSpec, RowFormat, check_terms_cached
 from tests.factories import VOCAB, tiny, windows
-from tests.runs import Crash
+from tests.runs import BOTTLENECK, TOKENS, Crash, make_parts, write_text
 
 TEXTS = windows(10).numpy().astype(np.uint16)
 CHUNK = 48  # tokens: three windows in a chunk, the last chunk has one
@@ -357,6 +362,17 @@ def test_one_process_builds_and_others_find_the_result(
     assert len(found) == 3
     assert passes.windows == 10
     assert equal(rows(found[0]), rows(found[2]))
+
+
+def test_a_run_in_bf16_keeps_what_its_own_teacher_says(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    for precision, expected in (("bf16-mixed", "torch.bfloat16"), ("32-true", "None")):
+        folder = tmp_path / precision
+        schedule = Iterative(ReplaceWith(BOTTLENECK), layers=[2], tokens=4 * TOKENS)
+        made = make_parts(folder, text, folder / "shards", schedule=schedule, trainer={"precision": precision})
+        run(replace(made, cache=CacheSpec(), terms={"kl": (KL(), 1.0)}))
+        (meta,) = folder.glob("teacher/*/meta.json")
+        assert json.loads(meta.read_text())["autocast"] == expected
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A chunk of tokens is what the two matmuls with a head want: many rows, or the head's gradient, as large as the head, is
 added to too often. The element-wise work between them wants few rows, so few that they stay in the processor's cache:
-every pass over 256 x 49k logits would otherwise go through memory. So the logits of a chunk are kept in the heads' own
+every pass over 512 x 49k logits would otherwise go through memory. So the logits of a chunk are kept in the heads' own
 precision, and a block of rows after the other is widened to at least float32, put through all terms and replaced, in
 place, by its gradient. The logits of all chunks lie in the same memory (`iskd.losses.scratch`), hence a term may keep
 none of what it is given.
@@ -84,6 +84,8 @@ class ChunkedMean(torch.autograd.Function):
         """The finished gradients times the incoming scalar; in place, unless the graph is kept for another time."""
         # The division by N comes last: gradients of a mean over many tokens would underflow in fp16 matmuls.
         factor = grad_total / ctx.tokens
+        if ctx.gradients is None:
+            raise RuntimeError("this loss was differentiated before, without retain_graph=True: its gradients are gone")
         if _graph_is_kept():
             return None, *(None if gradient is None else gradient * factor for gradient in ctx.gradients)
         gradients, ctx.gradients = ctx.gradients, None
