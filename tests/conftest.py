@@ -25,6 +25,9 @@ def _logging() -> Iterator[None]:
     level, handlers, disabled = root.level, root.handlers[:], logging.root.manager.disable
     yield
     root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            handler.close()  # an open file would be a warning in whichever test collects it
     root.handlers[:] = handlers
     logging.disable(disabled)
 
