@@ -1,8 +1,8 @@
 """Memory settings of a CPU process, set once at start-up.
 
 Training allocates and frees hundreds of megabytes per step; by default glibc hands them back to the system each time
-and gets them again page by page. Keeping them, in huge pages, made the same training step 1.3 to 2.2 times faster on
-two cores. `ISKD_ALLOCATOR=stock` switches this off.
+and gets them again page by page. Here they are kept, in huge pages; what that gains depends on the machine and is told
+by `python -m benchmarks.step --ways stock`. `ISKD_ALLOCATOR=stock` switches this off.
 
 Commands and `iskd.compress` set them when they start. glibc takes them at any time. torch asks for huge pages only if
 its variable is there when it allocates first: `import iskd` sets it, before it imports torch, and nothing else. In a
