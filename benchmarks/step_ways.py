@@ -11,8 +11,9 @@ the end of one step to the end of the next, so that everything between steps cou
     liger    Liger's chunked JSD at beta 0 in the plain loop, on last hidden states
     ours     `python train.py`, its Trainer and callbacks included
 
-and ours with one option turned: `checkpointing` (run.gradient_checkpointing=true), `compile` (run.compile=true),
-`whole_logits` (chunk=null), `stock` (the process runs with ISKD_ALLOCATOR=stock).
+and ours with one option turned: `selective` and `checkpointing` (run.gradient_checkpointing=selective, true), `compile`
+(run.compile=true), `whole_logits` (chunk=null), `boundaries` (data.boundaries=true: another loss), `stock` (the process
+runs with ISKD_ALLOCATOR=stock).
 """
 
 from __future__ import annotations
@@ -223,9 +224,11 @@ def run_ours(task: Task, steps: int, *options: str) -> Outcome:
 
 
 OPTIONS = {
+    "selective": ("run.gradient_checkpointing=selective",),
     "checkpointing": ("run.gradient_checkpointing=true",),
     "compile": ("run.compile=true",),
     "whole_logits": ("chunk=null",),
+    "boundaries": ("data.boundaries=true",),
     "stock": (),
 }
 # of the process, where it is another than that of all ways; huge pages were asked for when this one started

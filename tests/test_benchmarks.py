@@ -86,7 +86,7 @@ def test_the_stock_way_runs_without_the_settings_that_this_process_has(monkeypat
 
 def test_an_option_of_ours_changes_no_loss() -> None:
     ours = run_ours(TASKS["tiny"], 3)
-    for name in ("checkpointing", "whole_logits"):
+    for name in ("selective", "checkpointing", "whole_logits"):
         assert WAYS[name](TASKS["tiny"], 3).losses == pytest.approx(ours.losses, rel=1e-4)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,9 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from iskd import surgery
 from iskd.arch import Stack
+from iskd.blockwise import BlockRunner, _policy
 from iskd.checkpoint import model_tensors
 from iskd.editing import carry_out
 from iskd.losses.ce import CrossEntropy
@@ -26,7 +32,7 @@ from iskd.module import DistillModule
 from iskd.optim import OptimSpec, make_optimizer
 from iskd.options import RunOptions
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
-from tests.factories import tiny, windows
+from tests.factories import mixer_specs, tiny, windows
 from tests.runs import BOTTLENECK, MIXER, SLIM
 
 LAYERS = 6
@@ -54,11 +60,12 @@ def edit(module: DistillModule, optimizer: torch.optim.Optimizer, edits: tuple[E
         group["lr"] = 1e-2
 
 
-def trained(module: DistillModule, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Loss, its parts and all gradients of a step under dropout, and an update."""
+def trained(module: DistillModule, optimizer: torch.optim.Optimizer, *, mixed: bool = False) -> dict[str, Tensor]:
+    """Loss, its parts and all gradients of a step under dropout, and an update; `mixed`: under bf16 autocast."""
     torch.manual_seed(5)
     optimizer.zero_grad()
-    result = module.step(windows())
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        result = module.step(windows())
     result.loss.backward()
     grads = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
     optimizer.step()
@@ -78,14 +85,83 @@ def runs(model: Any) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("how", [True, "selective"])
 @pytest.mark.parametrize("train", ["all", UPPER])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_recomputed_blocks_have_the_same_gradients_after_every_edit(family: str, train: str) -> None:
-    plain, again = (distilled(family=family, train=train, gradient_checkpointing=on) for on in (False, True))
-    for edits in ((), MIXED, (Convert(2, MIXER, seed=9), Replace(0, BOTTLENECK, seed=2))):
+def test_recomputed_blocks_have_the_same_gradients_after_every_edit(family: str, train: str, how: Any) -> None:
+    plain, again = (distilled(family=family, train=train, gradient_checkpointing=on) for on in (False, how))
+    for number, edits in enumerate(((), MIXED, (Convert(2, MIXER, seed=9), Replace(0, BOTTLENECK, seed=2)))):
         for module, optimizer in (plain, again):
             edit(module, optimizer, edits, train)
-        assert equal(trained(*plain), trained(*again))
+        assert equal(trained(*plain, mixed=number == 1), trained(*again, mixed=number == 1))
+
+
+@pytest.mark.parametrize("name", sorted(mixer_specs()))
+def test_every_mixer_is_recomputed_selectively(name: str) -> None:
+    edits = (Convert(1, mixer_specs()[name], seed=3),)
+    plain, again = (distilled(edits, layers=3, gradient_checkpointing=on) for on in (False, "selective"))
+    assert equal(trained(*plain, mixed=True), trained(*again, mixed=True))
+
+
+def test_steps_in_one_autocast_context_are_recomputed_alike() -> None:
+    """Casts of weights are kept until the context ends: the second step makes none, but for its own recomputation."""
+    plain, again = (distilled(gradient_checkpointing=on) for on in (False, "selective"))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert equal(trained(*plain, mixed=True), trained(*again, mixed=True))
+
+
+class Counting(TorchDispatchMode):
+    """How often each operator really ran, and what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self.made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        return result
+
+    def alive(self) -> int:
+        """Bytes that operators returned and somebody still holds."""
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def test_a_selective_recomputation_repeats_no_product_and_keeps_less() -> None:
+    """Products, attention and the rest, counted where they run; bytes that wait for the backward pass."""
+    ran, waiting = {}, {}
+    for how in (False, "selective", True):
+        module = distilled(gradient_checkpointing=how, share_prefix=False)[0]
+        module.student.eval()  # without dropout attention has a fused kernel
+        with torch.autocast("cpu", torch.bfloat16), Counting() as counting:
+            loss = module.step(windows(8, 48)).loss
+        waiting[how] = counting.alive()
+        with counting:
+            loss.backward()
+        ran[how] = counting.found
+    for name in ("mm", "_scaled_dot_product_flash_attention_for_cpu"):
+        assert ran[False][name] == ran["selective"][name] < ran[True][name]
+    for name in ("silu", "rsqrt"):
+        assert ran[False][name] < ran["selective"][name] == ran[True][name]
+    assert waiting[True] < waiting["selective"] < 0.6 * waiting[False]
+
+
+def test_what_draws_random_numbers_is_not_kept() -> None:
+    """A kept result is not computed again, and leaves the generator where it was: fused attention on CUDA draws."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    kept, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    assert _policy(None, attention, 1, 2, 3, 0.0, True) is _policy(None, attention, 1, 2, 3) is kept
+    assert _policy(None, attention, 1, 2, 3, 0.1, True) is again
+    assert _policy(None, efficient, 1, 2, 3, None, True, 0.0) is kept
+    assert _policy(None, efficient, 1, 2, 3, None, True, dropout_p=0.1) is again
+    assert _policy(None, torch.ops.aten.silu.default, 1) is again
 
 
 def test_every_block_that_a_gradient_comes_to_is_run_twice_and_no_other() -> None:
@@ -163,6 +239,9 @@ def test_blocks_made_alike_are_compiled_once() -> None:
 
 def test_bad_options_are_refused() -> None:
     assert RunOptions(compile="aot_eager", gradient_checkpointing=True).compile == "aot_eager"
+    assert RunOptions(gradient_checkpointing="selective").gradient_checkpointing == "selective"
+    with pytest.raises(ValueError, match="do not go together"):
+        BlockRunner(recompute="selective", compile=True)
     for key, value in (("compile", ""), ("compile", 3), ("gradient_checkpointing", "sometimes")):
         with pytest.raises(ValueError, match=rf"run\.{key}={value!r}"):
             RunOptions(**{key: value})  # type: ignore[arg-type]
