@@ -23,7 +23,7 @@ from iskd.arch import Stack
 from iskd.bundled import BUNDLES
 from iskd.evaluate import check_same_tokenizer
 from iskd.loading import load
-from iskd.model_names import refuse_missing_folder
+from iskd.model_names import CONF, refuse_missing_folder
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.verify import SENTENCE, read_facts, student_folder, tokenizer_of
 
@@ -185,7 +185,11 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
 
 
 def _named(name: str) -> TeacherSpec:
-    """A teacher by its bundled key or its name on the hub, which a bundle may stand in for."""
+    """A teacher by a preset of conf/model, its bundled key, or its name on the hub, which a bundle may stand in for."""
+    preset = CONF / "model" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        told = yaml.safe_load(preset.read_text(encoding="utf-8")).get("name")
+        name = told if isinstance(told, str) and "/" in told else name  # local, hub and tiny name no published model
     key = next((key for key, found in BUNDLES.items() if name.rpartition("/")[2].lower() in (key, found.folder)), None)
     return TeacherSpec(name, bundled=key)
 

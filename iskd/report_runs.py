@@ -145,7 +145,8 @@ def _common_context(runs: Sequence[Run]) -> int | None:
 
 def _figures(runs: Sequence[Run], numbered: Numbered) -> str:
     known = [run for run in runs if run.student]
-    by_tasks = all(math.isfinite(run.task_retention.value) for run in known) and len({run.tasks for run in known}) == 1
+    answered, asked = all(math.isfinite(_by_tasks(run)) for run in known), {run.asked for run in known if run.asked}
+    by_tasks = answered and len(asked) == 1
     drawn = page.figures(_tradeoffs(runs, numbered, by_tasks))
     measure = "its mean over tasks" if by_tasks else "on validation text"
     hint = (
@@ -153,6 +154,8 @@ def _figures(runs: Sequence[Run], numbered: Numbered) -> str:
         "least to most over seeds around their mean, or the interval of a single run where it has one. Grey line: the "
         "best that can be had at each cost."
     )
+    if len(asked) > 1:
+        hint += " Tasks are not drawn: the runs were asked different items (other tasks, limit, seed or files)."
     return f'{drawn}<p class="hint">{hint}</p>' if drawn else ""
 
 

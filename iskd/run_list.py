@@ -26,6 +26,8 @@ _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
 _INCIDENTAL = frozenset({"resume", "cache_dir", "export", "objectives", "plan_only", "trainer.progress"})
 _INCIDENTAL_PARTS = ("logger", "run")
+# of an evaluation's settings: which items of its tasks were drawn
+_DRAWN_BY = ("seed", "limit", "data", "excluded")
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,18 @@ class Run:
         return unknown if self.files.evaluation is None else self.files.evaluation.mean
 
     @property
-    def tasks(self) -> frozenset[str]:
-        """What the run was evaluated on."""
-        return frozenset(task.name for task in self.files.evaluation.tasks) if self.files.evaluation else frozenset()
+    def asked(self) -> str:
+        """What the run was evaluated on, as text that is equal where two runs were asked the same items; "" = nothing.
+
+        Other items, drawn by another seed or limit or from other files, give another retention for the same student.
+        """
+        evaluation = self.files.evaluation
+        if evaluation is None:
+            return ""
+        settings = evaluation.rest.get("settings")
+        drawn = {key: settings.get(key) for key in _DRAWN_BY} if isinstance(settings, dict) else {}
+        tasks = sorted([task.name, task.metric, str(task.items)] for task in evaluation.tasks)
+        return json.dumps([tasks, drawn], sort_keys=True, default=str)
 
     @property
     def measured(self) -> Measured | None:

@@ -17,6 +17,7 @@ from iskd import surgery
 from iskd.evaluate import check_same_tokenizer
 from iskd.export import FACTS, export
 from iskd.generate import find_teacher, generate, main
+from iskd.model_names import CONF
 from iskd.plan import Convert, Edit, Record, Replace, Spec
 from iskd.teachers import Loaded, TeacherSpec, load_teacher
 from iskd.tokenizer import byte_tokenizer
@@ -104,7 +105,10 @@ def test_the_teacher_is_found(run_dir: Path, tmp_path: Path) -> None:
     assert find_teacher(run_dir / "model") == TeacherSpec("mine", path=str(teacher))
     assert find_teacher(None, teacher).path == str(teacher)
     assert find_teacher(None, "owner/name") == TeacherSpec("owner/name")
-    assert find_teacher(None, "smollm2").bundled == "smollm2"
+    assert find_teacher(None, "smollm2") == TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")
+    assert find_teacher(None, "phi1") == TeacherSpec("microsoft/phi-1")  # a preset, as of model=phi1
+    assert find_teacher(None, "gpt2").name == yaml.safe_load((CONF / "model" / "gpt2.yaml").read_text())["name"]
+    assert find_teacher(None, "local") == TeacherSpec("local")
     with pytest.raises(ValueError, match=r"which teacher.* --teacher DIR_OR_NAME .* reference=DIR_OR_NAME"):
         find_teacher(tmp_path)
     with pytest.raises(ValueError, match=r"the teacher='\./nowhere': no such folder"):

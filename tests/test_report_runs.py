@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,24 @@ def test_tasks_count_where_all_runs_have_them(tmp_path: Path) -> None:
     assert "Retention: its mean over tasks" in text
     assert "decode at 2048 (ms/token)" in text
     assert page.count("<svg") == 3, "with every run's latency measured, scoring speed says nothing more"
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"limit": 50}, {"data": {"piqa": "another file"}}, {"excluded": 3}])
+def test_runs_that_were_asked_other_items_are_not_drawn_on_one_axis(other: dict[str, Any], tmp_path: Path) -> None:
+    """Their validation text is the same, so that is drawn, and the page says why."""
+    settings = {"seed": 0, "limit": 100, "data": {"piqa": "a file"}, "excluded": 0, "device": "cpu"}
+    for number, changes in enumerate(({}, {"device": "NVIDIA H200"}, other)):
+        evaluation = {**EVALUATION, "settings": {**settings, **changes}}
+        write_run(tmp_path / f"run-{number}", config=config(number), files={"evaluation": evaluation})
+
+    def said(count: int) -> str:
+        folders = [tmp_path / f"run-{number}" for number in range(count)]
+        return Balanced(write_runs_report(folders, tmp_path / "runs.html").read_text(encoding="utf-8")).text
+
+    assert "Retention: its mean over tasks" in said(2)
+    assert "Retention: on validation text" in said(3)
+    assert "the runs were asked different items" in said(3)
+    assert "task retention %" in said(3)
 
 
 @pytest.mark.filterwarnings("error")
