@@ -6,15 +6,18 @@ A model family is one `Family` descriptor; `Stack` reads a model through it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from iskd.documents import positions_in
+from iskd.documents import one_text, positions_in, positions_of_one_text
 
 # the attribute of a model in shards (`iskd.sharding`) that holds its way in
 SHARDED_TRUNK = "iskd_trunk"
@@ -238,13 +241,14 @@ class Stack:
         """
         if self.family.positions and self.context and input_ids.shape[1] > self.context:
             raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
-        separator = self.separator
-        more: dict[str, Tensor] = {}
-        if separator is not None and attention_mask is None:
-            more["position_ids"] = positions_in(input_ids, separator)
-        output: Tensor = self.base(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
-        ).last_hidden_state
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+        known = self.separator is None and attention_mask is None
+        if known and "position_ids" in inspect.signature(self.base.forward).parameters:
+            options["position_ids"] = positions_of_one_text(input_ids.shape[1], input_ids.device)
+        elif self.separator is not None and attention_mask is None:
+            options["position_ids"] = positions_in(input_ids, self.separator)
+        with one_text() if known else nullcontext():
+            output: Tensor = self.base(input_ids=input_ids, **options).last_hidden_state
         return output
 
     @property

@@ -27,6 +27,7 @@ from iskd.distributed import Ranks, rewrap, whole_device
 from iskd.editing import back_to, carry_out, settle
 from iskd.faults import NonFiniteError, advice, is_out_of_memory
 from iskd.flops import MfuMeter
+from iskd.guard import StepGuard
 from iskd.module import DistillModule
 from iskd.movement import MovementCheck, require_moved
 from iskd.optim import (
@@ -99,7 +100,8 @@ class CompressionCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """With `schedule.restart_at_edit`: carry out a pending edit before the strategy wraps anything."""
         state, module = self.state, cast(DistillModule, pl_module)
-        self._ranks = module.ranks = Ranks(trainer)
+        self._ranks = Ranks(trainer)
+        module.guard = StepGuard(self._ranks)
         self.watchdog = Watchdog(self._ranks, f"Continue with resume={self.run_dir}")
         self.watchdog.start()
         found = None if self.resume_from is None else self.resume_from.name
@@ -133,14 +135,13 @@ class CompressionCallback(Callback):
             return
         state.identity = self._identity(trainer)
         state.results.append(state.row(module.student, "teacher", self._measure(trainer, module), None, "kept"))
-        log_row(trainer.loggers, self.state.results[-1], self.state.steps)
+        log_row(trainer.loggers, state.results[-1], state.steps)
         self._decide(trainer, module)
         plan = forecast(self.schedule, history_of(state, module))
         steps = planned_steps(plan, self._step_tokens(trainer))
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
-        windows = torch.cat(self.data.calibration(self._step_tokens(trainer)))[: self.data.batch_size]
-        windows = windows.to(module.device)
-        with trainer.precision_plugin.forward_context():
+        windows = torch.cat(self.data.calibration(self._step_tokens(trainer)))[: self.data.batch_size].to(module.device)
+        with forward_context():
             announce(module, plan, steps, self._step_tokens(trainer), windows, self._ranks, self.run_dir)
         if self.options.plan_only:
             trainer.should_stop = True
@@ -250,12 +251,7 @@ class CompressionCallback(Callback):
         self._movement.check_gradients()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Tensor],
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Mapping[str, Any], batch_idx: int
     ) -> None:
         """Count; at optimizer steps check that new parameters move and write a checkpoint now and then."""
         module, state = cast(DistillModule, pl_module), self.state
@@ -271,17 +267,20 @@ class CompressionCallback(Callback):
         state = self.state
         self._steps += 1
         last = not self._left(trainer)
-        state.count_step(self.steps_done, skipped=module.skipped, most=self.options.max_skipped)
+        due = not last and not self._steps % self.options.checkpoint_every
+        verdicts = module.guard.settle(now=last or due or self._movement.watching)
+        state.count_steps(verdicts, most=self.options.max_skipped)
         if self._steps == 1:
             sharding.check_roots(module.student)
-        still = self._movement.stepped(module.lr_scale * module.stage.lr_new, skipped=module.skipped, last=last)
+        skipped = any(verdict.skipped for verdict in verdicts)
+        still = self._movement.stepped(module.lr_scale * module.stage.lr_new, skipped=skipped, last=last)
         if still is not None:
             require_moved(self._ranks.gather(still), split=sharding.is_sharded(module.student))
-        if module.stopping or (not last and self._steps % self.options.checkpoint_every == 0):
+        if any(verdict.stopping for verdict in verdicts):
+            self.preempted = trainer.should_stop = True
+        if self.preempted or due:
             self._tick()
             self._save(trainer, module)
-        if module.stopping:
-            self.preempted = trainer.should_stop = True
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -305,16 +304,15 @@ class CompressionCallback(Callback):
             self._judge(trainer, module, state.tournament)
             return
         quality = self._measure(trainer, module)
-        floor = self.schedule.floor
-        missed = self._ranks.first(floor is not None and bool(stage.edits) and quality["retention"] < floor)
+        floor = self.schedule.floor if stage.edits else None
+        missed = self._ranks.first(floor is not None and quality["retention"] < floor)
         if missed:
             state.events.append(
                 f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
                 "the run ends with the student before it"
             )
         status: Status = "rolled_back" if missed else "kept"
-        row = state.row(module.student, stage.name, quality, self._clock.speed, status)
-        state.results.append(row)
+        state.results.append(state.row(module.student, stage.name, quality, self._clock.speed, status))
         if missed:
             self._roll_back(trainer, module)
             return

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from iskd.corpus import Source
-from iskd.loader import Batch, StageLoader, to_tensor
+from iskd.documents import with_successor
+from iskd.loader import Batch, StageLoader, pinned, to_tensor
 from iskd.shards import Shards, Tokens, open_shards, separator
 from iskd.splits import SPLITS, Splitter
 
@@ -207,6 +208,21 @@ class TextData(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook: what a device would be waited for is done on the host.
+
+        Where documents are apart it finds which tokens have a label; for a CUDA device it pins the batch.
+        """
+        found = dict(batch)
+        if self.separator is not None:
+            found["kept"] = with_successor(batch["input_ids"], self.separator)
+        if self.trainer is None:
+            return found
+        device = self.trainer.strategy.root_device
+        return {
+            key: pinned(value, device) if isinstance(value, torch.Tensor) else value for key, value in found.items()
+        }
 
     def manifest(self) -> dict[str, Any]:
         """Return what identifies the data of this run, as plain JSON values."""

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 from torch import distributed as dist
 
 from iskd import sharding
@@ -124,6 +125,14 @@ class Ranks:
         votes = torch.tensor([int(flag) for flag in flags], device=self._device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return tuple(bool(vote) for vote in votes.tolist())
+
+    def highest(self, values: Tensor) -> Tensor:
+        """Each number's largest value over the ranks, on its own device; with NCCL the host does not wait for it."""
+        if self.size == 1:
+            return values
+        votes = values.to(self._device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return votes.to(values.device)
 
     def require_equal(self, what: str, value: Any) -> None:
         """Raise the same ValueError on every rank when they do not have the same `value` (plain JSON)."""

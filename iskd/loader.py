@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from iskd.shards import Tokens
 
@@ -80,3 +81,8 @@ def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 def to_tensor(windows: Tokens) -> torch.Tensor:
     """Return token ids of any integer type and shape as a tensor in memory, int64."""
     return torch.from_numpy(windows.astype(np.int64))
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the host, where a copy to `device` does not make the host wait: page-locked for a CUDA device."""
+    return values.pin_memory() if device.type == "cuda" else values

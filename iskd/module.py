@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from iskd import sharding
 from iskd.align import align
 from iskd.arch import Stack
-from iskd.blockwise import BlockRunner
+from iskd.blockwise import BlockRunner, Recompute
 from iskd.data import TextData
-from iskd.distributed import Ranks
 from iskd.documents import within
+from iskd.guard import StepGuard
+from iskd.loader import pinned
 from iskd.losses.base import Terms, check_terms
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import total_loss
@@ -58,7 +59,8 @@ class DistillModule(L.LightningModule):
         share_prefix: run leading blocks that are frozen and still the teacher's once for both (`iskd.prefix`).
         cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
             those of stages that align layers. It can be set later too (`use_cache`).
-        gradient_checkpointing: run the student's blocks a second time in the backward pass (`iskd.blockwise`).
+        gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
+            attention, a second time in the backward pass (`iskd.blockwise`).
         compile: compile the blocks of training steps; True or the name of a backend.
         separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
             computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
@@ -78,7 +80,7 @@ class DistillModule(L.LightningModule):
         chunk: Chunk = "auto",
         share_prefix: bool = True,
         cache: TeacherCache | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recompute = False,
         compile: bool | str = False,
         separator: int | None = None,
     ) -> None:
@@ -103,10 +105,8 @@ class DistillModule(L.LightningModule):
         self.steps = 0
         self.lr_scale = 1.0
         # how the ranks agree before an optimizer step; the callback sets both
-        self.ranks = Ranks()
+        self.guard = StepGuard()
         self.stop_wanted: Callable[[], bool] = lambda: False
-        self.skipped = False  # whether the step just made was skipped, on every rank
-        self.stopping = False  # whether a rank was asked to stop, on every rank
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
         self._validated: dict[int, Tensor] = {}
@@ -160,12 +160,15 @@ class DistillModule(L.LightningModule):
         """
         nn.Module.to(self.teacher, self.device)
 
-    def step(self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None) -> StepResult:
+    def step(
+        self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None, kept: Tensor | None = None
+    ) -> StepResult:
         """Loss of windows [B, T]: a pure function of weights and batch.
 
         Args:
             input_ids: the windows.
             cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
+            kept: numbers of their tokens that have a label (`documents.with_successor`); None = they are found here.
         """
         if self.stage.objective != "loss":
             return self._align(self.stage.objective, input_ids)
@@ -174,10 +177,7 @@ class DistillModule(L.LightningModule):
         shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
         ours = wanted(terms, record, self.stage) or Wanted()
         with self.blocks.running(self.student, self.teacher):
-            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared)
-        for signals in (student, teacher):
-            if signals is not None:
-                signals.labels = within(signals.labels, input_ids, stack.separator)
+            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
             return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
@@ -195,7 +195,7 @@ class DistillModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
-        result = self.step(batch["input_ids"], self.cached(batch))
+        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
@@ -209,7 +209,7 @@ class DistillModule(L.LightningModule):
         if "index" not in batch:
             raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
         rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
-        return {name: values.to(device, non_blocking=True) for name, values in rows.items()}
+        return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
 
     def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
         """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
@@ -250,24 +250,13 @@ class DistillModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over both groups together; skip the step when the loss or a gradient is not finite.
-
-        Without gradients AdamW changes nothing, neither weights nor moments. All ranks skip when one has to: its loss
-        may be infinite while the summed gradient is not.
-
-        To know it the host waits for the backward pass, once per optimizer step. AdamW could be told on the device
-        (`found_inf`), but the answer is wanted before the step ends all the same: it is counted towards
-        run.max_skipped, a checkpoint written at this step holds the count, and new parameters need not have moved.
-        """
+        """Clip the norm over both groups together; a step whose loss or gradient is not finite changes nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = sharding.whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
         finite = torch.isfinite(norm) if self._finite is None else torch.isfinite(norm) & self._finite
         self._finite = None
-        self.skipped, self.stopping = self.ranks.any(not finite, self.stop_wanted())
-        if self.skipped:
-            for parameter in parameters:
-                parameter.grad = None
-        elif self.optim.clip is not None:
+        self.guard.judge(self.steps + 1, optimizer, finite, stop=self.stop_wanted())
+        if self.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         self._log(lambda: {"train/grad_norm": norm})
 

@@ -27,6 +27,11 @@ class MovementCheck:
         self._steps = 0
         self._watched = {names[id(p)]: (p, p.detach().clone()) for p in parameters if p.requires_grad}
 
+    @property
+    def watching(self) -> bool:
+        """Whether the watch goes on."""
+        return bool(self._watched)
+
     def check_gradients(self) -> None:
         """Raise RuntimeError when a watched parameter has no gradient; call before an optimizer step."""
         missing = [name for name, (parameter, _) in self._watched.items() if parameter.grad is None]

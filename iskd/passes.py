@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from iskd.arch import Stack
 from iskd.capture import read
+from iskd.documents import with_successor, within
 from iskd.losses.base import BatchSignals, Terms, uses_teacher
 from iskd.plan import Record, Stage
 from iskd.prefix import entrance, standing_in
@@ -139,12 +140,6 @@ def next_tokens(input_ids: Tensor) -> Tensor:
     return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
 
 
-def _with_successor(input_ids: Tensor) -> Tensor:
-    """Numbers of the tokens that `next_tokens` gives a label, [B * (T - 1)]: counted, not looked up on the device."""
-    numbers = torch.arange(input_ids.numel(), device=input_ids.device)
-    return numbers.view_as(input_ids)[:, :-1].flatten()
-
-
 def both(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -153,6 +148,8 @@ def both(
     ours: Wanted,
     theirs: Wanted | None,
     shared: int = 0,
+    *,
+    kept: Tensor | None = None,
 ) -> tuple[Signals, Signals | None]:
     """Signals of the student and of the teacher for windows [B, T].
 
@@ -164,9 +161,11 @@ def both(
         ours: what is read of the student.
         theirs: what is read of the teacher; None = the teacher is not run.
         shared: leading blocks that the teacher computes for both (`iskd.prefix`).
+        kept: numbers of the tokens that have a label (`with_successor`); None = they are found here.
     """
-    labels = next_tokens(input_ids)
-    known = (labels, _with_successor(input_ids))
+    stack = Stack(student)
+    labels = within(next_tokens(input_ids), input_ids, stack.separator)
+    known = (labels, with_successor(input_ids, stack.separator) if kept is None else kept)
     original: Signals | None = None
     states: dict[int, Tensor] = {}
     shared = 0 if theirs is None else shared
@@ -180,7 +179,7 @@ def both(
             )
         hidden = {layer: states[target] for layer, target in after.items()}
         original = Signals(labels, last_hidden=last, hidden=hidden)
-    stack, above = Stack(student), {layer for layer in ours.layers if layer >= shared}
+    above = {layer for layer in ours.layers if layer >= shared}
     with standing_in(stack, shared, states.get(shared - 1)):
         last, own = read(stack, record.layers, above, input_ids, last=ours.last)
     hidden = {layer: own[layer] if layer in above else states[layer] for layer in sorted(ours.layers)}

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from iskd.callback import CompressionCallback
 
+_READ_EVERY = 1.0  # seconds
+
 
 class StageProgress(ProgressBar):
     """Reads the run's position off the compression callback; owns nothing.
@@ -28,7 +30,7 @@ class StageProgress(ProgressBar):
         self._console = Console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._on = True
+        self._on, self._loss = True, ""
 
     def disable(self) -> None:
         """Called by Lightning on ranks other than 0."""
@@ -61,7 +63,9 @@ class StageProgress(ProgressBar):
         where = f"stage {len(state.finished) + 1}/{max(state.total_stages, len(state.finished) + 1)} {name}"
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
-            text = f"{state.tokens:,} tokens, loss {float(loss):.3f}"
+            if now - self._last >= _READ_EVERY:  # to read a number waits for the device
+                self._last, self._loss = now, f", loss {float(loss):.3f}"
+            text = f"{state.tokens:,} tokens{self._loss}"
             self._bar.update(self._task, completed=self._run.steps_done, description=where, text=text)
         elif now - self._last >= self._every:
             self._last = now

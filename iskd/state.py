@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from iskd import surgery
 from iskd.faults import NonFiniteError
+from iskd.guard import Verdict
 from iskd.plan import MAX_NUMBER, Json, Record, Stage, record_from_json, stage_from_json, to_json
 from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, StageResult
@@ -129,23 +130,24 @@ class RunState:
         self.total_steps = max(1, round(self.total_steps * step / new_step))
         self.events.append(f"continued with {dict(now)} instead of {dict(before)}")
 
-    def count_step(self, number: int, *, skipped: bool, most: int) -> None:
-        """Note whether optimizer step `number` was skipped.
+    def count_steps(self, verdicts: Iterable[Verdict], *, most: int) -> None:
+        """Note which optimizer steps were skipped.
 
         Raises:
             NonFiniteError: more than `most` steps in a row were; on every rank, as all skip alike.
         """
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if not skipped:
-            return
-        self.skipped += 1
-        self.events.append(f"step {number} skipped: the loss or a gradient was not finite")
-        _log.warning("step %d is skipped: the loss or a gradient is not finite", number)
-        if self.skipped_in_a_row > most:
-            raise NonFiniteError(
-                f"the loss or a gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
-                f"(run.max_skipped={most})"
-            )
+        for verdict in verdicts:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.skipped else 0
+            if not verdict.skipped:
+                continue
+            self.skipped += 1
+            self.events.append(f"step {verdict.number} skipped: the loss or a gradient was not finite")
+            _log.warning("step %d is skipped: the loss or a gradient is not finite", verdict.number)
+            if self.skipped_in_a_row > most:
+                raise NonFiniteError(
+                    f"the loss or a gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
+                    f"(run.max_skipped={most})"
+                )
 
     def to_json(self) -> Json:
         """Plain JSON values."""

@@ -24,6 +24,7 @@ from iskd import checkpoint, sharding, watchdog
 from iskd.arch import Stack
 from iskd.checkpoint import model_tensors
 from iskd.distributed import Ranks
+from iskd.guard import StepGuard
 from iskd.module import DistillModule, StepResult
 from iskd.run import Parts, run
 from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
@@ -45,7 +46,7 @@ class Watch(Callback):
         self.sums: list[float] = []
         self.alive: list[weakref.ref[nn.Module]] = []
         self.leaked = 0
-        self.roots = self.skipped = 0
+        self.roots = 0
         self.moved: dict[str, bool] = {}
         self.start: dict[str, tuple[nn.Parameter, Tensor]] = {}
 
@@ -65,7 +66,6 @@ class Watch(Callback):
         self.losses.append(sum(ranks.gather(float(outputs["loss"]))) / ranks.size)
         if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.skipped += pl_module.skipped
         fsdp = [m for m in pl_module.student.modules() if isinstance(m, FSDPModule)]
         self.roots = max(self.roots, sum(bool(m._get_fsdp_state()._is_root) for m in fsdp))
         weights = {n: sharding.whole(v) for n, v in model_tensors(pl_module.student).items()}
@@ -120,7 +120,7 @@ def watched(rank: int, folder: Path, name: str, parts: Parts) -> None:
         "sums": watch.sums,
         "leaked": watch.leaked,
         "roots": watch.roots,
-        "skipped": watch.skipped,
+        "skipped": sum("skipped: the loss" in event for stage in result.stages for event in stage.events),
         "moved": watch.moved,
         "stages": [[s.name, s.ppl, s.kl, s.tokens, s.params, s.status] for s in result.stages],
     }
@@ -200,9 +200,10 @@ def forgetful(rank: int, folder: Path, name: str) -> None:
     train(rank, folder, name, 2, "fsdp", {})
 
 
-def poisoned(rank: int, folder: Path, name: str, victim: int) -> None:
+def poisoned(rank: int, folder: Path, name: str, victim: int, ahead: bool | None = None, strategy: str = "ddp") -> None:
     """One rank's loss is infinite in one step; its gradient is not."""
-    parts, steps = parts_of(folder, name, 2, "ddp"), iter(range(1000))
+    StepGuard.ahead = ahead
+    parts, steps = parts_of(folder, name, 2, strategy), iter(range(1000))
     original = DistillModule.step
 
     def infinite(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from iskd import surgery
 from iskd.arch import Stack
 from iskd.corpus import TextFiles
 from iskd.data import TextData
-from iskd.documents import positions_in, within
+from iskd.documents import one_text, positions_in, with_successor, within
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.module import DistillModule
@@ -53,6 +54,48 @@ def differences(model: PreTrainedModel) -> list[float]:
     stack = Stack(model)
     parts = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
     return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(parts, documents(), strict=True)]
+
+
+@pytest.mark.parametrize("separator", [None, SEPARATOR])
+def test_the_tokens_with_a_successor_are_those_with_a_label(separator: int | None) -> None:
+    ids = torch.cat([PACKED, windows(1, PACKED.shape[1])])
+    labelled = (within(next_tokens(ids), ids, separator) != IGNORE).flatten().nonzero().squeeze(1)
+    assert torch.equal(with_successor(ids, separator), labelled)
+
+
+def asked(positions: Tensor) -> Tensor | None:
+    return masking_utils.find_packed_sequence_indices(positions)  # type: ignore[no-any-return]
+
+
+def test_one_text_is_known_in_its_own_thread_and_nowhere_else() -> None:
+    """Contexts that overlap and end out of order; outside, transformers looks as ever."""
+    packed, entered, leave = torch.tensor([[0, 1, 0, 1]]), threading.Barrier(2), threading.Event()
+
+    def elsewhere() -> None:
+        with one_text():
+            entered.wait(10)
+            leave.wait(10)
+
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    entered.wait(10)
+    numbers = asked(packed)
+    assert numbers is not None
+    assert numbers.tolist() == [[0, 0, 1, 1]]
+    with one_text(), one_text():
+        assert asked(packed) is None
+        leave.set()
+        other.join(10)
+        assert asked(packed) is None
+    assert asked(packed) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_is_known_to_be_one_text_is_that_of_the_model(family: str) -> None:
+    model = louder(tiny(family))
+    ids = windows()
+    with torch.no_grad():
+        assert torch.equal(Stack(model).last_hidden(ids), Stack(model).base(input_ids=ids).last_hidden_state)
 
 
 def test_positions_restart_behind_each_separator() -> None:

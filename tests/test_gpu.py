@@ -6,6 +6,7 @@ edited with whatever torch is installed: if this file passes, the minor may be a
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 from pathlib import Path
@@ -13,15 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from iskd import surgery
+from iskd.checkpoint import model_tensors
+from iskd.losses.kl import KL
 from iskd.mixers import kernels
-from iskd.plan import Convert, Record
+from iskd.module import DistillModule, StepResult
+from iskd.optim import OptimSpec
+from iskd.plan import Convert, Record, Replace, Stage
+from iskd.run import run
 from tests import programs
 from tests.factories import mixer_specs, tiny, windows
-from tests.runs import largest_difference, write_text
+from tests.runs import BOTTLENECK, MIXER, TOKENS, At, Scripted, largest_difference, make_parts, same, write_text
 from tests.test_cli import SMOKE, train
+from tests.test_faults import break_steps
 from tests.worlds import World, run_world
 
 DEVICES = torch.cuda.device_count()
@@ -142,6 +150,72 @@ def test_run_resume_and_export_on_a_gpu(tmp_path: Path) -> None:
     before = (tmp_path / "run" / "record.json").read_text()
     train(f"resume={tmp_path}/run", cwd=tmp_path)
     assert (tmp_path / "run" / "record.json").read_text() == before
+
+
+class NoWaiting(Callback):
+    """From the seventh micro-batch of a stage on, torch raises when the host waits for the device inside a step."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 6 <= batch_idx < 14 else "default")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        if 6 <= batch_idx < 14 and batch_idx % 2:
+            self.told.append(isinstance(trainer.optimizers[0].found_inf, torch.Tensor) and bool(pl_module.guard._asked))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_host_does_not_wait_inside_a_step(precision: str, tmp_path: Path) -> None:
+    """As tests/test_guard.py counts on a CPU: after the proof that an edit took, before the stage's last step."""
+    settings = {"accelerator": "gpu", "precision": precision, "log_every_n_steps": 1000}
+    parts = make_parts(
+        tmp_path / "run", write_text(tmp_path), tmp_path / "cache", options={"checkpoint_every": 100}, trainer=settings
+    )
+    parts.schedule = Scripted(
+        [Stage("convert", (Replace(1, BOTTLENECK), Convert(2, MIXER)), tokens=8 * TOKENS, lr=1e-3)]
+    )
+    watched = NoWaiting()
+    parts.callbacks.append(watched)
+    result = run(parts)
+    assert [stage.status for stage in result.stages] == ["kept"] * 2
+    assert watched.told == [True] * 4, "the optimizer is told on the device, and the host has not yet looked"
+
+
+@pytest.mark.parametrize("how", [True, "selective"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_blocks_draw_the_same_random_numbers(family: str, how: Any) -> None:
+    """Fused attention with dropout, and dropout behind it: a kept result would leave the generator behind."""
+    found = []
+    for again in (False, how):
+        teacher = tiny(family, layers=3, dropout=0.2).to("cuda")
+        student = copy.deepcopy(teacher)
+        terms: dict[str, Any] = {"kl": (KL(), 1.0)}
+        module = DistillModule(student, teacher, terms, OptimSpec(), Record(3), gradient_checkpointing=again)
+        torch.manual_seed(5)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = module.step(windows().to("cuda")).loss
+        loss.backward()
+        found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, msg=name)
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By fused AdamW's own flag: weights after the skipped step are those before it."""
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n == 8 else r)
+    parts = make_parts(
+        tmp_path / "run", write_text(tmp_path), tmp_path / "cache", trainer={"accelerator": "gpu"}, dropout=0.0
+    )
+    before: list[dict[str, torch.Tensor]] = []
+    for batch in (6, 8):
+        keep = lambda m: before.append({k: v.clone() for k, v in model_tensors(m.student).items()})  # noqa: E731
+        parts.callbacks.append(At(batch, keep))
+    result = run(parts)
+    assert same(before[0], before[1])
+    assert "step 4 skipped" in " ".join(result.stages[1].events)
 
 
 def test_running_out_of_memory_halves_the_micro_batch(folder: Path, one: dict[str, Any]) -> None:

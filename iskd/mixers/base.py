@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.arch import Stack, class_of
+from iskd.documents import is_one_text, positions_of_one_text
 from iskd.hosting import CacheSlot, kept
 from iskd.mixers import core
 from iskd.mixers.limits import MAX_CONV, MAX_TOKENS, check_count
@@ -131,7 +132,9 @@ class Context:
         tokens = x_BTD.shape[1]
         seen = kept(mask, tokens)
         if positions is None:
-            return cls(seen, torch.arange(tokens, device=x_BTD.device).unsqueeze(0), past=list(past))
+            positions = positions_of_one_text(tokens, x_BTD.device)
+        if is_one_text(positions):
+            return cls(seen, positions, past=list(past))
         starts = positions[:, 1:] <= positions[:, :-1]
         if seen is not None:
             # padding has positions of its own; the first real token goes on like the first token
