@@ -25,7 +25,7 @@ from iskd.optim import OptimSpec, make_optimizer, regroup
 from iskd.passes import Wanted, next_tokens, wanted
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.signals import IGNORE, Signals
-from tests.factories import hooks, tiny, windows
+from tests.factories import hooks, tiny, tiny_teacher, windows
 from tests.runs import MIXER
 
 LAYERS = 5
@@ -109,6 +109,31 @@ def test_a_pass_that_ends_early_gives_the_loss_of_a_whole_one() -> None:
     assert len(gradients) > 5
     assert all(torch.equal(gradients[name], module.student.get_parameter(name).grad) for name in gradients)
     assert hooks(module.student) == hooks(module.teacher) == 0
+
+
+def test_a_step_under_bf16_autocast_is_that_of_float32_up_to_rounding() -> None:
+    """Loss, its parts and the gradient, of a model that has learnt something; gradients are float32 in both."""
+    terms: Terms = {"ce": CE, "kl": DIVERGENCE, "hidden": (HiddenMatch("normalized"), 0.5)}
+    teacher = tiny_teacher()
+    count = len(Stack(teacher).layers)
+    results, gradients = [], []
+    for mixed in (False, True):
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        record = surgery.apply(student, Record(count), [Remove(1)])
+        module = DistillModule(student, teacher, terms, OptimSpec(), record)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            result = module.step(windows(8, 64))
+        result.loss.backward()
+        found = [p.grad for p in student.parameters() if p.grad is not None]
+        assert all(gradient.dtype == torch.float32 for gradient in found)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        results.append(
+            {"loss": float(result.loss.detach()), **{name: float(part) for name, part in result.parts.items()}}
+        )
+    assert results[1] == pytest.approx(results[0], rel=2e-2)  # 8 bits a number: each rounding is up to 0.4 % off
+    assert results[1] != results[0]
+    torch.testing.assert_close(torch.cosine_similarity(*gradients, dim=0), torch.tensor(1.0), atol=1e-3, rtol=0)
+    assert float(gradients[1].norm()) == pytest.approx(float(gradients[0].norm()), rel=1e-2)
 
 
 def test_terms_say_what_they_read() -> None:
