@@ -2,8 +2,9 @@
 
     recompute   a block of the student keeps its input alone; its backward pass runs it again first
                 (gradient checkpointing, arXiv 1604.06174), under the same autocast and random numbers. "selective": it
-                keeps what linear maps and fused attention return too, and runs only the cheap rest again: norms,
-                activations, rotations, casts (selective activation recomputation, arXiv 2205.05198, section 5)
+                keeps what linear maps return too, and fused attention without dropout, and runs only the rest again:
+                norms, activations, rotations, casts, a mixer's products between tokens (selective activation
+                recomputation, arXiv 2205.05198, section 5)
     compile     a block is one `torch.compile` unit, of the student as of the teacher; blocks made alike share the code
 
 Both hold during the passes of a step and leave nothing on a model: they stand before the `forward` of each block that

@@ -60,7 +60,7 @@ class DistillModule(L.LightningModule):
         cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
             those of stages that align layers. It can be set later too (`use_cache`).
         gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
-            attention, a second time in the backward pass (`iskd.blockwise`).
+            attention without dropout, a second time in the backward pass (`iskd.blockwise`).
         compile: compile the blocks of training steps; True or the name of a backend.
         separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
             computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher

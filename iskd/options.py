@@ -27,8 +27,8 @@ class RunOptions:
             run; 0 = they are not.
         share_prefix: compute leading layers once that are frozen and still the teacher's.
         gradient_checkpointing: keep only each block's input for the backward pass and run the student's blocks twice:
-            the least memory, about a sixth more time. "selective" keeps what linear maps and fused attention return
-            as well and runs only the rest again: most of that memory for little time.
+            the least memory, about a sixth more time. "selective" keeps what linear maps return as well, and fused
+            attention without dropout, and runs only the rest again: most of that memory for little time.
         compile: `torch.compile` for each block of student and teacher in training steps, or the name of its backend;
             False = off.
         max_shard_bytes: of one weights file of the export, as a number or as text such as "5GB".

@@ -160,7 +160,7 @@ def profile_step(
         memory_bytes=memory.peak,
         operators=found,
         machine=machine.describe(device),
-        recomputed=module.blocks.recompute is True,
+        recomputed=bool(module.blocks.recompute),
     )
 
 

@@ -227,7 +227,7 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
     settings = strategy_of(dict(parts.trainer))
     if settings.pop("progress", True):
         callbacks.append(StageProgress(callback))
-    return L.Trainer(
+    trainer = L.Trainer(
         **{
             "max_epochs": -1,
             "reload_dataloaders_every_n_epochs": 1,
@@ -244,6 +244,10 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
         callbacks=callbacks,
         logger=_loggers(parts),
     )
+    # before every micro-batch Lightning asks rank 0 for a SIGTERM of its own, and waits for the device; the ranks agree
+    # on ours in `iskd.guard`
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+    return trainer
 
 
 def _loggers(parts: Parts) -> list[Logger]:

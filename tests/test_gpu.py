@@ -170,7 +170,7 @@ class NoWaiting(Callback):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_host_does_not_wait_inside_a_step(precision: str, tmp_path: Path) -> None:
     """As tests/test_guard.py counts on a CPU: after the proof that an edit took, before the stage's last step."""
-    settings = {"accelerator": "gpu", "precision": precision, "log_every_n_steps": 1000}
+    settings = {"accelerator": "gpu", "devices": 1, "precision": precision, "log_every_n_steps": 1000}
     parts = make_parts(
         tmp_path / "run", write_text(tmp_path), tmp_path / "cache", options={"checkpoint_every": 100}, trainer=settings
     )
@@ -179,7 +179,10 @@ def test_the_host_does_not_wait_inside_a_step(precision: str, tmp_path: Path) ->
     )
     watched = NoWaiting()
     parts.callbacks.append(watched)
-    result = run(parts)
+    try:
+        result = run(parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert [stage.status for stage in result.stages] == ["kept"] * 2
     assert watched.told == [True] * 4, "the optimizer is told on the device, and the host has not yet looked"
 
@@ -207,7 +210,11 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device(tmp_path: Path, monk
     """By fused AdamW's own flag: weights after the skipped step are those before it."""
     break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n == 8 else r)
     parts = make_parts(
-        tmp_path / "run", write_text(tmp_path), tmp_path / "cache", trainer={"accelerator": "gpu"}, dropout=0.0
+        tmp_path / "run",
+        write_text(tmp_path),
+        tmp_path / "cache",
+        trainer={"accelerator": "gpu", "devices": 1},
+        dropout=0.0,
     )
     before: list[dict[str, torch.Tensor]] = []
     for batch in (6, 8):
