@@ -178,7 +178,7 @@ def test_detokenize_wikitext() -> None:
         ("blank.txt", b" \n\n \n", "holds no text"),
         ("nul.txt", b"text\0text", "binary"),
         ("latin.txt", "d\u00e9j\u00e0".encode("latin-1"), "not UTF-8"),
-        ("cut.txt.gz", gzip.compress(b"text " * 999)[:-9], "not a whole gzip file"),
+        ("cut.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "not a whole gzip file"),
         ("plain.txt.gz", b"text", "not a whole gzip file"),
         ("bad.jsonl", b"not json\n", "line 1 is not JSON"),
         ("field.jsonl", b'{"body": "x"}\n', r"no field 'text', only \['body'\]"),
