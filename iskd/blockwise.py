@@ -4,7 +4,8 @@
                 (gradient checkpointing, arXiv 1604.06174), under the same autocast and random numbers. "selective": it
                 keeps what linear maps return too, and fused attention without dropout, and runs only the rest again:
                 norms, activations, rotations, casts, a mixer's products between tokens (selective activation
-                recomputation, arXiv 2205.05198, section 5)
+                recomputation, arXiv 2205.05198, section 5). A block must do the same operations at every call: torch
+                finds what was kept by their order, and one that makes a product only once has wrong gradients
     compile     a block is one `torch.compile` unit, of the student as of the teacher; blocks made alike share the code
 
 Both hold during the passes of a step and leave nothing on a model: they stand before the `forward` of each block that

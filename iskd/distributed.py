@@ -120,11 +120,7 @@ class Ranks:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, true where it is so on any rank."""
-        if self.size == 1:
-            return flags
-        votes = torch.tensor([int(flag) for flag in flags], device=self._device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return tuple(bool(vote) for vote in votes.tolist())
+        return tuple(bool(vote) for vote in self.highest(torch.tensor([int(flag) for flag in flags])).tolist())
 
     def highest(self, values: Tensor) -> Tensor:
         """Each number's largest value over the ranks, on its own device; with NCCL the host does not wait for it."""

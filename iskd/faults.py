@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,15 @@ _NO_MEMORY = (
     "bad_alloc",
     "ALLOC_FAILED",
 )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The ranks' common answer about optimizer step `number`: was it skipped, is the run asked to stop."""
+
+    number: int
+    skipped: bool
+    stopping: bool
 
 
 class NonFiniteError(RuntimeError):

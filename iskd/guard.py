@@ -19,20 +19,13 @@ import torch
 from torch import Tensor
 
 from iskd.distributed import Ranks
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The ranks' common answer about optimizer step `number`: was it skipped, is the run asked to stop."""
-
-    number: int
-    skipped: bool
-    stopping: bool
+from iskd.faults import Verdict
 
 
 @dataclass(frozen=True)
 class _Asked:
     number: int
+    ahead: bool  # whether the host went on without the answer
     flags: Tensor  # [2] on the host: not finite, stop
     copied: torch.cuda.Event | None  # the copy from the device is done
 
@@ -58,7 +51,6 @@ class StepGuard:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()
         self._asked: list[_Asked] = []
-        self._known: list[Verdict] = []
 
     def judge(self, number: int, optimizer: torch.optim.Optimizer, finite: Tensor, *, stop: bool = False) -> None:
         """Make the coming update of `optimizer` change nothing where a rank's loss or gradient is not finite.
@@ -81,12 +73,8 @@ class StepGuard:
         if flags.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(flags.device))
-        asked = _Asked(number, copy, copied)
-        if ahead:
-            self._asked.append(asked)
-            return
-        self._known.append(asked.read())
-        if self._known[-1].skipped:
+        self._asked.append(_Asked(number, ahead, copy, copied))
+        if not ahead and self._asked[-1].read().skipped:
             optimizer.zero_grad(set_to_none=True)
 
     def settle(self, *, now: bool) -> list[Verdict]:
@@ -94,13 +82,12 @@ class StepGuard:
 
         A verdict that asks the run to stop brings all: what is written then must have counted every step.
         """
-        self._known += [asked.read() for asked in self._asked[:-1]]
-        del self._asked[:-1]
-        if now or any(verdict.stopping for verdict in self._known):
-            self._known += [asked.read() for asked in self._asked]
-            self._asked.clear()
-        known, self._known = self._known, []
-        return known
+        open_ = [asked for asked in self._asked[-1:] if asked.ahead and not now]
+        told = [asked.read() for asked in self._asked[: len(self._asked) - len(open_)]]
+        if any(verdict.stopping for verdict in told):
+            told, open_ = [*told, *(asked.read() for asked in open_)], []
+        self._asked = open_
+        return told
 
 
 def _can_be_told(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from iskd import surgery
-from iskd.faults import NonFiniteError
-from iskd.guard import Verdict
+from iskd.faults import NonFiniteError, Verdict
 from iskd.plan import MAX_NUMBER, Json, Record, Stage, record_from_json, stage_from_json, to_json
 from iskd.tournament import Tournament
 from iskd.tracking import QUALITY, StageResult

@@ -164,6 +164,33 @@ def test_what_draws_random_numbers_is_not_kept() -> None:
     assert _policy(None, torch.ops.aten.silu.default, 1) is again
 
 
+class Remembering(nn.Module):
+    """Computes a product at its first call and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = (torch.arange(8.0).view(2, 4) @ torch.eye(4)).detach()
+        return (self.second(self.first(x).sin()) * self.scale).cos()
+
+
+def test_a_block_that_makes_a_product_only_once_is_not_for_selective_recomputation() -> None:
+    """Why it is off by default; a complete one is right. For the day torch tells it."""
+    found = {}
+    for how in (False, True, "selective"):
+        block, x = Remembering(), torch.ones(2, 4)
+        run = block if how is False else BlockRunner(recompute=how)._recomputing(block)
+        run(x).sum().backward()
+        found[how] = torch.cat([p.grad for p in block.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[True], found[False])
+    assert not torch.allclose(found["selective"], found[False])
+
+
 def test_every_block_that_a_gradient_comes_to_is_run_twice_and_no_other() -> None:
     module, optimizer = distilled(train=UPPER, gradient_checkpointing=True, share_prefix=False)
     found, outside = runs(module.student), [0] * LAYERS

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iskd import checkpoint
 from iskd.checkpoint import model_tensors
-from iskd.faults import NonFiniteError
-from iskd.guard import StepGuard, Verdict
+from iskd.faults import NonFiniteError, Verdict
+from iskd.guard import StepGuard
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
 from iskd.module import StepResult
