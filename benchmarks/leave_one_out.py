@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()
 
@@ -26,14 +26,16 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from iskd.arch import Stack  # noqa: E402
-from iskd.build import fast_bf16  # noqa: E402
-from iskd.corpus import Docstrings  # noqa: E402
-from iskd.importance.base import scoring  # noqa: E402
+from iskd.data.sources import Docstrings  # noqa: E402
 from iskd.importance.block_influence import BlockInfluence  # noqa: E402
 from iskd.importance.racing import Race, Racing  # noqa: E402
 from iskd.importance.sweep import leave_one_out_rows, leave_one_out_values  # noqa: E402
-from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+from iskd.models import (  # noqa: E402
+    Stack,
+    scoring,
+)
+from iskd.system.precision import fast_bf16  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 DRAWS = 20
 TOKENS = 256  # of a window

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import in_turns, setting, spread, timed
-from iskd.arch import Stack
-from iskd.mixers import core
-from iskd.mixers.base import Context, RecurrentMixer, Streams
+from iskd.mixers import Context, RecurrentMixer, Streams
 from iskd.mixers.mamba import Mamba
+from iskd.mixers.ops import recurrence
 from iskd.mixers.sliding import Sliding
+from iskd.models import Stack
 
 CPU = torch.device("cpu")
 CORES = {
@@ -72,7 +72,7 @@ def ways(kind: str, heads: int, width: int, size: int) -> tuple[Way, Way]:
         bonus = {name: rest.pop(name) for name in ("bonus_GK",) if name in rest}
         return function(q, k, v, rest.get("g"), rest.get("beta"), **bonus)[0]
 
-    return partial(run, partial(core.chunk, size=size)), partial(run, core.step)
+    return partial(run, partial(recurrence.chunk, size=size)), partial(run, recurrence.step)
 
 
 def mixer_of(kind: type[RecurrentMixer], heads: int, width: int, size: int) -> RecurrentMixer:

@@ -27,9 +27,8 @@ from benchmarks.common import (
     timed,
     update,
 )
-from iskd.arch import Stack
-from iskd.module import DistillModule
-from iskd.optim import make_optimizer
+from iskd.models import Stack
+from iskd.training.step import DistillModule, make_optimizer
 
 WAYS = {"apart": False, "shared": True}
 

@@ -2,14 +2,14 @@
 
     python -m benchmarks.step --out step.json
 
-Every way (`benchmarks.step_ways`) runs alone in a fresh process, all with the same memory settings (`iskd.allocator`;
-but `stock`, which is there to be compared with them), one after the other within each repeat, in an order that moves
-on by one from repeat to repeat; the matrix peak is measured as one of them. Same teacher, same student (layers 12-15
-gone), the same batches in the same order (padded: one document per row), forward KL, AdamW 1e-5 without weight decay,
-gradients clipped at 1, no activation checkpointing (but `selective` and `checkpointing`), no key-value cache. Figures
-are medians over the repeats, ratios are taken within a repeat. Speed counts the tokens that are no padding; memory is
-the most that a process had until its last step ended; the KL is what each way itself computed on the first batch, in
-nats per token.
+Every way (`benchmarks.step_ways`) runs alone in a fresh process, all with the same memory settings
+(`iskd.system.allocator`; but `stock`, which is there to be compared with them), one after the other within each repeat,
+in an order that moves on by one from repeat to repeat; the matrix peak is measured as one of them. Same teacher, same
+student (layers 12-15 gone), the same batches in the same order (padded: one document per row), forward KL, AdamW 1e-5
+without weight decay, gradients clipped at 1, no activation checkpointing (but `selective` and `checkpointing`), no
+key-value cache. Figures are medians over the repeats, ratios are taken within a repeat. Speed counts the tokens that
+are no padding; memory is the most that a process had until its last step ended; the KL is what each way itself computed
+on the first batch, in nats per token.
 
 With --out every finished process is kept in that file at once, and what is in it is not run again. A way that fails
 does not stop the others: its line says why.

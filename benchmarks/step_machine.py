@@ -12,11 +12,10 @@ import torch
 
 from benchmarks.common import low, setting
 from benchmarks.step_setup import DEVICE, Task, configured, prepared
-from iskd.flops import matmul_peak, step_flops
 from iskd.losses.kl import KL
-from iskd.module import DistillModule
-from iskd.optim import OptimSpec
-from iskd.profiling import profile_parts
+from iskd.training.profile import profile_parts
+from iskd.training.step import DistillModule, OptimSpec
+from iskd.training.step.flops import matmul_peak, step_flops
 
 
 def peak(task: Task) -> dict[str, Any]:

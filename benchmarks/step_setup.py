@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.common import fast_bf16, peak_bytes
-from iskd import build, surgery
-from iskd.cli import CONF
-from iskd.module import clock
-from iskd.parts import Parts
+from iskd.commands import build
+from iskd.commands.config import CONF
+from iskd.models import surgery
 from iskd.plan import Record, Remove
+from iskd.system.machine import clock
+from iskd.training import Parts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR = 1e-5

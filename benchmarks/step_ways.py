@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import low
 from benchmarks.step_setup import DEVICE, LR, Outcome, Recorder, Setup, Task, configured, prepared
-from iskd.arch import Stack
-from iskd.run import run
+from iskd.models import Stack
+from iskd.training import run
 
 
 def kl_per_token(student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,12 +18,11 @@ import torch
 
 from benchmarks.common import Taken, backward, in_turns, low, setting, spread, timed, update
 from benchmarks.step_setup import DEVICE, TASKS, Task, prepared
+from iskd.data.shards import Tokens
 from iskd.losses.kl import KL
-from iskd.module import DistillModule
-from iskd.optim import OptimSpec, make_optimizer, regroup
-from iskd.shards import Tokens
-from iskd.teacher_cache import TeacherCache
-from iskd.teacher_rows import KINDS, CacheSpec
+from iskd.teacher import CacheSpec, TeacherCache
+from iskd.teacher.cache_rows import KINDS
+from iskd.training.step import DistillModule, OptimSpec, make_optimizer, regroup
 
 Rounds = dict[str, list[tuple[Taken, float]]]
 

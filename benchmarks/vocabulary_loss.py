@@ -4,8 +4,8 @@
 
 One student and one teacher head of the given size, CE + KL by default. Time: wall seconds of forward and backward, the
 ways in turns, medians of the ratios within a repeat. Memory: every way alone in a fresh process, the rise of its memory
-(`iskd.machine.PeakMemory`) over what the inputs took; the gradients that every way has to return are part of it, and
-left out of the last column. Liger's fused linear JSD at beta 0 (forward KL alone) is added where `liger-kernel` is
+(`iskd.system.machine.PeakMemory`) over what the inputs took; the gradients that every way has to return are part of it,
+and left out of the last column. Liger's fused linear JSD at beta 0 (forward KL alone) is added where `liger-kernel` is
 installed and the loss is `kl`.
 """
 
@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Taken, fast_bf16, in_turns, low, setting, spread, timed
-from iskd.losses.base import Terms
+from iskd.losses import Terms, chunked_vocabulary_loss, naive_vocabulary_loss
 from iskd.losses.ce import CrossEntropy
-from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss
 from iskd.losses.kl import KL
-from iskd.machine import PeakMemory
+from iskd.system.machine import PeakMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = DEVICE.type == "cuda"

@@ -10,27 +10,32 @@ is imported when `compress` is asked for.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from iskd.allocator import ask_for_huge_pages
+from iskd.system.allocator import ask_for_huge_pages
 
 ask_for_huge_pages()  # before torch is imported below
 
-from iskd.loading import load, register  # noqa: E402
-from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage  # noqa: E402
+from iskd.export import loading as _loading  # noqa: E402
+from iskd.export.loading import load, register  # noqa: E402
+from iskd.plan.edits import Convert, Record, Remove, Replace, Spec  # noqa: E402
+from iskd.plan.stage import Stage  # noqa: E402
+from iskd.system.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from iskd.api import Result, compress
+    from iskd.commands.compress import Result, compress
 
-__version__ = "0.1.0"
-__all__ = ["Convert", "Record", "Remove", "Replace", "Result", "Spec", "Stage", "compress", "load"]
+__all__ = ["Convert", "Record", "Remove", "Replace", "Result", "Spec", "Stage", "__version__", "compress", "load"]
 
 register()
+# students written by 0.1 carry code that imports IskdForCausalLM from iskd.loading
+sys.modules[f"{__name__}.loading"] = _loading
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Result", "compress"):
-        from iskd import api
+        from iskd.commands import compress as api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,42 @@
-"""`python -m iskd COMMAND ...` is `iskd COMMAND ...`."""
+"""`iskd COMMAND ...` or `python -m iskd COMMAND ...`: each command is the `main` of its file in `iskd.commands`."""
 
-from iskd.cli import main
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import import_module
+
+from iskd.commands.arguments import arguments, told
+from iskd.commands.fresh_process import COMMAND
+from iskd.system.allocator import tune
+
+HYDRA = ("train", "score", "evaluate", "profile")
+"""They read Hydra's overrides; the others read folders."""
+COMMANDS = (*HYDRA, "report", "curve", "verify", "generate")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `iskd` command.
+
+    Args:
+        argv: the command and what follows it; None = of this process. A process that a multi-process run starts has
+            only what follows: its command is in the environment.
+    """
+    tune()  # before a model is there
+    if argv is not None:
+        sys.argv[1:] = argv
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        os.environ[COMMAND] = sys.argv.pop(1)
+    name = os.environ.get(COMMAND)
+    if name not in COMMANDS:
+        sys.exit(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
+    if name in HYDRA:
+        sys.argv[1:] = arguments(sys.argv[1:])
+    with nullcontext() if name in HYDRA else told():  # Hydra shows errors its own way
+        import_module(f"iskd.commands.{name}").main()
+
 
 if __name__ == "__main__":
     main()

@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.corpus import Docstrings
+from iskd.data.sources import Docstrings
+from iskd.models import Stack
 from iskd.plan import Spec
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

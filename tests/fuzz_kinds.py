@@ -23,18 +23,20 @@ from transformers.utils.logging import disable_progress_bar
 import iskd
 import iskd.blocks
 import iskd.mixers
-from iskd import checkpoint, surgery
-from iskd.edit_map import layer_states
-from iskd.export import write
-from iskd.optim import OptimSpec, make_optimizer, optimizer_tensors, regroup
-from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, read_json, record_from_json, to_json
-from iskd.run_files import read_run
-from iskd.shards import open_shards
-from iskd.splits import SPLITS, Document, Splitter
-from iskd.state import RunState
-from iskd.table import plain_table
-from iskd.tokenizer import byte_tokenizer
-from iskd.tracking import StageResult
+from iskd.data.shards import open_shards
+from iskd.data.splits import SPLITS, Document, Splitter
+from iskd.export.student import write
+from iskd.models import surgery, weights
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, to_json
+from iskd.plan.reading import record_from_json
+from iskd.report.figures.edit_map import layer_states
+from iskd.report.run_folder import read_run
+from iskd.report.stage_rows import plain_table
+from iskd.system import read_json
+from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers
+from iskd.training.step import OptimSpec, make_optimizer, regroup
+from iskd.training.step.optimizer import optimizer_tensors
 from tests.factories import mixer_specs, tiny
 from tests.fuzz import Place, hostile, hostile_tensors, torn
 
@@ -201,9 +203,9 @@ def _tensors(folder: Path) -> Kind:
     optimizer = make_optimizer(OptimSpec())
     regroup(optimizer, model, RECORD, Stage("all"))
     _step(model, optimizer)
-    save_file(checkpoint.model_tensors(model), folder / "student.safetensors")
+    save_file(weights.model_tensors(model), folder / "student.safetensors")
     save_file(optimizer_tensors(optimizer, model), folder / "optimizer.safetensors")
-    save_file({f"{key}/0": value for key, value in checkpoint.rng_tensors().items()}, folder / "rng.safetensors")
+    save_file({f"{key}/0": value for key, value in random_numbers.rng_tensors().items()}, folder / "rng.safetensors")
     valid = {path: path.read_bytes() for path in sorted(folder.iterdir())}
 
     def place(rng: random.Random) -> None:
@@ -266,8 +268,8 @@ def _manifest(folder: Path) -> Kind:
         _put(newer / "manifest.json", hostile(rng, document))
 
     def load() -> bool:
-        found = checkpoint.newest(root)
-        checkpoint.prune(root, keep=1)
+        found = checkpoint_files.newest(root)
+        checkpoint_files.prune(root, keep=1)
         assert (outside / "kept").is_file(), "a file outside of the run directory is gone"
         return found == newer
 

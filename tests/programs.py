@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from iskd import checkpoint, sharding, watchdog
-from iskd.arch import Stack
-from iskd.checkpoint import model_tensors
-from iskd.distributed import Ranks
-from iskd.guard import StepGuard
-from iskd.module import DistillModule, StepResult
-from iskd.run import Parts, run
+from iskd.models import Stack, sharding
+from iskd.models.weights import model_tensors
+from iskd.system import watchdog
+from iskd.training import Parts, run
+from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.step import DistillModule, StepGuard
+from iskd.training.step.module import StepResult
+from iskd.training.strategies import ranks_of
 from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
 
 
@@ -63,7 +64,7 @@ class Watch(Callback):
             self.alive = [weakref.ref(block) for block in Stack(pl_module.student).layers]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        ranks = Ranks(trainer)
+        ranks = ranks_of(trainer)
         self.losses.append(sum(ranks.gather(float(outputs["loss"]))) / ranks.size)
         if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -96,7 +97,7 @@ def parts_of(
     **changes: Any,
 ) -> Parts:
     if accelerator == "gpu":
-        sharding.UNTESTED = None  # tests/test_gpu.py is what tells whether the installed torch may be trusted
+        sharding.UNTESTED = None  # tests/training/test_gpu.py is what tells whether the installed torch may be trusted
     defaults = {"schedule": Scripted(every_edit(), restart_at_edit=restart, floor=floor), "dropout": 0.0}
     return make_parts(
         folder / name,
@@ -235,8 +236,8 @@ def lonely(rank: int, folder: Path, name: str) -> None:
 def torn_on_one_rank(rank: int, folder: Path, name: str) -> None:
     """Rank 1 does not see the newest checkpoint, as with a stale cache of a network file system."""
     if rank == 1:
-        newest = checkpoint.newest
-        checkpoint.newest = lambda root, kind="": newest(root, checkpoint.BOUNDARY)
+        newest = checkpoint_files.newest
+        checkpoint_files.newest = lambda root, kind="": newest(root, checkpoint_files.BOUNDARY)
     train(rank, folder, name, 2, "ddp", {"resume": True})
 
 

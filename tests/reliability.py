@@ -28,7 +28,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from iskd import checkpoint
+from iskd.training.state import checkpoint, checkpoint_files
 from tests import programs
 from tests.runs import largest_difference, write_text
 from tests.worlds import World, run_world
@@ -102,7 +102,7 @@ class Bench:
         assert codes[victim] == -signal.SIGKILL, f"{place} {call}: exit codes {codes}\n{world.said()}"
         place_left = self.folder / name / "tokens.txt"
         reached = int(place_left.read_text() or 0) if place_left.is_file() else 0
-        newest = checkpoint.newest(self.folder / name / "checkpoints")
+        newest = checkpoint_files.newest(self.folder / name / "checkpoints")
         kept = 0 if newest is None else checkpoint.read_state(newest).tokens
         resumed = {**self.changes, "resume": True}
         run_world(size, programs.train, *arguments[:4], resumed, folder=logs / f"{name}-resumed")
@@ -113,7 +113,7 @@ class Bench:
 
     def _differences(self, name: str) -> tuple[float, float]:
         """Largest difference of any weight and of any optimizer state from the uninterrupted run."""
-        ends = [checkpoint.newest(self.folder / run / "checkpoints") for run in ("whole", name)]
+        ends = [checkpoint_files.newest(self.folder / run / "checkpoints") for run in ("whole", name)]
         assert all(end is not None for end in ends)
         files = ("student.safetensors", "optimizer.safetensors")
         found = [[load_file(end / file) for end in ends if end is not None] for file in files]

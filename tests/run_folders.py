@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from iskd.tracking import StageResult, write_stages
+from iskd.plan import StageResult
+from iskd.plan.results import write_stages
 
 LAYERS = 6
 VOID = {"meta", "br", "hr", "img", "link", "input"}

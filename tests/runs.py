@@ -13,22 +13,21 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from iskd import callback as callback_module
-from iskd import checkpoint, editing
-from iskd.checkpoint import model_tensors
-from iskd.corpus import TextFiles
-from iskd.data import TextData
+from iskd.data import TextData, TextFiles
 from iskd.importance.block_influence import BlockInfluence
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
-from iskd.options import RunOptions
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Remove, Replace, Spec, Stage
-from iskd.run import Parts, Result
-from iskd.schedules.base import History, ReplaceWith
+from iskd.plan.options import RunOptions
+from iskd.schedules import History
+from iskd.schedules.base import ReplaceWith
 from iskd.schedules.iterative import Iterative
-from iskd.teachers import Loaded
-from iskd.tokenizer import byte_tokenizer
+from iskd.teacher import Loaded
+from iskd.training import Parts, Result, callback, editing
+from iskd.training.state import checkpoint
 from tests.factories import tiny
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
@@ -164,12 +163,12 @@ PLACES: dict[str, tuple[Any, str]] = {
     "edit": (editing.surgery, "apply"),
     "fit": (editing, "warm_start"),
     "regroup": (editing, "regroup"),
-    "rewrap": (callback_module, "rewrap"),
+    "rewrap": (callback, "rewrap"),
     "save": (checkpoint, "save_file"),
     "rename": (checkpoint.os, "replace"),
     "prune": (checkpoint, "prune"),
-    "validation": (callback_module.DistillModule, "measure"),
-    "step": (callback_module.DistillModule, "step"),
+    "validation": (callback.DistillModule, "measure"),
+    "step": (callback.DistillModule, "step"),
 }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()
 
@@ -26,16 +26,20 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from iskd import checkpoint, surgery  # noqa: E402
-from iskd.arch import Stack  # noqa: E402
-from iskd.build import fast_bf16  # noqa: E402
-from iskd.corpus import Docstrings  # noqa: E402
-from iskd.metrics import QualityMetrics  # noqa: E402
+from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.data.sources import Docstrings  # noqa: E402
+from iskd.evaluation import QualityMetrics  # noqa: E402
+from iskd.evaluation.likelihood import evaluate  # noqa: E402
+from iskd.evaluation.task_items import copy_items, read_task  # noqa: E402
+from iskd.models import (  # noqa: E402
+    Stack,
+    surgery,
+    weights,
+)
 from iskd.plan import Record  # noqa: E402
-from iskd.readers import detokenize_wikitext  # noqa: E402
-from iskd.task_files import copy_items, read_task  # noqa: E402
-from iskd.tasks import evaluate  # noqa: E402
-from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+from iskd.system.precision import fast_bf16  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
+from iskd.training.state import checkpoint  # noqa: E402
 
 HERE = Path(__file__).parent
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
@@ -122,7 +126,7 @@ def score(run: Path, depths: list[int], scorer: Scorer) -> None:
             continue
         model = copy.deepcopy(scorer.teacher.model)
         surgery.apply(model, Record(state.record.num_layers), state.record.edits)
-        checkpoint.load_model_tensors(model, checkpoint.Stored(path, "student"))
+        weights.load_model_tensors(model, checkpoint.Stored(path, "student"))
         facts = {
             "layers": layers,
             "left": list(state.record.layers),

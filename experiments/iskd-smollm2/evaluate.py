@@ -17,17 +17,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()
 
 import torch  # noqa: E402
 
 import iskd  # noqa: E402
-from iskd.build import fast_bf16  # noqa: E402
-from iskd.corpus import Docstrings  # noqa: E402
-from iskd.readers import detokenize_wikitext  # noqa: E402
-from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.data.sources import Docstrings  # noqa: E402
+from iskd.system.precision import fast_bf16  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
 FIELDS = ("kl_wikitext", "ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()
 
@@ -31,11 +31,14 @@ from torch import Tensor  # noqa: E402
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache  # noqa: E402
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 
-from iskd import surgery  # noqa: E402
-from iskd.arch import Stack  # noqa: E402
-from iskd.figure import PALETTE, figure_of, set_heading  # noqa: E402
+from iskd.models import (  # noqa: E402
+    Stack,
+    surgery,
+)
 from iskd.plan import Convert, Record, Spec  # noqa: E402
-from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+from iskd.report.figures import figure_of  # noqa: E402
+from iskd.report.figures.style import PALETTE, set_heading  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
 MIXERS = HERE.parents[1] / "conf" / "mixer"

@@ -12,7 +12,7 @@ import gzip
 import time
 from pathlib import Path
 
-from iskd.allocator import tune
+from iskd.system.allocator import tune
 
 tune()
 
@@ -20,13 +20,15 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from iskd import surgery  # noqa: E402
-from iskd.arch import Stack  # noqa: E402
-from iskd.build import fast_bf16  # noqa: E402
-from iskd.fit import warm_start  # noqa: E402
+from iskd.blocks import warm_start  # noqa: E402
+from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.models import (  # noqa: E402
+    Stack,
+    surgery,
+)
 from iskd.plan import Record, Replace, Spec  # noqa: E402
-from iskd.readers import detokenize_wikitext  # noqa: E402
-from iskd.teachers import TeacherSpec, load_teacher  # noqa: E402
+from iskd.system.precision import fast_bf16  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 LAYERS = (3, 12, 13, 14, 16, 17, 25, 26)
 BLOCKS = {

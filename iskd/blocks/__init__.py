@@ -1,1 +1,14 @@
-"""Compact blocks: smaller modules that take the place of a transformer block. One idea per file."""
+"""[shelf] Compact blocks, which stand where a teacher's block stood.
+
+They inherit from it by `from_block`, or by a ridge fit on calibration text (`fitting`).
+
+Imports: plan, models.
+"""
+
+from __future__ import annotations
+
+from iskd.blocks.base import FitData, Ridge
+from iskd.blocks.fitting import Fitted, warm_start
+from iskd.blocks.slicing import inputs_of
+
+__all__ = ["FitData", "Fitted", "Ridge", "inputs_of", "warm_start"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Stack
+from iskd.models import Stack
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Dims, Stack
 from iskd.blocks.base import FitData, Ridge
-from iskd.hosting import CacheSlot, InnerCache, run_decoder, small_decoder
+from iskd.blocks.small_decoder import InnerCache, run_decoder, small_decoder
+from iskd.models import CacheSlot, Stack
+from iskd.models.families import Dims
 
 
 class Bottleneck(nn.Module):

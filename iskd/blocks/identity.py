@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from iskd.arch import Stack
-from iskd.hosting import CacheSlot
+from iskd.models import CacheSlot, Stack
 
 
 class Identity(nn.Module):

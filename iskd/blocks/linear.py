@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Stack
 from iskd.blocks.base import FitData, Ridge
-from iskd.hosting import CacheSlot
+from iskd.models import CacheSlot, Stack
 
 
 class Linear(nn.Module):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Family, Stack, set_submodule, weight_of
+from iskd.models import Stack
+from iskd.models.families import Family
+from iskd.models.projections import set_submodule, weight_of
 
 
 def unit_size(projection: nn.Module) -> int:

@@ -16,9 +16,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from iskd.arch import Family, Stack, weight_of
 from iskd.blocks.base import FitData, Ridge, fit_error
 from iskd.blocks.slicing import cut, group_width, inputs_of, transposed, unit_size
+from iskd.models import Stack
+from iskd.models.families import Family
+from iskd.models.projections import weight_of
 
 
 class Slim:

@@ -1,1 +1,12 @@
-"""Importance: one score per layer, higher = keep. One idea per file."""
+"""[shelf] One score per layer, higher = keep; rows of scores by calibration window, and how sure they are.
+
+Imports: models, evaluation.
+"""
+
+from __future__ import annotations
+
+from iskd.importance.base import WindowImportance, by_layer, rows_of
+from iskd.importance.fixed import Fixed
+from iskd.importance.noise import LayerScore, layer_scores, within_noise
+
+__all__ = ["Fixed", "LayerScore", "WindowImportance", "by_layer", "layer_scores", "rows_of", "within_noise"]

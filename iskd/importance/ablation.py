@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, scoring
+from iskd.importance.base import WindowImportance
 from iskd.importance.sweep import PrefixCache, check_metric, leave_one_out_rows
+from iskd.models import scoring
 
 
 class Ablation(WindowImportance):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.importance.base import WindowImportance, scoring, stream
+from iskd.importance.base import WindowImportance, stream
+from iskd.models import Stack, scoring
 
 
 class Angular(WindowImportance):

@@ -10,28 +10,13 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.capture import Trace
-
-
-@contextmanager
-def scoring(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes are put back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from iskd.models import Stack, scoring
+from iskd.models.capture import Trace
 
 
 class WindowImportance(ABC):
@@ -69,38 +54,6 @@ def rows_of(
         with scoring(student, teacher):
             return importance.rows(student, teacher, batches)
     return importance(student, teacher, batches)[:, None]
-
-
-def standard_error(rows: Tensor) -> Tensor:
-    """Standard error [L] of the mean over windows of rows [L, W], from the spread between windows; nan where W = 1."""
-    windows = rows.shape[1]
-    if windows < 2:  # std itself would warn
-        return torch.full((rows.shape[0],), torch.nan)
-    return (rows.double().std(1) / windows**0.5).float()
-
-
-def within_noise(rows: Tensor, chosen: int, candidates: Sequence[int]) -> list[int]:
-    """The candidates that the windows cannot tell from the chosen block.
-
-    Differences are paired by window: what makes a window hard for every block cancels.
-
-    Args:
-        rows: scores [L, W].
-        chosen: position of the chosen block.
-        candidates: positions to compare with it; `chosen` itself is never returned.
-
-    Returns:
-        Positions whose mean difference to the chosen block is at most one paired standard error, either way; a tie in
-        every window counts. Empty for one window, which says nothing about noise. Windows that were not read for the
-        chosen block (nan) do not count, and a block that was not read on the others is no tie.
-    """
-    others = [position for position in candidates if position != chosen]
-    rows = rows[:, rows[chosen].isfinite()]
-    if not others:
-        return []
-    difference = rows[others].double() - rows[chosen].double()
-    close = difference.mean(1).abs() <= standard_error(difference).double()
-    return [position for position, tied in zip(others, close.tolist(), strict=True) if tied]
 
 
 def stream(stack: Stack, batch: Tensor) -> Iterator[Tensor]:

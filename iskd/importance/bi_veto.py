@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, cosine_rows, scoring
+from iskd.importance.base import WindowImportance, cosine_rows
 from iskd.importance.sweep import leave_one_out_rows
+from iskd.models import scoring
 
 
 class BlockInfluenceVeto(WindowImportance):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, cosine_rows, scoring
+from iskd.importance.base import WindowImportance, cosine_rows
+from iskd.models import scoring
 
 
 class BlockInfluence(WindowImportance):

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, block_rows, scoring
+from iskd.importance.base import WindowImportance, block_rows
+from iskd.models import scoring
 
 
 class HiddenMSE(WindowImportance):

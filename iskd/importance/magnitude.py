@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
 from iskd.importance.base import WindowImportance
-from iskd.sharding import whole
+from iskd.models import Stack
+from iskd.models.sharding import whole
 
 
 class Magnitude(WindowImportance):

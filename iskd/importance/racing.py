@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.importance.base import WindowImportance, scoring
+from iskd.importance.base import WindowImportance
 from iskd.importance.sweep import PrefixCache, check_metric, leave_one_out_values
+from iskd.models import Stack, scoring
 
 # SmolLM2-135M, windows of 512 tokens of docstrings, the best block against the 19 next ones: the spread between windows
 # gives 1.5 times the standard error of independent tokens in the median, 2.5 times at most

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
 from iskd.importance.base import WindowImportance
+from iskd.models import Stack
 
 
 class Random(WindowImportance):

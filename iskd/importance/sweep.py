@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.capture import Trace
-from iskd.losses.base import Head, autocast_head, finish_logits, project
+from iskd.models import Head, Stack, autocast_head, finish_logits, project
+from iskd.models.capture import Trace
 
 METRICS = ("kl", "loss")
 MIB = 1 << 20
@@ -59,7 +58,7 @@ def leave_one_out_values(
 ) -> Tensor:
     """What the absence of each candidate block costs at each scored position [C, B, P], in nats, float32, on the CPU.
 
-    Both models are in evaluation mode and gradients are off (`iskd.importance.base.scoring`).
+    Both models are in evaluation mode and gradients are off (`iskd.models.capture.scoring`).
 
     Args:
         student: the model whose blocks are left out.

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.arch import Stack
-from iskd.capture import Trace
-from iskd.importance.base import WindowImportance, scoring
-from iskd.task_files import COPY, TASKS, Item, check_task, read_task, split_items, subset
-from iskd.tasks import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
-from iskd.tokenizer import byte_tokenizer
+from iskd.evaluation import TASKS
+from iskd.evaluation.likelihood import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
+from iskd.evaluation.task_items import COPY, Item, check_task, read_task, split_items, subset
+from iskd.importance.base import WindowImportance
+from iskd.models import Stack, scoring
+from iskd.models.capture import Trace
+from iskd.models.tokenizers import byte_tokenizer
 
 METRICS = ("acc", "acc_norm")
 
@@ -33,8 +34,8 @@ class TaskAccuracy(WindowImportance):
 
     Args:
         data_dir: folder that holds NAME/eval.jsonl of every task.
-        tasks: names in `iskd.task_files`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share of
-            tokens repeated before the first mistake.
+        tasks: names in `iskd.evaluation.task_items`; `lambada` and `copy` are scored by greedy decoding, `copy` by the
+            share of tokens repeated before the first mistake.
         items: at most so many of each task.
         share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
             seed gives both sides.

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.arch import Stack
-from iskd.capture import Trace
-from iskd.importance.base import WindowImportance, scoring
-from iskd.sharding import is_sharded
+from iskd.importance.base import WindowImportance
+from iskd.models import Stack, scoring
+from iskd.models.capture import Trace
+from iskd.models.sharding import is_sharded
 
 
 class Taylor(WindowImportance):

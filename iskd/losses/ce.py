@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
-from iskd.signals import IGNORE, Signals
+from iskd.models import IGNORE, Signals, at_least_fp32
 
 _NO_LOGITS = "CrossEntropy needs logits: call it on a vocabulary chunk (chunked_vocabulary_loss)"
 

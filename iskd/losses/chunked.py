@@ -18,13 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iskd.losses.base import (
-    Head,
     Terms,
-    at_least_fp32,
-    autocast_head,
     check_batch,
     check_terms,
-    finish_logits,
     keeping,
     kept_tokens,
     masked_mean,
@@ -33,7 +29,7 @@ from iskd.losses.base import (
 )
 from iskd.losses.chunk_size import Chunk, chunk_tokens
 from iskd.losses.walk import ChunkedMean, Tokens, walk
-from iskd.signals import Signals
+from iskd.models import Head, Signals, at_least_fp32, autocast_head, finish_logits
 
 
 def total_loss(

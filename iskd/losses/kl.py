@@ -15,8 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from iskd.losses.base import at_least_fp32
-from iskd.signals import Signals
+from iskd.models import Signals, at_least_fp32
 
 DIRECTIONS = ("forward", "reverse", "jsd")
 

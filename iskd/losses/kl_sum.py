@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
-from iskd.signals import Signals
+from iskd.models import Signals, at_least_fp32
 
 
 class SummedKL:

@@ -10,7 +10,7 @@ theorem 2.7.1), so the value is at most the dense one; what is missing is how th
 Inside it the student is not told which token should have how much: the slope there is (q_rest - p_rest) q_v / q_rest
 for the forward direction, which moves the rest as a whole. Without the bucket the student would not learn how much to
 leave to the rest at all, and top-k values scaled up to 1 make it overconfident (Sparse Logit Sampling, arXiv
-2503.16870). A temperature other than 1 would need the rest token by token and is refused (`iskd.teacher_rows`).
+2503.16870). A temperature other than 1 would need the rest token by token and is refused (`iskd.teacher.cache_rows`).
 
 The reducers of `iskd.losses.chunked` are used as they are: labels are replaced by row numbers, by which every term
 finds its labels and its row of the teacher's table again, whichever tokens a chunk holds.
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iskd.losses.base import Head, Loss, Terms, at_least_fp32, kept_tokens, knows_its_slope, uses_teacher
+from iskd.losses.base import Loss, Terms, kept_tokens, knows_its_slope, uses_teacher
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import total_loss
-from iskd.signals import IGNORE, Signals
+from iskd.models import IGNORE, Head, Signals, at_least_fp32
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from iskd.losses.base import (
-    Head,
-    Terms,
-    at_least_fp32,
-    autocast_head,
-    finish_logits,
-    finish_slope,
-    knows_its_slope,
-    token_values,
-    values_and_slope,
-)
+from iskd.losses.base import Terms, knows_its_slope, token_values, values_and_slope
 from iskd.losses.scratch import scratch
-from iskd.signals import Signals
+from iskd.models import Head, Signals, at_least_fp32, autocast_head, finish_logits
+from iskd.models.head import finish_slope
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # numbers in a block of rows on a CPU: a handful of float32 tensors of this size fit into a second-level cache

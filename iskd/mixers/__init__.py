@@ -1,1 +1,12 @@
-"""Mixers: what can stand where a block's attention stood. One idea per file, one yaml per mixer in conf/mixer."""
+"""[shelf] What can stand where attention stood.
+
+A mixer writes its `streams`; `base` makes a layer of them, `ops` holds the recurrence, `modules` the small parts.
+
+Imports: models, mixers.ops, mixers.modules.
+"""
+
+from __future__ import annotations
+
+from iskd.mixers.base import Attention, Context, RecurrentMixer, Streams
+
+__all__ = ["Attention", "Context", "RecurrentMixer", "Streams"]

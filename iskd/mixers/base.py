@@ -1,4 +1,4 @@
-"""What all mixers share: from the stream to the inputs of one recurrence (`iskd.mixers.core`) and back again.
+"""What all mixers share: from the stream to the inputs of one recurrence (`iskd.mixers.ops.recurrence`) and back again.
 
 A mixer is a class with
 
@@ -6,8 +6,8 @@ A mixer is a class with
   inheriting its projections; works on the meta device, so that a plan can count parameters without memory. Fresh
   weights may be drawn here: surgery calls it under the edit's own seed;
 - `forward(x_BTD, *, mask, positions, cache) -> y_BTD`, no residual: norms, residual and MLP stay the host block's.
-  `mask` is the host's; `iskd.hosting.kept` reads off it which tokens may enter the state. `cache` is a
-  `iskd.hosting.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
+  `mask` is the host's; `iskd.models.hosting.kept` reads off it which tokens may enter the state. `cache` is a
+  `iskd.models.cache.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
 - `matrix(x_BTD, *, mask, positions) -> [B, H, T, T]` if `exposes_matrix`: the weights with which tokens are mixed.
 
 `RecurrentMixer` is all of this but for two methods: `streams`, the inputs of the recurrence, and, where norm, gate and
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.arch import Stack, class_of
-from iskd.documents import is_one_text, positions_of_one_text
-from iskd.hosting import CacheSlot, kept
-from iskd.mixers import core
-from iskd.mixers.limits import MAX_CONV, MAX_TOKENS, check_count
-from iskd.mixers.parts import HeadNorm, Rotary, ShortConv
-from iskd.mixers.projections import Projections
+from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
+from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
+from iskd.mixers.ops import recurrence
+from iskd.models import CacheSlot, Stack
+from iskd.models.hosting import kept
+from iskd.models.packing import is_one_text, positions_of_one_text
+from iskd.models.stack import class_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -175,7 +175,7 @@ class Context:
 
 
 class RecurrentMixer(nn.Module):
-    """A mixer over inherited projections and the recurrence of `iskd.mixers.core`.
+    """A mixer over inherited projections and the recurrence of `iskd.mixers.ops.recurrence`.
 
     A subclass makes its gates in `__init__`, sets `norm` and `gate` if its output has them, and writes `streams`. A
     `HeadNorm` then starts at the size of the copied values. With class attributes it says what it inherits:
@@ -194,8 +194,8 @@ class RecurrentMixer(nn.Module):
         rotary: turn q and k by their position as the attention does; nothing in a family without rotary positions.
 
     Raises:
-        ValueError: an unknown init, heads that do not divide, a chunk or conv out of its range (`iskd.mixers.limits`),
-            or rotary positions for a mixer that does not inherit queries and keys.
+        ValueError: an unknown init, heads that do not divide, a chunk or conv out of its range
+            (`iskd.mixers.modules.limits`), or rotary positions for a mixer that does not inherit queries and keys.
     """
 
     inherits: ClassVar[str] = "qkvo"
@@ -307,9 +307,9 @@ class RecurrentMixer(nn.Module):
             v = F.pad(v, (0, 1), value=1.0)
         options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
         if v.shape[1] == 1:
-            o, state = core.step(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, **options)
+            o, state = recurrence.step(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, **options)
         else:
-            o, state = core.chunk(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, size=self.chunk, **options)
+            o, state = recurrence.chunk(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, size=self.chunk, **options)
         if s.normalizer is not None:
             o = o[..., :-1] / s.normalizer(o[..., -1:])
         if s.skip is not None:
@@ -350,7 +350,7 @@ class RecurrentMixer(nn.Module):
         context = Context.of(x_BTD, mask, positions)
         s = self.streams(x_BTD, context).hiding(context.seen)
         options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
-        weights: Tensor = core.matrix(s.q, s.k, s.g, s.beta, **options)
+        weights: Tensor = recurrence.matrix(s.q, s.k, s.g, s.beta, **options)
         if s.normalizer is not None:
             weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
         if s.skip is not None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of
-from iskd.mixers.parts import HeadNorm, gate_proj
+from iskd.mixers.modules import HeadNorm
+from iskd.mixers.modules.gates import activation_of
+from iskd.mixers.modules.layers import gate_proj
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from iskd.mixers.base import Attention, Basics, Context, Streams
 from iskd.mixers.delta import DeltaMixer
-from iskd.mixers.gates import SoftplusDecay
-from iskd.mixers.parts import OutputGate
+from iskd.mixers.modules import OutputGate
+from iskd.mixers.modules.gates import SoftplusDecay
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +36,7 @@ class GatedDeltaNet(DeltaMixer):
         activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.limits`).
+        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.modules.limits`).
     """
 
     def __init__(

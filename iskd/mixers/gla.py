@@ -6,7 +6,7 @@
 Copied: q, k, v (key-value heads repeated, as each head has its own decays) and o; the teacher's heads are kept where
 the published model has 4 with keys of half the width. Fresh: the decays, through 16 channels, and the gate. The decays
 start at exp(-1 / memory), near 1, so that copied queries find what copied keys wrote; the published bias of 0 would
-forget after 23 tokens. The gate starts at 1 (`iskd.mixers.parts.OutputGate`).
+forget after 23 tokens. The gate starts at 1 (`iskd.mixers.modules.layers.OutputGate`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.limits import check_width
-from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj, logit_of_memory
+from iskd.mixers.modules import HeadNorm, OutputGate
+from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.limits import check_width
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,7 +38,7 @@ class GLA(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a rank, temper or memory out of its range (`iskd.mixers.limits`).
+        ValueError: a rank, temper or memory out of its range (`iskd.mixers.modules.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {"decay": "fresh: attention does not forget; starts near 1"}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.limits import check_memory
-from iskd.mixers.parts import HeadNorm, gate_proj
+from iskd.mixers.modules import HeadNorm, check_memory
+from iskd.mixers.modules.layers import gate_proj
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

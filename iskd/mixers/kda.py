@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, Streams
 from iskd.mixers.delta import DeltaMixer
-from iskd.mixers.gates import SoftplusDecay
-from iskd.mixers.limits import check_width
-from iskd.mixers.parts import gate_proj
+from iskd.mixers.modules.gates import SoftplusDecay
+from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.limits import check_width
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class KDA(DeltaMixer):
         activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
 
     Raises:
-        ValueError: an unknown activation, or a rank or memory out of its range (`iskd.mixers.limits`).
+        ValueError: an unknown activation, or a rank or memory out of its range (`iskd.mixers.modules.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.features import FIXED, SIGNED, Hedgehog
-from iskd.mixers.limits import MIN_EPS, check_number
+from iskd.mixers.modules import check_number
+from iskd.mixers.modules.features import FIXED, SIGNED, Hedgehog
+from iskd.mixers.modules.limits import MIN_EPS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of
-from iskd.mixers.limits import check_width
-from iskd.mixers.parts import OutputGate
+from iskd.mixers.modules import OutputGate
+from iskd.mixers.modules.gates import activation_of
+from iskd.mixers.modules.limits import check_width
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +47,7 @@ class Mamba(RecurrentMixer):
         conv, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: an unknown activation, or a state or rank out of its range (`iskd.mixers.limits`).
+        ValueError: an unknown activation, or a state or rank out of its range (`iskd.mixers.modules.limits`).
     """
 
     inherits: ClassVar[str] = "vo"

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.gates import activation_of, inverse_softplus
-from iskd.mixers.limits import check_memory
-from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
+from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
+from iskd.mixers.modules.gates import activation_of, inverse_softplus
+from iskd.mixers.modules.layers import gate_proj
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +44,7 @@ class Mamba2(RecurrentMixer):
         conv, rotary, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.limits`).
+        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.modules.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.limits import MAX_CONV, check_count
-from iskd.mixers.parts import HeadNorm, OutputGate, ShortConv, gate_proj, logit_of_memory
+from iskd.mixers.modules import HeadNorm, OutputGate, ShortConv, check_count
+from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.limits import MAX_CONV
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +42,7 @@ class MetaLA(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a conv, temper or memory out of its range (`iskd.mixers.limits`).
+        ValueError: a conv, temper or memory out of its range (`iskd.mixers.modules.limits`).
     """
 
     inherits: ClassVar[str] = "qvo"

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj, logit_of_memory
+from iskd.mixers.modules import HeadNorm, OutputGate
+from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,7 +47,7 @@ class MLSTM(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a memory out of its range (`iskd.mixers.limits`), all of which is within the cap.
+        ValueError: a memory out of its range (`iskd.mixers.modules.limits`), all of which is within the cap.
     """
 
     notes: ClassVar[dict[str, str]] = {

@@ -8,7 +8,7 @@ but for eps, sum to 1. Copied: v (the key-value heads stay grouped) and o. Queri
 are fewer than the attention's heads have, and the features of 64 channels would be 2,080.
 
 The features stay in the wide dtype: rounded ones give squares below zero, and sums next to -eps whose quotients and
-gradients explode. So the kernels for half precision (`iskd.mixers.kernels`) do not serve this mixer.
+gradients explode. So the kernels for half precision (`iskd.mixers.ops.fla`) do not serve this mixer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.features import quadratic
-from iskd.mixers.limits import MAX_FEATURES, MIN_EPS, check_count, check_number
+from iskd.mixers.modules import check_count, check_number
+from iskd.mixers.modules.features import quadratic
+from iskd.mixers.modules.limits import MAX_FEATURES, MIN_EPS
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +39,7 @@ class ReBased(RecurrentMixer):
         **common: as in `RecurrentMixer`, `rotary` excepted.
 
     Raises:
-        ValueError: a feature_dim or an eps out of its range (`iskd.mixers.limits`).
+        ValueError: a feature_dim or an eps out of its range (`iskd.mixers.modules.limits`).
     """
 
     inherits: ClassVar[str] = "vo"

@@ -5,7 +5,7 @@
 
 Copied: q, k, v (key-value heads repeated, as each head has its own decay) and o. The decays are constants: the first
 head forgets after 32 tokens, each further one after twice as many. Rotary positions are kept as the teacher has them;
-the published mixer has its own. The gate starts at 1 (`iskd.mixers.parts.OutputGate`).
+the published mixer has its own. The gate starts at 1 (`iskd.mixers.modules.layers.OutputGate`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.parts import HeadNorm, OutputGate
+from iskd.mixers.modules import HeadNorm, OutputGate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

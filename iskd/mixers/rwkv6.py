@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.limits import check_memory, check_width
-from iskd.mixers.parts import HeadNorm, OutputGate, gate_proj
+from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
+from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.limits import check_width
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,7 +68,7 @@ class RWKV6(RecurrentMixer):
         **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a rank, memory or shift_rank out of its range (`iskd.mixers.limits`).
+        ValueError: a rank, memory or shift_rank out of its range (`iskd.mixers.modules.limits`).
     """
 
     notes: ClassVar[dict[str, str]] = {

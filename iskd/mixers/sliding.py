@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.losses.base import at_least_fp32
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.features import FIXED, SIGNED, Hedgehog
-from iskd.mixers.limits import MAX_TOKENS, check_count
-from iskd.mixers.window import near, pairs, unnormalised
+from iskd.mixers.modules import check_count
+from iskd.mixers.modules.features import FIXED, SIGNED, Hedgehog
+from iskd.mixers.modules.limits import MAX_TOKENS
+from iskd.mixers.ops.window import near, pairs, unnormalised
+from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,7 @@ class Sliding(RecurrentMixer):
         rotary, conv, **common: as in `RecurrentMixer`.
 
     Raises:
-        ValueError: a window out of its range (`iskd.mixers.limits`), an unknown map, or a gamma outside (0, 1).
+        ValueError: a window out of its range (`iskd.mixers.modules.limits`), an unknown map, or a gamma outside (0, 1).
     """
 
     expands: ClassVar[bool] = False

@@ -1,1 +1,13 @@
-"""Schedules decide the stages of a run. One idea per file."""
+"""[shelf] Which stage comes next, as a pure function of what is finished.
+
+`stages_ahead` tells all stages ahead, before the first one runs.
+
+Imports: plan.
+"""
+
+from __future__ import annotations
+
+from iskd.schedules.base import Choice, History, Schedule
+from iskd.schedules.stages_ahead import forecast, planned_steps, stage_steps
+
+__all__ = ["Choice", "History", "Schedule", "forecast", "planned_steps", "stage_steps"]

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from iskd.plan import SHAPES, Stage
+from iskd.plan import Stage
+from iskd.plan.stage import SHAPES
 from iskd.schedules.base import ConvertTo, EditKind, History
 from iskd.schedules.layerwise import LayerSchedule
 
@@ -32,9 +33,10 @@ class Align(LayerSchedule):
         tokens: training tokens of the whole run.
         mixers_share, hidden_share: shares of `tokens` of the first two stages.
         mixers_lr, hidden_lr, lr: learning rates of the three stages.
-        mixers_shape, hidden_shape, shape: how each rate falls over its stage (`iskd.optim.OptimSpec.decay`); "" = as
-            configured there.
-        mixers_train, hidden_train, train: what trains in each (see `iskd.plan.Stage`), of what its objective reaches.
+        mixers_shape, hidden_shape, shape: how each rate falls over its stage
+            (`iskd.training.step.optimizer.OptimSpec.decay`); "" = as configured there.
+        mixers_train, hidden_train, train: what trains in each (see `iskd.plan.stage.Stage`), of what its objective
+            reaches.
 
     Raises:
         ValueError: a value that cannot work; the message names its key.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iskd.lora_spec import lora_of
-from iskd.plan import Record, Stage, describe
+from iskd.plan import Record, Stage
+from iskd.plan.edits import describe
+from iskd.plan.stage import lora_of
 from iskd.schedules.base import Choice, EditKind, History, RemoveLayers, Target, check_floor, check_layers
 from iskd.schedules.orders import NAMES, first_available, ordered
 
@@ -39,8 +40,8 @@ class LayerSchedule:
         floor: retention below which a healed stage is rolled back and the run ends.
         restart_at_edit: save, end the process and carry out the edit in a fresh one (for trainer=fsdp on a torch whose
             private state iskd does not know, and for anything that must not be changed while it runs).
-        train, lr, lr_new: what trains, at which rates (see `iskd.plan.Stage`).
-        lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.lora_spec.LoraSpec`).
+        train, lr, lr_new: what trains, at which rates (see `iskd.plan.stage.Stage`).
+        lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
         seed: seed of fresh weights.
 
     Raises:

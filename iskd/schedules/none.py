@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iskd.lora_spec import lora_of
 from iskd.plan import Stage
+from iskd.plan.stage import lora_of
 from iskd.schedules.base import Choice, History
 
 

@@ -1,0 +1,180 @@
+"""Config -> objects. With cli.py and train.py the only code that knows Hydra; no DictConfig leaves this file."""
+
+from __future__ import annotations
+
+import inspect
+import netrc
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.commands.config import part, plain, spec, terms
+from iskd.commands.resume import SAVED
+from iskd.data import Source, TextData, TextFiles
+from iskd.evaluation import EvalSpec, refuse_training_text
+from iskd.evaluation.evaluator import check
+from iskd.losses import Terms
+from iskd.models import Stack
+from iskd.plan.options import RunOptions
+from iskd.system import Busy, global_rank
+from iskd.system.precision import precision
+from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
+from iskd.training import Parts
+from iskd.training.facts import selected
+
+
+def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
+    """All objects of a run, and the resolved config beside its results.
+
+    `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
+    """
+    resuming = config.resume is not None
+    _claim(run_dir, resuming)
+    if teacher is None:
+        with Busy("loading the teacher"):
+            teacher = load_teacher(part(config.model))
+    stack = Stack(teacher.model)
+    data = text_data(config, teacher.tokenizer, stack, source)
+    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
+    schedule = part(config.schedule, **runtime)
+    losses = terms(plain(config.loss))
+    importance = part(config.importance)
+    asked = _evaluation(config, teacher, importance, data)
+    settings: dict[str, Any] = plain(config.trainer)
+    settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
+    if not resuming and global_rank() == 0:
+        _save_config(config, run_dir)
+    return Parts(
+        teacher=teacher,
+        data=data,
+        schedule=schedule,
+        terms=losses,
+        run_dir=run_dir,
+        importance=importance,
+        optim=part(config.optim),
+        options=RunOptions(**plain(config.run), plan_only=config.plan_only),
+        trainer=settings,
+        loggers=_loggers(config, run_dir),
+        chunk=config.chunk,
+        seed=config.seed,
+        resume=resuming,
+        export=_export(config.export),
+        evaluation=asked,
+        cache=_teacher_cache(config, losses),
+    )
+
+
+def _export(value: object) -> bool:
+    """`true` and `hf` write the student as a model directory, `false` does not."""
+    if value not in (True, False, "hf"):
+        raise ValueError(
+            f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
+            "docs/loading.md"
+        )
+    return bool(value)
+
+
+def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
+    """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
+    if not config.get("eval"):
+        return None
+    spec: EvalSpec = part(config.eval)
+    if spec.efficiency_seconds:
+        raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
+    if spec.text is not None:
+        refuse_training_text(spec.text, data.source.fingerprint())
+    if global_rank() == 0:
+        check(spec, teacher, exclude=[sha for items in selected(importance).values() for sha in items])
+    return spec
+
+
+def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
+    """How the teacher's answers are kept, or None; checked against the losses before anything runs."""
+    values: dict[str, Any] = plain(config.get("teacher") or {})
+    kind = values.pop("cache", None)
+    if kind is None:
+        return None
+    check_terms_cached(losses, kind)
+    return CacheSpec(kind, **values)
+
+
+def _edit(config: DictConfig) -> Any:
+    """What is done to a layer, with the block or mixer that it asks for as data."""
+    asked = inspect.signature(get_class(config.edit._target_)).parameters
+    return part(config.edit, **{key: spec(config[key]) for key in ("block", "mixer") if key in asked})
+
+
+def _claim(run_dir: Path, resuming: bool) -> None:
+    """A directory belongs to one run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resuming and (run_dir / SAVED).exists() and global_rank() == 0:
+        raise ValueError(
+            f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
+        )
+
+
+def _save_config(config: DictConfig, run_dir: Path) -> None:
+    """Whole or not at all: with resume=auto other ranks, and the next start of the job, look for this file."""
+    draft = run_dir / f".{SAVED}.draft"
+    OmegaConf.save(OmegaConf.create(plain(config)), draft)
+    os.replace(draft, run_dir / SAVED)
+
+
+def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
+    """The data module that `data` names; `given` stands for where it would read."""
+    values: dict[str, Any] = dict(config.data)
+    described = values.pop("source")
+    source = part(described) if given is None else given
+    files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
+    if given is None and files["path"] is not None:
+        # a local copy of a known data set keeps that set's way of reading
+        reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
+        source = TextFiles(**files, **reading)
+    elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
+        raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
+    return TextData(
+        source,
+        tokenizer,
+        cache_dir=Path(config.cache_dir or "~/.cache/iskd").expanduser() / "data",
+        seed=config.seed,
+        max_context=stack.context,
+        vocab_size=int(stack.config.vocab_size),
+        **{key: plain(value) for key, value in values.items()},
+    )
+
+
+def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
+    """The chosen logger beside metrics.csv, writing inside the run directory."""
+    node = config.logger
+    if "_target_" not in node:
+        return []
+    values = plain(node)
+    if node["_target_"].endswith(".WandbLogger"):
+        if values.get("offline") == "auto":
+            values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
+        values["name"] = values.get("name") or run_dir.name
+        values["group"] = values.get("group") or sweep_of(run_dir)
+    return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
+
+
+def _has_login(host: str) -> bool:
+    """Whether ~/.netrc names the host."""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """Name of the sweep that a run belongs to, the folder above it, or None.
+
+    Hydra writes multirun.yaml there, Optuna's sweeper does not; but a job's own .hydra/hydra.yaml tells its mode.
+    """
+    folder = Path(run_dir).resolve()
+    note = folder / ".hydra" / "hydra.yaml"
+    several = note.is_file() and re.search(r"^  mode: MULTIRUN$", note.read_text(encoding="utf-8"), re.MULTILINE)
+    return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None

@@ -1,0 +1,100 @@
+"""A run configuration composed in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from iskd.commands import build
+from iskd.commands.config import CONF
+from iskd.commands.resume import resumed
+from iskd.data import Source
+from iskd.teacher import Loaded
+from iskd.training import Parts
+
+
+def options(group: str) -> list[str]:
+    """Names of a config group's files, e.g. of `data`, sorted."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def compose_config(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+    """The config that `python train.py OVERRIDES` would compose, and the run directory that it would take.
+
+    Raises:
+        ValueError: an override names a group, an option or a key that does not exist, or cannot be read.
+    """
+    with _alone(), initialize_config_dir(str(CONF), job_name="iskd", version_base="1.3"):
+        try:
+            config = compose("config", overrides=list(overrides), return_hydra_config=True)
+            HydraConfig.instance().set_config(config)  # what `${hydra:...}` reads
+            name, folder = str(config.name), str(config.hydra.run.dir)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"overrides {list(overrides)}: {error}") from error
+    with open_dict(config):
+        config.name = name
+        del config["hydra"]
+    return config, Path(folder)
+
+
+def parts(
+    overrides: Sequence[str],
+    run_dir: Path | None = None,
+    *,
+    teacher: Loaded | None = None,
+    source: Source | None = None,
+    resume: bool = False,
+) -> Parts:
+    """All objects of a run.
+
+    Args:
+        overrides: as on the command line of `train.py`.
+        run_dir: None takes Hydra's, with a number behind it when that exists.
+        teacher: in the place of what `model` names.
+        source: in the place of where `data` reads.
+        resume: continue the run in `run_dir`.
+
+    Raises:
+        ValueError: the config cannot be composed, or a part refuses its values.
+    """
+    config, default = compose_config(overrides)
+    folder = _fresh(default) if run_dir is None else run_dir
+    if resume:
+        config.resume = str(folder)
+        config = resumed(config, overrides)
+    if config.schedule.get("restart_at_edit"):
+        raise ValueError(
+            "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in it; "
+            "leave it out here, or use train.py"
+        )
+    return build.parts(config, folder, teacher=teacher, source=source)
+
+
+def _fresh(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist: Hydra's name has seconds only."""
+    found, number = folder, 1
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hydra's two singletons are empty inside and as they were afterwards: the caller may be a Hydra application."""
+    found = HydraConfig.instance().cfg
+    hydra = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = found
+        GlobalHydra.instance().hydra = hydra

@@ -1,0 +1,48 @@
+"""Where conf/ lies, and how one of its nodes becomes plain values or an object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.losses import Terms
+from iskd.plan import Spec
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""In a wheel inside the package, in a checkout beside it."""
+RUN_HOLDS = "a run's folder (hydra.run.dir) holds config.yaml and, from its first stage on, stages.json"
+"""What an error about a folder says."""
+
+
+def plain(config: Any) -> Any:
+    """Containers of a config as dicts and lists, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def part(config: DictConfig, **runtime: Any) -> Any:
+    """Build the object of a node with `_target_`.
+
+    Runtime objects are passed by a call of our own: Hydra would turn dataclasses among its arguments into configs.
+    """
+    return instantiate(config, _partial_=True, _convert_="all")(**runtime)
+
+
+def spec(config: DictConfig) -> Spec:
+    """A part that is stamped once per layer, as data."""
+    values = plain(config)
+    return Spec(values.pop("_target_"), values)
+
+
+def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
+    """Loss and weight by name, from the multi-select group `loss`."""
+    built = {}
+    for name, values in losses.items():
+        kwargs = dict(values)
+        weight = kwargs.pop("weight", 1.0)
+        built[name] = (instantiate(kwargs, _convert_="all"), weight)
+    return built

@@ -1,0 +1,160 @@
+"""`iskd evaluate`: tasks and text, beside the teacher on the same items."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from iskd.commands.config import CONF
+from iskd.commands.find_teacher import find_teacher
+from iskd.evaluation import EvalSpec, efficiency, evaluate, refuse_training_text
+from iskd.evaluation.results import EVALUATION_FILE
+from iskd.evaluation.scores import Evaluation
+from iskd.export import load, refresh_card, student_folder, tokenizer_of
+from iskd.models.weights import weights_sha256
+from iskd.plan.results import STAGES_FILE
+from iskd.report import efficiency_table, evaluation_table, write_report
+from iskd.system import Busy, ProgressLine, precision, read_json, write_whole
+from iskd.system.files import hash_files
+from iskd.teacher import Loaded, load_teacher
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `iskd evaluate` found, each None where it was not asked for, and the files that say so."""
+
+    evaluation: Evaluation | None
+    efficiency: Mapping[str, Any] | None
+    files: list[Path]
+
+
+def evaluation(config: DictConfig, folder: Path) -> Found:
+    """Evaluate `model` beside `reference`, or beside the teacher that a student was made from.
+
+    Args:
+        config: the composed config; `model.path` may be a run, an export or any model's folder.
+        folder: where the results go. They also go into the run that the student belongs to, whose report and model card
+            are written anew, unless `reference` is another model than the run's teacher.
+
+    Raises:
+        ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluation.evaluator.evaluate`.
+    """
+    spec: EvalSpec = config.part(config.eval)
+    student = _student(config.model.path)
+    run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
+    if spec.text is not None and run is not None and (run / "data.json").is_file():
+        refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
+    with Busy("loading the models"):
+        model, teacher = _models(config, student)
+    accelerator = config.trainer.get("accelerator", "cpu")
+    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    for each in filter(None, (model, teacher)):
+        nn.Module.to(each.model.eval(), device)
+    low = precision.precision(config.trainer.get("precision", "auto"), accelerator) == "bf16-mixed"
+    shown = run if run is not None and _is_its_teacher(run, teacher) else None
+    places, files = [folder, *([shown] if shown else [])], list[Path]()
+    found: Evaluation | None = None
+    cost: dict[str, Any] | None = None
+    if spec.tasks or spec.text or not spec.efficiency_seconds:
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
+        files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
+        files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
+    if spec.efficiency_seconds:
+        cost = _cost(model, teacher, spec.efficiency_seconds)
+        files += [efficiency.write(place, cost) for place in places]
+    if student is not None and shown is not None:
+        card = refresh_card(student, shown)
+        files += [write_report(shown), *([card] if card else [])]
+    return Found(found, cost, files)
+
+
+def _kept(file: Path, text: str) -> list[Path]:
+    """Where a run's earlier evaluation of another kind is put aside: nobody wants to lose hours to ten items."""
+    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+        return []
+    aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
+    os.replace(file, aside)
+    return [aside]
+
+
+def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
+    """What both cost in use, in bf16 on a GPU, as they would be served."""
+    models = {} if teacher is None else {"teacher": teacher.model}
+    low = torch.bfloat16 if model.model.device.type == "cuda" else None
+    with ProgressLine() as line:
+        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=low, progress=line)
+
+
+def _student(path: str | None) -> Path | None:
+    """The folder of the student that is named; None for any other model."""
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    if not (folder / STAGES_FILE).is_file() and not (folder / "export.json").is_file():
+        return None
+    return student_folder(folder)
+
+
+def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | None]:
+    """The model, and what it is compared with: `reference`, else a student's own teacher, else nothing."""
+    alone, other = config.reference is None and student is None, _student(config.reference)
+    if other is not None:
+        teacher: Loaded | None = _opened(other, None)
+    else:
+        teacher = None if alone else load_teacher(find_teacher(student, config.reference))
+    model = load_teacher(config.part(config.model)) if student is None else _opened(student, teacher)
+    return model, teacher
+
+
+def _opened(student: Path, teacher: Loaded | None) -> Loaded:
+    """A student with its own tokenizer, or its teacher's."""
+    tokenizer = tokenizer_of(student) or (None if teacher is None else teacher.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{student} has no tokenizer: put that of its teacher beside it, or set reference=TEACHER")
+    return Loaded(load(student), tokenizer, {"kind": "student", "sha256": weights_sha256(student)})
+
+
+def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
+    """Whether the weights are those of the run's own teacher, as far as the run says whose they are."""
+    file = run / "environment.json"
+    told = read_json(file).get("teacher", {}).get("sha256") if file.is_file() else None
+    return teacher is not None and told in (None, teacher.source.get("sha256"))
+
+
+def _chosen_by(run: Path | None) -> list[str]:
+    """Hashes of the items that the run chose layers by."""
+    if run is None or not (run / "data.json").is_file():
+        return []
+    chosen = read_json(run / "data.json").get("selection_sha256", {})
+    return [sha for items in chosen.values() for sha in items]
+
+
+def main() -> None:
+    """The command of this process; without `eval=` it is a quick one."""
+    if not any(argument.startswith("eval=") for argument in sys.argv):
+        sys.argv.append("eval=quick")
+    _main()
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def _main(config: DictConfig) -> None:
+    found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if found.evaluation is not None:
+        console.print(evaluation_table(found.evaluation))
+    if found.efficiency is not None:
+        console.print(efficiency_table(found.efficiency))
+    for file in found.files:
+        console.print(f"written: {file}", highlight=False, soft_wrap=True)

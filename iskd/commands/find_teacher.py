@@ -1,0 +1,73 @@
+"""The teacher that an exported student or a run came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from iskd.commands.config import CONF
+from iskd.export import read_facts
+from iskd.models.names import refuse_missing_folder
+from iskd.teacher import TeacherSpec
+from iskd.teacher.bundled import BUNDLES
+
+_RUN_CONFIG, _LONGEST_CONFIG = "config.yaml", 1 << 20
+_NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
+
+
+def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> TeacherSpec:
+    """Which teacher to load for the student in `folder`.
+
+    It is `teacher` where given (a folder, a bundled key or a name on the hub), else that of the run whose directory
+    holds the export (its config.yaml), else what the export says, if that can be had from elsewhere.
+
+    Raises:
+        ValueError: nothing says it.
+    """
+    if teacher is not None:
+        if Path(teacher).expanduser().is_dir():
+            return TeacherSpec(Path(teacher).name, path=str(teacher))
+        refuse_missing_folder("the teacher", str(teacher))
+        return _named(str(teacher))
+    if folder is not None:
+        saved = folder.resolve().parent / _RUN_CONFIG
+        if saved.is_file():
+            return _of_run(saved)
+        source = read_facts(folder).get("teacher")
+        if (
+            isinstance(source, dict)
+            and source.get("kind") in ("hub", "bundled")
+            and isinstance(source.get("name"), str)
+        ):
+            return dataclasses.replace(_named(source["name"]), revision=source.get("revision"))
+    raise ValueError(f"which teacher? nothing here says where it is; {_NAME_IT}")
+
+
+def _named(name: str) -> TeacherSpec:
+    """A teacher by a preset of conf/model, its bundled key, or its name on the hub, which a bundle may stand in for."""
+    preset = CONF / "model" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        told = yaml.safe_load(preset.read_text(encoding="utf-8")).get("name")
+        name = told if isinstance(told, str) and "/" in told else name  # local, hub and tiny name no published model
+    key = next((key for key, found in BUNDLES.items() if name.rpartition("/")[2].lower() in (key, found.folder)), None)
+    return TeacherSpec(name, bundled=key)
+
+
+def _of_run(file: Path) -> TeacherSpec:
+    """The teacher of a run's config. No code comes with it: every known family is in transformers."""
+    if file.stat().st_size > _LONGEST_CONFIG:
+        raise ValueError(f"{file} is too long for the config of a run; of the teacher: {_NAME_IT}")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = {key: value for key, value in config["model"].items() if key[:1] != "_"}
+        spec = TeacherSpec(**values)
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}); {_NAME_IT}") from error
+    if spec.path is not None and not Path(spec.path).expanduser().is_dir():
+        raise ValueError(
+            f"the teacher of this student was {spec.path!r}, as {file} says, and that is no folder here (a model given "
+            f"to iskd.compress was in memory); {_NAME_IT}"
+        )
+    return dataclasses.replace(spec, trust_remote_code=False, dtype="float32")

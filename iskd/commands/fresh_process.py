@@ -1,0 +1,73 @@
+"""`iskd train` in a fresh process: in the place of this one, or as its child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra.conf import HydraConf
+
+from iskd.commands.config import PACKAGE
+from iskd.plan import StageResult
+from iskd.plan.results import read_stages
+from iskd.system import Preempted
+from iskd.system.stop_signals import EXIT_CODE, StopSignals
+
+COMMAND = "ISKD_COMMAND"
+"""Names the command where processes get the arguments without it: those that a multi-process run starts."""
+RESUME = "ISKD_RESUME"
+"""A launcher preset can set variables of its jobs but no key of the config; `resume=` on the command line is first."""
+# sys.argv[0] may be a launcher's, and the package need not be installed
+_ENTRY = (sys.executable, "-m", "iskd")
+
+
+def several(environment: Mapping[str, str]) -> bool:
+    """Whether something else started this process as one of several, and has to start them again."""
+    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
+
+
+def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:
+    """Put a fresh process in the place of this one, which continues the run."""
+    given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]
+    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], _ours(environment))
+
+
+def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> list[StageResult]:
+    """Run one job of a sweep in a process of its own, which may be replaced by fresh ones; stop signals are passed on.
+
+    Returns:
+        The rows of its stages.
+    """
+    given = [argument for argument in overrides if not argument.startswith("resume=")]
+    command = [*_ENTRY, *given, f"hydra.run.dir={run_dir}", *([f"resume={resume}"] if resume else [])]
+    environment = {key: value for key, value in os.environ.items() if key != RESUME}
+    signals = StopSignals()
+    signals.install()
+    try:
+        child = subprocess.Popen(command, env=_ours(environment))
+        asked = False
+        while child.poll() is None:
+            if signals.received is not None and not asked:
+                child.send_signal(signal.SIGTERM)
+                asked = True
+            time.sleep(0.1)
+        if child.returncode == EXIT_CODE:
+            signals.hand_on()
+            raise Preempted(run_dir)
+        if child.returncode:
+            raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
+    finally:
+        signals.uninstall()
+    return read_stages(run_dir)
+
+
+def _ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that runs `iskd train` from where this one's package lies."""
+    paths = [str(PACKAGE.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**environment, COMMAND: "train", "PYTHONPATH": os.pathsep.join(filter(None, paths))}

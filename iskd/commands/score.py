@@ -1,0 +1,59 @@
+"""`iskd score model=... importance=...`: score the layers of a model without training it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from iskd.commands.build import text_data
+from iskd.commands.config import CONF, part
+from iskd.importance import layer_scores, rows_of
+from iskd.importance.angular import Angular, angular_windows
+from iskd.models import Stack
+from iskd.report import score_table, write_scores
+from iskd.system.precision import precision
+from iskd.teacher import load_teacher
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Print and write the scores."""
+    folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["importance"]
+    rows, layers, runs = importance_rows(config)
+    scores = layer_scores(rows, layers, config.seed)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(score_table(scores, name))
+    for file in write_scores(folder, scores, rows, name, runs):
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+    """Rows [L, W] of the configured importance on the model as it is, and the numbers of its layers.
+
+    Third is what `angular` says of every run of consecutive layers [L - 1, L] (`iskd.importance.angular`), None of
+    other importances. The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
+    """
+    teacher = load_teacher(part(config.model))
+    stack = Stack(teacher.model.eval())
+    data = text_data(config, teacher.tokenizer, stack)
+    stack.keep_apart(data.separator)
+    windows = data.calibration(config.run.score_tokens)
+    wanted = config.trainer.accelerator
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(teacher.model, device)
+    mixed = precision(config.trainer.precision, wanted) == "bf16-mixed"
+    batches = [batch.to(device) for batch in windows]
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        importance, depth = part(config.importance), len(stack.layers)
+        rows = rows_of(importance, teacher.model, teacher.model, batches)
+        runs = None
+        if isinstance(importance, Angular) and depth > 1:
+            runs = angular_windows(teacher.model, batches, depth - 1, importance.tokens)
+    return rows, tuple(range(depth)), runs

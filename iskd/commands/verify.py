@@ -1,0 +1,40 @@
+"""`iskd verify DIR...`: reopen students in a clean process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from iskd.export import verify
+
+
+def main() -> None:
+    """The command of this process."""
+    if code := run(sys.argv[1:]):
+        sys.exit(code)
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command line of `iskd verify`; returns its exit code: 0 passed, 1 failed, 2 not a student."""
+    parser = argparse.ArgumentParser(prog="iskd verify", description="reopen exported students in a clean process")
+    parser.add_argument("folder", nargs="+", type=Path, help="folder of a run or of an export")
+    parser.add_argument("--reference", type=Path, help="compare with the student in this folder instead")
+    parser.add_argument("--no-timing", action="store_true", help="leave prefill and decode unmeasured")
+    asked: Any = parser.parse_args(argv)
+    codes, console = [], Console(stderr=True)
+    for folder in asked.folder:
+        try:
+            with console.status(f"opening {folder} in a clean process"):
+                found = verify(folder, asked.reference, timed=not asked.no_timing)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            codes.append(2)
+        else:
+            print("\n".join(found.lines()))
+            codes.append(int(not found.passed))
+    return max(codes)

@@ -1,0 +1,88 @@
+"""The order of training windows, and the loader of one stage in it.
+
+The k-th window of training is perm(seed, epoch)[k mod n] with epoch = k // n and n windows, and the global micro-batch
+b on rank r of w takes the windows k = (b*w + r)*B ... (b*w + r + 1)*B - 1. A position is thus one integer; nothing
+random is stored, and stages, restarts and processes agree on who sees what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iskd.data.shards import Tokens
+
+Batch = dict[str, Any]
+
+
+class StageLoader:
+    """The batches of one stage: sized, and the same ones at every pass.
+
+    Having a length matters: Lightning then fetches no batch ahead, and the batches handed out are the batches trained
+    on (`lightning.pytorch.loops.fetchers`).
+
+    Args:
+        windows: [windows, seq_len] of token ids, may be memory-mapped.
+        batch_size: windows per micro-batch and process.
+        seed: of the order.
+        first_step: global micro-batch at which this stage begins.
+        steps: micro-batches in this stage.
+        rank: this process among those that see different data.
+        world_size: how many those are.
+    """
+
+    def __init__(
+        self,
+        windows: Tokens,
+        *,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self.first_step, self.steps = first_step, steps
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Return the micro-batches of the stage."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield {"input_ids": [batch_size, seq_len] int64, "index": the windows' numbers, a list}.
+
+        No tensor: Lightning would put it on the device, and reading it there waits for all that was asked of it.
+        """
+        return (self.batch(self.first_step + step) for step in range(self.steps))
+
+    def batch(self, micro_batch: int) -> Batch:
+        """Return the batch of this rank at a global micro-batch number."""
+        count = len(self.windows)
+        first = (micro_batch * self.world_size + self.rank) * self.batch_size
+        order = [_permutation(self.seed, k // count, count)[k % count] for k in range(first, first + self.batch_size)]
+        return {"input_ids": to_tensor(self.windows[order]), "index": [int(window) for window in order]}
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the order of one epoch; two are kept because a batch may straddle them."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    return generator.permutation(count)
+
+
+def to_tensor(windows: Tokens) -> torch.Tensor:
+    """Return token ids of any integer type and shape as a tensor in memory, int64."""
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the host, where a copy to `device` does not make the host wait: page-locked for a CUDA device."""
+    return values.pin_memory() if device.type == "cuda" else values

@@ -1,0 +1,281 @@
+"""The LightningDataModule: shards on disk to batches of token windows; where training stands in them is one integer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from iskd.data.loader import Batch, StageLoader, pinned, to_tensor
+from iskd.data.shards import Shards, Tokens, open_shards, separator
+from iskd.data.sources import Source
+from iskd.data.splits import SPLITS, Splitter
+from iskd.models.packing import with_successor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_CALIBRATION_BATCH = 1024  # tokens
+
+
+class TextData(L.LightningDataModule):
+    """Windows of text for training, validation and calibration.
+
+    Args:
+        source: where documents come from (`iskd.data.sources`).
+        tokenizer: the teacher's tokenizer.
+        cache_dir: folder that keeps token shards between runs.
+        seq_len: tokens per window.
+        batch_size: windows per micro-batch and process.
+        val_tokens: tokens of validation text, spread evenly over the split.
+        seed: order of the training windows.
+        max_train_tokens: use only the first so many tokens of the training split.
+        validation_fraction: share of documents (by hash) for validation, where the source has no file for it.
+        calibration_fraction: share for calibration.
+        test_fraction: share for test, where the source has no file for it.
+        max_context: longest sequence the model takes; None skips the check.
+        vocab_size: rows of the model's embedding; None skips the check.
+        boundaries: keep the documents of a window apart (`iskd.models.packing`): no token sees another document, and
+            the first one of a document is no target. Attention then takes a mask, which is slower than none.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cache_dir: str | Path,
+        seq_len: int = 512,
+        batch_size: int = 2,
+        val_tokens: int = 16384,
+        seed: int = 0,
+        max_train_tokens: int | None = None,
+        validation_fraction: float = 0.04,
+        calibration_fraction: float = 0.04,
+        test_fraction: float = 0.0,
+        max_context: int | None = None,
+        vocab_size: int | None = None,
+        boundaries: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
+        for key, value in {"seq_len": seq_len, **sizes}.items():
+            if value < (2 if key == "seq_len" else 1):
+                raise ValueError(f"data.{key}={value} is too small; seq_len is at least 2, the others at least 1")
+        if seed < 0:
+            raise ValueError(f"data.seed={seed} is negative; use 0 or more")
+        if max_context is not None and seq_len > max_context:
+            raise ValueError(
+                f"data.seq_len={seq_len} is longer than the model's context of {max_context} tokens; "
+                f"set data.seq_len to at most {max_context}"
+            )
+        if max_train_tokens is not None and max_train_tokens < seq_len:
+            raise ValueError(
+                f"data.max_train_tokens={max_train_tokens} is less than one window of data.seq_len={seq_len}; "
+                "raise it, or lower data.seq_len"
+            )
+        self.source, self.tokenizer, self.cache_dir = source, tokenizer, Path(cache_dir).expanduser()
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.val_tokens = val_tokens
+        self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
+        self.boundaries = boundaries
+        self._splitter = Splitter(validation_fraction, calibration_fraction, test_fraction)
+        self._shards: Shards | None = None
+        self._stage: tuple[int, int] | None = None
+        self._calibrations: dict[int, str] = {}
+        self._short: set[str] = set()
+
+    def prepare(self) -> None:
+        """Build or open the shards; calls after the first cost nothing.
+
+        Raises:
+            ValueError: the source, a shard or the tokenizer is not usable, or a split is shorter than one window.
+        """
+        if self._shards is not None:
+            return
+        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir)
+        for split in SPLITS[:3]:
+            shards.windows(split, self.seq_len)
+        if self.vocab_size is not None and shards.meta["max_id"] >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gave id {shards.meta['max_id']}, but the model has vocab_size={self.vocab_size}; "
+                "use the model's own tokenizer, or resize the model's embedding"
+            )
+        self._shards = shards
+
+    @property
+    def separator(self) -> int | None:
+        """The token that keeps documents apart; None where a window is one text.
+
+        Raises:
+            ValueError: they are to be kept apart and nothing stands between them.
+        """
+        if not self.boundaries:
+            return None
+        _, token = separator(self.tokenizer)
+        if token is None:
+            raise ValueError(
+                "data.boundaries=true needs a token between documents, and the tokenizer has neither eos nor bos; set "
+                "data.boundaries=false, or tokenizer.eos_token"
+            )
+        return token
+
+    def prepare_data(self) -> None:
+        """Lightning's hook: one process per node builds the shards before the others open them."""
+        self.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: every process opens the shards."""
+        self.prepare()
+
+    def windows(self, split: str) -> Tokens:
+        """Return all windows of a split, memory-mapped, [windows, seq_len]."""
+        self.prepare()
+        assert self._shards is not None
+        windows = self._shards.windows(split, self.seq_len)
+        if split == "train" and self.max_train_tokens is not None:
+            windows = windows[: self.max_train_tokens // self.seq_len]
+        return windows
+
+    def validation_windows(self) -> torch.Tensor:
+        """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
+        return to_tensor(self._spread("validation", self.val_tokens))
+
+    def calibration(self, tokens: int) -> list[torch.Tensor]:
+        """Return windows for scores and fits, evenly spaced over the calibration split, the same on every rank.
+
+        Their batches do not depend on `batch_size`: a fit must not change with the layout of training over processes.
+
+        Args:
+            tokens: how many tokens to take. At least one window is returned.
+
+        Returns:
+            Batches [windows, seq_len] int64 of at most 1024 tokens, or of one window where that is longer.
+        """
+        windows = self._spread("calibration", tokens)
+        self._calibrations[tokens] = _sha256(windows)
+        return list(to_tensor(windows).split(max(1, _CALIBRATION_BATCH // self.seq_len)))
+
+    def validation(self) -> list[Batch]:
+        """Return this rank's validation batches: each window is on one rank, every rank has as many batches.
+
+        Returns:
+            Dicts with `input_ids`, [at most batch_size + 1, seq_len] int64, the same ones at every call.
+
+        Raises:
+            ValueError: there are fewer windows than processes.
+        """
+        windows, (rank, world_size) = self.validation_windows(), self._ranks()
+        if len(windows) < world_size:
+            raise ValueError(
+                f"data.val_tokens={self.val_tokens} gives {len(windows)} windows for {world_size} processes; "
+                f"raise it to at least {world_size * self.seq_len}, or use more validation text"
+            )
+        count = -(-(len(windows) // world_size) // self.batch_size)
+        return [{"input_ids": batch} for batch in windows[rank::world_size].tensor_split(count)]
+
+    def set_stage(self, first_step: int, steps: int) -> None:
+        """Make the next train_dataloader() yield `steps` batches from global micro-batch `first_step` on.
+
+        Lightning asks for the loader before `on_train_epoch_start`: call this in `on_fit_start` for the first stage
+        and in `on_train_epoch_end` for the next one. A run resumed after `done` micro-batches of a stage asks for
+        what is left of it: `set_stage(first_step + done, steps - done)`.
+
+        Raises:
+            ValueError: the first step is negative or there are no steps.
+        """
+        if first_step < 0 or steps < 1:
+            raise ValueError(f"stage first_step={first_step}, steps={steps}: the first is >= 0, the second >= 1")
+        self._stage = (first_step, steps)
+
+    def train_dataloader(self) -> StageLoader:
+        """Return the batches of the stage; without a stage, one pass over the training split."""
+        windows, (rank, world_size) = self.windows("train"), self._ranks()
+        one_pass = max(1, len(windows) // (self.batch_size * world_size))
+        first_step, steps = self._stage or (0, one_pass)
+        return StageLoader(
+            windows,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            first_step=first_step,
+            steps=steps,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook: what a device would be waited for is done on the host.
+
+        Where documents are apart it finds which tokens have a label; for a CUDA device it pins the batch.
+        """
+        found = dict(batch)
+        if self.separator is not None:
+            found["kept"] = with_successor(batch["input_ids"], self.separator)
+        if self.trainer is None:
+            return found
+        device = self.trainer.strategy.root_device
+        return {
+            key: pinned(value, device) if isinstance(value, torch.Tensor) else value for key, value in found.items()
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what identifies the data of this run, as plain JSON values."""
+        self.prepare()
+        assert self._shards is not None
+        meta = self._shards.meta
+        return {
+            "source": meta["source"],
+            "content": meta["content"],
+            "tokenizer": meta["tokenizer"],
+            "separator": meta["separator"],
+            "cache": self._shards.folder.name,
+            "tokens": {split: self._shards.tokens(split) for split in SPLITS},
+            "documents": {split: meta["splits"][split]["documents"] for split in SPLITS},
+            "dropped_duplicates": meta["dropped"],
+            "train_windows": len(self.windows("train")),
+            "validation_sha256": _sha256(self._spread("validation", self.val_tokens)),
+            "calibration_sha256": {str(tokens): digest for tokens, digest in sorted(self._calibrations.items())},
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "boundaries": self.boundaries,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the training data and their order depend on: a resumed run must find it unchanged."""
+        manifest = self.manifest()
+        keys = (
+            "content",
+            "tokenizer",
+            "train_windows",
+            "validation_sha256",
+            "seq_len",
+            "boundaries",
+            "batch_size",
+            "seed",
+        )
+        return {key: manifest[key] for key in keys}
+
+    def _spread(self, split: str, tokens: int) -> Tokens:
+        windows = self.windows(split)
+        wanted = max(1, tokens // self.seq_len)
+        if wanted > len(windows) and split not in self._short:
+            self._short.add(split)
+            _log.info("%s: %d windows wanted, the split has %d", split, wanted, len(windows))
+        count = min(wanted, len(windows))
+        return windows[np.arange(count) * len(windows) // count]
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return (rank, world size) among the processes that see different data."""
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if kwargs is None else (int(kwargs["rank"]), int(kwargs["num_replicas"]))
+
+
+def _sha256(windows: Tokens) -> str:
+    return hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,274 @@
+"""Where text comes from: sources of documents.
+
+A source is a frozen dataclass with `documents()`, which yields (text, split) pairs, and `fingerprint()`, which changes
+when its content does. A document with split None is placed by `iskd.data.splits.Splitter`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from iskd.data.readers import FORMATS, detokenize_wikitext, find_files, group_lines, read_file, text_of
+from iskd.data.splits import Document
+from iskd.system.files import hash_files
+
+_OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
+
+
+class Source(Protocol):
+    """Anything that yields documents."""
+
+    def documents(self) -> Iterator[Document]:
+        """Yield (text, split or None); documents that carry a split come before those that do not."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a string that changes whenever the documents change; cheap compared with reading them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Docstrings:
+    """Docstrings of the running interpreter's standard library and the topics of `help()`: about 2 MB of English.
+
+    Args:
+        min_chars: docstrings of at most this many characters are skipped.
+        max_documents: stop after so many documents; None takes all.
+    """
+
+    min_chars: int = 80
+    max_documents: int | None = None
+
+    def documents(self) -> Iterator[Document]:
+        """Yield docstrings in the order of sorted file paths, then the topics by name."""
+        return islice(self._all(), self.max_documents)
+
+    def _all(self) -> Iterator[Document]:
+        for path in self._files():
+            for text in _docstrings(path):
+                if len(text) > self.min_chars:
+                    yield text, None
+        from pydoc_data.topics import topics
+
+        for name in sorted(topics):
+            yield topics[name].strip(), None
+
+    def fingerprint(self) -> str:
+        """Hash the interpreter's version and every source file."""
+        return f"{sys.implementation.name}-{sys.version_info[:3]}-{hash_files(self._files())}"
+
+    def _files(self) -> list[Path]:
+        root = sysconfig.get_paths()["stdlib"]
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        found: list[Path] = []
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(name for name in subfolders if name not in skipped)
+            found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        return found
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Local files: plain text, JSON lines or parquet, each of the first two also gzipped.
+
+    Plain text becomes documents at blank lines, in groups of at least about 1,000 characters: small enough for the
+    hash splits to be fine-grained, large enough to hold context.
+
+    Args:
+        path: a file, a folder (its .txt, .jsonl, .parquet files, also .gz) or a glob.
+        val_path: the same for validation; without it validation is a share of `path`.
+        test_path: the same for the test split.
+        fmt: `auto` (by suffix; unknown suffixes are text), `text`, `jsonl` or `parquet`.
+        field: where a JSON line or a parquet row keeps its text.
+        detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
+    """
+
+    path: str
+    val_path: str | None = None
+    test_path: str | None = None
+    fmt: str = "auto"
+    field: str = "text"
+    detokenize: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is a path, and the options that have a fixed set of values."""
+        if not self.path:
+            raise ValueError("no text file is given: set data.path=FILE (a file, a folder or a glob)")
+        if self.fmt not in ("auto", *FORMATS.values()):
+            raise ValueError(f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(FORMATS.values())}")
+        if self.detokenize not in (None, "wikitext"):
+            raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents of `val_path`, `test_path` and `path`, in that order.
+
+        Raises:
+            ValueError: a path is missing, empty, not text, or lacks the field.
+        """
+        for key, split in (("val_path", "validation"), ("test_path", "test"), ("path", None)):
+            for file in self._files(key):
+                empty = True
+                for text in read_file(file, self.fmt, self.field):
+                    empty = False
+                    yield detokenize_wikitext(text) if self.detokenize else text, split
+                if empty:
+                    raise ValueError(f"data.{key}: {file} holds no text; remove it or point to another file")
+
+    def fingerprint(self) -> str:
+        """Hash the bytes of every file."""
+        return "-".join(hash_files(self._files(key)) for key in ("path", "val_path", "test_path"))
+
+    def _files(self, key: str) -> list[Path]:
+        value: str | None = getattr(self, key)
+        return [] if value is None else find_files(value, f"data.{key}")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hugging Face hub (or a local folder in the same layout), read by the `datasets` library.
+
+    Args:
+        name: hub name, as `Salesforce/wikitext`.
+        config: name of the configuration, where the data set has several.
+        split: the part that is divided by hash.
+        val_split: the part used whole for validation; None takes a share of `split`.
+        test_split: the part used whole as test.
+        field: the column that holds the text.
+        max_documents: stream and stop after this many rows of `split`; None reads all of it through the local cache.
+        revision: commit of the data set on the hub; the cache of tokens knows the content only by this name, so pin
+            it where an exact rerun matters.
+        detokenize: as in `TextFiles`.
+        lines: rows are the lines of a running text (as WikiText's are) and are grouped as those of a text file.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    test_split: str | None = None
+    field: str = "text"
+    max_documents: int | None = None
+    revision: str | None = None
+    detokenize: str | None = None
+    lines: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that there is a name, and the option that has a fixed set of values."""
+        if not self.name:
+            raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {_OFFLINE}")
+        if self.detokenize not in (None, "wikitext"):
+            raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+
+    def documents(self) -> Iterator[Document]:
+        """Yield rows that are not blank; validation and test rows first.
+
+        Raises:
+            ValueError: `datasets` is missing, the data set cannot be reached, or a row has no such field.
+        """
+        for part, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
+            if part is None:
+                continue
+            for text in self._texts(part, self.max_documents if split is None else None):
+                yield detokenize_wikitext(text) if self.detokenize else text, split
+
+    def fingerprint(self) -> str:
+        """Name the data set, with a hash of the files where it is a local folder."""
+        folder = Path(self.name)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+        return f"{self!r}-{hash_files(files)}"
+
+    def _texts(self, part: str, limit: int | None) -> Iterator[str]:
+        rows = (text_of(row, self.field, f"data.source.name={self.name}") for row in self._rows(part, limit))
+        if self.lines:
+            return group_lines(row.rstrip("\n") + "\n" for row in rows)
+        return (row for row in rows if row.strip())
+
+    def _rows(self, part: str, limit: int | None) -> Iterator[Any]:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            fix = f"pip install datasets, or use {_OFFLINE}"
+            raise ValueError(f"data.source={self.name} needs the package datasets; {fix}") from error
+        try:
+            # Streaming spares the download of the rest; reading whole goes through the cache, which works offline.
+            rows = load_dataset(self.name, self.config, split=part, revision=self.revision, streaming=limit is not None)
+            iterator = iter(rows if limit is None else rows.take(limit))
+            first = next(iterator, None)
+        except Exception as error:
+            what = f"data set {self.name!r} (config {self.config!r}, split {part!r}) could not be loaded: {error}"
+            raise ValueError(f"{what}. Without a network use {_OFFLINE}") from error
+        if first is not None:
+            yield first
+        yield from iterator
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates and fixtures that are not Python of this version
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+@dataclass(frozen=True)
+class MemoryTexts:
+    """Documents held in memory; an `iskd.data.sources.Source`.
+
+    Attributes:
+        texts: one document each, none of them blank.
+        sha256: of all documents in their order; the only thing that is written down about them.
+    """
+
+    texts: tuple[str, ...] = field(repr=False)
+    sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        for text in self.texts:
+            data = text.encode("utf-8", "surrogatepass")  # half a character is refused when it is read, with its place
+            digest.update(len(data).to_bytes(8, "little") + data)
+        object.__setattr__(self, "sha256", digest.hexdigest())
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents in their order, none with a split of its own."""
+        return ((text, None) for text in self.texts)
+
+    def fingerprint(self) -> str:
+        """Return the hash of the documents."""
+        return self.sha256
+
+
+def memory_texts(texts: Iterable[str]) -> MemoryTexts:
+    """Read all documents of an iterable as those of files are read: stripped, without blank ones.
+
+    Raises:
+        ValueError: an item is no string, or nothing is left.
+    """
+    kept: list[str] = []
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"texts[{number}] is {type(text).__name__}, not a string; for rows of a data set pass "
+                "texts=[row['text'] for row in rows]"
+            )
+        if text.strip():
+            kept.append(text.strip())
+    if not kept:
+        raise ValueError("texts holds no document that is not blank; pass strings, a file or the name of a data config")
+    return MemoryTexts(tuple(kept))

@@ -1,0 +1,23 @@
+"""Tasks, text, quality and cost of a model, beside its teacher on the same items.
+
+Imports: system, models, teacher, data.
+"""
+
+from __future__ import annotations
+
+from iskd.evaluation.evaluator import EvalSpec, evaluate
+from iskd.evaluation.metrics import QualityMetrics
+from iskd.evaluation.results import Efficiency, Evaluation, Interval
+from iskd.evaluation.task_items import TASKS
+from iskd.evaluation.text import refuse_training_text
+
+__all__ = [
+    "Efficiency",
+    "EvalSpec",
+    "Evaluation",
+    "Interval",
+    "QualityMetrics",
+    "TASKS",
+    "evaluate",
+    "refuse_training_text",
+]

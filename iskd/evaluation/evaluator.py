@@ -1,0 +1,247 @@
+"""`iskd evaluate`: tasks, copying, perplexity of a model, beside its teacher's on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.evaluation import harness
+from iskd.evaluation.harness import Drawn
+from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.scores import GENERATION, Evaluation, Scored, compare
+from iskd.evaluation.task_items import COPY, COPY_POOL, Item, check_task, copy_items, subset
+from iskd.evaluation.text import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
+from iskd.models import Stack, surgery
+from iskd.models.tokenizers import check_same_tokenizer
+from iskd.system import Busy, ProgressLine
+from iskd.teacher import Loaded
+
+_PACKAGES = ("lm_eval", "torch", "transformers")
+_NOTHING = "there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE"
+
+Tell = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What to evaluate; one conf/eval/*.yaml.
+
+    Attributes:
+        tasks: keys of `iskd.evaluation.task_items.TASKS`, `copy` (random words to be repeated, made here), and without
+            a data_dir any other name that lm-evaluation-harness knows.
+        limit: at most so many items of each task; None = all.
+        data_dir: folder of NAME/eval.jsonl; None = the harness's own tasks, from the hub.
+        seed: of the items drawn and of the bootstrap.
+        batch_size: texts at a time in the harness.
+        batch_tokens: tokens at a time in `copy` and in the text.
+        text: file, folder or glob for perplexity and bits per byte; None = none, or what the caller passes.
+        tokens: at most so many tokens of the text.
+        window: tokens per window of the text; shorter where the model's context is.
+        resamples: of the bootstrap.
+        efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
+            At the end of a run it is `run.efficiency_seconds` that says so.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    tasks: Sequence[str] = ()
+    limit: int | None = 100
+    data_dir: str | None = None
+    seed: int = 0
+    batch_size: int = 8
+    batch_tokens: int = 4096
+    text: str | None = None
+    tokens: int = 16384
+    window: int = 512
+    resamples: int = 1000
+    efficiency_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"eval.tasks lists {twice[0]!r} twice")
+        if self.data_dir is not None:
+            for name in self.tasks:
+                check_task(name)
+        least = {"limit": 1, "batch_size": 1, "batch_tokens": 1, "tokens": 2, "window": 2, "resamples": 1}
+        for key, lowest in (least | {"efficiency_seconds": 0}).items():
+            value = getattr(self, key)
+            if value is not None and value < lowest:
+                raise ValueError(f"eval.{key}={value} must be at least {lowest}")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EvalSpec,
+    teacher: Loaded | None = None,
+    *,
+    text: str | None = None,
+    exclude: Collection[str] = (),
+    source: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Score a model, and its teacher on the same items, where they are and under the caller's autocast.
+
+    Equal models, data, settings and machine give equal results.
+
+    Args:
+        model: the student, or any model; left as it was.
+        tokenizer: its own.
+        spec: what to ask.
+        teacher: what to compare with; its tokenizer must be the student's.
+        text: scored when the spec names no file, e.g. the test text of the run.
+        exclude: `Item.sha256` of items to leave out: those that layers were selected by, from the run's data.json.
+        source: where the model came from, as `Loaded.source`; what identifies it goes into the result.
+
+    Raises:
+        ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed, or
+            models and tokenizers that do not belong together. The message names the fix.
+    """
+    models = [("student", model, tokenizer)]
+    if teacher is not None:
+        check_same_tokenizer(tokenizer, teacher.tokenizer)
+        models.append(("teacher", teacher.model, teacher.tokenizer))
+    for who, one, own in models:
+        _check_rows(who, one, own)
+    with ProgressLine() as tell:
+        windows = _windows(spec, text, tokenizer, [one for _, one, _ in models])
+        if not spec.tasks and windows is None:
+            raise ValueError(_NOTHING)
+        questions = _questions(spec, exclude)
+        scores: list[dict[str, Scored]] = []
+        losses: list[TextLoss] = []
+        for who, one, own in models:
+            scores.append(_ask_all(one, own, questions, spec, who, tell))
+            if windows is not None:
+                step = partial(tell, f"{who}, windows of text")
+                losses.append(text_loss(one, windows, batch_tokens=spec.batch_tokens, step=step))
+    found, retention, mean = compare(
+        scores[0], scores[1] if teacher is not None else None, resamples=spec.resamples, seed=spec.seed
+    )
+    scored_text = None
+    if windows is not None:
+        theirs = losses[1] if teacher is not None else None
+        scored_text = text_score(windows, losses[0], theirs, resamples=spec.resamples, seed=spec.seed)
+    named = {"student": _facts(model, source or {})}
+    if teacher is not None:
+        named["teacher"] = _facts(teacher.model, teacher.source)
+    settings = _settings(spec, questions, len(exclude), model)
+    return Evaluation(found, retention, mean, scored_text, named, settings)
+
+
+def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = ()) -> None:
+    """Find out at the start of a run what would keep `evaluate` from working at its end.
+
+    Tasks are read and their items drawn, from the hub too, which keeps a copy on this machine; text is read and cut.
+
+    Raises:
+        ValueError: as `evaluate`, but for what only the scores of a model can tell.
+    """
+    windows = _windows(spec, None, teacher.tokenizer, [teacher.model])
+    if not spec.tasks and windows is None:
+        raise ValueError(_NOTHING)
+    _check_rows("teacher", teacher.model, teacher.tokenizer)
+    _questions(spec, exclude)
+
+
+def _check_rows(who: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, largest = cast(Tensor, model.get_input_embeddings().weight).shape[0], max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the {who}'s embedding {rows} rows: they do not belong together; "
+            "use the tokenizer that came with the weights"
+        )
+
+
+def _windows(
+    spec: EvalSpec, text: str | None, tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedModel]
+) -> TextWindows | None:
+    if spec.text is not None:
+        text = read_text(spec.text, spec.tokens)
+    if text is None:
+        return None
+    window = min([spec.window, *(context for context in (Stack(model).context for model in models) if context)])
+    return text_windows(text, tokenizer, tokens=spec.tokens, window=window)
+
+
+def _questions(spec: EvalSpec, exclude: Collection[str]) -> dict[str, Drawn | list[Item]]:
+    """What to ask, by task in the order of the spec."""
+    names = [name for name in spec.tasks if name != COPY]
+    questions: dict[str, Drawn | list[Item]] = {}
+    if names:
+        options: dict[str, Any] = {
+            "data_dir": spec.data_dir,
+            "limit": spec.limit,
+            "seed": spec.seed,
+            "exclude": exclude,
+        }
+        with Busy("reading the tasks"):
+            questions |= {drawn.name: drawn for drawn in harness.draw(names, **options)}
+    if COPY in spec.tasks:
+        free = [item for item in copy_items(COPY_POOL) if item.sha256 not in exclude]
+        questions[COPY] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
+    return {name: questions[name] for name in spec.tasks}
+
+
+def _ask_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Mapping[str, Drawn | list[Item]],
+    spec: EvalSpec,
+    who: str,
+    tell: Tell,
+) -> dict[str, Scored]:
+    scores = {}
+    for number, (name, question) in enumerate(questions.items(), 1):
+        step = partial(tell, f"{who}, task {number} of {len(questions)}, texts of {name}")
+        if isinstance(question, Drawn):
+            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step)
+        else:
+            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step)
+            scores[name] = Scored(GENERATION, "led", 0.0, result)
+    return scores
+
+
+def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a model; of a name that is a folder only its end, as folders are those of one machine."""
+    facts = {key: source[key] for key in ("name", "kind", "revision", "seed", "sha256") if key in source}
+    if facts.get("kind") not in ("hub", "bundled") and "name" in facts:
+        facts["name"] = PurePath(str(facts["name"])).name
+    sizes = {"layers": len(Stack(model).layers), "params": surgery.parameters(model)}
+    return {**facts, "type": str(model.config.model_type), **sizes, "dtype": _dtype(model.dtype)}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _settings(
+    spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int, model: PreTrainedModel
+) -> dict[str, Any]:
+    """What was asked for and what computed it, without the paths of one machine."""
+    own = ("data_dir", "text", "efficiency_seconds")
+    asked = {key: value for key, value in asdict(spec).items() if key not in own}
+    kind = model.device.type
+    mixed = torch.is_autocast_enabled(kind)
+    asked["device"] = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+    asked["precision"] = f"{_dtype(torch.get_autocast_dtype(kind))} autocast" if mixed else _dtype(model.dtype)
+    sources = {name: question.source for name, question in questions.items() if isinstance(question, Drawn)}
+    versions = {package: _version(package) for package in _PACKAGES}
+    return {**asked, "local": spec.data_dir is not None, "excluded": excluded, "data": sources, "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,359 @@
+"""Accuracy of a causal language model on tasks: log-likelihoods of continuations, and what follows from them.
+
+Continuations are scored as in lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602): context and continuation
+are encoded as one text and cut at the length of the encoded context; `acc` picks the continuation of the highest sum of
+log p, `acc_norm` that of the highest sum per character. A context too long for the model (`Stack.limit`) loses its
+beginning.
+
+Whether greedy decoding would give a continuation is read off the same pass: up to its first mistake, decoding sees the
+very tokens that scoring feeds. So scores of the generation type, which lose most when layers go, cost no generation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.evaluation.task_items import Item, copy_items
+from iskd.models import Stack, autocast_head, finish_logits, project, scoring
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 4096
+HEAD_CHUNK = 256  # positions whose logits exist at a time
+_AT_A_TIME = 1 << 22  # drawn items in memory
+
+Pairs = Sequence[tuple[str, str]]
+Step = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihoods:
+    """What a model says about N continuations, on the CPU.
+
+    Attributes:
+        log_p: sum over the continuation's tokens of log p, in nats [N], float64.
+        led: how many tokens of the continuation greedy decoding gives before its first mistake [N].
+        tokens: length of the continuation in tokens [N].
+        characters: its length in characters without the space in front [N].
+    """
+
+    log_p: Tensor
+    led: Tensor
+    tokens: Tensor
+    characters: Tensor
+
+    @property
+    def greedy(self) -> Tensor:
+        """Whether greedy decoding gives the whole continuation [N]."""
+        return self.led == self.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """Scores of a model by item.
+
+    Attributes:
+        ids: the items' ids.
+        values: by metric, one number per item [N] in float32: `acc` and `acc_norm`, 1 = right; `log_p` of the right
+            continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake.
+    """
+
+    ids: tuple[str, ...]
+    values: dict[str, Tensor]
+
+    def of(self, metric: str) -> Tensor:
+        """Values [N] of a metric. Raises ValueError for an unknown one."""
+        if metric not in self.values:
+            raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(self.values)}")
+        return self.values[metric]
+
+    def mean(self, metric: str = "acc") -> float:
+        """Mean over the items."""
+        return self.of(metric).double().mean().item()
+
+    def stderr(self, metric: str = "acc") -> float:
+        """Standard error of the mean; nan for a single item."""
+        values = self.of(metric).double()
+        return float("nan") if len(values) < 2 else (values.std() / len(values) ** 0.5).item()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean difference of two models on the same items, with a bootstrap confidence interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
+) -> TaskResult:
+    """Scores of a model on items. Raises ValueError as `log_likelihoods` does, and when there is no item."""
+    return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step))
+
+
+def copy_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, items: int = 50, words: int = 10, seed: int = 0
+) -> TaskResult:
+    """How well greedy decoding repeats lists of random words that it saw once.
+
+    The metric is `led`: the share of the list's tokens given before the first mistake; `acc` counts whole lists.
+    """
+    return evaluate(model, tokenizer, copy_items(items, words, seed))
+
+
+def paired(
+    a: TaskResult, b: TaskResult, metric: str = "acc", *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Paired:
+    """Difference `a` minus `b` on the same items, with the percentile interval of a bootstrap over items.
+
+    Raises:
+        ValueError: the two do not have the same items in the same order, or an unknown metric.
+    """
+    if a.ids != b.ids:
+        raise ValueError(
+            f"a paired difference needs the same items in the same order, got {len(a.ids)} and {len(b.ids)}"
+        )
+    differences = (a.of(metric) - b.of(metric)).double()
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = resampled_means(differences, resamples, seed).quantile(tails).tolist()
+    return Paired(differences.mean().item(), low, high)
+
+
+def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
+    """Means over the items of bootstrap resamples [resamples, ...] in float64, for values [N, ...] of N items.
+
+    A few resamples exist at a time: all of them at once would be gigabytes for BLiMP. The draws are one stream of the
+    seed, so that how many exist at a time changes nothing.
+    """
+    items, generator = len(values), torch.Generator().manual_seed(seed)
+    step = max(1, _AT_A_TIME // items)
+    means = []
+    for start in range(0, resamples, step):
+        drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
+        means.append(values.double()[drawn].mean(1))
+    return torch.cat(means)
+
+
+def pairs_of(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """(context, continuation) of all choices of all items, in order."""
+    return [pair for item in items for pair in item.pairs]
+
+
+def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
+    """Scores that follow from the likelihoods of `pairs_of(items)`; of equal choices the first counts."""
+    log_p = found.log_p.tolist()
+    norm = (found.log_p / found.characters).tolist()
+    greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
+    rows, start = [], 0
+    for item in items:
+        end, gold = start + len(item.pairs), start + item.gold
+        if end - start == 1:
+            right = [greedy[start], greedy[start]]
+        else:
+            right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm)]
+        rows.append([*map(float, right), log_p[gold], led[gold]])
+        start = end
+    columns = torch.tensor(rows).unbind(1)
+    return TaskResult(
+        tuple(item.id for item in items), dict(zip(("acc", "acc_norm", "log_p", "led"), columns, strict=True))
+    )
+
+
+def log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
+) -> Likelihoods:
+    """Log-likelihood of each continuation given its context; see `by_branch`, of which this is the plain case."""
+    stack = Stack(model)
+    (found,) = by_branch(
+        model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens, step=step
+    )
+    return found
+
+
+def by_branch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    states: Callable[[Tensor], Iterable[Tensor]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    step: Step | None = None,
+) -> list[Likelihoods]:
+    """Log-likelihoods of each (context, continuation) under variants of a model that share its head.
+
+    Texts are padded on the right, in batches of like length; an input that begins another one, such as that of choices
+    of a single token, is not run again. Logits exist for a few positions of the continuations at a time. The model is
+    left as it was found.
+
+    Args:
+        model: gives the head and the context length; run under the caller's autocast.
+        tokenizer: the model's own.
+        pairs: N texts and their continuations; the context may be empty.
+        states: for token ids [B, T], the state after the final norm [B, T, D] under each variant in turn.
+        batch_tokens: most tokens in a batch, padding included, but for a single longer text.
+        step: told how many of the pairs are done.
+
+    Raises:
+        ValueError: no pairs, batch_tokens < 1, ids without an embedding row, a continuation without a token of its own
+            or longer than the model's context, or a model that gives nan.
+    """
+    stack = Stack(model)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    with scoring(model):
+        texts = _encode(tokenizer, pairs, stack)
+        log_p: list[Tensor] = []
+        led: list[Tensor] = []
+        done = 0
+        for batch in _batches(texts, batch_tokens):
+            for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
+                if branch == len(log_p):
+                    log_p.append(torch.zeros(len(texts), dtype=torch.float64))
+                    led.append(torch.zeros(len(texts), dtype=torch.int64))
+                _score(stack, batch, h_BTD, log_p[branch], led[branch])
+            done += len(batch.pairs)
+            if step is not None:
+                step(done, len(texts))
+    if bad := [i for sums in log_p for i in sums.isnan().nonzero()]:
+        context, continuation = pairs[int(bad[0])]
+        raise ValueError(
+            f"the model gives nan for {continuation!r:.100} after {context[-100:]!r}: its weights are broken"
+        )
+    tokens = torch.tensor([len(text.targets) for text in texts])
+    characters = torch.tensor([len(continuation.removeprefix(" ")) for _, continuation in pairs])
+    return [Likelihoods(*sums, tokens, characters) for sums in zip(log_p, led, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Input ids of one pair, and the ids that its last positions predict."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Padded rows [B, T] and the M positions in them that predict continuations, pair by pair."""
+
+    ids: Tensor
+    row_M: Tensor
+    at_M: Tensor
+    targets_M: Tensor
+    pairs: list[int]
+    lengths: list[int]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> list[_Text]:
+    """Input and targets of every pair; space at a context's end belongs to the continuation's first token."""
+    if not pairs:
+        raise ValueError("there is nothing to score: no items")
+    front, start = _first_ids(tokenizer)
+    wholes = tokenizer([context + continuation for context, continuation in pairs], add_special_tokens=False).input_ids
+    stripped = list(dict.fromkeys(context.rstrip() for context, _ in pairs))
+    encoded = tokenizer(stripped, add_special_tokens=False).input_ids
+    lengths = {text: len(ids) for text, ids in zip(stripped, encoded, strict=True)}
+    rows, context_tokens, texts, cut = stack.head[0].shape[0], stack.limit, [], 0
+    for (context, continuation), whole in zip(pairs, wholes, strict=True):
+        length = lengths[context.rstrip()]
+        if not (length or front) and start is None:
+            raise ValueError("a text without a context needs a token to start from: set the tokenizer's bos_token")
+        targets = tuple(whole[length:])
+        ids = ((*front, *whole) if front or length else (start, *whole))[:-1]
+        limit = context_tokens or len(ids)
+        if not targets or len(targets) > limit:
+            raise ValueError(
+                f"the continuation {continuation!r:.100} has {len(targets)} tokens of its own; "
+                f"between 1 and {limit} (the model's context) can be scored"
+            )
+        if max(whole) >= rows:
+            raise ValueError(
+                f"the tokenizer gives id {max(whole)}, the model has {rows} rows: they do not belong together"
+            )
+        cut += len(ids) > limit
+        texts.append(_Text(ids[-limit:], targets))
+    if cut:
+        log.warning("%d of %d texts lost their beginning: the context is %d tokens", cut, len(texts), context_tokens)
+    return texts
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | None]:
+    """What the tokenizer itself puts before every text, and the id before a text that has no context."""
+    bos = tokenizer.bos_token_id
+    own = list(tokenizer("").input_ids)
+    return (own[:1] if bos is not None and own[:1] == [bos] else []), tokenizer.eos_token_id if bos is None else bos
+
+
+def _batches(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Batch]:
+    """All texts, the longest first; at most a quarter of a batch is padding."""
+    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))
+    start = 0
+    while start < len(rows):
+        longest = len(texts[rows[start][0]].ids)
+        full = start + max(1, batch_tokens // longest)
+        end = next((i for i in range(start, len(rows)) if 4 * len(texts[rows[i][0]].ids) < 3 * longest), len(rows))
+        yield _batch(texts, rows[start : min(full, end)])
+        start = min(full, end)
+
+
+def _rows(texts: Sequence[_Text]) -> list[list[int]]:
+    """Indices of texts by the row that scores them: in a causal model an input gives all that its beginnings give."""
+    rows: list[list[int]] = []
+    # in order, an input is followed by one that it begins, if there is any
+    for i in sorted(range(len(texts)), key=lambda i: texts[i].ids, reverse=True):
+        ids = texts[i].ids
+        if rows and texts[rows[-1][0]].ids[: len(ids)] == ids:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    return rows
+
+
+def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
+    placed = [(number, texts[i]) for number, row in enumerate(rows) for i in row]
+    at = [range(len(text.ids) - len(text.targets), len(text.ids)) for _, text in placed]
+    return _Batch(
+        # no position sees a later one, so any token can pad; with their own, hosts would warn that no mask came along
+        pad_sequence([torch.tensor(texts[row[0]].ids) for row in rows], True, float(placed[0][1].ids[-1])),
+        torch.tensor([number for number, text in placed for _ in text.targets]),
+        torch.tensor(list(chain.from_iterable(at))),
+        torch.tensor(list(chain.from_iterable(text.targets for _, text in placed))),
+        [i for row in rows for i in row],
+        [len(text.targets) for _, text in placed],
+    )
+
+
+def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor) -> None:
+    """Write the sums of a batch's pairs into [N] tensors."""
+    head = autocast_head(stack.head)
+    h_MD = h_BTD[batch.row_M.to(h_BTD.device), batch.at_M.to(h_BTD.device)]
+    values, hits = [], []
+    for h_mD, target_m in zip(h_MD.split(HEAD_CHUNK), batch.targets_M.to(h_BTD.device).split(HEAD_CHUNK), strict=True):
+        logits_mV = finish_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
+        values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
+        hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
+    parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
+    for pair, log_p_m, hit_m in parts:
+        log_p_N[pair] = log_p_m.sum()
+        led_N[pair] = hit_m.cumprod(0).sum()

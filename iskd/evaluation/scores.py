@@ -1,0 +1,185 @@
+"""What an evaluation found: scores by task, retention with intervals, perplexity; as json and as a table.
+
+Retention is the student's score / the teacher's on the same items, by task and as the mean over tasks, apart for
+multiple choice and for generation: students without some layers often still choose well when they can no longer write.
+Chance stands beside every score, as a ratio says nothing about tasks on which both models guess.
+
+Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004). Those of means
+over tasks come from the same draws, each task's items drawn on their own: tasks count alike, whatever their metric and
+their number of items, and how much another choice of tasks would change is not in the interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iskd.evaluation.likelihood import Paired, TaskResult, paired, resampled_means
+from iskd.evaluation.results import Interval
+from iskd.evaluation.text import TextScore
+
+CHOICE, GENERATION = "choice", "generation"
+_TAILS = (0.025, 0.975)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One model on one task.
+
+    Attributes:
+        kind: `choice`, the likeliest of several texts must be the right one, or `generation`, greedy decoding must
+            give it.
+        metric: the metric of `result` that is compared, in [0, 1], higher = better.
+        chance: what guessing gets.
+        result: all metrics by item.
+    """
+
+    kind: str
+    metric: str
+    chance: float
+    result: TaskResult
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's scores, in [0, 1].
+
+    Attributes:
+        task, kind, metric, chance: as in `Scored`.
+        items: how many both models were asked.
+        student, teacher: means over the items; the teacher's is None when there is none.
+        student_error, teacher_error: standard errors of the means; nan for one item.
+        difference: student - teacher, None without a teacher.
+        retention: student / teacher, None without a teacher, nan when the teacher gets nothing right.
+        metrics: means of all metrics of the task, by `student` and `teacher`.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    items: int
+    chance: float
+    student: float
+    student_error: float
+    teacher: float | None
+    teacher_error: float | None
+    difference: Interval | None
+    retention: Interval | None
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything found; equal for equal models, data, settings and machine.
+
+    Attributes:
+        tasks: in the order asked for.
+        retention: mean over the tasks of a kind, by kind; empty without a teacher. Tasks of which the teacher gets
+            nothing right are left out.
+        mean_retention: mean over the tasks of all kinds; None without a teacher, or when none is left.
+        text: perplexity and bits per byte; None when no text was given.
+        models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
+        settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
+    """
+
+    tasks: tuple[TaskScore, ...]
+    retention: dict[str, Interval]
+    mean_retention: Interval | None
+    text: TextScore | None
+    models: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+
+    def to_json(self) -> str:
+        """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
+        return json.dumps(_plain(asdict(self)), indent=1, sort_keys=True) + "\n"
+
+
+def compare(
+    student: Mapping[str, Scored], teacher: Mapping[str, Scored] | None, *, resamples: int, seed: int
+) -> tuple[tuple[TaskScore, ...], dict[str, Interval], Interval | None]:
+    """Scores by task, mean retention by kind, and over all tasks.
+
+    Args:
+        student: by task.
+        teacher: the same tasks and items; None = nothing to compare with.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the two were not asked the same items.
+    """
+    scores: list[TaskScore] = []
+    ratios: dict[str, Tensor] = {}
+    for task, mine in student.items():
+        theirs = None if teacher is None else teacher[task]
+        if theirs is None:
+            scores.append(_score(task, mine, None, None, None))
+            continue
+        difference = paired(mine.result, theirs.result, mine.metric, resamples=resamples, seed=seed)
+        ratios[task] = _ratios(mine, theirs, resamples, zlib.crc32(f"{seed}/{task}".encode()))
+        scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
+    kept = {task: row for task, row in ratios.items() if row[0].isfinite()}
+    means: dict[str, Interval] = {}
+    for kind in (CHOICE, GENERATION):
+        some = [row for task, row in kept.items() if student[task].kind == kind]
+        if some:
+            means[kind] = _estimate(torch.stack(some).mean(0))
+    return tuple(scores), means, _estimate(torch.stack(list(kept.values())).mean(0)) if kept else None
+
+
+def _score(
+    task: str, mine: Scored, theirs: Scored | None, difference: Paired | None, retention: Interval | None
+) -> TaskScore:
+    metrics = {"student": _means(mine.result)} | ({} if theirs is None else {"teacher": _means(theirs.result)})
+    return TaskScore(
+        task=task,
+        kind=mine.kind,
+        metric=mine.metric,
+        items=len(mine.result.ids),
+        chance=mine.chance,
+        student=mine.result.mean(mine.metric),
+        student_error=mine.result.stderr(mine.metric),
+        teacher=None if theirs is None else theirs.result.mean(mine.metric),
+        teacher_error=None if theirs is None else theirs.result.stderr(mine.metric),
+        difference=None if difference is None else Interval(difference.difference, difference.low, difference.high),
+        retention=retention,
+        metrics=metrics,
+    )
+
+
+def _means(result: TaskResult) -> dict[str, float]:
+    return {metric: result.mean(metric) for metric in result.values}
+
+
+def _ratios(mine: Scored, theirs: Scored, resamples: int, seed: int) -> Tensor:
+    """Student's mean / teacher's [1 + resamples], float64: on the items, then on every resample of them."""
+    both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
+    means = torch.cat([both_N2.mean(0, keepdim=True), resampled_means(both_N2, resamples, seed)])
+    student, teacher = means.unbind(1)
+    return torch.where(teacher > 0, student / teacher, torch.nan)
+
+
+def _estimate(values: Tensor) -> Interval:
+    """The first of the values, and the interval of the others, as far as they are finite."""
+    first, others = float(values[0]), values[1:][values[1:].isfinite()]
+    if math.isnan(first) or not len(others):
+        return Interval(first, math.nan, math.nan)
+    low, high = others.quantile(torch.tensor(_TAILS, dtype=torch.float64)).tolist()
+    return Interval(first, low, high)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,28 @@
+"""The student on disk: written, loaded, verified in a clean process, described by a card.
+
+Code beside exported weights imports `IskdConfig` and `IskdForCausalLM` from here.
+
+Imports: system, plan, models, blocks, evaluation.
+"""
+
+from __future__ import annotations
+
+from iskd.export.card_measured import refresh_card
+from iskd.export.folder import read_facts, student_folder, tokenizer_of
+from iskd.export.loading import IskdForCausalLM, load, register
+from iskd.export.student import IskdConfig
+from iskd.export.verification import verify
+from iskd.export.write import export
+
+__all__ = [
+    "IskdConfig",
+    "IskdForCausalLM",
+    "export",
+    "load",
+    "read_facts",
+    "refresh_card",
+    "register",
+    "student_folder",
+    "tokenizer_of",
+    "verify",
+]

@@ -1,0 +1,188 @@
+"""What a model card says about scores and efficiency, as tables and as the `model-index` that model hubs read.
+
+It is read off evaluation.json and efficiency.json of the run. They may be written, or written again, after the card:
+the tables stand between two marks, so that they can be renewed without touching what somebody wrote around them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from iskd.evaluation import TASKS, Efficiency, Evaluation, Interval
+from iskd.evaluation.results import EFFICIENCY_FILE, EVALUATION_FILE, efficiency_of, evaluation_of
+from iskd.system import Json, number, read_json, write_whole
+from iskd.system.text import ABSENT, percent
+
+CARD = "README.md"
+INDEX = "model-index"
+_BEGIN, _END = "<!-- measured by iskd -->", "<!-- end of what iskd measured -->"
+_BETWEEN = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_FRONT = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
+_MIB = 2**20
+
+
+def measured_section(run_dir: Path | None) -> str:
+    """The tables of scores and of efficiency between their marks; nothing but the marks where nothing was measured."""
+    evaluation, efficiency = _read(run_dir)
+    parts = [*(_scores(evaluation) if evaluation else []), *(_efficiency(efficiency) if efficiency else [])]
+    return "\n\n".join([_BEGIN, *parts, _END])
+
+
+def model_index(name: str, run_dir: Path | None) -> Json:
+    """The header's `model-index`: what the student scores by task; {} without an evaluation.
+
+    Args:
+        name: of the model.
+        run_dir: the run's folder.
+    """
+    evaluation, _ = _read(run_dir)
+    results = []
+    for task in evaluation.tasks if evaluation else ():
+        if math.isfinite(task.student):
+            hub, _, config = (TASKS[task.name].hub if task.name in TASKS else task.name).partition(", ")
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=hub,
+                    dataset_name=task.name,
+                    dataset_config=config or None,
+                    metric_type=task.metric or "score",
+                    metric_value=round(task.student, 6),
+                )
+            )
+    return {INDEX: eval_results_to_model_index(name, results)} if results else {}
+
+
+def refresh_card(folder: Path, run_dir: Path) -> Path | None:
+    """Renew what the card in `folder` says about measurements, and nothing else of it; None where there is no card.
+
+    Raises:
+        ValueError: the card's header cannot be read.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    front = _FRONT.match(text)
+    try:
+        header = yaml.safe_load(front[1]) if front else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the header of {file} cannot be read ({error!s:.200}): mend it, or export again") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {file} must hold keys and values: mend it, or export again")
+    body = text[front.end() :] if front else text
+    title = re.search(r"^# (.+)$", body, re.MULTILINE)
+    header = {key: value for key, value in header.items() if key != INDEX}
+    header |= model_index(title[1] if title else folder.resolve().name, run_dir)
+    section = measured_section(run_dir)
+    if _BETWEEN.search(body):
+        body = _BETWEEN.sub(lambda _: section, body, count=1)
+    else:
+        body = f"{body.rstrip()}\n\n{section}\n"
+    return write_whole(file, f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{body}")
+
+
+def _read(run_dir: Path | None) -> tuple[Evaluation | None, Efficiency | None]:
+    """What the run's two files hold; a card must not fail because one of them is broken."""
+    found: list[Any] = []
+    for name, parse in ((EVALUATION_FILE, evaluation_of), (EFFICIENCY_FILE, efficiency_of)):
+        file = run_dir / name if run_dir else None
+        try:
+            found.append(parse(read_json(file)) if file and file.is_file() else None)
+        except ValueError:
+            found.append(None)
+    return found[0], found[1]
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    cells.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _scores(evaluation: Evaluation) -> list[str]:
+    rows = [
+        [
+            task.name,
+            task.metric,
+            *(percent(value) for value in (task.chance, task.teacher, task.student)),
+            _interval(task.retention),
+            number(task.items),
+        ]
+        for task in evaluation.tasks
+    ]
+    means = {f"mean, {kind}": mean for kind, mean in evaluation.means.items()}
+    if len(means) != 1 and math.isfinite(evaluation.mean.value):
+        means["mean"] = evaluation.mean
+    rows += [[name, "", "", "", "", _interval(mean), ""] for name, mean in means.items()]
+    parts = ["## Scores"]
+    if rows:
+        head = ("task", "metric", "chance %", "teacher %", "student %", "retention % (95 %)", "items")
+        parts.append(_table(head, rows))
+        parts.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
+    text = evaluation.rest.get("text")
+    if isinstance(text, dict):
+        parts.append(_table(("text", "teacher", "student"), _text_rows(text)))
+    settings = evaluation.rest.get("settings")
+    if isinstance(settings, dict):
+        asked = {key: settings[key] for key in ("device", "precision", "limit", "seed") if key in settings}
+        versions = settings.get("versions")
+        asked |= {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
+        told = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
+        parts += [f"Measured with {told}."] if told else []
+    return parts
+
+
+def _text_rows(text: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, key in (("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")):
+        values = (text.get(f"teacher_{key}"), text.get(key))
+        rows.append([name, *(number(value, 4) if isinstance(value, (int, float)) else ABSENT for value in values)])
+    return rows
+
+
+def _efficiency(efficiency: Efficiency) -> list[str]:
+    both = (efficiency.teacher, efficiency.student)
+    rows: list[list[str]] = []
+
+    def add(name: str, values: list[float]) -> None:
+        teacher, student = values
+        ratio = student / teacher if teacher > 0 else math.nan
+        rows.append([name, number(teacher), number(student), ABSENT if math.isnan(ratio) else f"{ratio:.2f}"])
+
+    for name, key, scale in (
+        ("parameters (millions)", "params", 1e6),
+        ("weights (MiB)", "weight_bytes", _MIB),
+        ("peak memory (MiB)", "peak_memory_bytes", _MIB),
+    ):
+        add(name, [getattr(model, key) / scale if model else math.nan for model in both])
+    for length in sorted({found.context for model in both if model for found in model.contexts}):
+        at = [model.at(length) if model else None for model in both]
+        for name, key, scale in (
+            ("prefill of {:,} tokens (ms)", "prefill_seconds", 1e-3),
+            ("a token after {:,} (ms)", "decode_seconds_per_token", 1e-3),
+            ("cache after {:,} (MiB)", "cache_bytes", _MIB),
+        ):
+            add(name.format(length), [getattr(found, key) / scale if found else math.nan for found in at])
+    machine = efficiency.machine
+    told = "; ".join(f"{key} {_plain(value)}" for key, value in machine.items()) if isinstance(machine, dict) else ""
+    where = [f"Measured on: {told}."] if told else []
+    return ["## Efficiency", _table(("", "teacher", "student", "student / teacher"), rows), *where]
+
+
+def _interval(found: Interval) -> str:
+    if not math.isfinite(found.low) or not math.isfinite(found.high):
+        return percent(found.value)
+    return f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,49 @@
+"""The folder of an exported student: the names of its files and what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from iskd.plan.results import STAGES_FILE
+from iskd.system import Json, read_json
+
+FACTS, CODE = "export.json", "modeling_iskd.py"
+
+
+def student_folder(folder: Path) -> Path:
+    """`folder`, or where it is the directory of a run the student in it. Raises ValueError when there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the one that holds config.json, such as RUN_DIR/model")
+    inner = folder / "model"
+    found = inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+    if not (found / "config.json").is_file() and (folder / STAGES_FILE).is_file():
+        raise ValueError(
+            f"{folder} is a run that wrote no student (export=false): resume={folder} export=true writes it"
+        )
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model directory: config.json is missing")
+    return found
+
+
+def read_facts(folder: Path) -> Json:
+    """The `export.json` of a folder; {} where there is none. Raises ValueError when it is not an object."""
+    file = folder / FACTS
+    facts = read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} must hold an object, got {type(facts).__name__}: export the student again")
+    return facts
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's folder, None where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the parser of tokenizer.json raises nothing narrower
+        raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {error!s:.300}") from error
+    return loaded

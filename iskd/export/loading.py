@@ -1,0 +1,296 @@
+"""Loading an exported student, as a stranger's file: nothing in it runs code or costs more than its weights do.
+
+A native export is opened by transformers, any other is built from its teacher's config and its record. `register` makes
+`AutoModelForCausalLM.from_pretrained` do the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from iskd.export.student import IskdConfig, student_class
+from iskd.models import surgery
+from iskd.models.families import FAMILIES
+from iskd.models.weights import WEIGHTS, check_whole, load_model_tensors, present_weights
+from iskd.plan import Record
+from iskd.plan.reading import MAX_LAYERS, record_from_json
+from iskd.system import Json, read_json
+
+# Keys by which a config reaches beyond its architecture: kernels from a hub, other formats of the weights, sizes that
+# differ from layer to layer, a table as long as a number says. No student is written with a value for any of them.
+_FOREIGN = (
+    "attn_implementation",
+    "experts_implementation",
+    "_attn_implementation",
+    "_experts_implementation",
+    "quantization_config",
+    "per_layer_config",
+    "num_labels",
+)
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
+# file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
+_TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
+
+
+class IskdForCausalLM(PreTrainedModel):
+    """Stands in transformers' registry; loading returns the teacher's own class with the record applied."""
+
+    config_class = IskdConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        revision, local = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
+        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(harmless, None)
+        unknown = [key for key, value in kwargs.items() if value is not None]
+        if args or unknown:
+            raise ValueError(
+                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
+                "load first, then move or wrap the model"
+            )
+        model = load(_folder_of(pretrained_model_name_or_path, revision, local))
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def register() -> None:
+    """Tell transformers' Auto classes about students; `import iskd` calls it once."""
+    AutoConfig.register("iskd", IskdConfig, exist_ok=True)
+    AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
+
+
+def _folder_of(name: Any, revision: str | None, local: bool) -> Path:
+    """A folder as it is, or the snapshot of a student that somebody put on the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    files = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(str(name), revision=revision, local_files_only=local, allow_patterns=files))
+
+
+@dataclass(frozen=True)
+class Described:
+    """What an exported student's files say, checked against each other without reading its weights.
+
+    Attributes:
+        folder: where it lies.
+        native: whether plain transformers loads it.
+        config: its own where native, else its teacher's.
+        record: the edits that are left to apply; none where native.
+    """
+
+    folder: Path
+    native: bool
+    config: PreTrainedConfig
+    record: Record
+
+
+def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load an exported student, in float32 and evaluation mode.
+
+    No code that comes with the folder is run, and nothing is built that its weights do not account for.
+
+    Raises:
+        ValueError: the folder is not a student, a weights file is missing or cut short, its record names a class
+            outside the allow-list, or its weights do not fit its record.
+    """
+    found = describe(directory)
+    with _only_value_errors(found.folder):
+        return (_load_native if found.native else _load_edited)(found).eval()
+
+
+def describe(directory: str | os.PathLike[str]) -> Described:
+    """Check an exported student's files, without loading its weights.
+
+    Raises:
+        ValueError: as `load`, except for what only the weights themselves can tell.
+    """
+    folder = Path(directory)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} is not a model directory: config.json is missing")
+    data = read_json(config_file)
+    if not isinstance(data, dict):
+        raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
+    native = data.get("model_type") != "iskd"
+    with _only_value_errors(folder):
+        for file in present_weights(folder):
+            check_whole(file)
+        try:
+            config, record = (_describe_native if native else _describe_edited)(folder, data)
+            _check_size(folder, config, record)
+        except ValueError as error:
+            raise ValueError(f"{error}{_other_versions(data)}") from error
+    return Described(folder, native, config, record)
+
+
+def _other_versions(data: Json) -> str:
+    """What to tell a reader whose file was written by other versions than those that fail to read it."""
+    from iskd.system.version import __version__  # at the first call: iskd itself imports this module
+
+    here = {"iskd": __version__, "transformers": transformers.__version__}
+    there = {name: data.get(f"{name}_version") for name in here}
+    other = [
+        f"{name} {str(there[name])[:40]} (here {own})" for name, own in here.items() if there[name] not in (None, own)
+    ]
+    return (
+        f"; config.json was written by {' and '.join(other)}: read it with those, or export it again" if other else ""
+    )
+
+
+@contextmanager
+def _only_value_errors(folder: Path) -> Iterator[None]:
+    """Libraries fail in any way they like on values that nobody meant; for the caller it is one thing: a bad folder."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error!s:.300}") from error
+
+
+def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
+        )
+    config = _host_config(data, folder / "config.json")
+    return config, Record(config.num_hidden_layers)
+
+
+def _describe_edited(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
+    record = record_from_json(data.get("record", {}))
+    config = _host_config(data.get("teacher"), folder / "config.json")
+    if config.num_hidden_layers != record.num_layers:
+        raise ValueError(
+            f"{folder / 'config.json'}: the record is about {record.num_layers} layers, "
+            f"its teacher has {config.num_hidden_layers}"
+        )
+    return config, record
+
+
+def _load_native(found: Described) -> PreTrainedModel:
+    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        found.folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    model, report = loaded
+    # transformers would fill these with random numbers and only warn
+    if unset := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{found.folder}: the weights do not fit config.json: {unset[0]!r} is missing ({len(unset)} such)"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _load_edited(found: Described) -> PreTrainedModel:
+    folder, record, config = found.folder, found.record, found.config
+    model: Any = _build(config, record)
+    load_model_tensors(model, _tensors(folder))
+    generation = folder / "generation_config.json"
+    if generation.is_file() and model.generation_config is not None:
+        read_json(generation)
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.__class__ = student_class(cast(Any, type(model)))
+    model.iskd_record, model.iskd_teacher_config = record, config
+    return model
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All weights by name, from one file or from shards."""
+    found: dict[str, Tensor] = {}
+    for file in present_weights(folder):
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{file}: {twice[0]!r} stands in another shard too: export the student again")
+        found |= tensors
+    return found
+
+
+def _build(config: PreTrainedConfig, record: Record) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        surgery.apply(model, Record(record.num_layers), record.edits)
+    return model
+
+
+def _host_config(values: Any, file: Path) -> PreTrainedConfig:
+    """The config of a supported family from a file's values, which reach for nothing outside of that family."""
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{file}: model_type is missing or unknown, got {kind!r:.80}; known are {sorted(FAMILIES)}")
+    foreign = [key for key in _FOREIGN if values.get(key) is not None]
+    if foreign:
+        raise ValueError(f"{file}: a student has no {foreign[0]}; remove the key if you trust the rest of the file")
+    for key in _DEPTHS:
+        depth = values.get(key)
+        if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
+            raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+    # the family's own class is used, whatever modelling code the hub has for it as well
+    plain = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+    return AutoConfig.for_model(kind, **plain)
+
+
+def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
+    """Build the student without memory first, and compare its size with that of the weights."""
+    shapes = []
+    for file in present_weights(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    if not shapes:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: there is no such file, or nothing in it")
+    most = _TIMES * sum(map(math.prod, shapes)) + _SPARE
+    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), folder):
+        model = _build(config, Record(record.num_layers))
+        _check_numbers(model, most, folder)
+        surgery.apply(model, Record(record.num_layers), record.edits)
+        _check_numbers(model, most, folder)
+
+
+def _check_numbers(model: nn.Module, most: int, folder: Path) -> None:
+    found = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if found > most:
+        raise ValueError(f"{folder}: config.json describes {found:,} numbers, far more than its weights hold")
+
+
+@contextmanager
+def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
+    """Stop the building of a model that would never end, such as one with a billion inner layers."""
+    left = count
+
+    def registered(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"{folder}: config.json describes far more parameters than its weights hold")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()

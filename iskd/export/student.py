@@ -1,0 +1,224 @@
+"""The format of an exported student: its class, its config and the code beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.blocks import inputs_of
+from iskd.export.folder import CODE, FACTS
+from iskd.models import Stack
+from iskd.models.weights import INDEX, model_tensors
+from iskd.plan import Record, to_json
+from iskd.system import Json, read_json
+
+MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
+# What an attention computes with besides its weights, derived from the config and its place when it is built.
+_DERIVED = ("scaling", "head_dim", "sliding_window")
+
+
+class IskdConfig(PreTrainedConfig):
+    """What a student is: the teacher's config and the record of edits."""
+
+    model_type = "iskd"
+
+    def __init__(
+        self, teacher: dict[str, Any] | None = None, record: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.teacher = teacher or {}
+        self.record = record or {}
+        super().__init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy this very module beside every student that is saved afterwards."""
+
+
+class Student:
+    """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
+
+    Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with
+    random full-size ones and only warn.
+    """
+
+    iskd_record: Record
+    iskd_teacher_config: PreTrainedConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *_: Any,
+        max_shard_size: int | str = MAX_SHARD_BYTES,
+        **__: Any,
+    ) -> None:
+        """Write the student with its record, in shards of at most `max_shard_size` (bytes, or text as "5GB")."""
+        student = cast(PreTrainedModel, self)
+        write(Path(save_directory), student, self.iskd_record, self.iskd_teacher_config, max_shard_bytes=max_shard_size)
+
+
+@cache
+def student_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The teacher's own class with `Student` mixed in."""
+    return type(f"Iskd{cls.__name__}", (Student, cls), {})
+
+
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    return next(cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, Student))
+
+
+def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
+    """The config from which the teacher's own class builds this very student, or None when no config can say it.
+
+    Depth and per-layer lists are true since the edits. Sizes are read off the first block: heads that left need an
+    explicit `head_dim`, which Llama, Mistral, Gemma, Qwen3 declare and Qwen2 and Phi take; GPT-2, GPT-NeoX and OPT
+    derive it from their width, so that only their MLPs can be smaller. Whether the other blocks are alike is found by
+    building the model without memory. Sizes that differ from layer to layer would need `per_layer_config`, on which
+    stock Llama and its kin of transformers 5.23 raise `AmbiguousGlobalPerLayerAttributeError`.
+    """
+    stack = Stack(model)
+    dims, family, block = stack.dims, stack.family, stack.layers[0]
+    config = copy.deepcopy(model.config)
+    try:
+        heads = inputs_of(block.get_submodule(family.out)) // dims.head_dim
+        channels = inputs_of(block.get_submodule(family.down))
+        if channels != dims.mlp:
+            setattr(config, family.mlp_size, channels)
+        if heads != dims.heads:
+            config.head_dim, config.num_attention_heads = dims.head_dim, heads
+            if getattr(config, "num_key_value_heads", None) is not None:
+                config.num_key_value_heads = heads * dims.kv_heads // dims.heads
+        # as it will be read, checks of the family included
+        config = type(config).from_dict(config.to_dict())
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            stock = _stock_class(model)(config)
+    except (AttributeError, ValueError, StrictDataclassError):
+        return None  # the block has no such parts, or the family no such sizes
+    return config if _build_of(stock) == _build_of(model) else None
+
+
+def _build_of(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
+    """Everything about a model but the values of its weights."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    return (
+        {name: type(module) for name, module in modules.items()},
+        {name: tensor.shape for name, tensor in chain(model.named_parameters(), model.named_buffers())},
+        {f"{name}.{key}": vars(module).get(key) for name, module in modules.items() for key in _DERIVED},
+    )
+
+
+def write(
+    target: Path,
+    model: PreTrainedModel,
+    record: Record,
+    teacher_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_bytes: int | str = MAX_SHARD_BYTES,
+) -> bool:
+    """Write config, weights, record, generation config and tokenizer into the folder `target`.
+
+    Weights that lie there already go first: a shard too many, or a single file beside an index, would be read later.
+    Returns whether plain transformers can load it, see `native_config`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in (*target.glob("model*.safetensors"), target / INDEX, target / FACTS, target / CODE):
+        stale.unlink(missing_ok=True)
+    native = native_config(model)
+    if native is not None:
+        PreTrainedModel.save_pretrained(model, target, max_shard_size=max_shard_bytes)
+        native.architectures, native.dtype = [_stock_class(model).__name__], model.dtype
+        native.save_pretrained(target)
+        _say_it_as_others_ask(target / "config.json")
+    else:
+        _write_own(target, model, record, teacher_config, max_shard_bytes)
+    (target / "record.json").write_text(json.dumps(to_json(record), indent=1))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    return native is not None
+
+
+def _write_own(
+    target: Path,
+    model: PreTrainedModel,
+    record: Record,
+    teacher_config: PreTrainedConfig,
+    max_shard_bytes: int | str,
+) -> None:
+    teacher = {key: value for key, value in teacher_config.to_dict().items() if key != "_name_or_path"}
+    module = CODE.removesuffix(".py")
+    config = IskdConfig(
+        teacher=teacher,
+        record=to_json(record),
+        iskd_version=_versions()["iskd"],
+        architectures=["IskdForCausalLM"],
+        auto_map={"AutoConfig": f"{module}.IskdConfig", "AutoModelForCausalLM": f"{module}.IskdForCausalLM"},
+    )
+    config.save_pretrained(target)
+    (target / CODE).write_text(_MODELING)
+    tensors = model_tensors(model)
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, target / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (target / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(target)
+
+
+# Beside the weights of a student that no config of its teacher's architecture describes. transformers copies the file
+# to its own cache and runs it there when the user says trust_remote_code=True. The import stands in a try, because
+# transformers asks for the packages of every other import itself and knows no better than their names.
+_MODELING = """# Written by iskd for AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+try:
+    from iskd.export import IskdConfig
+    from iskd.loading import IskdForCausalLM
+except ImportError as error:
+    raise ImportError(
+        "this student has compact blocks or converted mixers, whose code is in the package iskd: pip install iskd "
+        f"({error})"
+    ) from error
+
+__all__ = ["IskdConfig", "IskdForCausalLM"]
+"""
+
+
+def _say_it_as_others_ask(file: Path) -> None:
+    """Add keys that transformers 4, vLLM and llama.cpp read and transformers 5 does not write (docs/loading.md).
+
+    transformers 5 reads them as what it writes itself: a base of the rotary angles in `rope_parameters` alone would be
+    overlooked by others, who would go on with their default.
+    """
+    values: Json = read_json(file)
+    kind, rope = values["model_type"], values.get("rope_parameters") or {}
+    theta, share = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    for key, name in (("rope_theta", theta), ("partial_rotary_factor", share)):
+        if key in rope:
+            values[name] = rope[key]
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if kind == "gpt2":
+        values["n_ctx"] = values["n_positions"]
+    elif kind == "phi":
+        values["n_inner"] = values["intermediate_size"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    from iskd.system.version import __version__  # at the first call: iskd itself imports this module
+
+    return {"iskd": __version__, "transformers": transformers.__version__, "torch": torch.__version__}

@@ -1,0 +1,112 @@
+"""A student on disk that others can load: written, then reopened in a fresh process before it counts.
+
+A student that some config of the teacher's own architecture describes (nothing edited, layers removed, all layers
+slimmed to the same sizes) is written with that config and loads with plain transformers. Any other is written with
+`model_type: iskd`, its record and its teacher's config; it loads with `iskd.load(dir)`, or with
+`AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`, or with `trust_remote_code=True`, which runs the few
+lines of `modeling_iskd.py` beside the weights that import iskd.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.export.card import write_card
+from iskd.export.folder import FACTS
+from iskd.export.probe import Probe, ask, differences, reopen
+from iskd.export.student import MAX_SHARD_BYTES, _versions, write
+from iskd.models.weights import weight_files
+from iskd.plan import Record
+from iskd.system import Json, file_sha256
+
+
+@torch.no_grad()
+def export(
+    target: Path,
+    model: PreTrainedModel,
+    record: Record,
+    teacher_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    verify: bool = True,
+    teacher: Mapping[str, Any] | None = None,
+    run_dir: Path | None = None,
+    max_shard_bytes: int | str = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a student to `target`, replacing an earlier export, and reopen it in a fresh process.
+
+    Beside the student lie a model card and `export.json`: what the student says to a fixed input, the hashes of its
+    weights, its teacher and the versions that made it. `iskd.export.verification` compares with it.
+
+    Args:
+        target: folder of the export.
+        model: the student.
+        record: its edits.
+        teacher_config: config of its teacher.
+        tokenizer: written beside it.
+        verify: whether to reopen it now.
+        teacher: where the teacher came from, `iskd.teacher.load.Loaded.source`.
+        run_dir: folder of the run, from whose files the card is written.
+        max_shard_bytes: of one weights file, as a number or as text such as "5GB".
+
+    Raises:
+        RuntimeError: the reopened student gives other logits or another greedy text; nothing is left at `target`.
+    """
+    was_training = model.training
+    model.eval()
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        native = write(draft, model, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
+        probe = ask(model)
+        _write_facts(draft, probe, teacher or {}, native=native)
+        write_card(
+            draft,
+            record,
+            native=native,
+            model_type=teacher_config.model_type,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            versions=_versions(),
+            teacher=teacher,
+            run_dir=run_dir,
+        )
+        if verify:
+            _verify(draft, probe, native=native)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        model.train(was_training)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(draft, target)
+    return target
+
+
+def _write_facts(folder: Path, probe: Probe, teacher: Mapping[str, Any], *, native: bool) -> None:
+    facts: Json = {
+        "kind": "native" if native else "iskd",
+        "versions": _versions(),
+        # a folder of this machine says nothing elsewhere
+        "teacher": {key: value for key, value in teacher.items() if key != "path"},
+        "weights": {
+            file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in weight_files(folder)
+        },
+        "probe": probe.to_json(),
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=1))
+
+
+def _verify(folder: Path, probe: Probe, *, native: bool) -> None:
+    """Equal logits and equal greedy text in a process that knows nothing of this one."""
+    found = reopen(folder, probe, native=native)
+    problems = [*(f"the weights lack {name}" for name in found.missing), *differences(probe, found.probe)[0]]
+    if problems:
+        raise RuntimeError(f"the exported student cannot be trusted: {problems[0]}")

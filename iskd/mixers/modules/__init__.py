@@ -1,0 +1,21 @@
+"""Small layers and checks that several mixers are made of.
+
+Imports: models.
+"""
+
+from __future__ import annotations
+
+from iskd.mixers.modules.layers import HeadNorm, OutputGate, Rotary, ShortConv
+from iskd.mixers.modules.limits import check_count, check_memory, check_number
+from iskd.mixers.modules.projections import Projections
+
+__all__ = [
+    "HeadNorm",
+    "OutputGate",
+    "Projections",
+    "Rotary",
+    "ShortConv",
+    "check_count",
+    "check_memory",
+    "check_number",
+]

@@ -1,0 +1,138 @@
+"""The families of models: where their layers are and how a block is called. A new family goes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a decoder family are.
+
+    Paths of the base model start at the language model, paths of a block at the block.
+
+    Attributes:
+        base, layers, embed, norm: base model, its blocks, its token embedding, its final norm.
+        qkv, out, attn: input projections, output projection and module of the attention.
+        fused: how one qkv matrix packs its outputs: "" = three matrices, "thirds" = q | k | v,
+            "heads" = (q, k, v) of head 0, of head 1, ...
+        qk_norms: norms of queries and keys, one head wide; a model of the family may lack them.
+        ups, down: projections into and out of the MLP's channels.
+        mlp_size: the config's key of the MLP width.
+        rotary, positions, dropout: rotary embedding, learned positions, embedding dropout (None = has none).
+        cache_key, positional: the block's keyword for the KV cache; names of arguments that hosts pass by position.
+    """
+
+    base: str = "model"
+    layers: str = "layers"
+    embed: str = "embed_tokens"
+    norm: str = "norm"
+    attn: str = "self_attn"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.o_proj"
+    fused: str = ""
+    qk_norms: tuple[str, ...] = ()
+    ups: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    mlp_size: str = "intermediate_size"
+    rotary: str | None = "rotary_emb"
+    positions: str | None = None
+    dropout: str | None = None
+    cache_key: str = "past_key_values"
+    positional: tuple[str, ...] = ()
+
+
+_LLAMA_LIKE = Family()
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": Family(qk_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "gemma": _LLAMA_LIKE,
+    "phi": Family(
+        norm="final_layernorm",
+        out="self_attn.dense",
+        qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ups=("mlp.fc1",),
+        down="mlp.fc2",
+        dropout="embed_dropout",
+    ),
+    "gpt2": Family(
+        base="transformer",
+        layers="h",
+        embed="wte",
+        norm="ln_f",
+        attn="attn",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        fused="thirds",
+        ups=("mlp.c_fc",),
+        down="mlp.c_proj",
+        mlp_size="n_inner",
+        rotary=None,
+        positions="wpe",
+        dropout="drop",
+        positional=("past_key_values", "attention_mask", "encoder_hidden_states"),
+    ),
+    "gpt_neox": Family(
+        base="gpt_neox",
+        embed="embed_in",
+        norm="final_layer_norm",
+        attn="attention",
+        qkv=("attention.query_key_value",),
+        out="attention.dense",
+        fused="heads",
+        ups=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        dropout="emb_dropout",
+        cache_key="layer_past",
+    ),
+    "opt": Family(
+        base="model.decoder",
+        norm="final_layer_norm",
+        out="self_attn.out_proj",
+        ups=("fc1",),
+        down="fc2",
+        mlp_size="ffn_dim",
+        rotary=None,
+        positions="embed_positions",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of one block: stream width, query heads, key-value heads (= groups), head width, MLP channels."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The descriptor of a config's family. Raises ValueError naming the supported ones."""
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"model_type {config.model_type!r} has no descriptor in iskd.models.families.FAMILIES; "
+            f"supported are {known}. A family whose blocks have the same parts needs one Family(...) entry."
+        ) from None
+
+
+def dims_of(config: PreTrainedConfig) -> Dims:
+    """Block sizes that a config states, defaults of the family filled in."""
+    heads = int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
+    return Dims(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        mlp=int(getattr(config, family_of(config).mlp_size, None) or 4 * hidden),
+    )

@@ -1,0 +1,209 @@
+"""The one file that knows transformers' attribute paths.
+
+A model family is one `Family` descriptor; `Stack` reads a model through it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from iskd.models.families import dims_of, family_of
+from iskd.models.packing import one_text, positions_in, positions_of_one_text
+
+# the attribute of a model in shards (`iskd.models.sharding`) that holds its way in
+SHARDED_TRUNK = "iskd_trunk"
+# the key of a config, while a run lasts, for the token between documents (`Stack.keep_apart`)
+SEPARATOR = "iskd_separator"
+# keys of a config that hold one value per layer, in stack order
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "attention_layers",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "moe_layer_freq",
+)
+
+
+class Stack:
+    """One model seen as embedding, blocks, final norm and head. Holds no state of its own: reads through."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config: PreTrainedConfig = model.config
+        self.family = family_of(model.config)
+        self.dims = dims_of(model.config)
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder without its head; called with `input_ids`, it returns the state after the final norm."""
+        return self.model.get_submodule(self.family.base)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks in stack order."""
+        layers = self.base.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] (or None) of the output layer; whole, also when the model is in shards."""
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head.weight, head.bias
+
+    @property
+    def softcap(self) -> float | None:
+        """Soft cap that the model puts on its logits, if it has one."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return float(cap) if cap else None
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model was made for, in tokens."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that the model takes, prompt and new ones together; None = any number.
+
+        A table of learned positions ends where it ends. Without one the context counts as long as an attention of the
+        family's is left, in a block or inside a compact block: mixers have no length of their own.
+        """
+        attention = f".{self.family.out}"
+        attends = any(name.endswith(attention) for name, _ in self.layers.named_modules())
+        return self.context if self.family.positions or attends else None
+
+    @property
+    def bound(self) -> str:
+        """What `limit` is, for messages: "the context of 64", "the table of 64 learned positions", or ""."""
+        limit = self.limit
+        if limit is None:
+            return ""
+        return f"the table of {limit} learned positions" if self.family.positions else f"the context of {limit}"
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """State after the final norm [B, T, D] for `input_ids` [B, T]: the head's input.
+
+        A model in shards must be entered through its root: there the method is `trunk` with the root's hooks around it.
+        """
+        trunk: Callable[[Tensor, Tensor | None], Tensor] = getattr(self.model, SHARDED_TRUNK, self.trunk)
+        return trunk(input_ids, attention_mask)
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder without its head, called as it is; documents apart where `keep_apart` was asked for it.
+
+        Raises ValueError for more tokens than there are learned positions; torch would name an index and no cause.
+        """
+        if self.family.positions and self.context and input_ids.shape[1] > self.context:
+            raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+        known = self.separator is None and attention_mask is None
+        if known and "position_ids" in inspect.signature(self.base.forward).parameters:
+            options["position_ids"] = positions_of_one_text(input_ids.shape[1], input_ids.device)
+        elif self.separator is not None and attention_mask is None:
+            options["position_ids"] = positions_in(input_ids, self.separator)
+        with one_text() if known else nullcontext():
+            output: Tensor = self.base(input_ids=input_ids, **options).last_hidden_state
+        return output
+
+    @property
+    def separator(self) -> int | None:
+        """The token behind which a new document begins, or None: a window is one text."""
+        return getattr(self.config, SEPARATOR, None)
+
+    def keep_apart(self, separator: int | None, *, check: bool = True) -> None:
+        """Let no token of a window see another document: from now on, in passes without an attention mask.
+
+        It is a note on the model's config, and so on that of its copies; take it off (None) before the config is saved.
+
+        Args:
+            separator: id of the token that ends a document; None = a window is one text again.
+            check: try it on two tiny windows.
+
+        Raises:
+            ValueError: the family, or its attention implementation, cannot.
+        """
+        vars(self.config).pop(SEPARATOR, None)
+        if separator is None:
+            return
+        setattr(self.config, SEPARATOR, separator)
+        if check and not self._is_apart(separator):
+            vars(self.config).pop(SEPARATOR)
+            raise ValueError(
+                f"data.boundaries=true: {self.config.model_type} with attn_implementation="
+                f"{self.config._attn_implementation!r} attends across documents all the same; set data.boundaries=false"
+                ", or load a model with rotary positions with attn_implementation='sdpa' or 'eager'"
+            )
+
+    @torch.no_grad()
+    def _is_apart(self, separator: int) -> bool:
+        """Whether what stands before a separator changes nothing behind it."""
+        first, other, *rest = (token for token in range(5) if token != separator)
+        windows = torch.tensor([[first, separator, *rest[:2]], [other, separator, *rest[:2]]])
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            states = self.last_hidden(windows.to(self.model.device)).float()
+        finally:
+            for module in training:
+                module.training = True
+        difference = (states[0] - states[1]).abs()
+        return bool(difference[2:].max() <= 1e-4 * difference[:2].max())
+
+    def finish(self, h_BTD: Tensor) -> Tensor:
+        """What the host does between its last block and its head: final norm, output projection of OPT."""
+        for name in (self.family.norm, "project_out"):
+            module = getattr(self.base, name, None)
+            if module is not None:
+                h_BTD = module(h_BTD)
+        return h_BTD
+
+    def set_layers(self, blocks: list[nn.Module], kept: list[int] | None = None) -> None:
+        """Put `blocks` in as the new stack and make config depth, per-layer lists and cache slots true.
+
+        `kept` are the positions (in the present stack) that survive; needed when the depth changes.
+        """
+        depth = len(self.layers)
+        setattr(self.base, self.family.layers, nn.ModuleList(blocks))
+        if kept is not None:
+            for key in PER_LAYER:
+                values = getattr(self.config, key, None)
+                if isinstance(values, (list, tuple)) and len(values) == depth:
+                    setattr(self.config, key, [values[i] for i in kept])
+            # Qwen's other way of saying layer_types: the layers from this one on have a sliding window
+            first = getattr(self.config, "max_window_layers", None)
+            if isinstance(first, int):
+                self.config.max_window_layers = first - len(set(range(min(first, depth))) - set(kept))
+            self.config.num_hidden_layers = len(blocks)
+        for index, block in enumerate(blocks):
+            set_layer_idx(block, index)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's own class, also after `fully_shard` has put its own in front of it."""
+    own = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    assert issubclass(own, nn.Module)
+    return own
+
+
+def set_layer_idx(block: nn.Module, index: int) -> None:
+    """Give a block its KV-cache slot. Layers inside a hosted block keep their own numbering."""
+    if getattr(block, "hosts_layers", False):
+        setattr(block, "layer_idx", index)  # noqa: B010 (typed as a submodule otherwise)
+        return
+    for module in block.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, "layer_idx", index)  # noqa: B010 (typed as a submodule otherwise)

@@ -1,0 +1,149 @@
+"""Weights of a model as named tensors, on disk and as digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.models.sharding import like
+from iskd.system import file_sha256, read_json
+from iskd.system.files import MAX_NUMBER
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_HEADER = 100_000_000  # bytes of a header at most, the limit of safetensors itself
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors of a model directory in name order: one file, or the shards its index names (present or not)."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    data = read_json(index)
+    shards = (
+        list(data["weight_map"].values()) if isinstance(data, dict) and isinstance(data.get("weight_map"), dict) else []
+    )
+    if not shards or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in shards):
+        raise ValueError(f"{index} must map tensors to files beside it that end in .safetensors: save the model again")
+    return [directory / name for name in sorted(set(shards))]
+
+
+def weights_sha256(directory: Path) -> str:
+    """Hex sha256 of the weights: of the one file, or of the lines `<sha256>  <name>` of all shards in name order."""
+    sums = {path.name: file_sha256(path) for path in weight_files(directory)}
+    if len(sums) == 1:
+        return next(iter(sums.values()))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()).hexdigest()
+
+
+def present_weights(directory: Path) -> list[Path]:
+    """`weight_files`, every one of which is there. Raises ValueError naming those that are not."""
+    files = weight_files(directory)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+    return files
+
+
+def check_whole(file: Path) -> None:
+    """Check that a safetensors file has as many bytes as its own header describes.
+
+    Raises:
+        ValueError: it is cut short, or no safetensors file; with both numbers of bytes.
+    """
+    actual = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(length) if length <= min(_HEADER, actual) else b""
+    expected = 8 + length
+    try:
+        if header and 8 + length <= actual:
+            entries = json.loads(header)
+            spans = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+            expected += max(spans, default=0)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: it is no safetensors file ({error!r:.100})") from None
+    if actual < 8 or length > _HEADER or expected > MAX_NUMBER:
+        raise ValueError(f"{file} cannot be read: it has {actual:,} bytes and is no safetensors file")
+    if actual < expected:
+        raise ValueError(
+            f"{file} cannot be read: it is cut short, {actual:,} bytes where its header describes {expected:,}: "
+            "copy it again"
+        )
+
+
+def check_model_directory(directory: Path) -> None:
+    """Check that a directory holds config.json and complete safetensors weights.
+
+    Raises:
+        ValueError: what is missing or cut short, by name.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"model.path={directory} is not a directory: give the one that holds config.json")
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is not a model directory: config.json is missing")
+    weights = present_weights(directory)
+    for file in weights:
+        check_whole(file)
+    if not weights:
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f" ({pickles[0]} is a pickle and never loaded: save the model as safetensors)" if pickles else ""
+        raise ValueError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by name, tied ones once, contiguous: what safetensors takes."""
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: value.detach().contiguous() for name, value in model.state_dict().items() if name in names}
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into `model`; every parameter and persistent buffer must be there with its shape.
+
+    Raises ValueError naming the first tensor that is missing, unknown or of another shape.
+    """
+    own = model_tensors(model)
+    shapes = {name: list(tensors[name].shape) for name in tensors}
+    problems = [f"{n!r} is missing" for n in own if n not in tensors] + [
+        f"{n!r} is unknown" for n in tensors if n not in own
+    ]
+    problems += [
+        f"{n!r} is {tensors[n].dtype}"
+        for n in own
+        if n in tensors and not tensors[n].is_floating_point() and own[n].is_floating_point()
+    ]
+    problems += [
+        f"{n!r} has shape {shapes[n]} instead of {list(own[n].shape)}"
+        for n in own
+        if n in shapes and shapes[n] != list(own[n].shape)
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit the student that the record describes: {problems[0]} ({len(problems)} such)"
+        )
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, value in tensors.items():
+            state[name].copy_(like(value, state[name]))
+
+
+_VARIABLE = ("_name_or_path", "transformers_version")  # of a config: not what the model computes
+
+
+def model_sha256(model: PreTrainedModel) -> str:
+    """Hex SHA-256 of a model's parameters and of what its config says about what they compute."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _VARIABLE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""Edits and the record of them: what was changed in a student, as frozen JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from iskd.system import Json
+
+# Only classes below these prefixes are ever imported by name from a record. A user who ships blocks of their own
+# extends the list in code (`iskd.plan.edits.allow("mypackage.blocks.")`), never from the file that is being read.
+_ALLOWED: list[str] = ["iskd.blocks.", "iskd.mixers."]
+
+
+def allow(prefix: str) -> None:
+    """Let records name classes under `prefix` (a dotted package path that ends with a dot)."""
+    if not prefix.endswith(".") or len(prefix) < 2:
+        raise ValueError(
+            f"allow({prefix!r}): give a dotted package path that ends with a dot, such as 'mypackage.blocks.'"
+        )
+    if prefix not in _ALLOWED:
+        _ALLOWED.append(prefix)
+
+
+def allowed() -> list[str]:
+    """The prefixes below which records may name classes."""
+    return list(_ALLOWED)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A part that is stamped once per layer: a dotted class path and its keyword arguments (plain JSON)."""
+
+    target: str
+    kwargs: Json = field(default_factory=dict)
+
+    def resolve(self) -> Callable[..., Any]:
+        """Import the class. Raises ValueError outside the allow-list or when there is no such class."""
+        if (
+            not any(self.target.startswith(prefix) for prefix in _ALLOWED)
+            or not self.target.replace(".", "_").isidentifier()
+        ):
+            raise ValueError(
+                f"the record names {self.target!r}, which is outside the allow-list {_ALLOWED}. "
+                "If you trust it, call iskd.plan.edits.allow('its.package.') before loading."
+            )
+        module, _, name = self.target.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"cannot import {self.target!r}: {error}. Is the version of iskd older than the record?"
+            ) from error
+        if not isinstance(found, type):
+            raise ValueError(f"{self.target!r} is a {type(found).__name__}, not a class")
+        # a module also holds what it imports: the list is about where a class is defined
+        if not any(f"{found.__module__}.".startswith(prefix) for prefix in _ALLOWED):
+            raise ValueError(
+                f"{self.target!r} is defined in {found.__module__!r}, which is outside the allow-list {_ALLOWED}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Put a compact block at `layer` (teacher's numbering). `seed` fixes its fresh weights on every rank alike."""
+
+    layer: int
+    block: Spec
+    seed: int = 0
+    op: str = "replace"
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Take the block at `layer` (teacher's numbering) out of the stack."""
+
+    layer: int
+    op: str = "remove"
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Exchange the mixer of the block at `layer` (teacher's numbering) and keep the rest of the block."""
+
+    layer: int
+    mixer: Spec
+    seed: int = 0
+    op: str = "convert"
+
+
+Edit = Replace | Remove | Convert
+_EDITS: dict[str, type[Replace] | type[Remove] | type[Convert]] = {
+    "replace": Replace,
+    "remove": Remove,
+    "convert": Convert,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The ordered edits that turn the teacher's skeleton (`num_layers` blocks) into the student."""
+
+    num_layers: int
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Surviving layers in stack order, in the teacher's numbering."""
+        gone = {edit.layer for edit in self.edits if isinstance(edit, Remove)}
+        return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    @property
+    def edited(self) -> tuple[int, ...]:
+        """Layers that were replaced, converted or removed so far, ascending."""
+        return tuple(sorted({edit.layer for edit in self.edits}))
+
+    def state_after(self, layer: int) -> int:
+        """The teacher layer whose output the student's state after `layer` stands for.
+
+        Across a gap of removed layers it is the last one of the gap (ILD, arXiv 2511.05085: the predecessor learns the
+        removed layer).
+        """
+        survivors = set(self.layers)
+        while layer + 1 < self.num_layers and layer + 1 not in survivors:
+            layer += 1
+        return layer
+
+    def extended(self, edits: Iterable[Edit]) -> Record:
+        """This record with `edits` appended, after checking that each can be applied."""
+        left = dict.fromkeys(self.layers)
+        done = {(edit.op, edit.layer) for edit in self.edits}
+        found = list(self.edits)
+        for edit in edits:
+            self._check(edit, left, done)
+            if isinstance(edit, Remove):
+                del left[edit.layer]
+            done.add((edit.op, edit.layer))
+            found.append(edit)
+        return dataclasses.replace(self, edits=tuple(found))
+
+    def _check(self, edit: Edit, left: Collection[int], done: Collection[tuple[str, int]]) -> None:
+        if not 0 <= edit.layer < self.num_layers:
+            raise ValueError(f"{edit.op} {edit.layer}: the teacher has layers 0..{self.num_layers - 1}")
+        if edit.layer not in left:
+            raise ValueError(f"{edit.op} {edit.layer}: that layer was removed by an earlier edit; left are {[*left]}")
+        if isinstance(edit, Remove) and len(left) == 1:
+            raise ValueError(f"remove {edit.layer}: it is the last layer; a student needs at least one")
+        if isinstance(edit, Convert) and ("convert", edit.layer) in done:
+            raise ValueError(f"convert {edit.layer}: its mixer was converted by an earlier edit; drop the second one")
+        if isinstance(edit, Replace) and ("replace", edit.layer) in done:
+            raise ValueError(f"replace {edit.layer}: it was replaced by an earlier edit; drop the second one")
+
+
+def describe(edits: Iterable[Edit]) -> str:
+    """Short label of some edits: `replace 3, 5; remove 7`, or `heal` when there is none."""
+    groups: dict[str, list[int]] = {}
+    for edit in edits:
+        groups.setdefault(edit.op, []).append(edit.layer)
+    return "; ".join(f"{op} {', '.join(map(str, layers))}" for op, layers in groups.items()) or "heal"

@@ -1,0 +1,94 @@
+"""The report's sections about measurements on the finished student: tasks, and efficiency next to the teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from html import escape
+
+from iskd.evaluation import Efficiency, Evaluation, Interval
+from iskd.evaluation.results import AtContext, Measured
+from iskd.report import contexts, html
+from iskd.report.figures.along_run import task_retention
+from iskd.system import number
+from iskd.system.text import ABSENT, byte_unit, percent
+
+
+def tasks_section(evaluation: Evaluation | None) -> str:
+    """Scores by task beside those of chance, their retention with its interval, and the rest; empty without any."""
+    if evaluation is None:
+        return ""
+    rows = [
+        [
+            task.name,
+            *_retention(task.retention),
+            number(task.student),
+            number(task.teacher),
+            number(task.chance),
+            ABSENT if math.isnan(task.items) else f"{task.items:.0f}",
+        ]
+        for task in evaluation.tasks
+    ]
+    rows += [[f"mean, {kind}", *_retention(mean), "", "", "", ""] for kind, mean in evaluation.means.items()]
+    if len(evaluation.means) != 1 and math.isfinite(evaluation.mean.value):
+        rows.append(["mean", *_retention(evaluation.mean), "", "", "", ""])
+    columns = ("task", "retention %", "interval", "student", "teacher", "chance", "items")
+    body = html.table("Scores by task", columns, rows, kind="named")
+    caption = "Retention by task with its interval. Dashed: the teacher."
+    if math.isfinite(evaluation.mean.value):
+        caption += " Dotted: the mean over tasks."
+    body = f'<div class="aside">{body}{html.figures([(task_retention(evaluation), caption)])}</div>' if body else ""
+    return html.section("Tasks", body + html.details("How it was evaluated", html.properties("", evaluation.rest)))
+
+
+def efficiency_section(measured: Efficiency | None) -> str:
+    """Size, latency and cache of student and teacher, and the machine they were measured on; empty without them."""
+    if measured is None:
+        return ""
+    columns = ("", "teacher", "student", "student / teacher")
+    body = html.table("Efficiency", columns, _efficiency_rows(measured), kind="named")
+    caption = "What a token costs after a context, and what is held between two: keys and values, or mixers' states."
+    body = f'<div class="aside">{body}{html.figures([(contexts.of_run(measured), caption)])}</div>'
+    machine = "; ".join(f"{key} {text}" if key else text for key, text in html.flat("", measured.machine))
+    hint = "Measured, not computed" + (f", on: {machine}." if machine else "; the machine is not named.")
+    told = contexts.left_out((("teacher", measured.teacher), ("student", measured.student)))
+    hint += f" {told}" if told else ""
+    return html.section("Efficiency", f'{body}<p class="hint">{escape(hint)}</p>')
+
+
+def _efficiency_rows(measured: Efficiency) -> Iterator[list[str]]:
+    teacher, student = measured.teacher, measured.student
+    both = (teacher, student)
+    yield _row("parameters (millions)", [model.params / 1e6 if model else math.nan for model in both])
+    yield _bytes_row("weights", [model.weight_bytes if model else math.nan for model in both])
+    yield _bytes_row("peak memory", [model.peak_memory_bytes if model else math.nan for model in both])
+    lengths = sorted({found.context for model in both if model for found in model.contexts})
+    for length in lengths:
+        values = _at(both, length, lambda found: 1e3 * found.prefill_seconds)
+        yield _row(f"prefill of {length:,} tokens (ms)", values)
+    for length in lengths:
+        values = _at(both, length, lambda found: 1e3 * found.decode_seconds_per_token)
+        yield _row(f"decoding after {length:,} (ms per token)", values)
+    for length in lengths:
+        yield _bytes_row(f"cache at {length:,}", _at(both, length, lambda found: found.cache_bytes))
+
+
+def _at(models: tuple[Measured | None, ...], length: int, value: Callable[[AtContext], float]) -> list[float]:
+    found = [model.at(length) if model else None for model in models]
+    return [math.nan if at is None else value(at) for at in found]
+
+
+def _bytes_row(name: str, values: list[float]) -> list[str]:
+    unit, label = byte_unit(max((value for value in values if math.isfinite(value)), default=0.0))
+    return _row(f"{name} ({label})", [value / unit for value in values])
+
+
+def _row(name: str, values: list[float]) -> list[str]:
+    teacher, student = values
+    ratio = student / teacher if teacher > 0 else math.nan
+    return [name, *map(number, values), ABSENT if math.isnan(ratio) else f"{ratio:.2f}"]
+
+
+def _retention(found: Interval) -> list[str]:
+    known = math.isfinite(found.low) and math.isfinite(found.high)
+    return [percent(found.value), f"{percent(found.low)} to {percent(found.high)}" if known else ABSENT]

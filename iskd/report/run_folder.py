@@ -1,0 +1,146 @@
+"""What a run directory holds, read for people: every file is optional, and what cannot be read is told."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iskd.evaluation import Efficiency, Evaluation
+from iskd.evaluation.results import EFFICIENCY_FILE, EVALUATION_FILE, efficiency_of, evaluation_of
+from iskd.plan import StageResult
+from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
+from iskd.plan.reading import MAX_LAYERS
+from iskd.plan.results import STAGES_FILE, read_stages, teacher_of
+from iskd.system import read_json
+
+_Read = TypeVar("_Read")
+
+
+@dataclass
+class RunFiles:
+    """A run directory's contents; `notes` tells what is missing or cannot be read, `faults` the latter alone."""
+
+    name: str
+    stages: list[StageResult] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    axis: str = X_AXIS
+    config: str | None = None
+    record: Any = None
+    data: Any = None
+    environment: Any = None
+    model_bytes: int | None = None
+    efficiency: Efficiency | None = None
+    evaluation: Evaluation | None = None
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def num_layers(self) -> int:
+        """The teacher's layers: from the record, else the highest layer that any stage names."""
+        count = self.record.get("num_layers") if isinstance(self.record, dict) else None
+        if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MAX_LAYERS:
+            return count
+        named = [edit["layer"] for stage in self.stages for edit in stage.edits]
+        named += [int(layer) for stage in self.stages for layer in stage.scores or {}]
+        return max(named, default=-1) + 1
+
+
+def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
+    """Read what a run left.
+
+    Args:
+        run_dir: The run's directory.
+        curves: Whether to read the loss curves, by far the longest file.
+
+    Raises:
+        ValueError: `run_dir` is no directory, or its `stages.json` is broken.
+    """
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is not a directory: pass the directory of a run, the one that holds {STAGES_FILE}")
+    run = RunFiles(name=run_dir.resolve().name)
+    if (run_dir / STAGES_FILE).exists():
+        run.stages = read_stages(run_dir)
+    else:
+        run.notes.append(f"{STAGES_FILE} is missing: no stage table and no plots of stages")
+    if run.stages and teacher_of(run.stages) is None:
+        run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
+    if curves:
+        _read_curves(run_dir / "metrics.csv", run)
+    run.config = _text(run_dir / "config.yaml", run)
+    run.record, run.data, run.environment = (
+        _json(run_dir / f"{name}.json", run) for name in ("record", "data", "environment")
+    )
+    if (run_dir / "model").is_dir():
+        run.model_bytes = sum(path.stat().st_size for path in (run_dir / "model").rglob("*") if path.is_file())
+    else:
+        run.notes.append("model/ is missing: the student was not exported")
+    # Made by commands of their own after the run, so their absence is nothing to tell.
+    run.efficiency = _measured(run_dir / EFFICIENCY_FILE, efficiency_of, run)
+    run.evaluation = _measured(run_dir / EVALUATION_FILE, evaluation_of, run)
+    return run
+
+
+def _measured(path: Path, parse: Callable[[Any], _Read], run: RunFiles) -> _Read | None:
+    try:
+        return parse(read_json(path)) if path.exists() else None
+    except ValueError as error:
+        _tell_fault(run, f"{path.name} cannot be shown: {error}")
+        return None
+
+
+def _tell_fault(run: RunFiles, text: str) -> None:
+    run.notes.append(text)
+    run.faults.append(text)
+
+
+def _text(path: Path, run: RunFiles) -> str | None:
+    if not path.exists():
+        run.notes.append(f"{path.name} is missing")
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _json(path: Path, run: RunFiles) -> Any:
+    text = _text(path, run)
+    try:
+        return None if text is None else read_json(path)
+    except ValueError as error:
+        _tell_fault(run, f"{path.name} is not valid JSON: {error}")
+        return None
+
+
+def _read_curves(path: Path, run: RunFiles) -> None:
+    """Loss curves by metric; a row without a token count belongs to the last count before it."""
+    if not path.exists():
+        run.notes.append(f"{path.name} is missing: no loss curves")
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = [name for name in reader.fieldnames or [] if name]
+        losses = [name for name in columns if name.startswith("train/") and name not in NOT_LOSSES]
+        run.axis = X_AXIS if X_AXIS in columns else "step"
+        if run.axis not in columns or not losses:
+            run.notes.append(f"{path.name} has no column {X_AXIS!r} or no train/ column: no loss curves")
+            return
+        x = 0.0
+        bad = 0
+        for row in reader:
+            x = _cell(row.get(run.axis), x)
+            for name in losses:
+                y = _cell(row.get(name), math.nan)
+                bad += math.isnan(y) and bool(row.get(name))
+                if not math.isnan(y):
+                    run.curves.setdefault(name, []).append((x, y))
+    if bad:
+        run.notes.append(f"{path.name}: {bad} cells of loss columns are not numbers and are left out")
+
+
+def _cell(text: str | None, otherwise: float) -> float:
+    try:
+        return float(text) if text else otherwise
+    except ValueError:
+        return otherwise

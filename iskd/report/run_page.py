@@ -1,0 +1,168 @@
+"""`report.html`: one self-contained page about a run, for people.
+
+Everything is inline (CSS, SVG), nothing is loaded and nothing runs, so the page can be mailed, archived and opened
+anywhere, on a phone too. A file the run did not write is named on the page; only a broken `stages.json` is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from iskd.plan import StageResult
+from iskd.plan.results import STAGES_FILE, student_of, teacher_of
+from iskd.report import html
+from iskd.report.figures import along_run, edit_map, timeline
+from iskd.report.figures.importance_rounds import importance_rounds
+from iskd.report.figures.picture import write_picture
+from iskd.report.measured import efficiency_section, tasks_section
+from iskd.report.run_folder import RunFiles, read_run
+from iskd.report.stage_rows import COLUMNS, stage_rows
+from iskd.system import number
+from iskd.system.text import duration, kl_text, percent
+
+REPORT_FILE = "report.html"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory; the same files give the same bytes.
+
+    Args:
+        run_dir: A run's directory; every file in it is optional.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: `run_dir` is no directory, `stages.json` is broken, or an edit names a layer outside the teacher.
+    """
+    run = read_run(Path(run_dir))
+    out = Path(run_dir) / REPORT_FILE
+    out.write_text(_page(run), encoding="utf-8")
+    return out
+
+
+def picture(run_dir: Path, out: Path) -> None:
+    """Write the run as one 1200 x 600 PNG for a README: retention against parameters, and the edit map.
+
+    Raises:
+        ValueError: The run has no kept stage to draw.
+    """
+    run = read_run(Path(run_dir))
+    if student_of(run.stages) is None:
+        raise ValueError(f"{run_dir} has no kept stage in {STAGES_FILE}, so nothing to draw: finish a stage first")
+    write_picture(run.stages, run.num_layers, Path(out))
+
+
+def _page(run: RunFiles) -> str:
+    record = None if run.record is None else json.dumps(run.record, indent=2)
+    return html.page(
+        run.name,
+        [
+            _headline(run),
+            html.notes(run.notes),
+            tasks_section(run.evaluation),
+            _stages(run.stages),
+            html.section("Figures", html.figures(_figures(run))),
+            efficiency_section(run.efficiency),
+            html.details("Data", html.properties("Data", run.data)),
+            html.details("Environment", html.properties("Environment", run.environment)),
+            html.details("Resolved config", html.preformatted(run.config)),
+            html.details("Record of edits", html.preformatted(record)),
+        ],
+    )
+
+
+def _headline(run: RunFiles) -> str:
+    student, teacher = student_of(run.stages), teacher_of(run.stages)
+    if student is None:
+        return '<p class="lead">No stage was kept, so there is no student to describe.</p>'
+    lead = _lead(run.stages, teacher, student, _teacher_name(run.environment))
+    base = teacher or student
+    seconds = sum(stage.seconds for stage in run.stages if math.isfinite(stage.seconds))
+    tiles = [
+        ("Parameters", f"{student.params / 1e6:.1f} M", f"teacher {base.params / 1e6:.1f} M"),
+        ("Blocks", f"{student.block_params / 1e6:.1f} M", f"teacher {base.block_params / 1e6:.1f} M"),
+        ("Perplexity", number(student.ppl, 4), f"teacher {number(base.ppl, 4)}"),
+        ("Retention", f"{percent(student.retention)} %", "of the teacher's accuracy"),
+        ("Top-1 agreement", f"{percent(student.top1)} %", f"KL {kl_text(student.kl)} nats per token"),
+    ]
+    if teacher is None:
+        tiles = [(name, value, "") for name, value, _ in tiles]
+    tiles.append(("Training", _count(run.stages[-1].tokens), f"tokens in {duration(seconds)}"))
+    if run.evaluation is not None and math.isfinite(run.evaluation.mean.value):
+        tasks = len(run.evaluation.tasks)
+        tiles.append(("Tasks", f"{percent(run.evaluation.mean.value)} %", f"mean retention, {tasks} tasks"))
+    if run.model_bytes is not None:
+        tiles.append(("Exported model", f"{run.model_bytes / 1e6:.1f} MB", "on disk"))
+    return f'<p class="lead">{lead}</p>\n' + html.tiles(tiles)
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
+
+
+def _teacher_name(environment: Any) -> str:
+    """What stands behind "the student": whose, where environment.json says it; owner and folders are left out."""
+    source = environment.get("teacher") if isinstance(environment, dict) else None
+    name = source.get("name") if isinstance(source, dict) else None
+    short = name.rstrip("/").rsplit("/", 1)[-1] if isinstance(name, str) else ""
+    return f" of <b>{escape(short)}</b>" if short else ""
+
+
+def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: StageResult, of: str) -> str:
+    undone = sum(stage.status == "rolled_back" for stage in stages)
+    ran = sum(stage.index > 0 for stage in stages)
+    after = f"After {ran} stage{'s' * (ran != 1)}" + (f" ({undone} rolled back)" if undone else "")
+    if teacher is None or not teacher.params:
+        return f"{after} the student{of} has {student.params / 1e6:.1f} million parameters."
+    if student is teacher:
+        return f"The teacher has {teacher.params / 1e6:.1f} million parameters. {after}, no edit was kept."
+    change = student.params / teacher.params - 1
+    grown = f"{abs(100 * change):.1f}&nbsp;% {'smaller' if change < 0 else 'larger'}"
+    size = f"<b>{grown}</b> than" if change else "as large as"
+    return (
+        f"{after} the student{of} is {size} its teacher and keeps <b>{percent(student.retention)}&nbsp;%</b> of "
+        f"its next-token accuracy; perplexity goes from {number(teacher.ppl, 4)} to {number(student.ppl, 4)}."
+    )
+
+
+def _stages(stages: Sequence[StageResult]) -> str:
+    if not stages:
+        return ""
+    rows, arrow = stage_rows(stages), COLUMNS.index("perplexity")
+    for row in rows:
+        row[arrow] = row[arrow].replace("->", "\N{RIGHTWARDS ARROW}")
+    table = html.table("Stages", COLUMNS, rows, kind="stages", classes=[stage.status for stage in stages])
+    told = "".join(f"<li><b>Stage {s.index}</b> {escape(event)}</li>" for s in stages for event in s.events)
+    events = f'<h3>Events</h3><ul class="events">{told}</ul>' if told else ""
+    hint = (
+        "Perplexity: before &rarr; after healing, on text that was not trained on. Top-1: how often teacher and "
+        "student prefer the same token. Retention: the student's next-token accuracy over the teacher's. tokens/s: of "
+        "scoring. tokens: trained so far."
+    )
+    return html.section("Stages", f'{table}<p class="hint">{hint}</p>{events}')
+
+
+def _figures(run: RunFiles) -> Iterator[tuple[str | None, str]]:
+    if not run.stages:
+        return
+    yield along_run.progress(run.stages), "Retention and size along the stages. Dashed: the teacher."
+    yield along_run.healing(run.stages), "What each edit cost, and what healing won back."
+    if run.num_layers:
+        text = "What sits at each layer after each stage. Dot: changed by the stage; cross: tried, then rolled back."
+        yield edit_map.edit_map(run.stages, run.num_layers), text
+    yield along_run.losses(run.curves, run.stages, run.axis), "Training losses. Dotted lines: edits of the model."
+    if run.num_layers:
+        text = "Scores when first taken; circles, where drawn, are the latest ones."
+        yield along_run.importance(run.stages, run.num_layers), text
+        text = (
+            "Importance by round: the rank of each layer among those that were left, pale the least important, dark "
+            "the most. Ranks, because scores of different rounds have different scales. Blank: removed before."
+        )
+        yield importance_rounds(run.stages, run.num_layers), text
+    yield timeline.timeline(run.stages), "When each stage ran, and the tokens it trained on."

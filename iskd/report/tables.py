@@ -1,0 +1,115 @@
+"""Evaluation and efficiency as tables on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from iskd.evaluation import Interval
+from iskd.evaluation.efficiency import _MACHINE
+from iskd.evaluation.scores import Evaluation
+from iskd.evaluation.text import TextScore
+from iskd.system import number
+from iskd.system.text import ABSENT, percent
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def efficiency_table(result: Mapping[str, Any]) -> Table:
+    """What `measure` found of teacher and student, and their ratio, or of one of them, for the terminal."""
+    facts, names = result[_MACHINE], [name for name in ("teacher", "student") if name in result]
+    models = [result[name] for name in names]
+    table = Table(title="efficiency, measured")
+    for head in ("", *names, *(["student / teacher"] if len(names) > 1 else [])):
+        table.add_column(head, justify="right" if head else "left")
+
+    def add(name: str, values: Sequence[float | None], scale: float, digits: int) -> None:
+        cells = ["-" if value is None else f"{value * scale:,.{digits}f}" for value in values]
+        if len(values) > 1:
+            teacher, student = values
+            cells.append(f"{student / teacher:.2f}" if teacher and student is not None else "-")
+        table.add_row(name, *cells)
+
+    for key, name, scale in (
+        ("params", "parameters (M)", 1e-6),
+        ("bytes", "weights (MiB)", 2**-20),
+        ("peak_memory_bytes", "peak memory (MiB)", 2**-20),
+    ):
+        add(name, [model[key] for model in models], scale, 1)
+    rows = [{row["context"]: row for row in model["contexts"]} for model in models]
+    for context in sorted({length for found in rows for length in found}):
+        for key, name, scale in (
+            ("prefill_seconds", "prefill of {:,} tokens (ms)", 1e3),
+            ("decode_seconds_per_token", "a token after {:,} (ms)", 1e3),
+            ("cache_bytes", "cache after {:,} (MiB)", 2**-20),
+        ):
+            values = [row[context][key] if context in row else None for row in rows]
+            add(name.format(context), values, scale, 2)
+    left = {f"{context}: {why}" for model in models for context, why in model["left_out"].items()}
+    where = (
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1]['dtype']}; {facts['note']}"
+    )
+    if any(row["prefill_seconds"] is None for found in rows for row in found.values()):
+        left.add("no prefill where the cache was filled without a prompt of that length")
+    table.caption = "; ".join([where, *sorted(left)])
+    return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row per task, then the means; numbers in percent, perplexity below."""
+    compared = any(score.teacher is not None for score in evaluation.tasks)
+    table = Table(title="evaluation", caption=_text_line(evaluation.text), caption_justify="left")
+    table.add_column("task")
+    heads = ("teacher %", "student %", "difference (95 %)", "retention % (95 %)") if compared else ("score %", "error")
+    for head in ("items", "metric", "chance %", *heads):
+        table.add_column(head, justify="right")
+    for score in evaluation.tasks:
+        cells = [score.task, f"{score.items:,}", score.metric, percent(score.chance)]
+        if compared:
+            cells += [
+                percent(score.teacher),
+                percent(score.student),
+                _signed(score.difference),
+                _interval(score.retention),
+            ]
+        else:
+            cells += [percent(score.student), percent(score.student_error)]
+        table.add_row(*cells)
+    if evaluation.retention:
+        table.add_section()
+    means = {f"mean, {kind}": mean for kind, mean in evaluation.retention.items()}
+    if len(means) > 1 and evaluation.mean_retention is not None:
+        means["mean, all"] = evaluation.mean_retention
+    for name, mean in means.items():
+        table.add_row(name, "", "", "", "", "", "", _interval(mean))
+    return table
+
+
+def _interval(estimate: Interval | None) -> str:
+    if estimate is None or not math.isfinite(estimate.value):
+        return ABSENT
+    return f"{percent(estimate.value)} ({percent(estimate.low)} .. {percent(estimate.high)})"
+
+
+def _signed(estimate: Interval | None) -> str:
+    if estimate is None:
+        return ABSENT
+    value, low, high = (f"{100 * part:+.1f}" for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} .. {high})"
+
+
+def _text_line(text: TextScore | None) -> str | None:
+    if text is None:
+        return None
+
+    def both(student: float, teacher: float | None) -> str:
+        return number(student, 4) + ("" if teacher is None else f" (teacher {number(teacher, 4)})")
+
+    perplexity, bits = (
+        both(text.perplexity, text.teacher_perplexity),
+        both(text.bits_per_byte, text.teacher_bits_per_byte),
+    )
+    return f"perplexity {perplexity}, bits per byte {bits}, on {text.tokens:,} tokens"

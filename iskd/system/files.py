@@ -1,0 +1,73 @@
+"""Files of a run: read within limits, written whole, told apart by their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Write a file whole or not at all: a reader, or whoever looks after a kill, finds the old one or the new one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+    return file
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces of 4 MiB (about a gigabyte a second)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(4 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+Json = dict[str, Any]
+MAX_NUMBER = 2**63 - 1
+_MAX_DEPTH = 32
+
+
+def read_json(path: Path, *, max_bytes: int = 16 << 20) -> Any:
+    """Read a JSON file that anybody may have written. Values that are not finite pass: whoever needs numbers checks.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no plain file, larger than `max_bytes`, not UTF-8, not JSON, names a key twice in one object,
+            or nests deeper than 32 levels.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a plain file: put the file itself in its place")
+    if found.st_size > max_bytes:
+        raise ValueError(f"{path} has {found.st_size} bytes, more than the {max_bytes} that such a file may have")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once_each)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error!s:.200}): restore it from a copy") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        values = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [inner for each in values for inner in each if isinstance(inner, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(f"{path} is nested deeper than {_MAX_DEPTH} levels: it is not a file that iskd wrote")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> Json:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r:.80} stands twice in one object")
+    return found
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents in order, in hex."""
+    return hashlib.sha256(" ".join(file_sha256(file) for file in files).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""Progress lines of long work on a terminal and in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TextIO
+
+
+class Busy:
+    """While the context lasts: nothing for the first seconds, then a line now and then with the seconds so far.
+
+    Args:
+        what: what is going on.
+        stream: where to write; None = standard error.
+        first: seconds without a line.
+        every: seconds between lines.
+    """
+
+    def __init__(self, what: str, stream: TextIO | None = None, *, first: float = 2.0, every: float = 15.0) -> None:
+        self._what, self._stream = what, sys.stderr if stream is None else stream
+        self._first, self._every = first, every
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="busy", daemon=True)
+
+    def __enter__(self) -> Busy:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """No line comes after this."""
+        self._done.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        start, wait = time.monotonic(), self._first
+        while not self._done.wait(wait):
+            self._stream.write(f"{self._what}: {time.monotonic() - start:,.0f} s so far\n")
+            self._stream.flush()
+            wait = self._every
+
+
+_LIVE_S = 0.2
+
+
+class ProgressLine:
+    """Writes nothing for the first seconds, then one line that moves on a terminal, or a line now and then elsewhere.
+
+    Args:
+        stream: where to write; None = standard error, so that what a command prints can be piped.
+        first: seconds without a line.
+        every: seconds between lines when there is no terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, first: float = 2.0, every: float = 15.0) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live, self._every = self._stream.isatty(), every
+        self._every = every
+        self._what, self._started = "", time.monotonic()
+        self._last = self._started
+        self._next = self._started + first
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Clear the line, so that what follows is readable."""
+        if self._live:
+            self._write("\r\x1b[K")
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say how far `what` is: `done` of `total` in any unit. What came before ended with its last call."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started = what, self._last
+        self._last = now
+        if now < self._next:
+            return
+        self._next = now + (_LIVE_S if self._live else self._every)
+        left = f", {(now - self._started) / done * (total - done):,.0f} s left" if done else ""
+        text = f"{what}: {done:,}/{total:,}{left}"
+        self._write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()

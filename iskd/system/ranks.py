@@ -1,0 +1,71 @@
+"""The processes of a run: which one this is, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def global_rank() -> int:
+    """Rank among all processes of the run, 0-based.
+
+    `RANK` is set by torchrun. srun sets `SLURM_PROCID`, which means a rank only where it started several tasks: under
+    one task the processes are Lightning's own, and those, as on one machine without SLURM, differ in `LOCAL_RANK`.
+    """
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class Ranks:
+    """The processes of a run: who this one is, and how all agree. Every method is a collective.
+
+    Attributes:
+        rank, size: this process and how many there are. `device` is where NCCL exchanges values.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size = rank, size
+        nccl = size > 1 and dist.get_backend() == "nccl"  # it carries nothing but what lies on a device
+        self._device = device if nccl and device is not None else torch.device("cpu")
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's `value` (plain JSON) on every rank: decisions are made once."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self._device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true where it is so on any rank."""
+        return tuple(bool(vote) for vote in self.highest(torch.tensor([int(flag) for flag in flags])).tolist())
+
+    def highest(self, values: Tensor) -> Tensor:
+        """Each number's largest value over the ranks, on its own device; with NCCL the host does not wait for it."""
+        if self.size == 1:
+            return values
+        votes = values.to(self._device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return votes.to(values.device)
+
+    def require_equal(self, what: str, value: Any) -> None:
+        """Raise the same ValueError on every rank when they do not have the same `value` (plain JSON)."""
+        found = self.gather(value)
+        if any(other != found[0] for other in found):
+            listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
+            raise ValueError(f"the processes do not agree ({what}): {listed}. Do all see the same run directory?")

@@ -1,0 +1,111 @@
+"""Stop signals of a batch system: note them, save at the next optimizer step, leave with a code of its own.
+
+SLURM and others announce the end of a job with a signal and kill it a little later. A handler runs between any two
+bytecodes, on every rank at another time, so it must neither save nor talk to other ranks: it sets a mark, which the
+training loop reads at optimizer steps. The exit code 143 (128 + SIGTERM, what a shell reports of a process that SIGTERM
+ended) tells a supervisor: everything is saved, start again with `resume=`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from iskd.system.ranks import global_rank
+
+EXIT_CODE = 128 + signal.SIGTERM
+_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+class Preempted(SystemExit):
+    """A run that stopped because of a signal, with everything saved; ends the process with code 143.
+
+    Processes other than rank 0 end with code 0: Lightning and some clusters kill rank 0 as soon as another process
+    fails, perhaps before the job is queued again.
+
+    Attributes:
+        message: what happened and how to continue, for the log.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(EXIT_CODE if global_rank() == 0 else 0)
+        self.message = f"stopped by a signal, everything is saved: continue with resume={run_dir}"
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and the preemption signal of a submitit job, as a mark to look at."""
+
+    def __init__(self) -> None:
+        self._received: tuple[int, ...] = ()
+        self._before: dict[int, Handler] = {}
+
+    @property
+    def received(self) -> int | None:
+        """Number of the first stop signal that arrived, or None."""
+        return self._received[0] if self._received else None
+
+    def install(self) -> None:
+        """Take over the signals; does nothing outside the main thread, where Python allows no handlers.
+
+        To be called again after Lightning has installed its handlers: those do collectives inside a signal handler,
+        save files that iskd does not read, and queue the job again before anything is saved. What is remembered for
+        `hand_on` and `uninstall` stays what was there at the first call.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in stop_signals():
+            found = signal.getsignal(number)
+            if number not in self._before:
+                self._before[number] = signal.SIG_DFL if found is None or _of_lightning(found) else found
+            signal.signal(number, self._note)
+
+    def hand_on(self) -> None:
+        """After everything is saved: call what handled the received signals before the run, if it was a function.
+
+        A submitit job queues itself again here. Its handler ends rank 0 (SystemExit) or, when the job may not be
+        queued again, raises an error with the reason; it returns on other ranks.
+        """
+        for number in self._received:
+            handler = self._before.get(number)
+            if callable(handler):
+                handler(number, None)
+
+    def uninstall(self) -> None:
+        """Put back the handlers of before the run; what was received stays readable."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number not in self._received:
+            self._received = (*self._received, number)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask this process to save and stop, as far as the platform has them.
+
+    Raises ValueError when submitit's environment names a signal that does not exist.
+    """
+    names = ["SIGTERM", "SIGUSR1"]
+    if "SUBMITIT_EXECUTOR" in os.environ:  # this process is a submitit job; USR2 is its default
+        names.append("SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+        if not hasattr(signal, names[-1]):
+            raise ValueError(
+                f"SUBMITIT_PREEMPT_SIGNAL={names[-1][3:]} is no signal of this platform; use USR2, or unset it"
+            )
+    found = (getattr(signal, name) for name in dict.fromkeys(names) if hasattr(signal, name))
+    return tuple(found)
+
+
+def _of_lightning(handler: Any) -> bool:
+    """Whether Lightning installed a handler; functions, methods and objects all know their module."""
+    return str(getattr(handler, "__module__", "")).split(".")[0] in _LIGHTNING

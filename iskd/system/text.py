@@ -1,0 +1,54 @@
+"""Numbers, sizes, durations and lists of layers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+ABSENT = "-"
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with at least `digits` significant digits and no needless ones; `ABSENT` for None and NaN."""
+    if value is None or math.isnan(value):
+        return ABSENT
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -4 <= exponent < 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def percent(value: float | None) -> str:
+    """A ratio as a percentage with one decimal, without the sign."""
+    return ABSENT if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Bytes of the decimal unit in which sizes up to `largest` are best told, and its name."""
+    return next(((unit, name) for unit, name in _BYTES if largest >= unit), _BYTES[-1])
+
+
+def duration(seconds: float) -> str:
+    """A wall time in hours or minutes."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
+
+
+def kl_text(value: float) -> str:
+    """KL with three decimals, so that a column lines up; significant digits where those would all be zero."""
+    return f"{value:.3f}" if value == 0 or 1e-3 <= value < 1e3 else number(value)
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers with runs of three or more folded: [0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -1,0 +1,72 @@
+"""What a run takes from memory instead of from disk or a hub: a model with its tokenizer, and documents.
+
+Both are known by the hash of their content, as files are, so that shards are found again and a resumed run notices when
+it is given something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.teacher.load import Loaded
+
+
+def memory_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """Take a model in memory as the teacher, as it is.
+
+    Raises:
+        ValueError: the tokenizer has ids that the embedding has no row for.
+    """
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the embedding of {type(model).__name__} only {rows} rows: pass "
+            "the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) first"
+        )
+    source: dict[str, str | int] = {
+        "name": model.config.name_or_path or type(model).__name__,
+        "kind": "memory",
+        "sha256": _digest(model),
+        "tokenizer": "given",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "padding_rows": rows - 1 - largest,
+    }
+    return Loaded(model, tokenizer, source)
+
+
+@contextmanager
+def lent(model: PreTrainedModel) -> Iterator[None]:
+    """A model that belongs to somebody else: its modes, gradient flags and device are afterwards what they were.
+
+    Meanwhile all of its parameters ask for gradients, as those of a model that was loaded for the run do: the student
+    starts as its copy.
+    """
+    device = model.device
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        nn.Module.to(model, device)
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 of names and values of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

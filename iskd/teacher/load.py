@@ -1,0 +1,301 @@
+"""Loading a teacher: from a directory, the hub, a bundled package, or made from its config with random weights.
+
+Four ways in, one way out: `Loaded`, a model in eval mode, its tokenizer, and where both came from as plain values for
+the record. Weights are read from safetensors only (a pickle can run code), remote code stays off unless asked for, and
+a checkpoint that leaves a single parameter unset is refused instead of being filled with random numbers.
+
+`python -m iskd.teacher.load smollm2` prepares the bundled SmolLM2 (Allal et al., arXiv 2502.02737) and prints its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.models.weights import check_model_directory, weights_sha256
+from iskd.teacher import bundled
+from iskd.teacher.sizes import SIZES, sized_config
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ETAG_TIMEOUT_S = 10  # seconds until a hub that does not answer counts as absent
+HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Which teacher to load and how; one conf/model/*.yaml.
+
+    Attributes:
+        name: hub id; for a local or random model any name.
+        path: a model directory; goes before `bundled` and the hub.
+        pretrained: False makes the model from `config` with random weights.
+        bundled: key of `iskd.teacher.bundled.BUNDLES`, tried before the hub.
+        config: a whole transformers config, `model_type` included, for pretrained=False.
+        num_layers, hidden_size, num_heads, num_kv_heads, intermediate_size, vocab_size, max_positions: override
+            `config`, for pretrained=False only.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights: float32 (the master weights of training), bfloat16 or float16.
+        trust_remote_code: run modelling code that comes with the weights.
+        trim_vocab: drop the rows of embedding and head that no token has, down to a multiple of 8; what the model says
+            with them is then no longer part of its softmax.
+        seed: of random weights.
+
+    Raises:
+        ValueError: a key that cannot work with the others.
+    """
+
+    name: str
+    path: str | None = None
+    pretrained: bool = True
+    bundled: str | None = None
+    config: dict[str, Any] | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    trim_vocab: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _plain(self.config))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        if self.bundled is not None:
+            bundled.bundle(self.bundled)
+        for key, value in self.sizes.items():
+            if self.pretrained:
+                raise ValueError(
+                    f"model.{key}={value} changes the size of a pretrained model: "
+                    f"add model.pretrained=false for random weights of that size, or drop model.{key}"
+                )
+            if value < 1:
+                raise ValueError(f"model.{key}={value} must be at least 1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size overrides that are set."""
+        return {key: getattr(self, key) for key in SIZES if getattr(self, key) is not None}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A teacher ready for use.
+
+    Attributes:
+        model: in eval mode; whether its parameters require gradients is left to the caller.
+        tokenizer: its ids all have a row in the model's embedding.
+        source: JSON-ready: name, kind (local, hub, bundled, random), sha256 of the weights, tokenizer, dtype,
+            padding_rows (embedding rows above the largest token id); path, revision, seed or trimmed_rows (of
+            trim_vocab) where they apply.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: dict[str, str | int]
+
+
+def load_teacher(spec: TeacherSpec) -> Loaded:
+    """Load model and tokenizer.
+
+    Raises:
+        ValueError: the model cannot be had, its directory is incomplete, its weights do not fit its config, or the
+            tokenizer has ids without an embedding row, or rows to be trimmed are in use. The message names the fix.
+    """
+    if not spec.pretrained:
+        return _random(spec)
+    directory, kind = _locate(spec)
+    check_model_directory(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} has no tokenizer that can be loaded (tokenizer.json): {error}") from error
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=DTYPES[spec.dtype],
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=spec.trust_remote_code,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    if unset := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{directory}: the weights lack {len(unset)} parameters of the model ({unset[0]}, ...): "
+            "config.json and the safetensors do not belong together"
+        )
+    where: dict[str, str | int] = {"path": str(directory)} if kind == "local" else {}
+    if kind == "hub" and spec.revision:
+        where["revision"] = spec.revision
+    return _loaded(spec, kind, model, tokenizer, "pretrained", weights_sha256(directory), where)
+
+
+def build_config(spec: TeacherSpec) -> PreTrainedConfig:
+    """The transformers config of a random model: `config`, or that of `path`, with the size overrides.
+
+    Raises:
+        ValueError: there is no config, or `sized_config` refuses it.
+    """
+    return sized_config(spec.config or _config_of(spec), spec.sizes)
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences as dict and list, so that no container of a config library travels further."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _locate(spec: TeacherSpec) -> tuple[Path, str]:
+    if spec.path is not None:
+        return Path(spec.path).expanduser(), "local"
+    if spec.bundled is not None:
+        prepared = bundled.prepare(bundled.bundle(spec.bundled))
+        if prepared is not None:
+            return prepared, "bundled"
+    return _download(spec), "hub"
+
+
+def _download(spec: TeacherSpec) -> Path:
+    """The hub's snapshot of the model; without a network the copy of an earlier download."""
+    code = ["*.py"] if spec.trust_remote_code else []
+    try:
+        folder = snapshot_download(
+            spec.name,
+            revision=spec.revision,
+            etag_timeout=ETAG_TIMEOUT_S,
+            allow_patterns=HUB_FILES + code,
+            ignore_patterns=["*/*"],
+        )
+    except (OSError, ValueError) as error:
+        package = f"  {bundled.bundle(spec.bundled).how_to_install}\n" if spec.bundled else ""
+        raise ValueError(
+            f"the model {spec.name} could not be had: it is neither on this machine nor did the hub give it "
+            f"({str(error).splitlines()[0]}). What works offline:\n{package}"
+            "  model=local model.path=DIR    a directory with config.json, safetensors and a tokenizer\n"
+            "  model.pretrained=false model.num_layers=4    random weights in the model's own shape"
+        ) from error
+    return Path(folder)
+
+
+def _random(spec: TeacherSpec) -> Loaded:
+    config = build_config(spec)
+    tokenizer, origin = _tokenizer_for(spec, config.vocab_size)
+    # Not the padding id: an embedding keeps the row of its padding id at zero.
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype])
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return _loaded(spec, "random", model, tokenizer, origin, digest.hexdigest(), {"seed": spec.seed})
+
+
+def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBase, str]:
+    """The model's own tokenizer if this machine has it and it fits into `rows`, else the one over bytes."""
+    places: list[str | Path] = [spec.path] if spec.path else []
+    if spec.bundled is not None:
+        places.append(bundled.cache_dir() / bundled.bundle(spec.bundled).folder)
+    if "/" in spec.name:
+        places.append(spec.name)
+    for place in places:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError):
+            continue
+        if _max_id(tokenizer) < rows:
+            return tokenizer, "pretrained"
+    return byte_tokenizer(), "bytes"
+
+
+def _config_of(spec: TeacherSpec) -> dict[str, Any]:
+    if spec.path is None:
+        raise ValueError(f"model.pretrained=false needs a config for {spec.name}: set model.config or model.path")
+    path = Path(spec.path).expanduser() / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.pretrained=false reads {path}, which is missing: set model.config or model.path")
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _max_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def _loaded(
+    spec: TeacherSpec,
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_kind: str,
+    sha256: str,
+    where: dict[str, str | int],
+) -> Loaded:
+    rows, largest = cast(Tensor, model.get_input_embeddings().weight).shape[0], _max_id(tokenizer)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer of {spec.name} has ids up to {largest}, its embedding only {rows} rows: "
+            "they do not belong together: use the tokenizer that came with the weights "
+            f"(for random weights: model.vocab_size={largest + 1} or more)"
+        )
+    if spec.trim_vocab:
+        gone = _trim(spec.name, model, max(len(tokenizer), largest + 1))
+        rows, where = rows - gone, where | {"trimmed_rows": gone}
+    elif (unused := rows - -(-max(len(tokenizer), largest + 1) // 8) * 8) > 0:
+        # not by itself: who drafts for the teacher with the student needs the teacher's vocabulary size
+        log.info("%s: %d of %d embedding rows have no token; model.trim_vocab=true drops them", spec.name, unused, rows)
+    source: dict[str, str | int] = {
+        "name": spec.name,
+        "kind": kind,
+        "sha256": sha256,
+        "tokenizer": tokenizer_kind,
+        "dtype": spec.dtype,
+        "padding_rows": rows - 1 - largest,
+    }
+    return Loaded(model.eval(), tokenizer, source | where)
+
+
+def _trim(name: str, model: PreTrainedModel, needed: int) -> int:
+    """Drop rows of embedding and head above the `needed` ones, but for a multiple of 8; returns how many went."""
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    kept = min(rows, -(-needed // 8) * 8)
+    if kept == rows:
+        return 0
+    configs: tuple[Any, ...] = (model.config, model.generation_config)
+    for key, value in (item for config in configs if config is not None for item in config.to_dict().items()):
+        used = value if isinstance(value, list) else [value]
+        beyond = [i for i in used if isinstance(i, int) and kept <= i < rows]
+        if key.endswith(("_token_id", "suppress_tokens")) and beyond:
+            raise ValueError(
+                f"model.trim_vocab=true: {name} uses row {beyond[0]} ({key}), which its tokenizer of {needed} ids "
+                "does not have: leave model.trim_vocab=false"
+            )
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(kept)
+    log.info("%s: trimmed %d of %d embedding rows, which no token has", name, rows - kept, rows)
+    return rows - kept

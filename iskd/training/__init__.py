@@ -1,0 +1,14 @@
+"""The stage loop: decide, edit, train, measure, keep or roll back, save.
+
+`step` is one training step, `state` where a run stands, `profile` where its time goes.
+
+Imports: system, plan, models, losses, teacher, data, blocks, evaluation, importance, schedules, report, export,
+training.step, training.state.
+"""
+
+from __future__ import annotations
+
+from iskd.training.parts import Parts, Result
+from iskd.training.runner import StartAgain, run
+
+__all__ = ["Parts", "Result", "StartAgain", "run"]

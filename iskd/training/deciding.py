@@ -1,0 +1,98 @@
+"""What comes next: score the student, ask the schedule, and tell every rank the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.importance import Fixed, WindowImportance, by_layer, within_noise
+from iskd.models import surgery
+from iskd.plan import to_json
+from iskd.plan.reading import stage_from_json
+from iskd.schedules import Choice, History, Schedule
+from iskd.system import Ranks
+from iskd.training.state import RunState, Tournament
+from iskd.training.step import DistillModule
+
+Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
+
+
+def check_importance(schedule: Schedule, importance: Importance | None) -> None:
+    """Raise ValueError where the schedule asks for scores that it cannot get."""
+    if schedule.scoring != "never" and importance is None:
+        raise ValueError(
+            "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
+        )
+    if schedule.scoring == "each" and schedule.removes and isinstance(importance, Fixed):
+        raise ValueError(
+            "importance=fixed holds one entry per block of the student, and a removal leaves fewer; set "
+            "schedule.rescore=false"
+        )
+
+
+def history_of(state: RunState, module: DistillModule) -> History:
+    """What the schedule sees."""
+    params, others = surgery.sizes(module.student, state.record)
+    return History(state.record, state.finished, state.scores, params, others)
+
+
+def decide(
+    schedule: Schedule,
+    importance: Importance | None,
+    state: RunState,
+    module: DistillModule,
+    windows: Callable[[], Sequence[Tensor]],
+    ranks: Ranks,
+    forward_context: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Put the next stage into `state`, or None when the run is complete; a collective.
+
+    Args:
+        schedule: decides, on rank 0.
+        importance: scores the student where the schedule asks for it.
+        state: is changed; its events start anew.
+        module: student and teacher.
+        windows: gives the calibration windows [B, T] for the scores.
+        ranks: the processes of the run.
+        forward_context: the precision under which training runs.
+    """
+    state.events, state.before, state.seconds = [], None, 0.0
+    stale = schedule.scoring == "each" or state.scores is None
+    if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module)):
+        assert importance is not None
+        batches = [batch.to(module.device) for batch in windows()]
+        choice = schedule.choice(history_of(state, module))
+        with forward_context():
+            scores, note = _scored(importance, module, batches, state.record.layers, choice)
+        state.scores = ranks.first(by_layer(scores, state.record.layers))
+        state.events += [note] if note else []
+    found = schedule.candidates_for(history_of(state, module))
+    stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
+    state.tournament = Tournament(tuple(stages), schedule.trial_tokens) if len(stages) > 1 else None
+    state.stage = state.tournament.stage if state.tournament else stages[0] if stages else None
+    state.edited, state.batch = False, 0
+
+
+def _scored(
+    importance: Importance, module: DistillModule, batches: Sequence[Tensor], layers: Sequence[int], choice: Choice
+) -> tuple[Tensor, str]:
+    """Scores [L], and which of the layers not chosen the calibration windows cannot tell from the last one chosen."""
+    positions = [layers.index(layer) for layer in choice.layers]
+    if isinstance(importance, WindowImportance):
+        asked = importance.choosing(positions, min(choice.number + choice.spare, len(positions)))
+        scores, rows = asked.scored(module.student, module.teacher, batches)
+    else:
+        scores = importance(module.student, module.teacher, batches)
+        rows = scores[:, None]
+    order = sorted(positions, key=lambda position: (scores[position].item(), position))
+    last = order[choice.number - 1]
+    ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]
+    return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
+
+
+def divergence(module: DistillModule, batches: Sequence[Tensor]) -> float:
+    """KL from teacher to student on windows [B, T], nats per token, as validation measures it."""
+    return module.measure([{"input_ids": batch} for batch in batches], remember=False)["kl"]

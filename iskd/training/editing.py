@@ -1,0 +1,116 @@
+"""One edit of a student in training, on one device, under DDP or in shards: structure, fit, optimizer groups."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.blocks import Fitted, warm_start
+from iskd.models import Stack, sharding, surgery
+from iskd.plan import Convert, Record, Stage
+from iskd.system.text import layers_text
+from iskd.training.state import checkpoint
+from iskd.training.step import DistillModule, adapters, regroup
+from iskd.training.step.trainable import freeze_out_of_reach, new_parameters
+
+_log = logging.getLogger(__name__)
+
+
+def carry_out(
+    module: DistillModule,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    batches: Sequence[Tensor],
+    forward_context: Callable[[], AbstractContextManager[None]],
+) -> list[str]:
+    """Apply a stage's edits, fit the compact blocks, and give the optimizer what the stage trains.
+
+    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
+
+    Args:
+        module: its student, record and stage are changed.
+        optimizer: the running one; its groups are rewritten in place.
+        stage: what to do.
+        batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
+        forward_context: the precision under which training runs.
+
+    Returns:
+        Sentences worth telling: how well blocks were fitted, what mixers took over from the attention.
+    """
+    student, before = module.student, module.record
+    touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
+    origin = sharding.thaw(student, module.teacher, before, touched)
+    old = dict(zip(before.layers, Stack(student).layers, strict=True))
+    record = surgery.apply(student, before, stage.edits)
+    fitted: list[Fitted] = []
+    if batches:
+        with forward_context():
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
+    sharding.freeze(student, origin, optimizer)
+    adapt(student, record, stage)
+    module.record, module.stage = record, stage
+    regroup(optimizer, student, record, stage)
+    frozen = freeze_out_of_reach(optimizer, student, module.terms, record, stage)
+    events = [*map(str, fitted), *taken_over(student, record, stage), *frozen]
+    for event in events:
+        _log.info("%s", event)
+    return events
+
+
+def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:
+    """What the mixers of a stage copied, drew fresh or dropped, layers that did the same in one sentence."""
+    stack, layers = Stack(student), defaultdict(list)
+    for edit in stage.edits:
+        if isinstance(edit, Convert) and edit.layer in record.layers:
+            attention = stack.layers[record.layers.index(edit.layer)].get_submodule(stack.family.attn)
+            report = getattr(getattr(attention, "mixer", None), "report", None)
+            if report:
+                layers[edit.mixer.target.rpartition(".")[2], tuple(report)].append(edit.layer)
+    return [f"{name}, layers {layers_text(numbers)}: {'; '.join(report)}" for (name, report), numbers in layers.items()]
+
+
+def adapt(student: PreTrainedModel, record: Record, stage: Stage) -> None:
+    """Attach the adapters of a stage that trains them; nothing for any other.
+
+    Raises ValueError when they cannot be attached, or would not move.
+    """
+    if stage.train != "lora":
+        return
+    if stage.tokens and not stage.lr:
+        raise ValueError(
+            f"schedule.lr=0 in stage {stage.name!r}: the adapters of schedule.train=lora train at this rate"
+        )
+    adapters.attach(student, record, stage.lora, new_parameters(student, record, stage))
+
+
+def settle(module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
+    """Merge the adapters at the end of a stage, so that scores, edits and checkpoints see a plain student."""
+    if adapters.merge(module.student):
+        module.stage = adapters.merged(module.stage)
+        module.regroup(optimizer)
+
+
+def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, stage: Stage) -> Record:
+    """Give the module the student and the optimizer state of a checkpoint between two stages; returns its record.
+
+    Args:
+        path: the checkpoint.
+        module: gets a new student, on its device or in shards.
+        optimizer: the running one; its groups are rewritten in place.
+        stage: the one that the checkpoint's weights were trained in.
+    """
+    record, device = checkpoint.read_state(path).record, module.device
+    module.student = surgery.rebuild(module.teacher, record).train()
+    nn.Module.to(module.student, device)
+    module.configure_model()
+    module.record, module.stage = record, adapters.merged(stage)
+    module.regroup(optimizer)
+    checkpoint.restore(path, module.student, optimizer, rng=False)
+    return record

@@ -1,0 +1,184 @@
+"""What a run writes down: facts at its start, results, report and the student at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
+
+from iskd.evaluation import EvalSpec, efficiency, evaluate
+from iskd.evaluation.results import EVALUATION_FILE
+from iskd.export import export, refresh_card
+from iskd.models import sharding, surgery, weights
+from iskd.models.weights import weights_sha256
+from iskd.plan import Record, StageResult, to_json
+from iskd.plan.results import write_stages
+from iskd.report import stage_table, write_report
+from iskd.system import Busy, ProgressLine, Ranks, write_whole
+from iskd.system.faults import is_out_of_memory
+from iskd.training.facts import selected, write_data
+from iskd.training.loggers import log_end
+from iskd.training.parts import Parts, Result
+from iskd.training.state import RunState, checkpoint
+from iskd.training.step import DistillModule
+from iskd.training.strategies import ranks_of
+
+log = logging.getLogger(__name__)
+
+
+def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState) -> Result:
+    """Write what the run leaves, tables, student and report, and measure the student. Called on every rank.
+
+    What cannot be had again without training comes first. A measurement that fails is named with the command that
+    repeats it, and the run ends well; an export that fails is an error, raised when everything else is written.
+    """
+    run_dir = parts.run_dir
+    if parts.options.plan_only:
+        return Result(state.results, module.student, state.record, run_dir, None, None)
+    student = _gathered(module, state.record, ranks_of(trainer))
+    if not trainer.is_global_zero:
+        trainer.strategy.barrier("finish")
+        return Result(state.results, student, state.record, run_dir, None, None)
+    write_stages(run_dir, state.results)
+    write_data(parts)  # again: now with every calibration window that was used
+    (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
+    _report(run_dir)
+    model_dir: Path | None = None
+    failed: Exception | None = None
+    try:
+        model_dir = _export(parts, student, state.record) if parts.export else None
+    except Exception as error:
+        failed = error
+        log.error("the export failed (%s: %s); what else the run leaves is written first", type(error).__name__, error)
+    trainer.strategy.barrier("finish")  # here the others are done: measuring may last longer than they would wait
+    _measure(parts, module, student, model_dir)
+    report = _report(run_dir)
+    _print_end(state.results, report, model_dir)
+    with _guarded("what the logger shows at the end", f"Every file is in {run_dir}"):
+        log_end(parts.loggers, run_dir, state.results)
+    if failed is not None:
+        raise failed
+    return Result(state.results, student, state.record, run_dir, model_dir, report)
+
+
+def _report(run_dir: Path) -> Path | None:
+    with _guarded("report.html", f"Again: {shlex.join(['iskd', 'report', str(run_dir)])}"):
+        return write_report(run_dir)
+    return None
+
+
+def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
+    teacher = parts.teacher
+    with Busy("writing the student and reopening it in a fresh process"):
+        return export(
+            parts.run_dir / "model", student, record, teacher.model.config, teacher.tokenizer,
+            teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
+        )  # fmt: skip
+
+
+def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, model_dir: Path | None) -> None:
+    """Latency, memory and cache beside the teacher's (efficiency.json), and tasks if asked for (evaluation.json)."""
+    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, parts.evaluation
+    measuring = {
+        "efficiency": again(parts, model_dir, None) if seconds else None,
+        "evaluation": again(parts, model_dir, spec) if spec else None,
+    }
+    if sharding.is_sharded(teacher):
+        for what, command in measuring.items():
+            if command is not None:
+                log.warning("%s was not measured, as the teacher lies in shards. On one device: %s", what, command)
+        return
+    device = next(teacher.parameters()).device
+    low = torch.bfloat16 if device.type == "cuda" else None  # as it will be served
+    if seconds:
+        with _guarded("efficiency", f"Again: {measuring['efficiency']}"), ProgressLine() as line:
+            nn.Module.to(student, device)
+            models = {"teacher": teacher, "student": student}
+            efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=low, progress=line))
+    if spec is not None:
+        with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
+            nn.Module.to(student, device)
+            exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
+            with torch.autocast(device.type, torch.bfloat16, enabled=low is not None):
+                found = evaluate(
+                    student, parts.teacher.tokenizer, spec, parts.teacher,
+                    exclude=[sha for items in selected(parts.importance).values() for sha in items],
+                    source={"kind": "student", **exported},
+                )  # fmt: skip
+            write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
+    if model_dir is not None:
+        with _guarded("the scores in the model card", f"They are in {parts.run_dir} too"):
+            refresh_card(model_dir, parts.run_dir)
+
+
+@contextmanager
+def _guarded(what: str, then: str) -> Iterator[None]:
+    """Name what failed, and `then` what to do, and go on: hours of training must not end in a minute's error."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
+        log.error(
+            "FAILED: %s (%s: %s). Nothing else of the run is lost. %s",
+            *(what, type(error).__name__, error, then),
+            exc_info=not known,
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def again(parts: Parts, model_dir: Path | None, spec: EvalSpec | None) -> str:
+    """The command that measures a run's student once more: its tasks by `spec`, or with None its efficiency."""
+    if model_dir is None:
+        keys = [] if spec is None else _keys(spec)
+        sharded = ["trainer=auto"] if "fsdp" in str(parts.trainer.get("strategy", "")).lower() else []
+        return shlex.join(["iskd", "train", f"resume={parts.run_dir}", *sharded, *keys])
+    keys = _keys(spec) if spec else ["eval.tasks=[]", f"eval.efficiency_seconds={parts.options.efficiency_seconds:g}"]
+    in_memory = parts.teacher.source.get("kind") == "memory"
+    reference = ["reference=TEACHER"] if in_memory else []  # nothing on disk says where that teacher is
+    return shlex.join(["iskd", "evaluate", f"model={parts.run_dir}", *keys, *reference])
+
+
+def _keys(spec: EvalSpec) -> list[str]:
+    """Overrides of eval=quick that make it this spec."""
+    found = [f"eval.tasks=[{','.join(spec.tasks)}]"]
+    for field in dataclasses.fields(EvalSpec):
+        value = getattr(spec, field.name)
+        if field.name != "tasks" and value != field.default:
+            found.append(f"eval.{field.name}={'null' if value is None else value}")
+    return ["eval=quick", *found]
+
+
+def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
+    """The student with whole weights: itself, or of one in shards a copy on rank 0's CPU."""
+    if not sharding.is_sharded(module.student):
+        return module.student
+    tensors = checkpoint.held(weights.model_tensors(module.student), ranks)
+    if ranks.rank:
+        return module.student
+    student = surgery.rebuild(module.teacher, record)
+    weights.load_model_tensors(student, tensors)
+    return student
+
+
+def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(stage_table(results))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
+    console.print(f"peak memory {peak:.2f} GiB", highlight=False)
+    for name, place in (("report: ", report), ("model:  ", model_dir)):
+        if place is not None:
+            console.print(f"{name}{place}", highlight=False, soft_wrap=True)

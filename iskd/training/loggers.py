@@ -1,0 +1,129 @@
+"""Loggers of a run: rows and values to all of them, and what W&B gets besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+import yaml
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from iskd.plan import StageResult
+from iskd.plan.metric_names import QUALITY, X_AXIS
+from iskd.plan.results import STAGES_FILE, student_of
+from iskd.plan.summary import summary
+from iskd.report.run_page import REPORT_FILE, picture
+
+PICTURE = "run.png"
+#: Columns of the table of stages; the fields of `StageResult`, numbers as numbers.
+COLUMNS = (
+    *("index", "name", "status", "params", "block_params", "ppl", "kl", "top1", "retention"),
+    *("tokens", "seconds", "train_tokens_per_s", "tokens_per_s"),
+)
+_LIGHTNINGS_AXIS = "trainer/global_step"
+_CONFIG = "config.yaml"
+_FILES = (
+    *(STAGES_FILE, REPORT_FILE, PICTURE, _CONFIG, "record.json", "data.json", "environment.json"),
+    *("evaluation.json", "efficiency.json"),
+)
+
+
+@rank_zero_only
+def log_start(loggers: Iterable[Logger], run_dir: Path) -> None:
+    """Name the axis of every curve and hand over the run's config; to be called before the first row."""
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        run = logger.experiment
+        for counter in (X_AXIS, _LIGHTNINGS_AXIS):
+            run.define_metric(counter, summary="none", hidden=True)
+        run.define_metric("*", step_metric=X_AXIS, summary="none")
+        logger.log_hyperparams(_config(run_dir))
+
+
+@rank_zero_only
+def log_end(loggers: Iterable[Logger], run_dir: Path, results: Sequence[StageResult]) -> None:
+    """Log the summary, the stages as a table, the picture, the report and the run's files.
+
+    Args:
+        loggers: those of the trainer; what is no W&B or TensorBoard logger is left alone.
+        run_dir: `stages.json` and `report.html` are in it already; `run.png` is written into it.
+        results: all stages, the teacher's row first.
+    """
+    chosen = [logger for logger in loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
+    if not chosen or student_of(results) is None:
+        return
+    values = summary(results)
+    picture(run_dir, run_dir / PICTURE)
+    for logger in chosen:
+        if isinstance(logger, WandbLogger):
+            _to_wandb(logger.experiment, run_dir, results, values)
+        else:
+            _to_tensorboard(logger, run_dir, results, values)
+
+
+def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: Mapping[str, float]) -> None:
+    shown: dict[str, Any] = {
+        "stages": wandb.Table(columns=list(COLUMNS), data=_rows(results)),
+        "picture": wandb.Image(str(run_dir / PICTURE)),
+    }
+    if scores := [[r.index, int(layer), score] for r in results for layer, score in (r.scores or {}).items()]:
+        shown["importance"] = wandb.Table(columns=["stage", "layer", "score"], data=scores)
+    if (run_dir / REPORT_FILE).is_file():
+        shown["report"] = wandb.Html(run_dir / REPORT_FILE, inject=False)
+    run.log({X_AXIS: values["final/tokens"], **shown})
+    run.summary.update(dict(values))
+    files = wandb.Artifact(f"run-{run.id}", type="run", metadata=dict(values))
+    for name in _FILES:
+        if (run_dir / name).is_file():
+            files.add_file(str(run_dir / name))
+    run.log_artifact(files)
+
+
+def _to_tensorboard(
+    logger: TensorBoardLogger, run_dir: Path, results: Sequence[StageResult], values: Mapping[str, float]
+) -> None:
+    writer = logger.experiment
+    step = int(values["final/tokens"])
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in _rows(results)]
+    writer.add_text("stages", "\n".join([*head, *lines]), step)
+    writer.add_image("picture", _pixels(run_dir / PICTURE), step, dataformats="HWC")
+    logger.log_hyperparams(_config(run_dir), dict(values))
+    writer.flush()
+
+
+def _pixels(file: Path) -> Any:
+    """A PNG as an array [height, width, 3] of bytes."""
+    from matplotlib.image import imread
+
+    return (imread(file)[..., :3] * 255).round().astype("uint8")
+
+
+def _rows(results: Sequence[StageResult]) -> list[list[Any]]:
+    return [[getattr(result, column) for column in COLUMNS] for result in results]
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    """The run's config as nested dicts; empty where the run was put together by hand."""
+    file = run_dir / _CONFIG
+    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return values if isinstance(values, dict) else {}
+
+
+def log_row(loggers: Iterable[Any], row: StageResult, step: int) -> None:
+    """Give a stage's result to every logger (`log_metrics(values, step)`), against cumulative tokens."""
+    values = {f"val/{key}": getattr(row, key) for key in QUALITY}
+    values |= {"model/params": row.params, "model/block_params": row.block_params}
+    speeds = {"val/tokens_per_s": row.tokens_per_s, "train/tokens_per_s": row.train_tokens_per_s}
+    values |= {name: speed for name, speed in speeds.items() if speed is not None}
+    log_values(loggers, values, row.tokens, row.index, step)
+
+
+def log_values(loggers: Iterable[Any], values: Mapping[str, float], tokens: int, stage: int, step: int) -> None:
+    """Give values of a stage to every logger, with their place on the axes."""
+    for logger in loggers:
+        logger.log_metrics({**values, X_AXIS: float(tokens), "stage": float(stage)}, step=step)

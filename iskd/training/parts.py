@@ -1,0 +1,65 @@
+"""What a run is made of and what it leaves: plain containers between `build`, `run` and `finish`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from iskd.data import TextData
+from iskd.evaluation import EvalSpec
+from iskd.losses import Chunk, Terms
+from iskd.plan import Record, StageResult
+from iskd.plan.options import RunOptions
+from iskd.schedules import Schedule
+from iskd.teacher import CacheSpec, Loaded
+from iskd.training.deciding import Importance
+from iskd.training.step import OptimSpec
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of.
+
+    `trainer` holds keyword arguments of `lightning.Trainer`; `cache` says how the teacher's answers are kept on disk,
+    `evaluation` what the student is asked at the end, None = nothing.
+    """
+
+    teacher: Loaded
+    data: TextData
+    schedule: Schedule
+    terms: Terms
+    run_dir: Path
+    importance: Importance | None = None
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    options: RunOptions = field(default_factory=RunOptions)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    loggers: list[Logger] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
+    chunk: Chunk = "auto"
+    seed: int = 0
+    resume: bool = False
+    export: bool = True
+    cache: CacheSpec | None = None
+    evaluation: EvalSpec | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its stage table, the student with its record, and where things are."""
+
+    stages: list[StageResult]
+    student: Any
+    record: Record
+    run_dir: Path
+    model_dir: Path | None
+    report: Path | None
+
+    @property
+    def final(self) -> StageResult:
+        """The last stage that was kept."""
+        return [stage for stage in self.stages if stage.status == "kept"][-1]

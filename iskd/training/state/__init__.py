@@ -1,0 +1,14 @@
+"""Where a run stands, and its checkpoints.
+
+Position, weights, optimizer state and random numbers, resumable at any step while the architecture changes.
+
+Imports: system, plan, models, training.step.
+"""
+
+from __future__ import annotations
+
+from iskd.training.state.run_state import RunState
+from iskd.training.state.saver import Saver
+from iskd.training.state.tournament import Tournament
+
+__all__ = ["RunState", "Saver", "Tournament"]

@@ -1,0 +1,227 @@
+"""Where a run stands: everything but weights, optimizer state and random numbers, as JSON."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from iskd.models import surgery
+from iskd.plan import Record, Stage, StageResult, to_json
+from iskd.plan.metric_names import QUALITY
+from iskd.plan.reading import record_from_json, stage_from_json
+from iskd.system import Json
+from iskd.system.faults import NonFiniteError, Verdict
+from iskd.system.files import MAX_NUMBER
+from iskd.training.state.tournament import Tournament
+
+_log = logging.getLogger(__name__)
+Status = Literal["kept", "rolled_back"]
+# windows per micro-batch and process, micro-batches per optimizer step, processes
+LAYOUT = ("batch_size", "accumulate", "processes")
+
+
+@dataclass
+class RunState:
+    """The position of a run.
+
+    Attributes:
+        record: edits applied to the student.
+        stage: the stage in progress, or the next one at a stage boundary; None when the run is complete.
+        edited: whether the edits of `stage` are already in `record`.
+        batch: micro-batches of `stage` that are done.
+        first_batch: global micro-batch number at which `stage` begins.
+        steps: optimizer steps of finished stages.
+        total_steps, total_stages: optimizer steps and stages of the whole run as planned at its start.
+        tokens: training tokens so far, over all ranks.
+        seconds: wall time spent in `stage` so far.
+        before: quality right after the edits of `stage`, before healing.
+        tournament: trials of the candidates for the next stage, while they last.
+        finished: finished stages, oldest first.
+        results: rows of the stage table, the teacher's first.
+        scores: latest importance by layer.
+        skipped: optimizer steps that were skipped because the loss or a gradient was not finite.
+        skipped_in_a_row: how many of them were the latest steps.
+        identity: what a resumed run must find unchanged (teacher, text, windows, seed), and the layout of its batches
+            over processes, which may change between two stages (`take_up`).
+    """
+
+    record: Record
+    stage: Stage | None = None
+    edited: bool = False
+    batch: int = 0
+    first_batch: int = 0
+    steps: int = 0
+    total_steps: int = 0
+    total_stages: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict[str, float] | None = None
+    events: list[str] = field(default_factory=list)
+    tournament: Tournament | None = None
+    finished: tuple[Stage, ...] = ()
+    results: list[StageResult] = field(default_factory=list)
+    scores: dict[int, float] | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def row(
+        self, model: PreTrainedModel, name: str, quality: Mapping[str, float], train_speed: float | None, status: Status
+    ) -> StageResult:
+        """The next row of the stage table, for the stage that just ended."""
+        edits = () if self.stage is None else to_json(self.stage)["edits"]
+        return StageResult(
+            index=len(self.results),
+            name=name,
+            edits=[_edit_row(edit) for edit in edits],
+            params=surgery.parameters(model),
+            block_params=surgery.block_parameters(model),
+            **{key: quality[key] for key in QUALITY},
+            before=self.before,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            train_tokens_per_s=train_speed,
+            tokens_per_s=quality["tokens_per_s"],
+            scores=None if self.scores is None else {str(layer): score for layer, score in self.scores.items()},
+            status=status,
+            events=list(self.events),
+        )
+
+    def take_up(self, found: Mapping[str, Any]) -> None:
+        """Compare with what a resumed run found, and express the position in its layout of batches.
+
+        Raises:
+            ValueError: naming the first thing that would give the run other data, or a layout that cannot change here.
+        """
+        for key, value in self.identity.items():
+            if key not in LAYOUT and found.get(key) != value:
+                raise ValueError(
+                    f"the run was made with {key}={value!r}, now it is {found.get(key)!r}; resume with the same "
+                    "teacher, text and seed, or start a new run"
+                )
+        before, now = ({key: int(layout.get(key, 1)) for key in LAYOUT} for layout in (self.identity, found))
+        if before != now:
+            self._lay_out(before, now)
+        self.identity = dict(found)
+
+    def _lay_out(self, before: Mapping[str, int], now: Mapping[str, int]) -> None:
+        """Count in micro-batches and steps of another size; inside a stage only where that changes no number."""
+        micro, step = (before["batch_size"] * before["processes"], math.prod(before.values()))
+        new_micro, new_step = (now["batch_size"] * now["processes"], math.prod(now.values()))
+        if self.edited and self.batch:
+            place = f"the newest checkpoint lies inside stage {len(self.finished) + 1}"
+            if before["processes"] != now["processes"]:
+                raise ValueError(
+                    f"{place}, made by {before['processes']} processes, and now there are {now['processes']}: each has "
+                    "its own windows and random numbers there. Continue with as many as before (trainer.devices, "
+                    "trainer.num_nodes); at a stage boundary the number may change"
+                )
+            if step != new_step or self.batch * micro % new_micro or self.first_batch * micro % new_micro:
+                raise ValueError(
+                    f"{place}, with {step} windows in an optimizer step, and now there are {new_step}: keep "
+                    "data.batch_size x trainer.accumulate_grad_batches, or change them at a stage boundary"
+                )
+        self.batch = self.batch * micro // new_micro
+        self.first_batch = -(-self.first_batch * micro // new_micro)
+        self.steps = round(self.steps * step / new_step)
+        self.total_steps = max(1, round(self.total_steps * step / new_step))
+        self.events.append(f"continued with {dict(now)} instead of {dict(before)}")
+
+    def count_steps(self, verdicts: Iterable[Verdict], *, most: int) -> None:
+        """Note which optimizer steps were skipped.
+
+        Raises:
+            NonFiniteError: more than `most` steps in a row were; on every rank, as all skip alike.
+        """
+        for verdict in verdicts:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.skipped else 0
+            if not verdict.skipped:
+                continue
+            self.skipped += 1
+            self.events.append(f"step {verdict.number} skipped: the loss or a gradient was not finite")
+            _log.warning("step %d is skipped: the loss or a gradient is not finite", verdict.number)
+            if self.skipped_in_a_row > most:
+                raise NonFiniteError(
+                    f"the loss or a gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
+                    f"(run.max_skipped={most})"
+                )
+
+    def to_json(self) -> Json:
+        """Plain JSON values."""
+        nested = {"record", "stage", "tournament", "finished", "results", "scores"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in nested}
+        return {
+            **plain,
+            "record": to_json(self.record),
+            "stage": None if self.stage is None else to_json(self.stage),
+            "tournament": None if self.tournament is None else self.tournament.to_json(),
+            "finished": [to_json(stage) for stage in self.finished],
+            "results": [result.to_json() for result in self.results],
+            "scores": None if self.scores is None else {str(layer): score for layer, score in self.scores.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunState:
+        """Inverse of `to_json`. Raises ValueError when a key is missing or a value cannot be read."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the saved state must be an object, got {type(data).__name__}")
+        values = dict(data)
+        _check_plain(values)
+        try:
+            values["record"] = record_from_json(values["record"])
+            values["stage"] = None if values["stage"] is None else stage_from_json(values["stage"])
+            trials = values.get("tournament")
+            values["tournament"] = None if trials is None else Tournament.from_json(trials)
+            values["finished"] = tuple(stage_from_json(stage) for stage in values["finished"])
+            values["results"] = [StageResult.from_json(result) for result in values["results"]]
+            scores = values["scores"]
+            values["scores"] = None if scores is None else {int(layer): float(score) for layer, score in scores.items()}
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"the saved state cannot be read: {error!r}; is the checkpoint from another version?"
+            ) from error
+
+
+_COUNTS = ("batch", "first_batch", "steps", "total_steps", "total_stages", "tokens", "skipped", "skipped_in_a_row")
+
+
+def _check_plain(values: Mapping[str, Any]) -> None:
+    """Types and ranges of what has no reader of its own. Raises ValueError naming the first wrong key."""
+    identity, before = values.get("identity", {}), values.get("before")
+    if not isinstance(identity, dict):
+        raise ValueError(f"the saved state has identity={identity!r:.80}; an object is expected")
+    counts = {key: (0, values.get(key, 0)) for key in _COUNTS}
+    counts |= {key: (1, identity[key]) for key in LAYOUT if key in identity}
+    for key, (low, value) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
+            raise ValueError(f"the saved state has {key}={value!r:.80}; an integer from {low} is expected")
+    if before is not None and (not isinstance(before, dict) or not set(before) <= set(QUALITY)):
+        raise ValueError(f"the saved state has before={before!r:.80}; an object with keys among {QUALITY} is expected")
+    for key, value in {"seconds": values.get("seconds", 0.0), **(before or {})}.items():
+        # an integer of a thousand digits is a number too, and no float
+        if isinstance(value, bool) or not (
+            isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_NUMBER)
+        ):
+            raise ValueError(f"the saved state has {key}={value!r:.80}; a number is expected")
+    for key in ("finished", "results", "events"):
+        if not isinstance(values.get(key, []), list):
+            raise ValueError(f"the saved state has {key}={values[key]!r:.80}; a list is expected")
+    if not all(isinstance(event, str) for event in values.get("events", [])):
+        raise ValueError("the saved state has an event that is no text")
+    if not isinstance(values.get("edited", False), bool):
+        raise ValueError(f"the saved state has edited={values['edited']!r:.80}; true or false is expected")
+
+
+def _edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:
+    """An edit as the tables show it: the class by name."""
+    row = {"op": edit["op"], "layer": edit["layer"]}
+    for part in ("block", "mixer"):
+        if part in edit:
+            row[part] = edit[part]["target"]
+    return row

@@ -1,0 +1,283 @@
+"""The LightningModule: frozen teacher, mutable student, one pure step, one logging site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.data import TextData
+from iskd.data.loader import pinned
+from iskd.evaluation import QualityMetrics
+from iskd.losses import Chunk, Terms, check_terms, total_loss
+from iskd.losses.topk_kl import TopK, topk_loss
+from iskd.models import Signals, Stack, sharding
+from iskd.models.packing import within
+from iskd.plan import Record, Stage
+from iskd.system.machine import clock
+from iskd.teacher import CacheSpec, TeacherCache, check_terms_cached
+from iskd.training.step.alignment import align
+from iskd.training.step.block_runner import BlockRunner, Recompute
+from iskd.training.step.guard import StepGuard
+from iskd.training.step.optimizer import OptimSpec, make_optimizer
+from iskd.training.step.passes import Wanted, both, next_tokens, wanted
+from iskd.training.step.shared_prefix import SharedPrefix
+from iskd.training.step.trainable import freeze_out_of_reach, regroup
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one pure step gives: the loss with its gradient, and every term's detached mean for the logs.
+
+    `by_layer` are the detached values by layer of an objective that has them.
+    """
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    by_layer: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class DistillModule(L.LightningModule):
+    """Holds the teacher outside the module tree and trains the student towards it.
+
+    Args:
+        student: the model that is edited and trained, float32 weights.
+        teacher: the frozen original. It is in no state_dict, never in train mode and never wrapped.
+        terms: loss and weight by name.
+        optim: optimizer settings.
+        record: the edits applied to `student` so far.
+        chunk: tokens per chunk of logits; `auto` by the free memory, None = whole logits (`iskd.losses.chunk_size`).
+        share_prefix: run leading blocks that are frozen and still the teacher's once for both
+            (`iskd.training.step.shared_prefix`).
+        cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
+            those of stages that align layers. It can be set later too (`use_cache`).
+        gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
+            attention without dropout, a second time in the backward pass (`iskd.training.step.block_runner`).
+        compile: compile the blocks of training steps; True or the name of a backend.
+        separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
+            computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
+            cannot (`Stack.keep_apart`).
+    """
+
+    teacher: PreTrainedModel
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        terms: Terms,
+        optim: OptimSpec,
+        record: Record,
+        *,
+        chunk: Chunk = "auto",
+        share_prefix: bool = True,
+        cache: TeacherCache | None = None,
+        gradient_checkpointing: Recompute = False,
+        compile: bool | str = False,
+        separator: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_terms(terms)
+        self.student = student.train()
+        # kept out of the module tree: a registered teacher is saved, wrapped and put in train mode with the student
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.terms, self.optim, self.record, self.chunk = terms, optim, record, chunk
+        self.stage = Stage("start")
+        self.share_prefix, self._prefix = share_prefix, SharedPrefix()
+        self.blocks = BlockRunner(recompute=gradient_checkpointing, compile=compile)
+        Stack(teacher).keep_apart(separator)
+        Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
+        self.cache: TeacherCache | None = None
+        self.cache_spec: CacheSpec | None = None  # of the one that `open_cache` opens
+        if cache is not None:
+            self.use_cache(cache)
+        # factor and counters of the step in progress; the callback owns them
+        self.tokens = 0
+        self.stage_number = 0
+        self.steps = 0
+        self.lr_scale = 1.0
+        # how the ranks agree before an optimizer step; the callback sets both
+        self.guard = StepGuard()
+        self.stop_wanted: Callable[[], bool] = lambda: False
+        self._finite: Tensor | None = None
+        self._by_layer: Mapping[int, Tensor] = {}
+        self._validated: dict[int, Tensor] = {}
+
+    def use_cache(self, cache: TeacherCache) -> None:
+        """Read the teacher's side of every training step from `cache`.
+
+        Raises ValueError when a term needs a signal that it does not hold.
+        """
+        check_terms_cached(self.terms, cache.spec.kind)
+        self.cache = cache
+
+    def open_cache(self, data: TextData) -> None:
+        """With a `cache_spec`: read the teacher's answers to training windows from disk, computed when first read."""
+        if self.cache_spec is None:
+            return
+        folder, tokenizer = data.cache_dir.parent / "teacher", str(data.manifest()["tokenizer"])
+        windows = data.windows("train")
+        self.use_cache(TeacherCache.open(self.teacher, windows, folder, self.cache_spec, tokenizer=tokenizer))
+
+    def teardown(self, stage: str) -> None:
+        """After the fit both models read a window as one text again; nothing of it is in an export."""
+        for model in (self.student, self.teacher):
+            Stack(model).keep_apart(None)
+
+    def configure_model(self) -> None:
+        """Put student and teacher, two roots, into shards where the strategy has a mesh for them."""
+        mesh = self.device_mesh
+        for model in (self.student, self.teacher):  # after a rollback only the student is a new one
+            if mesh is not None and not sharding.is_sharded(model):
+                sharding.shard(model, mesh["data_parallel"])
+
+    def regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer what the stage trains and the losses reach; it keeps its state."""
+        regroup(optimizer, self.student, self.record, self.stage)
+        freeze_out_of_reach(optimizer, self.student, self.terms, self.record, self.stage)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
+        optimizer = make_optimizer(self.optim)
+        self.regroup(optimizer)
+        return optimizer
+
+    def place_teacher(self) -> None:
+        """Move the teacher to the student's device.
+
+        It keeps float32 weights and runs under the student's autocast: an untouched student then has a KL of exactly 0.
+        Casting the module to bf16 would also round its rotary frequencies, by up to 0.7 rad at position 511. Copies of
+        its matrices in bf16 would spare autocast their rounding in every pass, at half their memory again: 0.4 % of a
+        step's time on a CPU (6 layers of width 576, 1,024 tokens), within the noise of the teacher's pass.
+        """
+        nn.Module.to(self.teacher, self.device)
+
+    def step(
+        self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None, kept: Tensor | None = None
+    ) -> StepResult:
+        """Loss of windows [B, T]: a pure function of weights and batch.
+
+        Args:
+            input_ids: the windows.
+            cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
+            kept: numbers of their tokens that have a label (`documents.with_successor`); None = they are found here.
+        """
+        if self.stage.objective != "loss":
+            return self._align(self.stage.objective, input_ids)
+        stack, terms, record = Stack(self.student), self.terms, self.record
+        theirs = None if cached is not None else wanted(terms, record, self.stage, of_teacher=True)
+        shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
+        ours = wanted(terms, record, self.stage) or Wanted()
+        with self.blocks.running(self.student, self.teacher):
+            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
+        if cached is not None and "ids" in cached:
+            top = TopK(cached["ids"], cached["log_probs"])
+            return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
+        if cached is not None:
+            teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
+        head = None if teacher is None else Stack(self.teacher).head
+        loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
+        return StepResult(loss, parts)
+
+    def _align(self, objective: str, input_ids: Tensor) -> StepResult:
+        """The step of a stage that aligns layers: the sum over them is minimised, their mean logged."""
+        aligned = align(objective, self.student, self.teacher, self.record, input_ids)
+        mean = torch.stack(list(aligned.by_layer.values())).mean()
+        return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
+        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"))
+        finite = torch.isfinite(result.loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._by_layer = result.by_layer
+        self._log(lambda: self._values(result))
+        return result.loss
+
+    def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
+        if self.cache is None or self.stage.objective != "loss":
+            return None
+        if "index" not in batch:
+            raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
+        rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
+        return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
+
+    def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
+        """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
+
+        A number is copied to the device, and that copy waits for what the device was asked before.
+        """
+        if self.trainer._logger_connector.should_update_logs:
+            self.log_dict(dict(values()), on_step=True, on_epoch=False)
+
+    def _values(self, result: StepResult) -> dict[str, Tensor | float]:
+        values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
+        rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
+        # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
+        place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
+        return {**values, **rates, **place}
+
+    def alignment(self) -> list[str]:
+        """A sentence on how far each layer was from the teacher's in the latest step; none in a stage without."""
+        values, self._by_layer = self._by_layer, {}
+        listed = ", ".join(f"{layer}: {float(value):.4g}" for layer, value in values.items())
+        return [f"{self.stage.objective} by layer in the last step: {listed}"] if values else []
+
+    def where(self) -> str:
+        """The place of the step in progress, for messages."""
+        return f"at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return cast(Any, self.optimizers(use_pl_optimizer=False))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the rates of both groups."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_scale * (self.stage.lr_new if group["name"] == "new" else self.stage.lr)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over both groups together; a step whose loss or gradient is not finite changes nothing."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = sharding.whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
+        finite = torch.isfinite(norm) if self._finite is None else torch.isfinite(norm) & self._finite
+        self._finite = None
+        self.guard.judge(self.steps + 1, optimizer, finite, stop=self.stop_wanted())
+        if self.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
+        self._log(lambda: {"train/grad_norm": norm})
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Mapping[str, Tensor]], *, remember: bool = True) -> dict[str, float]:
+        """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's tokens_per_s.
+
+        The teacher's last hidden states are computed once per batch position and kept: with `remember` the batches are
+        those of every other call.
+        """
+        was_training = self.student.training
+        self.student.eval()
+        metrics, seconds = QualityMetrics().to(self.device), 0.0
+        kept = self._validated if remember else dict[int, Tensor]()
+        student, teacher = Stack(self.student), Stack(self.teacher)
+        for index, batch in enumerate(batches):
+            input_ids = batch["input_ids"].to(self.device)
+            if index not in kept:
+                kept[index] = teacher.last_hidden(input_ids)
+            start = clock(self.device)
+            hidden = student.last_hidden(input_ids)
+            seconds += clock(self.device) - start
+            labels = within(next_tokens(input_ids), input_ids, student.separator)
+            metrics.update_from_hidden(hidden, student.head, kept[index], teacher.head, labels, softcap=student.softcap)
+        self.student.train(was_training)
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        return {**metrics.compute(), "tokens_per_s": tokens / max(seconds, 1e-9)}

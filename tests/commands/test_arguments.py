@@ -1,0 +1,110 @@
+"""What `model=` names, errors of commands without a traceback, how W&B runs are called, lines about long work."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from iskd.__main__ import main
+from iskd.commands import build
+from iskd.commands.arguments import arguments, named_model
+from iskd.system import Busy
+from tests.factories import CONF
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ISKD_COMMAND", raising=False)
+    for folder in ("runs/there", "tiny", "it's, a [folder]"):
+        (tmp_path / folder).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("smollm2", ["model=smollm2"]),
+        ("tiny", ["model=tiny"]),
+        ("./tiny", ["model=local", "model.path='./tiny'"]),
+        ("runs/there", ["model=local", "model.path='runs/there'"]),
+        ("owner/name-1.5", ["model=hub", "model.name='owner/name-1.5'"]),
+        ("smollm2,gpt2", []),
+        ("nowhere", []),
+        ("", []),
+    ],
+)
+def test_a_name_is_a_preset_a_folder_or_on_the_hub(name: str, overrides: list[str]) -> None:
+    assert named_model(name) == overrides
+    assert arguments([f"model={name}", "seed=1"]) == [*(overrides or [f"model={name}"]), "seed=1"]
+
+
+def test_a_folder_of_any_name_is_read_by_hydra() -> None:
+    _, path = named_model("it's, a [folder]")
+    assert OverridesParser.create().parse_overrides([path])[0].value() == "it's, a [folder]"
+
+
+@pytest.mark.parametrize("name", ["runs/x", "./x", "../nowhere", "/no/where", "~/no/where/at/all", "a/b/c"])
+def test_a_mistyped_folder_is_not_asked_of_the_hub(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=f"model='{name}': no such folder"):
+        named_model(name)
+    with pytest.raises(SystemExit) as stop:
+        arguments([f"model={name}"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: model=")
+    assert ("there is a folder 'runs'" in said) == (name == "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "runs/x"], "no such folder: runs/x; a run's folder"),
+        (["report", "runs/there"], "no run in runs/there: looked for stages.json or config.yaml"),
+        (["curve", "out.png", "runs/x"], "runs/x is no such folder; a run's folder"),
+        (["curve", "out.png", "name=runs/there"], "runs/there is no run; a run's folder"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["iskd", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("offline", ["auto", True])
+def test_wandb_runs_are_named_after_their_folders(offline: object, tmp_path: Path) -> None:
+    """Online or not; what the user names stays."""
+    job = tmp_path / "sweep" / "3"
+    job.mkdir(parents=True)
+    (job.parent / "multirun.yaml").write_text("")
+    node = OmegaConf.load(CONF / "logger" / "wandb.yaml")
+    for given, expected in (({}, ("3", "sweep")), ({"name": "mine", "group": "ours"}, ("mine", "ours"))):
+        config = OmegaConf.create({"logger": {**node, "offline": offline, **given}})
+        (logger,) = build._loggers(config, job)
+        assert (logger._wandb_init["name"], logger._wandb_init["group"]) == expected
+    assert build._loggers(OmegaConf.create({"logger": {}}), job) == []
+
+
+def test_long_work_says_that_it_goes_on_and_short_work_nothing() -> None:
+    short, long = io.StringIO(), io.StringIO()
+    with Busy("loading", short):
+        pass
+    with Busy("loading", long, first=0.01, every=0.01):
+        deadline = time.monotonic() + 20
+        while long.getvalue().count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = long.getvalue().splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("loading: ") and line.endswith(" s so far") for line in lines)
+    assert short.getvalue() == ""

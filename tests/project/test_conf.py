@@ -1,0 +1,218 @@
+"""conf/: every option composes, every `_target_` binds, every part has a yaml, every experiment runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from iskd.commands import build
+from iskd.commands.arguments import arguments
+from iskd.commands.config import part, plain
+from iskd.commands.resume import resumed
+from iskd.system import precision
+from iskd.teacher import load_teacher
+from iskd.training import run
+from tests.factories import CONF
+from tests.runs import write_text
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+PREFIXES = ("iskd.", "lightning.")
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides: str) -> DictConfig:
+    config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        config.name = str(config.name)
+        del config["hydra"]
+    return config
+
+
+def override(group: str, option: str) -> str:
+    return f"loss=[{option}]" if group == "loss" else f"{group}={option}"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_every_target_binds(group: str, option: str) -> None:
+    config = composed(override(group, option))
+    for node in targets(config):
+        path = node["_target_"]
+        assert path.startswith(PREFIXES), path
+        module, _, name = path.rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        takes = found.from_block if hasattr(found, "from_block") else found
+        parameters = inspect.signature(takes).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            unknown = set(node) - set(parameters) - {"_target_", "weight"}
+            assert not unknown, f"{path} does not take {unknown}"
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Every node with a `_target_`, values unresolved."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield OmegaConf.to_container(node, resolve=False)  # type: ignore[misc]
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from targets(node._get_node(key))
+
+
+def test_every_part_has_a_yaml() -> None:
+    named = {node["_target_"] for group, option in OPTIONS for node in targets(composed(override(group, option)))}
+    for kind in ("blocks", "mixers", "importance", "losses", "schedules"):
+        for file in (CONF.parent / "iskd" / kind).glob("*.py"):
+            module = f"iskd.{kind}.{file.stem}"
+            shared = file.stem in ("__init__", "base", "chunked", "walk", "orders", "layerwise", "slicing", "sweep")
+            shared |= file.stem in ("chunk_size", "scratch")
+            shared |= file.stem in ("core", "delta", "features", "gates", "kernels", "limits")
+            shared |= file.stem in ("parts", "projections", "spans", "topk_kl", "window")
+            assert shared or any(target.startswith(f"{module}.") for target in named), f"{module} has no yaml"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> None:
+    """The preset as it is, on a tiny model and a tiny budget: model, data and sizes are all that changes."""
+    layers = 12 if name == "iskd_gpt2_paper" else 24 if name == "iskd_phi1_paper" else 12
+    overrides = [f"experiment={name}", f"cache_dir={tmp_path}/cache", "export=false", "trainer.progress=false"]
+    overrides += [
+        "model=tiny",
+        f"model.num_layers={layers}",
+        "model.hidden_size=48",
+        "model.num_heads=4",
+        "data=docstrings",
+    ]
+    overrides += ["data.seq_len=32", "data.batch_size=2", "data.val_tokens=512", "data.source.max_documents=200"]
+    overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
+    overrides += ["run.efficiency_seconds=0", "run.mfu=false"]
+    config = composed(*overrides)
+    removals = config.schedule.get("target_layers") is not None
+    if removals:
+        config.schedule.target_layers = layers - 4
+    result = run(build.parts(config, tmp_path / "run"))
+    expected = {"finetune": 0, "l1": layers, "subquadratic": layers, "iskd_gpt2_paper": 6, "iskd_phi1_paper": 12}
+    expected_edits = expected.get(name, 11)
+    assert len(result.record.edits) == (4 if removals else expected_edits)
+    assert result.final.tokens > 0
+
+
+def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> None:
+    saved = composed("debug=smoke", "seed=7")
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    again = composed(f"resume={tmp_path}")
+    assert resumed(again, [f"resume={tmp_path}"]).seed == 7
+    changed = composed(f"resume={tmp_path}", "schedule.lr=0.5", "seed=7")
+    assert resumed(composed(f"resume={tmp_path}", "seed=7"), ["seed=7"]).schedule.count == 2
+    with pytest.raises(ValueError, match=r"schedule\.lr is 0\.0001 there and 0\.5 here"):
+        resumed(changed, ["schedule.lr=0.5"])
+    with pytest.raises(ValueError, match=r"the preset sets .* to .*; drop the preset"):
+        resumed(composed(f"resume={tmp_path}", "experiment=kd"), ["experiment=kd"])
+    moved = composed(f"resume={tmp_path}", "cache_dir=elsewhere", "trainer.progress=false")
+    assert resumed(moved, ["cache_dir=elsewhere"]).cache_dir == "elsewhere"
+    later = composed(f"resume={tmp_path}", "export=false")
+    assert resumed(later, ["export=false"]).export is False, "a run may write its student later, or not"
+    with pytest.raises(ValueError, match=r"no config\.yaml in there"):
+        resumed(composed(f"resume={tmp_path}/none"), [])
+
+
+@pytest.mark.parametrize("value", ["gguf", "none", "off"])
+def test_an_export_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"export={value}: choose hf"):
+        build.parts(composed("debug=smoke", f"export={value}", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
+
+
+def test_a_run_is_not_asked_about_the_text_it_trains_on(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    asked = ["debug=smoke", "data=text", f"data.path={text}", "eval=quick", "eval.tasks=[copy]", f"eval.text={text}"]
+    with pytest.raises(ValueError, match="text that it never sees"):
+        build.parts(composed(*asked, "export=hf", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
+
+
+def test_resume_may_lay_the_batches_out_anew(tmp_path: Path) -> None:
+    """Another preset of the trainer, another micro-batch, other upkeep; nothing that changes a number."""
+    saved = composed("debug=smoke", "seed=7", "trainer.progress=false")
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    overrides = ["trainer=ddp", "trainer.devices=2", "data.batch_size=2", "run.keep=5", "schedule.restart_at_edit=true"]
+    config = resumed(composed(f"resume={tmp_path}", "debug=smoke", *overrides), overrides)
+    assert (config.trainer.strategy, config.trainer.devices, config.data.batch_size) == ("ddp", 2, 2)
+    assert (config.run.keep, config.schedule.restart_at_edit, config.seed) == (5, True, 7)
+    with pytest.raises(ValueError, match="but trainer is"):
+        resumed(composed(f"resume={tmp_path}", "trainer=cpu"), ["trainer=cpu"])
+
+
+def test_directory_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(ValueError, match="holds another run"):
+        build.parts(composed("debug=smoke"), tmp_path)
+
+
+def test_resume_writes_into_its_own_folder() -> None:
+    assert arguments(["seed=1"]) == ["seed=1"]
+    assert arguments(["resume=runs/x"])[1:] == ["hydra.run.dir=runs/x", "hydra.output_subdir=null"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.count=0"], "nothing would be edited"),
+        (["schedule.layers=[1,1]"], "lists layer 1 twice"),
+        (["schedule.layers=[9]"], r"layers 0\.\.3"),
+        (["schedule.floor=2"], r"schedule\.floor must be in \(0, 1\]"),
+        (["block.ratio=1.5"], r"block\.ratio must be in \(0, 1\]"),
+        (["block=bottleneck", "block.reduction=7"], r"block\.reduction=7 does not divide"),
+        (["data.seq_len=4096"], "longer than the model's context"),
+        (["loss.kl.weight=-1"], r"loss\.kl\.weight"),
+        (["optim.decay=steep"], r"optim\.decay"),
+        (["data=text", "data.path=nowhere.txt"], "nowhere.txt"),
+        (["data.val_path=x.txt"], "set data.path"),
+    ],
+)
+def test_bad_values_are_refused_before_training(overrides: list[str], message: str, tmp_path: Path) -> None:
+    base = ["debug=smoke", "trainer.progress=false", f"cache_dir={tmp_path}/cache", "export=false"]
+    if "data=text" in overrides:
+        base[0] = "model=tiny"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(build.parts(composed(*base, *overrides), tmp_path / "run"))
+
+
+def test_the_offline_advice_works(tmp_path: Path) -> None:
+    """What the error for a missing model suggests, for every model that knows its shape."""
+    for model in ("smollm2", "gpt2"):
+        advice = [f"model={model}", "model.pretrained=false", "model.num_layers=4"]
+        loaded = load_teacher(part(composed(*advice).model))
+        assert loaded.model.config.num_hidden_layers == 4
+
+
+def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    base = ["debug=smoke", "trainer.progress=false", f"cache_dir={tmp_path}/cache", "export=false", "logger=wandb"]
+    result = run(build.parts(composed(*base, "schedule.tokens=512"), tmp_path / "run"))
+    files = list((result.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+
+
+def test_precision_is_chosen_or_refused() -> None:
+    with pytest.raises(ValueError, match="fp16 overflows"):
+        precision.precision("16-mixed", "cpu")
+    assert precision.precision("32-true", "cpu") == "32-true"
+    assert precision.precision("auto", "cpu") == ("bf16-mixed" if precision.fast_bf16() else "32-true")

@@ -1,0 +1,371 @@
+"""Laws of loading: nothing is unpickled, imported or run because a file asks for it; nothing grows without bound."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import iskd
+from iskd.commands.resume import resumed
+from iskd.export.student import write
+from iskd.models import surgery
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.models.weights import weight_files
+from iskd.plan import Record, Remove, Replace, Spec, Stage, to_json
+from iskd.plan.reading import record_from_json
+from iskd.report.run_folder import read_run
+from iskd.teacher import TeacherSpec, load_teacher
+from iskd.training.state.checkpoint_files import newest
+from tests.factories import tiny
+from tests.fuzz_kinds import SHARES
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [*sorted((ROOT / "iskd").rglob("*.py")), ROOT / "train.py"]
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+# Calls that make code or objects out of what a file says, by their last two names.
+MAKERS = {"torch.load", "jit.load", "hub.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle"}
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+# The only one that imports a module by name: what it may import is the allow-list's business.
+IMPORTERS = {"plan.py"}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def calls() -> Iterator[tuple[str, ast.Call, str]]:
+    """Every call of the package: where, the node, the called name."""
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node, ast.unparse(node.func)
+
+
+def test_no_module_imports_a_pickle() -> None:
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if name.split(".")[0] in PICKLES]
+    assert not wrong
+
+
+def test_no_call_makes_code_or_objects_out_of_a_file() -> None:
+    wrong = []
+    for where, node, name in calls():
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        importer = name.split(".")[-1] == "import_module" and Path(where.split(":")[0]).name not in IMPORTERS
+        bad = name in BUILTINS or ".".join(name.split(".")[-2:]) in MAKERS or importer
+        if bad or keywords.get("allow_pickle", "False") != "False" or keywords.get("shell", "False") != "False":
+            wrong.append(f"{where}: {name}")
+    assert not wrong
+
+
+def test_remote_code_is_off_or_what_the_user_said() -> None:
+    """Every call that could run code from beside the weights says so itself; it is false or the user's own setting."""
+    said = set()
+    for where, node, name in calls():
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if "trust_remote_code" in keywords:
+            assert keywords["trust_remote_code"] in ("False", "spec.trust_remote_code"), f"{where}: {name}"
+            said.add(where.split(":")[0])
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and key.value == "trust_remote_code":
+                        assert ast.unparse(value) == "False", f"{path.name}:{node.lineno}"
+    assert "iskd/teacher/load.py" in said
+    assert not TeacherSpec("any").trust_remote_code
+
+
+def test_a_safetensors_file_is_the_only_kind_of_weights(tmp_path: Path) -> None:
+    model, record = student()
+    write(tmp_path, model, record, tiny("llama").config)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        iskd.load(tmp_path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle and never loaded"):
+        load_teacher(TeacherSpec("local", path=str(tmp_path)))
+
+
+SENTINEL_CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").write_text("code beside the weights was run")
+(Path({sentinel!r})).write_text("code beside the weights was run")
+from transformers import PreTrainedConfig, LlamaForCausalLM
+class Config(PreTrainedConfig):
+    model_type = {kind!r}
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "a_model_of_my_own"])
+def test_code_beside_the_weights_runs_only_when_asked(kind: str, tmp_path: Path) -> None:
+    folder, sentinel = tmp_path / "teacher", tmp_path / "sentinel"
+    tiny("llama", vocab=300).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "custom.py").write_text(SENTINEL_CODE.format(sentinel=str(sentinel), kind=kind))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = TeacherSpec("local", path=str(folder))
+    if kind == "llama":
+        assert type(load_teacher(spec).model).__module__.startswith("transformers.")
+        assert type(iskd.load(folder)).__module__.startswith("transformers.")
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_teacher(spec)
+        with pytest.raises(ValueError, match="model_type is missing or unknown"):
+            iskd.load(folder)
+    assert not sentinel.exists()
+
+
+# ---- what a student's config may ask for ----------------------------------------------------------------------------
+
+
+def student(*edits: Remove | Replace) -> tuple[PreTrainedModel, Record]:
+    model = tiny("llama")
+    return model, surgery.apply(model, Record(4), edits or (Replace(1, Spec("iskd.blocks.linear.Linear")),))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, record = student()
+    write(tmp_path / "model", model, record, tiny("llama").config)
+    return tmp_path / "model"
+
+
+def forge(folder: Path, where: str, **values: Any) -> None:
+    """Set keys of config.json, or of the object in it that `where` names."""
+    data = json.loads((folder / "config.json").read_text())
+    target = data
+    for key in where.split(".") if where else ():
+        target = target[int(key) if key.isdigit() else key]
+    target.update(values)
+    (folder / "config.json").write_text(json.dumps(data))
+
+
+FORGED = [
+    ("teacher", {"num_hidden_layers": 10**12}, "must be an integer in 1..10000"),
+    ("teacher", {"num_hidden_layers": 10_000}, "the record is about 4 layers, its teacher has 10000"),
+    ("teacher", {"hidden_size": 6 * 10**6}, "far more than its weights hold|cannot be loaded"),
+    ("teacher", {"intermediate_size": 10**9}, "far more than its weights hold"),
+    ("teacher", {"vocab_size": 10**12}, "far more than its weights hold|cannot be loaded"),
+    ("teacher", {"num_labels": 10**9}, "a student has no num_labels"),
+    ("teacher", {"attn_implementation": "someone/kernels"}, "a student has no attn_implementation"),
+    ("teacher", {"quantization_config": {"quant_method": "gptq"}}, "a student has no quantization_config"),
+    ("teacher", {"hidden_act": "os.system"}, "cannot be loaded"),
+    ("teacher", {"dtype": "hub"}, "cannot be loaded"),
+    ("teacher", {"model_type": "bert"}, "model_type is missing or unknown, got 'bert'"),
+    ("", {"teacher": [1]}, "model_type is missing or unknown"),
+    ("", {"record": {"num_layers": 10**12}}, "num_layers must be between 1 and 10000"),
+    ("record.edits.0.block", {"target": "os.system"}, "outside the allow-list"),
+    ("record.edits.0.block", {"target": "iskd.blocks.base.Ridge"}, "has no|cannot be loaded"),
+    ("record.edits.0.block", {"kwargs": {"ridge": "x"}}, "cannot be"),
+    ("record.edits.0.block", {"kwargs": {"depth": 1}}, "cannot be"),
+    (
+        "record.edits.0",
+        {"block": {"target": "iskd.blocks.bottleneck.Bottleneck", "kwargs": {"layers": 10**6, "reduction": 2}}},
+        "far more parameters than its weights hold|between 1 and 64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("where", "values", "message"), FORGED, ids=range(len(FORGED)))
+def test_a_forged_config_is_refused(where: str, values: dict[str, Any], message: str, folder: Path) -> None:
+    forge(folder, where, **values)
+    with pytest.raises(ValueError, match=message):
+        iskd.load(folder)
+
+
+def test_a_forged_native_student_is_refused(tmp_path: Path) -> None:
+    model, record = student(Remove(1))
+    write(tmp_path, model, record, tiny("llama").config)
+    forge(tmp_path, "", intermediate_size=10**9)
+    with pytest.raises(ValueError, match="far more than its weights hold"):
+        iskd.load(tmp_path)
+    forge(tmp_path, "", intermediate_size=96)
+    assert iskd.load(tmp_path).config.num_hidden_layers == 3
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    with pytest.raises(ValueError, match="adapter"):
+        iskd.load(tmp_path)
+
+
+def test_registering_is_watched_only_while_a_student_is_loaded(folder: Path) -> None:
+    forge(folder, "teacher", intermediate_size=10**9)
+    with pytest.raises(ValueError, match="far more"):
+        iskd.load(folder)
+    assert not torch.nn.modules.module._global_parameter_registration_hooks
+
+
+def test_old_configs_name_code_on_the_hub_that_nobody_needs(folder: Path) -> None:
+    """Phi's first configs carry an auto_map although transformers has the class."""
+    forge(folder, "teacher", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), PreTrainedModel)
+
+
+# ---- the other readers ----------------------------------------------------------------------------------------------
+
+
+def test_a_record_cannot_make_a_student_larger_than_its_teacher() -> None:
+    wide = Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 1, "heads": 2_000, "layers": 8})
+    record = Record(4).extended(Replace(layer, wide) for layer in range(4))
+    with pytest.raises(ValueError, match="more parameters"):
+        surgery.rebuild(tiny("qwen3"), record)
+
+
+def test_a_block_that_cannot_be_made_is_named() -> None:
+    for spec in (Spec("iskd.blocks.base.Ridge"), Spec("iskd.blocks.slim.Slim", {"ratio": "half"})):
+        with pytest.raises(ValueError, match=re.escape(f"replace 2: {spec.target}")):
+            surgery.rebuild(tiny("llama"), Record(4).extended([Replace(2, spec)]), "meta")
+
+
+@pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "a/b.safetensors", 3, None, "x.bin"])
+def test_an_index_names_files_beside_it_only(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="files beside it"):
+        weight_files(tmp_path)
+
+
+def test_a_report_survives_a_forged_record(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps({"num_layers": 10**12}))
+    assert read_run(tmp_path).num_layers == 0
+    (tmp_path / "record.json").write_text("[" * 100_000)
+    assert "record.json is not valid JSON" in " ".join(read_run(tmp_path).notes)
+
+
+def test_a_checkpoint_that_leads_elsewhere_is_skipped(tmp_path: Path) -> None:
+    names = ("student.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+    target = tmp_path / "000001-stage"
+    target.mkdir()
+    for name in names:
+        os.mkfifo(target / name)  # reading one would wait for ever
+    (target / "manifest.json").write_text(json.dumps({"files": {n: {"bytes": 0, "sha256": ""} for n in names}}))
+    (tmp_path / "1x-stage").mkdir()
+    assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "iskd.training.state.checkpoint.os.remove", "iskd.training.state.checkpoint_files.prune", 3]
+)
+def test_a_resumed_config_names_classes_of_this_package_only(target: Any, tmp_path: Path) -> None:
+    asked = OmegaConf.create({"resume": str(tmp_path), "model": {"_target_": "iskd.teacher.load.TeacherSpec"}})
+    OmegaConf.save({"model": asked.model, "loss": [{"_target_": target}]}, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="which is no part of iskd"):
+        resumed(asked, [])
+
+
+def test_a_resumed_config_does_not_ask_for_remote_code_itself(tmp_path: Path) -> None:
+    asked = OmegaConf.create({"resume": str(tmp_path), "model": {"trust_remote_code": False}})
+    OmegaConf.save({"model": {"trust_remote_code": True}}, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"add model\.trust_remote_code=true"):
+        resumed(asked, [])
+
+
+def test_records_survive_what_the_reader_checks() -> None:
+    """The checks refuse nothing that this program writes."""
+    stage = Stage("a", (Replace(0, Spec("iskd.blocks.slim.Slim", {"ratio": 0.5, "kv_groups": None})),), lr=1)
+    record = Record(2).extended(stage.edits)
+    assert record_from_json(json.loads(json.dumps(to_json(record)))) == record
+
+
+# ---- ten thousand hostile files -------------------------------------------------------------------------------------
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the limits on memory and paths are read from /proc")
+
+
+def fuzz(cases: int, seed: int = 0) -> str:
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", str(cases), "--seed", str(seed)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr[-2_000:]
+    return done.stdout
+
+
+def check_table(table: str, cases: int) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    counts = {kind: tuple(map(int, numbers)) for kind, *numbers in rows[1:]}
+    assert set(counts) == {*SHARES, "all"}
+    assert counts["all"][0] == cases
+    for kind, (total, accepted, refused) in counts.items():
+        assert accepted + refused == total, kind
+        assert accepted, f"{kind}: not even a harmless change is taken"
+        assert refused > total / 3, f"{kind}: hardly a change is noticed"
+
+
+@LINUX
+def test_hostile_files_are_taken_or_refused() -> None:
+    check_table(fuzz(2_000), 2_000)
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ten_thousand_hostile_files_are_taken_or_refused(seed: int) -> None:
+    check_table(fuzz(10_000, seed), 10_000)
+
+
+CANARIES = """
+import os, pickle, signal, sys, time
+from pathlib import Path
+from tests import fuzz
+root = Path(sys.argv[1])
+(root / "run").mkdir()
+def slow(*_): raise fuzz.Slow("slow")
+signal.signal(signal.SIGALRM, slow)
+fuzz.SECONDS = 0.2
+guard = fuzz.Guard(root / "run")
+(root / "run" / "link").symlink_to(root)
+class Evil:
+    def __reduce__(self): return (eval, ("1",))
+evil = pickle.dumps(Evil())
+fuzz.limit_memory()
+def spin():
+    while True: pass
+deeds = dict(
+    system=lambda: os.system("true"), fork=os.fork, evaluate=lambda: eval("1 + 1"), unpickle=lambda: pickle.loads(evil),
+    imports=lambda: __import__("antigravity"), write=lambda: open(root / "outside", "w"),
+    climb=lambda: open(root / "run" / ".." / "outside", "a"), link=lambda: open(root / "run" / "link" / "outside", "w"),
+    remove=lambda: os.remove(root / "outside"), make=lambda: os.mkdir(root / "outside"), spin=spin,
+    memory=lambda: bytearray(4 << 30), error=lambda: {}["missing"], swallowed=lambda: swallow(),
+)
+def swallow():
+    try: os.system("true")
+    except Exception: return True
+for name, deed in deeds.items():
+    outcome = fuzz.run_case(guard, deed)
+    assert isinstance(outcome, str), (name, outcome)
+def refuse(): raise ValueError("no")
+assert fuzz.run_case(guard, refuse) is False
+assert fuzz.run_case(guard, lambda: (root / "run" / "inside").write_text("x") == 1) is True
+assert not (root / "outside").exists()
+print("all noticed")
+"""
+
+
+@LINUX
+def test_the_guard_notices_what_it_is_there_for(tmp_path: Path) -> None:
+    """A reader that misbehaves on purpose, in every way, is caught each time."""
+    command = [sys.executable, "-c", CANARIES, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all noticed\n", done.stdout + done.stderr

@@ -1,0 +1,234 @@
+"""Two processes: DDP and FSDP2 give what one process gives while the architecture changes, and survive as much."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from iskd.importance.bi_veto import BlockInfluenceVeto
+from iskd.models import sharding
+from iskd.models.weights import model_tensors
+from iskd.schedules.base import ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.training.state import checkpoint, checkpoint_files
+from tests import programs
+from tests.factories import tiny
+from tests.reliability import Bench
+from tests.runs import SLIM, TOKENS, largest_difference, write_text
+from tests.worlds import World, run_world
+
+STRATEGIES = ("ddp", "fsdp")
+MANY = {None: 1, "ddp": 2, "fsdp": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder with the text and the shards of all runs here."""
+    path = tmp_path_factory.mktemp("ranks")
+    write_text(path)
+    return path
+
+
+def trained(folder: Path, name: str, strategy: str | None, **changes: Any) -> list[dict[str, Any]]:
+    """What the ranks of a finished run saw."""
+    size = MANY[strategy]
+    run_world(size, programs.train, folder, name, size, strategy, changes, folder=folder / "logs" / name)
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    """A run with every kind of edit in one process."""
+    return trained(folder, "one", None)[0]
+
+
+def ends(folder: Path, *names: str) -> float:
+    """Largest difference between the final weights of two runs."""
+    first, second = (load_file(folder / f"{name}.safetensors") for name in names)
+    return largest_difference(first, second)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_many_processes_equal_one(strategy: str, folder: Path, one: dict[str, Any]) -> None:
+    """A fitted block, a removal, a mixer and a bottleneck: losses, weights, results; freed blocks; moved parameters."""
+    seen = trained(folder, strategy, strategy)
+    for mine in seen:
+        assert max(abs(a - b) for a, b in zip(mine["losses"], one["losses"], strict=True)) < 1e-6
+        assert all(len(set(step)) == 1 for step in mine["digests"]), "ranks differ after a step"
+        assert mine["sums"] == pytest.approx(one["sums"], rel=1e-6), "the whole weights, after every step"
+        assert mine["moved"]
+        assert all(mine["moved"].values())
+        assert mine["leaked"] == 0
+        assert mine["roots"] == (1 if strategy == "fsdp" else 0)
+        for a, b in zip(mine["stages"], one["stages"], strict=True):
+            assert (a[0], a[3:]) == (b[0], b[3:])
+            assert a[1:3] == pytest.approx(b[1:3], rel=1e-5, abs=1e-6)
+    assert ends(folder, strategy, "one") < 5e-5
+
+
+def test_without_the_reset_the_run_stops(folder: Path) -> None:
+    """What `reset_roots` is for; if torch ever did without, this test would say so."""
+    world = World(2, programs.forgetful, (folder, "leaky"), folder / "logs" / "leaky")
+    assert world.wait() == [1, 1]
+    assert "takes ['', 'model.layers.2'] for roots of the student in shards" in world.said()
+
+
+def test_the_installed_torch_was_tested() -> None:
+    assert sharding.UNTESTED is None, "this file passed with it? then add its minor to iskd.models.sharding.TESTED"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_resumes_bit_for_bit(strategy: str, tmp_path: Path) -> None:
+    """A few of the trials whose table is in docs/reliability.md."""
+    bench = Bench(tmp_path, 2, strategy, seed=1)
+    for number, (place, call, victim) in enumerate(
+        [("save", 5, 0), ("regroup", 2, 1)][: 2 if strategy == "ddp" else 1]
+    ):
+        trial = bench.trial(number, place, call, victim)
+        assert trial.results
+        assert (trial.weights, trial.optimizer) == (0, 0)
+        assert trial.seconds < 60
+        other = (tmp_path / "logs" / f"trial{number}" / f"rank{1 - victim}.log").read_text()
+        assert f"rank {victim} died, so rank {1 - victim} stops as well" in other
+
+
+def test_sharded_checkpoints_resume_and_are_whole(folder: Path, one: dict[str, Any]) -> None:
+    options = {"checkpoints": "sharded", "checkpoint_every": 2}
+    world = World(
+        2, programs.stopped, (folder, "sharded", 2, "fsdp", {"options": options}, 0, 11), folder / "logs" / "s1"
+    )
+    assert sorted(world.wait()) == [0, 143], world.said()
+    newest = checkpoint_files.newest(folder / "sharded" / "checkpoints")
+    assert newest is not None
+    names = {file.name for file in newest.glob("student*")}
+    assert names == {"student-00001-of-00002.safetensors", "student-00002-of-00002.safetensors"}
+    trained(folder, "sharded", "fsdp", options=options, resume=True)
+    assert ends(folder, "sharded", "one") < 5e-5
+    newest = checkpoint_files.newest(folder / "sharded" / "checkpoints")
+    assert newest is not None
+    assert (
+        largest_difference(dict(checkpoint.Stored(newest, "student")), load_file(folder / "sharded.safetensors")) == 0
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", None), (None, "fsdp"), ("fsdp", "ddp")])
+def test_the_number_of_processes_changes_at_a_stage_boundary(
+    before: str | None, after: str | None, folder: Path, one: dict[str, Any]
+) -> None:
+    """Killed right after the first stage's checkpoint; the same windows per step, so the same run."""
+    name, size = f"{before}-{after}", MANY[before]
+    logs = folder / "logs" / name
+    world = World(size, programs.killed, (folder, name, size, before, {}, 0, "regroup", 1), logs)
+    assert world.wait()[0] == -signal.SIGKILL, world.said()
+    newest = checkpoint_files.newest(folder / name / "checkpoints")
+    assert newest is not None
+    assert newest.name.endswith(checkpoint_files.BOUNDARY)
+    size = MANY[after]
+    run_world(size, programs.train, folder, name, size, after, {"resume": True}, folder=logs)
+    assert ends(folder, name, "one") < 5e-5
+
+
+def test_the_number_of_processes_does_not_change_inside_a_stage(folder: Path) -> None:
+    world = World(2, programs.stopped, (folder, "inside", 2, "ddp", {}, 1, 3), folder / "logs" / "inside")
+    world.wait()
+    alone = World(1, programs.train, (folder, "inside", 1, None, {"resume": True}), folder / "logs" / "inside-alone")
+    assert alone.wait() == [1]
+    assert "lies inside stage 1, made by 2 processes, and now there are 1" in alone.said()
+
+
+@pytest.mark.parametrize(("strategy", "after"), [("ddp", "ddp"), ("fsdp", "fsdp"), ("fsdp", "ddp")])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    strategy: str, after: str, folder: Path, one: dict[str, Any]
+) -> None:
+    """Inside a stage; the strategy may change there as well, the number of processes may not."""
+    name = f"stopped-{strategy}-{after}"
+    world = World(2, programs.stopped, (folder, name, 2, strategy, {}, 1, 11), folder / "logs" / name)
+    assert world.wait() == [143, 0], world.said()
+    newest = checkpoint_files.newest(folder / name / "checkpoints")
+    assert newest is not None
+    state = checkpoint.read_state(newest)
+    assert (len(state.finished), state.batch) == (1, 4), "the 11th micro-batch is the first of the sixth step"
+    trained(folder, name, after, resume=True)
+    assert ends(folder, name, "one") < 5e-5
+
+
+@pytest.mark.parametrize("strategy", [None, "fsdp"])
+def test_a_fresh_process_for_every_edit(strategy: str | None, folder: Path, one: dict[str, Any]) -> None:
+    """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private part of torch."""
+    name, size = f"restart-{strategy}", MANY[strategy]
+    codes = []
+    for _ in range(8):
+        arguments = (folder, name, size, strategy, {"restart": True, "resume": bool(codes)})
+        world = World(size, programs.train, arguments, folder / "logs" / name)
+        codes.append(world.wait())
+        assert all(code in (0, 75) for code in codes[-1]), world.said()
+        if codes[-1] == [0] * size:
+            break
+    assert len(codes) == 5, "four edits, each in a process of its own"
+    rows = list(csv.DictReader((folder / name / "metrics.csv").read_text().splitlines()))
+    assert sum(bool(row["val/kl"]) for row in rows) == 5, "the teacher's row and one for every stage"
+    if strategy is None:
+        assert ends(folder, name, "one") == 0
+    else:
+        assert ends(folder, name, "one") < 5e-5
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_a_missed_floor_rolls_back_on_all_ranks(strategy: str | None, folder: Path) -> None:
+    """The first stage is undone: the student is the teacher again, to the bit, in every layout."""
+    name = f"floor-{strategy}"
+    seen = trained(folder, name, strategy, floor=1e9)
+    assert [stage[-1] for stage in seen[0]["stages"]] == ["kept", "rolled_back"]
+    teacher = model_tensors(tiny("llama", vocab=257))
+    assert largest_difference(load_file(folder / f"{name}.safetensors"), teacher) == 0
+
+
+def test_scores_and_choices_are_the_same_in_shards(folder: Path) -> None:
+    """Leave-one-out sweeps, cosine scores and rescoring on a student in shards."""
+    choose = Iterative(ReplaceWith(SLIM), count=2, tokens=4 * TOKENS, lr=1e-3, rescore=True)
+    changes = {"schedule": choose, "importance": BlockInfluenceVeto()}
+    alone, split = (trained(folder, f"scores-{s}", s, **changes)[0]["stages"] for s in (None, "fsdp"))
+    assert [stage[0] for stage in alone] == [stage[0] for stage in split]
+    assert [stage[1] for stage in split] == pytest.approx([stage[1] for stage in alone], rel=1e-5)
+
+
+def test_ranks_that_see_different_checkpoints_stop(folder: Path) -> None:
+    world = World(2, programs.stopped, (folder, "torn", 2, "ddp", {}, 1, 11), folder / "logs" / "torn")
+    world.wait()
+    world = World(2, programs.torn_on_one_rank, (folder, "torn"), folder / "logs" / "torn-on-one")
+    assert world.wait(60) == [1, 1]
+    for log in world.logs:
+        assert "the processes do not agree (newest whole checkpoint, teacher): rank 0" in log.read_text()
+
+
+def test_one_rank_with_a_loss_that_is_not_finite_makes_all_skip(folder: Path) -> None:
+    run_world(2, programs.poisoned, folder, "poison", 1, folder=folder / "logs" / "poison")
+    seen = [json.loads((folder / f"poison-{rank}.json").read_text()) for rank in (0, 1)]
+    assert seen[0]["skipped"] == seen[1]["skipped"] == 1
+    assert all(len(set(step)) == 1 for step in seen[0]["digests"])
+
+
+def test_an_error_on_one_rank_ends_the_other(folder: Path) -> None:
+    """Rank 1 does not even exit; rank 0 stops by itself, long before any timeout of torch."""
+    world = World(2, programs.lonely, (folder, "lonely"), folder / "logs" / "lonely")
+    world.processes[0].join(45)
+    assert world.processes[0].exitcode == 1, world.said()
+    world.processes[1].kill()
+    world.wait()
+    assert "rank 1 died, so rank 0 stops as well" in world.logs[0].read_text()
+
+
+def test_a_full_disk_on_rank_0_ends_all_ranks_alike(folder: Path) -> None:
+    started = time.monotonic()
+    world = World(2, programs.full_disk, (folder, "full"), folder / "logs" / "full")
+    assert world.wait() == [1, 1]
+    assert time.monotonic() - started < 60
+    for log in world.logs:
+        assert "the disk is full" in log.read_text()

@@ -1,0 +1,130 @@
+"""Laws of a decision: scores are asked for among those who may go, ties are told, trials are judged on other text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.importance import Fixed, WindowImportance
+from iskd.plan import Record
+from iskd.schedules import Choice, History
+from iskd.schedules.base import RemoveLayers
+from iskd.schedules.iterative import Iterative
+from iskd.schedules.oneshot import Oneshot
+from iskd.training import deciding
+from iskd.training.deciding import check_importance
+from iskd.training.parts import Parts
+from iskd.training.runner import run
+from iskd.training.step import DistillModule
+from tests.runs import TOKENS, make_parts, write_text
+
+ROWS = torch.tensor([[0.0, 0.1], [1.0, 1.2], [1.1, 1.15], [3.0, 3.3], [1.2, 1.05]])
+
+
+class Known(WindowImportance):
+    """Rows that are given; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []
+
+    def choosing(self, candidates: Sequence[int], number: int) -> Known:
+        self.asked.append((list(candidates), number))
+        return self
+
+    def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+        return ROWS
+
+
+def note(choice: Choice, layers: Sequence[int] = range(5)) -> str:
+    class Both(torch.nn.Module):
+        student = teacher = torch.nn.Linear(1, 1)
+
+    return deciding._scored(Known(), Both(), [], list(layers), choice)[1]  # type: ignore[arg-type]
+
+
+def test_ties_are_told_among_those_who_may_go() -> None:
+    assert note(Choice((0, 1, 2, 3, 4), 1)) == ""
+    # layer 0 is protected: what ties with the one that goes counts, and not with the lowest of all
+    assert note(Choice((1, 2, 3, 4), 1)) == "the scores of layers [2, 4] are within noise of that of layer 1"
+    # two go, 1 and then 2 or 4: of those that stay the one that ties with the last that goes
+    assert note(Choice((0, 1, 2, 3, 4), 3)) == "the scores of layers [4] are within noise of that of layer 2"
+    assert note(Choice((0, 1, 2, 3, 4), 5)) == ""
+    assert note(Choice((12, 16), 1), [2, 12, 16, 20, 24]).endswith("[16] are within noise of that of layer 12")
+
+
+def test_windows_that_were_not_read_say_nothing() -> None:
+    rows = torch.tensor([[1.0, 1.2, torch.nan], [1.1, 1.15, torch.nan], [torch.nan] * 3, [1.0, 1.2, 1.0]])
+    assert deciding.within_noise(rows, 0, range(4)) == [1, 3]
+
+
+def history(*edits: int) -> History:
+    return History(Record(8).extended([RemoveLayers().make(layer, 0) for layer in edits]))
+
+
+def test_what_a_schedule_asks_scores_for() -> None:
+    each = Iterative(RemoveLayers(), target_layers=4, tokens=0, rescore=True, protect_first=2)
+    assert each.choice(history()) == Choice((2, 3, 4, 5, 6, 7), 1)
+    assert each.choice(history(3)) == Choice((2, 4, 5, 6, 7), 1)
+    once = Iterative(RemoveLayers(), target_layers=4, tokens=0, protect=[7])
+    assert once.choice(history()) == Choice((0, 1, 2, 3, 4, 5, 6), 4)
+    pairs = Iterative(RemoveLayers(), count=3, per_stage=2, tokens=0, rescore=True)
+    assert (pairs.choice(history()).number, pairs.choice(history(1, 2)).number) == (2, 1)
+    tried = Iterative(RemoveLayers(), count=1, tokens=0, rescore=True, candidates=3, trial_tokens=8)
+    assert tried.choice(history()) == Choice(tuple(range(8)), 1, 2)
+    assert Oneshot(RemoveLayers(), count=5, tokens=0).choice(history()).number == 5
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
+    return partial(make_parts, text=text, cache=tmp_path_factory.getbasetemp() / "cache", dropout=0.0)
+
+
+def test_trials_are_judged_on_calibration_text(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    judge = deciding.divergence
+
+    def watch(module: DistillModule, batches: Sequence[Tensor]) -> float:
+        seen.extend(batches)
+        return judge(module, batches)
+
+    monkeypatch.setattr("iskd.training.callback.divergence", watch)
+    guarded = Iterative(RemoveLayers(), count=1, tokens=TOKENS, rescore=True, candidates=2, trial_tokens=TOKENS)
+    parts = make(tmp_path / "run", schedule=guarded)
+    result = run(parts)
+    wanted = parts.data.calibration(parts.data.val_tokens)
+    assert all(torch.equal(*pair) for pair in zip(seen, [*wanted, *wanted], strict=True)), "once for each of two trials"
+    reported = {tuple(row) for row in parts.data.validation_windows().tolist()}
+    assert not reported & {tuple(row) for batch in seen for row in batch.tolist()}
+    assert any(event.startswith("KL after") for event in result.final.events)
+
+
+def test_divergence_is_that_of_validation_on_the_same_windows(make: Callable[..., Parts], tmp_path: Path) -> None:
+    parts = make(tmp_path / "run", schedule=Iterative(RemoveLayers(), count=1, layers=[1], tokens=TOKENS))
+    result = run(parts)
+    module = DistillModule(result.student, parts.teacher.model, parts.terms, parts.optim, result.record)
+    windows = parts.data.validation_windows()
+    measured = module.measure([{"input_ids": windows}])["kl"]
+    assert deciding.divergence(module, list(windows.split(2))) == pytest.approx(measured, rel=1e-5)
+
+
+def test_scores_that_cannot_be_had_are_refused_before_anything_runs() -> None:
+    scored = Iterative(RemoveLayers(), count=2, tokens=0, rescore=True)
+    with pytest.raises(ValueError, match="needs scores"):
+        check_importance(scored, None)
+    with pytest.raises(ValueError, match="rescore=false"):
+        check_importance(scored, Fixed(order=[2, 0, 1]))
+    check_importance(Iterative(RemoveLayers(), count=2, tokens=0), Fixed(order=[2, 0, 1]))
+    check_importance(Iterative(RemoveLayers(), layers=[1], tokens=0), None)

@@ -1,0 +1,181 @@
+"""The end of a run: what cannot be had again comes first, and a measurement that fails costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from iskd.commands import build, resume
+from iskd.commands.compose import compose_config
+from iskd.evaluation import EvalSpec
+from iskd.importance.task_accuracy import TaskAccuracy
+from iskd.models import surgery
+from iskd.plan import Record, Remove
+from iskd.plan.options import RunOptions
+from iskd.training import facts, finish
+from iskd.training.parts import Parts, Result
+from iskd.training.state import RunState
+from tests.run_folders import stage
+from tests.runs import make_parts, write_text
+
+SPEC = EvalSpec(["copy"], 4, resamples=20)
+
+
+class Trainer:
+    """As much of Lightning's as the end of a run asks for; says when the other ranks are let go."""
+
+    is_global_zero, global_rank, world_size = True, 0, 1
+
+    def __init__(self, run_dir: Path) -> None:
+        self.strategy = self
+        self.run_dir, self.there = run_dir, set[str]()
+
+    def barrier(self, name: str) -> None:
+        self.there = {path.name for path in self.run_dir.iterdir()}
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    made = make_parts(tmp_path / "run", write_text(tmp_path), tmp_path / "cache")
+    made.data.prepare()
+    options = RunOptions(efficiency_seconds=0.01)
+    source: dict[str, Any] = {"name": "t", "kind": "hub", "sha256": "ab"}
+    return replace(made, export=True, options=options, evaluation=SPEC, teacher=replace(made.teacher, source=source))
+
+
+def ended(parts: Parts, trainer: Any = None) -> Result:
+    """The end of a run whose student has lost a layer."""
+    teacher = parts.teacher.model
+    record = Record(4).extended([Remove(1)])
+    module: Any = SimpleNamespace(student=surgery.rebuild(teacher, record), teacher=teacher)
+    state = RunState(record=record, results=[stage(0, scores=None), stage(1, scores=None)])
+    return finish.finish(parts, trainer or Trainer(parts.run_dir), module, state)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that is not reopened, short contexts."""
+    export, measure = finish.export, finish.efficiency.measure
+    monkeypatch.setattr(finish, "export", lambda *args, **options: export(*args, **options, verify=False))
+    monkeypatch.setattr(
+        finish.efficiency, "measure", lambda *a, **o: measure(*a, **o, contexts=[8], decode_tokens=1, repeats=1)
+    )
+
+
+def test_student_and_tables_come_before_what_is_measured(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    trainer, run_dir = Trainer(parts.run_dir), parts.run_dir
+    result = ended(parts, trainer)
+    assert {"stages.json", "record.json", "data.json", "report.html", "model"} <= trainer.there
+    assert trainer.there.isdisjoint({"evaluation.json", "efficiency.json"})
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert evaluation["models"]["student"]["layers"] == 3
+    assert len(evaluation["models"]["student"]["sha256"]) == 64
+    assert evaluation["models"]["teacher"]["name"] == "t"
+    assert result.report is not None
+    page = result.report.read_text()
+    assert "Scores by task" in page
+    assert "Measured, not computed" in page
+    card = (run_dir / "model" / "README.md").read_text()
+    assert "model-index" in card
+    assert "## Scores" in card
+    assert "## Efficiency" in card
+
+
+def test_a_measurement_that_fails_is_named_with_its_command(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick(monkeypatch)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise ValueError("no lm_eval")
+
+    monkeypatch.setattr(finish.efficiency, "measure", full)
+    monkeypatch.setattr(finish, "evaluate", gone)
+    monkeypatch.setattr(finish, "log_end", gone)
+    monkeypatch.setattr(finish, "write_report", gone)
+    with caplog.at_level(logging.ERROR):
+        result = ended(parts)
+    run_dir = parts.run_dir
+    said = [record.getMessage() for record in caplog.records]
+    reports = [message for message in said if f"Again: iskd report {run_dir}" in message]
+    assert len(reports) == 2, "before what is measured and after"
+    said = [message for message in said if message not in reports]
+    assert len(said) == 3
+    assert "FAILED: efficiency (OutOfMemoryError: CUDA out of memory)" in said[0]
+    assert f"Again: iskd evaluate model={run_dir} 'eval.tasks=[]' eval.efficiency_seconds=0.01" in said[0]
+    assert "FAILED: evaluation (ValueError: no lm_eval)" in said[1]
+    keys = "eval=quick 'eval.tasks=[copy]' eval.limit=4 eval.resamples=20"
+    assert f"Again: iskd evaluate model={run_dir} {keys}" in said[1]
+    assert "what the logger shows at the end" in said[2]
+    assert result.model_dir is not None
+    assert (result.model_dir / "model.safetensors").is_file()
+    assert result.report is None
+
+
+def test_an_export_that_fails_is_raised_after_the_measurements(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("cannot be trusted")
+
+    monkeypatch.setattr(finish, "export", broken)
+    with pytest.raises(RuntimeError, match="cannot be trusted"):
+        ended(parts)
+    assert "Scores by task" in (parts.run_dir / "report.html").read_text()
+
+
+def test_a_teacher_in_shards_is_measured_by_a_command(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr(finish.sharding, "is_sharded", lambda model: model is parts.teacher.model)
+    with caplog.at_level(logging.WARNING):
+        ended(parts)
+    said = [record.getMessage() for record in caplog.records if "in shards" in record.getMessage()]
+    assert [message.partition(" ")[0] for message in said] == ["efficiency", "evaluation"]
+    assert all("On one device: iskd evaluate model=" in message for message in said)
+    assert not (parts.run_dir / "evaluation.json").exists()
+
+
+def test_the_command_names_what_is_nowhere_on_disk(parts: Parts) -> None:
+    """A teacher in memory needs a name; without an export the run itself is continued, which measures again."""
+    memory = replace(parts, teacher=replace(parts.teacher, source={"kind": "memory", "name": "x"}))
+    assert finish.again(memory, parts.run_dir / "model", None).endswith(" reference=TEACHER")
+    assert finish.again(parts, None, None) == f"iskd train resume={parts.run_dir}"
+    assert finish.again(parts, None, EvalSpec(["a", "b"], None)) == (
+        f"iskd train resume={parts.run_dir} eval=quick 'eval.tasks=[a,b]' eval.limit=null"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.data_dir=nowhere", "eval.tasks=[piqa]"], r"no local file nowhere/piqa/eval\.jsonl: put its items"),
+        (["eval.tasks=[copy]", "eval.text=nowhere.txt"], r"nowhere\.txt does not exist"),
+        (["eval.tasks=[]"], "nothing to evaluate"),
+        (["eval.tasks=[copy]", "eval.efficiency_seconds=5"], r"for a run set run\.efficiency_seconds"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    keys = ["debug=smoke", f"cache_dir={tmp_path}/cache", "eval=quick", *overrides]
+    config, _ = compose_config(keys)
+    with pytest.raises(ValueError, match=message):
+        build.parts(config, tmp_path / "run")
+    assert not (tmp_path / "run" / resume.SAVED).exists(), "the folder is free for the next try"
+
+
+def test_items_that_chose_layers_are_known() -> None:
+    assert facts.selected(TaskAccuracy(tasks=["copy"], items=8)).keys() == {"copy"}
+    assert facts.selected(object()) == {}

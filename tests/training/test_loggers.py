@@ -1,0 +1,225 @@
+"""What loggers and sweeps are told of a run: one summary, tables, pictures, groups; W&B offline, no network."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from matplotlib.image import imread
+
+from iskd.commands.build import sweep_of
+from iskd.commands.compose import compose_config
+from iskd.plan import StageResult
+from iskd.plan.metric_names import QUALITY
+from iskd.plan.results import write_stages
+from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
+from iskd.report import write_report
+from iskd.training.loggers import COLUMNS, log_end, log_row, log_start
+from tests.factories import CONF
+
+
+def stage(index: int, **changes: Any) -> StageResult:
+    values: dict[str, Any] = {
+        "index": index,
+        "name": f"replace {index}" if index else "teacher",
+        "edits": [{"op": "replace", "layer": index}] if index else [],
+        "params": 1000 - 100 * index,
+        "block_params": 800 - 100 * index,
+        "ppl": 20.0 + index,
+        "kl": 0.1 * index,
+        "top1": 1 - 0.1 * index,
+        "retention": 1 - 0.05 * index,
+        "tokens": 512 * index,
+        "seconds": 2.0,
+        "scores": {"0": 0.5, "1": 0.25} if index == 1 else None,
+    }
+    return StageResult(**values | changes)
+
+
+RESULTS = [stage(0), stage(1), stage(2), stage(3, status="rolled_back", retention=0.1)]
+
+
+class FakeConfig(dict[str, Any]):
+    def update(self, values: Any, allow_val_change: bool = False) -> None:  # type: ignore[override]
+        super().update(values)
+
+
+class FakeRun:
+    """Stands in for a W&B run and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.id, self.metrics, self.rows, self.artifacts = "abc", {}, [], []
+        self.summary: dict[str, Any] = {}
+        self.config = FakeConfig()
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.metrics[name] = options
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 3\nschedule: {count: 2}\n")
+    write_stages(folder, RESULTS)
+    write_report(folder)
+    return folder
+
+
+def test_the_summary_is_that_of_the_student_that_is_left() -> None:
+    values = summary(RESULTS)
+    assert values.keys() == SUMMARY.keys()
+    assert (values["final/retention"], values["final/params"], values["teacher/params"]) == (0.9, 800, 1000)
+    assert (values["final/tokens"], values["final/seconds"]) == (1536, 8.0)
+    assert summary(RESULTS[1:]).keys() == {name for name in SUMMARY if name.startswith("final/")}
+    with pytest.raises(ValueError, match="no stage was kept"):
+        summary(RESULTS[3:])
+
+
+def test_a_sweep_is_told_what_it_asks_for() -> None:
+    assert objectives("ppl")(RESULTS) == 22.0
+    assert objectives(["kl"])(RESULTS) == pytest.approx(0.2)
+    assert objectives(["retention", "params"])(RESULTS) == [0.9, 800.0]
+    assert set(OBJECTIVES) >= {*QUALITY, "params"}
+    for names in (["retention", "size"], [], "loss"):
+        with pytest.raises(ValueError, match="choose among retention, params"):
+            objectives(names)
+
+
+def test_wandb_gets_tables_pictures_files_and_one_summary(run_dir: Path) -> None:
+    run = FakeRun()
+    loggers = [WandbLogger(experiment=run), CSVLogger(str(run_dir))]
+    log_start(loggers, run_dir)
+    assert run.metrics["*"] == {"step_metric": "tokens", "summary": "none"}
+    assert run.config["schedule"] == {"count": 2}
+    log_end(loggers, run_dir, RESULTS)
+    assert run.summary == summary(RESULTS)
+    (row,) = run.rows
+    assert row["tokens"] == 1536
+    assert row["stages"].columns == list(COLUMNS)
+    assert [line[COLUMNS.index("status")] for line in row["stages"].data] == [*["kept"] * 3, "rolled_back"]
+    assert row["importance"].data == [[1, 0, 0.5], [1, 1, 0.25]]
+    assert row["report"].html == (run_dir / "report.html").read_text()
+    assert imread(run_dir / "run.png").shape[:2] == (600, 1200)
+    (artifact,) = run.artifacts
+    assert set(artifact.manifest.entries) == {"stages.json", "report.html", "run.png", "config.yaml"}
+
+
+def test_an_offline_run_can_be_synced(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client without a network: the folder that `wandb sync RUN_DIR/wandb/offline-run-*` names."""
+    import wandb
+
+    for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "staged"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(run_dir / "cached"))
+    logger = WandbLogger(save_dir=str(run_dir), project="iskd", group="sweep", offline=True)
+    try:
+        log_start([logger], run_dir)
+        for row in RESULTS:
+            log_row([logger], row, row.index)
+        log_end([logger], run_dir, RESULTS)
+        assert logger.experiment.group == "sweep"
+        written = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert len(list(folder.glob("*.wandb"))) == 1
+    media = {path.suffix for path in (folder / "files" / "media").rglob("*") if path.is_file()}
+    assert media == {".png", ".html", ".json"}
+    found = {name: value for name, value in written.items() if isinstance(value, int | float) and name[0] != "_"}
+    assert found.keys() == SUMMARY.keys()
+    assert found == pytest.approx(summary(RESULTS))
+
+
+def test_tensorboard_gets_the_same(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(str(run_dir), name="tensorboard", version="", default_hp_metric=False)
+    log_start([logger], run_dir)
+    log_row([logger], RESULTS[1], 4)
+    logger.finalize("success")
+    log_end([logger], run_dir, RESULTS)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert {name: events.Scalars(name)[-1].value for name in SUMMARY} == pytest.approx(summary(RESULTS))
+    assert "picture" in events.Tags()["images"]
+    assert any("stages" in tag for tag in events.Tags()["tensors"])
+
+
+def test_nothing_is_drawn_for_nobody(run_dir: Path) -> None:
+    log_end([CSVLogger(str(run_dir))], run_dir, RESULTS)
+    log_end([WandbLogger(experiment=FakeRun())], run_dir, RESULTS[3:])
+    assert not (run_dir / "run.png").exists()
+
+
+def test_runs_of_a_sweep_know_their_sweep(tmp_path: Path) -> None:
+    for name, mode in (("alone", "RUN"), ("job", "MULTIRUN")):
+        (tmp_path / "sweep" / name / ".hydra").mkdir(parents=True)
+        (tmp_path / "sweep" / name / ".hydra" / "hydra.yaml").write_text(f"hydra:\n  mode: {mode}\n")
+    assert sweep_of(tmp_path / "sweep" / "job") == "sweep"
+    assert sweep_of(tmp_path / "sweep" / "alone") is None
+    assert sweep_of(tmp_path / "sweep" / "new") is None
+    (tmp_path / "sweep" / "multirun.yaml").write_text("{}")
+    assert sweep_of(tmp_path / "sweep" / "new") == "sweep"
+
+
+@pytest.mark.filterwarnings("ignore:The ``declarative_base\\(\\)`` function")  # Optuna calling SQLAlchemy
+def test_two_objectives_give_a_pareto_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped sweeper and folder with a made-up job: Optuna asks, the answers are lists, the front is written."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    seen = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def job(config: Any) -> Any:
+        seen.append(
+            (
+                list(config.objectives),
+                config.schedule.count,
+                config.block.ratio,
+                sweep_of(Path(HydraConfig.get().runtime.output_dir)),
+            )
+        )
+        results = [stage(0), stage(1, retention=1 - 0.05 * config.schedule.count, params=1000 - config.schedule.count)]
+        return objectives(list(config.objectives))(results)
+
+    monkeypatch.chdir(tmp_path)
+    quiet = ["hydra/hydra_logging=none", "hydra/job_logging=none"]
+    search = ["hydra/sweeper=pareto", "hydra.sweeper.n_trials=4", "schedule.count=range(1,3)"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *search, *quiet])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    before, HydraConfig.instance().cfg = HydraConfig.instance().cfg, None  # as in a fresh process
+    GlobalHydra.instance().clear()
+    job()
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = before
+    (folder,) = (tmp_path / "runs").glob("*-iterative-sweep")
+    assert [entry[0] for entry in seen] == [["retention", "params"]] * 4
+    assert all(1 <= count <= 3 and 0.1 <= ratio <= 0.5 and sweep == folder.name for _, count, ratio, sweep in seen)
+    found = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    best = {solution["params"]["schedule.count"]: solution["values"] for solution in found["solutions"]}
+    assert best.keys() == {count for _, count, _, _ in seen}  # every count is on this front
+    assert all(math.isclose(values[0], 1 - 0.05 * count) for count, values in best.items())
+
+
+def test_samplers_and_grids_compose() -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    for sweep in ("pareto", "grid"):
+        compose_config([f"hydra/sweeper={sweep}"])
+    compose_config(["hydra/sweeper=pareto", "hydra/sweeper/sampler=nsgaii"])
+    with pytest.raises(ValueError, match="hydra/sweeper/sampler"):
+        compose_config(["hydra/sweeper=grid", "hydra/sweeper/sampler=nsgaii"])
