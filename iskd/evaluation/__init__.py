@@ -12,12 +12,12 @@ from iskd.evaluation.task_items import TASKS
 from iskd.evaluation.text import refuse_training_text
 
 __all__ = [
+    "TASKS",
     "Efficiency",
     "EvalSpec",
     "Evaluation",
     "Interval",
     "QualityMetrics",
-    "TASKS",
     "evaluate",
     "refuse_training_text",
 ]

@@ -14,9 +14,9 @@ from iskd.models.signals import IGNORE, Signals
 from iskd.models.stack import Stack
 
 __all__ = [
+    "IGNORE",
     "CacheSlot",
     "Head",
-    "IGNORE",
     "Signals",
     "Stack",
     "at_least_fp32",
