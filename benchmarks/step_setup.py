@@ -118,7 +118,7 @@ class Setup:
 def configured(task: Task, steps: int, *options: str) -> Iterator[Parts]:
     """The objects of our run, with more options if given: the other ways take teacher and text from them."""
     tokens = steps * task.rows * task.length
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(CONF, version_base="1.3"):
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [
             *("schedule=oneshot", "edit=remove", f"schedule.layers={list(task.removed)}", "loss=[kl]"),
             *(f"schedule.count={len(task.removed)}", f"trainer.precision={'bf16-mixed' if task.mixed else '32-true'}"),

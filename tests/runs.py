@@ -27,7 +27,7 @@ from iskd.schedules.base import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import Loaded
 from iskd.training import Parts, Result, callback, editing
-from iskd.training.state import checkpoint
+from iskd.training.state import checkpoint, checkpoint_files
 from tests.factories import tiny
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
@@ -166,7 +166,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "rewrap": (callback, "rewrap"),
     "save": (checkpoint, "save_file"),
     "rename": (checkpoint.os, "replace"),
-    "prune": (checkpoint, "prune"),
+    "prune": (checkpoint_files, "prune"),
     "validation": (callback.DistillModule, "measure"),
     "step": (callback.DistillModule, "step"),
 }

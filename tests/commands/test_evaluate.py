@@ -13,7 +13,6 @@ from iskd.commands import evaluate
 from iskd.commands.compose import compose_config
 from iskd.commands.evaluate import Found
 from iskd.commands.generate import generate
-from iskd.evaluation import results
 from iskd.evaluation.task_items import COPY_POOL, copy_items
 from iskd.export import export
 from iskd.models import surgery
@@ -168,7 +167,7 @@ def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         files.write_whole(file, "new")
     assert file.read_text() == "old"

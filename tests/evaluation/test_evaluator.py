@@ -289,7 +289,7 @@ def test_the_mean_over_tasks_of_several_kinds_has_the_interval_of_independent_ta
     assert mean.low < mean.value < mean.high
     widths = [found.high - found.low for found in values]
     assert mean.high - mean.low == pytest.approx(math.hypot(*widths) / 2, rel=0.15)
-    found = Evaluation(likelihood, means, mean, None, {}, {})
+    found = Evaluation(tasks, means, mean, None, {}, {})
     assert "mean, all" in printed(found)
     read = evaluation_of(json.loads(found.to_json())).mean
     assert (read.value, read.low, read.high) == pytest.approx((mean.value, mean.low, mean.high), abs=1e-6)

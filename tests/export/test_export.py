@@ -17,7 +17,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 
 import iskd
 from iskd.export import loading
-from iskd.export import write as write_module
+from iskd.export import student as student_module
 from iskd.export.student import MAX_SHARD_BYTES, write
 from iskd.export.write import export
 from iskd.models import Stack, surgery
@@ -303,8 +303,8 @@ def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pyte
     assert str(Path.home()) not in text
     assert "_name_or_path" not in text
     before = (target / "model.safetensors").read_bytes()
-    original = write_module.model_tensors
-    monkeypatch.setattr(write_module, "model_tensors", lambda m: {k: v + 0.1 for k, v in original(m).items()})
+    original = student_module.model_tensors
+    monkeypatch.setattr(student_module, "model_tensors", lambda m: {k: v + 0.1 for k, v in original(m).items()})
     with pytest.raises(RuntimeError, match="other logits"):
         export(target, model, record, teacher.config)
     assert (target / "model.safetensors").read_bytes() == before, "a failed export leaves the earlier one"

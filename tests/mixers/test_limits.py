@@ -136,8 +136,13 @@ def test_what_is_no_mixer_is_refused_and_every_mixer_runs() -> None:
             assert model(windows()).logits.isfinite().all()
         else:
             refused(Spec(target), "is no mixer|outside the allow-list")
-    for target in ("projections.Projections", "base.RecurrentMixer", "gla.RecurrentMixer", "parts.ShortConv"):
-        refused(Spec(f"iskd.mixers.{target}"), rf"iskd\.mixers\..*{target.split('.')[1]} is no mixer")
+    for target in (
+        "modules.projections.Projections",
+        "base.RecurrentMixer",
+        "gla.RecurrentMixer",
+        "modules.layers.ShortConv",
+    ):
+        refused(Spec(f"iskd.mixers.{target}"), rf"iskd\.mixers\..*{target.rpartition('.')[2]} is no mixer")
 
 
 def test_a_subclass_needs_streams_of_its_own() -> None:

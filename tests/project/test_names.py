@@ -12,7 +12,7 @@ from iskd.commands.config import CONF
 
 
 def model_of(argument: str) -> tuple[str, str | None]:
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         model = compose("config", arguments([argument])).model
     return str(model.name), None if model.path is None else str(model.path)
 

@@ -24,6 +24,7 @@ from iskd.training.profile import step_profile
 from iskd.training.profile.operators import group_of
 from iskd.training.profile.profile import PARTS, profile_table, write_profile
 from iskd.training.step import DistillModule, OptimSpec, flops, make_optimizer, passes, regroup
+from iskd.training.step import module as module_file
 from iskd.training.step.block_runner import BlockRunner
 from tests.factories import digest, tiny, windows
 from tests.runs import Scripted, make_parts, write_text
@@ -198,7 +199,7 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(step_profile, "clock", lambda _: now[0])
     monkeypatch.setattr(passes, "read", taking(5.0, passes.read))
-    monkeypatch.setattr(module, "total_loss", taking(7.0, module.total_loss))
+    monkeypatch.setattr(module_file, "total_loss", taking(7.0, module_file.total_loss))
     monkeypatch.setattr(optimizer, "step", taking(11.0, optimizer.step))
     monkeypatch.setattr(module, "training_step", taking(13.0, module.training_step))
     profile = step_profile.profile_step(module, {"input_ids": windows(1, 8)}, optimizer, steps=2, accumulate=2)
