@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -25,8 +24,9 @@ from iskd.export import load, refresh_card, student_folder, tokenizer_of
 from iskd.models.weights import weights_sha256
 from iskd.plan.results import STAGES_FILE
 from iskd.report import efficiency_table, evaluation_table, write_report
-from iskd.system import Busy, ProgressLine, precision, read_json, write_whole
+from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files
+from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
 
 
@@ -57,17 +57,15 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
     with Busy("loading the models"):
         model, teacher = _models(config, student)
-    accelerator = config.trainer.get("accelerator", "cpu")
-    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device, forward_context = place(config.trainer)
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
-    low = precision.precision(config.trainer.get("precision", "auto"), accelerator) == "bf16-mixed"
     shown = run if run is not None and _is_its_teacher(run, teacher) else None
     places, files = [folder, *([shown] if shown else [])], list[Path]()
     found: Evaluation | None = None
     cost: dict[str, Any] | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with forward_context():
             found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
@@ -90,11 +88,11 @@ def _kept(file: Path, text: str) -> list[Path]:
 
 
 def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
-    """What both cost in use, in bf16 on a GPU, as they would be served."""
+    """What both cost in use, as they would be served."""
     models = {} if teacher is None else {"teacher": teacher.model}
-    low = torch.bfloat16 if model.model.device.type == "cuda" else None
+    dtype = serving_dtype(model.model.device)
     with ProgressLine() as line:
-        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=low, progress=line)
+        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=dtype, progress=line)
 
 
 def _student(path: str | None) -> Path | None:

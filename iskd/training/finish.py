@@ -29,6 +29,7 @@ from iskd.plan.results import write_stages
 from iskd.report import stage_table, write_report
 from iskd.system import Busy, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory
+from iskd.system.precision import serving_dtype
 from iskd.training.facts import selected, write_data
 from iskd.training.loggers import log_end
 from iskd.training.parts import Parts, Result
@@ -102,17 +103,17 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
                 log.warning("%s was not measured, as the teacher lies in shards. On one device: %s", what, command)
         return
     device = next(teacher.parameters()).device
-    low = torch.bfloat16 if device.type == "cuda" else None  # as it will be served
+    dtype = serving_dtype(device)
     if seconds:
         with _guarded("efficiency", f"Again: {measuring['efficiency']}"), ProgressLine() as line:
             nn.Module.to(student, device)
             models = {"teacher": teacher, "student": student}
-            efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=low, progress=line))
+            efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=dtype, progress=line))
     if spec is not None:
         with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
             nn.Module.to(student, device)
             exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
-            with torch.autocast(device.type, torch.bfloat16, enabled=low is not None):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 found = evaluate(
                     student, parts.teacher.tokenizer, spec, parts.teacher,
                     exclude=[sha for items in selected(parts.importance).values() for sha in items],

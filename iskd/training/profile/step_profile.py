@@ -31,6 +31,7 @@ from iskd.models import Stack
 from iskd.plan import Record, Stage
 from iskd.system import Ranks, machine
 from iskd.system.machine import clock
+from iskd.system.precision import ForwardContext, place
 from iskd.teacher import TeacherCache
 from iskd.training.deciding import decide
 from iskd.training.editing import carry_out
@@ -41,7 +42,7 @@ from iskd.training.runner import make_module
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule, make_optimizer, passes
 from iskd.training.step import module as module_file
-from iskd.training.step.flops import ForwardContext, as_found, countable, counter, matmul_dtype, matmul_peak
+from iskd.training.step.flops import as_found, countable, counter, matmul_dtype, matmul_peak
 
 _FUNCTIONS = {"total_loss": "loss", "topk_loss": "loss", "align": "alignment"}  # of iskd.training.step.module
 _WARM_UP = 2  # only the second one holds gradients and moments at the same time as activations
@@ -274,7 +275,7 @@ def profile_parts(
     Raises:
         ValueError: no stage trains, the schedule wants scores and there is no importance, or an unknown precision.
     """
-    device, context = _place(parts)
+    device, context = place(parts.trainer)
     accumulate = int(parts.trainer.get("accumulate_grad_batches", 1))
     parts.data.prepare()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -308,18 +309,6 @@ def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardCo
             cache = TeacherCache.build(module.teacher, windows, Path(folder), spec, batch_size=data.batch_size)
         module.use_cache(cache)
         yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
-
-
-def _place(parts: Parts) -> tuple[torch.device, ForwardContext]:
-    """Device and precision of the run's trainer."""
-    on_gpu = parts.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    precision = str(parts.trainer.get("precision", "32-true"))
-    if precision == "bf16-mixed":
-        return device, partial(torch.autocast, device.type, torch.bfloat16)
-    if precision not in ("32-true", "32"):
-        raise ValueError(f"trainer.precision={precision}: a profile knows bf16-mixed and 32-true")
-    return device, nullcontext
 
 
 def _enter_stage(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from iskd.system.machine import clock
+from iskd.system.precision import ForwardContext
 from iskd.training.step.block_runner import BlockRunner
 from iskd.training.step.module import DistillModule
-
-ForwardContext = Callable[[], AbstractContextManager[Any]]
 
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
