@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
-from iskd.mixers.ops import recurrence
+from iskd.mixers.ops import Recurrence, recurrence
 from iskd.models import CacheSlot, Stack
 from iskd.models.hosting import kept
 from iskd.models.packing import is_one_text, positions_of_one_text
@@ -70,27 +70,15 @@ class Common(Basics, total=False):
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The inputs of `core.chunk`, and what turns its result into mixed values.
+class Streams(Recurrence):
+    """The inputs of the recurrence, and what turns its result into mixed values.
 
     Attributes:
-        q, k, v: queries [B, T, H, K], keys [B, T, G, K], values [B, T, G, V].
-        g: log decays [B, T, G] or [B, T, G, K], or None.
-        beta: strength of the delta rule [B, T, G], or None.
-        scale: factor on q^T S.
-        bonus: weight of the present token [G, K], or None.
         normalizer: from a token's sum of weights to what its mixed values are divided by; None = not divided.
         skip: [H], times the token's own value, added to the output (D of Mamba-2), or None.
         extra: whatever `finish` needs from `streams`.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None = None
-    beta: Tensor | None = None
-    scale: float = 1.0
-    bonus: Tensor | None = None
     normalizer: Callable[[Tensor], Tensor] | None = None
     skip: Tensor | None = None
     extra: tuple[Tensor, ...] = ()
@@ -302,14 +290,13 @@ class RecurrentMixer(nn.Module):
 
         With a normaliser the state has a column more: the sum of the weights is what mixing ones gives.
         """
-        s, v = streams, streams.v
+        s, given = streams, streams
         if s.normalizer is not None:
-            v = F.pad(v, (0, 1), value=1.0)
-        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
-        if v.shape[1] == 1:
-            o, state = recurrence.step(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, **options)
+            given = replace(s, v=F.pad(s.v, (0, 1), value=1.0))
+        if s.v.shape[1] == 1:
+            o, state = recurrence.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
         else:
-            o, state = recurrence.chunk(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, size=self.chunk, **options)
+            o, state = recurrence.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
         if s.normalizer is not None:
             o = o[..., :-1] / s.normalizer(o[..., -1:])
         if s.skip is not None:
@@ -349,8 +336,7 @@ class RecurrentMixer(nn.Module):
             raise ValueError(f"{type(self).__name__} has no mixing matrix per head; align its outputs instead")
         context = Context.of(x_BTD, mask, positions)
         s = self.streams(x_BTD, context).hiding(context.seen)
-        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
-        weights: Tensor = recurrence.matrix(s.q, s.k, s.g, s.beta, **options)
+        weights = recurrence.matrix(s, segments_BT=context.segments)
         if s.normalizer is not None:
             weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
         if s.skip is not None:

@@ -16,7 +16,7 @@ repeat_interleave), K key width, V value width; inside, N chunks of C tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -24,21 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iskd.mixers.ops import fla
+from iskd.mixers.ops.inputs import Recurrence
 from iskd.mixers.ops.spans import meet
 
 
 def chunk(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state_BGKV: Tensor | None = None,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
-    size: int = 64,
+    given: Recurrence, *, state_BGKV: Tensor | None = None, segments_BT: Tensor | None = None, size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once, in time and memory linear in T.
 
@@ -46,16 +37,10 @@ def chunk(
     kernels of fla where they serve the call (`iskd.mixers.ops.fla`).
 
     Args:
-        q_BTHK: queries.
-        k_BTGK: keys. With the delta rule of length 1 and beta in [0, 2], or the state diverges.
-        v_BTGV: values.
-        g: log decay, at most 0: [B, T, G] per head or [B, T, G, K] per key feature; None = no decay.
-        beta_BTG: strength of the delta rule; None = plain sums.
-        scale: factor of the outputs.
+        given: queries, keys, values, gates.
         state_BGKV: S before the first token; None = zero.
         segments_BT: number of the document that a token belongs to, not decreasing within a row. Nothing crosses from
             one document into another; the given state belongs to the first token's.
-        bonus_GK: weight u of a token's own key; None = outputs are read after the write.
         size: most tokens per chunk; changes the speed, not the result.
 
     Returns:
@@ -67,11 +52,11 @@ def chunk(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 token per chunk, got {size}")
-    _check(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV, segments_BT, bonus_GK)
-    if segments_BT is None and bonus_GK is None and fla.serve(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV):
-        return fla.chunk(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale=scale, state_BGKV=state_BGKV)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale, state_BGKV, segments_BT, bonus_GK)
+    _check(given, state_BGKV, segments_BT)
+    if segments_BT is None and fla.serve(given, state_BGKV):
+        return fla.chunk(given, state_BGKV)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, state_BGKV, segments_BT)
         if x.bonus is None:
             o, state = _by_chunks(x.q, x, size)
         else:
@@ -82,21 +67,12 @@ def chunk(
 
 
 def step(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state_BGKV: Tensor | None = None,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
+    given: Recurrence, *, state_BGKV: Tensor | None = None, segments_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token after token, as the formula is written: the reference for `chunk`, and decoding. Arguments as there."""
-    _check(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV, segments_BT, bonus_GK)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale, state_BGKV, segments_BT, bonus_GK)
+    _check(given, state_BGKV, segments_BT)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, state_BGKV, segments_BT)
         state, outputs = x.state, []
         for t in range(x.q.shape[1]):
             q, k, v = x.q[:, t], x.k[:, t, :, :, None], x.v[:, t, :, None, :]
@@ -114,24 +90,15 @@ def step(
         return torch.stack(outputs, 1).flatten(2, 3), state
 
 
-def matrix(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
-) -> Tensor:
+def matrix(given: Recurrence, *, segments_BT: Tensor | None = None) -> Tensor:
     """The lower triangular M [B, H, T, T] with o = M v when the state starts at zero; arguments as in `chunk`.
 
-    Head h meets the values of key head h // R. Quadratic in T.
+    Head h meets the values of key head h // R; what they are does not matter. Quadratic in T.
     """
-    v_BTG0 = k_BTGK[..., :0]
-    _check(q_BTHK, k_BTGK, v_BTG0, g, beta_BTG, None, segments_BT, bonus_GK)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTG0, g, beta_BTG, scale, None, segments_BT, bonus_GK)
+    given = replace(given, v=given.k[..., :0])
+    _check(given, None, segments_BT)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, None, segments_BT)
         rows = (x.q if x.bonus is None else x.next_queries()).transpose(1, 2)
         keys = x.k.transpose(1, 2)
         decay = x.forgetting()
@@ -164,24 +131,14 @@ class _Tokens:
     bonus: Tensor | None  # [G, K]
 
     @classmethod
-    def read(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor | None,
-        scale: float,
-        state: Tensor | None,
-        segments: Tensor | None,
-        bonus: Tensor | None,
-    ) -> _Tokens:
+    def read(cls, given: Recurrence, state: Tensor | None, segments: Tensor | None) -> _Tokens:
+        q, k, v, g, beta, bonus = given.q, given.k, given.v, given.g, given.beta, given.bonus
         floats = [x.dtype for x in (q, k, v, g, beta, state, bonus) if x is not None]
         wide = reduce(torch.promote_types, floats, torch.float32)
         if g is not None:
             g = g.to(wide).exp()
         return cls(
-            q=q.to(wide).unflatten(2, (k.shape[2], -1)) * scale,
+            q=q.to(wide).unflatten(2, (k.shape[2], -1)) * given.scale,
             k=k.to(wide),
             v=v.to(wide),
             decay=g if g is None or g.dim() == 4 else g[..., None],
@@ -273,16 +230,8 @@ def _cut(x_BT: Tensor, size: int, fill: float = 0.0) -> Tensor:
     return x.unflatten(1, (-1, size)).movedim((1, 0, 3, 2), (0, 1, 2, 3)).contiguous()
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    segments: Tensor | None,
-    bonus: Tensor | None,
-) -> None:
+def _check(given: Recurrence, state: Tensor | None, segments: Tensor | None) -> None:
+    q, k, v, g = given.q, given.k, given.v, given.g
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q must be [B, T, H, K], k [B, T, G, K] and v [B, T, G, V], got {shapes}")
@@ -294,10 +243,10 @@ def _check(
         "k": (k, (*scalar, width)),
         "v": (v, (*scalar, v.shape[3])),
         "g": (g, scalar if g is not None and g.dim() == 3 else (*scalar, width)),
-        "beta": (beta, scalar),
+        "beta": (given.beta, scalar),
         "state": (state, (batch, groups, width, v.shape[3])),
         "segments": (segments, (batch, tokens)),
-        "bonus": (bonus, (groups, width)),
+        "bonus": (given.bonus, (groups, width)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
