@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.evaluation.task_items import Item, copy_items
-from iskd.models import Stack, autocast_head, finish_logits, project, scoring
+from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: T
     h_MD = h_BTD[batch.row_M.to(h_BTD.device), batch.at_M.to(h_BTD.device)]
     values, hits = [], []
     for h_mD, target_m in zip(h_MD.split(HEAD_CHUNK), batch.targets_M.to(h_BTD.device).split(HEAD_CHUNK), strict=True):
-        logits_mV = finish_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
+        logits_mV = cap_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
         values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
         hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
     parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)

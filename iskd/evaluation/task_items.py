@@ -1,4 +1,4 @@
-r"""Tasks for causal language models, read from local files into one form: which continuation follows which context.
+r"""Items of tasks, read from local files into one form: which continuation follows which context.
 
 A task is the file DATA_DIR/NAME/eval.jsonl, one JSON object a line with a field `id`. Prompts are those of
 lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602), zero shot; every continuation starts with a space:

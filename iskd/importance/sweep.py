@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from iskd.models import Head, Stack, autocast_head, finish_logits, project
+from iskd.models import Head, Stack, autocast_head, cap_logits, project
 from iskd.models.capture import Trace
 
 METRICS = ("kl", "loss")
@@ -201,7 +201,7 @@ def _finals(stack: Stack, trunk: Trunk, branches: Sequence[tuple[int, Tensor]], 
                 stream = calls.run(position, stack.layers[position], stream)
             live = [stream]
         for index, h_BTD in zip(group, live[0].chunk(len(group)), strict=True):
-            finals[index] = _in_head_dtype(stack.finish(h_BTD[:, at]).flatten(0, 1))
+            finals[index] = _in_head_dtype(stack.final_norm(h_BTD[:, at]).flatten(0, 1))
     return [finals[index] for index in range(len(branches))]
 
 
@@ -211,7 +211,7 @@ def _in_head_dtype(hidden: Tensor) -> Tensor:
 
 
 def _log_probabilities(hidden_nD: Tensor, head: Head, softcap: float | None) -> Tensor:
-    return finish_logits(project(hidden_nD, head), scale=1.0, softcap=softcap).log_softmax(-1)
+    return cap_logits(project(hidden_nD, head), scale=1.0, softcap=softcap).log_softmax(-1)
 
 
 def _cross_entropies(finals_CND: Sequence[Tensor], stack: Stack, labels_N: Tensor, chunk: int) -> Tensor:

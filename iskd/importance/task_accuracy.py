@@ -121,9 +121,9 @@ def without_each(stack: Stack, ids: Tensor) -> Iterator[Tensor]:
         branch = h_BTD
         for later in range(position + 1, len(stack.layers)):
             branch = trace.run(later, stack.layers[later], branch)
-        yield stack.finish(branch)
+        yield stack.final_norm(branch)
         h_BTD = trace.run(position, block, h_BTD)
-    yield stack.finish(h_BTD)
+    yield stack.final_norm(h_BTD)
 
 
 def tokenizer_of(teacher: PreTrainedModel) -> PreTrainedTokenizerBase:

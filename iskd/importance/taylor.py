@@ -80,7 +80,7 @@ class Taylor(WindowImportance):
         for start in range(0, scored, self.chunk):
             part = slice(start, min(start + self.chunk, scored))
             state = h_1TD[0, part].detach().requires_grad_()
-            logits = nn.functional.linear(stack.finish(state).to(weight.dtype), weight, bias).float()
+            logits = nn.functional.linear(stack.final_norm(state).to(weight.dtype), weight, bias).float()
             if stack.softcap:
                 logits = stack.softcap * torch.tanh(logits / stack.softcap)
             loss = nn.functional.cross_entropy(logits, window[0, 1:][part], reduction="sum") / scored

@@ -1,4 +1,4 @@
-"""What all mixers share: from the stream to the inputs of one recurrence (`iskd.mixers.ops.recurrence`) and back again.
+"""The base of all mixers: from the stream to the inputs of one recurrence (`iskd.mixers.ops.recurrence`) and back.
 
 A mixer is a class with
 
@@ -11,7 +11,7 @@ A mixer is a class with
 - `matrix(x_BTD, *, mask, positions) -> [B, H, T, T]` if `exposes_matrix`: the weights with which tokens are mixed.
 
 `RecurrentMixer` is all of this but for two methods: `streams`, the inputs of the recurrence, and, where norm, gate and
-output projection are not enough, `finish`. A mixer of another kind needs only the three above.
+output projection are not enough, `output`. A mixer of another kind needs only the three above.
 
 Sizes: B sequences, T tokens, D stream width, G key heads, H = G * R query heads (head h = g * R + r reads key head g),
 K key width, V value width, C channels.
@@ -76,7 +76,7 @@ class Streams(Recurrence):
     Attributes:
         normalizer: from a token's sum of weights to what its mixed values are divided by; None = not divided.
         skip: [H], times the token's own value, added to the output (D of Mamba-2), or None.
-        extra: whatever `finish` needs from `streams`.
+        extra: whatever `output` needs from `streams`.
     """
 
     normalizer: Callable[[Tensor], Tensor] | None = None
@@ -258,7 +258,7 @@ class RecurrentMixer(nn.Module):
         """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
         raise NotImplementedError
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
         if self.norm is not None:
             o_BTHV = self.norm(o_BTHV)
@@ -325,7 +325,7 @@ class RecurrentMixer(nn.Module):
         if cache is not None:
             # copies: as views they would keep the whole row of the prompt alive
             cache.keep((state, *(last.clone() for last in context.last)), tokens=x_BTD.shape[1])
-        return self.finish(o_BTHV, x_BTD, streams)
+        return self.output(o_BTHV, x_BTD, streams)
 
     def matrix(self, x_BTD: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """M [B, H, T, T] with `mix`'s output = M @ values: what a pass over [B, T, D] multiplies the values with.

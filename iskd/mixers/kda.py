@@ -69,7 +69,7 @@ class KDA(DeltaMixer):
         """Those of the delta rule with a log decay per key channel."""
         return replace(super().streams(x_BTD, context), g=self.decay(x_BTD))
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Norm, sigmoid gate and output projection."""
         gate = torch.sigmoid(at_least_fp32(self.out_gate(x_BTD))).unflatten(-1, o_BTHV.shape[2:])
         assert self.norm is not None

@@ -80,7 +80,7 @@ class Mamba2(RecurrentMixer):
         k = (at_least_fp32(k) * dt[..., None]).to(k.dtype)
         return Streams(q, k, v, g=g, scale=self.head_dim**-0.5, skip=self.D)
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Gate, then norm, then output projection."""
         assert self.norm is not None
         assert self.gate is not None

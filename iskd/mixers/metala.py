@@ -83,7 +83,7 @@ class MetaLA(RecurrentMixer):
         g = F.logsigmoid(at_least_fp32(logits)) / self.temper
         return Streams(q, (-torch.expm1(g)).to(q.dtype), v, g=g, scale=self.head_dim**-0.5, extra=(x_BTD,))
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Self-augmentation, then norm, gate and output projection."""
         if self.augment is not None:
             # wide: it is about 1/2, of which the norm takes away all but the digits that half precision has not
@@ -91,4 +91,4 @@ class MetaLA(RecurrentMixer):
                 -1, keepdim=True
             )
             o_BTHV = o_BTHV + torch.sigmoid(strength * at_least_fp32(streams.v))
-        return super().finish(o_BTHV, streams.extra[0], streams)
+        return super().output(o_BTHV, streams.extra[0], streams)

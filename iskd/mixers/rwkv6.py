@@ -109,6 +109,6 @@ class RWKV6(RecurrentMixer):
         g = -at_least_fp32(self.decay(shifted["w"])).exp().unflatten(-1, (self.heads, self.head_dim))
         return Streams(r, k, v, g=g, scale=self.head_dim**-0.5, bonus=self.bonus, extra=(shifted["g"],))
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Norm, gate by its own mix of tokens, output projection."""
-        return super().finish(o_BTHV, streams.extra[0], streams)
+        return super().output(o_BTHV, streams.extra[0], streams)

@@ -1,4 +1,4 @@
-"""What a forward pass exposes to losses: a plain container, filled by capture and read by losses and metrics.
+"""Signals: what a forward pass exposes to losses and metrics, as a plain container that capture fills.
 
 Shape legend: B windows, T tokens per window, N (or n) tokens of one chunk, D width, V vocabulary, H heads.
 """

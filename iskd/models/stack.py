@@ -1,6 +1,6 @@
-"""The one file that knows transformers' attribute paths.
+"""A transformers model as a stack of blocks: the one file that follows transformers' attribute paths.
 
-A model family is one `Family` descriptor; `Stack` reads a model through it.
+A model family is one `Family` descriptor (`iskd.models.families`); `Stack` reads a model through it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Stack:
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] (or None) of the output layer; whole, also when the model is in shards."""
         if isinstance(self.model, FSDPModule):
-            self.model.unshard()
+            self.model.unshard()  # the root alone, which holds the head: blocks stay in shards
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head.weight, head.bias
@@ -82,7 +82,7 @@ class Stack:
         A table of learned positions ends where it ends. Without one the context counts as long as an attention of the
         family's is left, in a block or inside a compact block: mixers have no length of their own.
         """
-        attention = f".{self.family.out}"
+        attention = f".{self.family.out}"  # an output projection of the family's is where an attention is
         attends = any(name.endswith(attention) for name, _ in self.layers.named_modules())
         return self.context if self.family.positions or attends else None
 
@@ -160,11 +160,12 @@ class Stack:
         finally:
             for module in training:
                 module.training = True
-        difference = (states[0] - states[1]).abs()
+        # relative, as attention rounds: behind the separator nothing may differ, before it everything does
+        difference = (states[0] - states[1]).abs()  # [T, D]
         return bool(difference[2:].max() <= 1e-4 * difference[:2].max())
 
-    def finish(self, h_BTD: Tensor) -> Tensor:
-        """What the host does between its last block and its head: final norm, output projection of OPT."""
+    def final_norm(self, h_BTD: Tensor) -> Tensor:
+        """What the host does between its last block and its head, [B, T, D]: final norm, output projection of OPT."""
         for name in (self.family.norm, "project_out"):
             module = getattr(self.base, name, None)
             if module is not None:
@@ -179,6 +180,7 @@ class Stack:
         depth = len(self.layers)
         setattr(self.base, self.family.layers, nn.ModuleList(blocks))
         if kept is not None:
+            # the config describes layers by position too (full or sliding attention): keep the survivors' entries
             for key in PER_LAYER:
                 values = getattr(self.config, key, None)
                 if isinstance(values, (list, tuple)) and len(values) == depth:
@@ -188,6 +190,7 @@ class Stack:
             if isinstance(first, int):
                 self.config.max_window_layers = first - len(set(range(min(first, depth))) - set(kept))
             self.config.num_hidden_layers = len(blocks)
+        # positions have moved, and a block finds its keys and values in the KV cache by its own
         for index, block in enumerate(blocks):
             set_layer_idx(block, index)
 

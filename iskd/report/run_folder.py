@@ -1,4 +1,4 @@
-"""What a run directory holds, read for people: every file is optional, and what cannot be read is told."""
+"""The folder of a run, read for people: every file is optional, and what cannot be read is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teachers whose weights travel in a Python package: found, verified, converted once, verified again at each load.
+"""Bundled teachers, whose weights travel in a Python package: found, verified, converted once, verified at each load.
 
 A GGUF file takes half a minute to unpack, a Hugging Face directory about a second. So the file is converted once into
 

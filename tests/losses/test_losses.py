@@ -131,7 +131,7 @@ class Plain:
 def test_closed_form_slopes_equal_autograd_whatever_the_rows(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iskd.losses.walk._ROWS", rows * V)
+    monkeypatch.setattr("iskd.losses.chunk_walk._ROWS", rows * V)
     loss, weight = CLOSED[name]
     assert knows_its_slope(loss)
     gradients = []

@@ -77,7 +77,7 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 
 # what the parts of a shelf have in common; no yaml names them
 SHARED = {"__init__", "base"}
-SHARED |= {"chunk_size", "chunked", "scratch", "topk_kl", "walk"}  # losses
+SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
 SHARED |= {"fitting", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
 SHARED |= {"layerwise", "orders", "stages_ahead"}  # schedules

@@ -78,7 +78,7 @@ OPEN = {
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
     "teacher/bundled": "names of bundled teachers",
-    "teacher/in_memory": "iskd.compress lends a model in memory",
+    "teacher/given": "iskd.compress lends a model in memory",
     "data/loader": "a step pins its batch the way the loader does",
     "data/readers": "eval.text is read as training text is",
     "evaluation/efficiency": "measured at the end of a run and by iskd evaluate",

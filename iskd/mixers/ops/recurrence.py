@@ -60,6 +60,8 @@ def chunk(
         if x.bonus is None:
             o, state = _by_chunks(x.q, x, size)
         else:
+            # a bonus reads before the write: o_t = q_t S_{t-1} + (q_t u k_t) v_t. What reads S_{t-1} is the query of t
+            # at the place of t - 1; the first token reads the given state, whose place is before all chunks.
             late, state = _by_chunks(x.next_queries(), x, size)
             first = torch.einsum("bgrk,bgkv->bgrv", x.q[:, 0], x.state)
             o = torch.cat([first[:, None], late[:, :-1]], 1) + x.own()[..., None] * x.v[:, :, :, None]
@@ -75,7 +77,7 @@ def step(
         x = _Tokens.read(given, state_BGKV, segments_BT)
         state, outputs = x.state, []
         for t in range(x.q.shape[1]):
-            q, k, v = x.q[:, t], x.k[:, t, :, :, None], x.v[:, t, :, None, :]
+            q, k, v = x.q[:, t], x.k[:, t, :, :, None], x.v[:, t, :, None, :]  # [B,G,R,K] [B,G,K,1] [B,G,1,V]
             if x.begins is not None:
                 state = state.masked_fill(x.begins[:, t, None, None, None], 0.0)
             if x.bonus is not None:
@@ -83,6 +85,7 @@ def step(
             if x.decay is not None:
                 state = state * x.decay[:, t, :, :, None]
             if x.beta is not None:
+                # what the key finds is taken off the value, so that the write replaces it
                 v = x.beta[:, t, :, None, None] * (v - k.mT @ state)
             state = state + k * v
             if x.bonus is None:
@@ -99,6 +102,7 @@ def matrix(given: Recurrence, *, segments_BT: Tensor | None = None) -> Tensor:
     _check(given, None, segments_BT)
     with torch.autocast(given.q.device.type, enabled=False):
         x = _Tokens.read(given, None, segments_BT)
+        # the whole row is one chunk: B and G lead, rows [B, G, T, R, K], keys [B, G, T, K]
         rows = (x.q if x.bonus is None else x.next_queries()).transpose(1, 2)
         keys = x.k.transpose(1, 2)
         decay = x.forgetting()
@@ -106,13 +110,15 @@ def matrix(given: Recurrence, *, segments_BT: Tensor | None = None) -> Tensor:
             rows = torch.cat([rows, keys.unsqueeze(-2)], -2)
         pairs = meet(rows, keys, None if decay is None else decay.transpose(1, 2)).pairs_XPRP
         if x.beta is not None:
+            # M = pairs (I + L)^-1 diag(beta), solved from the right: no inverse is formed
             pairs, erased = _erased(pairs, x.beta.transpose(1, 2))
             flat = torch.linalg.solve_triangular(
                 erased, pairs.flatten(2, 3), upper=False, left=False, unitriangular=True
             )
             pairs = flat.view_as(pairs) * x.beta.transpose(1, 2)[:, :, None, None]
-        mixing = pairs.transpose(2, 3)
+        mixing = pairs.transpose(2, 3)  # [B, G, R, T, T]
         if x.bonus is not None:
+            # rows were asked one token early: move them down by one, and put a token's own weight on the diagonal
             mixing = F.pad(mixing[..., :-1, :], (0, 0, 1, 0)) + torch.diag_embed(x.own().permute(0, 2, 3, 1))
         return mixing.flatten(1, 2)
 
@@ -134,6 +140,7 @@ class _Tokens:
     def read(cls, given: Recurrence, state: Tensor | None, segments: Tensor | None) -> _Tokens:
         q, k, v, g, beta, bonus = given.q, given.k, given.v, given.g, given.beta, given.bonus
         floats = [x.dtype for x in (q, k, v, g, beta, state, bonus) if x is not None]
+        # at least float32, float64 if any input has it: sums over many tokens lose what half precision cannot hold
         wide = reduce(torch.promote_types, floats, torch.float32)
         if g is not None:
             g = g.to(wide).exp()
@@ -159,6 +166,7 @@ class _Tokens:
         """The queries one token earlier: what token t reads before its write is what token t - 1 leaves behind."""
         q = self.q
         if self.begins is not None:
+            # a document's first token finds nothing: its query must not read the document before
             q = q.masked_fill(self.begins[:, :, None, None, None], 0.0)
         return F.pad(q[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
 
@@ -173,20 +181,26 @@ def _by_chunks(q_BTGRK: Tensor, x: _Tokens, size: int) -> tuple[Tensor, Tensor]:
     tokens = q_BTGRK.shape[1]
     chunks = -(-tokens // size)
     size = -(-tokens // chunks)  # chunks of one size: little is padded
-    decay, rows = x.forgetting(), _cut(q_BTGRK, size)
-    keys, values = _cut(x.k, size), _cut(x.v, size)
+    decay, rows = x.forgetting(), _cut(q_BTGRK, size)  # rows [N, B, G, C, R, K]
+    keys, values = _cut(x.k, size), _cut(x.v, size)  # [N, B, G, C, K or V]
     if x.beta is not None:
         rows = torch.cat([rows, keys.unsqueeze(-2)], -2)  # keys read as well: what they find is erased
+    # inside chunks, all at once: pairs [N, B, G, C, R, C]; rows come back decayed since their chunk's start, keys up to
+    # its end, so that a chunk touches the states at its two borders alone
     pairs, rows, keys, through = meet(rows, keys, None if decay is None else _cut(decay, size, fill=1.0))
     reads = None
     if x.beta is not None:
+        # Written is u = beta (v - what the key finds), and it finds the state before the chunk and earlier u of the
+        # chunk: (I + L) u = beta (v - found S). One triangular solve for both right sides gives u = values - reads S.
         beta = _cut(x.beta[..., None], size)
         pairs, erased = _erased(pairs, beta.squeeze(-1))
-        rows, found = rows[..., :-1, :], rows[..., -1, :]
+        rows, found = rows[..., :-1, :], rows[..., -1, :]  # found [N, B, G, C, K]
         right = torch.cat([values, found], -1) * beta
         solved = torch.linalg.solve_triangular(erased, right, upper=False, unitriangular=True)
         values, reads = solved.split([values.shape[-1], found.shape[-1]], -1)
+    # across chunks, one after the other: the only loop, N steps of [K, V] per head
     before, values, state = _carry(keys, values, reads, through, x.state)
+    # o = what the queries read of the state before their chunk + what they read inside it
     o = rows.flatten(-3, -2) @ before + pairs.flatten(-3, -2) @ values
     o = o.unflatten(-2, (size, -1)).permute(1, 0, 3, 2, 4, 5)
     return o.flatten(1, 2)[:, :tokens], state
@@ -206,6 +220,7 @@ def _carry(
     """
     before, written = [], []
     if reads is None:
+        # what a chunk adds does not depend on the state, so all products are made ahead of the loop
         for kept, added in zip(through.mT.unbind(0), (keys_NBGCK.mT @ values_NBGCV).unbind(0), strict=True):
             before.append(state)
             state = torch.addcmul(added, kept, state)
@@ -215,6 +230,7 @@ def _carry(
     ):
         before.append(state)
         written.append(values - read @ state)
+        # S <- decays of the whole chunk * S + K^T U
         state = torch.addcmul(keys @ written[-1], kept, state)
     return torch.stack(before), torch.stack(written), state
 

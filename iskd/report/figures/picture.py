@@ -1,4 +1,4 @@
-"""A run as one PNG for a README: retention against parameters along the stages, and the edit map."""
+"""The picture of a run, a PNG for a README: retention against parameters along the stages, and the edit map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every figure of a run looks: palette, style, axes, and the way from matplotlib to inline SVG.
+"""The style of all figures: palette, style, axes, and the way from matplotlib to inline SVG.
 
 Colours are Okabe-Ito's colour-blind-safe set (Okabe and Ito, "Color Universal Design", 2008); every colour is backed
 by a shape, a position or a label. Each hex value in `PALETTE` becomes the CSS variable of its name in the SVG, so the

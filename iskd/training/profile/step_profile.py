@@ -306,7 +306,7 @@ def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardCo
     windows = data.windows("train")[: count * data.batch_size]
     with tempfile.TemporaryDirectory() as folder:
         with context():
-            cache = TeacherCache.build(module.teacher, windows, Path(folder), spec, batch_size=data.batch_size)
+            cache = TeacherCache.open(module.teacher, windows, Path(folder), spec).fill(batch_size=data.batch_size)
         module.use_cache(cache)
         yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
 

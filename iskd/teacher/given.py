@@ -1,7 +1,6 @@
-"""What a run takes from memory instead of from disk or a hub: a model with its tokenizer, and documents.
+"""A teacher that the caller gives as a model with its tokenizer, instead of naming one on disk or a hub.
 
-Both are known by the hash of their content, as files are, so that shards are found again and a resumed run notices when
-it is given something else.
+It is known by the hash of its content, as files are, so that a resumed run notices when it is given something else.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.teacher.load import Loaded
 
 
-def memory_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """Take a model in memory as the teacher, as it is.
 
     Raises:
