@@ -37,7 +37,7 @@ def built(
         with low(module.device, task.mixed):
             taken, cache = timed(
                 module.device,
-                lambda spec=spec: TeacherCache.build(module.teacher, windows, folder, spec, batch_size=task.rows),
+                lambda spec=spec: TeacherCache.open(module.teacher, windows, folder, spec).fill(batch_size=task.rows),
             )
         found[kind] = (cache, taken.wall)
     return found

@@ -1,4 +1,4 @@
-"""The guard of optimizer steps: one whose loss or gradient is not finite changes nothing, and the host need not wait.
+"""Optimizer steps whose loss or gradient is not finite change nothing, and the host need not wait to hear of it.
 
 Before AdamW runs, the device knows whether all numbers are finite; the host would know only after the backward pass.
 So on a device that computes while the host goes on, the decision stays there: fused AdamW takes `found_inf` (the flag
@@ -78,7 +78,7 @@ class StepGuard:
             optimizer.zero_grad(set_to_none=True)
 
     def settle(self, *, now: bool) -> list[Verdict]:
-        """The verdicts since the last call, oldest first; without `now` not one that is still open.
+        """Verdicts not given before, oldest first: all with `now`, else without the latest where it is open.
 
         A verdict that asks the run to stop brings all: what is written then must have counted every step.
         """
