@@ -39,7 +39,7 @@ from iskd.training.profile.operators import operator_seconds
 from iskd.training.profile.profile import PARTS, Profile
 from iskd.training.runner import make_module
 from iskd.training.state import RunState
-from iskd.training.step import DistillModule, make_optimizer, passes
+from iskd.training.step import DistillModule, Position, make_optimizer, passes
 from iskd.training.step import module as module_file
 from iskd.training.step.flops import ForwardContext, as_found, countable, counter, matmul_dtype, matmul_peak
 
@@ -129,7 +129,7 @@ def profile_step(
         return clock(device) - start
 
     with as_found(module), _own_state(optimizer), torch.enable_grad():
-        module.lr_scale = 0.0
+        module.enter(module.stage, Position(rate=0.0))
         with _silent(module), machine.PeakMemory(device) as memory:
             for _ in range(_WARM_UP):
                 unwatched()

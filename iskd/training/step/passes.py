@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.losses import BatchSignals, Terms, uses_teacher
-from iskd.models import IGNORE, Signals, Stack
+from iskd.models import Signals, Stack
 from iskd.models.capture import read
 from iskd.models.packing import with_successor, within
+from iskd.models.signals import next_tokens
 from iskd.plan import Record, Stage
 from iskd.training.step.shared_prefix import standing_in
 
@@ -65,11 +66,6 @@ def _standing_for(edited: Iterable[int], survivors: Sequence[int]) -> Sequence[i
     """
     below = {max((x for x in survivors if x <= layer), default=survivors[0]) for layer in edited}
     return sorted(below) or survivors[-1:]
-
-
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
-    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
 
 
 def both(

@@ -43,7 +43,7 @@ def module_of(dropout: float = 0.0, layers: int = LAYERS) -> DistillModule:
 
 def optimizer_of(module: DistillModule) -> torch.optim.AdamW:
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, Stage("start", lr=1e-3))
+    regroup(optimizer, module.student, module.record, Stage("start", lr=1e-3), {})
     return optimizer
 
 
