@@ -18,7 +18,8 @@ from iskd.system import Ranks
 from iskd.system.stop_signals import StopSignals
 from iskd.system.watchdog import Watchdog
 from iskd.training import restart
-from iskd.training.stages import Live, StageLoop
+from iskd.training.live import Live
+from iskd.training.stages import StageLoop
 from iskd.training.step import DistillModule
 from iskd.training.strategies import ranks_of, rewrap
 

@@ -42,7 +42,7 @@ class StageProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
-        self._started, self._first = time.monotonic(), self._run.run_step
+        self._started, self._first = time.monotonic(), self._run.count.in_run
         if self._on and self._console.is_terminal:
             text = TextColumn("{task.description}")
             self._bar = Progress(
@@ -66,10 +66,10 @@ class StageProgress(ProgressBar):
             if now - self._last >= _READ_EVERY:  # to read a number waits for the device
                 self._last, self._loss = now, f", loss {float(loss):.3f}"
             text = f"{state.tokens:,} tokens{self._loss}"
-            self._bar.update(self._task, completed=self._run.run_step, description=where, text=text)
+            self._bar.update(self._task, completed=self._run.count.in_run, description=where, text=text)
         elif now - self._last >= self._every:
             self._last = now
-            done, total = self._run.run_step, state.total_steps
+            done, total = self._run.count.in_run, state.total_steps
             left = (now - self._started) / max(done - self._first, 1) * (total - done)
             text = f"step {done}/{total}, {state.tokens:,} tokens, loss {float(loss):.3f}, {left / 60:.0f} min left"
             self._console.print(f"{where}: {text}", highlight=False)

@@ -8,16 +8,15 @@
 
 `StageLoop.run` is that loop with any function in the place of `train`; `iskd.training.callback` calls the same pieces
 from the hooks of a Lightning fit, in which one epoch is one stage. Nothing here knows Lightning: what a loop needs of a
-trainer is in `Live`. All of it happens on every rank alike; what a rank decides, it decides for all (`Ranks`).
+trainer is `Live`. All of it happens on every rank alike; what one rank decides, it decides for all (`Ranks`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,45 +30,22 @@ from iskd.models import sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
-from iskd.schedules import Schedule, forecast, planned_steps, stage_steps
-from iskd.system import Ranks
+from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, advice, is_out_of_memory
 from iskd.training.deciding import Importance, check_importance, decide, history_of
 from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
+from iskd.training.live import Live
 from iskd.training.loggers import log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
 from iskd.training.stage_clock import StageClock
 from iskd.training.state import RunState, Saver, Tournament, checkpoint, checkpoint_files
 from iskd.training.state.run_state import Status
-from iskd.training.step import DistillModule, MfuMeter, Position, check_partition, watched_parameters
+from iskd.training.step import DistillModule, MfuMeter, check_partition, watched_parameters
 from iskd.training.step.optimizer import load_optimizer_tensors
+from iskd.training.step_count import StepCount
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Live:
-    """What the loop needs of whatever trains: the objects that live as long as a fit.
-
-    Attributes:
-        module: teacher, student and the step.
-        optimizer: the running one; edits rewrite its groups in place.
-        ranks: the processes of the run.
-        accumulate: micro-batches of an optimizer step.
-        forward_context: the precision of passes outside a step.
-        rewrap: puts the student anew into what spreads it over processes, after its structure or groups changed.
-        loggers: what is told of every row. precision: of the run, as its configuration says.
-    """
-
-    module: DistillModule
-    optimizer: torch.optim.Optimizer
-    ranks: Ranks = field(default_factory=Ranks)
-    accumulate: int = 1
-    forward_context: Callable[[], AbstractContextManager[None]] = torch.enable_grad
-    rewrap: Callable[[], None] = lambda: None
-    loggers: Sequence[Any] = ()
-    precision: str = "32-true"
 
 
 class StageLoop:
@@ -158,7 +134,7 @@ class StageLoop:
         while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:
             if not state.edited:
                 self.edit()
-            if left := self._left():
+            if left := self.count.batches_left:
                 self._enter()
                 self.data.set_stage(state.first_batch + state.batch, left)
                 return stage
@@ -190,11 +166,12 @@ class StageLoop:
         """Print the stages ahead, what they take, and how they are estimated."""
         live, state = self.live, self.state
         plan = forecast(self.schedule, history_of(state, live.module))
-        steps = planned_steps(plan, self._step_tokens())
+        step_tokens = self.count.step_tokens
+        steps = planned_steps(plan, step_tokens)
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
-        windows = torch.cat(self.data.calibration(self._step_tokens()))[: self.data.batch_size].to(live.module.device)
+        windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         with live.forward_context():
-            announce(live.module, plan, steps, self._step_tokens(), windows, live.ranks, self.run_dir)
+            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir)
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
@@ -226,7 +203,7 @@ class StageLoop:
             state.before = {key: quality[key] for key in QUALITY}
         if live.ranks.rank == 0:
             size = surgery.parameters(live.module.student)
-            _log.info("stage %d: %s, %d parameters", self._stage_number(), stage.name, size)
+            _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
         self._tick()
 
     def carry_out(
@@ -276,7 +253,7 @@ class StageLoop:
     def _stepped(self, rate: float) -> None:
         """After an optimizer step with this factor on the learning rates."""
         live, state = self.live, self.state
-        step, last = self.stage_step, not self._left()
+        step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
         verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
@@ -304,7 +281,7 @@ class StageLoop:
         if trained:
             self._tick()
             values = self.clock.end(live.module, state.tokens)
-            log_values(live.loggers, values, state.tokens, self._stage_number(), self.run_step)
+            log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
         merge_adapters(live.module, live.optimizer)
         state.events += live.module.alignment()
         if state.tournament is not None:
@@ -324,7 +301,7 @@ class StageLoop:
             self._back()
             state.stage = None
         else:
-            steps = self._stage_steps()
+            steps = self.count.stage_steps
             state.finished = (*state.finished, stage)
             state.first_batch += steps * live.accumulate
             state.steps += steps
@@ -377,38 +354,15 @@ class StageLoop:
         return self.state.stage
 
     @property
-    def stage_step(self) -> int:
-        """Optimizer steps taken in the stage in progress."""
-        return 0 if self._live is None else self.state.batch // self._live.accumulate
-
-    @property
-    def run_step(self) -> int:
-        """Optimizer steps taken in the whole run."""
-        return self.state.steps + self.stage_step
+    def count(self) -> StepCount:
+        """Where the run stands, in steps."""
+        live, data = self.live, self.data
+        step_tokens = data.batch_size * data.seq_len * live.accumulate * live.ranks.size
+        return StepCount(self.state, step_tokens, live.accumulate)
 
     def _enter(self) -> None:
-        """Tell the module which step comes next, and its learning rates."""
-        module, state = self.live.module, self.state
-        steps, stage = self._stage_steps(), self.stage
-        done = min(self.stage_step, steps - 1)  # behind the last step no other comes
-        rate = module.optim.scale(max(done, 0), steps, state.steps, state.total_steps, stage.shape)
-        module.enter(stage, Position(state.tokens, self._stage_number(), self.run_step, rate))
-
-    def _stage_number(self) -> int:
-        """Of the stage in progress, from 1."""
-        return len(self.state.finished) + 1
-
-    def _step_tokens(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.data.batch_size * self.data.seq_len * self.live.accumulate * self.live.ranks.size
-
-    def _stage_steps(self) -> int:
-        """Optimizer steps of the stage in progress."""
-        return stage_steps(self.stage, self.state.finished, self.state.steps, self._step_tokens())
-
-    def _left(self) -> int:
-        """Micro-batches of the stage in progress that are still to be trained."""
-        return self._stage_steps() * self.live.accumulate - self.state.batch
+        """Tell the module which stage and step come next."""
+        self.live.module.enter(self.stage, self.count.position(self.live.module.optim))
 
     def _identity(self) -> dict[str, Any]:
         layout = {"processes": self.live.ranks.size, "accumulate": self.live.accumulate}
