@@ -179,25 +179,12 @@ def test_the_module_is_told_where_it_stands(make: Callable[..., Parts], tmp_path
 
 
 def test_nobody_but_the_module_sets_its_attributes() -> None:
-
-    package = Path(str(iskd.__file__)).parent
     wrong = []
-    for path in package.rglob("*.py"):
+    for path in Path(str(iskd.__file__)).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            targets = (
-                node.targets
-                if isinstance(node, ast.Assign)
-                else [node.target]
-                if isinstance(node, ast.AugAssign)
-                else []
-            )
-            for target in (inner for outer in targets for inner in ast.walk(outer)):
-                owner = target.value if isinstance(target, ast.Attribute) else None
-                named = (
-                    owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
-                )
-                if named in ("module", "pl_module") and hasattr(DistillModule, "hold"):
-                    wrong.append(f"{path.relative_to(package)}:{node.lineno}")
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                owner = ast.unparse(node.value).rpartition(".")[2]
+                wrong += [f"{path.name}:{node.lineno}"] if owner in ("module", "pl_module") else []
     assert not wrong
 
 
