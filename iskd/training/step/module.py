@@ -6,7 +6,8 @@ or the next place in it, `join` the other processes before the fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -135,6 +136,15 @@ class DistillModule(L.LightningModule):
     def join(self, ranks: Ranks, stop_wanted: Callable[[], bool]) -> None:
         """Agree with these processes before every optimizer step: whether it is finite, and whether one is to stop."""
         self.guard, self._stop_wanted = StepGuard(ranks), stop_wanted
+
+    @contextmanager
+    def plain_blocks(self) -> Iterator[None]:
+        """Inside, the blocks of a step are neither recomputed nor compiled."""
+        found, self.blocks = self.blocks, BlockRunner()
+        try:
+            yield
+        finally:
+            self.blocks = found
 
     def use_cache(self, cache: TeacherCache) -> None:
         """Read the teacher's side of every training step from `cache`.
