@@ -23,6 +23,7 @@ from iskd.models.capture import read
 from iskd.models.packing import with_successor, within
 from iskd.plan import Record, Stage
 from iskd.training.step.shared_prefix import standing_in
+from iskd.training.step.spans import StepSpan, span
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ def both(
         # the student's state after a layer stands for the teacher's state after the gap that follows it
         after = {layer: record.state_after(layer) for layer in sorted(theirs.layers)}
         below = {layer for layer in ours.layers if layer < shared} | set(range(shared)[-1:])
-        with torch.no_grad():
+        with span(StepSpan.TEACHER), torch.no_grad():
             last, states = read(
                 Stack(teacher), range(record.num_layers), {*after.values(), *below}, input_ids, last=theirs.last
             )
         hidden = {layer: states[target] for layer, target in after.items()}
         original = Signals(labels, last_hidden=last, hidden=hidden)
     above = {layer for layer in ours.layers if layer >= shared}
-    with standing_in(stack, shared, states.get(shared - 1)):
+    with standing_in(stack, shared, states.get(shared - 1)), span(StepSpan.STUDENT):
         last, own = read(stack, record.layers, above, input_ids, last=ours.last)
     hidden = {layer: own[layer] if layer in above else states[layer] for layer in sorted(ours.layers)}
     return BatchSignals(labels, last_hidden=last, hidden=hidden, known=known), original
