@@ -27,6 +27,7 @@ from iskd.models import Stack, sharding
 from iskd.models.capture import Call, attention_weights, follow, state_of
 from iskd.models.hosting import HostedBlock, HostedMixer
 from iskd.plan import Record, Stage
+from iskd.training.step.spans import StepSpan, span
 
 MATRIX_TOKENS = 512
 """Windows are cut into equal pieces of at most so many tokens where matrices [T, T] are compared."""
@@ -52,6 +53,7 @@ class _Layer:
     span: tuple[nn.Module, nn.Module]
 
 
+@span(StepSpan.ALIGNMENT)
 def align(
     objective: str, student: PreTrainedModel, teacher: PreTrainedModel, record: Record, input_ids: Tensor
 ) -> Aligned:

@@ -31,6 +31,7 @@ from iskd.training.step.optimizer import OptimSpec, make_optimizer
 from iskd.training.step.passes import Wanted, both, wanted
 from iskd.training.step.position import Position
 from iskd.training.step.shared_prefix import SharedPrefix
+from iskd.training.step.spans import StepSpan, span
 from iskd.training.step.trainable import regroup
 
 
@@ -214,11 +215,13 @@ class DistillModule(L.LightningModule):
             student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
-            return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
+            with span(StepSpan.LOSS):
+                return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
         if cached is not None:
             teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
         head = None if teacher is None else Stack(self.teacher).head
-        loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
+        with span(StepSpan.LOSS):
+            loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
         return StepResult(loss, parts)
 
     def _align(self, objective: str, input_ids: Tensor) -> StepResult:
@@ -236,6 +239,7 @@ class DistillModule(L.LightningModule):
         self._log(lambda: self._values(result))
         return result.loss
 
+    @span(StepSpan.LOADER)
     def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
         if self.cache is None or self.stage.objective != "loss":
@@ -248,9 +252,10 @@ class DistillModule(L.LightningModule):
     def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
         """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
 
-        A number is copied to the device, and that copy waits for what the device was asked before.
+        A number is copied to the device, and that copy waits for what the device was asked before. Without a Trainer,
+        as in a profile, nothing is logged.
         """
-        if self.trainer._logger_connector.should_update_logs:
+        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
             self.log_dict(dict(values()), on_step=True, on_epoch=False)
 
     def _values(self, result: StepResult) -> dict[str, Tensor | float]:
