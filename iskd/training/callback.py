@@ -33,8 +33,8 @@ class CompressionCallback(Callback):
 
     def __init__(self, loop: StageLoop, resume_from: Path | None = None) -> None:
         self.loop, self.resume_from = loop, resume_from
-        self.signals, self.watchdog = StopSignals(), Watchdog(Ranks(), "")
-        loop.stop_wanted = lambda: self.signals.received is not None
+        self.stop_signals, self.watchdog = StopSignals(), Watchdog(Ranks(), "")
+        loop.stop_wanted = lambda: self.stop_signals.received is not None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
@@ -49,7 +49,7 @@ class CompressionCallback(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the loop and enter its first stage."""
-        self.signals.install()
+        self.stop_signals.install()
         live = Live(
             module=cast(DistillModule, pl_module),
             optimizer=trainer.optimizers[0],
@@ -65,7 +65,7 @@ class CompressionCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back from Lightning, whose handlers were installed after `on_fit_start`."""
-        self.signals.install()
+        self.stop_signals.install()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The stage's edits are made; its training begins."""
@@ -106,4 +106,4 @@ class CompressionCallback(Callback):
     def close(self, *, failed: bool = False) -> None:
         """Put back what the run took: the connections to the other ranks and the signals."""
         self.watchdog.close(failed=failed)
-        self.signals.uninstall()
+        self.stop_signals.uninstall()

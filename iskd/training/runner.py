@@ -112,7 +112,7 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
     callback.watchdog.close()
     if loop.restarting and not loop.preempted:
         raise StartAgain(parts.run_dir)
-    callback.signals.hand_on()
+    callback.stop_signals.hand_on()
     raise Preempted(parts.run_dir)
 
 
