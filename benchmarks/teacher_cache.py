@@ -49,7 +49,7 @@ def measured(
     """Seconds and loss of a step of every way, by repeat."""
     optimizer = make_optimizer(module.optim)
     # rates stay 0: every way sees the same weights
-    regroup(optimizer, module.student, module.record, module.stage)
+    regroup(optimizer, module.student, module.record, module.stage, {})
 
     def step(repeat: int, cache: TeacherCache | None) -> tuple[Taken, float]:
         module.cache = cache

@@ -201,7 +201,7 @@ def _tensors(folder: Path) -> Kind:
     model = tiny("llama", **SIZES)
     surgery.apply(model, Record(4), RECORD.edits)
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, RECORD, Stage("all"))
+    regroup(optimizer, model, RECORD, Stage("all"), {})
     _step(model, optimizer)
     save_file(weights.model_tensors(model), folder / "student.safetensors")
     save_file(optimizer_tensors(optimizer, model), folder / "optimizer.safetensors")

@@ -26,8 +26,9 @@ from iskd.schedules import History
 from iskd.schedules.base import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import Loaded
-from iskd.training import Parts, Result, callback, editing
+from iskd.training import Parts, Result, callback, editing, stages
 from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.step import module as step_module
 from tests.factories import tiny
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
@@ -162,12 +163,12 @@ def kill(_module: Any = None) -> None:
 PLACES: dict[str, tuple[Any, str]] = {
     "edit": (editing.surgery, "apply"),
     "fit": (editing, "warm_start"),
-    "regroup": (editing, "regroup"),
+    "regroup": (step_module, "regroup"),
     "rewrap": (callback, "rewrap"),
     "save": (checkpoint, "save_file"),
     "rename": (checkpoint.os, "replace"),
     "prune": (checkpoint_files, "prune"),
-    "validation": (callback.DistillModule, "measure"),
+    "validation": (stages, "measure_quality"),
     "step": (callback.DistillModule, "step"),
 }
 

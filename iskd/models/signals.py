@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -32,3 +33,8 @@ class Signals:
     last_hidden: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     matrices: dict[int, Tensor] = field(default_factory=dict)
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)

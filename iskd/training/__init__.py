@@ -9,6 +9,7 @@ training.step, training.state.
 from __future__ import annotations
 
 from iskd.training.parts import Parts, Result
-from iskd.training.runner import StartAgain, run
+from iskd.training.restart import StartAgain
+from iskd.training.runner import run
 
 __all__ = ["Parts", "Result", "StartAgain", "run"]

@@ -102,7 +102,7 @@ def test_only_the_mixer_of_a_converted_block_is_new() -> None:
     expected = [*blocks[0].get_submodule(Stack(model).family.attn).parameters(), *blocks[1].parameters()]
     assert {id(p) for p in new_parameters(model, record, stage)} == {id(p) for p in expected}
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, stage)
+    regroup(optimizer, model, record, stage, {})
     groups = {group["name"]: set[int]() for group in optimizer.param_groups}
     for group in optimizer.param_groups:
         groups[group["name"]] |= {id(p) for p in group["params"]}

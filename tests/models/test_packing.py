@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
 from iskd.data import TextData, TextFiles
+from iskd.evaluation import measure_quality
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.models import surgery
 from iskd.models.packing import one_text, positions_in, with_successor, within
-from iskd.models.signals import IGNORE
+from iskd.models.signals import IGNORE, next_tokens
 from iskd.models.stack import Stack
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_sha256
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
 from iskd.training.step import DistillModule, OptimSpec
-from iskd.training.step.passes import next_tokens
 from tests.factories import FAMILIES, block_specs, louder, mixer_specs, tiny, windows
 from tests.runs import MIXER, SLIM, write_text
 
@@ -136,7 +136,7 @@ def module_of(separator: int | None) -> DistillModule:
     student, edits = copy.deepcopy(teacher), (Replace(0, SLIM), Convert(1, MIXER), Remove(3))
     record = surgery.apply(student, Record(4), edits)
     module = DistillModule(student, teacher, TERMS, OptimSpec(), record, separator=separator)
-    module.stage = Stage("heal", edits)
+    module.enter(Stage("heal", edits))
     return module
 
 
@@ -152,8 +152,7 @@ def test_the_loss_of_a_packed_window_is_that_of_its_documents() -> None:
         return float(module.step(ids).loss.detach())
 
     def nll(module: DistillModule, ids: Tensor) -> float:
-        module._validated.clear()  # kept by position, of batches that stay the same
-        return module.measure([{"input_ids": ids}])["nll"]
+        return measure_quality(module.student, module.teacher, [{"input_ids": ids}])["nll"]
 
     for value in (loss, nll):
         packed, alone = value(module_of(SEPARATOR), PACKED), weighted(module_of(None), value)

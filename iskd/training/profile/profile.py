@@ -11,8 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from iskd.training.step.flops import mfu
+from iskd.training.step.spans import StepSpan
 
-PARTS = ("loader", "teacher", "student", "loss", "alignment", "backward", "clipping", "optimizer", "rest")
+PARTS = (*(span.value for span in StepSpan), "rest")
 FILE = "profile.json"
 _NAMES = {"teacher": "teacher forward", "student": "student forward", "backward": "backward of the trunk"}
 

@@ -31,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iskd.system.machine import clock
 from iskd.system.precision import ForwardContext
-from iskd.training.step.block_runner import BlockRunner
 from iskd.training.step.module import DistillModule
 
 _ATTENTION = (
@@ -120,8 +119,7 @@ def step_flops(
             loss = module.step(input_ids, cached).loss
         loss.backward()
 
-    with as_found(module), torch.enable_grad(), countable(module):
-        module.blocks = BlockRunner()
+    with as_found(module), torch.enable_grad(), module.plain_blocks(), countable(module):
         return count_flops(step)
 
 
