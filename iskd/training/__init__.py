@@ -3,7 +3,7 @@
 `step` is one training step, `state` where a run stands, `profile` where its time goes.
 
 Imports: system, plan, models, losses, teacher, data, blocks, evaluation, importance, schedules, report, export,
-training.step, training.state.
+training.step, training.state, training.metrics.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from iskd.system import Busy, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory
 from iskd.system.precision import serving_dtype
 from iskd.training.facts import selected, write_data
-from iskd.training.loggers import log_end
+from iskd.training.metrics import log_end
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule

@@ -22,8 +22,7 @@ from iskd.training.callback import CompressionCallback
 from iskd.training.editing import adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import finish
-from iskd.training.loggers import log_start
-from iskd.training.metrics_file import keep_metrics, merge_metrics
+from iskd.training.metrics import keep_metrics, log_start, merge_metrics
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import StartAgain

@@ -35,10 +35,9 @@ from iskd.system.faults import NonFiniteError, advice, is_out_of_memory
 from iskd.training.deciding import Importance, check_importance, decide, history_of
 from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
 from iskd.training.live import Live
-from iskd.training.loggers import log_row, log_values
+from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
-from iskd.training.stage_clock import StageClock
 from iskd.training.state import RunState, Saver, Tournament, checkpoint, checkpoint_files
 from iskd.training.state.run_state import Status
 from iskd.training.step import DistillModule, MfuMeter, check_partition, watched_parameters

@@ -204,7 +204,7 @@ def test_importing_the_package_does_not_import_what_runs() -> None:
         "iskd.commands.build",
         "iskd.training.runner",
         "iskd.report.run_page",
-        "iskd.training.loggers",
+        "iskd.training.metrics.loggers",
     }
     assert {"compress", "Result", "load"} <= set(dir(iskd))
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
