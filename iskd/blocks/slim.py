@@ -24,7 +24,21 @@ from iskd.models.projections import weight_of
 
 
 class Slim:
-    """Builds slimmed blocks; the result is one of the host's own blocks with smaller projections."""
+    """The replaced block with fewer heads and channels: one of the host's own blocks with smaller projections.
+
+    What for l1: structured L1 pruning: heads and channels with the smallest absolute weights leave, no data is read
+    Source: ours; channels leave as in ZipLM (arXiv 2302.04089, section 3)
+    Source for l1: unit norms of Li et al. (arXiv 1608.08710), as a baseline of block replacement
+    Needs: calibration tokens (`run.fit_tokens`)
+    Needs for l1: nothing, with `edit.fit=false`
+    Costs: `block.ratio` of the block's parameters, cache of the heads that stay; fits of eight blocks take 89 s
+        (experiments/warm-start/README.md)
+    Costs for l1: `block.ratio` of the block's parameters, cache of the heads that stay
+    Measured: KL 0.73, perplexity 34.66, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md);
+        KL 0.347 right after the fit, eight blocks at 41.7 % (experiments/warm-start/README.md)
+    Measured for l1: KL 5.51, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md); KL 0.891
+        unhealed, eight blocks at 41.7 % (experiments/warm-start/README.md)
+    """
 
     @classmethod
     def from_block(
