@@ -104,10 +104,9 @@ LONG = {
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
-    "mixers/ops/recurrence": "one recurrence: chunk, step and matrix are the same sums in other orders",
     "report/runs_page": "one page, section after section",
-    "training/profile/step_profile": "one step, with timers around its parts",
     "training/stages": "one loop, to be read from top to bottom",
+    "training/step/module": "one step, and what Lightning asks of whoever makes it",
 }
 
 # Where a library may be imported: rooms or files.
