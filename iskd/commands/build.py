@@ -1,4 +1,4 @@
-"""Config -> objects. With cli.py and train.py the only code that knows Hydra; no DictConfig leaves this file."""
+"""The objects of a run from its configuration: teacher, text, schedule, losses, optimizer, trainer, loggers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy of a causal language model on tasks: log-likelihoods of continuations, and what follows from them.
+"""Zero-shot accuracy of a causal language model on tasks, from log-likelihoods of continuations.
 
 Continuations are scored as in lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602): context and continuation
 are encoded as one text and cut at the length of the encoded context; `acc` picks the continuation of the highest sum of
@@ -145,6 +145,7 @@ def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
     step = max(1, _AT_A_TIME // items)
     means = []
     for start in range(0, resamples, step):
+        # [step, N] item numbers with replacement -> [step, N, ...] values -> [step, ...] means
         drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
         means.append(values.double()[drawn].mean(1))
     return torch.cat(means)
@@ -161,9 +162,9 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     norm = (found.log_p / found.characters).tolist()
     greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
     rows, start = [], 0
-    for item in items:
+    for item in items:  # its choices are start..end-1
         end, gold = start + len(item.pairs), start + item.gold
-        if end - start == 1:
+        if end - start == 1:  # nothing to choose from: right is what greedy decoding gives
             right = [greedy[start], greedy[start]]
         else:
             right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm)]
@@ -228,6 +229,7 @@ def by_branch(
         done = 0
         for batch in _batches(texts, batch_tokens):
             for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
+                # how many branches there are is known when the first batch has gone through
                 if branch == len(log_p):
                     log_p.append(torch.zeros(len(texts), dtype=torch.float64))
                     led.append(torch.zeros(len(texts), dtype=torch.int64))
@@ -270,6 +272,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
     if not pairs:
         raise ValueError("there is nothing to score: no items")
     front, start = _first_ids(tokenizer)
+    # the whole text is encoded at once, as a model meets it, and cut by the length of the context alone; a space at
+    # the cut is part of the next token in most vocabularies, hence `rstrip`
     wholes = tokenizer([context + continuation for context, continuation in pairs], add_special_tokens=False).input_ids
     stripped = list(dict.fromkeys(context.rstrip() for context, _ in pairs))
     encoded = tokenizer(stripped, add_special_tokens=False).input_ids
@@ -280,6 +284,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
         if not (length or front) and start is None:
             raise ValueError("a text without a context needs a token to start from: set the tokenizer's bos_token")
         targets = tuple(whole[length:])
+        # the last token is predicted and never read
         ids = ((*front, *whole) if front or length else (start, *whole))[:-1]
         limit = context_tokens or len(ids)
         if not targets or len(targets) > limit:
@@ -307,10 +312,11 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | Non
 
 def _batches(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Batch]:
     """All texts, the longest first; at most a quarter of a batch is padding."""
-    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))
+    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))  # a batch that does not fit fails at once
     start = 0
     while start < len(rows):
         longest = len(texts[rows[start][0]].ids)
+        # a batch ends when it is full, or at the first row that would be more than a quarter padding
         full = start + max(1, batch_tokens // longest)
         end = next((i for i in range(start, len(rows)) if 4 * len(texts[rows[i][0]].ids) < 3 * longest), len(rows))
         yield _batch(texts, rows[start : min(full, end)])
@@ -323,6 +329,7 @@ def _rows(texts: Sequence[_Text]) -> list[list[int]]:
     # in order, an input is followed by one that it begins, if there is any
     for i in sorted(range(len(texts)), key=lambda i: texts[i].ids, reverse=True):
         ids = texts[i].ids
+        # choices of one token share their input: one row of the model answers them all
         if rows and texts[rows[-1][0]].ids[: len(ids)] == ids:
             rows[-1].append(i)
         else:
@@ -332,6 +339,7 @@ def _rows(texts: Sequence[_Text]) -> list[list[int]]:
 
 def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
     placed = [(number, texts[i]) for number, row in enumerate(rows) for i in row]
+    # the last input predicts the last target, so M of the B * T states are read, pair by pair
     at = [range(len(text.ids) - len(text.targets), len(text.ids)) for _, text in placed]
     return _Batch(
         # no position sees a later one, so any token can pad; with their own, hosts would warn that no mask came along
@@ -347,6 +355,7 @@ def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
 def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor) -> None:
     """Write the sums of a batch's pairs into [N] tensors."""
     head = autocast_head(stack.head)
+    # gathered before the head: logits of the context are never made
     h_MD = h_BTD[batch.row_M.to(h_BTD.device), batch.at_M.to(h_BTD.device)]
     values, hits = [], []
     for h_mD, target_m in zip(h_MD.split(HEAD_CHUNK), batch.targets_M.to(h_BTD.device).split(HEAD_CHUNK), strict=True):
@@ -356,4 +365,4 @@ def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: T
     parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
     for pair, log_p_m, hit_m in parts:
         log_p_N[pair] = log_p_m.sum()
-        led_N[pair] = hit_m.cumprod(0).sum()
+        led_N[pair] = hit_m.cumprod(0).sum()  # ones up to the first miss

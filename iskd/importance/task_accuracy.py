@@ -50,6 +50,11 @@ class TaskAccuracy(WindowImportance):
 
     Raises:
         ValueError: a value out of range, an unknown task, or a task without a file.
+
+    Source: ILD (arXiv 2511.05085)
+    Needs: files of the tasks (`importance.data_dir`) and a tokenizer
+    Costs: L (L - 1) / 2 block calls for every item
+    Measured: not measured
     """
 
     def __init__(

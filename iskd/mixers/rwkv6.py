@@ -69,6 +69,13 @@ class RWKV6(RecurrentMixer):
 
     Raises:
         ValueError: a rank, memory or shift_rank out of its range (`iskd.mixers.modules.limits`).
+
+    Source: arXiv 2404.05892
+    Needs: attention's q, k, v and o
+    Costs: state of 4.2 MiB in SmolLM2-135M, time of a token 1.36 at a context of 8,192; attention has 360.0 and 1.89
+        there (experiments/subquadratic-decode/README.md)
+    Measured: 71.6 % of the teacher's accuracy, projections copied, in the grid on stories260K
+        (experiments/subquadratic-stories/README.md)
     """
 
     notes: ClassVar[dict[str, str]] = {

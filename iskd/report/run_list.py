@@ -1,4 +1,4 @@
-"""Many runs side by side: which folders are runs, how each one ended, and in which config keys they differ."""
+"""Reading many runs: which folders are runs, how each one ended, and in which config keys they differ."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
     A folder that is no run stands for the runs within it (a sweep's jobs, or all of runs/).
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, Path] = {}  # by the resolved path: a run given twice, or by a link too, counts once
     problems = []
     for folder in folders:
         runs = list(_within(folder, _SEARCHED_DEPTH)) if folder.is_dir() else []
@@ -173,6 +173,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             f"no run in {given}: looked for {STAGES_FILE} or {CONFIG_FILE} in each folder and {_SEARCHED_DEPTH} levels "
             "below it; pass the folders that training wrote, for example runs/*"
         )
+    # names are what is left below the deepest folder that holds all runs
     above = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     runs = []
     for path in paths:
@@ -181,6 +182,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             files = read_run(path, curves=False)
             config, notes = _read_config(path)
         except (OSError, ValueError) as error:
+            # one unreadable run is told on the page and does not cost the others
             problems.append(f"{name}: {str(error).replace(f'{path}{os.sep}', '')}")
         else:
             runs.append(Run(name, path, files, config))
@@ -231,7 +233,7 @@ def _incidental(key: str) -> bool:
 
 def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     """Keys whose value is not the same in all configs (a missing key is a value too), in order of appearance."""
-    keys = dict.fromkeys(key for config in configs for key in config)
+    keys = dict.fromkeys(key for config in configs for key in config)  # a set that keeps the order
     return [key for key in keys if key != "resume" and len({config.get(key) for config in configs}) > 1]
 
 
@@ -241,9 +243,11 @@ def telling(configs: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[s
     Where two runs use different parts (`x._target_` differs), the part says it all: keys of `x` that some runs lack and
     that are the same in all others come and go with it.
     """
+    # "block._target_" differs: "block." is the prefix of all keys that belong to the one part or the other
     parts = tuple(key.removesuffix("_target_") for key in keys if key.endswith("._target_"))
 
     def comes_with_its_part(key: str) -> bool:
+        # a key that some runs lack differs by that alone; two values among those that have it are a setting of its own
         values = {config[key] for config in configs if key in config}
         return not key.endswith("._target_") and key.startswith(parts) and len(values) == 1
 

@@ -81,7 +81,13 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class ReplaceWith:
-    """Edits that put a compact block in. `fit`: fit it to the replaced block before training."""
+    """Edits that put a compact block in. `fit`: fit it to the replaced block before training.
+
+    Source: ISKD (COLING 2025, 2025.coling-main.440)
+    Needs: a block (`block=`)
+    Costs: a fit for every layer with `edit.fit`
+    Measured: KL 0.73, 30 % of the block parameters out (experiments/iskd-smollm2/README.md)
+    """
 
     block: Spec
     fit: bool = True
@@ -93,7 +99,13 @@ class ReplaceWith:
 
 @dataclass(frozen=True)
 class RemoveLayers:
-    """Edits that take a layer out."""
+    """Edits that take a layer out.
+
+    Source: ShortGPT (arXiv 2403.03853), ILD (arXiv 2511.05085)
+    Needs: an importance, or an order
+    Costs: nothing; the cache of the layer goes with it
+    Measured: KL 0.53 at 23 layers of 30, 0.72 at 20 (experiments/ild-smollm2/README.md)
+    """
 
     fit: bool = False
 
@@ -104,7 +116,14 @@ class RemoveLayers:
 
 @dataclass(frozen=True)
 class ConvertTo:
-    """Edits that exchange a block's attention for a mixer, which starts from the attention's own projections."""
+    """Edits that exchange a block's attention for a mixer, which starts from the attention's own projections.
+
+    Source: arXiv 2504.14366
+    Needs: a mixer (`mixer=`)
+    Costs: that of the mixer; a state of constant size instead of a cache that grows
+    Measured: 70.8 % of the teacher's accuracy, all of SmolLM2-135M converted
+        (experiments/subquadratic-smollm2/README.md)
+    """
 
     mixer: Spec
     fit: bool = False

@@ -11,7 +11,13 @@ from iskd.schedules.base import Choice, History
 
 
 class NoEdits:
-    """One stage that trains the unedited student for `tokens`."""
+    """One stage that trains the unedited student for `tokens`.
+
+    Source: none: the control
+    Needs: nothing
+    Costs: training alone
+    Measured: perplexity 20.55 to 15.57 on the text it trains on, KL 0.26 (experiments/iskd-smollm2/README.md)
+    """
 
     def __init__(
         self, *, tokens: int = 100_000, train: str = "all", lr: float = 1e-4, lora: Mapping[str, Any] | None = None

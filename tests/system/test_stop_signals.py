@@ -314,14 +314,14 @@ def test_a_submitit_job_is_queued_again_and_continues(place: Path) -> None:
     numbered = "hydra.job_logging.formatters.simple.format='<%(process)d> %(message)s'"
     process = start("-m", "hydra/launcher=slurm_local", "seed=0", numbered, f"hydra.sweep.dir={sweep}", cwd=place)
     wait_for(process, lambda: any(sweep.glob("0/checkpoints/*-stage")))
-    job = re.findall(r"^<(\d+)>", (sweep / "0" / "cli.log").read_text(), re.MULTILINE)[-1]
+    job = re.findall(r"^<(\d+)>", (sweep / "0" / "train.log").read_text(), re.MULTILINE)[-1]
     os.kill(int(job), signal.SIGUSR2)
     code, output = end(process)
     logs = "\n".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.*"))
     assert code == 0, output + logs
     assert "Requeued job" in logs
     assert "starts from its beginning" not in logs
-    assert len(set(re.findall(r"^<(\d+)>", (sweep / "0" / "cli.log").read_text(), re.MULTILINE))) == 2
+    assert len(set(re.findall(r"^<(\d+)>", (sweep / "0" / "train.log").read_text(), re.MULTILINE))) == 2
     assert_same_end(place / "whole", sweep / "0")
 
 
