@@ -124,7 +124,8 @@ def targets(node: Any) -> Iterator[str]:
 
 def shown(text: str) -> str:
     """A fact as a cell of the table, with links."""
-    text = f"{text[:1].upper()}{text[1:]}".replace("|", "\\|")
+    text = text if text.startswith("arXiv") else f"{text[:1].upper()}{text[1:]}"
+    text = text.replace("|", "\\|")
     text = re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", text)
     return FILE.sub(lambda match: f"([{match[1].removesuffix('/README.md')}](../{match[1]}))", text)
 
