@@ -22,6 +22,7 @@ from iskd.models import surgery
 from iskd.plan import Record, Stage
 from iskd.system import Preempted, global_rank
 from iskd.system.faults import is_out_of_memory
+from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import adapt
 from iskd.training.facts import write_facts
@@ -242,9 +243,7 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
         callbacks=callbacks,
         logger=_loggers(parts),
     )
-    # before every micro-batch Lightning asks rank 0 for a SIGTERM of its own, and waits for the device; the ranks agree
-    # on ours in `iskd.training.step.guard`
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+    without_sigterm_broadcast(trainer)
     return trainer
 
 
