@@ -81,7 +81,7 @@ def test_a_mixer_looks_at_positions_only_where_they_may_restart(family: str, mon
 
     def noted(x_BTD: Tensor, *, positions: Tensor | None, **rest: Any) -> Tensor:
         seen.append(None if positions is None else list(positions.shape))
-        return forward(x_BTD, positions=positions, **rest)  # type: ignore[no-any-return]
+        return forward(x_BTD, positions=positions, **rest)
 
     monkeypatch.setattr(hosted.mixer, "forward", noted)
     with torch.no_grad():
