@@ -256,7 +256,8 @@ def _equal(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     if isinstance(student, FSDPModule) or isinstance(teacher, FSDPModule):
         return False  # a part of the numbers is elsewhere
     kinds = ([(name, type(module)) for name, module in model.named_modules()] for model in (student, teacher))
-    if not operator.eq(*kinds) or student.config.to_dict() != teacher.config.to_dict():
+    told = ((Stack(model).separator, model.config.to_dict()) for model in (student, teacher))
+    if not operator.eq(*kinds) or not operator.eq(*told):
         return False
     # by checksum, on the CPU: the two models may lie on different devices
     mine, theirs = _tensors(student), _tensors(teacher)

@@ -6,8 +6,9 @@ A mixer is a class with
   inheriting its projections; works on the meta device, so that a plan can count parameters without memory. Fresh
   weights may be drawn here: surgery calls it under the edit's own seed;
 - `forward(x_BTD, *, mask, positions, cache) -> y_BTD`, no residual: norms, residual and MLP stay the host block's.
-  `mask` is the host's; `iskd.models.hosting.kept` reads off it which tokens may enter the state. `cache` is a
-  `iskd.models.cache.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
+  `mask` is the host's; `iskd.models.hosting.kept` reads off it which tokens may enter the state. `positions` are
+  [B, T] or [1, T], and a document begins where they do not grow; None = each row is one document, from its start.
+  `cache` is a `iskd.models.cache.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
 - `matrix(x_BTD, *, mask, positions) -> [B, H, T, T]` if `exposes_matrix`: the weights with which tokens are mixed.
 
 `RecurrentMixer` is all of this but for two methods: `streams`, the inputs of the recurrence, and, where norm, gate and
@@ -32,7 +33,6 @@ from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
 from iskd.mixers.ops import Recurrence, recurrence
 from iskd.models import CacheSlot, Stack
 from iskd.models.hosting import kept
-from iskd.models.packing import is_one_text, positions_of_one_text
 from iskd.models.stack import class_of
 
 if TYPE_CHECKING:
@@ -120,9 +120,7 @@ class Context:
         tokens = x_BTD.shape[1]
         seen = kept(mask, tokens)
         if positions is None:
-            positions = positions_of_one_text(tokens, x_BTD.device)
-        if is_one_text(positions):
-            return cls(seen, positions, past=list(past))
+            return cls(seen, torch.arange(tokens, device=x_BTD.device).unsqueeze(0), past=list(past))
         starts = positions[:, 1:] <= positions[:, :-1]
         if seen is not None:
             # padding has positions of its own; the first real token goes on like the first token

@@ -5,7 +5,6 @@ A model family is one `Family` descriptor (`iskd.models.families`); `Stack` read
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -16,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from iskd.models.families import dims_of, family_of
-from iskd.models.packing import one_text, positions_in, positions_of_one_text
+from iskd.models.packing import ONE_TEXT, positions_in
+from iskd.system.patches import one_text
 
 # the attribute of a model in shards (`iskd.models.sharding`) that holds its way in
 SHARDED_TRUNK = "iskd_trunk"
-# the key of a config, while a run lasts, for the token between documents (`Stack.keep_apart`)
+# the attribute of a model, while a run lasts, that holds the token between documents (`Stack.keep_apart`)
 SEPARATOR = "iskd_separator"
 # keys of a config that hold one value per layer, in stack order
 PER_LAYER = (
@@ -109,11 +109,9 @@ class Stack:
         """
         if self.family.positions and self.context and input_ids.shape[1] > self.context:
             raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
-        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
         known = self.separator is None and attention_mask is None
-        if known and "position_ids" in inspect.signature(self.base.forward).parameters:
-            options["position_ids"] = positions_of_one_text(input_ids.shape[1], input_ids.device)
-        elif self.separator is not None and attention_mask is None:
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False, ONE_TEXT: known}
+        if attention_mask is None:
             options["position_ids"] = positions_in(input_ids, self.separator)
         with one_text() if known else nullcontext():
             output: Tensor = self.base(input_ids=input_ids, **options).last_hidden_state
@@ -122,12 +120,13 @@ class Stack:
     @property
     def separator(self) -> int | None:
         """The token behind which a new document begins, or None: a window is one text."""
-        return getattr(self.config, SEPARATOR, None)
+        return getattr(self.model, SEPARATOR, None)
 
     def keep_apart(self, separator: int | None, *, check: bool = True) -> None:
         """Let no token of a window see another document: from now on, in passes without an attention mask.
 
-        It is a note on the model's config, and so on that of its copies; take it off (None) before the config is saved.
+        The model keeps the separator, whichever `Stack` asks it; copies and rebuilt students keep it too. It is no part
+        of its config or weights.
 
         Args:
             separator: id of the token that ends a document; None = a window is one text again.
@@ -136,12 +135,12 @@ class Stack:
         Raises:
             ValueError: the family, or its attention implementation, cannot.
         """
-        vars(self.config).pop(SEPARATOR, None)
+        vars(self.model).pop(SEPARATOR, None)
         if separator is None:
             return
-        setattr(self.config, SEPARATOR, separator)
+        vars(self.model)[SEPARATOR] = separator
         if check and not self._is_apart(separator):
-            vars(self.config).pop(SEPARATOR)
+            vars(self.model).pop(SEPARATOR)
             raise ValueError(
                 f"data.boundaries=true: {self.config.model_type} with attn_implementation="
                 f"{self.config._attn_implementation!r} attends across documents all the same; set data.boundaries=false"

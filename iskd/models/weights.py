@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.models.sharding import like
+from iskd.models.stack import SEPARATOR
 from iskd.system import file_sha256, read_json
 from iskd.system.files import MAX_NUMBER
 
@@ -140,8 +141,10 @@ _VARIABLE = ("_name_or_path", "transformers_version")  # of a config: not what t
 
 
 def model_sha256(model: PreTrainedModel) -> str:
-    """Hex SHA-256 of a model's parameters and of what its config says about what they compute."""
+    """Hex SHA-256 of a model's parameters, of what its config says they compute, and of documents kept apart."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VARIABLE}
+    if hasattr(model, SEPARATOR):
+        config[SEPARATOR] = getattr(model, SEPARATOR)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iskd.system import file_sha256
 
@@ -165,9 +166,10 @@ def _unpack(gguf: Path, directory: Path) -> None:
             raise ValueError(f"unpacking {gguf.name} needs the package {package}: pip install 'iskd[gguf]'") from error
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Without dequantize the weights are unpacked all the same, but the model counts as quantised and cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    # The class is there in transformers 5.17 and not in 5.6.
+    quantized = getattr(transformers, "GgufConfig", None)
+    unpacked = {} if quantized is None else {"quantization_config": quantized(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpacked)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     # transformers 5 writes a class name of its own; this one is known to every version.

@@ -17,6 +17,7 @@ from rich.console import Console
 from iskd.models import surgery
 from iskd.plan import Record, Stage
 from iskd.system import Preempted, global_rank
+from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import adapt
@@ -180,9 +181,7 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
         callbacks=callbacks,
         logger=_loggers(parts),
     )
-    # before every micro-batch Lightning asks rank 0 for a SIGTERM of its own, and waits for the device; the ranks agree
-    # on ours in `iskd.training.step.guard`
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+    without_sigterm_broadcast(trainer)
     return trainer
 
 

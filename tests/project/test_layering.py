@@ -52,6 +52,7 @@ OPEN = {
     "system/faults": "what a step, a checkpoint and the end of a run say of the same fault",
     "system/files": "readers of a run's files go by its limits",
     "system/machine": "one clock and one description of the machine for every measurement",
+    "system/patches": "what another library is made to do, in one file, where it is made to",
     "system/precision": "device and precision of passes outside the trainer",
     "system/stop_signals": "the trainer and the parent of a fresh process listen",
     "system/text": "numbers look alike in logs, tables, pages and cards",

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack, sharding
 from iskd.models.capture import Call, attention_weights, follow, state_of
-from iskd.models.hosting import HostedBlock, HostedMixer
+from iskd.models.hosting import HostedBlock, HostedMixer, positions_of
 from iskd.plan import Record, Stage
 from iskd.training.step.spans import StepSpan, span
 
@@ -143,7 +143,7 @@ def _distance(objective: str, part: nn.Module, call: Call, output: Any) -> Tenso
 def matrix_of(part: nn.Module, call: Call) -> Tensor:
     """The mixing matrix [B, H, T, T] of a hosted mixer for the call that its attention was given."""
     assert isinstance(part, HostedMixer)
-    seen = {"mask": call.kwargs.get("attention_mask"), "positions": call.kwargs.get("position_ids")}
+    seen = {"mask": call.kwargs.get("attention_mask"), "positions": positions_of(call.kwargs)}
     matrix: Tensor = cast(Any, part.mixer).matrix(call.stream, **seen)
     return matrix
 
