@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
+from iskd.plan.run_folder import CHECKPOINTS
 from iskd.system import Preempted, global_rank
 from iskd.system.faults import is_out_of_memory
 from iskd.training.callback import CompressionCallback
@@ -179,7 +180,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     fresh = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
     if not parts.resume:
         return fresh, None
-    newest = checkpoint_files.newest(parts.run_dir / "checkpoints")
+    newest = checkpoint_files.newest(parts.run_dir / CHECKPOINTS)
     if newest is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
         _on_rank_zero(keep_metrics, parts.run_dir, below=None)
