@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
 
-from iskd.export.card_measured import CARD, measured_section, model_index
+from iskd.export.card_measured import CARD, eval_results, measured_section
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
@@ -96,7 +97,7 @@ def write_card(
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
     parts = [
-        _header(known, licence, model_index(title, run_dir), native=native),
+        _header(known, licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
         "## Teacher",
@@ -159,25 +160,26 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
 
 
 def _front_matter(file: Path) -> Json:
-    if not file.is_file() or file.stat().st_size > 1 << 20:
-        return {}
-    text = file.read_text(encoding="utf-8", errors="replace")
-    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    """The header of somebody's card; {} where there is none that can be read."""
     try:
-        return _mapping(yaml.safe_load(found[1]) if found else None)
-    except yaml.YAMLError:
+        return _mapping(metadata_load(file)) if file.is_file() and file.stat().st_size <= 1 << 20 else {}
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
 
 
-def _header(teacher: Mapping[str, Any], licence: str | None, index: Json, *, native: bool) -> str:
-    values: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if teacher.get("kind") in ("hub", "bundled"):
-        values["base_model"] = str(teacher["name"])
-    if licence:
-        values["license"] = licence
-    values["tags"] = ["iskd", "compression", "distillation", *([] if native else ["custom_code"])]
-    values |= index
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+def _header(
+    teacher: Mapping[str, Any], licence: str | None, title: str, results: list[EvalResult], *, native: bool
+) -> str:
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") else None,
+        license=licence or None,
+        tags=["iskd", "compression", "distillation", *([] if native else ["custom_code"])],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _opening(record: Record, name: str, model_type: str, parameters: int) -> str:

@@ -33,6 +33,7 @@ class Trainer:
     """As much of Lightning's as the end of a run asks for; says when the other ranks are let go."""
 
     is_global_zero, global_rank, world_size = True, 0, 1
+    root_device = torch.device("cpu")
 
     def __init__(self, run_dir: Path) -> None:
         self.strategy = self
