@@ -32,7 +32,7 @@ from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult
 from iskd.plan.reading import record_from_json
 from iskd.report.figures.edit_map import layer_states
 from iskd.report.run_folder import read_run
-from iskd.report.stage_rows import plain_table
+from iskd.report.stage_rows import stage_table
 from iskd.system import read_json
 from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers
 from iskd.training.step import OptimSpec, make_optimizer, regroup
@@ -293,7 +293,7 @@ def _stages(folder: Path) -> Kind:
     def load() -> bool:
         run = read_run(folder)
         layer_states(run.stages, run.num_layers)
-        plain_table(run.stages)
+        stage_table(run.stages)
         return True
 
     return place, load

@@ -13,14 +13,14 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import part, plain, spec, terms
-from iskd.commands.resume import SAVED
 from iskd.data import Source, TextData, TextFiles
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.system import Busy, global_rank
+from iskd.plan.run_folder import CONFIG_FILE
+from iskd.system import Busy, global_rank, write_whole
 from iskd.system.precision import precision
 from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -111,7 +111,7 @@ def _edit(config: DictConfig) -> Any:
 def _claim(run_dir: Path, resuming: bool) -> None:
     """A directory belongs to one run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resuming and (run_dir / SAVED).exists() and global_rank() == 0:
+    if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
         )
@@ -119,9 +119,7 @@ def _claim(run_dir: Path, resuming: bool) -> None:
 
 def _save_config(config: DictConfig, run_dir: Path) -> None:
     """Whole or not at all: with resume=auto other ranks, and the next start of the job, look for this file."""
-    draft = run_dir / f".{SAVED}.draft"
-    OmegaConf.save(OmegaConf.create(plain(config)), draft)
-    os.replace(draft, run_dir / SAVED)
+    write_whole(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
 
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:

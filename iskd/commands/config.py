@@ -11,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.losses import Terms
 from iskd.plan import Spec
+from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """In a wheel inside the package, in a checkout beside it."""
-RUN_HOLDS = "a run's folder (hydra.run.dir) holds config.yaml and, from its first stage on, stages.json"
+RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its first stage on, {STAGES_FILE}"
 """What an error about a folder says."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from torch import nn
 from iskd.commands.config import CONF, part
 from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, efficiency, evaluate, refuse_training_text
-from iskd.evaluation.results import EVALUATION_FILE
 from iskd.evaluation.scores import Evaluation
 from iskd.export import load, refresh_card, student_folder, tokenizer_of
 from iskd.models.weights import weights_sha256
-from iskd.plan.results import STAGES_FILE
+from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files
@@ -53,8 +51,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     spec: EvalSpec = part(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    if spec.text is not None and run is not None and (run / "data.json").is_file():
-        refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
+    if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
+        refuse_training_text(spec.text, str(read_json(run / DATA_FILE).get("content", "")))
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(config.trainer)
@@ -83,8 +81,7 @@ def _kept(file: Path, text: str) -> list[Path]:
     if not file.is_file() or file.read_text(encoding="utf-8") == text:
         return []
     aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
-    os.replace(file, aside)
-    return [aside]
+    return [write_whole(aside, file.read_bytes())]
 
 
 def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
@@ -126,16 +123,16 @@ def _opened(student: Path, teacher: Loaded | None) -> Loaded:
 
 def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
     """Whether the weights are those of the run's own teacher, as far as the run says whose they are."""
-    file = run / "environment.json"
+    file = run / ENVIRONMENT_FILE
     told = read_json(file).get("teacher", {}).get("sha256") if file.is_file() else None
     return teacher is not None and told in (None, teacher.source.get("sha256"))
 
 
 def _chosen_by(run: Path | None) -> list[str]:
     """Hashes of the items that the run chose layers by."""
-    if run is None or not (run / "data.json").is_file():
+    if run is None or not (run / DATA_FILE).is_file():
         return []
-    chosen = read_json(run / "data.json").get("selection_sha256", {})
+    chosen = read_json(run / DATA_FILE).get("selection_sha256", {})
     return [sha for items in chosen.values() for sha in items]
 
 

@@ -10,10 +10,11 @@ import yaml
 from iskd.commands.config import CONF
 from iskd.export import read_facts
 from iskd.models.names import refuse_missing_folder
+from iskd.plan.run_folder import CONFIG_FILE
 from iskd.teacher import TeacherSpec
 from iskd.teacher.bundled import BUNDLES
 
-_RUN_CONFIG, _LONGEST_CONFIG = "config.yaml", 1 << 20
+_LONGEST_CONFIG = 1 << 20
 _NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
 
 
@@ -32,7 +33,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
         refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
     if folder is not None:
-        saved = folder.resolve().parent / _RUN_CONFIG
+        saved = folder.resolve().parent / CONFIG_FILE
         if saved.is_file():
             return _of_run(saved)
         source = read_facts(folder).get("teacher")

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
+from iskd.plan.run_folder import CONFIG_FILE
 
-SAVED = "config.yaml"
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
 # what may differ when a run is continued: nothing that changes its numbers
 _FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "objectives", "reference", "profile")
@@ -30,9 +30,9 @@ _CHANGES = (
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config of a run to continue. Raises ValueError when the command line changes a key of it."""
     run_dir = Path(config.resume)
-    saved_file = run_dir / SAVED
+    saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
-        raise ValueError(f"resume={run_dir}: no {SAVED} in there, so it is not the folder of a run")
+        raise ValueError(f"resume={run_dir}: no {CONFIG_FILE} in there, so it is not the folder of a run")
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
     _refuse_foreign(saved, config, saved_file)

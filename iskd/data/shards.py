@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.system import file_sha256, read_json
+from iskd.system import file_sha256, read_json, write_whole
 from iskd.system.files import MAX_NUMBER
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _build(
             "dropped": splitter.dropped,
             "splits": {split: writer.entry() for split, writer in writers.items()},
         }
-        Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2))
+        write_whole(Path(temporary, "meta.json"), json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
         for file in [*(writer.path.name for writer in writers.values()), "meta.json"]:  # meta last: it marks the end
             os.replace(Path(temporary, file), folder / file)

@@ -1,6 +1,6 @@
 """Tasks, text, quality and cost of a model, beside its teacher on the same items.
 
-Imports: system, models, teacher, data.
+Imports: system, plan, models, teacher, data.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from iskd.evaluation.results import EFFICIENCY_FILE
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
+from iskd.plan.run_folder import EFFICIENCY_FILE
 from iskd.system import machine, write_whole
 from iskd.system.faults import is_out_of_memory
 from iskd.system.machine import clock

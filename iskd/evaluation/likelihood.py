@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.evaluation.task_items import Item, copy_items
+from iskd.evaluation.task_items import Item
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)
@@ -105,16 +105,6 @@ def evaluate(
 ) -> TaskResult:
     """Scores of a model on items. Raises ValueError as `log_likelihoods` does, and when there is no item."""
     return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step))
-
-
-def copy_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, items: int = 50, words: int = 10, seed: int = 0
-) -> TaskResult:
-    """How well greedy decoding repeats lists of random words that it saw once.
-
-    The metric is `led`: the share of the list's tokens given before the first mistake; `acc` counts whole lists.
-    """
-    return evaluate(model, tokenizer, copy_items(items, words, seed))
 
 
 def paired(

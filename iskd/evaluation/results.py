@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system.files import MAX_NUMBER
-
-EFFICIENCY_FILE = "efficiency.json"
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)

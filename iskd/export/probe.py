@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.plan.edits import allowed
-from iskd.system import Json
+from iskd.system import Json, write_whole
 
 ROWS, TOKENS, PROMPT, NEW, COLUMNS = 2, 16, 4, 8, 64
 _TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong weight by more
@@ -230,7 +230,7 @@ def reopen(
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": paths}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "probe.json"
-        file.write_text(json.dumps(question))
+        write_whole(file, json.dumps(question))
         command = [sys.executable, "-c", _CHILD, str(file)]
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, **quiet}, check=False

@@ -46,7 +46,7 @@ class TaskAccuracy(WindowImportance):
         batch_tokens: most tokens in a batch.
 
     Attributes:
-        selection: the items used, by task; a run keeps their hashes, `disjoint` holds a report's items against them.
+        selection: the items used, by task; a run keeps their hashes, and its evaluation leaves them out.
 
     Raises:
         ValueError: a value out of range, an unknown task, or a task without a file.

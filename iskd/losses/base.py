@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iskd.models import IGNORE, Head, Signals
 
-SIGNALS = frozenset({"logits", "hidden", "matrix"})
+SIGNALS = frozenset({"logits", "hidden"})
 
 
 class Loss(Protocol):
@@ -32,7 +32,7 @@ class Loss(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals read: {"logits"} alone, or any of "hidden" and "matrix"."""
+        """Signals read: {"logits"} or {"hidden"}; empty where the last hidden state is all it reads."""
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         """Value per token in nats or mean square, of the labels' shape; no gradient reaches the teacher."""

@@ -25,14 +25,12 @@ class Signals:
         logits: [..., V]; present only inside a vocabulary chunk, because [B, T, V] is never materialised.
         last_hidden: [B, T, D] after the final norm, the input of the head.
         hidden: State after layer i, before the final norm, each [B, T, D].
-        matrices: Mixing matrix of layer i, each [B, H, T, T]; empty unless a loss asks for it.
     """
 
     labels: Tensor
     logits: Tensor | None = None
     last_hidden: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    matrices: dict[int, Tensor] = field(default_factory=dict)
 
 
 def next_tokens(input_ids: Tensor) -> Tensor:

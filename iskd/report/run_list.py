@@ -17,10 +17,10 @@ import yaml
 from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
-from iskd.plan.results import STAGES_FILE, rolled_back_of, student_of, teacher_of
+from iskd.plan.results import rolled_back_of, student_of, teacher_of
+from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
 from iskd.report.run_folder import RunFiles, read_run
 
-CONFIG_FILE = "config.yaml"
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32

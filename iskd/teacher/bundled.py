@@ -26,7 +26,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iskd.system import file_sha256
+from iskd.system import file_sha256, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _convert(gguf: Path, source: Bundle, target: Path) -> None:
         directory = Path(scratch) / source.folder
         _unpack(gguf, directory)
         sums = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
-        (directory / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        write_whole(directory / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
         directory.rename(target)
     log.info("teacher ready in %s", target)
 
@@ -175,4 +175,4 @@ def _unpack(gguf: Path, directory: Path) -> None:
     # transformers 5 writes a class name of its own; this one is known to every version.
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(settings, indent=2) + "\n")

@@ -15,13 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_sha256
-from iskd.system import read_json
+from iskd.system import read_json, write_whole
 from iskd.teacher.cache_rows import CacheSpec, RowFormat
 from iskd.teacher.row_store import RowStore
 
@@ -173,9 +171,7 @@ class TeacherCache:
         path = self.folder / "meta.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{uuid4().hex}.part")  # process numbers repeat among machines and threads
-            part.write_text(json.dumps(self.recipe, indent=1), encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, json.dumps(self.recipe, indent=1))
         try:
             found = read_json(path)
         except (OSError, ValueError) as error:

@@ -66,10 +66,10 @@ def check_terms_cached(terms: Terms, kind: str) -> None:
     for name, (loss, weight) in terms.items():
         if not weight or not uses_teacher(loss):
             continue
-        inner, on_logits = sorted(loss.needs & {"hidden", "matrix"}), "logits" in loss.needs
+        inner, on_logits = "hidden" in loss.needs, "logits" in loss.needs
         if inner:
             raise ValueError(
-                f"loss.{name} compares what happens inside the teacher ({', '.join(inner)}), and teacher.cache={kind} "
+                f"loss.{name} compares what happens inside the teacher (hidden), and teacher.cache={kind} "
                 f"holds only its end: set teacher.cache=null, or leave {name} out of loss=[...]"
             )
         if kind == "topk" and not on_logits:

@@ -5,15 +5,14 @@ It is known by the hash of its content, as files are, so that a resumed run noti
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.models.weights import parameters_sha256
 from iskd.teacher.load import Loaded
 
 
@@ -33,7 +32,7 @@ def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     source: dict[str, str | int] = {
         "name": model.config.name_or_path or type(model).__name__,
         "kind": "memory",
-        "sha256": _digest(model),
+        "sha256": parameters_sha256(model),
         "tokenizer": "given",
         "dtype": str(model.dtype).removeprefix("torch."),
         "padding_rows": rows - 1 - largest,
@@ -60,12 +59,3 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         nn.Module.to(model, device)
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """SHA-256 of names and values of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

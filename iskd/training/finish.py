@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import resource
 import shlex
@@ -20,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import EvalSpec, efficiency, evaluate
-from iskd.evaluation.results import EVALUATION_FILE
 from iskd.export import export, refresh_card
 from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
-from iskd.plan import Record, StageResult, to_json
+from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
+from iskd.plan.run_folder import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
 from iskd.system import Busy, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory
@@ -55,7 +54,7 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
         return Result(state.results, student, state.record, run_dir, None, None)
     write_stages(run_dir, state.results)
     write_data(parts)  # again: now with every calibration window that was used
-    (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
+    write_record(run_dir, state.record)
     _report(run_dir)
     model_dir: Path | None = None
     failed: Exception | None = None
@@ -76,7 +75,7 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
 
 
 def _report(run_dir: Path) -> Path | None:
-    with _guarded("report.html", f"Again: {shlex.join(['iskd', 'report', str(run_dir)])}"):
+    with _guarded(REPORT_FILE, f"Again: {shlex.join(['iskd', 'report', str(run_dir)])}"):
         return write_report(run_dir)
     return None
 
@@ -85,7 +84,7 @@ def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
     teacher = parts.teacher
     with Busy("writing the student and reopening it in a fresh process"):
         return export(
-            parts.run_dir / "model", student, record, teacher.model.config, teacher.tokenizer,
+            parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
+from iskd.plan.run_folder import CHECKPOINTS
 from iskd.system import Preempted, global_rank
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
@@ -121,7 +122,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     fresh = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
     if not parts.resume:
         return fresh, None
-    newest = checkpoint_files.newest(parts.run_dir / "checkpoints")
+    newest = checkpoint_files.newest(parts.run_dir / CHECKPOINTS)
     if newest is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
         _on_rank_zero(keep_metrics, parts.run_dir, below=None)

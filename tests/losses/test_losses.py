@@ -773,15 +773,20 @@ class Unknown(KL):
     needs = frozenset({"attention"})
 
 
+class Matrices(KL):
+    needs = frozenset({"matrix"})
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
         (Summed(), r"loss\.x returned shape \[\]"),
         (Greedy(), r"loss\.x needs .*split"),
         (Unknown(), r"loss\.x needs \['attention'\]"),
+        (Matrices(), r"loss\.x needs \['matrix'\]; known signals are \['hidden', 'logits'\]"),
         (HiddenMatch(), r"\['x'\] do not read logits"),
     ],
-    ids=["summed", "greedy", "unknown", "hidden"],
+    ids=["summed", "greedy", "unknown", "matrix", "hidden"],
 )
 def test_a_term_that_breaks_the_contract_is_named(loss: Loss, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -63,6 +63,7 @@ OPEN = {
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",
     "plan/results": "rows of the stage table, and who is the teacher, the student, kept",
+    "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
     "plan/summary": "what a sweep is told",
     "models/cache": "the memory of a cache is measured",

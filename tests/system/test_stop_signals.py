@@ -24,9 +24,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompo
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from iskd.commands import build, resume
+from iskd.commands import build
 from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
+from iskd.plan.run_folder import CONFIG_FILE
 from iskd.system.ranks import global_rank
 from iskd.system.stop_signals import EXIT_CODE, Handler, Preempted, StopSignals, stop_signals
 from iskd.training.state import checkpoint, checkpoint_files
@@ -146,7 +147,7 @@ def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: p
 
 def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build._claim(tmp_path, resuming=False)
-    (tmp_path / resume.SAVED).write_text("seed: 1")
+    (tmp_path / CONFIG_FILE).write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):
         build._claim(tmp_path, resuming=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -192,7 +193,7 @@ def test_auto_continues_what_is_there(
     assert resume_folder("auto", tmp_path, config) is None, "nothing there yet"
     (tmp_path / "checkpoints").mkdir()
     assert resume_folder("auto", tmp_path, config) is None, "died before its config was saved"
-    (tmp_path / resume.SAVED).write_text("seed: 1")
+    (tmp_path / CONFIG_FILE).write_text("seed: 1")
     assert resume_folder("auto", tmp_path, config) == str(tmp_path)
     assert resume_folder(None, tmp_path, config) is None
     assert resume_folder("elsewhere", tmp_path, config) == "elsewhere"

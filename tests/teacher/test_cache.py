@@ -349,7 +349,7 @@ def test_one_process_builds_and_others_find_the_result(
         all_wrote.wait(timeout=60)
         replace(draft, path)
 
-    monkeypatch.setattr(cache.os, "replace", together)
+    monkeypatch.setattr(os, "replace", together)
     threads = [
         threading.Thread(target=lambda: found.append(TeacherCache.open(model, TEXTS, tmp_path, HIDDEN).fill()))
         for _ in range(3)

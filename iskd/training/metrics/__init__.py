@@ -2,7 +2,7 @@
 
 Rows and values for its loggers, metrics.csv that outlives kills, and the time of a stage.
 
-Imports: plan, report, training.step.
+Imports: system, plan, report, training.step.
 """
 
 from __future__ import annotations
