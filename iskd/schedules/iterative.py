@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 from iskd.schedules.layerwise import LayerSchedule
 
 
+@dataclass(frozen=True)
 class Iterative(LayerSchedule):
-    """`per_stage` layers at a time, an equal share of the tokens after each; arguments as in `LayerSchedule`."""
+    """`per_stage` layers at a time, an equal share of the tokens after each; other keys as in `LayerSchedule`."""
+
+    _: KW_ONLY
+    per_stage: int | None = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.per_stage is not None and self.per_stage < 1:
+            raise ValueError(f"schedule.per_stage must be at least 1, got {self.per_stage}")
+
+    @property
+    def edits_per_stage(self) -> int | None:
+        """Edits of every stage but the last; None = all in one."""
+        return self.per_stage

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-from iskd.schedules.base import EditKind
 from iskd.schedules.layerwise import LayerSchedule
 
 
+@dataclass(frozen=True)
 class Oneshot(LayerSchedule):
-    """Every edit in one stage; the other arguments as in `LayerSchedule`."""
-
-    def __init__(self, edit: EditKind, **settings: Any) -> None:
-        super().__init__(edit, per_stage=None, **settings)
+    """Every edit in one stage; keys as in `LayerSchedule`."""

@@ -80,7 +80,7 @@ SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunked", "scratch", "topk_kl", "walk"}  # losses
 SHARED |= {"fitting", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
-SHARED |= {"layerwise", "orders", "stages_ahead"}  # schedules
+SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
 SHARED |= {"delta"}  # mixers
 
 
@@ -181,6 +181,7 @@ def test_resume_writes_into_its_own_folder() -> None:
         (["schedule.count=0"], "nothing would be edited"),
         (["schedule.layers=[1,1]"], "lists layer 1 twice"),
         (["schedule.layers=[9]"], r"layers 0\.\.3"),
+        (["+schedule.flor=2"], r"iterative.Iterative has no key 'flor': drop it, or use one of .*count, .*floor"),
         (["schedule.floor=2"], r"schedule\.floor must be in \(0, 1\]"),
         (["block.ratio=1.5"], r"block\.ratio must be in \(0, 1\]"),
         (["block=bottleneck", "block.reduction=7"], r"block\.reduction=7 does not divide"),
