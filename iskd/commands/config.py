@@ -20,6 +20,11 @@ RUN_HOLDS = "a run's folder (hydra.run.dir) holds config.yaml and, from its firs
 """What an error about a folder says."""
 
 
+def options(group: str) -> list[str]:
+    """What can be chosen of a config group, e.g. of `data`, sorted; a file `_name.yaml` is only included by others."""
+    return sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
+
+
 def plain(config: Any) -> Any:
     """Containers of a config as dicts and lists, interpolations resolved."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

@@ -73,7 +73,8 @@ class Align(Layers, Heal):
         for name in (self.mixers_shape, self.hidden_shape, self.shape):
             if name not in SHAPES:
                 raise ValueError(f"schedule: shape {name!r} of a rate is unknown; choose one of {SHAPES}")
-        assert self._conversions  # checks the keys that it shares
+        Layers.__post_init__(self)
+        assert self._conversions  # checks the others that are shared
 
     @property
     def stages(self) -> list[Stage]:

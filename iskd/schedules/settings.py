@@ -80,6 +80,7 @@ class Layers:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        object.__setattr__(self, "protect", tuple(self.protect))
         if isinstance(self.layers, str) and self.layers not in NAMED:
             raise ValueError(
                 f"schedule.layers={self.layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers"
