@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import netrc
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import part, plain, spec, terms
@@ -20,6 +19,7 @@ from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
 from iskd.plan.run_folder import CONFIG_FILE
+from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, write_whole
 from iskd.system.precision import precision
 from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
@@ -39,8 +39,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
             teacher = load_teacher(part(config.model))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
-    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
-    schedule = part(config.schedule, **runtime)
+    schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = part(config.importance)
     asked = _evaluation(config, teacher, importance, data)
@@ -102,10 +101,19 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
     return CacheSpec(kind, **values)
 
 
-def _edit(config: DictConfig) -> Any:
-    """What is done to a layer, with the block or mixer that it asks for as data."""
-    asked = inspect.signature(get_class(config.edit._target_)).parameters
-    return part(config.edit, **{key: spec(config[key]) for key in ("block", "mixer") if key in asked})
+def _schedule(config: DictConfig) -> Schedule:
+    """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
+    takes = getattr(get_object(config.schedule._target_), "takes", ("edit", "seed"))
+    values = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    schedule: Schedule = part(config.schedule, **{name: values[name] for name in takes})
+    return schedule
+
+
+def _edit(config: DictConfig) -> EditKind:
+    """What is done to a layer, with the block or mixer that its class takes as data."""
+    takes = getattr(get_object(config.edit._target_), "takes", ())
+    edit: EditKind = part(config.edit, **{group: spec(config[group]) for group in takes})
+    return edit
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:

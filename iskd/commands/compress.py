@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.arguments import named_model
-from iskd.commands.compose import options, parts
+from iskd.commands.compose import parts
+from iskd.commands.config import options
 from iskd.data import Source, given_texts
 from iskd.system.allocator import tune
 from iskd.teacher import Loaded

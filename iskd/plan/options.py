@@ -44,8 +44,8 @@ class RunOptions:
     max_skipped: int = 3
     on_oom: str = "stop"
     checkpoints: str = "full"
-    mfu: bool = False
-    efficiency_seconds: float = 0.0
+    mfu: bool = True
+    efficiency_seconds: float = 60.0
     share_prefix: bool = True
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool | str = False

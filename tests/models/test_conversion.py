@@ -14,8 +14,8 @@ from iskd.models import surgery
 from iskd.models.hosting import HostedMixer, kept
 from iskd.models.stack import Stack
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
-from iskd.schedules import History
-from iskd.schedules.base import ConvertTo
+from iskd.schedules import History, next_stage
+from iskd.schedules.edits import ConvertTo
 from iskd.schedules.oneshot import Oneshot
 from iskd.training.step import OptimSpec, make_optimizer, regroup
 from iskd.training.step.trainable import new_parameters
@@ -112,7 +112,8 @@ def test_only_the_mixer_of_a_converted_block_is_new() -> None:
 
 def test_a_schedule_converts_layers() -> None:
     edit = ConvertTo(Spec(LINEAR, {"chunk": 8}))
-    stage = Oneshot(edit, count=-1, order="alternate", protect=[3], tokens=100, seed=2).next_stage(History(Record(4)))
+    schedule = Oneshot(edit, count=-1, order="alternate", protect=[3], tokens=100, seed=2)
+    stage = next_stage(schedule, History(Record(4)))
     assert stage is not None
     assert not stage.fit
     assert sorted(stage.edits, key=lambda e: e.layer) == [Convert(i, edit.mixer, seed=20_014 + i) for i in range(3)]

@@ -24,7 +24,7 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import Stack, surgery
 from iskd.plan import Record, Remove
-from iskd.schedules.base import ReplaceWith
+from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import cache, row_store
 from iskd.teacher.cache import TeacherCache

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from iskd.importance import Fixed, WindowImportance
 from iskd.plan import Record
 from iskd.schedules import Choice, History
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.oneshot import Oneshot
 from iskd.training import deciding, stages

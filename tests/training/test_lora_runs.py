@@ -20,7 +20,7 @@ from iskd.models import surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Remove, Replace, Stage
 from iskd.plan.stage import LoraSpec
-from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.system import Preempted
 from iskd.training.parts import Parts

@@ -22,7 +22,7 @@ from iskd.models import surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Spec
 from iskd.plan.results import read_stages
-from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot

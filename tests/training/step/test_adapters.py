@@ -20,7 +20,7 @@ from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.stage import LoraSpec, lora_of
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.training.editing import adapt
