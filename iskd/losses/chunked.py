@@ -26,7 +26,7 @@ from iskd.losses.base import (
     kept_tokens,
     masked_mean,
     token_values,
-    uses_teacher,
+    traits_of,
 )
 from iskd.losses.chunk_size import Chunk, chunk_tokens
 from iskd.losses.chunk_walk import ChunkedMean, Tokens, chunk_walk
@@ -71,7 +71,7 @@ def total_loss(
     terms = {name: (loss, weight) for name, (loss, weight) in terms.items() if weight > 0}
     if not terms:
         raise ValueError("every loss weight is 0: nothing would train; give at least one term a weight > 0")
-    readers = [name for name, (loss, _) in terms.items() if uses_teacher(loss)]
+    readers = [name for name, (loss, _) in terms.items() if traits_of(loss).uses_teacher]
     if readers and teacher is None:
         raise ValueError(f"loss terms {readers} use the teacher; pass its signals")
     kept = kept_tokens(student) if kept is None else kept
@@ -142,7 +142,7 @@ def chunked_vocabulary_loss(
     # from here on no batch and no ignored token: N rows, of which a chunk is a slice
     take = keeping(kept_tokens(Signals(labels_BT)) if kept is None else kept, labels_BT.numel())
     teacher_ND: Tensor | None = None
-    if teacher_hidden_BTD is not None and any(uses_teacher(loss) for loss, _ in terms.values()):
+    if teacher_hidden_BTD is not None and any(traits_of(loss).uses_teacher for loss, _ in terms.values()):
         teacher_ND = take(teacher_hidden_BTD.detach())
     frozen_head = None if teacher_head is None else autocast_head(teacher_head)
     tokens = Tokens(terms, take(labels_BT), teacher_ND, frozen_head, size, scale, softcap)

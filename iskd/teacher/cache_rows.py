@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses import Terms, uses_teacher
+from iskd.losses import Terms, traits_of
 from iskd.models import Stack, at_least_fp32, autocast_head, cap_logits
 
 KINDS = ("hidden", "topk")
@@ -64,7 +64,7 @@ def check_terms_cached(terms: Terms, kind: str) -> None:
         ValueError: naming the term, what it needs, and what to do.
     """
     for name, (loss, weight) in terms.items():
-        if not weight or not uses_teacher(loss):
+        if not weight or not traits_of(loss).uses_teacher:
             continue
         inner, on_logits = "hidden" in loss.needs, "logits" in loss.needs
         if inner:
@@ -77,13 +77,13 @@ def check_terms_cached(terms: Terms, kind: str) -> None:
                 f"loss.{name} reads the teacher's last hidden state, and teacher.cache=topk holds only tokens: "
                 f"set teacher.cache=hidden, or leave {name} out of loss=[...]"
             )
-        temperature = getattr(loss, "temperature", 1.0)
+        temperature = traits_of(loss).temperature
         if kind == "topk" and temperature != 1.0:
             raise ValueError(
                 f"loss.{name}.temperature={temperature} softens the probability of every token, and teacher.cache=topk "
                 f"holds only some: set teacher.cache=hidden, or loss.{name}.temperature=1"
             )
-        if kind == "topk" and not getattr(loss, "by_buckets", False):
+        if kind == "topk" and not traits_of(loss).by_buckets:
             raise ValueError(
                 f"loss.{name} ({type(loss).__name__}) does not say by_buckets=True, that it may see tokens merged, as "
                 f"teacher.cache=topk does: set teacher.cache=hidden, or leave {name} out of loss=[...]"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iskd.losses import chunk_size, chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
-from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope, uses_teacher
+from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
@@ -120,7 +120,7 @@ class Plain:
     """A term that does not know its slope."""
 
     def __init__(self, loss: Loss) -> None:
-        self.loss, self.needs, self.uses_teacher = loss, loss.needs, uses_teacher(loss)
+        self.loss, self.needs, self.uses_teacher = loss, loss.needs, traits_of(loss).uses_teacher
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         return self.loss(student, teacher)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.losses import BatchSignals, Terms, uses_teacher
+from iskd.losses import BatchSignals, Terms, traits_of
 from iskd.models import Signals, Stack
 from iskd.models.capture import read
 from iskd.models.packing import with_successor, within
@@ -42,7 +42,9 @@ class Wanted:
 
 def wanted(terms: Terms, record: Record, stage: Stage, *, of_teacher: bool = False) -> Wanted | None:
     """What the terms of weight > 0 read, or those among them that use the teacher; None when there is no such term."""
-    active = [loss for loss, weight in terms.values() if weight > 0 and (not of_teacher or uses_teacher(loss))]
+    active = [
+        loss for loss, weight in terms.values() if weight > 0 and (not of_teacher or traits_of(loss).uses_teacher)
+    ]
     if not active:
         return None
     survivors = record.layers
@@ -56,7 +58,7 @@ def wanted(terms: Terms, record: Record, stage: Stage, *, of_teacher: bool = Fal
     layers: set[int] = set()
     for loss in active:
         if "hidden" in loss.needs:
-            asked = getattr(loss, "layers", "all")
+            asked = traits_of(loss).layers
             layers |= set(named[asked] if isinstance(asked, str) else asked) & set(survivors)
     return Wanted(frozenset(layers), any(not loss.needs or "logits" in loss.needs for loss in active))
 
