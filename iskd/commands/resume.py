@@ -73,7 +73,7 @@ def _refuse_foreign(saved: DictConfig, config: DictConfig, file: Path) -> None:
         if not isinstance(found, type) or not f"{found.__module__}.".startswith((*_OURS, *allowed())):
             raise ValueError(
                 f"{file} names {target!r:.80}, which is no part of iskd; if you trust it, name it on the command line "
-                "too, or call iskd.plan.edits.allow('its.package.')"
+                "too, or call iskd.plan.allow('its.package.')"
             )
     if OmegaConf.select(saved, "model.trust_remote_code") and not OmegaConf.select(config, "model.trust_remote_code"):
         raise ValueError(

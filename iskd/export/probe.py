@@ -155,7 +155,7 @@ if question["native"]:
 else:
     import iskd
     for prefix in question["allowed"]:
-        iskd.plan.edits.allow(prefix)
+        iskd.plan.allow(prefix)
 from transformers import AutoModelForCausalLM
 start = time.perf_counter()
 found = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
