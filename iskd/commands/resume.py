@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
+from iskd.plan.renamed import renamed
 from iskd.plan.run_folder import CONFIG_FILE
 
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
@@ -33,7 +34,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
         raise ValueError(f"resume={run_dir}: no {CONFIG_FILE} in there, so it is not the folder of a run")
-    saved = OmegaConf.load(saved_file)
+    saved = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(saved_file))))
     assert isinstance(saved, DictConfig)
     _refuse_foreign(saved, config, saved_file)
     saved.trainer.progress = config.trainer.progress

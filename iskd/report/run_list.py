@@ -17,6 +17,7 @@ import yaml
 from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
+from iskd.plan.renamed import now_called
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
 from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
 from iskd.report.run_folder import RunFiles, read_run
@@ -196,7 +197,8 @@ def _read_config(folder: Path) -> tuple[dict[str, str], list[str]]:
         return {}, [f"{CONFIG_FILE} is missing: its settings are not known"]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return dict(_limited(flatten(values))), []
+        found = dict(_limited(flatten(values)))
+        return {key: now_called(value) if key.endswith("_target_") else value for key, value in found.items()}, []
     except (yaml.YAMLError, ValueError) as error:
         return {}, [f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())[:200]}"]
 

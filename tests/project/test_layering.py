@@ -62,6 +62,7 @@ OPEN = {
     "plan/metric_names": "metrics are logged, drawn and described under one name",
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",
+    "plan/renamed": "a saved config is taken up, and shown beside others",
     "plan/results": "rows of the stage table, and who is the teacher, the student, kept",
     "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
