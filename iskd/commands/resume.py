@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
+from iskd.plan.options import UPKEEP
 from iskd.plan.renamed import renamed
 from iskd.plan.run_folder import CONFIG_FILE
 
@@ -21,10 +22,8 @@ _FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "
 _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
-    *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
-    *("run.mfu", "run.efficiency_seconds", "run.max_shard_bytes", "run.share_prefix"),
-    *("run.gradient_checkpointing", "run.compile"),
-    *("schedule.restart_at_edit", "export"),
+    *(f"run.{key}" for key in sorted(UPKEEP)),
+    *("data.batch_size", "schedule.restart_at_edit", "export"),
 )
 
 

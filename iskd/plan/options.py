@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+UPKEEP = frozenset(
+    {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
+    | {"gradient_checkpointing", "compile", "max_shard_bytes"}
+)
+"""Options that a resumed run may change: upkeep, which changes no number of it."""
+
 
 @dataclass(frozen=True)
 class RunOptions:

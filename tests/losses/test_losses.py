@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iskd.losses import chunk_size, chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
-from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope
+from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope, traits_of
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
