@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from iskd.training.metrics_file import keep_metrics, merge_metrics
 from omegaconf import OmegaConf
 
 from iskd.commands.build import _save_config
@@ -34,6 +33,7 @@ from iskd.report.run_page import picture
 from iskd.report.scores import write_scores
 from iskd.system import files
 from iskd.training.facts import write_facts
+from iskd.training.metrics.metrics_file import keep_metrics, merge_metrics
 from iskd.training.profile.profile import Profile, write_profile
 from tests.factories import tiny
 from tests.project.test_layering import FILES, tree

@@ -18,9 +18,8 @@ from iskd.models import sharding
 from iskd.plan import Convert, Spec
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo
-from iskd.training import Parts, run
+from iskd.training import Parts, run, stages
 from iskd.training.plan_table import ALIGN_STEPS, plan_rows, print_plan, too_short
-from iskd.training.step import DistillModule
 from tests.documents import ROOT
 from tests.factories import mixer_specs, tiny
 from tests.runs import TOKENS, make_parts, write_text
@@ -106,7 +105,7 @@ def test_a_student_in_shards_is_refused_before_anything_is_measured(
         raise RuntimeError("the teacher was measured")
 
     monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
-    monkeypatch.setattr(DistillModule, "measure", measured)
+    monkeypatch.setattr(stages, "measure_quality", measured)
     settings: dict[str, Any] = {"tokens": 10 * TOKENS, "mixers_share": 0.2, "hidden_share": 0.2}
     for name, resume in (("fresh", False), ("resumed", True)):
         with pytest.raises(ValueError, match=r"use trainer=ddp, or schedule\.mixers=null schedule\.hidden=false"):
