@@ -18,9 +18,8 @@ from torch import nn
 
 from iskd.commands.config import CONF, part
 from iskd.commands.find_teacher import find_teacher
-from iskd.evaluation import EvalSpec, efficiency, evaluate, refuse_training_text
+from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.evaluation.results import EVALUATION_FILE
-from iskd.evaluation.scores import Evaluation
 from iskd.export import load, refresh_card, student_folder, tokenizer_of
 from iskd.models.weights import weights_sha256
 from iskd.plan.results import STAGES_FILE

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import EFFICIENCY_FILE, EVALUATION_FILE, efficiency_of, evaluation_of
 from iskd.plan import StageResult
+from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
-from iskd.plan.reading import MAX_LAYERS
 from iskd.plan.results import STAGES_FILE, read_stages, teacher_of
 from iskd.system import read_json
 
