@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidato
 
 from iskd.evaluation.text import TextScore
 from iskd.system import Json
-from iskd.system.reading import between, is_integer, read_as
+from iskd.system.reading import between, is_number, read_as
 
 EFFICIENCY_FILE = "efficiency.json"
 EVALUATION_FILE = "evaluation.json"
@@ -25,14 +25,6 @@ MACHINE = "machine"
 """Key of efficiency.json for what it was measured on; its other keys name models."""
 
 _T = TypeVar("_T")
-
-
-def _number(value: Any) -> float:
-    try:
-        known = isinstance(value, float) or (is_integer(value) and math.isfinite(value))
-    except OverflowError:  # of an integer of a thousand digits
-        known = False
-    return value if known else math.nan
 
 
 def _or_nothing(value: Any, read: Callable[[Any], _T]) -> _T | None:
@@ -46,8 +38,9 @@ def _bounds(value: Any) -> Any:
     return value if value is None or isinstance(value, dict) else {"value": value}
 
 
-def _object(value: Any) -> Json | None:
-    return value if isinstance(value, dict) else None
+def _only(kind: type[Any], otherwise: Any) -> BeforeValidator:
+    """What is no `kind` counts as `otherwise`."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else otherwise)
 
 
 def _items(value: Any) -> tuple[Any, ...]:
@@ -75,9 +68,9 @@ def _plain(value: Any, digits: int | None = None) -> Any:
     return value
 
 
-_Known = Annotated[float, PlainValidator(_number)]
-_Word = Annotated[str, PlainValidator(lambda value: value if isinstance(value, str) else "")]
-_Facts = Annotated[Json, PlainValidator(lambda value: value if isinstance(value, dict) else {})]
+_Known = Annotated[float, PlainValidator(lambda value: value if is_number(value) else math.nan)]
+_Word = Annotated[str, _only(str, "")]
+_Facts = Annotated[Json, _only(dict, {})]
 
 
 # ---- efficiency.json -------------------------------------------------------------------------------------------------
@@ -131,8 +124,8 @@ class Efficiency:
     """efficiency.json: the machine, and what both models cost on it."""
 
     machine: Any = None
-    teacher: Annotated[Measured | None, BeforeValidator(_object)] = None
-    student: Annotated[Measured | None, BeforeValidator(_object)] = None
+    teacher: Annotated[Measured | None, _only(dict, None)] = None
+    student: Annotated[Measured | None, _only(dict, None)] = None
 
 
 def efficiency_of(value: Any) -> Efficiency:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from iskd.plan.edits import MAX_LAYERS, Edit
 from iskd.system.files import MAX_NUMBER
-from iskd.system.reading import between, is_integer, is_number, must_be, one_of, read_as
+from iskd.system.reading import Count, is_integer, is_number, must_be, one_of, read_as
 
 TARGETS = ("attention", "mlp", "all")
 _MAX = 1_000_000
@@ -26,10 +26,6 @@ _Rank = Annotated[
 _Alpha = Annotated[
     float,
     must_be(f"positive and at most {_MAX} (twice the rank is usual)", lambda it: is_number(it) and 0 < it <= _MAX),
-]
-_Seed = Annotated[
-    int,
-    must_be(f"an integer from 0 to {MAX_NUMBER}", lambda it: is_integer(it) and 0 <= it <= MAX_NUMBER),
 ]
 _Rate = Annotated[float, must_be("a finite number >= 0", lambda it: is_number(it) and 0 <= it <= MAX_NUMBER)]
 
@@ -48,7 +44,7 @@ class LoraSpec:
     rank: _Rank = 8
     alpha: _Alpha = 16.0
     targets: Annotated[str, one_of(TARGETS)] = "all"
-    seed: _Seed = 0
+    seed: Count = 0
 
     @classmethod
     def of(cls, values: Any) -> LoraSpec:
@@ -131,7 +127,7 @@ class Stage:
 
     name: Annotated[str, Field(max_length=10_000)]
     edits: Annotated[tuple[Edit, ...], Field(max_length=3 * MAX_LAYERS)] = ()
-    tokens: Annotated[int, between(0), BeforeValidator(_whole)] = 0
+    tokens: Annotated[Count, BeforeValidator(_whole)] = 0
     train: Annotated[str, Field(max_length=_MAX_NAME), AfterValidator(_trainable)] = "all"
     lr: _Rate = 1e-4
     lr_new: _Rate = 3e-4
