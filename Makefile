@@ -27,7 +27,7 @@ endif
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup teacher demo demo-ild test test-slow test-gpu check format lock clean
+.PHONY: help setup teacher demo demo-ild test test-slow test-gpu check format parts lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,9 @@ check: $(SETUP) ## format, lint and types, without changing a file
 format: $(SETUP) ## format and fix what can be fixed
 	@$(PY) -m ruff format --quiet .
 	@$(PY) -m ruff check --fix --quiet .
+
+parts: $(SETUP) ## docs/parts.md, from the parts' own docstrings
+	@$(PY) -m docs.parts
 
 # Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
 LOCKED = gguf data tensorboard slurm eval sweep

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.common import in_turns, setting, spread, timed
 from iskd.mixers import Context, RecurrentMixer, Streams
 from iskd.mixers.mamba import Mamba
-from iskd.mixers.ops import recurrence
+from iskd.mixers.ops import Recurrence, recurrence
 from iskd.mixers.sliding import Sliding
 from iskd.models import Stack
 
@@ -58,7 +58,7 @@ def inputs(kind: str, tokens: int, heads: int, width: int) -> Inputs:
     if "delta" in parts:
         found["beta"] = torch.rand(shape[:3])
     if "bonus" in parts:
-        found["bonus_GK"] = torch.randn(shape[2:])
+        found["bonus"] = torch.randn(shape[2:])
     return found
 
 
@@ -68,9 +68,8 @@ def ways(kind: str, heads: int, width: int, size: int) -> tuple[Way, Way]:
         mixer = mixer_of(MIXERS[kind], heads, width, size)
         return partial(mixed, mixer, tokens=None), partial(mixed, mixer, tokens=1)
 
-    def run(function: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, **rest: Tensor) -> Tensor:
-        bonus = {name: rest.pop(name) for name in ("bonus_GK",) if name in rest}
-        return function(q, k, v, rest.get("g"), rest.get("beta"), **bonus)[0]
+    def run(function: Callable[[Recurrence], tuple[Tensor, Tensor]], **given: Tensor) -> Tensor:
+        return function(Recurrence(**given))[0]  # type: ignore[arg-type]
 
     return partial(run, partial(recurrence.chunk, size=size)), partial(run, recurrence.step)
 

@@ -33,6 +33,7 @@ from benchmarks.common import rotated
 from benchmarks.step_setup import DEVICE, TASKS
 from benchmarks.step_tables import WARM_UP, Row, notes, profile_tables, step_table
 from benchmarks.step_ways import COMPARED, ENVIRONMENTS, WAYS
+from iskd.system import write_whole
 
 EXTRAS = ("flops", "peak", "profile")
 TIMEOUT = 1200  # seconds of one process
@@ -105,9 +106,7 @@ class Rows:
         self.rows.append({"way": way, "repeat": repeat, **found})
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.file.with_name(f".{self.file.name}.draft")
-            draft.write_text(json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
-            os.replace(draft, self.file)
+            write_whole(self.file, json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
 
 
 def fill(rows: Rows, ways: Sequence[str], options: argparse.Namespace) -> None:
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[*WAYS, *EXTRAS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        options.out.write_text(json.dumps(measure(options.only, options.model, options.timed)))
+        write_whole(options.out, json.dumps(measure(options.only, options.model, options.timed)))
         return
     task, ways = TASKS[options.model], [*(way for way in options.ways if way != "ours"), "ours"]
     allocator = os.environ.get("ISKD_ALLOCATOR", "tuned")

@@ -37,7 +37,7 @@ def built(
         with low(module.device, task.mixed):
             taken, cache = timed(
                 module.device,
-                lambda spec=spec: TeacherCache.build(module.teacher, windows, folder, spec, batch_size=task.rows),
+                lambda spec=spec: TeacherCache.open(module.teacher, windows, folder, spec).fill(batch_size=task.rows),
             )
         found[kind] = (cache, taken.wall)
     return found
@@ -49,7 +49,7 @@ def measured(
     """Seconds and loss of a step of every way, by repeat."""
     optimizer = make_optimizer(module.optim)
     # rates stay 0: every way sees the same weights
-    regroup(optimizer, module.student, module.record, module.stage)
+    regroup(optimizer, module.student, module.record, module.stage, {})
 
     def step(repeat: int, cache: TeacherCache | None) -> tuple[Taken, float]:
         module.cache = cache

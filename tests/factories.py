@@ -106,7 +106,7 @@ def train_teacher(steps: int = 100) -> PreTrainedModel:
 
 def conf_group(group: str) -> dict[str, dict[str, Any]]:
     """Every yaml of a config group as plain values by name: a part is tested the moment its yaml exists."""
-    files = sorted((CONF / group).glob("*.yaml"))
+    files = sorted((CONF / group).glob("[!_]*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
 
 

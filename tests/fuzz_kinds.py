@@ -32,7 +32,7 @@ from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult
 from iskd.plan.reading import record_from_json
 from iskd.report.figures.edit_map import layer_states
 from iskd.report.run_folder import read_run
-from iskd.report.stage_rows import plain_table
+from iskd.report.stage_rows import stage_table
 from iskd.system import read_json
 from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers
 from iskd.training.step import OptimSpec, make_optimizer, regroup
@@ -201,7 +201,7 @@ def _tensors(folder: Path) -> Kind:
     model = tiny("llama", **SIZES)
     surgery.apply(model, Record(4), RECORD.edits)
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, RECORD, Stage("all"))
+    regroup(optimizer, model, RECORD, Stage("all"), {})
     _step(model, optimizer)
     save_file(weights.model_tensors(model), folder / "student.safetensors")
     save_file(optimizer_tensors(optimizer, model), folder / "optimizer.safetensors")
@@ -293,7 +293,7 @@ def _stages(folder: Path) -> Kind:
     def load() -> bool:
         run = read_run(folder)
         layer_states(run.stages, run.num_layers)
-        plain_table(run.stages)
+        stage_table(run.stages)
         return True
 
     return place, load

@@ -55,7 +55,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         new = next(g["params"] for g in trainer.optimizers[0].param_groups if g["name"] == "new" and g["decays"])
         if batch_idx == 0:
-            sharding.settle(pl_module.student)
+            sharding.reshard(pl_module.student)
             names = {id(p): n for n, p in pl_module.student.named_parameters()}
             self.start = {names[id(p)]: (p, sharding.whole(p.detach()).clone()) for p in new}
             gc.collect()
@@ -198,7 +198,7 @@ def stopped(
 
 def forgetful(rank: int, folder: Path, name: str) -> None:
     """FSDP2 without the reset that an edit needs."""
-    sharding.reset_roots = sharding.settle
+    sharding.reset_roots = sharding.reshard
     train(rank, folder, name, 2, "fsdp", {})
 
 

@@ -23,11 +23,12 @@ from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Remove, Replace, Spec, Stage
 from iskd.plan.options import RunOptions
 from iskd.schedules import History
-from iskd.schedules.base import ReplaceWith
+from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import Loaded
-from iskd.training import Parts, Result, callback, editing
+from iskd.training import Parts, Result, callback, editing, stages
 from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.step import module as step_module
 from tests.factories import tiny
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
@@ -46,10 +47,7 @@ class Scripted:
     def __init__(self, stages: Sequence[Stage], *, restart_at_edit: bool = False, floor: float | None = None) -> None:
         self.stages, self.restart_at_edit, self.floor = stages, restart_at_edit, floor
         self.scoring = "never"
-        self.candidates, self.trial_tokens = 1, 0
-
-    def next_stage(self, history: History) -> Stage | None:
-        return next(iter(self.candidates_for(history)), None)
+        self.trial_tokens, self.removes = 0, False
 
     def candidates_for(self, history: History) -> list[Stage]:
         done = len(history.stages)
@@ -109,7 +107,8 @@ def make_parts(
     run_dir.mkdir(exist_ok=True)
     default = Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], tokens=12 * TOKENS, lr=1e-3, lr_new=3e-3)
     settings = {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": accumulate, "progress": False}
-    sizes = {"checkpoint_every": 2, "fit_tokens": 128, "score_tokens": 128, "movement_steps": 3}
+    sizes: dict[str, Any] = {"checkpoint_every": 2, "fit_tokens": 128, "score_tokens": 128, "movement_steps": 3}
+    sizes |= {"mfu": False, "efficiency_seconds": 0}  # of the machine, not of the method
     parts = Parts(
         teacher=Loaded(model, tokenizer, {"name": family}),
         data=data,
@@ -162,12 +161,12 @@ def kill(_module: Any = None) -> None:
 PLACES: dict[str, tuple[Any, str]] = {
     "edit": (editing.surgery, "apply"),
     "fit": (editing, "warm_start"),
-    "regroup": (editing, "regroup"),
+    "regroup": (step_module, "regroup"),
     "rewrap": (callback, "rewrap"),
     "save": (checkpoint, "save_file"),
     "rename": (checkpoint.os, "replace"),
     "prune": (checkpoint_files, "prune"),
-    "validation": (callback.DistillModule, "measure"),
+    "validation": (stages, "measure_quality"),
     "step": (callback.DistillModule, "step"),
 }
 

@@ -21,7 +21,23 @@ from iskd.models.families import Dims
 
 
 class Bottleneck(nn.Module):
-    """Down-projection, ReLU, small decoder, up-projection, residual; causal by the host's own mask."""
+    """Down-projection, ReLU, small decoder, up-projection, residual; causal by the host's own mask.
+
+    What for bottleneck_paper: the same as published: no norm, noise for an up-projection, no fit
+    Source: ISKD (COLING 2025, 2025.coling-main.440); norm, zero up-projection and fit are ours
+    Source for bottleneck_paper: ISKD (COLING 2025, 2025.coling-main.440) and its code
+    Needs: calibration tokens (`run.fit_tokens`); widths that `block.reduction` divides
+    Needs for bottleneck_paper: healing: it starts worse than removal; widths that `block.reduction` divides
+    Costs: `layers` blocks of width D / `reduction` and their cache; 18.3 % of a block of SmolLM2-135M, 97 s for eight
+        fits (experiments/warm-start/README.md)
+    Costs for bottleneck_paper: `layers` blocks of width D / `reduction` and their cache; 18.3 % of a block of
+        SmolLM2-135M (experiments/warm-start/README.md)
+    Measured: KL 1.33, 30 % of the block parameters out, not fitted, distilled at once
+        (experiments/iskd-smollm2/README.md); KL 0.764 right after the fit, eight blocks
+        (experiments/warm-start/README.md)
+    Measured for bottleneck_paper: KL 3.54, 30 % of the block parameters out, healed on labels
+        (experiments/iskd-smollm2/README.md); KL 1.538 unhealed, eight blocks (experiments/warm-start/README.md)
+    """
 
     def __init__(self, inner: nn.Module, stack: Stack, dims: Dims, *, norm: bool, zero_up: bool) -> None:
         super().__init__()

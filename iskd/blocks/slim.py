@@ -1,4 +1,4 @@
-"""The same block with fewer attention heads and MLP channels, weights inherited from the block it replaces.
+"""Structured width pruning: the same block with fewer heads and MLP channels, weights inherited and re-fitted.
 
 Heads leave in whole key-value groups, so grouped-query attention stays valid. Channels are kept by how much they move
 the stream on calibration tokens (rms activation times the norm of their output column); heads likewise by the size of
@@ -24,7 +24,21 @@ from iskd.models.projections import weight_of
 
 
 class Slim:
-    """Builds slimmed blocks; the result is one of the host's own blocks with smaller projections."""
+    """The replaced block with fewer heads and channels: one of the host's own blocks with smaller projections.
+
+    What for l1: structured L1 pruning: heads and channels with the smallest absolute weights leave, no data is read
+    Source: ours; channels leave as in ZipLM (arXiv 2302.04089, section 3)
+    Source for l1: unit norms of Li et al. (arXiv 1608.08710), as a baseline of block replacement
+    Needs: calibration tokens (`run.fit_tokens`)
+    Needs for l1: nothing, with `edit.fit=false`
+    Costs: `block.ratio` of the block's parameters, cache of the heads that stay; fits of eight blocks take 89 s
+        (experiments/warm-start/README.md)
+    Costs for l1: `block.ratio` of the block's parameters, cache of the heads that stay
+    Measured: KL 0.73, perplexity 34.66, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md);
+        KL 0.347 right after the fit, eight blocks at 41.7 % (experiments/warm-start/README.md)
+    Measured for l1: KL 5.51, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md); KL 0.891
+        unhealed, eight blocks at 41.7 % (experiments/warm-start/README.md)
+    """
 
     @classmethod
     def from_block(
@@ -143,7 +157,7 @@ def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tup
         _solve_down(refitted, stack.family.down, _down_system(wide, stack.family.down, data), ridge)
         error = fit_error(refitted, data)
         if best is None or error < best[0]:
-            best = (error, heads, wide)
+            best = (error, heads, wide)  # the refitted one only told the error
     assert best is not None
     return best[1], best[2]
 
@@ -161,6 +175,7 @@ def head_scores(old: nn.Module, data: FitData) -> Tensor:
     try:
         for index, h, _, weight in data.rows():
             data.run(old, h, index)
+            # [B, T, inputs of the projection] -> [inputs], summed over tokens
             power += (seen.pop().float().view(*h.shape[:2], -1) * weight).square().sum((0, 1))
     finally:
         handle.remove()
@@ -176,16 +191,21 @@ def eliminate(system: Ridge, weight: Tensor, keep: int, ridge: float) -> Tensor:
     |W_c|^2 / (H^-1)_cc more squared error (optimal brain surgeon, Hassibi and Stork 1993; for whole columns ZipLM,
     arXiv 2302.04089, section 3). A sixty-fourth of the channels leaves per round.
     """
-    gram, solution = system.normal_equations(weight, ridge)
+    # n inputs are C channels and, where the projection has a bias, a last one of ones, which never leaves
+    gram, solution = system.normal_equations(weight, ridge)  # H [n, n], W [n, D]
     left = torch.arange(weight.shape[1], device=weight.device)
-    inverse = torch.linalg.inv(gram)
+    inverse = torch.linalg.inv(gram)  # once; every round updates it
     while len(left) > keep:
+        # squared error that leaving each channel out adds, once the others are re-solved [len(left)]
         cost = solution[: len(left)].square().sum(1) / inverse.diagonal()[: len(left)]
+        # one at a time would be the exact greedy order, for many times the updates
         count = min(max(1, len(left) // 64), len(left) - keep)
         out = torch.sort(cost, stable=True).indices[:count]
         stay = torch.ones(len(gram), dtype=torch.bool, device=weight.device)
         stay[out] = False
-        # block update of inverse and solution when rows and columns `out` leave the system
+        # block update of inverse and solution when rows and columns `out` leave the system: with A = H^-1
+        #   A' = A_ss - A_so A_oo^-1 A_os        W' = W_s - A_so A_oo^-1 W_o
+        # both right-hand factors from one solve [count, n - count + D]
         block = torch.linalg.solve(inverse[out][:, out], torch.cat([inverse[out][:, stay], solution[out]], dim=1))
         cross = inverse[stay][:, out]
         inverse = inverse[stay][:, stay] - cross @ block[:, : int(stay.sum())]
@@ -208,6 +228,7 @@ def _down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
     try:
         for index, h, target, row_weight in data.rows():
             output = data.run(block, h, index)
+            # what the projection should add is the teacher's output less all that the rest of the block gives
             added, inputs = seen.pop().view_as(output), seen.pop()
             system.add(inputs.view(*output.shape[:-1], -1), target - (output - added), row_weight)
     finally:

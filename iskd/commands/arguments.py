@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from iskd.commands.config import CONF
+from iskd.commands.config import options
 from iskd.models.names import refuse_missing_folder
 
 AUTO = "auto"
@@ -43,7 +43,7 @@ def named_model(name: str) -> list[str]:
     """
     if not name:
         return []
-    if "/" not in name and (CONF / "model" / f"{name}.yaml").is_file():
+    if name in options("model"):
         return [f"model={name}"]
     quoted = "'" + name.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
     if Path(name).expanduser().is_dir():

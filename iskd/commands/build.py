@@ -1,26 +1,26 @@
-"""Config -> objects. With cli.py and train.py the only code that knows Hydra; no DictConfig leaves this file."""
+"""The objects of a run from its configuration: teacher, text, schedule, losses, optimizer, trainer, loggers."""
 
 from __future__ import annotations
 
-import inspect
 import netrc
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import part, plain, spec, terms
-from iskd.commands.resume import SAVED
 from iskd.data import Source, TextData, TextFiles
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.system import Busy, global_rank
+from iskd.plan.run_folder import CONFIG_FILE
+from iskd.schedules import EditKind, Schedule
+from iskd.system import Busy, global_rank, write_whole
 from iskd.system.precision import precision
 from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -39,8 +39,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
             teacher = load_teacher(part(config.model))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
-    runtime = {} if "NoEdits" in config.schedule._target_ else {"edit": _edit(config), "seed": config.seed}
-    schedule = part(config.schedule, **runtime)
+    schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = part(config.importance)
     asked = _evaluation(config, teacher, importance, data)
@@ -102,16 +101,25 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
     return CacheSpec(kind, **values)
 
 
-def _edit(config: DictConfig) -> Any:
-    """What is done to a layer, with the block or mixer that it asks for as data."""
-    asked = inspect.signature(get_class(config.edit._target_)).parameters
-    return part(config.edit, **{key: spec(config[key]) for key in ("block", "mixer") if key in asked})
+def _schedule(config: DictConfig) -> Schedule:
+    """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
+    takes = getattr(get_object(config.schedule._target_), "takes", ("edit", "seed"))
+    values = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    schedule: Schedule = part(config.schedule, **{name: values[name] for name in takes})
+    return schedule
+
+
+def _edit(config: DictConfig) -> EditKind:
+    """What is done to a layer, with the block or mixer that its class takes as data."""
+    takes = getattr(get_object(config.edit._target_), "takes", ())
+    edit: EditKind = part(config.edit, **{group: spec(config[group]) for group in takes})
+    return edit
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:
     """A directory belongs to one run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not resuming and (run_dir / SAVED).exists() and global_rank() == 0:
+    if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
         )
@@ -119,9 +127,7 @@ def _claim(run_dir: Path, resuming: bool) -> None:
 
 def _save_config(config: DictConfig, run_dir: Path) -> None:
     """Whole or not at all: with resume=auto other ranks, and the next start of the job, look for this file."""
-    draft = run_dir / f".{SAVED}.draft"
-    OmegaConf.save(OmegaConf.create(plain(config)), draft)
-    os.replace(draft, run_dir / SAVED)
+    write_whole(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
 
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:

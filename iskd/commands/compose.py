@@ -21,11 +21,6 @@ from iskd.teacher import Loaded
 from iskd.training import Parts
 
 
-def options(group: str) -> list[str]:
-    """Names of a config group's files, e.g. of `data`, sorted."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-
-
 def compose_config(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
     """The config that `python train.py OVERRIDES` would compose, and the run directory that it would take.
 

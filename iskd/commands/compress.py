@@ -15,11 +15,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.arguments import named_model
-from iskd.commands.compose import options, parts
-from iskd.data import Source, memory_texts
+from iskd.commands.compose import parts
+from iskd.commands.config import options
+from iskd.data import Source, given_texts
 from iskd.system.allocator import tune
 from iskd.teacher import Loaded
-from iskd.teacher.in_memory import lent, memory_teacher
+from iskd.teacher.given import given_teacher, lent
 from iskd.training import Result, run
 
 __all__ = ["Result", "compress"]
@@ -125,7 +126,7 @@ def _teacher(
         raise ValueError(f"model must be a transformers model, a directory or a name, got {type(model).__name__}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a model in memory needs its tokenizer, got {type(tokenizer).__name__}: pass tokenizer=")
-    return memory_teacher(model, tokenizer), ["model=local", _assigned("model.path", _MODEL)]
+    return given_teacher(model, tokenizer), ["model=local", _assigned("model.path", _MODEL)]
 
 
 def _named_model(name: str) -> list[str]:
@@ -139,7 +140,7 @@ def _named_model(name: str) -> list[str]:
 def _source(texts: Iterable[str] | str | Path) -> tuple[Source | None, list[str]]:
     """Documents in memory with what the config says of them, or none and the keys that name them."""
     if not isinstance(texts, str | Path):
-        return memory_texts(texts), ["data=text", _assigned("data.path", _TEXTS)]
+        return given_texts(texts), ["data=text", _assigned("data.path", _TEXTS)]
     name = str(texts)
     if name in options("data"):
         return None, [f"data={name}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -19,13 +17,13 @@ from torch import nn
 from iskd.commands.config import CONF, part
 from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
-from iskd.evaluation.results import EVALUATION_FILE
 from iskd.export import load, refresh_card, student_folder, tokenizer_of
 from iskd.models.weights import weights_sha256
-from iskd.plan.results import STAGES_FILE
+from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.report import efficiency_table, evaluation_table, write_report
-from iskd.system import Busy, ProgressLine, precision, read_json, write_whole
+from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files
+from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
 
 
@@ -52,21 +50,19 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     spec: EvalSpec = part(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    if spec.text is not None and run is not None and (run / "data.json").is_file():
-        refuse_training_text(spec.text, str(read_json(run / "data.json").get("content", "")))
+    if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
+        refuse_training_text(spec.text, str(read_json(run / DATA_FILE).get("content", "")))
     with Busy("loading the models"):
         model, teacher = _models(config, student)
-    accelerator = config.trainer.get("accelerator", "cpu")
-    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device, forward_context = place(config.trainer)
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
-    low = precision.precision(config.trainer.get("precision", "auto"), accelerator) == "bf16-mixed"
     shown = run if run is not None and _is_its_teacher(run, teacher) else None
     places, files = [folder, *([shown] if shown else [])], list[Path]()
     found: Evaluation | None = None
     cost: dict[str, Any] | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with forward_context():
             found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
@@ -84,16 +80,15 @@ def _kept(file: Path, text: str) -> list[Path]:
     if not file.is_file() or file.read_text(encoding="utf-8") == text:
         return []
     aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
-    os.replace(file, aside)
-    return [aside]
+    return [write_whole(aside, file.read_bytes())]
 
 
 def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
-    """What both cost in use, in bf16 on a GPU, as they would be served."""
+    """What both cost in use, as they would be served."""
     models = {} if teacher is None else {"teacher": teacher.model}
-    low = torch.bfloat16 if model.model.device.type == "cuda" else None
+    dtype = serving_dtype(model.model.device)
     with ProgressLine() as line:
-        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=low, progress=line)
+        return efficiency.measure({**models, "student": model.model}, seconds=seconds, dtype=dtype, progress=line)
 
 
 def _student(path: str | None) -> Path | None:
@@ -127,16 +122,16 @@ def _opened(student: Path, teacher: Loaded | None) -> Loaded:
 
 def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
     """Whether the weights are those of the run's own teacher, as far as the run says whose they are."""
-    file = run / "environment.json"
+    file = run / ENVIRONMENT_FILE
     told = read_json(file).get("teacher", {}).get("sha256") if file.is_file() else None
     return teacher is not None and told in (None, teacher.source.get("sha256"))
 
 
 def _chosen_by(run: Path | None) -> list[str]:
     """Hashes of the items that the run chose layers by."""
-    if run is None or not (run / "data.json").is_file():
+    if run is None or not (run / DATA_FILE).is_file():
         return []
-    chosen = read_json(run / "data.json").get("selection_sha256", {})
+    chosen = read_json(run / DATA_FILE).get("selection_sha256", {})
     return [sha for items in chosen.values() for sha in items]
 
 

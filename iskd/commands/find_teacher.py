@@ -7,13 +7,14 @@ from pathlib import Path
 
 import yaml
 
-from iskd.commands.config import CONF
+from iskd.commands.config import CONF, options
 from iskd.export import read_facts
 from iskd.models.names import refuse_missing_folder
+from iskd.plan.run_folder import CONFIG_FILE
 from iskd.teacher import TeacherSpec
 from iskd.teacher.bundled import BUNDLES
 
-_RUN_CONFIG, _LONGEST_CONFIG = "config.yaml", 1 << 20
+_LONGEST_CONFIG = 1 << 20
 _NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
 
 
@@ -32,7 +33,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
         refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
     if folder is not None:
-        saved = folder.resolve().parent / _RUN_CONFIG
+        saved = folder.resolve().parent / CONFIG_FILE
         if saved.is_file():
             return _of_run(saved)
         source = read_facts(folder).get("teacher")
@@ -47,9 +48,8 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
 
 def _named(name: str) -> TeacherSpec:
     """A teacher by a preset of conf/model, its bundled key, or its name on the hub, which a bundle may stand in for."""
-    preset = CONF / "model" / f"{name}.yaml"
-    if "/" not in name and preset.is_file():
-        told = yaml.safe_load(preset.read_text(encoding="utf-8")).get("name")
+    if name in options("model"):
+        told = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8")).get("name")
         name = told if isinstance(told, str) and "/" in told else name  # local, hub and tiny name no published model
     key = next((key for key, found in BUNDLES.items() if name.rpartition("/")[2].lower() in (key, found.folder)), None)
     return TeacherSpec(name, bundled=key)

@@ -22,6 +22,7 @@ from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
+from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
 
 
@@ -117,7 +118,7 @@ def generate(
 
     Raises:
         ValueError: the teacher cannot be found, the tokenizers differ, or prompt and tokens are more than the student
-            can take.
+            can take; no such device.
     """
     _check(prompt, max_new_tokens, temperature)
     folder = None if isinstance(student, PreTrainedModel) else student_folder(Path(student))
@@ -132,7 +133,7 @@ def generate(
     _check_fits(model, ids, max_new_tokens)
     room = Stack(loaded.model).limit
     most = max_new_tokens if room is None else min(max_new_tokens, max(0, room - ids.shape[1]))
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = device_of(device)
     options: dict[str, Any] = {"do_sample": False}
     how = "greedy"
     if temperature > 0:

@@ -11,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
+from iskd.plan.options import UPKEEP
+from iskd.plan.renamed import renamed
+from iskd.plan.run_folder import CONFIG_FILE
 
-SAVED = "config.yaml"
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
 # what may differ when a run is continued: nothing that changes its numbers
 _FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "objectives", "reference", "profile")
@@ -20,20 +22,18 @@ _FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "
 _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
-    *("data.batch_size", "run.checkpoint_every", "run.keep", "run.max_skipped", "run.on_oom", "run.checkpoints"),
-    *("run.mfu", "run.efficiency_seconds", "run.max_shard_bytes", "run.share_prefix"),
-    *("run.gradient_checkpointing", "run.compile"),
-    *("schedule.restart_at_edit", "export"),
+    *(f"run.{key}" for key in sorted(UPKEEP)),
+    *("data.batch_size", "schedule.restart_at_edit", "export"),
 )
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config of a run to continue. Raises ValueError when the command line changes a key of it."""
     run_dir = Path(config.resume)
-    saved_file = run_dir / SAVED
+    saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
-        raise ValueError(f"resume={run_dir}: no {SAVED} in there, so it is not the folder of a run")
-    saved = OmegaConf.load(saved_file)
+        raise ValueError(f"resume={run_dir}: no {CONFIG_FILE} in there, so it is not the folder of a run")
+    saved = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(saved_file))))
     assert isinstance(saved, DictConfig)
     _refuse_foreign(saved, config, saved_file)
     saved.trainer.progress = config.trainer.progress
@@ -73,7 +73,7 @@ def _refuse_foreign(saved: DictConfig, config: DictConfig, file: Path) -> None:
         if not isinstance(found, type) or not f"{found.__module__}.".startswith((*_OURS, *allowed())):
             raise ValueError(
                 f"{file} names {target!r:.80}, which is no part of iskd; if you trust it, name it on the command line "
-                "too, or call iskd.plan.edits.allow('its.package.')"
+                "too, or call iskd.plan.allow('its.package.')"
             )
     if OmegaConf.select(saved, "model.trust_remote_code") and not OmegaConf.select(config, "model.trust_remote_code"):
         raise ValueError(

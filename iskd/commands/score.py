@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from iskd.commands.build import text_data
 from iskd.commands.config import CONF, part
@@ -18,7 +17,7 @@ from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
 from iskd.report import score_table, write_scores
-from iskd.system.precision import precision
+from iskd.system.precision import place
 from iskd.teacher import load_teacher
 
 
@@ -45,12 +44,10 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     data = text_data(config, teacher.tokenizer, stack)
     stack.keep_apart(data.separator)
     windows = data.calibration(config.run.score_tokens)
-    wanted = config.trainer.accelerator
-    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(teacher.model, device)
-    mixed = precision(config.trainer.precision, wanted) == "bf16-mixed"
+    device, forward_context = place(config.trainer)
+    nn.Module.to(teacher.model, device)
     batches = [batch.to(device) for batch in windows]
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    with forward_context():
         importance, depth = part(config.importance), len(stack.layers)
         rows = rows_of(importance, teacher.model, teacher.model, batches)
         runs = None

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.arguments import AUTO
 from iskd.commands.config import CONF, plain
 from iskd.commands.fresh_process import RESUME, go_on, in_a_child, several
-from iskd.commands.resume import SAVED
+from iskd.plan.run_folder import CONFIG_FILE
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -64,4 +64,4 @@ def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> 
             "resume=auto continues the run in hydra.run.dir, but that folder is named after the time and new at every "
             "start: set hydra.run.dir=DIR (or, for a launcher preset, add -m)"
         )
-    return str(run_dir) if (run_dir / SAVED).is_file() else None
+    return str(run_dir) if (run_dir / CONFIG_FILE).is_file() else None

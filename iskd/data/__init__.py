@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from iskd.data.loader import StageLoader
 from iskd.data.module import TextData
-from iskd.data.sources import Source, TextFiles, memory_texts
+from iskd.data.sources import Source, TextFiles, given_texts
 
-__all__ = ["Source", "StageLoader", "TextData", "TextFiles", "memory_texts"]
+__all__ = ["Source", "StageLoader", "TextData", "TextFiles", "given_texts"]

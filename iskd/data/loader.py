@@ -1,4 +1,4 @@
-"""The order of training windows, and the loader of one stage in it.
+"""The data loader of one stage, in the one order that all training windows have.
 
 The k-th window of training is perm(seed, epoch)[k mod n] with epoch = k // n and n windows, and the global micro-batch
 b on rank r of w takes the windows k = (b*w + r)*B ... (b*w + r + 1)*B - 1. A position is thus one integer; nothing

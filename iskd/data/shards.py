@@ -1,4 +1,4 @@
-"""Documents to token streams on disk: one memory-mapped shard per split, built once and checked on open.
+"""Token shards on disk: the documents of each split as one memory-mapped stream, built once and checked on open.
 
 The tokens of a split's documents are joined by the tokenizer's end-of-text token, never padded, and stored as one flat
 stream; windows of any length are views of it, so that a change of `seq_len` costs nothing. A folder of shards is named
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.system import file_sha256, read_json
+from iskd.system import file_sha256, read_json, write_whole
 from iskd.system.files import MAX_NUMBER
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Shards:
                 f"data.seq_len={seq_len}; lower data.seq_len to at most {tokens}, or use more text (data.path)"
             )
         count = tokens // seq_len
+        # [tokens] -> [windows, seq_len] without a copy: windows are read from the file when a batch asks for them
         return self.stream(split)[: count * seq_len].reshape(count, seq_len)
 
 
@@ -97,6 +98,7 @@ def open_shards(source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Sp
     Raises:
         ValueError: the source cannot be read, or a shard on disk is not what was written.
     """
+    # all that decides a token; what is not in here must not change one, or a run would read another's shards
     recipe = {
         "version": _VERSION,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -105,7 +107,7 @@ def open_shards(source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Sp
         "shares": [splitter.validation, splitter.calibration, splitter.test],
     }
     folder = cache_dir / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    if not (folder / "meta.json").is_file():
+    if not (folder / "meta.json").is_file():  # written last: with it the folder is whole
         _log.info("tokenizing %r into %s", source, folder)
         _build(recipe, source, tokenizer, splitter, folder)
     shards = Shards(folder, _read_meta(folder, recipe))
@@ -142,6 +144,7 @@ class _Writer:
         self.max_id = -1
 
     def add(self, handle: IO[bytes], ids: list[int]) -> None:
+        # the separator stands between documents alone, so that no stream starts or ends with one
         ids = self.between + ids if self.documents else ids
         handle.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self.tokens += len(ids)
@@ -159,15 +162,18 @@ def _build(
     name, between = separator(tokenizer)
     if name != "eos":
         _log.warning("the tokenizer has no EOS token; documents are separated by: %s", name)
+    # two bytes a token where every id fits; the byte order is written down, for the file may go to another machine
     dtype = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the goal, so on its file system: only there is `os.replace` one step
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         writers = {split: _Writer(Path(temporary, f"{split}.bin"), dtype, between) for split in SPLITS}
         handles = {split: writer.path.open("wb") for split, writer in writers.items()}
         try:
+            # one pass over the source; documents go to their splits by hash, whatever their order
             for batch in _batches(splitter.assign(source.documents())):
                 for (_, split), ids in zip(batch, _encode([text for text, _ in batch], tokenizer), strict=True):
-                    if ids:
+                    if ids:  # an empty document would be two separators in a row
                         writers[split].add(handles[split], ids)
         finally:
             for handle in handles.values():
@@ -180,7 +186,7 @@ def _build(
             "dropped": splitter.dropped,
             "splits": {split: writer.entry() for split, writer in writers.items()},
         }
-        Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2))
+        write_whole(Path(temporary, "meta.json"), json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
         for file in [*(writer.path.name for writer in writers.values()), "meta.json"]:  # meta last: it marks the end
             os.replace(Path(temporary, file), folder / file)
@@ -206,6 +212,7 @@ def _read_meta(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         meta = read_json(folder / "meta.json")
+        # the folder's name is a hash of the recipe: another recipe inside is damage or a file put there
         other = [key for key, value in recipe.items() if meta[key] != value]
         if other:
             raise ValueError(f"its {other[0]} is that of other shards")
@@ -240,6 +247,7 @@ def _count(values: Any, key: str, low: int = 0) -> int:
 def _check(shards: Shards) -> None:
     dtype, largest = np.dtype(shards.meta["dtype"]), shards.meta["max_id"]
     fix = f"delete the folder {shards.folder} and run again"
+    # cheap tests first: size before hash, and one look at the tokens only where the bytes are those that were written
     for entry in shards.meta["splits"].values():
         path, expected = shards.folder / entry["file"], entry["tokens"] * dtype.itemsize
         if path.is_symlink() or not path.is_file():

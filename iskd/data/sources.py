@@ -1,4 +1,4 @@
-"""Where text comes from: sources of documents.
+"""Sources of documents: local files, data sets of the hub, texts that the caller has, the interpreter's docstrings.
 
 A source is a frozen dataclass with `documents()`, which yields (text, split) pairs, and `fingerprint()`, which changes
 when its content does. A document with split None is placed by `iskd.data.splits.Splitter`.
@@ -227,7 +227,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class MemoryTexts:
+class GivenTexts:
     """Documents held in memory; an `iskd.data.sources.Source`.
 
     Attributes:
@@ -254,7 +254,7 @@ class MemoryTexts:
         return self.sha256
 
 
-def memory_texts(texts: Iterable[str]) -> MemoryTexts:
+def given_texts(texts: Iterable[str]) -> GivenTexts:
     """Read all documents of an iterable as those of files are read: stripped, without blank ones.
 
     Raises:
@@ -271,4 +271,4 @@ def memory_texts(texts: Iterable[str]) -> MemoryTexts:
             kept.append(text.strip())
     if not kept:
         raise ValueError("texts holds no document that is not blank; pass strings, a file or the name of a data config")
-    return MemoryTexts(tuple(kept))
+    return GivenTexts(tuple(kept))

@@ -1,4 +1,4 @@
-"""The rule that gives every document one split.
+"""Train, validation and test: the rule that gives every document one split.
 
 A document without a split of its own is placed by the SHA-256 of its text, so the same text is always in the same
 split, whatever the order, the machine or the run. Documents with a split of their own come first.

@@ -1,12 +1,12 @@
 """Tasks, text, quality and cost of a model, beside its teacher on the same items.
 
-Imports: system, models, teacher, data.
+Imports: system, plan, models, teacher, data.
 """
 
 from __future__ import annotations
 
 from iskd.evaluation.evaluator import EvalSpec, evaluate
-from iskd.evaluation.metrics import QualityMetrics
+from iskd.evaluation.quality import measure_quality
 from iskd.evaluation.results import Efficiency, Evaluation, Interval
 from iskd.evaluation.task_items import TASKS
 from iskd.evaluation.text import refuse_training_text
@@ -17,7 +17,7 @@ __all__ = [
     "EvalSpec",
     "Evaluation",
     "Interval",
-    "QualityMetrics",
     "evaluate",
+    "measure_quality",
     "refuse_training_text",
 ]

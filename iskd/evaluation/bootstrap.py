@@ -21,7 +21,7 @@ def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
     means = []
     for start in range(0, resamples, step):
         drawn_RN = torch.randint(items, (min(step, resamples - start), items), generator=generator)
-        # how often each item was drawn: no copy of the values for every resample
+        # [R, N] item numbers with replacement -> how often each was drawn: no copy of the values for every resample
         times_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64)
         times_RN.scatter_add_(1, drawn_RN, torch.ones_like(times_RN))
         means.append(times_RN @ values_NK / items)

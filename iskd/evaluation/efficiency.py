@@ -1,4 +1,4 @@
-"""What a model costs when it is used: latency of prefill and decode, memory, and the cache, measured and not computed.
+"""Efficiency, measured and not computed: latency of prefill and decode, memory, and the bytes of the KV cache.
 
 One sequence, greedy decoding, the cache that the model itself makes. The two models of a comparison take turns within
 every repeat, so that a machine that slows down slows both; a first pass of each, which warms up and during which memory
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from iskd.evaluation.results import EFFICIENCY_FILE, MACHINE, AtContext, Measured
+from iskd.evaluation.results import MACHINE, AtContext, Measured
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
+from iskd.plan.run_folder import EFFICIENCY_FILE
 from iskd.system import machine, write_whole
 from iskd.system.faults import is_out_of_memory
 from iskd.system.machine import clock
@@ -83,8 +85,9 @@ def measure(
     if MACHINE in models:
         raise ValueError(f"no model may be called {MACHINE!r}, the key of what it was measured on")
     facts = machine.describe(next(iter(places.values())))
+    passes = _Passes(decode_tokens, repeats, progress)
     copies = {name: _as(model, dtype) for name, model in models.items()}
-    return {MACHINE: facts, **_side_by_side(copies, contexts, decode_tokens, repeats, seconds, progress)}
+    return {MACHINE: facts, **_side_by_side(copies, contexts, passes, seconds)}
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
@@ -96,7 +99,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
 
 
 @dataclass
-class _Passes:
+class _Timed:
     """One model at one context; `prefill` stays empty where the cache is filled and no prompt of that length read."""
 
     rise: int = 0
@@ -114,6 +117,15 @@ class _Passes:
             peak_memory_bytes=weights + self.rise,
             repeats=len(self.decode),
         )
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What is asked of a model at every context."""
+
+    decode_tokens: int
+    repeats: int
+    progress: Progress | None
 
 
 @dataclass
@@ -155,16 +167,11 @@ class _Clock:
 def _side_by_side(
     models: Mapping[str, PreTrainedModel],
     contexts: Sequence[int],
-    decode_tokens: int,
-    repeats: int,
+    passes: _Passes,
     seconds: float | None,
-    progress: Progress | None,
 ) -> dict[str, Any]:
-    for key, least in {
-        "contexts": min(contexts, default=0),
-        "decode_tokens": decode_tokens,
-        "repeats": repeats,
-    }.items():
+    asked = {"contexts": min(contexts, default=0), "decode_tokens": passes.decode_tokens, "repeats": passes.repeats}
+    for key, least in asked.items():
         if least < 1:
             raise ValueError(f"efficiency needs {key} of at least 1, got {least}")
     left = _Clock(time.perf_counter() + (math.inf if seconds is None else seconds))
@@ -177,15 +184,21 @@ def _side_by_side(
             longer = len(lengths) - index - 1
             late = "" if left.allows(context, reading=False) else f"no time left of {seconds:g} s"
             reasons = {
-                name: _NO_MEMORY if full else _too_long(model, context, decode_tokens) or late
+                name: _NO_MEMORY if full else _too_long(model, context, passes.decode_tokens) or late
                 for name, model in models.items()
             }
             taking = {name: model for name, model in models.items() if not reasons[name]}
             rows = None
             if taking:
                 reads, until = left.allows(context, reading=True, longer=longer), left.share(longer + 1)
-                rows = _rows(taking, context, decode_tokens, repeats, reads, until, left, progress)
-                full = rows is None
+                try:
+                    rows, reading, decoding = _rounds(taking, context, passes, reads, until)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    full = True
+                else:
+                    left.learn(context, reading, decoding)
             for name in models:
                 if rows and name in rows:
                     found[name].append(rows[name])
@@ -202,60 +215,31 @@ def _side_by_side(
     }
 
 
-def _rows(
-    models: Mapping[str, PreTrainedModel],
-    context: int,
-    decode_tokens: int,
-    repeats: int,
-    reads: bool,
-    until: float,
-    left: _Clock,
-    progress: Progress | None,
-) -> dict[str, AtContext] | None:
-    """A row per model; None where memory is not enough."""
-    try:
-        rows, reading, decoding = _rounds(models, context, decode_tokens, repeats, reads, until, progress)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    left.learn(context, reading, decoding)
-    return rows
-
-
 def _rounds(
-    models: Mapping[str, PreTrainedModel],
-    context: int,
-    decode_tokens: int,
-    repeats: int,
-    reads: bool,
-    until: float,
-    progress: Progress | None,
+    models: Mapping[str, PreTrainedModel], context: int, passes: _Passes, reads: bool, until: float
 ) -> tuple[dict[str, AtContext], float | None, float]:
     """A row per model, the seconds of reading the prompt, and those of all else in a pass of all of them."""
-    at = {name: _Passes() for name in models}
-    passes, done = len(models) * (1 + repeats), 0
+    at = {name: _Timed() for name in models}
+    total, done = len(models) * (1 + passes.repeats), count()
 
     def tell() -> None:
-        nonlocal done
-        if progress is not None:
-            progress(f"measuring efficiency at {context:,} tokens, passes", done, passes)
-        done += 1
+        if passes.progress is not None:
+            passes.progress(f"measuring efficiency at {context:,} tokens, passes", next(done), total)
 
     start = time.perf_counter()
     for name, model in models.items():
         tell()
         with machine.PeakMemory(_device(model)) as memory:
-            *_, cache = _use(model, context, decode_tokens, reads)
+            *_, cache = _use(model, context, passes.decode_tokens, reads)
         at[name].rise, at[name].cache = memory.rise, cache
     one_round, order = time.perf_counter() - start, list(models)
-    for repeat in range(repeats):
+    for repeat in range(passes.repeats):
         if repeat and time.perf_counter() + one_round > until:
             break
         start = time.perf_counter()
         for name in order if repeat % 2 else reversed(order):
             tell()
-            prefill, decode, _ = _use(models[name], context, decode_tokens, reads)
+            prefill, decode, _ = _use(models[name], context, passes.decode_tokens, reads)
             at[name].prefill += [prefill] if reads else []
             at[name].decode.append(decode)
         one_round = time.perf_counter() - start

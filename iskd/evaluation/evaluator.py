@@ -1,4 +1,4 @@
-"""`iskd evaluate`: tasks, copying, perplexity of a model, beside its teacher's on the same items."""
+"""The evaluation of a model: tasks, copying and perplexity, beside its teacher's on the same items."""
 
 from __future__ import annotations
 

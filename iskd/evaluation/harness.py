@@ -30,6 +30,7 @@ from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
+from iskd.system.patches import before_scoring
 
 log = logging.getLogger(__name__)
 
@@ -258,13 +259,7 @@ def _adapter(
         max_length=Stack(model).context,
         mixed_precision_dtype=mixed,
     )
-    log_likelihoods = lm._loglikelihood_tokens
-
-    def checked(requests: Sequence[Any], **options: Any) -> Any:
-        cut.append(_too_long(drawn.name, requests, lm.max_length))
-        return log_likelihoods(requests, **options)
-
-    lm._loglikelihood_tokens = checked
+    before_scoring(lm, lambda requests: cut.append(_too_long(drawn.name, requests, lm.max_length)))
     lm.cache_hook = _Count(drawn, step)
     return lm
 

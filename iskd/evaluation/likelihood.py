@@ -1,4 +1,4 @@
-"""Accuracy of a causal language model on tasks: log-likelihoods of continuations, and what follows from them.
+"""Zero-shot accuracy of a causal language model on tasks, from log-likelihoods of continuations.
 
 Continuations are scored as in lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602): context and continuation
 are encoded as one text and cut at the length of the encoded context; `acc` picks the continuation of the highest sum of
@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.evaluation.bootstrap import interval, resampled_means
-from iskd.evaluation.task_items import Item, copy_items
-from iskd.models import Stack, autocast_head, finish_logits, project, scoring
+from iskd.evaluation.task_items import Item
+from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +107,6 @@ def evaluate(
     return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step))
 
 
-def copy_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, items: int = 50, words: int = 10, seed: int = 0
-) -> TaskResult:
-    """How well greedy decoding repeats lists of random words that it saw once.
-
-    The metric is `led`: the share of the list's tokens given before the first mistake; `acc` counts whole lists.
-    """
-    return evaluate(model, tokenizer, copy_items(items, words, seed))
-
-
 def paired(
     a: TaskResult, b: TaskResult, metric: str = "acc", *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Paired:
@@ -145,9 +135,9 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     norm = (found.log_p / found.characters).tolist()
     greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
     rows, start = [], 0
-    for item in items:
+    for item in items:  # its choices are start..end-1
         end, gold = start + len(item.pairs), start + item.gold
-        if end - start == 1:
+        if end - start == 1:  # nothing to choose from: right is what greedy decoding gives
             right = [greedy[start], greedy[start]]
         else:
             right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm)]
@@ -212,6 +202,7 @@ def by_branch(
         done = 0
         for batch in _batches(texts, batch_tokens):
             for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
+                # how many branches there are is known when the first batch has gone through
                 if branch == len(log_p):
                     log_p.append(torch.zeros(len(texts), dtype=torch.float64))
                     led.append(torch.zeros(len(texts), dtype=torch.int64))
@@ -254,6 +245,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
     if not pairs:
         raise ValueError("there is nothing to score: no items")
     front, start = _first_ids(tokenizer)
+    # the whole text is encoded at once, as a model meets it, and cut by the length of the context alone; a space at
+    # the cut is part of the next token in most vocabularies, hence `rstrip`
     wholes = tokenizer([context + continuation for context, continuation in pairs], add_special_tokens=False).input_ids
     stripped = list(dict.fromkeys(context.rstrip() for context, _ in pairs))
     encoded = tokenizer(stripped, add_special_tokens=False).input_ids
@@ -264,6 +257,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
         if not (length or front) and start is None:
             raise ValueError("a text without a context needs a token to start from: set the tokenizer's bos_token")
         targets = tuple(whole[length:])
+        # the last token is predicted and never read
         ids = ((*front, *whole) if front or length else (start, *whole))[:-1]
         limit = context_tokens or len(ids)
         if not targets or len(targets) > limit:
@@ -291,10 +285,11 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | Non
 
 def _batches(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Batch]:
     """All texts, the longest first; at most a quarter of a batch is padding."""
-    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))
+    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))  # a batch that does not fit fails at once
     start = 0
     while start < len(rows):
         longest = len(texts[rows[start][0]].ids)
+        # a batch ends when it is full, or at the first row that would be more than a quarter padding
         full = start + max(1, batch_tokens // longest)
         end = next((i for i in range(start, len(rows)) if 4 * len(texts[rows[i][0]].ids) < 3 * longest), len(rows))
         yield _batch(texts, rows[start : min(full, end)])
@@ -307,6 +302,7 @@ def _rows(texts: Sequence[_Text]) -> list[list[int]]:
     # in order, an input is followed by one that it begins, if there is any
     for i in sorted(range(len(texts)), key=lambda i: texts[i].ids, reverse=True):
         ids = texts[i].ids
+        # choices of one token share their input: one row of the model answers them all
         if rows and texts[rows[-1][0]].ids[: len(ids)] == ids:
             rows[-1].append(i)
         else:
@@ -316,6 +312,7 @@ def _rows(texts: Sequence[_Text]) -> list[list[int]]:
 
 def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
     placed = [(number, texts[i]) for number, row in enumerate(rows) for i in row]
+    # the last input predicts the last target, so M of the B * T states are read, pair by pair
     at = [range(len(text.ids) - len(text.targets), len(text.ids)) for _, text in placed]
     return _Batch(
         # no position sees a later one, so any token can pad; with their own, hosts would warn that no mask came along
@@ -331,13 +328,14 @@ def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
 def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor) -> None:
     """Write the sums of a batch's pairs into [N] tensors."""
     head = autocast_head(stack.head)
+    # gathered before the head: logits of the context are never made
     h_MD = h_BTD[batch.row_M.to(h_BTD.device), batch.at_M.to(h_BTD.device)]
     values, hits = [], []
     for h_mD, target_m in zip(h_MD.split(HEAD_CHUNK), batch.targets_M.to(h_BTD.device).split(HEAD_CHUNK), strict=True):
-        logits_mV = finish_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
+        logits_mV = cap_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
         values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
         hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
     parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
     for pair, log_p_m, hit_m in parts:
         log_p_N[pair] = log_p_m.sum()
-        led_N[pair] = hit_m.cumprod(0).sum()
+        led_N[pair] = hit_m.cumprod(0).sum()  # ones up to the first miss

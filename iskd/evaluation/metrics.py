@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from iskd.models import IGNORE, Head, at_least_fp32, autocast_head, finish_logits, project
+from iskd.models import IGNORE, Head, at_least_fp32, autocast_head, cap_logits, project
 
 
 class _TokenMean(Metric):
@@ -174,8 +174,8 @@ class QualityMetrics(nn.Module):
         student_low, teacher_low = autocast_head(student_head), autocast_head(teacher_head)
         for start in range(0, len(labels_N), chunk):
             at = slice(start, start + chunk)
-            student_nV = finish_logits(project(student_ND[at], student_low), scale=scale, softcap=softcap)
-            teacher_nV = finish_logits(project(teacher_ND[at], teacher_low), scale=scale, softcap=softcap)
+            student_nV = cap_logits(project(student_ND[at], student_low), scale=scale, softcap=softcap)
+            teacher_nV = cap_logits(project(teacher_ND[at], teacher_low), scale=scale, softcap=softcap)
             self.update(student_nV, teacher_nV, labels_N[at])
 
     def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:

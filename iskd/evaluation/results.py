@@ -16,11 +16,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator, ValidationError, WrapValidator
 
 from iskd.evaluation.text import TextScore
+from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
 from iskd.system.reading import between, is_number, read_as
 
-EFFICIENCY_FILE = "efficiency.json"
-EVALUATION_FILE = "evaluation.json"
 MACHINE = "machine"
 """Key of efficiency.json for what it was measured on; its other keys name models."""
 

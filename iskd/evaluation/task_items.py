@@ -1,4 +1,4 @@
-r"""Tasks for causal language models, read from local files into one form: which continuation follows which context.
+r"""Items of tasks, read from local files into one form: which continuation follows which context.
 
 A task is the file DATA_DIR/NAME/eval.jsonl, one JSON object a line with a field `id`. Prompts are those of
 lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602), zero shot; every continuation starts with a space:
@@ -28,7 +28,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,25 +145,6 @@ def split_items(items: Sequence[Item], share: float, seed: int = 0) -> tuple[lis
     if not all(sides):
         raise ValueError(f"splitting {len(items)} items at {share} leaves one side empty: use more items")
     return sides[0], sides[1]
-
-
-def disjoint(selection: Collection[str], report_items: Sequence[Item]) -> None:
-    """Refuse to report on items that something was selected by.
-
-    Args:
-        selection: `Item.sha256` of the items used, as a run keeps them in data.json under `selection_sha256`.
-        report_items: what is to be reported.
-
-    Raises:
-        ValueError: an item is in both; its id is named.
-    """
-    used = frozenset(selection)
-    for item in report_items:
-        if item.sha256 in used:
-            raise ValueError(
-                f"item {item.id!r} of the report is among the {len(used)} items that layers were selected by: a score "
-                "on data that chose the model says nothing; take the other side of split_items"
-            )
 
 
 def copy_items(count: int, words: int = 10, seed: int = 0) -> list[Item]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data.readers import find_files, read_file
 from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
 from iskd.evaluation.metrics import Perplexity
-from iskd.models import Stack, autocast_head, finish_logits, project, scoring
+from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 from iskd.system.files import hash_files
 
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
@@ -152,7 +152,7 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
             for h_TD, label_T in zip(stack.last_hidden(ids_BT[:, :-1]), ids_BT[:, 1:], strict=True):
                 before = perplexity.total.clone()
                 for h_tD, label_t in zip(h_TD.split(HEAD_CHUNK), label_T.split(HEAD_CHUNK), strict=True):
-                    logits_tV = finish_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
+                    logits_tV = cap_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
                     perplexity.update(logits_tV, None, label_t)
                 nats.append((perplexity.total - before).cpu())
             step(len(nats), len(windows.ids))

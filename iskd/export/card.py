@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
 
-from iskd.export.card_measured import CARD, measured_section, model_index
+from iskd.export.card_measured import CARD, eval_results, measured_section
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
-from iskd.plan.results import STAGES_FILE, read_stages
-from iskd.system import Json, read_json
+from iskd.plan.results import read_stages
+from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
+from iskd.system import Json, read_json, write_whole
 
 UNKNOWN = "not known"
 # Teachers whose licence stands in this repository's own README; any other is read off the card beside its weights.
@@ -90,12 +92,12 @@ def write_card(
             efficiency.json; each may be missing. `iskd.export.card_measured.refresh_card` renews what the last two say.
     """
     stages = read_stages(run_dir) if run_dir and (run_dir / STAGES_FILE).is_file() else []
-    known = teacher or _mapping(_json(run_dir, "environment.json").get("teacher"))
+    known = teacher or _mapping(_json(run_dir, ENVIRONMENT_FILE).get("teacher"))
     licence = licence_of(known)
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
     parts = [
-        _header(known, licence, model_index(title, run_dir), native=native),
+        _header(known, licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
         "## Teacher",
@@ -110,13 +112,11 @@ def write_card(
         *_numbers(stages),
         measured_section(run_dir),
         "## Data",
-        *_data(_json(run_dir, "data.json")),
+        *_data(_json(run_dir, DATA_FILE)),
         "## How it was made",
         *_made(stages, run_dir, versions),
     ]
-    file = folder / CARD
-    file.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
-    return file
+    return write_whole(folder / CARD, "\n\n".join(part.strip("\n") for part in parts) + "\n")
 
 
 def edits_in_words(record: Record) -> list[str]:
@@ -160,25 +160,26 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
 
 
 def _front_matter(file: Path) -> Json:
-    if not file.is_file() or file.stat().st_size > 1 << 20:
-        return {}
-    text = file.read_text(encoding="utf-8", errors="replace")
-    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    """The header of somebody's card; {} where there is none that can be read."""
     try:
-        return _mapping(yaml.safe_load(found[1]) if found else None)
-    except yaml.YAMLError:
+        return _mapping(metadata_load(file)) if file.is_file() and file.stat().st_size <= 1 << 20 else {}
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
 
 
-def _header(teacher: Mapping[str, Any], licence: str | None, index: Json, *, native: bool) -> str:
-    values: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if teacher.get("kind") in ("hub", "bundled"):
-        values["base_model"] = str(teacher["name"])
-    if licence:
-        values["license"] = licence
-    values["tags"] = ["iskd", "compression", "distillation", *([] if native else ["custom_code"])]
-    values |= index
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+def _header(
+    teacher: Mapping[str, Any], licence: str | None, title: str, results: list[EvalResult], *, native: bool
+) -> str:
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") else None,
+        license=licence or None,
+        tags=["iskd", "compression", "distillation", *([] if native else ["custom_code"])],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _opening(record: Record, name: str, model_type: str, parameters: int) -> str:
@@ -197,7 +198,7 @@ def _teacher(teacher: Mapping[str, Any], licence: str | None) -> list[str]:
 def _numbers(stages: Sequence[StageResult]) -> list[str]:
     kept = [stage for stage in stages if stage.status == "kept"]
     if not kept:
-        return ["Nothing was measured, or the run's stages.json is not there."]
+        return [f"Nothing was measured, or the run's {STAGES_FILE} is not there."]
     last, first = kept[-1], kept[0] if kept[0].index == 0 else None
     head = f"| | {'teacher | ' if first else ''}student |\n|---|{'---|' if first else ''}---|"
     rows = [("parameters", "params", "{:,}"), *((label, key, "{:.4g}") for label, key in _NUMBERS)]
@@ -211,7 +212,7 @@ def _numbers(stages: Sequence[StageResult]) -> list[str]:
 
 def _data(data: Mapping[str, Any]) -> list[str]:
     if not data:
-        return ["The run's data.json is not there: which text it was trained on is not known here."]
+        return [f"The run's {DATA_FILE} is not there: which text it was trained on is not known here."]
     facts = [f"{key}: `{_public(str(data[key]))}`" for key in ("source", "content", "tokenizer") if key in data]
     facts += [f"tokens of the {split} split: {count:,}" for split, count in _mapping(data.get("tokens")).items()]
     if "validation_sha256" in data:
@@ -239,7 +240,7 @@ def _made(stages: Sequence[StageResult], run_dir: Path | None, versions: Mapping
 
 def _settings(run_dir: Path | None) -> list[str]:
     """The parts of the run's config that a reader asks for; paths stay behind."""
-    file = run_dir / "config.yaml" if run_dir else None
+    file = run_dir / CONFIG_FILE if run_dir else None
     if file is None or not file.is_file():
         return []
     config = _mapping(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, RepoCard
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from iskd.evaluation import TASKS, Efficiency, Evaluation, Interval
-from iskd.evaluation.results import EFFICIENCY_FILE, EVALUATION_FILE, efficiency_of, evaluation_of
-from iskd.system import Json, number, read_json, write_whole
+from iskd.evaluation.results import efficiency_of, evaluation_of
+from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
+from iskd.system import number, read_json, write_whole
 from iskd.system.text import ABSENT, percent
 
 CARD = "README.md"
-INDEX = "model-index"
 _BEGIN, _END = "<!-- measured by iskd -->", "<!-- end of what iskd measured -->"
 _BETWEEN = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-_FRONT = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
 _MIB = 2**20
 
 
@@ -36,13 +36,8 @@ def measured_section(run_dir: Path | None) -> str:
     return "\n\n".join([_BEGIN, *parts, _END])
 
 
-def model_index(name: str, run_dir: Path | None) -> Json:
-    """The header's `model-index`: what the student scores by task; {} without an evaluation.
-
-    Args:
-        name: of the model.
-        run_dir: the run's folder.
-    """
+def eval_results(run_dir: Path | None) -> list[EvalResult]:
+    """What the student scores by task, for the header's `model-index`; [] without an evaluation."""
     evaluation, _ = _read(run_dir)
     results = []
     for task in evaluation.tasks if evaluation else ():
@@ -58,7 +53,7 @@ def model_index(name: str, run_dir: Path | None) -> Json:
                     metric_value=round(task.student, 6),
                 )
             )
-    return {INDEX: eval_results_to_model_index(name, results)} if results else {}
+    return results
 
 
 def refresh_card(folder: Path, run_dir: Path) -> Path | None:
@@ -70,24 +65,25 @@ def refresh_card(folder: Path, run_dir: Path) -> Path | None:
     file = folder / CARD
     if not file.is_file():
         return None
-    text = file.read_text(encoding="utf-8")
-    front = _FRONT.match(text)
     try:
-        header = yaml.safe_load(front[1]) if front else {}
-    except yaml.YAMLError as error:
+        content = file.read_text(encoding="utf-8-sig")
+        card = RepoCard(content)  # not a ModelCard, which reads the old scores too, and may fail on them
+        header = metadata_load(file)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"the header of {file} cannot be read ({error!s:.200}): mend it, or export again") from error
-    if not isinstance(header, dict):
+    if header is None and card.text != content:
         raise ValueError(f"the header of {file} must hold keys and values: mend it, or export again")
-    body = text[front.end() :] if front else text
-    title = re.search(r"^# (.+)$", body, re.MULTILINE)
-    header = {key: value for key, value in header.items() if key != INDEX}
-    header |= model_index(title[1] if title else folder.resolve().name, run_dir)
+    card.data.pop("model-index")
+    if results := eval_results(run_dir):
+        title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
+        name = title[1] if title else folder.resolve().name
+        card.data["model-index"] = eval_results_to_model_index(name, results)
     section = measured_section(run_dir)
-    if _BETWEEN.search(body):
-        body = _BETWEEN.sub(lambda _: section, body, count=1)
+    if _BETWEEN.search(card.text):
+        card.text = _BETWEEN.sub(lambda _: section, card.text, count=1)
     else:
-        body = f"{body.rstrip()}\n\n{section}\n"
-    return write_whole(file, f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{body}")
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    return write_whole(file, str(card))
 
 
 def _read(run_dir: Path | None) -> tuple[Evaluation | None, Efficiency | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from iskd.plan.results import STAGES_FILE
+from iskd.plan.run_folder import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 
 FACTS, CODE = "export.json", "modeling_iskd.py"
@@ -15,8 +15,8 @@ FACTS, CODE = "export.json", "modeling_iskd.py"
 def student_folder(folder: Path) -> Path:
     """`folder`, or where it is the directory of a run the student in it. Raises ValueError when there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the one that holds config.json, such as RUN_DIR/model")
-    inner = folder / "model"
+        raise ValueError(f"{folder} is not a folder: give the one that holds config.json, such as RUN_DIR/{MODEL}")
+    inner = folder / MODEL
     found = inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
     if not (found / "config.json").is_file() and (folder / STAGES_FILE).is_file():
         raise ValueError(

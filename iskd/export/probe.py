@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.plan.edits import allowed
-from iskd.system import Json
+from iskd.system import Json, write_whole
 from iskd.system.reading import Number, read_as
 
 ROWS, TOKENS, PROMPT, NEW, COLUMNS = 2, 16, 4, 8, 64
@@ -158,7 +158,7 @@ if question["native"]:
 else:
     import iskd
     for prefix in question["allowed"]:
-        iskd.plan.edits.allow(prefix)
+        iskd.plan.allow(prefix)
 from transformers import AutoModelForCausalLM
 start = time.perf_counter()
 found = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
@@ -233,7 +233,7 @@ def reopen(
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": paths}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "probe.json"
-        file.write_text(json.dumps(question))
+        write_whole(file, json.dumps(question))
         command = [sys.executable, "-c", _CHILD, str(file)]
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, **quiet}, check=False

@@ -22,7 +22,8 @@ from iskd.export.folder import CODE, FACTS
 from iskd.models import Stack
 from iskd.models.weights import INDEX, model_tensors
 from iskd.plan import Record, to_json
-from iskd.system import Json, read_json
+from iskd.plan.run_folder import write_record
+from iskd.system import Json, read_json, write_whole
 
 MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 # What an attention computes with besides its weights, derived from the config and its place when it is built.
@@ -143,7 +144,7 @@ def write(
         _say_it_as_others_ask(target / "config.json")
     else:
         _write_own(target, model, record, teacher_config, max_shard_bytes)
-    (target / "record.json").write_text(json.dumps(to_json(record), indent=1))
+    write_record(target, record)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     return native is not None
@@ -166,7 +167,7 @@ def _write_own(
         auto_map={"AutoConfig": f"{module}.IskdConfig", "AutoModelForCausalLM": f"{module}.IskdForCausalLM"},
     )
     config.save_pretrained(target)
-    (target / CODE).write_text(_MODELING)
+    write_whole(target / CODE, _MODELING)
     tensors = model_tensors(model)
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
@@ -175,7 +176,7 @@ def _write_own(
         save_file({key: tensors[key] for key in keys}, target / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (target / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+        write_whole(target / INDEX, json.dumps(index, indent=1, sort_keys=True))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(target)
 
@@ -215,7 +216,7 @@ def _say_it_as_others_ask(file: Path) -> None:
         values["n_ctx"] = values["n_positions"]
     elif kind == "phi":
         values["n_inner"] = values["intermediate_size"]
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_whole(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
 from iskd.models.weights import weight_files
 from iskd.plan.reading import record_from_json
+from iskd.plan.run_folder import RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
 
 SENTENCE = "Once upon a time"
@@ -189,7 +190,7 @@ def _not_finite(probe: Probe) -> list[str]:
 
 def _what(described: Described) -> tuple[str, ...]:
     kind, depth = described.config.model_type, described.config.num_hidden_layers
-    file = described.folder / "record.json"
+    file = described.folder / RECORD_FILE
     record = record_from_json(read_json(file)) if file.is_file() else described.record
     if described.native:
         head = f"native: plain transformers loads it, as {kind} with {depth} layers"

@@ -25,7 +25,7 @@ from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.student import MAX_SHARD_BYTES, _versions, write
 from iskd.models.weights import weight_files
 from iskd.plan import Record
-from iskd.system import Json, file_sha256
+from iskd.system import Json, file_sha256, write_whole
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _write_facts(folder: Path, probe: Probe, teacher: Mapping[str, Any], *, nati
         },
         "probe": probe.to_json(),
     }
-    (folder / FACTS).write_text(json.dumps(facts, indent=1))
+    write_whole(folder / FACTS, json.dumps(facts, indent=1))
 
 
 def _verify(folder: Path, probe: Probe, *, native: bool) -> None:

@@ -25,6 +25,12 @@ class Ablation(WindowImportance):
         width: branches run as one batch; None = 8 on a GPU, 1 on a CPU.
         cache_mb: host memory for the streams of the calibration windows, which spare the next scoring the blocks below
             the first change; 0 = start afresh each time.
+
+    Source: ILD (arXiv 2511.05085), which ablates on tasks
+    Needs: calibration tokens (`run.score_tokens`); the teacher for `metric=kl`
+    Costs: L (L - 1) / 2 block calls and L heads a window; 10.14 CPU s for 256 tokens through SmolLM2-135M, block
+        influence 0.98 (benchmarks/leave_one_out.md)
+    Measured: the scores of deleting block after block, 1.74 times as fast (benchmarks/leave_one_out.md)
     """
 
     def __init__(self, stride: int = 4, metric: str = "kl", width: int | None = None, cache_mb: int = 256) -> None:

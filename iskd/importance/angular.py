@@ -26,6 +26,11 @@ class Angular(WindowImportance):
     Args:
         window: blocks in a run; 1 scores every block by itself.
         tokens: `last` = the last token of each calibration window, as in the paper; `mean` = all but the first.
+
+    Source: Gromov et al. (arXiv 2403.17887, section 3.2)
+    Needs: calibration tokens (`run.score_tokens`); with `window` above 1 a whole run of blocks to remove
+    Costs: one forward pass, no head
+    Measured: not measured
     """
 
     def __init__(self, window: int = 1, tokens: str = "last") -> None:

@@ -17,7 +17,13 @@ from iskd.models import scoring
 
 
 class BlockInfluenceVeto(WindowImportance):
-    """Block influence, plus 2 (its upper bound) where the leave-one-out KL exceeds `factor` x the median."""
+    """Block influence, plus 2 (its upper bound) where the leave-one-out KL exceeds `factor` x the median.
+
+    Source: ours, on ShortGPT (arXiv 2403.03853)
+    Needs: calibration tokens (`run.score_tokens`); the teacher
+    Costs: those of `block_influence` and of `ablation` together
+    Measured: the order of KL 0.73, 11 blocks replaced (experiments/iskd-smollm2/README.md)
+    """
 
     def __init__(self, factor: float = 3.0, stride: int = 4, veto_batches: int = 1) -> None:
         if factor <= 1:

@@ -24,6 +24,11 @@ class Fixed(WindowImportance):
 
     Raises:
         ValueError: not exactly one of the two is given, or `order` names a block twice or leaves one out.
+
+    Source: none: scores or an order of your own
+    Needs: `importance.scores` or `importance.order`
+    Costs: nothing
+    Measured: not measured
     """
 
     def __init__(self, scores: Sequence[float] | None = None, order: Sequence[int] | None = None) -> None:

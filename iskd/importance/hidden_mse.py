@@ -19,7 +19,13 @@ from iskd.models import scoring
 
 
 class HiddenMSE(WindowImportance):
-    """Mean squared distance of a block's input and output in units of the output's mean square; at least 0."""
+    """Mean squared distance of a block's input and output in units of the output's mean square; at least 0.
+
+    Source: the code of ILD (arXiv 2511.05085); divided by the output's size, ours
+    Needs: calibration tokens (`run.score_tokens`)
+    Costs: one forward pass, no head
+    Measured: not measured
+    """
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Scores [L, W] of the student's blocks on calibration windows [B, T]."""

@@ -21,7 +21,13 @@ from iskd.models.sharding import whole
 
 
 class Magnitude(WindowImportance):
-    """Mean absolute weight (`norm=l1`) or root mean square weight (`norm=l2`) of a block's matrices."""
+    """Mean absolute weight (`norm=l1`) or root mean square weight (`norm=l2`) of a block's matrices.
+
+    Source: Li et al. (arXiv 1608.08710); of blocks: Shortened LLaMA (arXiv 2402.02834)
+    Needs: nothing
+    Costs: one look at the weights
+    Measured: not measured
+    """
 
     def __init__(self, norm: str = "l1") -> None:
         if norm not in ("l1", "l2"):

@@ -13,7 +13,13 @@ from iskd.models import Stack
 
 
 class Random(WindowImportance):
-    """Uniform scores in [0, 1) from a seed of their own."""
+    """Uniform scores in [0, 1) from a seed of their own.
+
+    Source: none: the control
+    Needs: nothing
+    Costs: nothing
+    Measured: healed: KL 1.89 at 23 layers of 30 (experiments/ild-smollm2/README.md)
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

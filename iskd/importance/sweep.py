@@ -1,4 +1,4 @@
-"""One sweep for all leave-one-out scores: what is below a missing block is run once, not once per score.
+"""Leave-one-out ablation of all blocks in one sweep: what is below a missing block is run once, not once per score.
 
 The branch "without block i" is the stream before block i, run through the blocks above i. All branches start from one
 trunk, the student's own pass, so L blocks cost L (L - 1) / 2 block calls and the trunk's L, where deleting one block
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from iskd.models import Head, Stack, autocast_head, finish_logits, project
+from iskd.models import Head, Stack, autocast_head, cap_logits, project
 from iskd.models.capture import Trace
 
 METRICS = ("kl", "loss")
@@ -84,21 +84,23 @@ def leave_one_out_values(
     if scored < 1:
         raise ValueError(f"importance.metric=loss needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
     trunk = Trunk(stack, batch, top) if cache is None else cache.trunk(stack, batch, top)
+    # without a block, its input goes to the block above it
     branches = [(position + 1, trunk.states[position]) for position in wanted]
     # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit
     untouched = metric == "kl" and _equal(student, teacher)
     if metric == "loss" or untouched:
         branches.append((top, trunk.states[top]))
     at = slice(0, scored, stride)
-    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))
+    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))  # [N, D] each, N = B * P
     if metric == "loss":
-        loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)
+        loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)  # [C + 1, N], the whole one last
         values = loss[:-1] - loss[-1]
     else:
         goal = Stack(teacher)
+        # the whole student, where it equals the teacher, is what the others are compared with
         goal_ND = finals.pop() if untouched else _in_head_dtype(goal.last_hidden(batch)[:, at].flatten(0, 1))
         values = _divergences(finals, stack, goal_ND, goal, chunk)
-    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()
+    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
 
 
 class Trunk(Trace):
@@ -117,6 +119,7 @@ class Trunk(Trace):
 
     def __init__(self, stack: Stack, input_ids: Tensor, top: int, known: Sequence[Tensor] = ()) -> None:
         states: list[Tensor] = []
+        # the host's own forward calls every block, stand-ins included: hooks see the input of each
         handles = [
             block.register_forward_pre_hook(lambda _module, args: states.append(args[0])) for block in stack.layers
         ]
@@ -153,6 +156,7 @@ def _tiled(value: Any, windows: int, count: int, done: dict[int, Tensor]) -> Any
     # a single axis counts tokens (cache positions), however many there are
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != windows:
         return value
+    # [B, ...] -> [count * B, ...], the windows of one branch side by side, as `torch.cat` stacks streams
     if id(value) not in done:
         rest = value.shape[1:]
         done[id(value)] = value.unsqueeze(0).expand(count, windows, *rest).reshape(count * windows, *rest)
@@ -165,7 +169,7 @@ def _stand_ins(blocks: nn.ModuleList, known: Sequence[Tensor], top: int) -> Iter
 
     The host still calls all of them: its own code makes the arguments of each call.
     """
-    outputs = dict(enumerate(known[1 : top + 1]))
+    outputs = dict(enumerate(known[1 : top + 1]))  # what block i gives is what goes into block i + 1
     replaced: list[nn.Module] = []
 
     def answer(output: Tensor | None) -> Any:
@@ -188,6 +192,7 @@ def _finals(stack: Stack, trunk: Trunk, branches: Sequence[tuple[int, Tensor]], 
 
     Branches that start near each other go up together; each joins where it starts.
     """
+    # lowest first: of a group, those that start higher wait until the others have climbed to them
     order = sorted(range(len(branches)), key=lambda index: branches[index][0])
     finals: dict[int, Tensor] = {}
     for begin in range(0, len(order), width):
@@ -195,13 +200,14 @@ def _finals(stack: Stack, trunk: Trunk, branches: Sequence[tuple[int, Tensor]], 
         live: list[Tensor] = []
         for position in range(branches[group[0]][0], len(stack.layers) + 1):
             live += [branches[index][1] for index in group if branches[index][0] == position]
-            stream = torch.cat(live) if len(live) > 1 else live[0]
+            stream = torch.cat(live) if len(live) > 1 else live[0]  # [n * B, T, D] of the n branches that have started
             if position < len(stack.layers):
                 calls = trunk.stacked(stream.shape[0] // trunk.windows)
                 stream = calls.run(position, stack.layers[position], stream)
             live = [stream]
+        # cut to the scored positions before the head sees them: here the cost of `stride` is saved
         for index, h_BTD in zip(group, live[0].chunk(len(group)), strict=True):
-            finals[index] = _in_head_dtype(stack.finish(h_BTD[:, at]).flatten(0, 1))
+            finals[index] = _in_head_dtype(stack.final_norm(h_BTD[:, at]).flatten(0, 1))
     return [finals[index] for index in range(len(branches))]
 
 
@@ -211,7 +217,7 @@ def _in_head_dtype(hidden: Tensor) -> Tensor:
 
 
 def _log_probabilities(hidden_nD: Tensor, head: Head, softcap: float | None) -> Tensor:
-    return finish_logits(project(hidden_nD, head), scale=1.0, softcap=softcap).log_softmax(-1)
+    return cap_logits(project(hidden_nD, head), scale=1.0, softcap=softcap).log_softmax(-1)
 
 
 def _cross_entropies(finals_CND: Sequence[Tensor], stack: Stack, labels_N: Tensor, chunk: int) -> Tensor:
@@ -233,9 +239,11 @@ def _divergences(finals_CND: Sequence[Tensor], stack: Stack, goal_ND: Tensor, te
     with torch.autocast(goal_ND.device.type, enabled=False):
         for begin in range(0, len(goal_ND), chunk):
             part = slice(begin, begin + chunk)
+            # KL(p || q) = sum p log p - sum p log q: the first sum, and p, serve every branch of the chunk
             log_p_nV = _log_probabilities(goal_ND[part], goal_head, teacher.softcap)
             p_nV = log_p_nV.exp()
             minus_entropy_n = torch.linalg.vecdot(p_nV, log_p_nV)
+            # a generator: logits [n, V] of one branch at a time
             log_q = (_log_probabilities(hidden_ND[part], head, stack.softcap) for hidden_ND in finals_CND)
             found.append(torch.stack([minus_entropy_n - torch.linalg.vecdot(p_nV, log_q_nV) for log_q_nV in log_q]))
     return torch.cat(found, dim=1)
@@ -248,8 +256,10 @@ def _equal(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     if isinstance(student, FSDPModule) or isinstance(teacher, FSDPModule):
         return False  # a part of the numbers is elsewhere
     kinds = ([(name, type(module)) for name, module in model.named_modules()] for model in (student, teacher))
-    if not operator.eq(*kinds) or student.config.to_dict() != teacher.config.to_dict():
+    told = ((Stack(model).separator, model.config.to_dict()) for model in (student, teacher))
+    if not operator.eq(*kinds) or not operator.eq(*told):
         return False
+    # by checksum, on the CPU: the two models may lie on different devices
     mine, theirs = _tensors(student), _tensors(teacher)
     return len(mine) == len(theirs) and all(
         torch.equal(_checksum(a), _checksum(b)) for a, b in zip(mine, theirs, strict=True)
@@ -301,9 +311,11 @@ class PrefixCache:
             return Trunk(stack, batch, top)
         key, marks = _key(batch), _marks(stack)
         then, states = self._entries.pop(key, ([], []))
+        # a stream is right as long as nothing at or below it has changed; one behind the first changed block is not
         held = sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(then, marks, strict=False)))
         known = [state.to(batch.device) for state in states[:held]]
         trunk = Trunk(stack, batch, top, known)
+        # a sweep over few candidates reaches less far up than an earlier one may have: the longer list is kept
         states = [state.cpu() for state in max(known, trunk.states, key=len)]
         taken = chain(states, *(others for _, others in self._entries.values()))
         if sum(state.nbytes for state in taken) <= self._room:

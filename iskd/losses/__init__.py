@@ -8,7 +8,7 @@ Imports: models.
 
 from __future__ import annotations
 
-from iskd.losses.base import BatchSignals, Loss, Terms, check_terms, uses_teacher
+from iskd.losses.base import BatchSignals, Loss, Terms, check_terms, traits_of
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
 
@@ -21,5 +21,5 @@ __all__ = [
     "chunked_vocabulary_loss",
     "naive_vocabulary_loss",
     "total_loss",
-    "uses_teacher",
+    "traits_of",
 ]

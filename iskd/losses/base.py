@@ -7,8 +7,8 @@ reduce or weight: that is done once, in `iskd.losses.chunked`, for all losses al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -16,23 +16,20 @@ from torch import Tensor
 
 from iskd.models import IGNORE, Head, Signals
 
-SIGNALS = frozenset({"logits", "hidden", "matrix"})
+SIGNALS = frozenset({"logits", "hidden"})
 
 
 class Loss(Protocol):
     """A loss term; lower = better, zero when the student does what is asked of it.
 
-    A loss that never looks at the teacher sets `uses_teacher = False` (assumed True when absent), which spares the
-    teacher's logits. A loss on hidden states has an attribute `layers`, which tells capture what to keep; the last
-    hidden state is for those that need no other signal, or logits. A loss on logits that is a divergence between
-    next-token distributions, and may see tokens merged, sets `by_buckets = True`. One on logits that knows its own
-    slope has `with_gradient(student, teacher) -> (values, d values / d student.logits)`, values of the labels' shape
-    and a slope [..., V] that the caller may overwrite, which spares autograd.
+    What it says of itself beside `needs` are class attributes (`Traits`). One on logits that knows its own slope has
+    `with_gradient(student, teacher) -> (values, d values / d student.logits)`, values of the labels' shape and a slope
+    [..., V] that the caller may overwrite, which spares autograd.
     """
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals read: {"logits"} alone, or any of "hidden" and "matrix"."""
+        """Signals read: {"logits"} or {"hidden"}; empty where the last hidden state is all it reads."""
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         """Value per token in nats or mean square, of the labels' shape; no gradient reaches the teacher."""
@@ -42,9 +39,26 @@ Terms = Mapping[str, tuple[Loss, float]]
 """Loss and weight by the term's name, the name under which it is configured and logged."""
 
 
-def uses_teacher(loss: Loss) -> bool:
-    """Whether `loss` reads the teacher's signals."""
-    return bool(getattr(loss, "uses_teacher", True))
+@dataclass(frozen=True)
+class Traits:
+    """What a loss may say of itself: an attribute of that name, or the value here where it has none.
+
+    Attributes:
+        uses_teacher: it reads the teacher's signals; False spares the teacher's logits.
+        layers: after which a loss on hidden states reads them: numbers in the teacher, or last, all, edited, stage.
+        by_buckets: it is a divergence between next-token distributions, and may see tokens merged.
+        temperature: divides the logits before they are compared.
+    """
+
+    uses_teacher: bool = True
+    layers: str | Sequence[int] = "all"
+    by_buckets: bool = False
+    temperature: float = 1.0
+
+
+def traits_of(loss: Loss) -> Traits:
+    """The traits of a term."""
+    return Traits(**{trait.name: getattr(loss, trait.name) for trait in fields(Traits) if hasattr(loss, trait.name)})
 
 
 def check_terms(terms: Terms) -> None:
@@ -78,7 +92,7 @@ def check_batch(
     others = [name for name, (loss, _) in terms.items() if "logits" not in loss.needs]
     if others:
         raise ValueError(f"loss terms {others} do not read logits; add them up with total_loss")
-    readers = [name for name, (loss, _) in terms.items() if uses_teacher(loss)]
+    readers = [name for name, (loss, _) in terms.items() if traits_of(loss).uses_teacher]
     if readers and (teacher_BTD is None or teacher_head is None):
         raise ValueError(f"loss terms {readers} use the teacher; pass its last hidden states and its head")
     for who, hidden in (("student", student_BTD), ("teacher", teacher_BTD)):

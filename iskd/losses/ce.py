@@ -12,7 +12,13 @@ _NO_LOGITS = "CrossEntropy needs logits: call it on a vocabulary chunk (chunked_
 
 
 class CrossEntropy:
-    """Label cross-entropy in nats per token; the teacher is not used."""
+    """Label cross-entropy in nats per token; the teacher is not used.
+
+    Source: maximum likelihood
+    Needs: no teacher
+    Costs: the student's logits, a chunk at a time
+    Measured: the untouched model, trained on it: perplexity 20.55 to 15.57 (experiments/iskd-smollm2/README.md)
+    """
 
     needs: frozenset[str] = frozenset({"logits"})
     uses_teacher: bool = False

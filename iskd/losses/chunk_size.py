@@ -1,4 +1,4 @@
-"""How many tokens of logits are alive at a time."""
+"""Chunk size: for how many tokens logits exist at a time, by device and free memory."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""The central reducer: add up loss terms without ever holding logits for a whole batch.
+"""The chunked loss: add up loss terms without ever holding logits for a whole batch.
 
 Logits [B, T, V] and their gradient are the largest tensors of distillation. Ignored tokens are dropped first; the
 other N are walked in chunks, and the gradient of the weighted sum
 
     L = sum_k weight_k * mean_N loss_k(logits_n, teacher_logits_n)
 
-with respect to the hidden states and the head is formed during the forward pass, chunk by chunk (`iskd.losses.walk`),
-so that one chunk of logits is alive at a time. The backward pass only multiplies by the incoming scalar; first order
-only. The idea is that of fused linear cross-entropy (Liger Kernel, arXiv 2410.10989, section 3), here in plain PyTorch
-and for any per-token term. `naive_vocabulary_loss` is the obvious reference, and what `chunk=None` switches to.
+with respect to the hidden states and the head is formed during the forward pass, chunk by chunk
+(`iskd.losses.chunk_walk`), so that one chunk of logits is alive at a time. The backward pass only multiplies by the
+incoming scalar; first order only. The idea is that of fused linear cross-entropy (Liger Kernel, arXiv 2410.10989,
+section 3), here in plain PyTorch and for any per-token term. `naive_vocabulary_loss` is the obvious reference, and what
+`chunk=None` switches to.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from iskd.losses.base import (
     kept_tokens,
     masked_mean,
     token_values,
-    uses_teacher,
+    traits_of,
 )
 from iskd.losses.chunk_size import Chunk, chunk_tokens
-from iskd.losses.walk import ChunkedMean, Tokens, walk
-from iskd.models import Head, Signals, at_least_fp32, autocast_head, finish_logits
+from iskd.losses.chunk_walk import ChunkedMean, Tokens, chunk_walk
+from iskd.models import Head, Signals, at_least_fp32, autocast_head, cap_logits
 
 
 def total_loss(
@@ -66,31 +67,33 @@ def total_loss(
         ValueError: Bad terms (see `check_terms`), a missing signal, or no valid label.
     """
     check_terms(terms)
+    # a term of weight 0 is not computed at all, so it may ask for signals that nobody captured
     terms = {name: (loss, weight) for name, (loss, weight) in terms.items() if weight > 0}
     if not terms:
         raise ValueError("every loss weight is 0: nothing would train; give at least one term a weight > 0")
-    readers = [name for name, (loss, _) in terms.items() if uses_teacher(loss)]
+    readers = [name for name, (loss, _) in terms.items() if traits_of(loss).uses_teacher]
     if readers and teacher is None:
         raise ValueError(f"loss terms {readers} use the teacher; pass its signals")
     kept = kept_tokens(student) if kept is None else kept
     means: dict[str, Tensor] = {}
     totals: list[Tensor] = []
+    # terms on logits share the logits of a chunk; all others see the whole signals, which are small
     on_logits = {name: term for name, term in terms.items() if "logits" in term[0].needs}
     if on_logits:
         if student.last_hidden is None:
             raise ValueError(f"loss terms {list(on_logits)} need logits, but the student's signals have no last_hidden")
         inputs = (student.last_hidden, student_head, teacher.last_hidden if teacher else None, teacher_head)
         if chunk is None:
-            total, parts = naive_vocabulary_loss(on_logits, *inputs, student.labels, scale=scale, softcap=softcap)
+            total, by_name = naive_vocabulary_loss(on_logits, *inputs, student.labels, scale=scale, softcap=softcap)
         else:
-            total, parts = chunked_vocabulary_loss(
+            total, by_name = chunked_vocabulary_loss(
                 on_logits, *inputs, student.labels, chunk=chunk, scale=scale, softcap=softcap, kept=kept
             )
-        means.update(parts)
+        means.update(by_name)
         totals.append(total)
     for name, (loss, weight) in terms.items():
         if name not in on_logits:
-            values = token_values(name, loss, student, teacher or Signals(student.labels))
+            values = token_values(name, loss, student, teacher or Signals(student.labels))  # [B, T]
             mean = values.flatten().index_select(0, kept).mean()
             means[name] = mean.detach()
             totals.append(weight * mean)
@@ -136,18 +139,20 @@ def chunked_vocabulary_loss(
     vocabulary = max(len(head[0]) for head in (student_head, teacher_head) if head is not None)
     size = chunk_tokens(chunk, labels_BT.device, vocabulary)
     check_batch(terms, student_hidden_BTD, teacher_hidden_BTD, teacher_head, labels_BT)
+    # from here on no batch and no ignored token: N rows, of which a chunk is a slice
     take = keeping(kept_tokens(Signals(labels_BT)) if kept is None else kept, labels_BT.numel())
     teacher_ND: Tensor | None = None
-    if teacher_hidden_BTD is not None and any(uses_teacher(loss) for loss, _ in terms.values()):
+    if teacher_hidden_BTD is not None and any(traits_of(loss).uses_teacher for loss, _ in terms.values()):
         teacher_ND = take(teacher_hidden_BTD.detach())
     frozen_head = None if teacher_head is None else autocast_head(teacher_head)
     tokens = Tokens(terms, take(labels_BT), teacher_ND, frozen_head, size, scale, softcap)
     student_ND, (weight_VD, bias_V) = take(student_hidden_BTD), student_head
     inputs = (student_ND, weight_VD, bias_V)
+    # the gradients are made in the forward pass, so only where somebody will ask for them
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         total, means_K = ChunkedMean.apply(tokens, *inputs)  # type: ignore[no-untyped-call]
     else:
-        total, means_K, _ = walk(tokens, *inputs, wants=(False, False, False))
+        total, means_K, _ = chunk_walk(tokens, *inputs, wants=(False, False, False))
     return total, dict(zip(terms, means_K.unbind(), strict=True))
 
 
@@ -167,7 +172,7 @@ def naive_vocabulary_loss(
     check_batch(terms, student_hidden_BTD, teacher_hidden_BTD, teacher_head, labels_BT)
 
     def logits(hidden_BTD: Tensor, head: Head) -> Tensor:
-        return finish_logits(at_least_fp32(F.linear(hidden_BTD, *head)), scale=scale, softcap=softcap)
+        return cap_logits(at_least_fp32(F.linear(hidden_BTD, *head)), scale=scale, softcap=softcap)
 
     student, teacher = Signals(labels_BT, logits(student_hidden_BTD, student_head)), Signals(labels_BT)
     if teacher_hidden_BTD is not None and teacher_head is not None:

@@ -1,4 +1,4 @@
-"""The losses of ILD as its authors' code has them (arXiv 2511.05085), in the units of this framework.
+"""Summed KL and final-state MSE: the losses of ILD as its authors' code has them (arXiv 2511.05085), in our units.
 
 Published, for a micro-batch of `batch_size` documents, each padded to `seq_len` tokens (2 and 2048 in the scripts):
 
@@ -37,6 +37,11 @@ class SummedKL:
 
     Raises:
         ValueError: A number that is not positive.
+
+    Source: the code of ILD (arXiv 2511.05085)
+    Needs: the teacher's logits
+    Costs: both models' logits, a chunk at a time
+    Measured: not measured
     """
 
     needs: frozenset[str] = frozenset({"logits"})

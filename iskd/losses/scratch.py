@@ -1,4 +1,4 @@
-"""Memory for the logits of a chunk: the same for every chunk of a step, and on a CPU for every step.
+"""Scratch memory for the logits of a chunk: the same for every chunk of a step, and on a CPU for every step.
 
 A fresh 256 x 49k tensor costs about five times a reused one there, because its pages come from the system one by one.
 On a GPU torch's own allocator keeps them.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iskd.losses.base import Loss, Terms, kept_tokens, knows_its_slope, uses_teacher
+from iskd.losses.base import Loss, Terms, kept_tokens, knows_its_slope, traits_of
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import total_loss
 from iskd.models import IGNORE, Head, Signals, at_least_fp32
@@ -154,6 +154,6 @@ class _InBucketsWithSlope(_InBuckets):
 
 def _at_rows(loss: Loss, table: _Table) -> Loss:
     known = knows_its_slope(loss)
-    if "logits" in loss.needs and uses_teacher(loss):
+    if "logits" in loss.needs and traits_of(loss).uses_teacher:
         return _InBucketsWithSlope(loss, table) if known else _InBuckets(loss, table)
     return _AtRowsWithSlope(loss, table) if known else _AtRows(loss, table)

@@ -1,4 +1,4 @@
-"""[shelf] What can stand where attention stood.
+"""[shelf] Subquadratic mixers, which stand where attention stood.
 
 A mixer writes its `streams`; `base` makes a layer of them, `ops` holds the recurrence, `modules` the small parts.
 

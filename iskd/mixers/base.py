@@ -1,4 +1,4 @@
-"""What all mixers share: from the stream to the inputs of one recurrence (`iskd.mixers.ops.recurrence`) and back again.
+"""The base of all mixers: from the stream to the inputs of one recurrence (`iskd.mixers.ops.recurrence`) and back.
 
 A mixer is a class with
 
@@ -6,12 +6,13 @@ A mixer is a class with
   inheriting its projections; works on the meta device, so that a plan can count parameters without memory. Fresh
   weights may be drawn here: surgery calls it under the edit's own seed;
 - `forward(x_BTD, *, mask, positions, cache) -> y_BTD`, no residual: norms, residual and MLP stay the host block's.
-  `mask` is the host's; `iskd.models.hosting.kept` reads off it which tokens may enter the state. `cache` is a
-  `iskd.models.cache.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
+  `mask` is the host's; `iskd.models.hosting.kept` reads off it which tokens may enter the state. `positions` are
+  [B, T] or [1, T], and a document begins where they do not grow; None = each row is one document, from its start.
+  `cache` is a `iskd.models.cache.CacheSlot`; a mixer keeps a state of constant size there (`state`, `keep`);
 - `matrix(x_BTD, *, mask, positions) -> [B, H, T, T]` if `exposes_matrix`: the weights with which tokens are mixed.
 
 `RecurrentMixer` is all of this but for two methods: `streams`, the inputs of the recurrence, and, where norm, gate and
-output projection are not enough, `finish`. A mixer of another kind needs only the three above.
+output projection are not enough, `output`. A mixer of another kind needs only the three above.
 
 Sizes: B sequences, T tokens, D stream width, G key heads, H = G * R query heads (head h = g * R + r reads key head g),
 K key width, V value width, C channels.
@@ -29,10 +30,9 @@ from torch.nn import functional as F
 
 from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
-from iskd.mixers.ops import recurrence
+from iskd.mixers.ops import Recurrence, recurrence
 from iskd.models import CacheSlot, Stack
 from iskd.models.hosting import kept
-from iskd.models.packing import is_one_text, positions_of_one_text
 from iskd.models.stack import class_of
 
 if TYPE_CHECKING:
@@ -70,27 +70,15 @@ class Common(Basics, total=False):
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The inputs of `core.chunk`, and what turns its result into mixed values.
+class Streams(Recurrence):
+    """The inputs of the recurrence, and what turns its result into mixed values.
 
     Attributes:
-        q, k, v: queries [B, T, H, K], keys [B, T, G, K], values [B, T, G, V].
-        g: log decays [B, T, G] or [B, T, G, K], or None.
-        beta: strength of the delta rule [B, T, G], or None.
-        scale: factor on q^T S.
-        bonus: weight of the present token [G, K], or None.
         normalizer: from a token's sum of weights to what its mixed values are divided by; None = not divided.
         skip: [H], times the token's own value, added to the output (D of Mamba-2), or None.
-        extra: whatever `finish` needs from `streams`.
+        extra: whatever `output` needs from `streams`.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None = None
-    beta: Tensor | None = None
-    scale: float = 1.0
-    bonus: Tensor | None = None
     normalizer: Callable[[Tensor], Tensor] | None = None
     skip: Tensor | None = None
     extra: tuple[Tensor, ...] = ()
@@ -132,9 +120,7 @@ class Context:
         tokens = x_BTD.shape[1]
         seen = kept(mask, tokens)
         if positions is None:
-            positions = positions_of_one_text(tokens, x_BTD.device)
-        if is_one_text(positions):
-            return cls(seen, positions, past=list(past))
+            return cls(seen, torch.arange(tokens, device=x_BTD.device).unsqueeze(0), past=list(past))
         starts = positions[:, 1:] <= positions[:, :-1]
         if seen is not None:
             # padding has positions of its own; the first real token goes on like the first token
@@ -270,7 +256,7 @@ class RecurrentMixer(nn.Module):
         """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
         raise NotImplementedError
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
         if self.norm is not None:
             o_BTHV = self.norm(o_BTHV)
@@ -302,14 +288,13 @@ class RecurrentMixer(nn.Module):
 
         With a normaliser the state has a column more: the sum of the weights is what mixing ones gives.
         """
-        s, v = streams, streams.v
+        s, given = streams, streams
         if s.normalizer is not None:
-            v = F.pad(v, (0, 1), value=1.0)
-        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
-        if v.shape[1] == 1:
-            o, state = recurrence.step(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, **options)
+            given = replace(s, v=F.pad(s.v, (0, 1), value=1.0))
+        if s.v.shape[1] == 1:
+            o, state = recurrence.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
         else:
-            o, state = recurrence.chunk(s.q, s.k, v, s.g, s.beta, state_BGKV=state_BGKV, size=self.chunk, **options)
+            o, state = recurrence.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
         if s.normalizer is not None:
             o = o[..., :-1] / s.normalizer(o[..., -1:])
         if s.skip is not None:
@@ -338,7 +323,7 @@ class RecurrentMixer(nn.Module):
         if cache is not None:
             # copies: as views they would keep the whole row of the prompt alive
             cache.keep((state, *(last.clone() for last in context.last)), tokens=x_BTD.shape[1])
-        return self.finish(o_BTHV, x_BTD, streams)
+        return self.output(o_BTHV, x_BTD, streams)
 
     def matrix(self, x_BTD: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """M [B, H, T, T] with `mix`'s output = M @ values: what a pass over [B, T, D] multiplies the values with.
@@ -349,8 +334,7 @@ class RecurrentMixer(nn.Module):
             raise ValueError(f"{type(self).__name__} has no mixing matrix per head; align its outputs instead")
         context = Context.of(x_BTD, mask, positions)
         s = self.streams(x_BTD, context).hiding(context.seen)
-        options: dict[str, Any] = {"scale": s.scale, "segments_BT": context.segments, "bonus_GK": s.bonus}
-        weights: Tensor = recurrence.matrix(s.q, s.k, s.g, s.beta, **options)
+        weights = recurrence.matrix(s, segments_BT=context.segments)
         if s.normalizer is not None:
             weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
         if s.skip is not None:

@@ -1,4 +1,4 @@
-"""What the mixers with a delta rule share: activated and normalised queries and keys, and beta.
+"""The base of the mixers with a delta rule: activated and normalised queries and keys, and beta.
 
     q_t, k_t = phi(conv(W x_t)) / |phi(conv(W x_t))|,  v_t = phi(conv(W x_t)),  beta_t = sigmoid(w_b x_t + b)
     S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = K^-1/2 q_t^T S_t

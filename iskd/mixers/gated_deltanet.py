@@ -37,6 +37,14 @@ class GatedDeltaNet(DeltaMixer):
 
     Raises:
         ValueError: an unknown activation or a memory out of its range (`iskd.mixers.modules.limits`).
+
+    Source: arXiv 2412.06464
+    Needs: attention's q, k, v and o
+    Costs: state of 4.8 MiB in SmolLM2-135M, time of a token 1.49 at a context of 8,192; attention has 360.0 and 1.89
+        there (experiments/subquadratic-decode/README.md)
+    Measured: 87.3 % of the teacher's accuracy, copied and aligned, in the grid on stories260K
+        (experiments/subquadratic-stories/README.md); 70.8 % on SmolLM2-135M, copied and aligned
+        (experiments/subquadratic-smollm2/README.md)
     """
 
     def __init__(

@@ -40,6 +40,13 @@ class KDA(DeltaMixer):
 
     Raises:
         ValueError: an unknown activation, or a rank or memory out of its range (`iskd.mixers.modules.limits`).
+
+    Source: arXiv 2510.26692
+    Needs: attention's q, k, v and o
+    Costs: state of 4.8 MiB in SmolLM2-135M, time of a token 1.57 at a context of 8,192; attention has 360.0 and 1.89
+        there (experiments/subquadratic-decode/README.md)
+    Measured: 84.5 % of the teacher's accuracy, projections copied, in the grid on stories260K
+        (experiments/subquadratic-stories/README.md)
     """
 
     notes: ClassVar[dict[str, str]] = {
@@ -69,7 +76,7 @@ class KDA(DeltaMixer):
         """Those of the delta rule with a log decay per key channel."""
         return replace(super().streams(x_BTD, context), g=self.decay(x_BTD))
 
-    def finish(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Norm, sigmoid gate and output projection."""
         gate = torch.sigmoid(at_least_fp32(self.out_gate(x_BTD))).unflatten(-1, o_BTHV.shape[2:])
         assert self.norm is not None

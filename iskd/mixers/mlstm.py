@@ -48,6 +48,13 @@ class MLSTM(RecurrentMixer):
 
     Raises:
         ValueError: a memory out of its range (`iskd.mixers.modules.limits`), all of which is within the cap.
+
+    Source: arXiv 2405.04517; gates: arXiv 2503.13427
+    Needs: attention's q, k, v and o
+    Costs: state of 4.3 MiB in SmolLM2-135M, time of a token 1.13 at a context of 8,192; attention has 360.0 and 1.89
+        there (experiments/subquadratic-decode/README.md)
+    Measured: 79.3 % of the teacher's accuracy, projections copied, in the grid on stories260K
+        (experiments/subquadratic-stories/README.md)
     """
 
     notes: ClassVar[dict[str, str]] = {

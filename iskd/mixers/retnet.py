@@ -29,6 +29,13 @@ class RetNet(RecurrentMixer):
         attention: what it is made from.
         gate: gate the output.
         rotary, conv, **common: as in `RecurrentMixer`.
+
+    Source: arXiv 2307.08621
+    Needs: attention's q, k, v and o
+    Costs: state of 4.2 MiB in SmolLM2-135M, time of a token 1.52 at a context of 8,192; attention has 360.0 and 1.89
+        there (experiments/subquadratic-decode/README.md)
+    Measured: 64.5 % of the teacher's accuracy, copied and aligned, in the grid on stories260K
+        (experiments/subquadratic-stories/README.md)
     """
 
     def __init__(

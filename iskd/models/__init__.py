@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from iskd.models.cache import CacheSlot
 from iskd.models.capture import scoring
-from iskd.models.head import Head, at_least_fp32, autocast_head, finish_logits, project
+from iskd.models.head import Head, at_least_fp32, autocast_head, cap_logits, project
 from iskd.models.signals import IGNORE, Signals
 from iskd.models.stack import Stack
 
@@ -21,7 +21,7 @@ __all__ = [
     "Stack",
     "at_least_fp32",
     "autocast_head",
-    "finish_logits",
+    "cap_logits",
     "project",
     "scoring",
 ]

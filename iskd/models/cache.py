@@ -1,4 +1,4 @@
-"""A model's cache between two tokens: how many bytes it holds, and how it gets long without a long prompt.
+"""The KV cache: one layer's slot in it, the state of a mixer, how many bytes it holds, how it gets long.
 
 A cache is transformers' own: keys and values of attention, states of converted layers (`iskd.models.cache.StateLayer`).
 """

@@ -1,4 +1,4 @@
-"""Reading hidden states by position.
+"""Capture of hidden states by layer, during forward passes that are no longer than they must be.
 
 `output_hidden_states` is never used on a student: transformers collects by block class and silently leaves foreign
 blocks out, which shifts every later pairing of teacher and student.

@@ -31,7 +31,7 @@ def project(hidden: Tensor, head: Head) -> Tensor:
     return at_least_fp32(F.linear(hidden.to(weight_VD.dtype), weight_VD, bias_V))
 
 
-def finish_logits(projected: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+def cap_logits(projected: Tensor, *, scale: float, softcap: float | None) -> Tensor:
     """Scale (Cohere's `logit_scale`), then cap at +-softcap by tanh (Gemma 2, arXiv 2408.00118, section 2).
 
     Raises:
@@ -45,8 +45,8 @@ def finish_logits(projected: Tensor, *, scale: float, softcap: float | None) -> 
     return torch.tanh(logits / softcap) * softcap
 
 
-def finish_slope(slope: Tensor, logits: Tensor, *, scale: float, softcap: float | None) -> Tensor:
-    """The slope with respect to projections, from that with respect to finished logits, both [..., V], in place."""
+def cap_slope(slope: Tensor, logits: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """Backward of `cap_logits`: the slope [..., V] by logits, made in place the slope by projections."""
     if softcap is not None:
         slope.mul_(1 - (logits / softcap).square())  # d tanh(x) / dx = 1 - tanh(x)^2
     return slope if scale == 1.0 else slope.mul_(scale)

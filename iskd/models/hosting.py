@@ -6,6 +6,7 @@ attention it replaces, so that their authors see `forward(h_BTD, *, mask, positi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from iskd.models.cache import CacheSlot
 from iskd.models.families import Family
+from iskd.models.packing import ONE_TEXT
 
 
 class HostedBlock(nn.Module):
@@ -54,10 +56,15 @@ class HostedMixer(nn.Module):
         out: Tensor = self.mixer(
             hidden_states,
             mask=kwargs.get("attention_mask"),
-            positions=kwargs.get("position_ids"),
+            positions=positions_of(kwargs),
             cache=None if cache is None else CacheSlot(cache, self.layer_idx),
         )
         return out, None
+
+
+def positions_of(call: Mapping[str, Any]) -> Tensor | None:
+    """The positions that a mixer is to look at, [B, T] or [1, T]; None = each window is one text, from its start."""
+    return None if call.get(ONE_TEXT) else call.get("position_ids")
 
 
 def kept(mask: Any, tokens: int) -> Tensor | None:

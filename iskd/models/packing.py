@@ -1,27 +1,41 @@
 """Documents in packed windows: where each begins, so that none is read or continued from another (`data.boundaries`).
 
-A separator token belongs to the document that it ends. Positions restart behind it; that is how transformers is told of
-packed sequences (`find_packed_sequence_indices` in its masking_utils), and how mixers know where to empty their state.
+A separator token belongs to the document that it ends. What is known of windows goes one way, as arguments of calls:
+
+    Stack.separator       the token, kept by the model (`Stack.keep_apart`); None = a window is one text
+    Stack.trunk           makes `position_ids` of the windows and calls the model with them
+    transformers          masks one document from another where positions restart (`find_packed_sequence_indices`)
+    HostedMixer           is called with the same positions, and a mixer empties its state where they restart
+
+Whether they restart is only known to who looks, and to look at a device is to wait for it. So where it is known without
+a look that they do not, the model is called with `one_text=True` too, which transformers hands on to blocks and mixers;
+its own masks are kept from looking by `iskd.system.patches.one_text`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
 from iskd.models.signals import IGNORE
 
+# the argument of a model's call that says: no position of these windows restarts, nobody has to look
+ONE_TEXT = "one_text"
 
-def positions_in(input_ids: Tensor, separator: int) -> Tensor:
-    """Place of every token in its own document, [B, T], for windows [B, T]; a window begins with place 0."""
+
+def positions_in(input_ids: Tensor, separator: int | None) -> Tensor:
+    """Place of every token in its own document, for windows [B, T]; a window begins with place 0.
+
+    Args:
+        input_ids: the windows.
+        separator: id of the token that ends a document; None = a window is one text.
+
+    Returns:
+        [B, T], or [1, T] without a separator: then all windows have the same places.
+    """
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if separator is None:
+        return places.unsqueeze(0)
     firsts = torch.zeros_like(input_ids)
     firsts[:, 1:] = places[1:] * (input_ids[:, :-1] == separator)
     return places - firsts.cummax(dim=1).values
@@ -50,52 +64,3 @@ def with_successor(input_ids: Tensor, separator: int | None) -> Tensor:
     goes_on = input_ids != separator
     goes_on[:, -1] = False
     return goes_on.flatten().nonzero().squeeze(1)
-
-
-_LOOK, _KNOWN = "find_packed_sequence_indices", "iskd_one_text"
-_inside, _installing = threading.local(), threading.Lock()
-
-
-@contextmanager
-def one_text() -> Iterator[None]:
-    """Inside the context, in this thread, transformers takes every window for one text without a look.
-
-    In every pass it asks whether positions restart somewhere, and for the answer a device has to be waited for. To be
-    used where it is known that they do not.
-    """
-    _install()
-    _inside.depth = getattr(_inside, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _inside.depth -= 1
-
-
-def _install() -> None:
-    """Stand before transformers' question, once and for good: what one thread knows another must not believe."""
-    with _installing:
-        look = getattr(masking_utils, _LOOK, None)
-        if look is None or hasattr(look, _KNOWN):
-            return
-
-        @wraps(look)
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            return None if getattr(_inside, "depth", 0) else look(*args, **kwargs)
-
-        setattr(asked, _KNOWN, True)
-        setattr(masking_utils, _LOOK, asked)
-
-
-def positions_of_one_text(tokens: int, device: torch.device) -> Tensor:
-    """Positions [1, T] that are known not to restart (`is_one_text`), wherever this very tensor is handed on to.
-
-    A block that is run again in the backward pass gets it too, when no context of the forward pass is left.
-    """
-    positions = torch.arange(tokens, device=device).unsqueeze(0)
-    setattr(positions, _KNOWN, True)
-    return positions
-
-
-def is_one_text(positions: Tensor) -> bool:
-    """Whether positions are known not to restart, without a look at them."""
-    return not torch.compiler.is_compiling() and hasattr(positions, _KNOWN)

@@ -56,7 +56,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Free whole weights, so that `parameters()` are the sharded ones that optimizer and checkpoints know."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -96,12 +96,14 @@ def thaw(
     Returns:
         By the id of each plain parameter, the sharded one whose optimizer state it carries on.
     """
+    # the plain parameter is another object than the sharded one, and optimizer state goes by object: remember the pairs
     origin: dict[int, nn.Parameter] = {}
     chosen = sorted({record.layers.index(layer) for layer in layers})
     if not is_sharded(student) or not chosen:
         return origin
-    settle(student)
+    reshard(student)  # a block that is whole just now shows whole parameters, which no optimizer knows
     stack = Stack(student)
+    # hooks of FSDP cannot be taken off a block again, so plain ones are built from the record, without memory at first
     blocks, skeleton = list(stack.layers), Stack(surgery.rebuild(teacher, record, "meta")).layers
     for position in chosen:
         sharded = blocks[position]
@@ -112,7 +114,7 @@ def thaw(
             copy.data = whole(parameter.detach())
             copy.requires_grad_(parameter.requires_grad)
             origin[id(copy)] = parameter
-        for name, buffer in sharded.named_buffers():
+        for name, buffer in sharded.named_buffers():  # never in shards
             plain.get_buffer(name).copy_(buffer)
     stack.set_layers(blocks)
     return origin
@@ -126,10 +128,12 @@ def freeze(student: PreTrainedModel, origin: dict[int, nn.Parameter], optimizer:
     """
     if not is_sharded(student):
         return
+    # every student has parameters in shards left: its root, which no edit touches
     mesh = next(p for p in student.parameters() if isinstance(p, DTensor)).device_mesh
     for block in Stack(student).layers:
         if is_sharded(block):
             continue
+        # by name, since `fully_shard` makes new parameters under the old names; a replaced block inherits none
         inherited = {name: origin[id(p)] for name, p in block.named_parameters() if id(p) in origin}
         states = {name: optimizer.state.pop(p, None) for name, p in inherited.items()}
         from_first_rank(block)
@@ -138,7 +142,7 @@ def freeze(student: PreTrainedModel, origin: dict[int, nn.Parameter], optimizer:
             if states.get(name) is not None:
                 # same shape on the same mesh: the shards are the same ones
                 optimizer.state[parameter] = states[name]
-    reset_roots(student)
+    reset_roots(student)  # the new blocks would be roots of their own
 
 
 def reset_roots(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a forward pass exposes to losses: a plain container, filled by capture and read by losses and metrics.
+"""Signals: what a forward pass exposes to losses and metrics, as a plain container that capture fills.
 
 Shape legend: B windows, T tokens per window, N (or n) tokens of one chunk, D width, V vocabulary, H heads.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -24,11 +25,14 @@ class Signals:
         logits: [..., V]; present only inside a vocabulary chunk, because [B, T, V] is never materialised.
         last_hidden: [B, T, D] after the final norm, the input of the head.
         hidden: State after layer i, before the final norm, each [B, T, D].
-        matrices: Mixing matrix of layer i, each [B, H, T, T]; empty unless a loss asks for it.
     """
 
     labels: Tensor
     logits: Tensor | None = None
     last_hidden: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    matrices: dict[int, Tensor] = field(default_factory=dict)
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)

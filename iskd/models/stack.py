@@ -1,11 +1,10 @@
-"""The one file that knows transformers' attribute paths.
+"""A transformers model as a stack of blocks: the one file that follows transformers' attribute paths.
 
-A model family is one `Family` descriptor; `Stack` reads a model through it.
+A model family is one `Family` descriptor (`iskd.models.families`); `Stack` reads a model through it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -16,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from iskd.models.families import dims_of, family_of
-from iskd.models.packing import one_text, positions_in, positions_of_one_text
+from iskd.models.packing import ONE_TEXT, positions_in
+from iskd.system.patches import one_text
 
 # the attribute of a model in shards (`iskd.models.sharding`) that holds its way in
 SHARDED_TRUNK = "iskd_trunk"
-# the key of a config, while a run lasts, for the token between documents (`Stack.keep_apart`)
+# the attribute of a model, while a run lasts, that holds the token between documents (`Stack.keep_apart`)
 SEPARATOR = "iskd_separator"
 # keys of a config that hold one value per layer, in stack order
 PER_LAYER = (
@@ -59,7 +59,7 @@ class Stack:
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] (or None) of the output layer; whole, also when the model is in shards."""
         if isinstance(self.model, FSDPModule):
-            self.model.unshard()
+            self.model.unshard()  # the root alone, which holds the head: blocks stay in shards
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head.weight, head.bias
@@ -82,7 +82,7 @@ class Stack:
         A table of learned positions ends where it ends. Without one the context counts as long as an attention of the
         family's is left, in a block or inside a compact block: mixers have no length of their own.
         """
-        attention = f".{self.family.out}"
+        attention = f".{self.family.out}"  # an output projection of the family's is where an attention is
         attends = any(name.endswith(attention) for name, _ in self.layers.named_modules())
         return self.context if self.family.positions or attends else None
 
@@ -109,11 +109,9 @@ class Stack:
         """
         if self.family.positions and self.context and input_ids.shape[1] > self.context:
             raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
-        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
         known = self.separator is None and attention_mask is None
-        if known and "position_ids" in inspect.signature(self.base.forward).parameters:
-            options["position_ids"] = positions_of_one_text(input_ids.shape[1], input_ids.device)
-        elif self.separator is not None and attention_mask is None:
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False, ONE_TEXT: known}
+        if attention_mask is None:
             options["position_ids"] = positions_in(input_ids, self.separator)
         with one_text() if known else nullcontext():
             output: Tensor = self.base(input_ids=input_ids, **options).last_hidden_state
@@ -122,12 +120,13 @@ class Stack:
     @property
     def separator(self) -> int | None:
         """The token behind which a new document begins, or None: a window is one text."""
-        return getattr(self.config, SEPARATOR, None)
+        return getattr(self.model, SEPARATOR, None)
 
     def keep_apart(self, separator: int | None, *, check: bool = True) -> None:
         """Let no token of a window see another document: from now on, in passes without an attention mask.
 
-        It is a note on the model's config, and so on that of its copies; take it off (None) before the config is saved.
+        The model keeps the separator, whichever `Stack` asks it; copies and rebuilt students keep it too. It is no part
+        of its config or weights.
 
         Args:
             separator: id of the token that ends a document; None = a window is one text again.
@@ -136,12 +135,12 @@ class Stack:
         Raises:
             ValueError: the family, or its attention implementation, cannot.
         """
-        vars(self.config).pop(SEPARATOR, None)
+        vars(self.model).pop(SEPARATOR, None)
         if separator is None:
             return
-        setattr(self.config, SEPARATOR, separator)
+        vars(self.model)[SEPARATOR] = separator
         if check and not self._is_apart(separator):
-            vars(self.config).pop(SEPARATOR)
+            vars(self.model).pop(SEPARATOR)
             raise ValueError(
                 f"data.boundaries=true: {self.config.model_type} with attn_implementation="
                 f"{self.config._attn_implementation!r} attends across documents all the same; set data.boundaries=false"
@@ -160,11 +159,12 @@ class Stack:
         finally:
             for module in training:
                 module.training = True
-        difference = (states[0] - states[1]).abs()
+        # relative, as attention rounds: behind the separator nothing may differ, before it everything does
+        difference = (states[0] - states[1]).abs()  # [T, D]
         return bool(difference[2:].max() <= 1e-4 * difference[:2].max())
 
-    def finish(self, h_BTD: Tensor) -> Tensor:
-        """What the host does between its last block and its head: final norm, output projection of OPT."""
+    def final_norm(self, h_BTD: Tensor) -> Tensor:
+        """What the host does between its last block and its head, [B, T, D]: final norm, output projection of OPT."""
         for name in (self.family.norm, "project_out"):
             module = getattr(self.base, name, None)
             if module is not None:
@@ -179,6 +179,7 @@ class Stack:
         depth = len(self.layers)
         setattr(self.base, self.family.layers, nn.ModuleList(blocks))
         if kept is not None:
+            # the config describes layers by position too (full or sliding attention): keep the survivors' entries
             for key in PER_LAYER:
                 values = getattr(self.config, key, None)
                 if isinstance(values, (list, tuple)) and len(values) == depth:
@@ -188,6 +189,7 @@ class Stack:
             if isinstance(first, int):
                 self.config.max_window_layers = first - len(set(range(min(first, depth))) - set(kept))
             self.config.num_hidden_layers = len(blocks)
+        # positions have moved, and a block finds its keys and values in the KV cache by its own
         for index, block in enumerate(blocks):
             set_layer_idx(block, index)
 

@@ -131,6 +131,7 @@ def rebuild(teacher: PreTrainedModel, record: Record, device: str | None = None)
         nn.Module.to(model, torch.float32)
         apply(model, Record(record.num_layers), record.edits)
     model.generation_config = copy.deepcopy(teacher.generation_config)
+    Stack(model).keep_apart(Stack(teacher).separator, check=False)
     return model
 
 

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.models.sharding import like
+from iskd.models.stack import SEPARATOR
 from iskd.system import file_sha256, read_json
 from iskd.system.files import MAX_NUMBER
 
@@ -55,30 +57,36 @@ def present_weights(directory: Path) -> list[Path]:
 
 
 def check_whole(file: Path) -> None:
-    """Check that a safetensors file has as many bytes as its own header describes.
+    """Check that a safetensors file is whole: opening it reads its header and holds its size against it.
 
     Raises:
-        ValueError: it is cut short, or no safetensors file; with both numbers of bytes.
+        ValueError: it is cut short, or no safetensors file; with its bytes, and those of its header where that is left.
     """
-    actual = file.stat().st_size
+    try:
+        with safe_open(file, "pt"):
+            return
+    except SafetensorError as error:
+        actual, expected = file.stat().st_size, _described_bytes(file)
+        if actual < expected <= MAX_NUMBER:
+            raise ValueError(
+                f"{file} cannot be read: it is cut short, {actual:,} bytes where its header describes {expected:,}: "
+                "copy it again"
+            ) from None
+        raise ValueError(
+            f"{file} cannot be read: it has {actual:,} bytes and is no safetensors file ({error!s:.100})"
+        ) from None
+
+
+def _described_bytes(file: Path) -> int:
+    """How long a safetensors file that cannot be opened was, as its header says; 0 where nothing says it."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(length) if length <= min(_HEADER, actual) else b""
-    expected = 8 + length
+        header = opened.read(length) if length <= _HEADER else b""
     try:
-        if header and 8 + length <= actual:
-            entries = json.loads(header)
-            spans = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
-            expected += max(spans, default=0)
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: it is no safetensors file ({error!r:.100})") from None
-    if actual < 8 or length > _HEADER or expected > MAX_NUMBER:
-        raise ValueError(f"{file} cannot be read: it has {actual:,} bytes and is no safetensors file")
-    if actual < expected:
-        raise ValueError(
-            f"{file} cannot be read: it is cut short, {actual:,} bytes where its header describes {expected:,}: "
-            "copy it again"
-        )
+        entries = json.loads(header)
+        return 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        return 8 + length if len(header) < length <= _HEADER else 0
 
 
 def check_model_directory(directory: Path) -> None:
@@ -140,10 +148,21 @@ _VARIABLE = ("_name_or_path", "transformers_version")  # of a config: not what t
 
 
 def model_sha256(model: PreTrainedModel) -> str:
-    """Hex SHA-256 of a model's parameters and of what its config says about what they compute."""
+    """Hex SHA-256 of a model's parameters, of what its config says they compute, and of documents kept apart."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VARIABLE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    if hasattr(model, SEPARATOR):
+        config[SEPARATOR] = getattr(model, SEPARATOR)
+    return parameters_sha256(model, json.dumps(config, sort_keys=True, default=str))
+
+
+def parameters_sha256(model: nn.Module, config: str | None = None) -> str:
+    """Hex SHA-256 of names and bytes of all parameters: of a teacher in memory, or of one with random weights.
+
+    Given a `config`, it is the digest of that text and of names, types, shapes and bytes. Both stand in users' files
+    (`environment.json`, `meta.json` of a teacher cache): neither may change.
+    """
+    digest = hashlib.sha256((config or "").encode())
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update((name if config is None else f"{name} {parameter.dtype} {list(parameter.shape)}").encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ _MAX_SIZE = 1_000_000
 _MAX_VALUES = 1_000
 
 # Only classes below these prefixes are ever imported by name from a record. A user who ships blocks of their own
-# extends the list in code (`iskd.plan.edits.allow("mypackage.blocks.")`), never from the file that is being read.
+# extends the list in code (`iskd.plan.allow("mypackage.blocks.")`), never from the file that is being read.
 _ALLOWED: list[str] = ["iskd.blocks.", "iskd.mixers."]
 
 
@@ -77,7 +77,7 @@ class Spec:
         ):
             raise ValueError(
                 f"the record names {self.target!r}, which is outside the allow-list {_ALLOWED}. "
-                "If you trust it, call iskd.plan.edits.allow('its.package.') before loading."
+                "If you trust it, call iskd.plan.allow('its.package.') before loading."
             )
         module, _, name = self.target.rpartition(".")
         try:

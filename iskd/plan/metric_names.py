@@ -9,7 +9,7 @@ X_AXIS = "tokens"
 #: Keys of a quality measurement, as in `StageResult` and in `StageResult.before`.
 QUALITY = ("ppl", "kl", "top1", "retention")
 
-#: Every metric a run logs, with its unit. A loss term `x` adds `train/x` (see `loss_metric`).
+#: Every metric a run logs, with its unit. A loss term `x` adds `train/x`.
 METRICS: Mapping[str, str] = {
     X_AXIS: "training tokens since the start of the run",
     "step": "optimizer steps since the start of the run",
@@ -40,8 +40,3 @@ METRICS: Mapping[str, str] = {
 NOT_LOSSES = frozenset(
     {"train/grad_norm", "train/tokens_per_s", "train/mfu", "train/flops_per_token", "train/data_share"}
 )
-
-
-def loss_metric(term: str) -> str:
-    """Name under which the loss term `term` is logged, e.g. `kl` -> `train/kl`."""
-    return f"train/{term}"

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+UPKEEP = frozenset(
+    {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
+    | {"gradient_checkpointing", "compile", "max_shard_bytes"}
+)
+"""Options that a resumed run may change: upkeep, which changes no number of it."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -44,8 +50,8 @@ class RunOptions:
     max_skipped: int = 3
     on_oom: str = "stop"
     checkpoints: str = "full"
-    mfu: bool = False
-    efficiency_seconds: float = 0.0
+    mfu: bool = True
+    efficiency_seconds: float = 60.0
     share_prefix: bool = True
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool | str = False

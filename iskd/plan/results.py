@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,10 +18,9 @@ from pydantic import AfterValidator, BeforeValidator
 
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import QUALITY
-from iskd.system import read_json
+from iskd.plan.run_folder import STAGES_FILE
+from iskd.system import read_json, write_whole
 from iskd.system.reading import Count, Number, is_integer, read_as
-
-STAGES_FILE = "stages.json"
 
 _OPS = ("replace", "remove", "convert")
 
@@ -126,11 +124,8 @@ def write_stages(run_dir: Path, results: Sequence[StageResult]) -> Path:
     Returns:
         The file's path.
     """
-    path = Path(run_dir) / STAGES_FILE
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps([r.to_json() for r in results], indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    text = json.dumps([r.to_json() for r in results], indent=1, allow_nan=False) + "\n"
+    return write_whole(Path(run_dir) / STAGES_FILE, text)
 
 
 def read_stages(run_dir: Path) -> list[StageResult]:

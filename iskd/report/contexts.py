@@ -1,4 +1,4 @@
-"""What a context costs, in the reports: lines of one run and its teacher, or of many runs, and what was left out."""
+"""Efficiency by context length, in the reports: lines of one run and its teacher, or of many, and what was left out."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from iskd.plan import StageResult
 from iskd.plan.results import kept_of
 from iskd.report.figures.depth_curves import _LOOKS, Curve, _draw
 from iskd.report.run_folder import read_run
+from iskd.system.files import write_csv
 
 
 def read_curve(run_dir: Path, name: str | None = None) -> Curve:
@@ -45,10 +45,9 @@ def write_curves(curves: Sequence[Curve], out: Path) -> None:
     if len(curves) > len(_LOOKS):
         raise ValueError(f"{len(curves)} runs in one picture; at most {len(_LOOKS)} can be told apart")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "layers", "params", "kl", "ppl", "retention", "tokens", "stage"])
-        for curve in curves:
-            for layers, s in curve.points:
-                writer.writerow([curve.name, layers, s.params, s.kl, s.ppl, s.retention, s.tokens, s.name])
+    rows: list[list[object]] = [["run", "layers", "params", "kl", "ppl", "retention", "tokens", "stage"]]
+    for curve in curves:
+        for layers, s in curve.points:
+            rows.append([curve.name, layers, s.params, s.kl, s.ppl, s.retention, s.tokens, s.name])
+    write_csv(out.with_suffix(".csv"), rows)
     _draw(curves, out)

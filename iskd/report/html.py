@@ -1,4 +1,4 @@
-"""The bones of our html pages: shell, sections, tables in a box of their own, figures. Inline style, no script."""
+"""HTML of our pages: shell, sections, tables in a box of their own, figures. Inline style, no script."""
 
 from __future__ import annotations
 

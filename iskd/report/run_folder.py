@@ -1,4 +1,4 @@
-"""What a run directory holds, read for people: every file is optional, and what cannot be read is told."""
+"""The folder of a run, read for people: every file is optional, and what cannot be read is told."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iskd.evaluation import Efficiency, Evaluation
-from iskd.evaluation.results import EFFICIENCY_FILE, EVALUATION_FILE, efficiency_of, evaluation_of
+from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
-from iskd.plan.results import STAGES_FILE, read_stages, teacher_of
+from iskd.plan.results import read_stages, teacher_of
+from iskd.plan.run_folder import (
+    CONFIG_FILE,
+    DATA_FILE,
+    EFFICIENCY_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    MODEL,
+    RECORD_FILE,
+    STAGES_FILE,
+)
 from iskd.system import read_json
 
 _Read = TypeVar("_Read")
@@ -69,15 +80,15 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     if run.stages and teacher_of(run.stages) is None:
         run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
     if curves:
-        _read_curves(run_dir / "metrics.csv", run)
-    run.config = _text(run_dir / "config.yaml", run)
+        _read_curves(run_dir / METRICS_FILE, run)
+    run.config = _text(run_dir / CONFIG_FILE, run)
     run.record, run.data, run.environment = (
-        _json(run_dir / f"{name}.json", run) for name in ("record", "data", "environment")
+        _json(run_dir / name, run) for name in (RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE)
     )
-    if (run_dir / "model").is_dir():
-        run.model_bytes = sum(path.stat().st_size for path in (run_dir / "model").rglob("*") if path.is_file())
+    if (run_dir / MODEL).is_dir():
+        run.model_bytes = sum(path.stat().st_size for path in (run_dir / MODEL).rglob("*") if path.is_file())
     else:
-        run.notes.append("model/ is missing: the student was not exported")
+        run.notes.append(f"{MODEL}/ is missing: the student was not exported")
     # Made by commands of their own after the run, so their absence is nothing to tell.
     run.efficiency = _measured(run_dir / EFFICIENCY_FILE, efficiency_of, run)
     run.evaluation = _measured(run_dir / EVALUATION_FILE, evaluation_of, run)

@@ -1,4 +1,4 @@
-"""Many runs side by side: which folders are runs, how each one ended, and in which config keys they differ."""
+"""Reading many runs: which folders are runs, how each one ended, and in which config keys they differ."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import yaml
 from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
-from iskd.plan.results import STAGES_FILE, rolled_back_of, student_of, teacher_of
+from iskd.plan.renamed import now_called
+from iskd.plan.results import rolled_back_of, student_of, teacher_of
+from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
 from iskd.report.run_folder import RunFiles, read_run
 
-CONFIG_FILE = "config.yaml"
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
@@ -133,7 +134,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
     A folder that is no run stands for the runs within it (a sweep's jobs, or all of runs/).
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, Path] = {}  # by the resolved path: a run given twice, or by a link too, counts once
     problems = []
     for folder in folders:
         runs = list(_within(folder, _SEARCHED_DEPTH)) if folder.is_dir() else []
@@ -173,6 +174,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             f"no run in {given}: looked for {STAGES_FILE} or {CONFIG_FILE} in each folder and {_SEARCHED_DEPTH} levels "
             "below it; pass the folders that training wrote, for example runs/*"
         )
+    # names are what is left below the deepest folder that holds all runs
     above = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     runs = []
     for path in paths:
@@ -181,6 +183,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             files = read_run(path, curves=False)
             config, notes = _read_config(path)
         except (OSError, ValueError) as error:
+            # one unreadable run is told on the page and does not cost the others
             problems.append(f"{name}: {str(error).replace(f'{path}{os.sep}', '')}")
         else:
             runs.append(Run(name, path, files, config))
@@ -194,7 +197,8 @@ def _read_config(folder: Path) -> tuple[dict[str, str], list[str]]:
         return {}, [f"{CONFIG_FILE} is missing: its settings are not known"]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return dict(_limited(flatten(values))), []
+        found = dict(_limited(flatten(values)))
+        return {key: now_called(value) if key.endswith("_target_") else value for key, value in found.items()}, []
     except (yaml.YAMLError, ValueError) as error:
         return {}, [f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())[:200]}"]
 
@@ -231,7 +235,7 @@ def _incidental(key: str) -> bool:
 
 def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     """Keys whose value is not the same in all configs (a missing key is a value too), in order of appearance."""
-    keys = dict.fromkeys(key for config in configs for key in config)
+    keys = dict.fromkeys(key for config in configs for key in config)  # a set that keeps the order
     return [key for key in keys if key != "resume" and len({config.get(key) for config in configs}) > 1]
 
 
@@ -241,9 +245,11 @@ def telling(configs: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[s
     Where two runs use different parts (`x._target_` differs), the part says it all: keys of `x` that some runs lack and
     that are the same in all others come and go with it.
     """
+    # "block._target_" differs: "block." is the prefix of all keys that belong to the one part or the other
     parts = tuple(key.removesuffix("_target_") for key in keys if key.endswith("._target_"))
 
     def comes_with_its_part(key: str) -> bool:
+        # a key that some runs lack differs by that alone; two values among those that have it are a setting of its own
         values = {config[key] for config in configs if key in config}
         return not key.endswith("._target_") and key.startswith(parts) and len(values) == 1
 

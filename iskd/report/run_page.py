@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from iskd.plan import StageResult
-from iskd.plan.results import STAGES_FILE, student_of, teacher_of
+from iskd.plan.results import student_of, teacher_of
+from iskd.plan.run_folder import REPORT_FILE, STAGES_FILE
 from iskd.report import html
 from iskd.report.figures import along_run, edit_map, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
@@ -22,10 +23,8 @@ from iskd.report.figures.picture import write_picture
 from iskd.report.measured import efficiency_section, tasks_section
 from iskd.report.run_folder import RunFiles, read_run
 from iskd.report.stage_rows import COLUMNS, stage_rows
-from iskd.system import number
+from iskd.system import number, write_whole
 from iskd.system.text import duration, kl_text, percent
-
-REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -41,9 +40,7 @@ def write_report(run_dir: Path) -> Path:
         ValueError: `run_dir` is no directory, `stages.json` is broken, or an edit names a layer outside the teacher.
     """
     run = read_run(Path(run_dir))
-    out = Path(run_dir) / REPORT_FILE
-    out.write_text(_page(run), encoding="utf-8")
-    return out
+    return write_whole(Path(run_dir) / REPORT_FILE, _page(run))
 
 
 def picture(run_dir: Path, out: Path) -> None:

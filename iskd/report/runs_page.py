@@ -14,14 +14,13 @@ from urllib.parse import quote
 
 from iskd.evaluation.results import AtContext
 from iskd.plan import StageResult
+from iskd.plan.run_folder import REPORT_FILE, RUNS_FILE
 from iskd.report import contexts, html
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
 from iskd.report.run_list import Run, differing, read_runs, telling
-from iskd.report.run_page import REPORT_FILE
-from iskd.system import number
+from iskd.system import number, write_whole
 from iskd.system.text import ABSENT, byte_unit, kl_text, percent
 
-RUNS_FILE = "runs.html"
 _LONGEST = 60  # characters of a setting in the table; the list of all settings has it whole
 
 #: Configurations by the number that table and figures call them, with their runs.
@@ -44,8 +43,7 @@ def write_runs_report(folders: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     runs, problems = read_runs([Path(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(runs, problems, out.parent), encoding="utf-8")
-    return out
+    return write_whole(out, _page(runs, problems, out.parent))
 
 
 def runs_file(folders: Sequence[Path]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from iskd.importance import LayerScore
 from iskd.report.figures import figure_of
-from iskd.report.figures.style import PALETTE, integer_x, set_heading
+from iskd.report.figures.style import PALETTE, integer_x, set_heading, write_figure
 from iskd.system import number
+from iskd.system.files import write_csv
 
 
 def score_table(scores: Sequence[LayerScore], name: str) -> Table:
@@ -42,33 +42,28 @@ def write_scores(
     With `runs` [n, L], scores of runs of 1..n consecutive layers by the first of them, also `runs.csv`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", "score", "standard_error", "low95", "high95", "within_noise_of_lowest"])
-        for entry in scores:
-            writer.writerow([entry.layer, entry.score, entry.error, entry.low, entry.high, int(entry.tied)])
-    with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", *(f"window{index}" for index in range(rows.shape[1]))])
-        writer.writerows([entry.layer, *row] for entry, row in zip(scores, rows.tolist(), strict=True))
-    _chart(folder / "scores.png", scores, name)
-    files = [folder / file for file in ("scores.csv", "rows.csv", "scores.png")]
+    head = ["layer", "score", "standard_error", "low95", "high95", "within_noise_of_lowest"]
+    values = [[entry.layer, entry.score, entry.error, entry.low, entry.high, int(entry.tied)] for entry in scores]
+    windows = ["layer", *(f"window{index}" for index in range(rows.shape[1]))]
+    by_window = [[entry.layer, *row] for entry, row in zip(scores, rows.tolist(), strict=True)]
+    files = [
+        write_csv(folder / "scores.csv", [head, *values]),
+        write_csv(folder / "rows.csv", [windows, *by_window]),
+        _chart(folder / "scores.png", scores, name),
+    ]
     return files if runs is None else [*files, _write_runs(folder / "runs.csv", scores, runs)]
 
 
 def _write_runs(path: Path, scores: Sequence[LayerScore], runs: Tensor) -> Path:
     """Every run that fits, of each length the lowest first."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layers", "first", "last", "score"])
-        for length, row in enumerate(runs.tolist(), 1):
-            fitting = sorted(zip(row, range(len(scores) - length + 1), strict=False))
-            for score, first in fitting:
-                writer.writerow([length, scores[first].layer, scores[first + length - 1].layer, score])
-    return path
+    lines: list[list[object]] = [["layers", "first", "last", "score"]]
+    for length, row in enumerate(runs.tolist(), 1):
+        fitting = sorted(zip(row, range(len(scores) - length + 1), strict=False))
+        lines += [[length, scores[first].layer, scores[first + length - 1].layer, score] for score, first in fitting]
+    return write_csv(path, lines)
 
 
-def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> None:
+def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> Path:
     """Bars with 95 % intervals; those within noise of the lowest are hatched as well as coloured."""
     from matplotlib.patches import Patch
 
@@ -90,4 +85,4 @@ def _chart(path: Path, scores: Sequence[LayerScore], name: str) -> None:
         integer_x(axes, min(s.layer for s in scores), max(s.layer for s in scores))
         label = "lowest, or within noise of it"
         figure.legend(handles=[Patch(color=PALETTE["vermillion"], label=label)], loc="outside lower left")
-        figure.savefig(path, dpi=160, facecolor="white")
+        return write_figure(figure, path, dpi=160, facecolor="white")

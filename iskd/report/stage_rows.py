@@ -1,4 +1,4 @@
-"""The stage table: one row per stage, the same cells in the terminal, in markdown and in the html report."""
+"""The stage table: one row per stage, the same cells in the terminal and in the html report."""
 
 from __future__ import annotations
 
@@ -118,13 +118,3 @@ def stage_table(results: Sequence[StageResult]) -> Table:
     for result, row in zip(results, stage_rows(results), strict=True):
         table.add_row(*map(escape, row), style="dim" if result.status == "rolled_back" else None)
     return table
-
-
-def plain_table(results: Sequence[StageResult]) -> str:
-    """The stages as a markdown table for a README, ending in a newline."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |\n"
-
-    rule = "|" + "|".join("---" if column in _TEXT else "---:" for column in COLUMNS) + "|\n"
-    return line(COLUMNS) + rule + "".join(line(row) for row in stage_rows(results))

@@ -1,19 +1,12 @@
-"""What schedules see and share.
-
-A schedule is a plain class with `next_stage(history) -> Stage | None` (pure: same history, same stage), the attribute
-`floor` (retention below which a healed stage is rolled back, or None) and `scoring` (`never`, `once`, `each`: when the
-callback must fill `history.scores`), `removes` (whether edits leave fewer layers) and `restart_at_edit` (every edit in
-a fresh process). `candidates_for` lists the best few choices of the next stage, each of which may be tried for
-`trial_tokens` before one is kept; `choice` says what the scores for it are needed for.
-"""
+"""What every schedule is asked, what it sees, and what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec, Stage
+from iskd.plan import Record, Stage
 
 
 @dataclass(frozen=True)
@@ -57,14 +50,41 @@ class Choice:
 
 
 class Schedule(Protocol):
-    """The contract of every schedule."""
+    """What comes next, as a pure function of the history: same history, same answers.
 
-    floor: float | None
-    scoring: str
-    removes: bool
-    restart_at_edit: bool
-    candidates: int
-    trial_tokens: int
+    Asked in this order, before the first stage and after every stage that was kept:
+
+    1. `scoring`: `never`; or importance scores are needed, `once` in a run or for `each` stage anew. Where they are,
+       a. `complete(history)`: no stage is left, so none are computed, and
+       b. `choice(history)`: what they will decide on, which a race over the calibration windows goes by.
+    2. `candidates_for(history)`, now with `history.scores`: the next stage. None listed: the run is complete. Several:
+       each is healed for `trial_tokens` and the best is kept.
+
+    The rest is read while a stage runs: `floor`, `restart_at_edit`; and `removes` before the run.
+
+    A schedule's class says in `takes` what is passed to it beside the keys of its yaml: `edit`, the kind of edit
+    (`iskd.schedules.edits`), and `seed` of the run; a class that does not say takes both.
+    """
+
+    @property
+    def scoring(self) -> str:
+        """When scores are computed: `never`, `once` or `each`."""
+
+    @property
+    def trial_tokens(self) -> int:
+        """Training tokens that each of several candidates gets before one is kept."""
+
+    @property
+    def floor(self) -> float | None:
+        """Retention, in (0, 1], below which a healed stage is rolled back and the run ends; None = no floor."""
+
+    @property
+    def removes(self) -> bool:
+        """Whether edits leave fewer layers."""
+
+    @property
+    def restart_at_edit(self) -> bool:
+        """Whether every edit is carried out in a fresh process."""
 
     def complete(self, history: History) -> bool:
         """Whether no stage is left; reads no scores, so that none are computed in vain."""
@@ -73,171 +93,9 @@ class Schedule(Protocol):
         """What the scores of `scoring` are needed for; read only while the run is not complete."""
 
     def candidates_for(self, history: History) -> list[Stage]:
-        """At most `candidates` stages that differ in one layer, the best first; none when the run is complete."""
-
-    def next_stage(self, history: History) -> Stage | None:
-        """The first of `candidates_for`, or None when the run is complete."""
+        """Choices of the next stage that differ in one layer, the best first; none when the run is complete."""
 
 
-@dataclass(frozen=True)
-class ReplaceWith:
-    """Edits that put a compact block in. `fit`: fit it to the replaced block before training."""
-
-    block: Spec
-    fit: bool = True
-
-    def make(self, layer: int, seed: int) -> Edit:
-        """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
-        return Replace(layer, self.block, seed=seed * 10_007 + layer)
-
-
-@dataclass(frozen=True)
-class RemoveLayers:
-    """Edits that take a layer out."""
-
-    fit: bool = False
-
-    def make(self, layer: int, seed: int) -> Edit:
-        """The edit of one layer."""
-        return Remove(layer)
-
-
-@dataclass(frozen=True)
-class ConvertTo:
-    """Edits that exchange a block's attention for a mixer, which starts from the attention's own projections."""
-
-    mixer: Spec
-    fit: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a fit, which would silently do nothing."""
-        if self.fit:
-            raise ValueError("edit.fit=true: mixers have no fit before training; set edit.fit=false")
-
-    def make(self, layer: int, seed: int) -> Edit:
-        """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
-        return Convert(layer, self.mixer, seed=seed * 10_007 + layer)
-
-
-EditKind = ReplaceWith | RemoveLayers | ConvertTo
-
-
-@dataclass(frozen=True)
-class Target:
-    """When enough layers are edited; exactly one of the three is given.
-
-    Attributes:
-        count: layers edited in all; -1 = every one that is not protected.
-        layers: layers left in the student.
-        params: parameters of the whole student, at or below which it is small enough.
-
-    Raises:
-        ValueError: none is given, more than one is, or one is not positive.
-    """
-
-    count: int | None = None
-    layers: int | None = None
-    params: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        given = self._given()
-        if len(given) > 1:
-            one, other = list(given)[:2]
-            raise ValueError(
-                f"{one}={given[one]} and {other}={given[other]} are two targets; keep one: set {one}=null or "
-                f"{other}=null"
-            )
-        key, value = next(iter(given.items()), ("schedule.count", None))
-        if key == "schedule.count" and (not value or (value < 1 and value != -1)):
-            raise ValueError(
-                f"schedule.count={value}: nothing would be edited; give at least 1 (-1 = all), or use schedule=none"
-            )
-        if key != "schedule.count" and (not value or value < 1):
-            raise ValueError(f"{self} must be at least 1: a student needs a layer")
-
-    def __str__(self) -> str:
-        """The key and its value, for messages."""
-        return ", ".join(f"{key}={value}" for key, value in self._given().items())
-
-    def _given(self) -> dict[str, int]:
-        values = {"count": self.count, "target_layers": self.layers, "target_params": self.params}
-        return {f"schedule.{key}": value for key, value in values.items() if value is not None}
-
-    def reached(self, history: History, protected: Collection[int]) -> bool:
-        """Whether nothing is left to edit. Raises ValueError when that is so before the first stage of a run."""
-        record = history.record
-        if self.count is not None:
-            return len(record.edited) >= self._count(record, protected)
-        size, unit = (len(record.layers), "layers") if self.layers is not None else (self._size(history), "parameters")
-        goal = self.layers or self.params or 0
-        if size <= goal and not history.stages:
-            raise ValueError(
-                f"{self}: the model has only {size:,} {unit}, so nothing would be removed; choose fewer, "
-                "or use schedule=none"
-            )
-        return size <= goal
-
-    def left(self, history: History, available: Sequence[int], protected: Collection[int]) -> int:
-        """How many layers are still to be edited, if they are taken from `available` in its order.
-
-        Raises ValueError when there are too few.
-        """
-        record, done = history.record, len(history.record.edited)
-        if self.params is not None:
-            left = self._smallest(history, available, self.params)
-        elif self.layers is not None:
-            left = len(record.layers) - self.layers
-        else:
-            left = self._count(record, protected) - done
-        if left > len(available):
-            raise ValueError(
-                f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
-                "edit fewer or protect fewer"
-            )
-        return left
-
-    def _count(self, record: Record, protected: Collection[int]) -> int:
-        count = self.count if self.count and self.count > 0 else record.num_layers - len(protected)
-        if not count:
-            raise ValueError("schedule.count=-1 and every layer is protected: nothing would be edited")
-        return count
-
-    def _size(self, history: History) -> int:
-        if history.params is None:
-            raise ValueError(
-                f"{self} needs the sizes of the blocks, and whoever runs this schedule gives none (History.params); "
-                "use schedule.target_layers or schedule.count"
-            )
-        return history.other_params + sum(history.params.values())
-
-    def _smallest(self, history: History, available: Sequence[int], goal: int) -> int:
-        size = self._size(history)
-        assert history.params is not None
-        # a student keeps at least one layer
-        for number, layer in enumerate(available[: len(history.record.layers) - 1], 1):
-            size -= history.params[layer]
-            if size <= goal:
-                return number
-        raise ValueError(
-            f"{self} cannot be reached: {size:,} parameters are left when all layers that may be removed are gone, "
-            f"{history.other_params:,} of them outside the blocks; choose more, or protect fewer layers"
-        )
-
-
-def check_floor(floor: float | None) -> float | None:
-    """A retention floor in (0, 1], or None."""
-    if floor is not None and not 0 < floor <= 1:
-        raise ValueError(f"schedule.floor must be in (0, 1] (student's score / teacher's score), got {floor}")
-    return floor
-
-
-def check_layers(layers: Sequence[int], record: Record, key: str = "layers") -> list[int]:
-    """Layers of `schedule.<key>` as given, after checking that each exists once."""
-    for layer in layers:
-        if not 0 <= layer < record.num_layers:
-            raise ValueError(f"schedule.{key} names layer {layer}; the teacher has layers 0..{record.num_layers - 1}")
-    twice = sorted({layer for layer in layers if list(layers).count(layer) > 1})
-    if twice:
-        raise ValueError(f"schedule.{key} lists layer {twice[0]} twice; name each layer once")
-    return list(layers)
+def next_stage(schedule: Schedule, history: History) -> Stage | None:
+    """The schedule's best choice of the next stage; None when the run is complete."""
+    return next(iter(schedule.candidates_for(history)), None)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from iskd.plan import Stage
-from iskd.plan.stage import lora_of
 from iskd.schedules.base import Choice, History
+from iskd.schedules.settings import Heal
 
 
-class NoEdits:
-    """One stage that trains the unedited student for `tokens`."""
+@dataclass(frozen=True, kw_only=True)
+class NoEdits(Heal):
+    """One stage that trains the unedited student for `tokens`; keys as in `Heal`.
 
-    def __init__(
-        self, *, tokens: int = 100_000, train: str = "all", lr: float = 1e-4, lora: Mapping[str, Any] | None = None
-    ) -> None:
-        if tokens < 1:
-            raise ValueError(f"schedule.tokens={tokens}: nothing would be edited or trained")
-        self.tokens, self.train, self.lr, self.lora = tokens, train, lr, lora_of(lora, train)
-        self.floor: float | None = None
-        self.scoring, self.removes = "never", False
-        self.restart_at_edit = False
-        self.candidates, self.trial_tokens = 1, 0
+    Source: none: the control
+    Needs: nothing
+    Costs: training alone
+    Measured: perplexity 20.55 to 15.57 on the text it trains on, KL 0.26 (experiments/iskd-smollm2/README.md)
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    scoring: ClassVar[str] = "never"
+    trial_tokens: ClassVar[int] = 0
+    floor: ClassVar[float | None] = None
+    removes: ClassVar[bool] = False
+    restart_at_edit: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.tokens < 1:
+            raise ValueError(f"schedule.tokens={self.tokens}: nothing would be edited or trained")
+        super().__post_init__()
 
     def complete(self, history: History) -> bool:
         """Whether the single stage is done."""
@@ -34,13 +43,7 @@ class NoEdits:
 
     def candidates_for(self, history: History) -> list[Stage]:
         """The single stage; nothing afterwards."""
-        stage = self.next_stage(history)
-        return [] if stage is None else [stage]
-
-    def next_stage(self, history: History) -> Stage | None:
-        """The single stage; None afterwards."""
         if self.complete(history):
-            return None
-        return Stage(
-            "finetune", tokens=self.tokens, train=self.train, lr=self.lr, lr_new=self.lr, fit=False, lora=self.lora
-        )
+            return []
+        how: dict[str, Any] = {"lr": self.lr, "lr_new": self.lr, "lora": self.adapters()}
+        return [Stage("finetune", tokens=self.tokens, train=self.train, fit=False, **how)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from iskd.plan import Stage
-from iskd.schedules.base import History, Schedule
+from iskd.schedules.base import History, Schedule, next_stage
 
 
 def forecast(schedule: Schedule, history: History) -> list[Stage]:
     """All stages if every one of them is kept. Exact for fixed orders; with rescoring, later layers may differ."""
     stages: list[Stage] = []
-    while (stage := schedule.next_stage(history)) is not None:
+    while (stage := next_stage(schedule, history)) is not None:
         stages.append(stage)
         history = history.after(stage)
     return stages

@@ -1,4 +1,4 @@
-"""The process and its machine: files, ranks, signals, watchdog, progress, precision.
+"""The process and its machine: files, ranks, signals, watchdog, progress, precision, patches.
 
 No model in it, no torch module.
 

@@ -1,4 +1,4 @@
-"""Memory settings of a CPU process, set once at start-up.
+"""The C library's allocator: memory settings of a CPU process, set once at start-up.
 
 Training allocates and frees hundreds of megabytes per step; by default glibc hands them back to the system each time
 and gets them again page by page. Here they are kept, in huge pages; what that gains depends on the machine and is told

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run, and what is said about it."""
+"""Faults of a running run (numbers that are not finite, memory, disk), and what is said about each."""
 
 from __future__ import annotations
 

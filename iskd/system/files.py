@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import stat
@@ -10,14 +12,34 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
-def write_whole(file: Path, text: str) -> Path:
-    """Write a file whole or not at all: a reader, or whoever looks after a kill, finds the old one or the new one."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+def write_whole(file: Path, content: str | bytes) -> Path:
+    """Write a file atomically: a reader, or whoever looks after a kill, finds the old one or the new one, whole.
+
+    Text is written as UTF-8, its line ends as they are. No link is followed: one that lies at `file` is replaced, and
+    the draft, in the same folder under a name of its own, is always a new file. Its permissions are the umask's.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; `file` is as it was.
+    """
+    draft = file.with_name(f".{file.name}.{uuid4().hex}.draft")  # process numbers repeat among machines and threads
+    try:
+        with draft.open("xb") as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     return file
+
+
+def write_csv(file: Path, rows: Iterable[Iterable[object]]) -> Path:
+    """Write rows of cells as `write_whole` does, in the csv module's own dialect."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return write_whole(file, text.getvalue())
 
 
 def file_sha256(path: Path) -> str:

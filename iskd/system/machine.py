@@ -1,4 +1,4 @@
-"""What a number was measured on (processor, cores, threads, versions), and how much memory a piece of work takes."""
+"""The machine: its description beside every measurement, its clock, and the peak memory of a piece of work."""
 
 from __future__ import annotations
 

@@ -1,16 +1,64 @@
-"""Device and precision of a pass outside the trainer."""
+"""Device and precision: what `auto` means, in training and in passes outside the trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Opens what forward passes run in: autocast, or nothing."""
 
-def precision(asked: str, accelerator: str) -> str:
-    """`auto`: bf16 autocast on a GPU that has it and on a CPU with bf16 matrix units, else float32."""
-    if asked.startswith("16"):
+
+def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
+    """Device and precision of a pass outside the trainer, chosen as the trainer chooses them.
+
+    Args:
+        settings: keywords of the Trainer, of which `accelerator` and `precision` count; Lightning's own defaults.
+
+    Raises:
+        ValueError: a precision that only a trainer can give, or fp16.
+    """
+    accelerator = str(settings.get("accelerator", "auto"))
+    device, chosen = device_of("cpu" if accelerator == "cpu" else "auto"), settings.get("precision", "32-true")
+    chosen = precision(chosen, accelerator)
+    if chosen == "bf16-mixed":
+        return device, partial(torch.autocast, device.type, torch.bfloat16)
+    if chosen not in ("32-true", "32"):
+        raise ValueError(f"trainer.precision={chosen}: outside of training there are only bf16-mixed and 32-true")
+    return device, nullcontext
+
+
+def device_of(asked: str) -> torch.device:
+    """`auto`: a GPU if there is one, else the CPU; otherwise what is asked for.
+
+    Raises ValueError for a word that names no device.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(asked)
+    except RuntimeError:
+        raise ValueError(f"device={asked} is no device: choose auto, cpu or cuda") from None
+
+
+def serving_dtype(device: torch.device) -> torch.dtype | None:
+    """What a finished model is measured in, as it will be served: bf16 on a GPU, elsewhere (None) what it has."""
+    return torch.bfloat16 if device.type == "cuda" else None
+
+
+def precision(asked: object, accelerator: str) -> str:
+    """`auto`: bf16 autocast on a GPU that has it and on a CPU with bf16 matrix units, else float32.
+
+    Raises ValueError for fp16.
+    """
+    if str(asked).startswith("16"):
         raise ValueError(f"trainer.precision={asked}: fp16 overflows in distillation losses; use bf16-mixed or 32-true")
     if asked != "auto":
-        return asked
+        return str(asked)
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     return "bf16-mixed" if fast_bf16() else "32-true"

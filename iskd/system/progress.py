@@ -1,4 +1,10 @@
-"""Progress lines of long work on a terminal and in a log."""
+"""Progress lines of long work, of unknown length (`Busy`) and of known length (`ProgressLine`).
+
+Both write to standard error, so that what a command prints can be piped, and nothing while the work is short. On a
+terminal a counted line moves; a log gets whole lines, seldom. (A bar of tqdm parts its lines by carriage returns in a
+log too, waits there for its whole interval before the first one, and starts its delay anew with every bar, so that many
+short tasks in a row would stay silent.)
+"""
 
 from __future__ import annotations
 
@@ -8,9 +14,11 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+_LIVE_S = 0.2  # seconds between changes of a line on a terminal
+
 
 class Busy:
-    """While the context lasts: nothing for the first seconds, then a line now and then with the seconds so far.
+    """Progress of work whose length nobody knows: a thread says now and then how many seconds it takes so far.
 
     Args:
         what: what is going on.
@@ -44,22 +52,19 @@ class Busy:
             wait = self._every
 
 
-_LIVE_S = 0.2
-
-
 class ProgressLine:
-    """Writes nothing for the first seconds, then one line that moves on a terminal, or a line now and then elsewhere.
+    """Progress of work that is counted: done, total and seconds left, as the worker reports them.
 
     Args:
-        stream: where to write; None = standard error, so that what a command prints can be piped.
+        stream: where to write; None = standard error.
         first: seconds without a line.
         every: seconds between lines when there is no terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, *, first: float = 2.0, every: float = 15.0) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._live, self._every = self._stream.isatty(), every
-        self._every = every
+        self._live = self._stream.isatty()
+        self._every = _LIVE_S if self._live else every
         self._what, self._started = "", time.monotonic()
         self._last = self._started
         self._next = self._started + first
@@ -82,7 +87,7 @@ class ProgressLine:
         self._last = now
         if now < self._next:
             return
-        self._next = now + (_LIVE_S if self._live else self._every)
+        self._next = now + self._every
         left = f", {(now - self._started) / done * (total - done):,.0f} s left" if done else ""
         text = f"{what}: {done:,}/{total:,}{left}"
         self._write(f"\r\x1b[K{text}" if self._live else f"{text}\n")

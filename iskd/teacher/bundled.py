@@ -1,4 +1,4 @@
-"""Teachers whose weights travel in a Python package: found, verified, converted once, verified again at each load.
+"""Bundled teachers, whose weights travel in a Python package: found, verified, converted once, verified at each load.
 
 A GGUF file takes half a minute to unpack, a Hugging Face directory about a second. So the file is converted once into
 
@@ -8,7 +8,7 @@ in a temporary folder that is renamed when it is complete: a killed conversion l
 finished. `checksums.json` beside the weights holds the sha256 of every other file, and a directory that no longer
 agrees with it is refused. The package itself is never imported: it would ask for a C++ runtime that nobody needs here.
 
-Source of the container format: the GGUF specification in the ggml project, docs/gguf.md.
+Source of the container format: the GGUF specification of the ggml project (gguf.md in its docs).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iskd.system import file_sha256
+from iskd.system import file_sha256, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _convert(gguf: Path, source: Bundle, target: Path) -> None:
         directory = Path(scratch) / source.folder
         _unpack(gguf, directory)
         sums = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
-        (directory / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        write_whole(directory / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
         directory.rename(target)
     log.info("teacher ready in %s", target)
 
@@ -165,12 +166,13 @@ def _unpack(gguf: Path, directory: Path) -> None:
             raise ValueError(f"unpacking {gguf.name} needs the package {package}: pip install 'iskd[gguf]'") from error
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Without dequantize the weights are unpacked all the same, but the model counts as quantised and cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    # The class is there in transformers 5.17 and not in 5.6.
+    quantized = getattr(transformers, "GgufConfig", None)
+    unpacked = {} if quantized is None else {"quantization_config": quantized(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpacked)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     # transformers 5 writes a class name of its own; this one is known to every version.
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(settings, indent=2) + "\n")

@@ -7,7 +7,7 @@ reader, and the rows (`iskd.teacher.cache_rows`) of every window that somebody a
 A window that is not there yet, or is not what its digest says, is put to the teacher when it is first read, and the
 answer is written down: a run pays for the windows that it trains on and no others, at the step that needs them and on
 the process that needs them, so that no process waits for another. Later epochs and later runs read. It pays for several
-epochs over fixed text or several runs over it, never for one epoch of one run. `build` asks about all windows ahead.
+epochs over fixed text or several runs over it, never for one epoch of one run. `fill` asks about all windows ahead.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_sha256
-from iskd.system import read_json
+from iskd.system import read_json, write_whole
 from iskd.teacher.cache_rows import CacheSpec, RowFormat
 from iskd.teacher.row_store import RowStore
 
@@ -45,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class TeacherCache:
-    """Rows of the training windows, by window number. `open` it, or `build` it.
+    """Rows of the training windows, by window number. `open` it; `fill` asks about all windows ahead.
 
     The teacher is asked where it lies, in the precision that was the caller's when the cache was opened; its weights
     must not change from then on.
@@ -98,42 +96,23 @@ class TeacherCache:
         )
         return cache
 
-    @classmethod
-    def build(
-        cls,
-        model: PreTrainedModel,
-        windows: Windows,
-        folder: Path,
-        spec: CacheSpec | None = None,
-        *,
-        tokenizer: str = "",
-        batch_size: int = 8,
-    ) -> TeacherCache:
-        """The whole cache of these windows and this teacher, made as far as it is not there yet.
+    def fill(self, *, batch_size: int = 8) -> TeacherCache:
+        """Ask about every window that is not there yet, `batch_size` per forward pass; returns the cache.
 
-        One process builds at a time, others wait for it, for as long as it takes, and find the result.
-
-        Args:
-            model: the teacher, whole.
-            windows: [windows, seq_len] of token ids, may be memory-mapped.
-            folder: parent of all caches.
-            spec: what is kept.
-            tokenizer: hash of the tokenizer (`iskd.data.shards.tokenizer_hash`).
-            batch_size: windows per forward pass.
+        One process asks at a time, others wait for it, for as long as it takes, and find the result.
 
         Raises:
-            ValueError: as `open`, or the disk is too small.
+            ValueError: the disk is too small.
         """
-        cache = cls.open(model, windows, folder, spec, tokenizer=tokenizer)
-        if cache._store.missing():
-            with _alone(folder / f".{cache.folder.name}.lock"):
-                cache._fill(batch_size)
-        return cache
+        if self._store.missing():
+            with _alone(self.folder.parent / f".{self.folder.name}.lock"):
+                self._write_missing(batch_size)
+        return self
 
     @property
     def nbytes_per_token(self) -> int:
         """Bytes that one token takes on disk."""
-        return self._format.record.itemsize
+        return self._format.layout.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -154,11 +133,11 @@ class TeacherCache:
         for window in dict.fromkeys(indices):
             if not 0 <= window < self.count:
                 raise ValueError(f"teacher cache {self.folder} has windows 0..{self.count - 1}, and no {window}")
-            record = self._store.get(window)
-            if record is None:
+            row = self._store.get(window)
+            if row is None:
                 unknown.append(window)
             else:
-                found[window] = np.frombuffer(record, self._format.record)
+                found[window] = np.frombuffer(row, self._format.layout)
         if unknown:
             found |= self._ask(unknown)
             if self._writes:
@@ -192,9 +171,7 @@ class TeacherCache:
         path = self.folder / "meta.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{uuid4().hex}.part")  # process numbers repeat among machines and threads
-            part.write_text(json.dumps(self.recipe, indent=1), encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, json.dumps(self.recipe, indent=1))
         try:
             found = read_json(path)
         except (OSError, ValueError) as error:
@@ -223,7 +200,7 @@ class TeacherCache:
             )
             _log.warning(message, self.folder, error)
 
-    def _fill(self, batch_size: int) -> None:
+    def _write_missing(self, batch_size: int) -> None:
         """Write every window that is not there. The caller holds the lock."""
         left = self._store.missing()
         needed, free = len(left) * self._store.size, shutil.disk_usage(self.folder).free

@@ -1,4 +1,4 @@
-"""What the teacher cache keeps of one token, and how: the last hidden state, or the likeliest next tokens.
+"""Rows of the teacher cache, one a token: its last hidden state, or its likeliest next tokens.
 
     hidden   D numbers in half precision                                                      2 D bytes
     topk     k ids (2 or 4 bytes), k log-probabilities (fp16), log of the rest's mass (fp32)   4 k + 4 or 6 k + 4 bytes
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.losses import Terms, uses_teacher
-from iskd.models import Stack, at_least_fp32, autocast_head, finish_logits
+from iskd.losses import Terms, traits_of
+from iskd.models import Stack, at_least_fp32, autocast_head, cap_logits
 
 KINDS = ("hidden", "topk")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,12 +64,12 @@ def check_terms_cached(terms: Terms, kind: str) -> None:
         ValueError: naming the term, what it needs, and what to do.
     """
     for name, (loss, weight) in terms.items():
-        if not weight or not uses_teacher(loss):
+        if not weight or not traits_of(loss).uses_teacher:
             continue
-        inner, on_logits = sorted(loss.needs & {"hidden", "matrix"}), "logits" in loss.needs
+        inner, on_logits = "hidden" in loss.needs, "logits" in loss.needs
         if inner:
             raise ValueError(
-                f"loss.{name} compares what happens inside the teacher ({', '.join(inner)}), and teacher.cache={kind} "
+                f"loss.{name} compares what happens inside the teacher (hidden), and teacher.cache={kind} "
                 f"holds only its end: set teacher.cache=null, or leave {name} out of loss=[...]"
             )
         if kind == "topk" and not on_logits:
@@ -77,13 +77,13 @@ def check_terms_cached(terms: Terms, kind: str) -> None:
                 f"loss.{name} reads the teacher's last hidden state, and teacher.cache=topk holds only tokens: "
                 f"set teacher.cache=hidden, or leave {name} out of loss=[...]"
             )
-        temperature = getattr(loss, "temperature", 1.0)
+        temperature = traits_of(loss).temperature
         if kind == "topk" and temperature != 1.0:
             raise ValueError(
                 f"loss.{name}.temperature={temperature} softens the probability of every token, and teacher.cache=topk "
                 f"holds only some: set teacher.cache=hidden, or loss.{name}.temperature=1"
             )
-        if kind == "topk" and not getattr(loss, "by_buckets", False):
+        if kind == "topk" and not traits_of(loss).by_buckets:
             raise ValueError(
                 f"loss.{name} ({type(loss).__name__}) does not say by_buckets=True, that it may see tokens merged, as "
                 f"teacher.cache=topk does: set teacher.cache=hidden, or leave {name} out of loss=[...]"
@@ -94,7 +94,7 @@ class RowFormat:
     """How the rows of one teacher are stored.
 
     Attributes:
-        record: numpy's type of one token.
+        layout: numpy's type of one token.
         tokens: vocabulary of the teacher's head.
     """
 
@@ -107,17 +107,17 @@ class RowFormat:
         fields: list[Any] = [("last_hidden", "<f2" if spec.dtype == "float16" else "<i2", (width,))]
         if spec.kind == "topk":
             fields = [("ids", ids, (spec.top_k,)), ("log_probs", "<f2", (spec.top_k,)), ("rest", "<f4")]
-        self.record: np.dtype[Any] = np.dtype(fields)
+        self.layout: np.dtype[Any] = np.dtype(fields)
 
     @torch.no_grad()
     def encode(self, stack: Stack, input_ids: Tensor) -> NDArray[Any]:
-        """Run the teacher on windows [B, T] on its device; rows [B, T] of `record`.
+        """Run the teacher on windows [B, T] on its device; rows [B, T] of `layout`.
 
         Raises:
             ValueError: a hidden state is not finite in half precision.
         """
         hidden = stack.last_hidden(input_ids)
-        rows: NDArray[Any] = np.empty(tuple(input_ids.shape), self.record)
+        rows: NDArray[Any] = np.empty(tuple(input_ids.shape), self.layout)
         if self.spec.kind == "topk":
             found = [self._likeliest(stack, piece) for piece in hidden.flatten(0, 1).split(_TOKENS)]
             for name, values in zip(("ids", "log_probs", "rest"), zip(*found, strict=True), strict=True):
@@ -135,7 +135,7 @@ class RowFormat:
         """Ids [n, K], their log-probabilities [n, K] and that of the rest [n], finite in fp16."""
         weight, bias = autocast_head(stack.head)
         logits = at_least_fp32(F.linear(hidden_nD.to(weight.dtype), weight, bias))
-        log_probs = torch.log_softmax(finish_logits(logits, scale=1.0, softcap=stack.softcap), dim=-1)
+        log_probs = torch.log_softmax(cap_logits(logits, scale=1.0, softcap=stack.softcap), dim=-1)
         top, ids = log_probs.topk(self.spec.top_k)
         rest = log_probs.scatter(-1, ids, float("-inf")).logsumexp(-1)
         lowest = torch.finfo(torch.float16).min

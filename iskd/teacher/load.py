@@ -3,13 +3,10 @@
 Four ways in, one way out: `Loaded`, a model in eval mode, its tokenizer, and where both came from as plain values for
 the record. Weights are read from safetensors only (a pickle can run code), remote code stays off unless asked for, and
 a checkpoint that leaves a single parameter unset is refused instead of being filled with random numbers.
-
-`python -m iskd.teacher.load smollm2` prepares the bundled SmolLM2 (Allal et al., arXiv 2502.02737) and prints its path.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.configuration_utils import PreTrainedConfig
 
 from iskd.models.tokenizers import byte_tokenizer
-from iskd.models.weights import check_model_directory, weights_sha256
+from iskd.models.weights import check_model_directory, parameters_sha256, weights_sha256
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
 
@@ -209,11 +206,7 @@ def _random(spec: TeacherSpec) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype])
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    return _loaded(spec, "random", model, tokenizer, origin, digest.hexdigest(), {"seed": spec.seed})
+    return _loaded(spec, "random", model, tokenizer, origin, parameters_sha256(model), {"seed": spec.seed})
 
 
 def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBase, str]:

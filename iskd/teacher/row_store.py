@@ -1,11 +1,11 @@
-"""Records of equal size on disk, found by number, that may be there or not.
+"""A sparse file store of rows of equal size: each found by its number, there or not, checked by its digest.
 
-    00000.rows   the records of `per_file` numbers one after the other, then the SHA-256 of each
+    00000.rows   the rows of `per_file` numbers one after the other, then the SHA-256 of each
 
-A file has its full length from the start and takes disk only where somebody wrote (it is sparse). A record is there
+A file has its full length from the start and takes disk only where somebody wrote (it is sparse). A row is there
 when its digest is that of its bytes, so that nothing has to be locked, renamed or cleaned up: what a killed process, a
 full disk or two writers of the same number leave half-written is not there, and is written again. A digest is computed
-once per record and process, when it is first read.
+once per row and process, when it is first read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _ABSENT = bytes(_DIGEST)
 
 
 class RowStore:
-    """The records of one folder.
+    """The rows of one folder.
 
     Args:
         folder: where the files are; it exists before the first `put`.
         count: numbers are 0 .. count - 1.
-        size: bytes of a record.
+        size: bytes of a row.
         per_file: numbers per file.
     """
 
@@ -34,31 +34,31 @@ class RowStore:
         self._sound = bytearray(count)  # 1 = the digest was found right in this process
 
     def get(self, number: int) -> bytes | None:
-        """A record, or None when it is not there or not what was written."""
-        path, record_at, digest_at = self._place(number)
+        """A row, or None when it is not there or not what was written."""
+        path, row_at, digest_at = self._place(number)
         with suppress(FileNotFoundError), open(path, "rb", opener=_no_link) as file:
-            file.seek(record_at)
-            record = file.read(self.size)
-            if len(record) == self.size and self._sound[number]:
-                return record
+            file.seek(row_at)
+            row = file.read(self.size)
+            if len(row) == self.size and self._sound[number]:
+                return row
             file.seek(digest_at)
-            if file.read(_DIGEST) == hashlib.sha256(record).digest():
+            if file.read(_DIGEST) == hashlib.sha256(row).digest():
                 self._sound[number] = 1
-                return record
+                return row
         return None
 
-    def put(self, number: int, record: bytes) -> None:
-        """Write a record; raises OSError, e.g. when the disk is full."""
-        path, record_at, digest_at = self._place(number)
+    def put(self, number: int, row: bytes) -> None:
+        """Write a row; raises OSError, e.g. when the disk is full."""
+        path, row_at, digest_at = self._place(number)
         end = digest_at - number % self.per_file * _DIGEST + self._in_file(number) * _DIGEST
         self._sound[number] = 0
         with open(path, "r+b", opener=_made) as file:
             if file.seek(0, os.SEEK_END) < end:
                 file.truncate(end)
-            file.seek(record_at)
-            file.write(record)
+            file.seek(row_at)
+            file.write(row)
             file.seek(digest_at)
-            file.write(hashlib.sha256(record).digest())
+            file.write(hashlib.sha256(row).digest())
 
     def missing(self) -> list[int]:
         """Numbers that were never written, by their digests alone: `get` finds those that changed since."""
@@ -74,13 +74,13 @@ class RowStore:
         return found
 
     def _in_file(self, number: int) -> int:
-        """How many records the file of a number holds."""
+        """How many rows the file of a number holds."""
         return min(self.per_file, self.count - number // self.per_file * self.per_file)
 
     def _place(self, number: int) -> tuple[Path, int, int]:
-        """The file of a number, and where its record and its digest begin."""
-        file, row = divmod(number, self.per_file)
-        return self.folder / f"{file:05d}.rows", row * self.size, self._in_file(number) * self.size + row * _DIGEST
+        """The file of a number, and where its row and its digest begin."""
+        file, at = divmod(number, self.per_file)
+        return self.folder / f"{file:05d}.rows", at * self.size, self._in_file(number) * self.size + at * _DIGEST
 
 
 def _no_link(path: str, flags: int) -> int:

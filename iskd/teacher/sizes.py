@@ -1,4 +1,4 @@
-"""Our seven size names on any transformers config: `num_layers=4` works for GPT-2 (n_layer) and Llama alike."""
+"""Sizes of a model config under seven names: `num_layers=4` works for GPT-2 (n_layer) and Llama alike."""
 
 from __future__ import annotations
 

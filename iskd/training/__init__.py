@@ -3,12 +3,13 @@
 `step` is one training step, `state` where a run stands, `profile` where its time goes.
 
 Imports: system, plan, models, losses, teacher, data, blocks, evaluation, importance, schedules, report, export,
-training.step, training.state.
+training.step, training.state, training.metrics.
 """
 
 from __future__ import annotations
 
 from iskd.training.parts import Parts, Result
-from iskd.training.runner import StartAgain, run
+from iskd.training.restart import StartAgain
+from iskd.training.runner import run
 
 __all__ = ["Parts", "Result", "StartAgain", "run"]

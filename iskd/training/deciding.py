@@ -91,8 +91,3 @@ def _scored(
     last = order[choice.number - 1]
     ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]
     return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
-
-
-def divergence(module: DistillModule, batches: Sequence[Tensor]) -> float:
-    """KL from teacher to student on windows [B, T], nats per token, as validation measures it."""
-    return module.measure([{"input_ids": batch} for batch in batches], remember=False)["kl"]

@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +18,21 @@ from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Record, Stage
 from iskd.system.text import layers_text
 from iskd.training.state import checkpoint
-from iskd.training.step import DistillModule, adapters, regroup
-from iskd.training.step.trainable import freeze_out_of_reach, new_parameters
+from iskd.training.step import DistillModule, adapters
+from iskd.training.step.trainable import new_parameters
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit made: the student's new record, and sentences worth telling.
+
+    They say how well blocks were fitted, what mixers took over from the attention, what stays frozen.
+    """
+
+    record: Record
+    events: list[str]
 
 
 def carry_out(
@@ -29,20 +41,17 @@ def carry_out(
     stage: Stage,
     batches: Sequence[Tensor],
     forward_context: Callable[[], AbstractContextManager[None]],
-) -> list[str]:
+) -> Edited:
     """Apply a stage's edits, fit the compact blocks, and give the optimizer what the stage trains.
 
     Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
 
     Args:
-        module: its student, record and stage are changed.
+        module: its student, record and stage change.
         optimizer: the running one; its groups are rewritten in place.
         stage: what to do.
         batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
         forward_context: the precision under which training runs.
-
-    Returns:
-        Sentences worth telling: how well blocks were fitted, what mixers took over from the attention.
     """
     student, before = module.student, module.record
     touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
@@ -55,13 +64,13 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
     sharding.freeze(student, origin, optimizer)
     adapt(student, record, stage)
-    module.record, module.stage = record, stage
-    regroup(optimizer, student, record, stage)
-    frozen = freeze_out_of_reach(optimizer, student, module.terms, record, stage)
+    module.hold(student, record)
+    module.enter(stage)
+    frozen = module.regroup(optimizer)
     events = [*map(str, fitted), *taken_over(student, record, stage), *frozen]
     for event in events:
         _log.info("%s", event)
-    return events
+    return Edited(record, events)
 
 
 def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:
@@ -90,10 +99,10 @@ def adapt(student: PreTrainedModel, record: Record, stage: Stage) -> None:
     adapters.attach(student, record, stage.lora, new_parameters(student, record, stage))
 
 
-def settle(module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
+def merge_adapters(module: DistillModule, optimizer: torch.optim.Optimizer) -> None:
     """Merge the adapters at the end of a stage, so that scores, edits and checkpoints see a plain student."""
     if adapters.merge(module.student):
-        module.stage = adapters.merged(module.stage)
+        module.enter(adapters.merged(module.stage))
         module.regroup(optimizer)
 
 
@@ -107,10 +116,10 @@ def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer,
         stage: the one that the checkpoint's weights were trained in.
     """
     record, device = checkpoint.read_state(path).record, module.device
-    module.student = surgery.rebuild(module.teacher, record).train()
+    module.hold(surgery.rebuild(module.teacher, record).train(), record)
     nn.Module.to(module.student, device)
     module.configure_model()
-    module.record, module.stage = record, adapters.merged(stage)
+    module.enter(adapters.merged(stage))
     module.regroup(optimizer)
     checkpoint.restore(path, module.student, optimizer, rng=False)
     return record

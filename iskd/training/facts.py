@@ -9,6 +9,8 @@ import platform
 import lightning as L
 import torch
 
+from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE
+from iskd.system import write_whole
 from iskd.training.parts import Parts
 
 
@@ -25,14 +27,14 @@ def write_facts(parts: Parts, trainer: L.Trainer) -> None:
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
     }
-    (parts.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+    write_whole(parts.run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=1))
     write_data(parts)
 
 
 def write_data(parts: Parts) -> None:
     """What identifies the data, and what layers were selected by."""
     data = {**parts.data.manifest(), "selection_sha256": selected(parts.importance)}
-    (parts.run_dir / "data.json").write_text(json.dumps(data, indent=1))
+    write_whole(parts.run_dir / DATA_FILE, json.dumps(data, indent=1))
 
 
 def selected(importance: object) -> dict[str, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import resource
 import shlex
@@ -20,17 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import EvalSpec, efficiency, evaluate
-from iskd.evaluation.results import EVALUATION_FILE
 from iskd.export import export, refresh_card
 from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
-from iskd.plan import Record, StageResult, to_json
+from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
+from iskd.plan.run_folder import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
 from iskd.system import Busy, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory
+from iskd.system.precision import serving_dtype
 from iskd.training.facts import selected, write_data
-from iskd.training.loggers import log_end
+from iskd.training.metrics import log_end
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule
@@ -54,7 +54,7 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
         return Result(state.results, student, state.record, run_dir, None, None)
     write_stages(run_dir, state.results)
     write_data(parts)  # again: now with every calibration window that was used
-    (run_dir / "record.json").write_text(json.dumps(to_json(state.record), indent=1))
+    write_record(run_dir, state.record)
     _report(run_dir)
     model_dir: Path | None = None
     failed: Exception | None = None
@@ -75,7 +75,7 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
 
 
 def _report(run_dir: Path) -> Path | None:
-    with _guarded("report.html", f"Again: {shlex.join(['iskd', 'report', str(run_dir)])}"):
+    with _guarded(REPORT_FILE, f"Again: {shlex.join(['iskd', 'report', str(run_dir)])}"):
         return write_report(run_dir)
     return None
 
@@ -84,7 +84,7 @@ def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
     teacher = parts.teacher
     with Busy("writing the student and reopening it in a fresh process"):
         return export(
-            parts.run_dir / "model", student, record, teacher.model.config, teacher.tokenizer,
+            parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
         )  # fmt: skip
 
@@ -102,17 +102,17 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
                 log.warning("%s was not measured, as the teacher lies in shards. On one device: %s", what, command)
         return
     device = next(teacher.parameters()).device
-    low = torch.bfloat16 if device.type == "cuda" else None  # as it will be served
+    dtype = serving_dtype(device)
     if seconds:
         with _guarded("efficiency", f"Again: {measuring['efficiency']}"), ProgressLine() as line:
             nn.Module.to(student, device)
             models = {"teacher": teacher, "student": student}
-            efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=low, progress=line))
+            efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=dtype, progress=line))
     if spec is not None:
         with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
             nn.Module.to(student, device)
             exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
-            with torch.autocast(device.type, torch.bfloat16, enabled=low is not None):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 found = evaluate(
                     student, parts.teacher.tokenizer, spec, parts.teacher,
                     exclude=[sha for items in selected(parts.importance).values() for sha in items],

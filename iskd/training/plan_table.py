@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage, to_json
+from iskd.plan.run_folder import PLAN_FILE
 from iskd.schedules import Schedule
-from iskd.system import Json, Ranks
+from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import clock
 from iskd.training.step import DistillModule, alignment
 
@@ -99,7 +100,7 @@ def announce(
     rows = plan_rows(module.teacher, plan, steps, step_tokens, probe(module, windows) / ranks.size)
     check_plan(rows, plan)
     if ranks.rank == 0:
-        (run_dir / "plan.json").write_text(json.dumps(rows, indent=1))
+        write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
         print_plan(rows)
 
 

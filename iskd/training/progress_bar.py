@@ -11,19 +11,19 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from iskd.training.callback import CompressionCallback
+from iskd.training.stages import StageLoop
 
 _READ_EVERY = 1.0  # seconds
 
 
 class StageProgress(ProgressBar):
-    """Reads the run's position off the compression callback; owns nothing.
+    """Reads the run's position off the stage loop; owns nothing.
 
     Args:
-        run: the callback that knows the stages. every: seconds between lines when there is no terminal.
+        run: the loop that knows the stages. every: seconds between lines when there is no terminal.
     """
 
-    def __init__(self, run: CompressionCallback, every: float = 15.0) -> None:
+    def __init__(self, run: StageLoop, every: float = 15.0) -> None:
         super().__init__()
         self._run, self._every, self._last = run, every, 0.0
         self._started, self._first = time.monotonic(), 0
@@ -42,7 +42,7 @@ class StageProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
-        self._started, self._first = time.monotonic(), self._run.steps_done
+        self._started, self._first = time.monotonic(), self._run.count.in_run
         if self._on and self._console.is_terminal:
             text = TextColumn("{task.description}")
             self._bar = Progress(
@@ -66,10 +66,10 @@ class StageProgress(ProgressBar):
             if now - self._last >= _READ_EVERY:  # to read a number waits for the device
                 self._last, self._loss = now, f", loss {float(loss):.3f}"
             text = f"{state.tokens:,} tokens{self._loss}"
-            self._bar.update(self._task, completed=self._run.steps_done, description=where, text=text)
+            self._bar.update(self._task, completed=self._run.count.in_run, description=where, text=text)
         elif now - self._last >= self._every:
             self._last = now
-            done, total = self._run.steps_done, state.total_steps
+            done, total = self._run.count.in_run, state.total_steps
             left = (now - self._started) / max(done - self._first, 1) * (total - done)
             text = f"step {done}/{total}, {state.tokens:,} tokens, loss {float(loss):.3f}, {left / 60:.0f} min left"
             self._console.print(f"{where}: {text}", highlight=False)

@@ -22,11 +22,11 @@ import iskd
 from iskd.commands import build
 from iskd.commands.compose import compose_config
 from iskd.commands.resume import resumed
-from iskd.data import memory_texts
-from iskd.data.sources import MemoryTexts
+from iskd.data import given_texts
+from iskd.data.sources import GivenTexts
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_tensors
-from iskd.teacher.in_memory import memory_teacher
+from iskd.teacher.given import given_teacher
 from iskd.training import Result, run
 from tests.factories import CONF, digest, modes, tiny
 
@@ -166,23 +166,23 @@ def test_bad_arguments_are_refused_with_the_fix(
 
 
 def test_texts_are_known_by_their_content() -> None:
-    source = memory_texts(text for text in ["one", " ", "two\n"])
+    source = given_texts(text for text in ["one", " ", "two\n"])
     assert [text for text, _ in source.documents()] == ["one", "two"]
-    assert source.fingerprint() == MemoryTexts(("one", "two")).fingerprint()
-    assert source.fingerprint() != MemoryTexts(("onet", "wo")).fingerprint()
+    assert source.fingerprint() == GivenTexts(("one", "two")).fingerprint()
+    assert source.fingerprint() != GivenTexts(("onet", "wo")).fingerprint()
     assert "one" not in repr(source)
     assert source.fingerprint() in repr(source)
 
 
 def test_a_teacher_in_memory_is_known_by_its_weights() -> None:
     first, second = model(), model()
-    assert memory_teacher(first, byte_tokenizer()).source == memory_teacher(second, byte_tokenizer()).source
+    assert given_teacher(first, byte_tokenizer()).source == given_teacher(second, byte_tokenizer()).source
     with torch.no_grad():
         next(second.parameters())[0, 0] += 1
-    assert memory_teacher(first, byte_tokenizer()).source != memory_teacher(second, byte_tokenizer()).source
-    assert memory_teacher(model().bfloat16(), byte_tokenizer()).source["dtype"] == "bfloat16"
+    assert given_teacher(first, byte_tokenizer()).source != given_teacher(second, byte_tokenizer()).source
+    assert given_teacher(model().bfloat16(), byte_tokenizer()).source["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match=r"ids up to 256, the embedding of LlamaForCausalLM only 101 rows"):
-        memory_teacher(tiny("llama"), byte_tokenizer())
+        given_teacher(tiny("llama"), byte_tokenizer())
 
 
 def test_importing_the_package_does_not_import_what_runs() -> None:
@@ -204,7 +204,7 @@ def test_importing_the_package_does_not_import_what_runs() -> None:
         "iskd.commands.build",
         "iskd.training.runner",
         "iskd.report.run_page",
-        "iskd.training.loggers",
+        "iskd.training.metrics.loggers",
     }
     assert {"compress", "Result", "load"} <= set(dir(iskd))
     with pytest.raises(AttributeError, match="no attribute 'compres'"):

@@ -156,6 +156,31 @@ def test_a_card_without_marks_gets_them_at_its_end_and_a_broken_one_is_named(tmp
         refresh_card(tmp_path, tmp_path)
 
 
+def test_what_an_owner_wrote_is_kept(tmp_path: Path) -> None:
+    header = "license: mit\nmodel_name: Mine\ntags:\n- a\n- a\nx_own:\n  deep: caf\u00e9"
+    body = "\n# Mine\n\nWords -- caf\u00e9.\n"
+    broken = "\nmodel-index: of the owner"
+    (tmp_path / "README.md").write_text(f"---\n{header}{broken}\n---\n{body}", encoding="utf-8")
+    refresh_card(tmp_path, tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"---\n{header}\n---\n{body.rstrip()}")
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores(0.5)))
+    refresh_card(tmp_path, tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"---\n{header}\nmodel-index:")
+    assert f"---\n{body.rstrip()}" in text
+    assert yaml.safe_load(text.split("---")[1])["model-index"][0]["name"] == "Mine"
+
+
+@pytest.mark.parametrize("front", ["- a list", "just words", "# nothing but a comment", "1: 2", "a: \xff"])
+def test_a_header_that_holds_no_keys_is_named_and_left(front: str, tmp_path: Path) -> None:
+    before = f"---\n{front}\n---\n# Mine\n".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(before)
+    with pytest.raises(ValueError, match=r"the header of .*README\.md (cannot be read|must hold keys and values)"):
+        refresh_card(tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("front", "licence"),
     [

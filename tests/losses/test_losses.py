@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iskd.losses import chunk_size, chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
-from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope, uses_teacher
+from iskd.losses.base import BatchSignals, Loss, Terms, kept_tokens, knows_its_slope, traits_of
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
@@ -120,7 +120,7 @@ class Plain:
     """A term that does not know its slope."""
 
     def __init__(self, loss: Loss) -> None:
-        self.loss, self.needs, self.uses_teacher = loss, loss.needs, uses_teacher(loss)
+        self.loss, self.needs, self.uses_teacher = loss, loss.needs, traits_of(loss).uses_teacher
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         return self.loss(student, teacher)
@@ -131,7 +131,7 @@ class Plain:
 def test_closed_form_slopes_equal_autograd_whatever_the_rows(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iskd.losses.walk._ROWS", rows * V)
+    monkeypatch.setattr("iskd.losses.chunk_walk._ROWS", rows * V)
     loss, weight = CLOSED[name]
     assert knows_its_slope(loss)
     gradients = []
@@ -773,15 +773,20 @@ class Unknown(KL):
     needs = frozenset({"attention"})
 
 
+class Matrices(KL):
+    needs = frozenset({"matrix"})
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
         (Summed(), r"loss\.x returned shape \[\]"),
         (Greedy(), r"loss\.x needs .*split"),
         (Unknown(), r"loss\.x needs \['attention'\]"),
+        (Matrices(), r"loss\.x needs \['matrix'\]; known signals are \['hidden', 'logits'\]"),
         (HiddenMatch(), r"\['x'\] do not read logits"),
     ],
-    ids=["summed", "greedy", "unknown", "hidden"],
+    ids=["summed", "greedy", "unknown", "matrix", "hidden"],
 )
 def test_a_term_that_breaks_the_contract_is_named(loss: Loss, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iskd.mixers.ops import fla, recurrence
-from tests.mixers.test_recurrence import KINDS, arguments, close, patterns
+from iskd.mixers.ops import Recurrence, fla
+from tests.mixers.test_recurrence import KINDS, arguments, chunk, close, on, patterns, step
 
 NAMES = {
     ("none", False): "chunk_simple_gla",
@@ -36,7 +36,7 @@ def kernel(seen: list[str], name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         assert k.shape[3] % 8 == v.shape[3] % 8 == 0
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16
         assert all(x.dtype == torch.float32 for x in (*more.values(), initial_state) if x is not None)
-        o, state = recurrence.step(q, k, v, more.get("g"), more.get("beta"), scale=scale, state_BGKV=initial_state)
+        o, state = step(q=q, k=k, v=v, **more, scale=scale, state_BGKV=initial_state)
         return o.to(v.dtype), state
 
     return run
@@ -49,8 +49,8 @@ def test_a_kernel_gets_what_it_expects(decay: str, delta: bool, state: bool, mon
     stand_ins = {name: kernel(seen, name) for name in NAMES.values()}
     monkeypatch.setattr(fla, "ops", lambda: SimpleNamespace(**stand_ins))
     given = arguments(decay, delta, 9, repeats=3, state=state, dtype=torch.bfloat16)
-    o, end = fla.chunk(**given, scale=0.7)
-    expected, expected_end = recurrence.chunk(**given, scale=0.7)
+    o, end = on(fla.chunk, **given, scale=0.7)
+    expected, expected_end = chunk(**given, scale=0.7)
     assert seen == [NAMES[decay, delta]]
     assert o.dtype == end.dtype == torch.float32
     close(end, expected_end, 1e-5)
@@ -59,8 +59,8 @@ def test_a_kernel_gets_what_it_expects(decay: str, delta: bool, state: bool, mon
 
 def test_kernels_serve_half_precision_on_cuda_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     def served(dtype: torch.dtype = torch.bfloat16, width: int = 64, cuda: bool = True) -> bool:
-        x = SimpleNamespace(dtype=dtype, shape=(1, 2, 3, width), is_cuda=cuda)
-        return fla.serve(x, x, x)  # type: ignore[arg-type]
+        x: Any = SimpleNamespace(dtype=dtype, shape=(1, 2, 3, width), is_cuda=cuda)
+        return fla.serve(Recurrence(x, x, x))
 
     monkeypatch.delenv("ISKD_FLA", raising=False)
     monkeypatch.setattr(fla, "ops", lambda: None)
@@ -102,7 +102,7 @@ def served(g: tuple[int, ...] | None, *, learns: str = "q") -> bool:
         )
 
     q, k, v, beta = (tensor(name, *VECTOR) for name in ("q", "k", "v", "beta"))
-    return fla.serve(q, k, v, None if g is None else tensor("g", *g), beta, None)
+    return fla.serve(Recurrence(q, k, v, None if g is None else tensor("g", *g), beta), None)
 
 
 def test_a_gradient_that_fla_refuses_is_left_to_torch(
@@ -145,13 +145,13 @@ def test_a_version_of_fla_that_knows_no_mended_triton_refuses(machine: Callable[
 def test_all_that_may_want_a_gradient_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Tensor | None, ...]] = []
 
-    def refuse(*tensors: Tensor | None) -> bool:
-        asked.append(tensors)
+    def refuse(x: Recurrence, state: Tensor | None) -> bool:
+        asked.append((x.q, x.k, x.v, x.g, x.beta, state))
         return False
 
     monkeypatch.setattr(fla, "serve", refuse)
     given = arguments("scalar", True, 5, state=True)
-    recurrence.chunk(**given)
+    chunk(**given)
     assert [id(x) for x in asked[0]] == [id(x) for x in given.values()]
 
 
@@ -163,7 +163,7 @@ def gradient_of_decay(given: dict[str, Tensor], slopes: dict[str, Tensor]) -> fl
 
     Strong decays leave almost nothing of that gradient itself, so that half precision cannot hold its digits.
     """
-    return sum(float((given[name] * slopes[name]).float().norm()) for name in ("q_BTHK", "k_BTGK"))
+    return sum(float((given[name] * slopes[name]).float().norm()) for name in ("q", "k"))
 
 
 CASES = [
@@ -194,9 +194,8 @@ def test_kernels_agree_with_torch(
     results = []
     for switch in ("1", "0"):
         monkeypatch.setenv("ISKD_FLA", switch)
-        inputs = [given.get(name) for name in ("q_BTHK", "k_BTGK", "v_BTGV", "g", "beta_BTG", "state_BGKV")]
-        assert fla.serve(*inputs) == (switch == "1")  # type: ignore[arg-type]
-        outputs = recurrence.chunk(**given, scale=0.125)
+        assert on(fla.serve, **given) == (switch == "1")
+        outputs = chunk(**given, scale=0.125)
         loss = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in outputs)
         slopes = dict(zip(given, torch.autograd.grad(loss, [*given.values()]), strict=True))
         results.append({"o": outputs[0], "end": outputs[1], **slopes})

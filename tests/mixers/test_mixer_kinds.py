@@ -142,7 +142,7 @@ def test_a_value_written_with_beta_1_is_found_again() -> None:
         projections.get_submodule(name).get_parameter("weight").zero_()
         projections.get_submodule(name).get_parameter("bias").fill_(1.0)
     values = projections.get_submodule("v_proj")(x).unflatten(-1, (6, 8))
-    torch.testing.assert_close(mixer(x), mixer.finish(8**-0.5 * values, x, None), atol=1e-9, rtol=1e-9)  # type: ignore[arg-type]
+    torch.testing.assert_close(mixer(x), mixer.output(8**-0.5 * values, x, None), atol=1e-9, rtol=1e-9)  # type: ignore[arg-type]
 
 
 # ---- state spaces ----------------------------------------------------------------------------------------------------

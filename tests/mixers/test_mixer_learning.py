@@ -49,7 +49,7 @@ def test_one_batch_is_aligned_by_heart(name: str, objective: str) -> None:
     student, spec = copy.deepcopy(teacher).train(), SPECS[name]
     record = surgery.apply(student, Record(1), [Convert(0, replace(spec, kwargs={**spec.kwargs, "init": "random"}))])
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, student, record, Stage("a", record.edits, 10, train="edited", objective=objective))
+    regroup(optimizer, student, record, Stage("a", record.edits, 10, train="edited", objective=objective), {})
     for group in optimizer.param_groups:
         group["lr"] = 2e-2
     first = align(objective, student, teacher, record, ids).loss.item()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.mixers.ops import recurrence
+from iskd.mixers.ops import Recurrence, recurrence
 
 DECAYS = ("none", "scalar", "vector")
 KINDS = [pytest.param(decay, delta, id=decay + "-delta" * delta) for decay in DECAYS for delta in (False, True)]
 Arguments = dict[str, Any]
+
+
+def on(function: Callable[..., Any], **given: Any) -> Any:
+    """The function on a recurrence of these arguments by name, and with those that are not the recurrence's."""
+    inputs = {field.name: given.pop(field.name) for field in fields(Recurrence) if field.name in given}
+    return function(Recurrence(**inputs), **given)
+
+
+chunk, step = partial(on, recurrence.chunk), partial(on, recurrence.step)
+
+
+def matrix(**given: Any) -> Tensor:
+    """It asks for no values."""
+    mixing: Tensor = on(recurrence.matrix, v=torch.empty(0), **given)
+    return mixing
 
 
 def arguments(
@@ -37,21 +55,21 @@ def arguments(
 
     heads = (batch, tokens, groups)
     found = {
-        "q_BTHK": randn(batch, tokens, groups * repeats, keys),
-        "k_BTGK": F.normalize(randn(*heads, keys), dim=-1),
-        "v_BTGV": randn(*heads, values),
+        "q": randn(batch, tokens, groups * repeats, keys),
+        "k": F.normalize(randn(*heads, keys), dim=-1),
+        "v": randn(*heads, values),
         "g": F.logsigmoid(randn(*heads, keys) if decay == "vector" else randn(*heads)),
-        "beta_BTG": 2 * torch.sigmoid(randn(*heads)),
+        "beta": 2 * torch.sigmoid(randn(*heads)),
         "state_BGKV": randn(batch, groups, keys, values),
-        "bonus_GK": randn(groups, keys),
+        "bonus": randn(groups, keys),
     }
-    wanted = {"g": decay != "none", "beta_BTG": delta, "state_BGKV": state, "bonus_GK": bonus}
+    wanted = {"g": decay != "none", "beta": delta, "state_BGKV": state, "bonus": bonus}
     return {name: x.to(dtype).requires_grad_() for name, x in found.items() if wanted.get(name, True)}
 
 
 def part(given: Arguments, where: slice) -> Arguments:
     """The arguments of some tokens."""
-    return {name: x if name in {"state_BGKV", "bonus_GK"} else x[:, where] for name, x in given.items()}
+    return {name: x if name in {"state_BGKV", "bonus"} else x[:, where] for name, x in given.items()}
 
 
 def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -67,9 +85,9 @@ def gradients(outputs: tuple[Tensor, ...], given: Arguments) -> tuple[Tensor, ..
 
 def applied(given: Arguments, **more: Any) -> Tensor:
     """What the matrix makes of the values."""
-    names = ("q_BTHK", "k_BTGK", "g", "beta_BTG", "bonus_GK")
-    mixing = recurrence.matrix(**{name: given[name] for name in names if name in given}, **more)
-    values = given["v_BTGV"].repeat_interleave(mixing.shape[1] // given["v_BTGV"].shape[2], 2)
+    names = ("q", "k", "g", "beta", "bonus")
+    mixing = matrix(**{name: given[name] for name in names if name in given}, **more)
+    values = given["v"].repeat_interleave(mixing.shape[1] // given["v"].shape[2], 2)
     return torch.einsum("bhts,bshv->bthv", mixing, values)
 
 
@@ -92,7 +110,7 @@ def test_chunks_give_what_single_tokens_give(
     decay: str, delta: bool, tokens: int, size: int, repeats: int, state: bool, bonus: bool
 ) -> None:
     given = arguments(decay, delta, tokens, repeats=repeats, state=state, bonus=bonus)
-    fast, slow = recurrence.chunk(**given, scale=0.7, size=size), recurrence.step(**given, scale=0.7)
+    fast, slow = chunk(**given, scale=0.7, size=size), step(**given, scale=0.7)
     close(fast, slow)
     close(gradients(fast, given), gradients(slow, given))
 
@@ -103,7 +121,7 @@ def test_chunks_give_what_single_tokens_give(
 def test_the_matrix_gives_what_chunks_give(decay: str, delta: bool, bonus: bool, segments: Tensor | None) -> None:
     given = arguments(decay, delta, 14, repeats=2, bonus=bonus)
     (by_chunks, _), by_matrix = (
-        recurrence.chunk(**given, scale=0.7, segments_BT=segments, size=4),
+        chunk(**given, scale=0.7, segments_BT=segments, size=4),
         applied(given, scale=0.7, segments_BT=segments),
     )
     close(by_matrix, by_chunks)
@@ -113,9 +131,9 @@ def test_the_matrix_gives_what_chunks_give(decay: str, delta: bool, bonus: bool,
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 31, 64, 65, 77])
 def test_any_number_of_tokens_fits_any_size_of_chunk(tokens: int) -> None:
     given = arguments("vector", True, tokens)
-    expected = recurrence.step(**given)
+    expected = step(**given)
     for size in (1, 3, 32, 64, 1000):
-        close(recurrence.chunk(**given, size=size), expected)
+        close(chunk(**given, size=size), expected)
     close(applied(given), expected[0])
 
 
@@ -124,7 +142,7 @@ def test_any_number_of_tokens_fits_any_size_of_chunk(tokens: int) -> None:
 def test_gradients_are_those_of_finite_differences(decay: str, delta: bool, bonus: bool) -> None:
     given = arguments(decay, delta, 5, repeats=2, state=True, bonus=bonus, sizes=(1, 1, 2, 2))
     assert torch.autograd.gradcheck(
-        lambda *x: recurrence.chunk(**dict(zip(given, x, strict=True)), scale=0.7, size=3), [*given.values()]
+        lambda *x: chunk(**dict(zip(given, x, strict=True)), scale=0.7, size=3), [*given.values()]
     )
 
 
@@ -136,7 +154,7 @@ def test_gradients_are_those_of_finite_differences(decay: str, delta: bool, bonu
 def test_the_future_does_not_change_the_past(decay: str, delta: bool, bonus: bool) -> None:
     given, other = (arguments(decay, delta, 12, bonus=bonus, seed=seed) for seed in (0, 1))
     changed = {name: x if x.dim() == 2 else torch.cat([x[:, :7], other[name][:, 7:]], 1) for name, x in given.items()}
-    for function in (lambda x: recurrence.chunk(**x, size=5)[0], applied):
+    for function in (lambda x: chunk(**x, size=5)[0], applied):
         one, two = function(given), function(changed)
         assert torch.equal(one[:, :7], two[:, :7])
         assert ((one - two)[:, 7:].abs().amax(-1) > 1e-6).all()
@@ -146,12 +164,12 @@ def test_the_future_does_not_change_the_past(decay: str, delta: bool, bonus: boo
 @pytest.mark.parametrize(("decay", "delta"), KINDS)
 def test_a_state_carries_the_past(decay: str, delta: bool, bonus: bool) -> None:
     given = arguments(decay, delta, 15, repeats=2, state=True, bonus=bonus)
-    whole, end = recurrence.chunk(**given, size=4)
+    whole, end = chunk(**given, size=4)
     state, outputs = given.pop("state_BGKV"), []
     for where, function in [
-        (slice(0, 6), recurrence.chunk),
-        (slice(6, 7), recurrence.step),
-        (slice(7, 15), recurrence.chunk),
+        (slice(0, 6), chunk),
+        (slice(6, 7), step),
+        (slice(7, 15), chunk),
     ]:
         o, state = function(**part(given, where), state_BGKV=state)
         outputs.append(o)
@@ -163,22 +181,20 @@ def test_a_state_carries_the_past(decay: str, delta: bool, bonus: bool) -> None:
 def test_packed_documents_do_not_meet(decay: str, delta: bool, bonus: bool) -> None:
     segments = documents(4, 1, 9)
     given = arguments(decay, delta, 14, repeats=2, state=True, bonus=bonus)
-    shared = {name: x for name, x in given.items() if name == "bonus_GK"}
-    for function in (recurrence.step, lambda **x: recurrence.chunk(**x, size=5)):
+    shared = {name: x for name, x in given.items() if name == "bonus"}
+    for function in (step, lambda **x: chunk(**x, size=5)):
         packed, end = function(**given, segments_BT=segments)
         for row, numbers in enumerate(segments):
             state, outputs = given["state_BGKV"][row : row + 1], []
             for number in numbers.unique():
                 tokens = {name: x[row : row + 1, numbers == number] for name, x in given.items() if x.shape[1] == 14}
-                o, last = recurrence.step(**tokens, **shared, state_BGKV=state)
+                o, last = step(**tokens, **shared, state_BGKV=state)
                 outputs.append(o)
                 state = torch.zeros_like(last)
             close((packed[row : row + 1], end[row : row + 1]), (torch.cat(outputs, 1), last))
         loss = packed[segments > segments[:, :1]].sum() + end.sum()
         for name, slope in zip(given, torch.autograd.grad(loss, [*given.values()]), strict=True):
-            assert (
-                name == "bonus_GK" or not (slope if name == "state_BGKV" else slope[segments == segments[:, :1]]).any()
-            )
+            assert name == "bonus" or not (slope if name == "state_BGKV" else slope[segments == segments[:, :1]]).any()
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -204,13 +220,13 @@ def test_strong_decays_keep_their_digits(decay: str, delta: bool, pattern: str) 
     given = arguments(decay, delta, 130, state=True, dtype=torch.float32)
     given["g"] = patterns(decay, 130)[pattern].requires_grad_()
     exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
-    found, expected = recurrence.chunk(**given), recurrence.step(**exact)
+    found, expected = chunk(**given), step(**exact)
     close(found, expected, 1e-5)
     slopes = gradients(found, given)
     assert all(x.isfinite().all() for x in slopes)
     close(slopes, gradients(expected, exact), 1e-4)
     by_matrix = applied(given)
-    close(by_matrix, recurrence.step(**{**exact, "state_BGKV": torch.zeros_like(exact["state_BGKV"])})[0], 1e-5)
+    close(by_matrix, step(**{**exact, "state_BGKV": torch.zeros_like(exact["state_BGKV"])})[0], 1e-5)
     assert all(
         x.isfinite().all() for x in gradients((by_matrix,), {k: x for k, x in given.items() if k != "state_BGKV"})
     )
@@ -222,15 +238,15 @@ def test_autocast_does_not_reach_inside(decay: str, delta: bool) -> None:
     half = {name: x.bfloat16() for name, x in given.items()}
     for inputs in (given, half):
         wide = {name: x.float() for name, x in inputs.items()}
-        for function in (recurrence.chunk, recurrence.step):
+        for function in (chunk, step):
             expected = function(**wide)
             with torch.autocast("cpu", torch.bfloat16):
                 found = function(**inputs)
             assert {x.dtype for x in found} == {torch.float32}
             close(found, expected, 0.0)
         with torch.autocast("cpu", torch.bfloat16):
-            names = ("q_BTHK", "k_BTGK", "g", "beta_BTG", "bonus_GK")
-            assert recurrence.matrix(**{name: inputs[name] for name in names if name in inputs}).dtype == torch.float32
+            names = ("q", "k", "g", "beta", "bonus")
+            assert matrix(**{name: inputs[name] for name in names if name in inputs}).dtype == torch.float32
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -239,16 +255,16 @@ def test_autocast_does_not_reach_inside(decay: str, delta: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("q_BTHK", torch.zeros(2, 6, 4), r"q must be \[B, T, H, K\]"),
-        ("q_BTHK", torch.zeros(2, 6, 3, 4), "heads that 2 key heads divide evenly"),
-        ("k_BTGK", torch.zeros(2, 5, 2, 4), r"k must be \[2, 6, 2, 4\]"),
-        ("v_BTGV", torch.zeros(2, 6, 4, 3), r"v must be \[2, 6, 2, 3\]"),
+        ("q", torch.zeros(2, 6, 4), r"q must be \[B, T, H, K\]"),
+        ("q", torch.zeros(2, 6, 3, 4), "heads that 2 key heads divide evenly"),
+        ("k", torch.zeros(2, 5, 2, 4), r"k must be \[2, 6, 2, 4\]"),
+        ("v", torch.zeros(2, 6, 4, 3), r"v must be \[2, 6, 2, 3\]"),
         ("g", torch.zeros(2, 6, 2, 1), r"g must be \[2, 6, 2, 4\]"),
         ("g", torch.zeros(2, 6, 4), r"g must be \[2, 6, 2\]"),
         ("g", torch.full((2, 6, 2), 0.5), "g must be at most 0, .* largest value is 0.5"),
-        ("beta_BTG", torch.zeros(2, 6, 2, 4), r"beta must be \[2, 6, 2\]"),
+        ("beta", torch.zeros(2, 6, 2, 4), r"beta must be \[2, 6, 2\]"),
         ("state_BGKV", torch.zeros(2, 2, 3, 4), r"state must be \[2, 2, 4, 3\]"),
-        ("bonus_GK", torch.zeros(4), r"bonus must be \[2, 4\]"),
+        ("bonus", torch.zeros(4), r"bonus must be \[2, 4\]"),
         ("segments_BT", torch.zeros(6), r"segments must be \[2, 6\]"),
         ("segments_BT", torch.tensor([[0, 0, 1, 1, 0, 0]]).expand(2, 6), "segments must not decrease"),
         ("size", 0, "size must be at least 1 token per chunk, got 0"),
@@ -257,12 +273,12 @@ def test_autocast_does_not_reach_inside(decay: str, delta: bool) -> None:
 def test_what_does_not_fit_is_named(name: str, value: Any, message: str) -> None:
     given = {**arguments("scalar", True, 6, repeats=2), name: value}
     with pytest.raises(ValueError, match=message):
-        recurrence.chunk(**given)
+        chunk(**given)
     if name != "size":
         with pytest.raises(ValueError, match=message):
-            recurrence.step(**given)
+            step(**given)
 
 
 def test_a_row_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="needs at least one token"):
-        recurrence.chunk(**arguments("none", False, 0))
+        chunk(**arguments("none", False, 0))

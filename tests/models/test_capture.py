@@ -45,8 +45,8 @@ def test_there_is_a_state_after_every_layer(family: str) -> None:
         short = copy.deepcopy(student)
         kept = [i for i, other in enumerate(RECORD.layers) if other <= layer]
         Stack(short).set_layers([Stack(short).layers[i] for i in kept], kept)
-        assert torch.equal(Stack(short).last_hidden(ids), stack.finish(states[layer])), layer
-    assert torch.equal(torch.nn.functional.linear(stack.finish(states[5]), *stack.head), logits)
+        assert torch.equal(Stack(short).last_hidden(ids), stack.final_norm(states[layer])), layer
+    assert torch.equal(torch.nn.functional.linear(stack.final_norm(states[5]), *stack.head), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

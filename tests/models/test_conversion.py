@@ -14,8 +14,8 @@ from iskd.models import surgery
 from iskd.models.hosting import HostedMixer, kept
 from iskd.models.stack import Stack
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
-from iskd.schedules import History
-from iskd.schedules.base import ConvertTo
+from iskd.schedules import History, next_stage
+from iskd.schedules.edits import ConvertTo
 from iskd.schedules.oneshot import Oneshot
 from iskd.training.step import OptimSpec, make_optimizer, regroup
 from iskd.training.step.trainable import new_parameters
@@ -102,7 +102,7 @@ def test_only_the_mixer_of_a_converted_block_is_new() -> None:
     expected = [*blocks[0].get_submodule(Stack(model).family.attn).parameters(), *blocks[1].parameters()]
     assert {id(p) for p in new_parameters(model, record, stage)} == {id(p) for p in expected}
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, stage)
+    regroup(optimizer, model, record, stage, {})
     groups = {group["name"]: set[int]() for group in optimizer.param_groups}
     for group in optimizer.param_groups:
         groups[group["name"]] |= {id(p) for p in group["params"]}
@@ -112,7 +112,8 @@ def test_only_the_mixer_of_a_converted_block_is_new() -> None:
 
 def test_a_schedule_converts_layers() -> None:
     edit = ConvertTo(Spec(LINEAR, {"chunk": 8}))
-    stage = Oneshot(edit, count=-1, order="alternate", protect=[3], tokens=100, seed=2).next_stage(History(Record(4)))
+    schedule = Oneshot(edit, count=-1, order="alternate", protect=[3], tokens=100, seed=2)
+    stage = next_stage(schedule, History(Record(4)))
     assert stage is not None
     assert not stage.fit
     assert sorted(stage.edits, key=lambda e: e.layer) == [Convert(i, edit.mixer, seed=20_014 + i) for i in range(3)]

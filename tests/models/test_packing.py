@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import copy
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from iskd.data import TextData, TextFiles
+from iskd.evaluation import measure_quality
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.models import surgery
-from iskd.models.packing import one_text, positions_in, with_successor, within
-from iskd.models.signals import IGNORE
+from iskd.models.hosting import HostedMixer
+from iskd.models.packing import positions_in, with_successor, within
+from iskd.models.signals import IGNORE, next_tokens
 from iskd.models.stack import Stack
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_sha256
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
 from iskd.training.step import DistillModule, OptimSpec
-from iskd.training.step.passes import next_tokens
 from tests.factories import FAMILIES, block_specs, louder, mixer_specs, tiny, windows
 from tests.runs import MIXER, SLIM, write_text
 
@@ -61,33 +61,6 @@ def test_the_tokens_with_a_successor_are_those_with_a_label(separator: int | Non
     assert torch.equal(with_successor(ids, separator), labelled)
 
 
-def asked(positions: Tensor) -> Tensor | None:
-    return masking_utils.find_packed_sequence_indices(positions)  # type: ignore[no-any-return]
-
-
-def test_one_text_is_known_in_its_own_thread_and_nowhere_else() -> None:
-    """Contexts that overlap and end out of order; outside, transformers looks as ever."""
-    packed, entered, leave = torch.tensor([[0, 1, 0, 1]]), threading.Barrier(2), threading.Event()
-
-    def elsewhere() -> None:
-        with one_text():
-            entered.wait(10)
-            leave.wait(10)
-
-    other = threading.Thread(target=elsewhere)
-    other.start()
-    entered.wait(10)
-    numbers = asked(packed)
-    assert numbers is not None
-    assert numbers.tolist() == [[0, 0, 1, 1]]
-    with one_text(), one_text():
-        assert asked(packed) is None
-        leave.set()
-        other.join(10)
-        assert asked(packed) is None
-    assert asked(packed) is not None
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_that_is_known_to_be_one_text_is_that_of_the_model(family: str) -> None:
     model = louder(tiny(family))
@@ -96,12 +69,37 @@ def test_a_pass_that_is_known_to_be_one_text_is_that_of_the_model(family: str) -
         assert torch.equal(Stack(model).last_hidden(ids), Stack(model).base(input_ids=ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixer_looks_at_positions_only_where_they_may_restart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is called with in a pass of one text, of documents, and of padded texts."""
+    model, seen = tiny(family), list[list[int] | None]()
+    surgery.apply(model, Record(4), (Convert(1, MIXER),))
+    stack, ids = Stack(model), windows()
+    hosted = stack.layers[1].get_submodule(stack.family.attn)
+    assert isinstance(hosted, HostedMixer)
+    forward = hosted.mixer.forward
+
+    def noted(x_BTD: Tensor, *, positions: Tensor | None, **rest: Any) -> Tensor:
+        seen.append(None if positions is None else list(positions.shape))
+        return forward(x_BTD, positions=positions, **rest)
+
+    monkeypatch.setattr(hosted.mixer, "forward", noted)
+    with torch.no_grad():
+        stack.last_hidden(ids)
+        stack.keep_apart(SEPARATOR, check=False)
+        stack.last_hidden(ids)
+        stack.last_hidden(ids, torch.ones_like(ids))
+    assert seen[:2] == [None, [2, 16]]
+    assert seen[2] in ([1, 16], [2, 16])
+
+
 def test_positions_restart_behind_each_separator() -> None:
     ids = torch.tensor([[5, 2, 2, 6, 7, 2], [2, 5, 6, 7, 8, 9]])
     assert positions_in(ids, 2).tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
     labels = within(next_tokens(ids), ids, 2)
     assert labels.tolist() == [[2, IGNORE, IGNORE, 7, 2, IGNORE], [IGNORE, 6, 7, 8, 9, IGNORE]]
     assert within(labels, ids, None) is labels
+    assert positions_in(ids, None).tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +134,7 @@ def module_of(separator: int | None) -> DistillModule:
     student, edits = copy.deepcopy(teacher), (Replace(0, SLIM), Convert(1, MIXER), Remove(3))
     record = surgery.apply(student, Record(4), edits)
     module = DistillModule(student, teacher, TERMS, OptimSpec(), record, separator=separator)
-    module.stage = Stage("heal", edits)
+    module.enter(Stage("heal", edits))
     return module
 
 
@@ -152,8 +150,7 @@ def test_the_loss_of_a_packed_window_is_that_of_its_documents() -> None:
         return float(module.step(ids).loss.detach())
 
     def nll(module: DistillModule, ids: Tensor) -> float:
-        module._validated.clear()  # kept by position, of batches that stay the same
-        return module.measure([{"input_ids": ids}])["nll"]
+        return measure_quality(module.student, module.teacher, [{"input_ids": ids}])["nll"]
 
     for value in (loss, nll):
         packed, alone = value(module_of(SEPARATOR), PACKED), weighted(module_of(None), value)
@@ -164,7 +161,9 @@ def test_the_loss_of_a_packed_window_is_that_of_its_documents() -> None:
 def test_what_the_models_are_told_goes_to_copies_and_ends_with_the_fit() -> None:
     module = module_of(SEPARATOR)
     rolled_back = surgery.rebuild(module.teacher, module.record)
-    assert Stack(rolled_back).separator == SEPARATOR
+    for model in (rolled_back, copy.deepcopy(module.student)):
+        assert Stack(model).separator == SEPARATOR
+        assert model.config.to_dict() == module_of(None).student.config.to_dict()
     apart = model_sha256(module.teacher)  # what a teacher cache is bound to
     module.teardown("fit")
     for model in (module.student, module.teacher):

@@ -82,8 +82,8 @@ def test_finishing_the_last_state_gives_the_logits(name: str) -> None:
     with capture(stack, range(4), {3}) as states:
         logits = stack.model(ids).logits
     weight, bias = stack.head
-    assert torch.equal(nn.functional.linear(stack.finish(states[3]), weight, bias), logits)
-    assert torch.equal(stack.finish(states[3]), stack.last_hidden(ids))
+    assert torch.equal(nn.functional.linear(stack.final_norm(states[3]), weight, bias), logits)
+    assert torch.equal(stack.final_norm(states[3]), stack.last_hidden(ids))
     assert stack.softcap is None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,16 +17,24 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import part, plain
+from iskd.commands.config import options, part, plain, spec
 from iskd.commands.resume import resumed
+from iskd.plan.options import RunOptions
+from iskd.schedules.align import Align
+from iskd.schedules.edits import ConvertTo, ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.schedules.none import NoEdits
+from iskd.schedules.oneshot import Oneshot
 from iskd.system import precision
 from iskd.teacher import load_teacher
 from iskd.training import run
+from iskd.training.step import OptimSpec
+from tests.conf_defaults import FILES, mistakes, written
 from tests.factories import CONF
 from tests.runs import write_text
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 PREFIXES = ("iskd.", "lightning.")
 
 
@@ -65,6 +74,42 @@ def test_every_option_composes_and_every_target_binds(group: str, option: str) -
             assert not unknown, f"{path} does not take {unknown}"
 
 
+@pytest.mark.parametrize("file", FILES, ids=[file.relative_to(CONF).as_posix() for file in FILES])
+def test_a_yaml_decides_only_what_differs_from_the_code(file: Path) -> None:
+    """Above '# defaults of the code' every value is another than the code's, below it every value is the code's."""
+    assert mistakes(file.read_text(encoding="utf-8")) == []
+
+
+def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
+    text = (CONF / "schedule" / "iterative.yaml").read_text(encoding="utf-8")
+    other = text.replace("tokens: 32768", "tokens: 7").replace("lr: 1.0e-4", "lr: 7")
+    first, second = mistakes(other)
+    assert first.startswith(
+        "tokens: 7 is below '# defaults of ...' and not what iskd.schedules.iterative.Iterative says"
+    )
+    assert second.startswith("lr: 7 ")
+    assert yaml.safe_load(written(other)) == yaml.safe_load(text)
+    assert [line.partition("#")[2] for line in written(other).splitlines()] == [
+        line.partition("#")[2] for line in text.splitlines()
+    ], "comments stay"
+    [told] = mistakes(text.replace("count: 4\n", "count: 4\nseed: 0\n"))
+    assert told.startswith("seed: 0 is the default of iskd.schedules.iterative.Iterative: drop it, or move it")
+    [told] = mistakes(text + "kount: 4\n")
+    assert told.endswith("move it up: it has no default there")
+
+
+def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
+    config = composed()
+    assert RunOptions(**plain(config.run)) == RunOptions()
+    assert part(config.optim) == OptimSpec()
+    edit = ReplaceWith(spec(config.block))
+    assert part(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
+    assert part(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
+    assert part(composed("schedule=none").schedule) == NoEdits()
+    convert = ConvertTo(spec(config.mixer))
+    assert part(composed("schedule=align").schedule, edit=convert) == Align(convert)
+
+
 def targets(node: Any) -> Iterator[dict[str, Any]]:
     """Every node with a `_target_`, values unresolved."""
     if isinstance(node, DictConfig):
@@ -77,10 +122,10 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 
 # what the parts of a shelf have in common; no yaml names them
 SHARED = {"__init__", "base"}
-SHARED |= {"chunk_size", "chunked", "scratch", "topk_kl", "walk"}  # losses
+SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
 SHARED |= {"fitting", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
-SHARED |= {"layerwise", "orders", "stages_ahead"}  # schedules
+SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
 SHARED |= {"delta"}  # mixers
 
 
@@ -181,6 +226,7 @@ def test_resume_writes_into_its_own_folder() -> None:
         (["schedule.count=0"], "nothing would be edited"),
         (["schedule.layers=[1,1]"], "lists layer 1 twice"),
         (["schedule.layers=[9]"], r"layers 0\.\.3"),
+        (["+schedule.flor=2"], r"iterative.Iterative has no key 'flor': drop it, or use one of .*count, .*floor"),
         (["schedule.floor=2"], r"schedule\.floor must be in \(0, 1\]"),
         (["block.ratio=1.5"], r"block\.ratio must be in \(0, 1\]"),
         (["block=bottleneck", "block.reduction=7"], r"block\.reduction=7 does not divide"),

@@ -35,6 +35,7 @@ ROOMS = (
     "export",
     "training/step",
     "training/state",
+    "training/metrics",
     "training",
     "training/profile",
     "commands",
@@ -51,6 +52,7 @@ OPEN = {
     "system/faults": "what a step, a checkpoint and the end of a run say of the same fault",
     "system/files": "readers of a run's files go by its limits",
     "system/machine": "one clock and one description of the machine for every measurement",
+    "system/patches": "what another library is made to do, in one file, where it is made to",
     "system/reading": "what a field of a file may hold is said where the field is",
     "system/precision": "device and precision of passes outside the trainer",
     "system/stop_signals": "the trainer and the parent of a fresh process listen",
@@ -61,7 +63,9 @@ OPEN = {
     "plan/metric_names": "metrics are logged, drawn and described under one name",
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",
+    "plan/renamed": "a saved config is taken up, and shown beside others",
     "plan/results": "rows of the stage table, and who is the teacher, the student, kept",
+    "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
     "plan/summary": "what a sweep is told",
     "models/cache": "the memory of a cache is measured",
@@ -73,13 +77,14 @@ OPEN = {
     "models/packing": "documents apart: data, mixers and a step ask",
     "models/projections": "blocks, mixers and adapters read linear maps in every layout",
     "models/sharding": "every room that touches weights must know shards",
+    "models/signals": "labels of windows",
     "models/stack": "a mixer asks for the class of a hosted module",
     "models/surgery": "the only place where structure changes, called as surgery.apply",
     "models/tokenizers": "models are compared only under one tokenizer",
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
     "teacher/bundled": "names of bundled teachers",
-    "teacher/in_memory": "iskd.compress lends a model in memory",
+    "teacher/given": "iskd.compress lends a model in memory",
     "data/loader": "a step pins its batch the way the loader does",
     "data/readers": "eval.text is read as training text is",
     "evaluation/bootstrap": "importance draws windows as evaluation draws items",
@@ -96,6 +101,20 @@ OPEN = {
     "training/facts": "what layers were selected by is known before a run",
 }
 
+# A file holds one idea, in at most LINES lines; a longer one says here why it is one all the same.
+LONG = {
+    "evaluation/efficiency": "one measurement: warm-up, turns and medians mean something only together",
+    "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
+    "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
+    "evaluation/task_items": "one table of file formats, a few lines for each task",
+    "importance/racing": "one race, its statistics beside it",
+    "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
+    "mixers/base": "one contract, from projections to the state in the cache",
+    "report/runs_page": "one page, section after section",
+    "training/stages": "one loop, to be read from top to bottom",
+    "training/step/module": "one step, and what Lightning asks of whoever makes it",
+}
+
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
     "hydra": {"commands"},
@@ -105,9 +124,10 @@ LIBRARIES = {
         "training/callback",
         "training/facts",
         "training/finish",
-        "training/loggers",
+        "training/metrics/loggers",
         "training/parts",
         "training/progress_bar",
+        "training/restart",
         "training/runner",
         "training/step/module",
         "training/strategies",
@@ -196,6 +216,53 @@ def test_rooms_are_few_and_small() -> None:
 def test_tests_lie_in_the_rooms_they_are_about() -> None:
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     assert folders <= {*ROOMS, "project"}
+
+
+def first_line(room: str) -> str:
+    return (ast.get_docstring(tree(FILES[f"{room}/__init__"])) or "").split("\n")[0]
+
+
+def test_the_readme_draws_the_rooms() -> None:
+    files = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Files\n")[2].partition("\n## ")[0]
+    drawn = re.findall(r"^ {6}(\w+)/ +(.+)$", files, re.MULTILINE)
+    assert drawn == [(room, first_line(room)) for room in ROOMS if "/" not in room]
+
+
+def test_contributing_lists_the_rooms() -> None:
+    listed = re.findall(r"^\| `([\w/]+)` \| (.+) \|$", contributing("Rooms"), re.MULTILINE)
+    assert listed == [(room, first_line(room)) for room in ROOMS]
+
+
+def contributing(title: str) -> str:
+    """A section of CONTRIBUTING.md."""
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_contributing_says_where_parts_live() -> None:
+    """A part of each kind is where the table of `Adding a part` would put it."""
+    row = re.compile(r"^\| \w+ \| .*`(iskd/\S+\.py)` \| `conf/(\w+)/mine\.yaml` \|", re.MULTILINE)
+    homes = {group: path for path, group in row.findall(contributing("Adding a part"))}
+    assert set(homes) == {"importance", "mixer", "block", "loss", "schedule", "edit", "model"}
+    target = re.compile(r"_target_: (iskd\.[\w.]+)\.\w+")
+    for group, home in homes.items():
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "conf" / group).glob("*.yaml"))
+        files = {name.replace(".", "/") + ".py" for name in target.findall(text)}
+        if group == "edit":
+            assert files == {home}
+        elif home.endswith("/mine.py"):
+            assert {file.rpartition("/")[0] for file in files} == {home.rpartition("/")[0]}
+
+
+def test_the_package_is_ascii() -> None:
+    assert not [file for file, path in FILES.items() if not path.read_text(encoding="utf-8").isascii()]
+
+
+def test_a_long_file_says_why_it_is_one_idea() -> None:
+    long = {file for file, path in FILES.items() if len(path.read_text(encoding="utf-8").splitlines()) > LINES}
+    assert long == set(LONG), (
+        f"above {LINES} lines without a reason in LONG: {sorted(long - set(LONG))}; "
+        f"reasons that nothing needs: {sorted(set(LONG) - long)}"
+    )
 
 
 # ---- the arrows ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from iskd.plan import StageResult
 from iskd.report.curves import joined, read_curve, write_curves
 from iskd.report.figures.depth_curves import Curve
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training import run
 from tests.runs import TOKENS, make_parts, write_text

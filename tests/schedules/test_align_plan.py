@@ -17,7 +17,7 @@ from rich.console import Console
 from iskd.models import sharding
 from iskd.plan import Convert, Spec
 from iskd.schedules.align import Align
-from iskd.schedules.base import ConvertTo
+from iskd.schedules.edits import ConvertTo
 from iskd.training import Parts, run
 from iskd.training.plan_table import ALIGN_STEPS, plan_rows, print_plan, too_short
 from iskd.training.step import DistillModule

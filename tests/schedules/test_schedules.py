@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from iskd.plan import Record, Remove, Replace, Spec, Stage
-from iskd.schedules.base import ConvertTo, History, RemoveLayers, ReplaceWith, Schedule
+from iskd.schedules import History, Schedule, next_stage
+from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
@@ -26,8 +27,8 @@ def play(schedule: Any, num_layers: int = 8, scores: list[dict[int, float]] | No
     while True:
         seen = None if scores is None else scores[min(len(stages), len(scores) - 1)]
         history = History(record, tuple(stages), seen)
-        stage = schedule.next_stage(history)
-        assert stage == schedule.next_stage(history), "same history, same stage"
+        stage = next_stage(schedule, history)
+        assert stage == next_stage(schedule, history), "same history, same stage"
         assert schedule.complete(history) == (stage is None) == (not schedule.candidates_for(history))
         if stage is None:
             return stages
@@ -293,7 +294,7 @@ def sized(params: dict[int, int], other: int = 10) -> History:
 
 def play_from(schedule: Any, history: History) -> History:
     """The history at the end of a run, walked as a forecast walks it."""
-    while (stage := schedule.next_stage(history)) is not None:
+    while (stage := next_stage(schedule, history)) is not None:
         history = history.after(stage)
     return history
 
@@ -328,7 +329,7 @@ def test_budgets_sum_up_when_new_scores_change_the_number_of_stages(flips: int) 
         left = history.params or {}
         sign = 1 if len(history.stages) < flips else -1
         scores = {layer: float(sign * size) for layer, size in left.items()}
-        stage = schedule.next_stage(replace(history, scores=scores))
+        stage = next_stage(schedule, replace(history, scores=scores))
         if stage is None:
             break
         history = history.after(stage)
@@ -377,8 +378,8 @@ def test_candidates_are_sorted_distinct_and_differ_in_one_layer(per_stage: int, 
     schedule = Iterative(REMOVE, count=6, per_stage=per_stage, tokens=60, protect=[7], **more)  # type: ignore[arg-type]
     history = History(Record(8), scores=scores)
     found = schedule.candidates_for(history)
-    assert found[0] == schedule.next_stage(history)
-    assert found[0] == Iterative(REMOVE, count=6, per_stage=per_stage, tokens=60, protect=[7]).next_stage(history)
+    assert found[0] == next_stage(schedule, history)
+    assert found[0] == next_stage(Iterative(REMOVE, count=6, per_stage=per_stage, tokens=60, protect=[7]), history)
     assert len(found) == min(asked, 7 - per_stage + 1)
     assert len({stage.edits for stage in found}) == len({stage.name for stage in found}) == len(found)
     costs = [sum(scores[edit.layer] for edit in stage.edits) for stage in found]
@@ -405,7 +406,7 @@ def test_one_shot_candidates_and_the_control_without_edits() -> None:
     assert [[edit.layer for edit in stage.edits] for stage in found] == [[3, 4], [3, 2], [3, 5]]
     control: Schedule = NoEdits(tokens=5)
     history = History(Record(8))
-    assert control.candidates_for(history) == [control.next_stage(history)]
+    assert control.candidates_for(history) == [next_stage(control, history)]
     assert control.complete(history.after(Stage("finetune", tokens=5)))
 
 
@@ -474,9 +475,9 @@ def test_a_depth_or_a_size_is_for_removals(edit: Any, target: str) -> None:
 )
 def test_depths_and_sizes_that_do_not_fit_are_refused(schedule: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        schedule(REMOVE, **kwargs).next_stage(sized(dict.fromkeys(range(8), 10)))
+        next_stage(schedule(REMOVE, **kwargs), sized(dict.fromkeys(range(8), 10)))
 
 
 def test_a_size_needs_the_sizes_of_the_blocks() -> None:
     with pytest.raises(ValueError, match=r"schedule.target_params=60 needs the sizes of the blocks.*target_layers"):
-        Iterative(REMOVE, target_params=60).next_stage(History(Record(8), scores=flat(8)))
+        next_stage(Iterative(REMOVE, target_params=60), History(Record(8), scores=flat(8)))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from iskd.importance.bi_veto import BlockInfluenceVeto
 from iskd.models import sharding
 from iskd.models.weights import model_tensors
-from iskd.schedules.base import ReplaceWith
+from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.training.state import checkpoint, checkpoint_files
 from tests import programs

@@ -24,9 +24,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompo
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from iskd.commands import build, resume
+from iskd.commands import build
 from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
+from iskd.plan.run_folder import CONFIG_FILE
 from iskd.system.ranks import global_rank
 from iskd.system.stop_signals import EXIT_CODE, Handler, Preempted, StopSignals, stop_signals
 from iskd.training.state import checkpoint, checkpoint_files
@@ -146,7 +147,7 @@ def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: p
 
 def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build._claim(tmp_path, resuming=False)
-    (tmp_path / resume.SAVED).write_text("seed: 1")
+    (tmp_path / CONFIG_FILE).write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):
         build._claim(tmp_path, resuming=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -192,7 +193,7 @@ def test_auto_continues_what_is_there(
     assert resume_folder("auto", tmp_path, config) is None, "nothing there yet"
     (tmp_path / "checkpoints").mkdir()
     assert resume_folder("auto", tmp_path, config) is None, "died before its config was saved"
-    (tmp_path / resume.SAVED).write_text("seed: 1")
+    (tmp_path / CONFIG_FILE).write_text("seed: 1")
     assert resume_folder("auto", tmp_path, config) == str(tmp_path)
     assert resume_folder(None, tmp_path, config) is None
     assert resume_folder("elsewhere", tmp_path, config) == "elsewhere"
@@ -314,14 +315,14 @@ def test_a_submitit_job_is_queued_again_and_continues(place: Path) -> None:
     numbered = "hydra.job_logging.formatters.simple.format='<%(process)d> %(message)s'"
     process = start("-m", "hydra/launcher=slurm_local", "seed=0", numbered, f"hydra.sweep.dir={sweep}", cwd=place)
     wait_for(process, lambda: any(sweep.glob("0/checkpoints/*-stage")))
-    job = re.findall(r"^<(\d+)>", (sweep / "0" / "cli.log").read_text(), re.MULTILINE)[-1]
+    job = re.findall(r"^<(\d+)>", (sweep / "0" / "train.log").read_text(), re.MULTILINE)[-1]
     os.kill(int(job), signal.SIGUSR2)
     code, output = end(process)
     logs = "\n".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.*"))
     assert code == 0, output + logs
     assert "Requeued job" in logs
     assert "starts from its beginning" not in logs
-    assert len(set(re.findall(r"^<(\d+)>", (sweep / "0" / "cli.log").read_text(), re.MULTILINE))) == 2
+    assert len(set(re.findall(r"^<(\d+)>", (sweep / "0" / "train.log").read_text(), re.MULTILINE))) == 2
     assert_same_end(place / "whole", sweep / "0")
 
 

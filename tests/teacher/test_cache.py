@@ -24,7 +24,7 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import Stack, surgery
 from iskd.plan import Record, Remove
-from iskd.schedules.base import ReplaceWith
+from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import cache, row_store
 from iskd.teacher.cache import TeacherCache
@@ -81,7 +81,7 @@ def files(cache: TeacherCache) -> list[str]:
 @SPECS
 def test_rows_are_what_the_teacher_says(spec: CacheSpec, tmp_path: Path) -> None:
     model = teacher()
-    cache = TeacherCache.build(model, TEXTS, tmp_path, spec, batch_size=2)
+    cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill(batch_size=2)
     asked = [7, 0, 7, 9]
     found = cache.read(asked)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
     terms: Terms = {"kl": (KL(temperature=2), 1.0), "ce": (CrossEntropy(), 0.1), "end": (FinalState(), 1.0)}
     model = teacher()
     spec = CacheSpec(dtype=dtype, chunk_tokens=CHUNK)
-    cache = TeacherCache.build(model, TEXTS, tmp_path, spec)
+    cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
     (loss, grads), (live, live_grads) = parts(terms, model, cache), parts(terms, model, None)
     assert abs(loss - live) <= tolerance * live
     for ours, reference in zip(grads, live_grads, strict=True):
@@ -129,7 +129,7 @@ def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Pa
     live, live_grads = parts(terms, model, None)
     found = []
     for k in (4, 32, VOCAB - 1):
-        cache = TeacherCache.build(model, TEXTS, tmp_path, CacheSpec("topk", top_k=k))
+        cache = TeacherCache.open(model, TEXTS, tmp_path, CacheSpec("topk", top_k=k)).fill()
         found.append(parts(terms, model, cache))
     losses = [float(loss) for loss, _ in found]
     assert losses[0] < losses[1] < losses[2]
@@ -143,7 +143,7 @@ def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Pa
 def test_steps_under_autocast_are_close_to_the_live_teachers(spec: CacheSpec, tmp_path: Path) -> None:
     model = teacher()
     with torch.autocast("cpu", torch.bfloat16):
-        cache = TeacherCache.build(model, TEXTS, tmp_path, spec)
+        cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
         (loss, grads), (live, live_grads) = (parts({"kl": (KL(), 1.0)}, model, c) for c in (cache, None))
     assert 0 < loss <= 1.01 * live
     if spec.kind == "hidden":
@@ -153,10 +153,10 @@ def test_steps_under_autocast_are_close_to_the_live_teachers(spec: CacheSpec, tm
 
 @SPECS
 def test_a_sweep_pays_for_one_teacher_pass(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
-    first = TeacherCache.build(teacher(), TEXTS, tmp_path, spec)
+    first = TeacherCache.open(teacher(), TEXTS, tmp_path, spec).fill()
     assert passes.windows == 10
     for _ in range(2):
-        again = TeacherCache.build(teacher(), TEXTS.astype(np.int64), tmp_path, spec)
+        again = TeacherCache.open(teacher(), TEXTS.astype(np.int64), tmp_path, spec).fill()
         assert equal(rows(again), rows(first))
     assert equal(rows(TeacherCache.open(teacher(), TEXTS, tmp_path, spec)), rows(first))
     assert passes.windows == 10
@@ -164,12 +164,12 @@ def test_a_sweep_pays_for_one_teacher_pass(spec: CacheSpec, passes: Passes, tmp_
 
 @SPECS
 def test_a_killed_build_goes_on_where_it_was(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
-    whole = TeacherCache.build(teacher(), TEXTS, tmp_path / "whole", spec, batch_size=1)
+    whole = TeacherCache.open(teacher(), TEXTS, tmp_path / "whole", spec).fill(batch_size=1)
     passes.windows, passes.left = 0, 6
     with pytest.raises(Crash):
-        TeacherCache.build(teacher(), TEXTS, tmp_path / "killed", spec, batch_size=1)
+        TeacherCache.open(teacher(), TEXTS, tmp_path / "killed", spec).fill(batch_size=1)
     assert passes.windows == 5
-    cache = TeacherCache.build(teacher(), TEXTS, tmp_path / "killed", spec, batch_size=1)
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "killed", spec).fill(batch_size=1)
     assert passes.windows == 10
     assert files(cache) == files(whole)
     assert all((cache.folder / name).read_bytes() == (whole.folder / name).read_bytes() for name in files(whole))
@@ -177,7 +177,7 @@ def test_a_killed_build_goes_on_where_it_was(spec: CacheSpec, passes: Passes, tm
 
 @SPECS
 def test_only_the_windows_that_are_read_are_paid_for(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
-    whole = rows(TeacherCache.build(teacher(), TEXTS, tmp_path / "whole", spec, batch_size=1))
+    whole = rows(TeacherCache.open(teacher(), TEXTS, tmp_path / "whole", spec).fill(batch_size=1))
     passes.windows = 0
     for asked, paid in ([7, 2], 2), ([2, 7, 2], 2), ([8, 2], 3):
         cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "lazy", spec)
@@ -190,14 +190,14 @@ def test_only_the_windows_that_are_read_are_paid_for(spec: CacheSpec, passes: Pa
     assert files(cache) == ["00000.rows", "00002.rows", "meta.json"]
     written = [path.stat().st_blocks for path in cache.folder.glob("*.rows")]
     assert sum(written) * 512 <= cache.nbytes + 32 * 10 + 2 * 8192
-    assert equal(rows(TeacherCache.build(teacher(), TEXTS, tmp_path / "lazy", spec)), rows(cache))
+    assert equal(rows(TeacherCache.open(teacher(), TEXTS, tmp_path / "lazy", spec).fill()), rows(cache))
     assert passes.windows == 10
 
 
 def test_the_precision_is_that_in_which_the_cache_was_opened(tmp_path: Path) -> None:
     model = teacher()
     with torch.autocast("cpu", torch.bfloat16):
-        ahead = TeacherCache.build(model, TEXTS, tmp_path / "ahead", HIDDEN)
+        ahead = TeacherCache.open(model, TEXTS, tmp_path / "ahead", HIDDEN).fill()
         lazy = TeacherCache.open(model, TEXTS, tmp_path / "lazy", HIDDEN)
     plain = TeacherCache.open(model, TEXTS, tmp_path / "plain", HIDDEN)
     with torch.autocast("cpu", torch.bfloat16):
@@ -208,7 +208,7 @@ def test_the_precision_is_that_in_which_the_cache_was_opened(tmp_path: Path) -> 
 
 
 def test_a_digest_is_computed_once_per_window_and_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
+    TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN).fill()
     cache = TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN)
     sizes: list[int] = []
     sha256 = row_store.hashlib.sha256
@@ -219,7 +219,7 @@ def test_a_digest_is_computed_once_per_window_and_process(monkeypatch: pytest.Mo
 
 
 def test_torn_and_changed_windows_are_asked_again(passes: Passes, tmp_path: Path) -> None:
-    cache = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN, batch_size=1)
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN).fill(batch_size=1)
     expected, (first, second, third, fourth) = rows(cache), sorted(cache.folder.glob("*.rows"))
     first.write_bytes(first.read_bytes()[:-5])  # the digest of window 2
     second.unlink()
@@ -236,7 +236,7 @@ def test_torn_and_changed_windows_are_asked_again(passes: Passes, tmp_path: Path
     second.unlink()
     fourth.write_bytes(b"")
     passes.windows = 0
-    TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
+    TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN).fill()
     assert passes.windows == 4
     assert equal(again.read([4, 9]), {"last_hidden": expected["last_hidden"][[4, 9]]})
 
@@ -257,7 +257,7 @@ def test_a_full_disk_stops_the_writing_and_not_the_run(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    expected = TeacherCache.build(teacher(), TEXTS, tmp_path / "whole", HIDDEN).read([3])
+    expected = TeacherCache.open(teacher(), TEXTS, tmp_path / "whole", HIDDEN).fill().read([3])
     cache = TeacherCache.open(teacher(), TEXTS, tmp_path / "full", HIDDEN)
     monkeypatch.setattr(row_store.RowStore, "put", full)
     passes.windows = 0
@@ -269,7 +269,7 @@ def test_a_full_disk_stops_the_writing_and_not_the_run(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot write ([Errno 28] No space left on device)" in caplog.text
     with pytest.raises(OSError, match="No space left"):
-        TeacherCache.build(teacher(), TEXTS, tmp_path / "full", HIDDEN)
+        TeacherCache.open(teacher(), TEXTS, tmp_path / "full", HIDDEN).fill()
 
 
 def test_processes_that_read_the_same_windows_do_not_wait_for_each_other(tmp_path: Path) -> None:
@@ -328,15 +328,15 @@ def test_a_cache_belongs_to_one_teacher_one_text_and_one_kind(monkeypatch: pytes
 
 
 def test_a_folder_that_holds_another_cache_is_refused(tmp_path: Path) -> None:
-    cache = TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
-    other = TeacherCache.build(teacher(seed=1), TEXTS, tmp_path, HIDDEN)
+    cache = TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN).fill()
+    other = TeacherCache.open(teacher(seed=1), TEXTS, tmp_path, HIDDEN).fill()
     meta = cache.folder / "meta.json"
     meta.write_bytes((other.folder / "meta.json").read_bytes())
     with pytest.raises(ValueError, match="describes another teacher cache: delete the folder"):
         TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN)
     meta.write_text("{")
     with pytest.raises(ValueError, match=r"meta\.json is damaged"):
-        TeacherCache.build(teacher(), TEXTS, tmp_path, HIDDEN)
+        TeacherCache.open(teacher(), TEXTS, tmp_path, HIDDEN).fill()
 
 
 def test_one_process_builds_and_others_find_the_result(
@@ -349,9 +349,9 @@ def test_one_process_builds_and_others_find_the_result(
         all_wrote.wait(timeout=60)
         replace(draft, path)
 
-    monkeypatch.setattr(cache.os, "replace", together)
+    monkeypatch.setattr(os, "replace", together)
     threads = [
-        threading.Thread(target=lambda: found.append(TeacherCache.build(model, TEXTS, tmp_path, HIDDEN)))
+        threading.Thread(target=lambda: found.append(TeacherCache.open(model, TEXTS, tmp_path, HIDDEN).fill()))
         for _ in range(3)
     ]
     for thread in threads:
@@ -379,14 +379,14 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with torch.no_grad():
         Stack(loud).base.get_submodule("norm").get_parameter("weight").mul_(1e6)
     with pytest.raises(ValueError, match=r"not finite in float16: use teacher\.dtype=bfloat16"):
-        TeacherCache.build(loud, TEXTS, tmp_path, HIDDEN)
-    TeacherCache.build(loud, TEXTS, tmp_path, CacheSpec(dtype="bfloat16"))
+        TeacherCache.open(loud, TEXTS, tmp_path, HIDDEN).fill()
+    TeacherCache.open(loud, TEXTS, tmp_path, CacheSpec(dtype="bfloat16")).fill()
     with pytest.raises(ValueError, match=rf"teacher\.top_k={VOCAB} leaves no rest of {VOCAB} tokens"):
-        TeacherCache.build(teacher(), TEXTS, tmp_path, CacheSpec("topk", top_k=VOCAB))
+        TeacherCache.open(teacher(), TEXTS, tmp_path, CacheSpec("topk", top_k=VOCAB)).fill()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 100))
     with pytest.raises(ValueError, match=r"teacher\.cache=topk needs .* GB in .* are free; set data\.max_train_tokens"):
-        TeacherCache.build(teacher(), TEXTS, tmp_path, TOP)
+        TeacherCache.open(teacher(), TEXTS, tmp_path, TOP).fill()
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_losses_that_need_more_than_the_cache_holds_are_refused(kind: str, loss:
 
 def test_the_module_refuses_a_cache_that_its_losses_cannot_use(tmp_path: Path) -> None:
     model = teacher()
-    cache = TeacherCache.build(model, TEXTS, tmp_path, HIDDEN)
+    cache = TeacherCache.open(model, TEXTS, tmp_path, HIDDEN).fill()
     with pytest.raises(ValueError, match=r"loss\.hidden compares"):
         DistillModule(
             copy.deepcopy(model), model, {"hidden": (HiddenMatch(), 1.0)}, OptimSpec(), Record(2), cache=cache

@@ -23,7 +23,7 @@ from iskd.teacher.__main__ import main
 from iskd.teacher.load import Loaded, TeacherSpec, build_config, load_teacher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("[!_]*.yaml"))
 PARAMETERS = {
     "gpt2": 124_439_808,
     "phi1": 1_418_270_720,

@@ -14,9 +14,9 @@ import pytest
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Record, Stage, to_json
 from iskd.plan.reading import stage_from_json
-from iskd.schedules import History
+from iskd.schedules import History, next_stage
 from iskd.schedules.align import Align
-from iskd.schedules.base import ConvertTo, RemoveLayers
+from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.parts import Parts
 from iskd.training.runner import run
@@ -53,8 +53,8 @@ def test_the_shape_of_a_rate_belongs_to_its_stage() -> None:
 def stages(num_layers: int = 8, scores: dict[int, float] | None = None, **settings: Any) -> list[Stage]:
     """Every stage of a schedule."""
     schedule, history, found = Align(ConvertTo(GLA), **settings), History(Record(num_layers), scores=scores), []
-    while (stage := schedule.next_stage(history)) is not None:
-        assert schedule.next_stage(history) == stage
+    while (stage := next_stage(schedule, history)) is not None:
+        assert next_stage(schedule, history) == stage
         found.append(stage)
         history = history.after(stage)
     assert schedule.complete(history)
@@ -137,7 +137,7 @@ def test_only_conversions_are_aligned() -> None:
 def test_a_gradual_schedule_converts_a_few_layers_per_stage() -> None:
     schedule = Iterative(ConvertTo(GLA), count=-1, per_stage=3, order="alternate", tokens=900)
     history, found = History(Record(8)), []
-    while (stage := schedule.next_stage(history)) is not None:
+    while (stage := next_stage(schedule, history)) is not None:
         found.append([edit.layer for edit in stage.edits])
         assert stage.objective == "loss"
         history = history.after(stage)

@@ -10,7 +10,7 @@ import pytest
 
 from iskd.models import Stack
 from iskd.models.hosting import HostedMixer
-from iskd.schedules.base import ConvertTo
+from iskd.schedules.edits import ConvertTo
 from iskd.schedules.iterative import Iterative
 from iskd.training.parts import Parts
 from iskd.training.runner import run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,13 @@ from transformers import PreTrainedModel
 from iskd.importance import Fixed, WindowImportance
 from iskd.plan import Record
 from iskd.schedules import Choice, History
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.oneshot import Oneshot
-from iskd.training import deciding
+from iskd.training import deciding, stages
 from iskd.training.deciding import check_importance
 from iskd.training.parts import Parts
 from iskd.training.runner import run
-from iskd.training.step import DistillModule
 from tests.runs import TOKENS, make_parts, write_text
 
 ROWS = torch.tensor([[0.0, 0.1], [1.0, 1.2], [1.1, 1.15], [3.0, 3.3], [1.2, 1.05]])
@@ -94,13 +94,14 @@ def test_trials_are_judged_on_calibration_text(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    judge = deciding.divergence
+    measure = stages.measure_quality
 
-    def watch(module: DistillModule, batches: Sequence[Tensor]) -> float:
-        seen.extend(batches)
-        return judge(module, batches)
+    def watch(student: Any, teacher: Any, batches: Any, remembered: Any = None) -> dict[str, float]:
+        if remembered is None:  # what is remembered is validation
+            seen.extend(batch["input_ids"] for batch in batches)
+        return measure(student, teacher, batches, remembered)
 
-    monkeypatch.setattr("iskd.training.callback.divergence", watch)
+    monkeypatch.setattr(stages, "measure_quality", watch)
     guarded = Iterative(RemoveLayers(), count=1, tokens=TOKENS, rescore=True, candidates=2, trial_tokens=TOKENS)
     parts = make(tmp_path / "run", schedule=guarded)
     result = run(parts)
@@ -109,15 +110,6 @@ def test_trials_are_judged_on_calibration_text(
     reported = {tuple(row) for row in parts.data.validation_windows().tolist()}
     assert not reported & {tuple(row) for batch in seen for row in batch.tolist()}
     assert any(event.startswith("KL after") for event in result.final.events)
-
-
-def test_divergence_is_that_of_validation_on_the_same_windows(make: Callable[..., Parts], tmp_path: Path) -> None:
-    parts = make(tmp_path / "run", schedule=Iterative(RemoveLayers(), count=1, layers=[1], tokens=TOKENS))
-    result = run(parts)
-    module = DistillModule(result.student, parts.teacher.model, parts.terms, parts.optim, result.record)
-    windows = parts.data.validation_windows()
-    measured = module.measure([{"input_ids": windows}])["kl"]
-    assert deciding.divergence(module, list(windows.split(2))) == pytest.approx(measured, rel=1e-5)
 
 
 def test_scores_that_cannot_be_had_are_refused_before_anything_runs() -> None:

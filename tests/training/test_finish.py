@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from iskd.commands import build, resume
+from iskd.commands import build
 from iskd.commands.compose import compose_config
 from iskd.evaluation import EvalSpec
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import surgery
 from iskd.plan import Record, Remove
 from iskd.plan.options import RunOptions
+from iskd.plan.run_folder import CONFIG_FILE
 from iskd.training import facts, finish
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState
@@ -32,6 +33,7 @@ class Trainer:
     """As much of Lightning's as the end of a run asks for; says when the other ranks are let go."""
 
     is_global_zero, global_rank, world_size = True, 0, 1
+    root_device = torch.device("cpu")
 
     def __init__(self, run_dir: Path) -> None:
         self.strategy = self
@@ -173,7 +175,7 @@ def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
     config, _ = compose_config(keys)
     with pytest.raises(ValueError, match=message):
         build.parts(config, tmp_path / "run")
-    assert not (tmp_path / "run" / resume.SAVED).exists(), "the folder is free for the next try"
+    assert not (tmp_path / "run" / CONFIG_FILE).exists(), "the folder is free for the next try"
 
 
 def test_items_that_chose_layers_are_known() -> None:

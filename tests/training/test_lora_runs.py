@@ -20,7 +20,7 @@ from iskd.models import surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Remove, Replace, Stage
 from iskd.plan.stage import LoraSpec
-from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.system import Preempted
 from iskd.training.parts import Parts
@@ -74,7 +74,9 @@ def test_a_healed_run_leaves_a_plain_student(make: Callable[..., Parts], tmp_pat
     seen: list[tuple[int, int]] = []
     parts = make(tmp_path / "run", schedule=removals(), options={"keep": 50}, dropout=0.0)
     for batch in (1, 17):
-        parts.callbacks.append(At(batch, lambda m: seen.append((len(adapters.adapters(m.student)), m.stage_number))))
+        parts.callbacks.append(
+            At(batch, lambda m: seen.append((len(adapters.adapters(m.student)), m.position.stage_number)))
+        )
     result = run(parts)
     assert seen == [(2 * 7 * 3, 1), (2 * 7 * 2, 2)]
     for path in folders.iterdir():

@@ -22,17 +22,17 @@ from iskd.models import surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Spec
 from iskd.plan.results import read_stages
-from iskd.schedules.base import RemoveLayers, ReplaceWith
+from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
 from iskd.system.faults import NonFiniteError
 from iskd.teacher import Loaded
-from iskd.training import editing
-from iskd.training.callback import CompressionCallback
 from iskd.training.parts import Parts, Result
 from iskd.training.runner import run
+from iskd.training.stages import StageLoop
 from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.step import module as step_module
 from tests.factories import tiny
 from tests.runs import SLIM, TOKENS, At, Crash, crash, interrupt, make_parts, same, weights, write_text
 
@@ -345,10 +345,11 @@ def test_resume_refuses_a_checkpoint_of_another_teacher(make: Callable[..., Part
 def test_new_block_that_cannot_move_is_an_error(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def forget(optimizer: torch.optim.Optimizer, *_: Any) -> list[str]:
         """An edit that changes only the module: the silent failure that the check is for."""
+        return []
 
-    monkeypatch.setattr(editing, "regroup", forget)
+    monkeypatch.setattr(step_module, "regroup", forget)
     with pytest.raises(RuntimeError, match="optimizer"):
         run(make(tmp_path / "silent"))
 
@@ -377,17 +378,17 @@ def test_every_family_runs_exports_and_reloads(family: str, make: Callable[..., 
 def test_surviving_adamw_state_is_kept_through_an_edit(make: Callable[..., Parts], tmp_path: Path) -> None:
     seen: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
 
-    original = CompressionCallback.on_train_epoch_start
+    original = StageLoop.edit
 
-    def around(self: CompressionCallback, trainer: Any, pl_module: Any) -> None:
-        before = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizers[0].state.items()}
-        original(self, trainer, pl_module)
-        after = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizers[0].state.items()}
+    def around(self: StageLoop) -> None:
+        before = {id(p): state["exp_avg"].clone() for p, state in self.live.optimizer.state.items()}
+        original(self)
+        after = {id(p): state["exp_avg"].clone() for p, state in self.live.optimizer.state.items()}
         seen.append((before, after))
 
     parts = make(tmp_path / "state")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CompressionCallback, "on_train_epoch_start", around)
+        patch.setattr(StageLoop, "edit", around)
         run(parts)
     before, after = seen[-1]
     assert before

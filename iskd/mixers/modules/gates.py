@@ -1,4 +1,4 @@
-"""What several mixers make their gates of: activations of q, k and v, decays through a softplus."""
+"""Gates of several mixers: activations of q, k and v, decays through a softplus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the settings of a mixer reach. A record may come from anywhere: what is out of range is refused by its name.
+"""Bounds on the settings of a mixer. A record may come from anywhere: what is out of range is refused by its name.
 
 Upper limits are beyond any use and within what memory and float32 hold: a decay of exp(-1e-6) is still below 1 there.
 """

@@ -1,4 +1,4 @@
-"""What a mixer inherits from the attention it replaces: projections of queries, keys, values and output, and norms.
+"""Projections that a mixer inherits from its attention: queries, keys, values and output, and their norms.
 
 The copy table is that of arXiv 2504.14366 ("QKV copying"): every weight and bias goes where the mixer has a place for
 it. Key-value heads stay grouped or are repeated to one per query head, in the order of repeat_interleave and of every

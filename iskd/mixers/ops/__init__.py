@@ -7,6 +7,7 @@ Imports: nothing of iskd.
 
 from __future__ import annotations
 
+from iskd.mixers.ops.inputs import Recurrence
 from iskd.mixers.ops.recurrence import chunk, matrix, step
 
-__all__ = ["chunk", "matrix", "step"]
+__all__ = ["Recurrence", "chunk", "matrix", "step"]

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iskd.mixers.ops.inputs import Recurrence
+
 _log = logging.getLogger(__name__)
 
 MAX_WIDTH = 256
@@ -29,23 +31,15 @@ MAX_WIDTH = 256
 WIDTH_STEP = 8
 
 
-def serve(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g: Tensor | None = None, *others: Tensor | None) -> bool:
-    """Whether `chunk` takes these inputs now: half precision of one kind, CUDA, width, fla there and wanted.
-
-    Args:
-        q_BTHK: queries.
-        k_BTGK: keys.
-        v_BTGV: values.
-        g: log decay per head [B, T, G] or per key feature [B, T, G, K], or None.
-        *others: what else a gradient may be wanted of: beta and the state.
-    """
-    half = q_BTHK.dtype in (torch.bfloat16, torch.float16) and q_BTHK.dtype == k_BTGK.dtype == v_BTGV.dtype
-    fits = q_BTHK.is_cuda and k_BTGK.shape[-1] <= MAX_WIDTH
+def serve(x: Recurrence, state_BGKV: Tensor | None = None) -> bool:
+    """Whether `chunk` takes these inputs now: half precision of one kind, CUDA, width, fla there and wanted."""
+    half = x.q.dtype in (torch.bfloat16, torch.float16) and x.q.dtype == x.k.dtype == x.v.dtype
+    fits = x.q.is_cuda and x.k.shape[-1] <= MAX_WIDTH and x.bonus is None
     if not (half and fits and os.environ.get("ISKD_FLA") != "0" and ops() is not None):
         return False
-    if g is None or g.dim() != 3 or not torch.is_grad_enabled():
+    if x.g is None or x.g.dim() != 3 or not torch.is_grad_enabled():
         return True
-    learns = any(x is not None and x.requires_grad for x in (q_BTHK, k_BTGK, v_BTGV, g, *others))
+    learns = any(each is not None and each.requires_grad for each in (x.q, x.k, x.v, x.g, x.beta, state_BGKV))
     return not (learns and refuses_scalar_gradients())
 
 
@@ -83,41 +77,25 @@ def ops() -> ModuleType | None:
     return package
 
 
-def chunk(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state_BGKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def chunk(x: Recurrence, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and the last state [B, G, K, V] in float32; arguments as in `recurrence.chunk`.
 
     Gates and states stay in float32. The kernels know one key head per query head, so key heads are repeated.
     """
-    repeats = q_BTHK.shape[2] // k_BTGK.shape[2]
-    k, v = (x.repeat_interleave(repeats, 2) for x in (k_BTGK, v_BTGV))
-    given = {"g": g, "beta": beta_BTG}
-    gates = {name: x.float().repeat_interleave(repeats, 2) for name, x in given.items() if x is not None}
+    repeats = x.q.shape[2] // x.k.shape[2]
+    k, v = (each.repeat_interleave(repeats, 2) for each in (x.k, x.v))
+    given = {"g": x.g, "beta": x.beta}
+    gates = {name: gate.float().repeat_interleave(repeats, 2) for name, gate in given.items() if gate is not None}
     width, values = k.shape[-1], v.shape[-1]
     more_k, more_v = -width % WIDTH_STEP, -values % WIDTH_STEP
-    q, k, v = F.pad(q_BTHK, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
-    if g is not None and g.dim() == 4:
+    q, k, v = F.pad(x.q, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
+    if x.g is not None and x.g.dim() == 4:
         gates["g"] = F.pad(gates["g"], (0, more_k))
     initial = None
     if state_BGKV is not None:
         initial = F.pad(state_BGKV.float().repeat_interleave(repeats, 1), (0, more_v, 0, more_k))
-    o, state = getattr(ops(), _name(g, beta_BTG))(
-        q,
-        k,
-        v,
-        **gates,
-        scale=scale,
-        initial_state=initial,
-        output_final_state=True,
-    )
+    kernel = getattr(ops(), _name(x.g, x.beta))
+    o, state = kernel(q, k, v, **gates, scale=x.scale, initial_state=initial, output_final_state=True)
     return o[..., :values].float(), state[:, ::repeats, :width, :values]
 
 

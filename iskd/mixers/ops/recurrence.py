@@ -16,7 +16,7 @@ repeat_interleave), K key width, V value width; inside, N chunks of C tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -24,21 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iskd.mixers.ops import fla
+from iskd.mixers.ops.inputs import Recurrence
 from iskd.mixers.ops.spans import meet
 
 
 def chunk(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state_BGKV: Tensor | None = None,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
-    size: int = 64,
+    given: Recurrence, *, state_BGKV: Tensor | None = None, segments_BT: Tensor | None = None, size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once, in time and memory linear in T.
 
@@ -46,16 +37,10 @@ def chunk(
     kernels of fla where they serve the call (`iskd.mixers.ops.fla`).
 
     Args:
-        q_BTHK: queries.
-        k_BTGK: keys. With the delta rule of length 1 and beta in [0, 2], or the state diverges.
-        v_BTGV: values.
-        g: log decay, at most 0: [B, T, G] per head or [B, T, G, K] per key feature; None = no decay.
-        beta_BTG: strength of the delta rule; None = plain sums.
-        scale: factor of the outputs.
+        given: queries, keys, values, gates.
         state_BGKV: S before the first token; None = zero.
         segments_BT: number of the document that a token belongs to, not decreasing within a row. Nothing crosses from
             one document into another; the given state belongs to the first token's.
-        bonus_GK: weight u of a token's own key; None = outputs are read after the write.
         size: most tokens per chunk; changes the speed, not the result.
 
     Returns:
@@ -67,14 +52,16 @@ def chunk(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 token per chunk, got {size}")
-    _check(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV, segments_BT, bonus_GK)
-    if segments_BT is None and bonus_GK is None and fla.serve(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV):
-        return fla.chunk(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale=scale, state_BGKV=state_BGKV)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale, state_BGKV, segments_BT, bonus_GK)
+    _check(given, state_BGKV, segments_BT)
+    if segments_BT is None and fla.serve(given, state_BGKV):
+        return fla.chunk(given, state_BGKV)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, state_BGKV, segments_BT)
         if x.bonus is None:
             o, state = _by_chunks(x.q, x, size)
         else:
+            # a bonus reads before the write: o_t = q_t S_{t-1} + (q_t u k_t) v_t. What reads S_{t-1} is the query of t
+            # at the place of t - 1; the first token reads the given state, whose place is before all chunks.
             late, state = _by_chunks(x.next_queries(), x, size)
             first = torch.einsum("bgrk,bgkv->bgrv", x.q[:, 0], x.state)
             o = torch.cat([first[:, None], late[:, :-1]], 1) + x.own()[..., None] * x.v[:, :, :, None]
@@ -82,24 +69,15 @@ def chunk(
 
 
 def step(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGV: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    state_BGKV: Tensor | None = None,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
+    given: Recurrence, *, state_BGKV: Tensor | None = None, segments_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token after token, as the formula is written: the reference for `chunk`, and decoding. Arguments as there."""
-    _check(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, state_BGKV, segments_BT, bonus_GK)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTGV, g, beta_BTG, scale, state_BGKV, segments_BT, bonus_GK)
+    _check(given, state_BGKV, segments_BT)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, state_BGKV, segments_BT)
         state, outputs = x.state, []
         for t in range(x.q.shape[1]):
-            q, k, v = x.q[:, t], x.k[:, t, :, :, None], x.v[:, t, :, None, :]
+            q, k, v = x.q[:, t], x.k[:, t, :, :, None], x.v[:, t, :, None, :]  # [B,G,R,K] [B,G,K,1] [B,G,1,V]
             if x.begins is not None:
                 state = state.masked_fill(x.begins[:, t, None, None, None], 0.0)
             if x.bonus is not None:
@@ -107,6 +85,7 @@ def step(
             if x.decay is not None:
                 state = state * x.decay[:, t, :, :, None]
             if x.beta is not None:
+                # what the key finds is taken off the value, so that the write replaces it
                 v = x.beta[:, t, :, None, None] * (v - k.mT @ state)
             state = state + k * v
             if x.bonus is None:
@@ -114,24 +93,16 @@ def step(
         return torch.stack(outputs, 1).flatten(2, 3), state
 
 
-def matrix(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    g: Tensor | None = None,
-    beta_BTG: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    segments_BT: Tensor | None = None,
-    bonus_GK: Tensor | None = None,
-) -> Tensor:
+def matrix(given: Recurrence, *, segments_BT: Tensor | None = None) -> Tensor:
     """The lower triangular M [B, H, T, T] with o = M v when the state starts at zero; arguments as in `chunk`.
 
-    Head h meets the values of key head h // R. Quadratic in T.
+    Head h meets the values of key head h // R; what they are does not matter. Quadratic in T.
     """
-    v_BTG0 = k_BTGK[..., :0]
-    _check(q_BTHK, k_BTGK, v_BTG0, g, beta_BTG, None, segments_BT, bonus_GK)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        x = _Tokens.read(q_BTHK, k_BTGK, v_BTG0, g, beta_BTG, scale, None, segments_BT, bonus_GK)
+    given = replace(given, v=given.k[..., :0])
+    _check(given, None, segments_BT)
+    with torch.autocast(given.q.device.type, enabled=False):
+        x = _Tokens.read(given, None, segments_BT)
+        # the whole row is one chunk: B and G lead, rows [B, G, T, R, K], keys [B, G, T, K]
         rows = (x.q if x.bonus is None else x.next_queries()).transpose(1, 2)
         keys = x.k.transpose(1, 2)
         decay = x.forgetting()
@@ -139,13 +110,15 @@ def matrix(
             rows = torch.cat([rows, keys.unsqueeze(-2)], -2)
         pairs = meet(rows, keys, None if decay is None else decay.transpose(1, 2)).pairs_XPRP
         if x.beta is not None:
+            # M = pairs (I + L)^-1 diag(beta), solved from the right: no inverse is formed
             pairs, erased = _erased(pairs, x.beta.transpose(1, 2))
             flat = torch.linalg.solve_triangular(
                 erased, pairs.flatten(2, 3), upper=False, left=False, unitriangular=True
             )
             pairs = flat.view_as(pairs) * x.beta.transpose(1, 2)[:, :, None, None]
-        mixing = pairs.transpose(2, 3)
+        mixing = pairs.transpose(2, 3)  # [B, G, R, T, T]
         if x.bonus is not None:
+            # rows were asked one token early: move them down by one, and put a token's own weight on the diagonal
             mixing = F.pad(mixing[..., :-1, :], (0, 0, 1, 0)) + torch.diag_embed(x.own().permute(0, 2, 3, 1))
         return mixing.flatten(1, 2)
 
@@ -164,24 +137,15 @@ class _Tokens:
     bonus: Tensor | None  # [G, K]
 
     @classmethod
-    def read(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor | None,
-        scale: float,
-        state: Tensor | None,
-        segments: Tensor | None,
-        bonus: Tensor | None,
-    ) -> _Tokens:
+    def read(cls, given: Recurrence, state: Tensor | None, segments: Tensor | None) -> _Tokens:
+        q, k, v, g, beta, bonus = given.q, given.k, given.v, given.g, given.beta, given.bonus
         floats = [x.dtype for x in (q, k, v, g, beta, state, bonus) if x is not None]
+        # at least float32, float64 if any input has it: sums over many tokens lose what half precision cannot hold
         wide = reduce(torch.promote_types, floats, torch.float32)
         if g is not None:
             g = g.to(wide).exp()
         return cls(
-            q=q.to(wide).unflatten(2, (k.shape[2], -1)) * scale,
+            q=q.to(wide).unflatten(2, (k.shape[2], -1)) * given.scale,
             k=k.to(wide),
             v=v.to(wide),
             decay=g if g is None or g.dim() == 4 else g[..., None],
@@ -202,6 +166,7 @@ class _Tokens:
         """The queries one token earlier: what token t reads before its write is what token t - 1 leaves behind."""
         q = self.q
         if self.begins is not None:
+            # a document's first token finds nothing: its query must not read the document before
             q = q.masked_fill(self.begins[:, :, None, None, None], 0.0)
         return F.pad(q[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
 
@@ -216,20 +181,26 @@ def _by_chunks(q_BTGRK: Tensor, x: _Tokens, size: int) -> tuple[Tensor, Tensor]:
     tokens = q_BTGRK.shape[1]
     chunks = -(-tokens // size)
     size = -(-tokens // chunks)  # chunks of one size: little is padded
-    decay, rows = x.forgetting(), _cut(q_BTGRK, size)
-    keys, values = _cut(x.k, size), _cut(x.v, size)
+    decay, rows = x.forgetting(), _cut(q_BTGRK, size)  # rows [N, B, G, C, R, K]
+    keys, values = _cut(x.k, size), _cut(x.v, size)  # [N, B, G, C, K or V]
     if x.beta is not None:
         rows = torch.cat([rows, keys.unsqueeze(-2)], -2)  # keys read as well: what they find is erased
+    # inside chunks, all at once: pairs [N, B, G, C, R, C]; rows come back decayed since their chunk's start, keys up to
+    # its end, so that a chunk touches the states at its two borders alone
     pairs, rows, keys, through = meet(rows, keys, None if decay is None else _cut(decay, size, fill=1.0))
     reads = None
     if x.beta is not None:
+        # Written is u = beta (v - what the key finds), and it finds the state before the chunk and earlier u of the
+        # chunk: (I + L) u = beta (v - found S). One triangular solve for both right sides gives u = values - reads S.
         beta = _cut(x.beta[..., None], size)
         pairs, erased = _erased(pairs, beta.squeeze(-1))
-        rows, found = rows[..., :-1, :], rows[..., -1, :]
+        rows, found = rows[..., :-1, :], rows[..., -1, :]  # found [N, B, G, C, K]
         right = torch.cat([values, found], -1) * beta
         solved = torch.linalg.solve_triangular(erased, right, upper=False, unitriangular=True)
         values, reads = solved.split([values.shape[-1], found.shape[-1]], -1)
+    # across chunks, one after the other: the only loop, N steps of [K, V] per head
     before, values, state = _carry(keys, values, reads, through, x.state)
+    # o = what the queries read of the state before their chunk + what they read inside it
     o = rows.flatten(-3, -2) @ before + pairs.flatten(-3, -2) @ values
     o = o.unflatten(-2, (size, -1)).permute(1, 0, 3, 2, 4, 5)
     return o.flatten(1, 2)[:, :tokens], state
@@ -249,6 +220,7 @@ def _carry(
     """
     before, written = [], []
     if reads is None:
+        # what a chunk adds does not depend on the state, so all products are made ahead of the loop
         for kept, added in zip(through.mT.unbind(0), (keys_NBGCK.mT @ values_NBGCV).unbind(0), strict=True):
             before.append(state)
             state = torch.addcmul(added, kept, state)
@@ -258,6 +230,7 @@ def _carry(
     ):
         before.append(state)
         written.append(values - read @ state)
+        # S <- decays of the whole chunk * S + K^T U
         state = torch.addcmul(keys @ written[-1], kept, state)
     return torch.stack(before), torch.stack(written), state
 
@@ -273,16 +246,8 @@ def _cut(x_BT: Tensor, size: int, fill: float = 0.0) -> Tensor:
     return x.unflatten(1, (-1, size)).movedim((1, 0, 3, 2), (0, 1, 2, 3)).contiguous()
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    segments: Tensor | None,
-    bonus: Tensor | None,
-) -> None:
+def _check(given: Recurrence, state: Tensor | None, segments: Tensor | None) -> None:
+    q, k, v, g = given.q, given.k, given.v, given.g
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q must be [B, T, H, K], k [B, T, G, K] and v [B, T, G, V], got {shapes}")
@@ -294,10 +259,10 @@ def _check(
         "k": (k, (*scalar, width)),
         "v": (v, (*scalar, v.shape[3])),
         "g": (g, scalar if g is not None and g.dim() == 3 else (*scalar, width)),
-        "beta": (beta, scalar),
+        "beta": (given.beta, scalar),
         "state": (state, (batch, groups, width, v.shape[3])),
         "segments": (segments, (batch, tokens)),
-        "bonus": (bonus, (groups, width)),
+        "bonus": (given.bonus, (groups, width)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:

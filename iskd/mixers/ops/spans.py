@@ -1,4 +1,4 @@
-"""How the tokens of a span meet: every query with every earlier key, weighed by the decays between the two.
+"""Decayed causal attention inside a span: every query with every earlier key, weighed by the decays between the two.
 
     P_ij = q_i^T diag(a_{j+1} ... a_i) k_j        j <= i
 

@@ -1,4 +1,4 @@
-"""The report's figures of numbers along a run: retention and size, healing, losses, importance; each an inline SVG."""
+"""The figures along a run: retention and size, healing, losses, importance; each an inline SVG."""
 
 from __future__ import annotations
 

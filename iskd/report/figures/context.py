@@ -1,4 +1,4 @@
-"""The figure of what a context costs: time of a token and bytes held between two tokens, against the context length.
+"""The figure of efficiency by context: time of a token and bytes held between two tokens, against the length.
 
 The point of a converted student: attention's cache and time grow with the context, a state's do not.
 """

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from iskd.plan import StageResult
-from iskd.report.figures.style import PALETTE, figure_of, integer_x, log_y, needs_log, set_heading
+from iskd.report.figures.style import PALETTE, figure_of, integer_x, log_y, needs_log, set_heading, write_figure
 
 _LOOKS = (("blue", "o"), ("vermillion", "s"), ("green", "^"), ("purple", "D"), ("orange", "v"), ("sky", "P"))
 
@@ -42,4 +42,4 @@ def _draw(curves: Sequence[Curve], out: Path) -> None:
             set_heading(axes, title)
             axes.set_xlabel("layers left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(3, len(curves)))
-        figure.savefig(out, dpi=120, facecolor="white", metadata={"Software": None})
+        write_figure(figure, out, dpi=120, facecolor="white", metadata={"Software": None})

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from iskd.plan import StageResult
+from iskd.plan.run_folder import RECORD_FILE, STAGES_FILE
 from iskd.report.figures.style import PALETTE, SQUARES, figure_of, short_label, to_svg
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def layer_states(results: Sequence[StageResult], num_layers: int) -> list[list[s
             if edit["layer"] >= num_layers:
                 raise ValueError(
                     f"stage {result.index} edits layer {edit['layer']}, but the teacher has {num_layers} layers "
-                    f"(0 to {num_layers - 1}): correct num_layers in record.json or the edit in stages.json"
+                    f"(0 to {num_layers - 1}): correct num_layers in {RECORD_FILE} or the edit in {STAGES_FILE}"
                 )
             tried[edit["layer"]] = _KIND_OF_OP[edit["op"]]
         rows.append(tried)

@@ -1,4 +1,4 @@
-"""A run as one PNG for a README: retention against parameters along the stages, and the edit map."""
+"""The picture of a run, a PNG for a README: retention against parameters along the stages, and the edit map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from iskd.plan import StageResult
 from iskd.plan.results import kept_of, rolled_back_of
 from iskd.report.figures.edit_map import draw_edit_map
-from iskd.report.figures.style import PALETTE, figure_of, plain, set_heading
+from iskd.report.figures.style import PALETTE, figure_of, plain, set_heading, write_figure
 from iskd.system import number
 from iskd.system.text import percent
 
@@ -35,7 +35,7 @@ def write_picture(results: Sequence[StageResult], num_layers: int, out: Path) ->
         _draw_tradeoff(left, results)
         draw_edit_map(right, results, num_layers)
         figure.get_layout_engine().set(w_pad=0.25, h_pad=0.2, wspace=0.04)  # type: ignore[union-attr,call-arg]
-        figure.savefig(out, format="png", dpi=100, facecolor="#ffffff", metadata={"Software": None})
+        write_figure(figure, out, dpi=100, facecolor="#ffffff", metadata={"Software": None})
 
 
 def _draw_tradeoff(axes: Axes, results: Sequence[StageResult]) -> None:

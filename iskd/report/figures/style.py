@@ -1,4 +1,4 @@
-"""How every figure of a run looks: palette, style, axes, and the way from matplotlib to inline SVG.
+"""The style of all figures: palette, style, axes, and the way from matplotlib to inline SVG.
 
 Colours are Okabe-Ito's colour-blind-safe set (Okabe and Ito, "Color Universal Design", 2008); every colour is backed
 by a shape, a position or a label. Each hex value in `PALETTE` becomes the CSS variable of its name in the SVG, so the
@@ -12,7 +12,10 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from iskd.system import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +95,14 @@ def figure_of(height: float, width: float = _WIDTH) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+
+
+def write_figure(figure: Figure, out: Path, **settings: Any) -> Path:
+    """Write a figure whole, in the format that the name ends in; a name without an ending gets `.png`."""
+    out = out if out.suffix else out.with_name(f"{out.name}.png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=out.suffix[1:], **settings)
+    return write_whole(out, buffer.getvalue())
 
 
 def to_svg(figure: Figure, name: str, title: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's figure of cost: when each stage ran, and what it trained on."""
+"""The timeline of a run: when each stage ran, and what it trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a page over many runs: what is kept against what it costs, one point per configuration."""
+"""Trade-offs of many runs: retention against a cost, one point per configuration, with the Pareto front."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import DeviceType
 
+from iskd.training.step.spans import StepSpan
+
 _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_scaled_mm"}
 _COPIES = {"copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "fill_", "zero_", "index_select", "gather"}
 
@@ -33,8 +35,10 @@ def operator_seconds(work: Callable[[], object], device: torch.device) -> dict[s
     with torch.autograd.profiler.profile(use_device="cuda" if on_gpu else None, use_kineto=True) as profiler:
         work()
     found: dict[str, float] = defaultdict(float)
+    spans = set(StepSpan)  # named work, and no operators
     for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:  # a kernel's time is also that of the operator that launched it
+        # a kernel's time is also that of the operator that launched it
+        if event.device_type == DeviceType.CPU and event.key not in spans:
             microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             found[group_of(event.key)] += 1e-6 * microseconds
     return dict(sorted(found.items(), key=lambda item: -item[1]))

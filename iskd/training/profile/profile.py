@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.table import Table
 
+from iskd.plan.run_folder import PROFILE_FILE
+from iskd.system import write_whole
 from iskd.training.step.flops import mfu
+from iskd.training.step.spans import StepSpan
 
-PARTS = ("loader", "teacher", "student", "loss", "alignment", "backward", "clipping", "optimizer", "rest")
-FILE = "profile.json"
+PARTS = (*(span.value for span in StepSpan), "rest")
 _NAMES = {"teacher": "teacher forward", "student": "student forward", "backward": "backward of the trunk"}
 
 
@@ -70,9 +72,7 @@ class Profile:
 def write_profile(folder: Path, profile: Profile) -> Path:
     """Put a profile into `folder` as profile.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    path.write_text(json.dumps(profile.to_json(), indent=1))
-    return path
+    return write_whole(folder / PROFILE_FILE, json.dumps(profile.to_json(), indent=1))
 
 
 def profile_table(profile: Profile) -> Table:

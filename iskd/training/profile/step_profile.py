@@ -1,84 +1,44 @@
 """Where the time of a training step goes: loader, teacher, student, loss, backward, clipping, optimizer.
 
 A step is what Lightning does with `DistillModule`, in its order, by the same functions: `training_step`, `backward`,
-`configure_gradient_clipping`, the optimizer. Timers are put around the functions that these call, and on a GPU each
-waits for the device, so a step with timers is a little slower than one without; both are measured, in turns. Leading
-blocks that the teacher computes for both (`iskd.training.step.shared_prefix`) are in its part, reading a teacher cache
-in the loader's. What Lightning's loops, the callbacks, loggers and other processes add is not in it. The loss forms the
-gradients of the head in its forward pass, so `backward` is that of the trunk. Under an alignment objective
-(`iskd.training.step.alignment`) teacher, student and gradients are one walk over the layers, the part `alignment`.
+`configure_gradient_clipping`, the optimizer. Its parts are the named spans of a step (`iskd.training.step.spans`),
+timed where they are opened and closed, and on a GPU each waits for the device then, so a step with timers is a little
+slower than one without; both are measured, in turns. Leading blocks that the teacher computes for both
+(`iskd.training.step.shared_prefix`) are in its part, reading a teacher cache in the loader's. What Lightning's loops,
+the callbacks, loggers and other processes add is not in it. The loss forms the gradients of the head in its forward
+pass, so `backward` is that of the trunk. Under an alignment objective (`iskd.training.step.alignment`) teacher, student
+and gradients are one walk over the layers, the part `alignment`.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext
 from itertools import repeat
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from iskd.data import StageLoader
-from iskd.models import Stack
-from iskd.plan import Record, Stage
-from iskd.system import Ranks, machine
+from iskd.system import machine
 from iskd.system.machine import clock
-from iskd.teacher import TeacherCache
-from iskd.training.deciding import decide
-from iskd.training.editing import carry_out
-from iskd.training.parts import Parts
+from iskd.system.precision import ForwardContext
 from iskd.training.profile.operators import operator_seconds
 from iskd.training.profile.profile import PARTS, Profile
-from iskd.training.runner import make_module
-from iskd.training.state import RunState
-from iskd.training.step import DistillModule, make_optimizer, passes
-from iskd.training.step import module as module_file
-from iskd.training.step.flops import ForwardContext, as_found, countable, counter, matmul_dtype, matmul_peak
+from iskd.training.step import DistillModule
+from iskd.training.step.flops import as_found, countable, counter, matmul_dtype, matmul_peak
+from iskd.training.step.passes import wanted
+from iskd.training.step.spans import StepSpan, span, watching
 
-_FUNCTIONS = {"total_loss": "loss", "topk_loss": "loss", "align": "alignment"}  # of iskd.training.step.module
 _WARM_UP = 2  # only the second one holds gradients and moments at the same time as activations
 
 Batch = Mapping[str, Tensor]
 
 
-class _Meter:
-    """Adds up by part how much a reading grows while the part runs."""
-
-    def __init__(self, read: Callable[[], float]) -> None:
-        self.read, self.parts = read, defaultdict[str, float](float)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = self.read()
-        try:
-            yield
-        finally:
-            self.parts[name] += self.read() - start
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, metered."""
-
-        @functools.wraps(function)
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return metered
-
-    def whole(self, step: Callable[[_Meter], None]) -> dict[str, float]:
-        """Parts of one step, and the rest of it."""
-        start = self.read()
-        step(self)
-        total = self.read() - start
-        return {**self.parts, "rest": total - sum(self.parts.values())}
+def optimizer_steps(steps: int, *, operators: bool) -> int:
+    """How many a profile makes: to warm up, one to count FLOPs, `steps` without timers and with, one by operator."""
+    return _WARM_UP + 1 + 2 * steps + operators
 
 
 def profile_step(
@@ -98,9 +58,9 @@ def profile_step(
     whole ones, at a rate of 0, with moments of their own (which take memory beside those that are there).
 
     Args:
-        module: teacher, student and stage.
-        batches: micro-batches as the loader makes them, at least `2 * steps + 4` times `accumulate`; or one, again and
-            again.
+        module: teacher, student and stage, outside a Trainer.
+        batches: micro-batches as the loader makes them, at least `optimizer_steps` times `accumulate`; or one, again
+            and again.
         optimizer: the module's, its groups filled.
         steps: measured steps with timers, and as many without.
         accumulate: micro-batches per step.
@@ -110,51 +70,45 @@ def profile_step(
 
     Raises:
         ValueError: `steps` or `accumulate` below 1.
+        RuntimeError: a part that the stage must have was never opened as a span.
     """
     if steps < 1 or accumulate < 1:
         raise ValueError(f"a profile needs at least one step of one micro-batch, got {steps} of {accumulate}")
-    device, total = module.device, _WARM_UP + 1 + 2 * steps + operators
+    device, expected, total = module.device, _expected(module), optimizer_steps(steps, operators=operators)
     source: Iterator[Batch] = repeat(batches) if isinstance(batches, Mapping) else batches
     tokens: list[int] = []
-    done = iter(range(1, total + 1))
 
-    def step(meter: _Meter) -> None:
-        tokens.append(_step(module, source, optimizer, meter, accumulate, forward_context))
+    def step() -> None:
+        tokens.append(_step(module, source, optimizer, accumulate, forward_context))
         if progress is not None:
-            progress("profiling", next(done), total)
+            progress("profiling", len(tokens), total)
 
-    def unwatched() -> float:
-        start = clock(device)
-        step(_Meter(lambda: 0.0))
-        return clock(device) - start
+    def seconds() -> float:
+        return clock(device)
 
+    watched: list[dict[str, float]] = []
+    alone: list[float] = []
     with as_found(module), _own_state(optimizer), torch.enable_grad():
-        module.lr_scale = 0.0
-        with _silent(module), machine.PeakMemory(device) as memory:
+        with machine.PeakMemory(device) as memory:
             for _ in range(_WARM_UP):
-                unwatched()
-        with _silent(module), countable(module), counter() as counted:
-            flops_meter = _Meter(lambda: float(counted.get_total_flops()))
-            with _watched(module, flops_meter):
-                flops = flops_meter.whole(step)
-        watched: list[dict[str, float]] = []
-        alone: list[float] = []
-        with _silent(module):
-            for _ in range(steps):
-                alone.append(unwatched())
-                meter = _Meter(lambda: clock(device))
-                with _watched(module, meter):
-                    watched.append(meter.whole(step))
-            found = operator_seconds(unwatched, device) if operators else {}
+                step()
+        with countable(module), counter() as counted:
+            flops = _by_part(counted.get_total_flops, step, expected)
+        for _ in range(steps):
+            start = seconds()
+            step()
+            alone.append(seconds() - start)
+            watched.append(_by_part(seconds, step, expected))
+        found = operator_seconds(step, device) if operators else {}
     with forward_context():
         dtype = matmul_dtype(device)
     middle = sorted(watched, key=lambda parts: sum(parts.values()))[(steps - 1) // 2]
     return Profile(
         stage=module.stage.name,
         tokens=tokens[-1],
-        seconds={name: middle[name] for name in PARTS if name in middle},
+        seconds=middle,
         step_seconds=statistics.median(alone),
-        flops={name: int(flops[name]) for name in PARTS if flops.get(name)},
+        flops={name: int(count) for name, count in flops.items() if count},
         peak_flops=matmul_peak(device, dtype),
         dtype=str(dtype).removeprefix("torch."),
         memory_bytes=memory.peak,
@@ -168,71 +122,66 @@ def _step(
     module: DistillModule,
     batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
-    meter: _Meter,
     accumulate: int,
     forward_context: ForwardContext,
 ) -> int:
-    """One optimizer step as Lightning's automatic optimization makes it; returns its input tokens."""
+    """One optimizer step as Lightning's automatic optimization makes it, at a rate of 0; returns its input tokens."""
     tokens = 0
     for index in range(accumulate):
-        with meter.part("loader"):
+        with span(StepSpan.LOADER):
             batch = module.transfer_batch_to_device(next(batches), module.device, 0)
         with forward_context():
             loss = module.training_step(batch, index)
         if not index:
-            with meter.part("optimizer"):
+            with span(StepSpan.OPTIMIZER):
                 optimizer.zero_grad()
-        with meter.part("backward"):
+        with span(StepSpan.BACKWARD):
             (loss / accumulate).backward()
         tokens += batch["input_ids"].numel()
-    with meter.part("clipping"):
+    with span(StepSpan.CLIPPING):
         module.on_before_optimizer_step(optimizer)
         module.configure_gradient_clipping(optimizer)
-    with meter.part("optimizer"):
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with span(StepSpan.OPTIMIZER):
         optimizer.step()
     return tokens
 
 
-@contextmanager
-def _watched(module: DistillModule, meter: _Meter) -> Iterator[None]:
-    """Meter the functions that a step is made of, where the files that call them find them."""
-    read = vars(passes)["read"]
+def _expected(module: DistillModule) -> set[StepSpan]:
+    """The spans without which no step of the module's stage is whole."""
+    loop = {StepSpan.LOADER, StepSpan.BACKWARD, StepSpan.CLIPPING, StepSpan.OPTIMIZER}
+    if module.stage.objective != "loss":
+        return {*loop, StepSpan.ALIGNMENT}
+    alive = module.cache is None and wanted(module.terms, module.record, module.stage, of_teacher=True) is not None
+    return {*loop, StepSpan.STUDENT, StepSpan.LOSS, *([StepSpan.TEACHER] if alive else [])}
 
-    def metered_read(stack: Stack, *args: Any, **kwargs: Any) -> Any:
-        with meter.part("teacher" if stack.model is module.teacher else "student"):
-            return read(stack, *args, **kwargs)
 
-    with ExitStack() as patches:
-        patches.enter_context(_replaced(passes, "read", metered_read))
-        patches.enter_context(_replaced(module, "cached", meter.around("loader", module.cached)))
-        for name, part in _FUNCTIONS.items():
-            patches.enter_context(_replaced(module_file, name, meter.around(part, getattr(module_file, name))))
+def _by_part(read: Callable[[], float], step: Callable[[], None], expected: Set[StepSpan]) -> dict[str, float]:
+    """How much a reading grows during each span of one step and during the rest of it, in the order of `PARTS`.
+
+    Raises RuntimeError for a span that is expected and was not opened: its work would be counted to the rest.
+    """
+    grown: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def watch(name: StepSpan) -> Iterator[None]:
+        start = read()
         yield
+        grown[name] += read() - start
 
-
-@contextmanager
-def _silent(module: DistillModule) -> Iterator[None]:
-    """Log nothing: there is no logger, and a profile is no part of a run."""
-
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
-    with _replaced(module, "_log", nothing):
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Another value for an attribute of a module, while the context lasts."""
-    own, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+    start = read()
+    with watching(watch):
+        step()
+    total = read() - start
+    missing = sorted(expected - grown.keys())
+    if missing:
+        raise RuntimeError(
+            f"no span {', '.join(missing)} was opened in a profiled step, only {', '.join(grown)}: its time would be "
+            "lost in the rest; open span(StepSpan....) of iskd.training.step.spans where that work is done now"
+        )
+    grown["rest"] = total - sum(grown.values())
+    return {part: grown[part] for part in PARTS if part in grown}
 
 
 @contextmanager
@@ -246,106 +195,3 @@ def _own_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer.state = state
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-# ---- of a run --------------------------------------------------------------------------------------------------------
-
-
-def profile_parts(
-    parts: Parts,
-    steps: int = 5,
-    *,
-    edits: bool = True,
-    operators: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Profile:
-    """Profile the first stage that a run would train, without running it: no Trainer, one process, nothing written.
-
-    Blocks are not fitted before: the speed of a step does not depend on weights. Scores that the schedule asks for are
-    computed as in the run, since they decide which layers are edited.
-
-    Args:
-        parts: what the run is made of; the accumulation and the precision of its trainer count.
-        steps: see `profile_step`.
-        edits: carry out the stage's edits first; otherwise the whole unedited student trains.
-        operators: see `profile_step`.
-        progress: see `profile_step`.
-
-    Raises:
-        ValueError: no stage trains, the schedule wants scores and there is no importance, or an unknown precision.
-    """
-    device, context = _place(parts)
-    accumulate = int(parts.trainer.get("accumulate_grad_batches", 1))
-    parts.data.prepare()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(parts.seed)
-        state = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
-        module = make_module(parts, state)
-        module.to(device)
-        module.place_teacher()
-        optimizer = make_optimizer(parts.optim)
-        _enter_stage(parts, module, optimizer, state, context, edits)
-        options: dict[str, Any] = {"steps": steps, "accumulate": accumulate, "operators": operators}
-        with _batches(parts, module, (2 * steps + _WARM_UP + 2) * accumulate, context) as batches:
-            return profile_step(module, batches, optimizer, forward_context=context, progress=progress, **options)
-
-
-@contextmanager
-def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardContext) -> Iterator[Iterator[Batch]]:
-    """The first `count` micro-batches of the run.
-
-    Where the run reads a teacher cache, they are of as many windows from the front of the split, and a cache of these
-    alone is made for the profile: that of all windows can take hours.
-    """
-    data, spec = parts.data, module.cache_spec
-    if spec is None:
-        data.set_stage(0, count)
-        yield iter(data.train_dataloader())
-        return
-    windows = data.windows("train")[: count * data.batch_size]
-    with tempfile.TemporaryDirectory() as folder:
-        with context():
-            cache = TeacherCache.build(module.teacher, windows, Path(folder), spec, batch_size=data.batch_size)
-        module.use_cache(cache)
-        yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
-
-
-def _place(parts: Parts) -> tuple[torch.device, ForwardContext]:
-    """Device and precision of the run's trainer."""
-    on_gpu = parts.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    precision = str(parts.trainer.get("precision", "32-true"))
-    if precision == "bf16-mixed":
-        return device, partial(torch.autocast, device.type, torch.bfloat16)
-    if precision not in ("32-true", "32"):
-        raise ValueError(f"trainer.precision={precision}: a profile knows bf16-mixed and 32-true")
-    return device, nullcontext
-
-
-def _enter_stage(
-    parts: Parts,
-    module: DistillModule,
-    optimizer: torch.optim.Optimizer,
-    state: RunState,
-    context: ForwardContext,
-    edits: bool,
-) -> None:
-    """Carry out the schedule up to the edits of its first stage that trains."""
-    if parts.schedule.scoring != "never" and parts.importance is None:
-        raise ValueError("schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, ...")
-    windows = partial(parts.data.calibration, parts.options.score_tokens)
-    while True:
-        decide(parts.schedule, parts.importance, state, module, windows, Ranks(), context)
-        stage = state.stage
-        if stage is None:
-            raise ValueError("no stage of the schedule trains, so there is no step to profile; set schedule.tokens")
-        carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
-        if stage.tokens or not edits:
-            return
-        state.record = module.record
-        state.finished = (*state.finished, stage)
-
-
-def _bare(stage: Stage) -> Stage:
-    """The stage on the student as it is, all of it in training."""
-    return replace(stage, name=f"{stage.name}, without its edits", edits=(), train="all", objective="loss")

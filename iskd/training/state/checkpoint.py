@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from iskd.models.sharding import is_split, local, whole
 from iskd.models.weights import load_model_tensors, model_tensors
-from iskd.system import Json, Ranks, read_json
+from iskd.plan.run_folder import CHECKPOINTS
+from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
 from iskd.training.state.checkpoint_files import (
     _RNG,
@@ -111,7 +112,7 @@ def together(ranks: Ranks, place: Path, work: Callable[[], T]) -> list[T]:
     outcomes = ranks.gather((result, reason))
     failed = next((why for _, why in outcomes if why is not None), None)
     if failed is not None:
-        run_dir = place.parents[1] if place.parent.name == "checkpoints" else place
+        run_dir = place.parents[1] if place.parent.name == CHECKPOINTS else place
         raise OSError(
             f"could not write the checkpoint {place}: {failed}. Earlier checkpoints are intact: make room or make the "
             f"folder writable, and continue with resume={run_dir}"
@@ -146,9 +147,9 @@ def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunS
     """Add what rank 0 alone writes, then move the folder to its place by one rename."""
     numbers = {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()}
     save_file(numbers, draft / _RNG)
-    (draft / _STATE).write_text(json.dumps(state.to_json(), indent=1))
+    write_whole(draft / _STATE, json.dumps(state.to_json(), indent=1))
     entries = {**entries, **{name: _entry(draft / name) for name in (_RNG, _STATE)}}
-    (draft / "manifest.json").write_text(json.dumps({"files": entries}, indent=1))
+    write_whole(draft / "manifest.json", json.dumps({"files": entries}, indent=1))
     _sync(draft)
     os.replace(draft, target)
     _sync_folder(target.parent)

@@ -11,6 +11,7 @@ from torch import nn
 
 from iskd.plan.options import RunOptions
 from iskd.plan.results import write_stages
+from iskd.plan.run_folder import CHECKPOINTS
 from iskd.system import Ranks
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.state.run_state import RunState
@@ -30,7 +31,7 @@ class Saver:
     @property
     def root(self) -> Path:
         """The folder of the checkpoints."""
-        return self.run_dir / "checkpoints"
+        return self.run_dir / CHECKPOINTS
 
     def find_boundary(self) -> None:
         """Take up a run: its newest checkpoint at a boundary."""

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack, sharding
 from iskd.models.capture import Call, attention_weights, follow, state_of
-from iskd.models.hosting import HostedBlock, HostedMixer
+from iskd.models.hosting import HostedBlock, HostedMixer, positions_of
 from iskd.plan import Record, Stage
+from iskd.training.step.spans import StepSpan, span
 
 MATRIX_TOKENS = 512
 """Windows are cut into equal pieces of at most so many tokens where matrices [T, T] are compared."""
@@ -52,6 +53,7 @@ class _Layer:
     span: tuple[nn.Module, nn.Module]
 
 
+@span(StepSpan.ALIGNMENT)
 def align(
     objective: str, student: PreTrainedModel, teacher: PreTrainedModel, record: Record, input_ids: Tensor
 ) -> Aligned:
@@ -124,7 +126,7 @@ def pieces(input_ids: Tensor) -> Tensor:
 def _distance(objective: str, part: nn.Module, call: Call, output: Any) -> Tensor:
     """How far the student's part is from what the teacher's made of the same call; a scalar, at least float32."""
     if objective == "matrix":
-        ours, theirs = _matrix(part, call), output[1]
+        ours, theirs = matrix_of(part, call), output[1]
         if ours.shape != theirs.shape:
             raise ValueError(_misfit(part, ours.shape[1], theirs.shape[1]))
     else:
@@ -138,9 +140,10 @@ def _distance(objective: str, part: nn.Module, call: Call, output: Any) -> Tenso
         return norms.mean()
 
 
-def _matrix(part: nn.Module, call: Call) -> Tensor:
+def matrix_of(part: nn.Module, call: Call) -> Tensor:
+    """The mixing matrix [B, H, T, T] of a hosted mixer for the call that its attention was given."""
     assert isinstance(part, HostedMixer)
-    seen = {"mask": call.kwargs.get("attention_mask"), "positions": call.kwargs.get("position_ids")}
+    seen = {"mask": call.kwargs.get("attention_mask"), "positions": positions_of(call.kwargs)}
     matrix: Tensor = cast(Any, part.mixer).matrix(call.stream, **seen)
     return matrix
 
@@ -161,7 +164,7 @@ def check(model: PreTrainedModel, record: Record, stage: Stage) -> None:
     """
     if stage.objective not in ("matrix", "mixer_output"):
         return
-    mixers = _mixers(model, record)
+    mixers = mixers_of(model, record)
     if not mixers:
         raise ValueError(
             f"stage {stage.name!r} has objective={stage.objective}, and no layer is converted by then; use edit=convert"
@@ -194,7 +197,7 @@ def check_whole(student: PreTrainedModel, *objectives: str) -> None:
         )
 
 
-def _mixers(model: PreTrainedModel, record: Record) -> dict[int, HostedMixer]:
+def mixers_of(model: PreTrainedModel, record: Record) -> dict[int, HostedMixer]:
     """The mixer of every converted layer that still stands."""
     stack = Stack(model)
     blocks = zip(record.layers, stack.layers, strict=True)
@@ -212,7 +215,7 @@ def _layers(objective: str, student: PreTrainedModel, teacher: PreTrainedModel, 
         # below a gap the block learns the teacher's state above it
         spans = {i: (original.layers[i], original.layers[record.state_after(i)]) for i in parts}
     else:
-        parts = dict(_mixers(student, record))
+        parts = dict(mixers_of(student, record))
         attentions = {i: original.layers[i].get_submodule(original.family.attn) for i in parts}
         spans = {i: (attention, attention) for i, attention in attentions.items()}
     trained = {i: [p for p in part.parameters() if p.requires_grad] for i, part in parts.items()}

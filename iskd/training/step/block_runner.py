@@ -1,4 +1,4 @@
-"""How a training step runs its blocks: as they are, recomputed in the backward pass, or compiled, one by one.
+"""Gradient checkpointing and `torch.compile` of the blocks of a training step, one by one, while the step runs.
 
     recompute   a block of the student keeps its input alone; its backward pass runs it again first
                 (gradient checkpointing, arXiv 1604.06174), under the same autocast and random numbers. "selective": it
@@ -56,7 +56,7 @@ Recompute = bool | Literal["selective"]
 
 
 class BlockRunner:
-    """Runs the blocks of a step.
+    """Switches the blocks of a step to gradient checkpointing, to compiled code, or to both.
 
     Args:
         recompute: recompute the student's blocks in the backward pass; "selective" = but for their products.
@@ -82,6 +82,7 @@ class BlockRunner:
     @contextmanager
     def running(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[None]:
         """Inside the context the blocks that stand in both models now run as asked for."""
+        # the teacher's blocks are at most compiled: without gradients there is nothing to recompute
         ours = list(Stack(student).layers) if self.recompute or self.backend is not None else []
         theirs = list(Stack(teacher).layers) if self.backend is not None else []
         if self.recompute == "selective":
@@ -93,6 +94,7 @@ class BlockRunner:
                 settings: Any = torch.compiler.config
                 undo.enter_context(settings.patch(recompile_limit=_VARIANTS))
                 self._compile([*ours, *theirs])
+            # recomputation around the compiled block: its second run is compiled too
             for block in ours:
                 run = self._compiled.get(block, block.forward)
                 undo.enter_context(_standing_before(block, self._recomputing(run)))
@@ -111,6 +113,7 @@ class BlockRunner:
         """Have every block's compiled function at hand, and none of a block that is gone."""
         known, backend = self._compiled, self.backend
         assert backend is not None
+        # nothing stands before `block.forward` yet; torch compiles it when it is first called
         self._compiled = {
             block: known[block] if block in known else torch.compile(block.forward, backend=backend) for block in blocks
         }
@@ -120,12 +123,14 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     """Whether an operator's result is kept; not where it draws random numbers, which what follows it counts on."""
     if operator not in _KEPT:
         return CheckpointPolicy.PREFER_RECOMPUTE
+    # arguments by name, whether they were passed by place or by name: the attention kernels differ in their order
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | kwargs
     return CheckpointPolicy.PREFER_RECOMPUTE if given.get("dropout_p") else CheckpointPolicy.MUST_SAVE
 
 
 def _recomputed(forward: Forward, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Call a block so that the backward pass calls it again, where there will be one."""
+    # without gradients nothing is kept anyway
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)

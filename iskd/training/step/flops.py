@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,10 +30,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from iskd.system.machine import clock
-from iskd.training.step.block_runner import BlockRunner
+from iskd.system.precision import ForwardContext
 from iskd.training.step.module import DistillModule
-
-ForwardContext = Callable[[], AbstractContextManager[Any]]
 
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -121,8 +119,7 @@ def step_flops(
             loss = module.step(input_ids, cached).loss
         loss.backward()
 
-    with as_found(module), torch.enable_grad(), countable(module):
-        module.blocks = BlockRunner()
+    with as_found(module), torch.enable_grad(), module.plain_blocks(), countable(module):
         return count_flops(step)
 
 

@@ -1,4 +1,4 @@
-"""Optimizer steps whose loss or gradient is not finite change nothing, and the host need not wait to hear of it.
+"""Skips optimizer steps whose loss or gradient is not finite, without making the host wait for the device.
 
 Before AdamW runs, the device knows whether all numbers are finite; the host would know only after the backward pass.
 So on a device that computes while the host goes on, the decision stays there: fused AdamW takes `found_inf` (the flag
@@ -24,6 +24,8 @@ from iskd.system.faults import Verdict
 
 @dataclass(frozen=True)
 class _Asked:
+    """A step's flags on their way to the host."""
+
     number: int
     ahead: bool  # whether the host went on without the answer
     flags: Tensor  # [2] on the host: not finite, stop
@@ -66,11 +68,14 @@ class StepGuard:
         """
         flags = torch.full((2,), float(stop), device=finite.device)  # a fill, not a copy from the host, which waits
         flags[0] = ~finite
+        # a rank that skipped alone would have other weights from then on
         flags = self._ranks.highest(flags)
         ahead = _can_be_told(optimizer, finite.device) if self.ahead is None else self.ahead
+        # fused kernels read it on the device; where it is 1 they write nothing, and the step is not counted
         optimizer.found_inf = flags[0] if ahead else None  # type: ignore[attr-defined]
         copy, copied = flags.to("cpu", non_blocking=True), None
         if flags.is_cuda:
+            # the copy is done when the device comes to this event; only `_Asked.read` waits for it
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(flags.device))
         self._asked.append(_Asked(number, ahead, copy, copied))
@@ -78,10 +83,12 @@ class StepGuard:
             optimizer.zero_grad(set_to_none=True)
 
     def settle(self, *, now: bool) -> list[Verdict]:
-        """Verdicts not given before, oldest first: all with `now`, else without the latest where it is open.
+        """Hand out the verdicts on past steps, each once, oldest first.
 
+        All with `now`; else without the latest, where the host went on ahead of its answer, so that nothing waits.
         A verdict that asks the run to stop brings all: what is written then must have counted every step.
         """
+        # the newest alone would have to be waited for: an older one is a whole step ago
         open_ = [asked for asked in self._asked[-1:] if asked.ahead and not now]
         told = [asked.read() for asked in self._asked[: len(self._asked) - len(open_)]]
         if any(verdict.stopping for verdict in told):

@@ -1,8 +1,13 @@
-"""The LightningModule: frozen teacher, mutable student, one pure step, one logging site."""
+"""The LightningModule: frozen teacher, mutable student, one pure step, one logging site.
+
+Three calls change it, and nobody sets an attribute of it: `hold` a student after an edit or a rollback, `enter` a stage
+or the next place in it, `join` the other processes before the fit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,21 +18,21 @@ from transformers import PreTrainedModel
 
 from iskd.data import TextData
 from iskd.data.loader import pinned
-from iskd.evaluation import QualityMetrics
 from iskd.losses import Chunk, Terms, check_terms, total_loss
 from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.models import Signals, Stack, sharding
-from iskd.models.packing import within
 from iskd.plan import Record, Stage
-from iskd.system.machine import clock
+from iskd.system import Ranks
 from iskd.teacher import CacheSpec, TeacherCache, check_terms_cached
 from iskd.training.step.alignment import align
 from iskd.training.step.block_runner import BlockRunner, Recompute
 from iskd.training.step.guard import StepGuard
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
-from iskd.training.step.passes import Wanted, both, next_tokens, wanted
+from iskd.training.step.passes import Wanted, both, wanted
+from iskd.training.step.position import Position
 from iskd.training.step.shared_prefix import SharedPrefix
-from iskd.training.step.trainable import freeze_out_of_reach, regroup
+from iskd.training.step.spans import StepSpan, span
+from iskd.training.step.trainable import regroup
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ class DistillModule(L.LightningModule):
         chunk: tokens per chunk of logits; `auto` by the free memory, None = whole logits (`iskd.losses.chunk_size`).
         share_prefix: run leading blocks that are frozen and still the teacher's once for both
             (`iskd.training.step.shared_prefix`).
+        stage: what trains, until the loop enters one.
         cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
-            those of stages that align layers. It can be set later too (`use_cache`).
+            those of stages that align layers. Of a `CacheSpec` it is opened before the fit (`open_cache`).
         gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
             attention without dropout, a second time in the backward pass (`iskd.training.step.block_runner`).
         compile: compile the blocks of training steps; True or the name of a backend.
@@ -75,8 +81,9 @@ class DistillModule(L.LightningModule):
         record: Record,
         *,
         chunk: Chunk = "auto",
+        stage: Stage | None = None,
         share_prefix: bool = True,
-        cache: TeacherCache | None = None,
+        cache: TeacherCache | CacheSpec | None = None,
         gradient_checkpointing: Recompute = False,
         compile: bool | str = False,
         separator: int | None = None,
@@ -86,27 +93,59 @@ class DistillModule(L.LightningModule):
         self.student = student.train()
         # kept out of the module tree: a registered teacher is saved, wrapped and put in train mode with the student
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
-        self.terms, self.optim, self.record, self.chunk = terms, optim, record, chunk
-        self.stage = Stage("start")
+        self.terms, self.optim, self.chunk = terms, optim, chunk
+        self._record, self._stage, self._position = record, stage or Stage("start"), Position()
         self.share_prefix, self._prefix = share_prefix, SharedPrefix()
         self.blocks = BlockRunner(recompute=gradient_checkpointing, compile=compile)
         Stack(teacher).keep_apart(separator)
         Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
         self.cache: TeacherCache | None = None
-        self.cache_spec: CacheSpec | None = None  # of the one that `open_cache` opens
-        if cache is not None:
+        self.cache_spec: CacheSpec | None = None
+        if isinstance(cache, CacheSpec):
+            check_terms_cached(terms, cache.kind)
+            self.cache_spec = cache
+        elif cache is not None:
             self.use_cache(cache)
-        # factor and counters of the step in progress; the callback owns them
-        self.tokens = 0
-        self.stage_number = 0
-        self.steps = 0
-        self.lr_scale = 1.0
-        # how the ranks agree before an optimizer step; the callback sets both
         self.guard = StepGuard()
-        self.stop_wanted: Callable[[], bool] = lambda: False
+        self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
-        self._validated: dict[int, Tensor] = {}
+
+    @property
+    def record(self) -> Record:
+        """The edits applied to `student` so far."""
+        return self._record
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in progress."""
+        return self._stage
+
+    @property
+    def position(self) -> Position:
+        """The place in the run of the micro-batch in progress, or of the next one."""
+        return self._position
+
+    def hold(self, student: PreTrainedModel, record: Record) -> None:
+        """Train this student from now on: after an edit the same object, after a rollback another."""
+        self.student, self._record = student, record
+
+    def enter(self, stage: Stage, position: Position | None = None) -> None:
+        """Take up a stage, or another place in the one in progress; None = the place stays."""
+        self._stage, self._position = stage, position or self._position
+
+    def join(self, ranks: Ranks, stop_wanted: Callable[[], bool]) -> None:
+        """Agree with these processes before every optimizer step: whether it is finite, and whether one is to stop."""
+        self.guard, self._stop_wanted = StepGuard(ranks), stop_wanted
+
+    @contextmanager
+    def plain_blocks(self) -> Iterator[None]:
+        """Inside, the blocks of a step are neither recomputed nor compiled."""
+        found, self.blocks = self.blocks, BlockRunner()
+        try:
+            yield
+        finally:
+            self.blocks = found
 
     def use_cache(self, cache: TeacherCache) -> None:
         """Read the teacher's side of every training step from `cache`.
@@ -136,10 +175,9 @@ class DistillModule(L.LightningModule):
             if mesh is not None and not sharding.is_sharded(model):
                 sharding.shard(model, mesh["data_parallel"])
 
-    def regroup(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the optimizer what the stage trains and the losses reach; it keeps its state."""
-        regroup(optimizer, self.student, self.record, self.stage)
-        freeze_out_of_reach(optimizer, self.student, self.terms, self.record, self.stage)
+    def regroup(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Give the optimizer what the stage trains and the losses reach (`iskd.training.step.trainable`)."""
+        return regroup(optimizer, self.student, self.record, self.stage, self.terms)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
@@ -177,11 +215,13 @@ class DistillModule(L.LightningModule):
             student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
-            return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
+            with span(StepSpan.LOSS):
+                return StepResult(*topk_loss(terms, student, top, stack.head, chunk=self.chunk, softcap=stack.softcap))
         if cached is not None:
             teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
         head = None if teacher is None else Stack(self.teacher).head
-        loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
+        with span(StepSpan.LOSS):
+            loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
         return StepResult(loss, parts)
 
     def _align(self, objective: str, input_ids: Tensor) -> StepResult:
@@ -199,6 +239,7 @@ class DistillModule(L.LightningModule):
         self._log(lambda: self._values(result))
         return result.loss
 
+    @span(StepSpan.LOADER)
     def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
         if self.cache is None or self.stage.objective != "loss":
@@ -211,16 +252,18 @@ class DistillModule(L.LightningModule):
     def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
         """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
 
-        A number is copied to the device, and that copy waits for what the device was asked before.
+        A number is copied to the device, and that copy waits for what the device was asked before. Without a Trainer,
+        as in a profile, nothing is logged.
         """
-        if self.trainer._logger_connector.should_update_logs:
+        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
             self.log_dict(dict(values()), on_step=True, on_epoch=False)
 
     def _values(self, result: StepResult) -> dict[str, Tensor | float]:
         values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
         rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
-        place = {"tokens": float(self.tokens), "stage": float(self.stage_number), "step": float(self.steps)}
+        at = self.position
+        place = {"tokens": float(at.tokens), "stage": float(at.stage_number), "step": float(at.step)}
         return {**values, **rates, **place}
 
     def alignment(self) -> list[str]:
@@ -231,7 +274,7 @@ class DistillModule(L.LightningModule):
 
     def where(self) -> str:
         """The place of the step in progress, for messages."""
-        return f"at {self.tokens} tokens, stage {self.stage_number} ({self.stage.name})"
+        return f"at {self.position.tokens} tokens, stage {self.position.stage_number} ({self.stage.name})"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return cast(Any, self.optimizers(use_pl_optimizer=False))
@@ -239,7 +282,7 @@ class DistillModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the rates of both groups."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr_scale * (self.stage.lr_new if group["name"] == "new" else self.stage.lr)
+            group["lr"] = self.position.rate * (self.stage.lr_new if group["name"] == "new" else self.stage.lr)
 
     def configure_gradient_clipping(
         self,
@@ -252,32 +295,7 @@ class DistillModule(L.LightningModule):
         norm = sharding.whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
         finite = torch.isfinite(norm) if self._finite is None else torch.isfinite(norm) & self._finite
         self._finite = None
-        self.guard.judge(self.steps + 1, optimizer, finite, stop=self.stop_wanted())
+        self.guard.judge(self.position.step + 1, optimizer, finite, stop=self._stop_wanted())
         if self.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         self._log(lambda: {"train/grad_norm": norm})
-
-    @torch.no_grad()
-    def measure(self, batches: Sequence[Mapping[str, Tensor]], *, remember: bool = True) -> dict[str, float]:
-        """Quality on validation batches: ppl, nll, kl, top1, retention, teacher_ppl, and the student's tokens_per_s.
-
-        The teacher's last hidden states are computed once per batch position and kept: with `remember` the batches are
-        those of every other call.
-        """
-        was_training = self.student.training
-        self.student.eval()
-        metrics, seconds = QualityMetrics().to(self.device), 0.0
-        kept = self._validated if remember else dict[int, Tensor]()
-        student, teacher = Stack(self.student), Stack(self.teacher)
-        for index, batch in enumerate(batches):
-            input_ids = batch["input_ids"].to(self.device)
-            if index not in kept:
-                kept[index] = teacher.last_hidden(input_ids)
-            start = clock(self.device)
-            hidden = student.last_hidden(input_ids)
-            seconds += clock(self.device) - start
-            labels = within(next_tokens(input_ids), input_ids, student.separator)
-            metrics.update_from_hidden(hidden, student.head, kept[index], teacher.head, labels, softcap=student.softcap)
-        self.student.train(was_training)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        return {**metrics.compute(), "tokens_per_s": tokens / max(seconds, 1e-9)}

@@ -1,4 +1,4 @@
-"""The forward passes of a training step: what the active terms read of student and teacher, and no block more.
+"""Forward passes of a training step through student and teacher, each as short as the active loss terms allow.
 
 A term of weight 0 is switched off and costs nothing. No term reads the teacher: no teacher's pass. Terms read hidden
 states alone: the pass ends after the last layer that they read, without final norm. Nobody needs the logits of either
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.losses import BatchSignals, Terms, uses_teacher
-from iskd.models import IGNORE, Signals, Stack
+from iskd.losses import BatchSignals, Terms, traits_of
+from iskd.models import Signals, Stack
 from iskd.models.capture import read
 from iskd.models.packing import with_successor, within
+from iskd.models.signals import next_tokens
 from iskd.plan import Record, Stage
 from iskd.training.step.shared_prefix import standing_in
+from iskd.training.step.spans import StepSpan, span
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What some terms read of a model.
+    """The hidden states that some loss terms read of a model.
 
     Attributes:
         layers: layers after which they read the state, in the teacher's numbering.
@@ -40,10 +42,13 @@ class Wanted:
 
 def wanted(terms: Terms, record: Record, stage: Stage, *, of_teacher: bool = False) -> Wanted | None:
     """What the terms of weight > 0 read, or those among them that use the teacher; None when there is no such term."""
-    active = [loss for loss, weight in terms.values() if weight > 0 and (not of_teacher or uses_teacher(loss))]
+    active = [
+        loss for loss, weight in terms.values() if weight > 0 and (not of_teacher or traits_of(loss).uses_teacher)
+    ]
     if not active:
         return None
     survivors = record.layers
+    # what a loss may call by a word (`layers=edited`); layers that it numbers are taken as they are
     named = {
         "last": survivors[-1:],
         "all": survivors,
@@ -53,7 +58,7 @@ def wanted(terms: Terms, record: Record, stage: Stage, *, of_teacher: bool = Fal
     layers: set[int] = set()
     for loss in active:
         if "hidden" in loss.needs:
-            asked = getattr(loss, "layers", "all")
+            asked = traits_of(loss).layers
             layers |= set(named[asked] if isinstance(asked, str) else asked) & set(survivors)
     return Wanted(frozenset(layers), any(not loss.needs or "logits" in loss.needs for loss in active))
 
@@ -67,11 +72,6 @@ def _standing_for(edited: Iterable[int], survivors: Sequence[int]) -> Sequence[i
     return sorted(below) or survivors[-1:]
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
-    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
-
-
 def both(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -83,7 +83,7 @@ def both(
     *,
     kept: Tensor | None = None,
 ) -> tuple[Signals, Signals | None]:
-    """Signals of the student and of the teacher for windows [B, T].
+    """One forward pass of each model on windows [B, T]: signals of the student, and of the teacher.
 
     Args:
         student: the model in training.
@@ -96,23 +96,26 @@ def both(
         kept: numbers of the tokens that have a label (`with_successor`); None = they are found here.
     """
     stack = Stack(student)
-    labels = within(next_tokens(input_ids), input_ids, stack.separator)
+    labels = within(next_tokens(input_ids), input_ids, stack.separator)  # [B, T]
+    # which tokens have a label [N] goes with the labels, so that no loss asks the device for it
     known = (labels, with_successor(input_ids, stack.separator) if kept is None else kept)
     original: Signals | None = None
-    states: dict[int, Tensor] = {}
-    shared = 0 if theirs is None else shared
+    states: dict[int, Tensor] = {}  # of the teacher after its layers, each [B, T, D]
+    shared = 0 if theirs is None else shared  # nobody computes them for both where the teacher is not run
     if theirs is not None:
         # the student's state after a layer stands for the teacher's state after the gap that follows it
         after = {layer: record.state_after(layer) for layer in sorted(theirs.layers)}
+        # in the shared blocks its states are the student's too, and the last one is where the student's pass begins
         below = {layer for layer in ours.layers if layer < shared} | set(range(shared)[-1:])
-        with torch.no_grad():
+        with span(StepSpan.TEACHER), torch.no_grad():
             last, states = read(
                 Stack(teacher), range(record.num_layers), {*after.values(), *below}, input_ids, last=theirs.last
             )
         hidden = {layer: states[target] for layer, target in after.items()}
         original = Signals(labels, last_hidden=last, hidden=hidden)
+    # the student's own blocks alone, with gradients
     above = {layer for layer in ours.layers if layer >= shared}
-    with standing_in(stack, shared, states.get(shared - 1)):
+    with standing_in(stack, shared, states.get(shared - 1)), span(StepSpan.STUDENT):
         last, own = read(stack, record.layers, above, input_ids, last=ours.last)
     hidden = {layer: own[layer] if layer in above else states[layer] for layer in sorted(ours.layers)}
     return BatchSignals(labels, last_hidden=last, hidden=hidden, known=known), original

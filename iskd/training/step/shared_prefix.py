@@ -1,4 +1,4 @@
-"""The shared frozen prefix: blocks in which teacher and student are the same function run once per step.
+"""The shared frozen prefix: leading blocks that are the same in teacher and student, run once per step for both.
 
 Below the first layer that was edited, trains or has other weights, the teacher's pass computes what the student's
 would. So the student is given the teacher's state before its first own block, and its graph begins there:
@@ -48,9 +48,11 @@ class SharedPrefix:
             return 0
         ours = Stack(student)
         below, blocks = entrance(ours), _untouched(ours, record)
+        # blocks are shared only on top of a shared input: what they are given must be the teacher's too
         if not blocks or any(_trains(part) for part in below):
             self._stamp = None
             return 0
+        # comparing weights reads all of them and waits for the device: only after something changed, not at every step
         stamp = _stamp(student, teacher, [*below, *blocks])
         if stamp != self._stamp:
             self._stamp, self._depth = stamp, _equal_depth(ours, Stack(teacher), len(blocks))
@@ -80,7 +82,7 @@ def standing_in(stack: Stack, depth: int, state: Tensor | None) -> Iterator[None
 
 
 class _Given(nn.Module):
-    """Has the state already, however it is called."""
+    """Block that returns a state [B, T, D] computed before, whatever it is called with."""
 
     def __init__(self, state: Tensor) -> None:
         super().__init__()
@@ -111,11 +113,12 @@ def _trains(part: nn.Module) -> bool:
 
 
 def _stamp(student: PreTrainedModel, teacher: PreTrainedModel, parts: list[nn.Module]) -> tuple[Any, ...]:
-    """Changes as soon as weights or buffers are written to, moved or exchanged, or a mode or kernel is switched.
+    """Version of all that sharing depends on, to be compared for equality; made on the host, it costs no kernel.
 
-    Costs no kernel.
+    It changes as soon as weights or buffers are written to, moved or exchanged, or a mode or kernel is switched.
     """
     modules = [module for part in parts for module in part.modules()]
+    # torch counts in `_version` every write in place
     numbers = tuple(
         (tensor.data_ptr(), tensor._version)
         for module in modules
@@ -125,11 +128,12 @@ def _stamp(student: PreTrainedModel, teacher: PreTrainedModel, parts: list[nn.Mo
     modes = (teacher.training, student.training, *(module.training for module in modules))
     kernels = tuple(model.config._attn_implementation for model in (student, teacher))
     place = next(teacher.parameters()).device
+    # weak: a student that a rollback replaced is not kept alive, and one at the same address is not taken for it
     return weakref.ref(student), weakref.ref(teacher), place, numbers, modes, kernels
 
 
 def _equal_depth(ours: Stack, theirs: Stack, most: int) -> int:
-    """How many of the `most` leading blocks compute the same, when the entrance does."""
+    """How many of the `most` leading blocks compute the same as the teacher's; 0 when the embeddings do not."""
     # OPT drops whole layers, by a rate on the decoder itself
     if ours.config._attn_implementation != theirs.config._attn_implementation or _drops(ours.base):
         return 0
@@ -147,6 +151,7 @@ def _equal_depth(ours: Stack, theirs: Stack, most: int) -> int:
 def _same(mine: nn.Module, its: nn.Module) -> bool:
     """Whether a part of the student is made like the teacher's, has its numbers and draws no random ones."""
     modules = list(mine.named_modules())
+    # from cheap to dear: classes and paths, dropout, numbers
     if [(name, type(part)) for name, part in modules] != [(name, type(part)) for name, part in its.named_modules()]:
         return False
     if any(_drops(part) for made in (mine, its) for part in made.modules()):

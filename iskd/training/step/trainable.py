@@ -1,4 +1,9 @@
-"""What trains in a stage: the one place that decides it, by parameter identity."""
+"""What trains in a stage, decided in one place by parameter identity: `regroup`.
+
+It is what the stage asks for (`trainable`), as far as its objective can reach it (`reachable`) and some term of the
+loss reads it (`within_reach`). Anything else that trained would get no gradient: DDP would wait for it, and decay would
+move it all the same.
+"""
 
 from __future__ import annotations
 
@@ -18,67 +23,72 @@ from iskd.models.hosting import HostedMixer
 from iskd.plan import Convert, Record, Replace, Stage
 from iskd.plan.stage import TRAIN
 from iskd.training.step import adapters
-from iskd.training.step.alignment import _matrix, _mixers, check_whole
+from iskd.training.step.alignment import check_whole, matrix_of, mixers_of
 from iskd.training.step.passes import Wanted, wanted
 from iskd.training.step.shared_prefix import entrance
 
 
-def reachable(model: PreTrainedModel, record: Record, objective: str) -> set[int]:
-    """Ids of the parameters that an objective can train: values and output projections have no part in a matrix.
+def regroup(
+    optimizer: torch.optim.Optimizer, student: PreTrainedModel, record: Record, stage: Stage, terms: Terms
+) -> list[str]:
+    """Give the groups what the stage trains and the losses reach: what its edits put in is `new`, the rest `base`.
 
-    Raises ValueError for a student in shards.
+    Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left; beside
+    adapters, that of all that are frozen, since memory is what they are for. To be called whenever structure, stage or
+    losses change, and before DDP wraps the student, which waits for the gradient of every parameter that trains.
+
+    Args:
+        optimizer: the running one, with the standing groups of `make_optimizer`; rewritten in place.
+        student: the model that is trained.
+        record: its edits.
+        stage: the one in progress; matrices decay in all of its groups.
+        terms: loss and weight by name.
+
+    Returns:
+        Sentences for the log: what the stage would train and no term reads, which stays frozen with its state kept.
+
+    Raises:
+        ValueError: the stage matches no parameter, or a new one, or all, are out of every term's reach.
+        RuntimeError: the groups do not partition what trains.
     """
-    if objective == "loss":
-        return {id(p) for p in model.parameters()}
-    check_whole(model, objective)
-    if objective == "hidden":
-        return {id(p) for p in Stack(model).layers.parameters()}
-    mixers = _mixers(model, record).values()
-    if objective == "mixer_output":
-        return {id(p) for mixer in mixers for p in mixer.parameters()}
-    return {id(p) for mixer in mixers for p in _behind_matrix(mixer, Stack(model).dims.hidden)}
+    chosen = trainable(student, record, stage)
+    new = {id(p) for p in new_parameters(student, record, stage)}
+    lost, said = _unread(student, record, stage, terms, chosen, new)
+    held = {id(p) for p in chosen} - lost
+    # the state of what is frozen is kept, as a later stage may train it again
+    alive = {id(p) for p in (chosen if stage.train == "lora" else student.parameters())}
+    decaying = {id(p) for p in maps(student)}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for parameter in student.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(id(parameter) in held)
+        if id(parameter) in held:
+            groups["new" if id(parameter) in new else "base", id(parameter) in decaying].append(parameter)
+    for group in optimizer.param_groups:
+        group["params"] = groups[group["name"], group["decays"]]
+    for gone in [p for p in optimizer.state if id(p) not in alive]:
+        del optimizer.state[gone]
+    check_partition(optimizer, student)
+    return said
 
 
-def _behind_matrix(hosted: HostedMixer, width: int) -> list[nn.Parameter]:
-    """The parameters that a mixing matrix is made of, as autograd finds them on two tokens."""
-    parameters = list(hosted.parameters())
-    before = [p.requires_grad for p in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_()
-        weight = parameters[0]
-        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-            matrix = _matrix(hosted, Call((weight.new_zeros(1, 2, width),), {}))
-            found = torch.autograd.grad(matrix.sum(), parameters, allow_unused=True)
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
-    return [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
-
-
-def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
-    """Parameters of the blocks and mixers that this stage's edits put in and that still stand.
-
-    Of a converted block only the mixer is new: norms and MLP are still the teacher's.
-    """
-    replaced = {edit.layer for edit in stage.edits if isinstance(edit, Replace)}
-    converted = {edit.layer for edit in stage.edits if isinstance(edit, Convert)} - replaced
-    mixers = [block.get_submodule(Stack(model).family.attn) for block in _blocks(model, record, converted)]
-    return [p for part in (*_blocks(model, record, replaced), *mixers) for p in part.parameters()]
-
-
-def watched_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
-    """What must move in the first steps after this stage's edits: the new parameters, and adapters."""
-    return [*new_parameters(model, record, stage), *(adapters.adapters(model) if stage.edits else ())]
-
-
-def _blocks(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Module]:
-    wanted = set(layers)
-    return [block for layer, block in zip(record.layers, Stack(model).layers, strict=True) if layer in wanted]
-
-
-def _of_layers(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Parameter]:
-    return [p for block in _blocks(model, record, layers) for p in block.parameters()]
+def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise RuntimeError when a trainable parameter is in no group or in two, or a group holds a foreign one."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
+    ids = [id(p) for p in held]
+    if len(ids) != len(set(ids)):
+        raise RuntimeError("a parameter is in two optimizer groups")
+    stray = [p for p in held if id(p) not in trains]
+    if stray:
+        name = names.get(id(stray[0]), "one that was removed")
+        raise RuntimeError(f"the optimizer holds {len(stray)} parameters that do not train in the student, e.g. {name}")
+    lost = trains - set(ids)
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} trainable parameters are in no optimizer group, e.g. {names[next(iter(lost))]}"
+        )
 
 
 def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
@@ -118,68 +128,81 @@ def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.P
     return found
 
 
-def _neighbours(record: Record, touched: set[int]) -> set[int]:
-    """The nearest surviving layers on both sides of every touched one."""
-    found = set()
-    for layer in touched:
-        below = [x for x in record.layers if x < layer]
-        above = [x for x in record.layers if x > layer]
-        found |= set(below[-1:]) | set(above[:1])
-    return found
+def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
+    """Parameters of the blocks and mixers that this stage's edits put in and that still stand.
 
-
-def maps(model: nn.Module) -> list[nn.Parameter]:
-    """What weight decay is for: weights of linear maps, embeddings and adapters.
-
-    Not by the number of dimensions: norms per head, decays per channel, short convolutions that start as the identity
-    and learned feature maps are matrices too, and decay would pull them to a zero that means something else.
+    Of a converted block only the mixer is new: norms and MLP are still the teacher's.
     """
-    weights = [m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
-    return [*weights, *adapters.adapters(model)]
+    replaced = {edit.layer for edit in stage.edits if isinstance(edit, Replace)}
+    converted = {edit.layer for edit in stage.edits if isinstance(edit, Convert)} - replaced
+    mixers = [block.get_submodule(Stack(model).family.attn) for block in _blocks(model, record, converted)]
+    return [p for part in (*_blocks(model, record, replaced), *mixers) for p in part.parameters()]
 
 
-def regroup(optimizer: torch.optim.Optimizer, model: PreTrainedModel, record: Record, stage: Stage) -> None:
-    """Give the groups what the stage trains: what this stage's edits put in is `new`, the rest `base`; matrices decay.
+def watched_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
+    """What must move in the first steps after this stage's edits: the new parameters, and adapters."""
+    return [*new_parameters(model, record, stage), *(adapters.adapters(model) if stage.edits else ())]
 
-    Sets `requires_grad` on every parameter, drops gradients, and forgets the state of parameters that left; beside
-    adapters, that of all that are frozen, since memory is what they are for.
+
+def reachable(model: PreTrainedModel, record: Record, objective: str) -> set[int]:
+    """Ids of the parameters that an objective can train: values and output projections have no part in a matrix.
+
+    Raises ValueError for a student in shards.
     """
-    chosen = {id(p) for p in trainable(model, record, stage)}
-    fresh = {id(p) for p in new_parameters(model, record, stage)}
-    decaying = {id(p) for p in maps(model)}
-    alive = set()
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(id(parameter) in chosen)
-        if id(parameter) in chosen or stage.train != "lora":
-            alive.add(id(parameter))
-        if id(parameter) in chosen:
-            groups["new" if id(parameter) in fresh else "base", id(parameter) in decaying].append(parameter)
-    for group in optimizer.param_groups:
-        group["params"] = groups[group["name"], group["decays"]]
-    for gone in [p for p in optimizer.state if id(p) not in alive]:
-        del optimizer.state[gone]
-    check_partition(optimizer, model)
+    if objective == "loss":
+        return {id(p) for p in model.parameters()}
+    check_whole(model, objective)
+    if objective == "hidden":
+        return {id(p) for p in Stack(model).layers.parameters()}
+    mixers = mixers_of(model, record).values()
+    if objective == "mixer_output":
+        return {id(p) for mixer in mixers for p in mixer.parameters()}
+    return {id(p) for mixer in mixers for p in _behind_matrix(mixer, Stack(model).dims.hidden)}
 
 
-def check_partition(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise RuntimeError when a trainable parameter is in no group or in two, or a group holds a foreign one."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {id(p): name for name, p in model.named_parameters()}
-    trains = {id(p) for p in model.parameters() if p.requires_grad}
-    ids = [id(p) for p in held]
-    if len(ids) != len(set(ids)):
-        raise RuntimeError("a parameter is in two optimizer groups")
-    stray = [p for p in held if id(p) not in trains]
-    if stray:
-        name = names.get(id(stray[0]), "one that was removed")
-        raise RuntimeError(f"the optimizer holds {len(stray)} parameters that do not train in the student, e.g. {name}")
-    lost = trains - set(ids)
-    if lost:
-        raise RuntimeError(
-            f"{len(lost)} trainable parameters are in no optimizer group, e.g. {names[next(iter(lost))]}"
+def _behind_matrix(hosted: HostedMixer, width: int) -> list[nn.Parameter]:
+    """The parameters that a mixing matrix is made of, as autograd finds them on two tokens."""
+    parameters = list(hosted.parameters())
+    before = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_()
+        weight = parameters[0]
+        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            matrix = matrix_of(hosted, Call((weight.new_zeros(1, 2, width),), {}))
+            found = torch.autograd.grad(matrix.sum(), parameters, allow_unused=True)
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+    return [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
+
+
+def _unread(
+    student: PreTrainedModel, record: Record, stage: Stage, terms: Terms, chosen: list[nn.Parameter], new: set[int]
+) -> tuple[set[int], list[str]]:
+    """Ids of the chosen parameters that no term can give a gradient, and the sentence on them.
+
+    Nothing in a stage without training, or in one that aligns layers: what that reaches, `trainable` knows.
+    """
+    active = ", ".join(name for name, (_, weight) in terms.items() if weight > 0)
+    if stage.objective != "loss" or not stage.tokens or not active:
+        return set(), []
+    reached, names = within_reach(student, terms, record, stage), {id(p): n for n, p in student.named_parameters()}
+    lost = [p for p in chosen if id(p) not in reached]
+    if not lost:
+        return set(), []
+    fresh = [p for p in lost if id(p) in new]
+    if fresh or len(lost) == len(chosen):
+        first = fresh[0] if fresh else lost[0]
+        raise ValueError(
+            f"loss=[{active}] reads nothing that {names[id(first)]} has a part in: it would not train in stage "
+            f"{stage.name!r} (schedule.train={stage.train}); add a loss on logits, e.g. kl, or let the layers of a "
+            "loss on hidden states reach up to it"
         )
+    return {id(p) for p in lost}, [
+        f"{len(lost)} parameters stay frozen in stage {stage.name!r}, loss=[{active}] reads nothing that they have a "
+        f"part in; the first is {names[id(lost[0])]}"
+    ]
 
 
 def within_reach(student: PreTrainedModel, terms: Terms, record: Record, stage: Stage) -> set[int]:
@@ -199,52 +222,30 @@ def within_reach(student: PreTrainedModel, terms: Terms, record: Record, stage: 
     return {id(p) for part in parts for p in part.parameters()} if count else set()
 
 
-def freeze_out_of_reach(
-    optimizer: torch.optim.Optimizer, student: PreTrainedModel, terms: Terms, record: Record, stage: Stage
-) -> list[str]:
-    """Freeze what the terms cannot give a gradient, and take it out of the optimizer's groups; its state is kept.
+def maps(model: nn.Module) -> list[nn.Parameter]:
+    """What weight decay is for: weights of linear maps, embeddings and adapters.
 
-    To be called after every `iskd.training.step.trainable.regroup`, and before DDP wraps the student. Nothing changes
-    in a stage without training, or in one that aligns layers: that has a rule of its own
-    (`iskd.training.step.trainable.reachable`).
-
-    Args:
-        optimizer: its groups hold what the stage trains, those named `new` what its edits put in.
-        student: the model that is trained.
-        terms: loss and weight by name.
-        record: the student's edits.
-        stage: the one in progress.
-
-    Returns:
-        A sentence for the log, or none where nothing was frozen.
-
-    Raises:
-        ValueError: a new parameter, or all that the stage trains, is out of reach: it would never learn anything.
+    Not by the number of dimensions: norms per head, decays per channel, short convolutions that start as the identity
+    and learned feature maps are matrices too, and decay would pull them to a zero that means something else.
     """
-    active = ", ".join(name for name, (_, weight) in terms.items() if weight > 0)
-    if stage.objective != "loss" or not stage.tokens or not active:
-        return []
-    reached, names = within_reach(student, terms, record, stage), {id(p): n for n, p in student.named_parameters()}
-    groups = optimizer.param_groups
-    # what is no part of the student is `iskd.training.step.trainable.check_partition`'s to tell
-    held = [(group["name"], p) for group in groups for p in group["params"] if id(p) in names]
-    lost = [(name, p) for name, p in held if id(p) not in reached]
-    if not lost:
-        return []
-    new = [p for name, p in lost if name == "new"]
-    if new or len(lost) == len(held):
-        first = new[0] if new else lost[0][1]
-        raise ValueError(
-            f"loss=[{active}] reads nothing that {names[id(first)]} has a part in: it would not train in stage "
-            f"{stage.name!r} (schedule.train={stage.train}); add a loss on logits, e.g. kl, or let the layers of a "
-            "loss on hidden states reach up to it"
-        )
-    gone = {id(p) for _, p in lost}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for _, parameter in lost:
-        parameter.requires_grad_(False)
-    return [
-        f"{len(lost)} parameters stay frozen in stage {stage.name!r}, loss=[{active}] reads nothing that they have a "
-        f"part in; the first is {names[id(lost[0][1])]}"
-    ]
+    weights = [m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
+    return [*weights, *adapters.adapters(model)]
+
+
+def _neighbours(record: Record, touched: set[int]) -> set[int]:
+    """The nearest surviving layers on both sides of every touched one."""
+    found = set()
+    for layer in touched:
+        below = [x for x in record.layers if x < layer]
+        above = [x for x in record.layers if x > layer]
+        found |= set(below[-1:]) | set(above[:1])
+    return found
+
+
+def _blocks(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Module]:
+    wanted = set(layers)
+    return [block for layer, block in zip(record.layers, Stack(model).layers, strict=True) if layer in wanted]
+
+
+def _of_layers(model: PreTrainedModel, record: Record, layers: Iterable[int]) -> list[nn.Parameter]:
+    return [p for block in _blocks(model, record, layers) for p in block.parameters()]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.models import Stack
-from iskd.plan import Convert, Record, Remove, Spec, Stage
-from iskd.teacher import CacheSpec, TeacherCache
+from iskd.plan import Record, Stage
+from iskd.teacher import TeacherCache
 from iskd.training.profile import step_profile
 from iskd.training.profile.operators import group_of
 from iskd.training.profile.profile import PARTS, profile_table, write_profile
@@ -27,7 +26,6 @@ from iskd.training.step import DistillModule, OptimSpec, flops, make_optimizer, 
 from iskd.training.step import module as module_file
 from iskd.training.step.block_runner import BlockRunner
 from tests.factories import digest, tiny, windows
-from tests.runs import Scripted, make_parts, write_text
 
 D, LAYERS, MLP, HEADS, WIDTH, KV, VOCAB = 48, 4, 96, 6, 8, 3, 101
 MATRICES = LAYERS * (2 * D * D + 2 * D * KV * WIDTH + 3 * D * MLP)  # weights of the trunk's linear maps
@@ -43,7 +41,7 @@ def module_of(dropout: float = 0.0, layers: int = LAYERS) -> DistillModule:
 
 def optimizer_of(module: DistillModule) -> torch.optim.AdamW:
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, Stage("start", lr=1e-3))
+    regroup(optimizer, module.student, module.record, Stage("start", lr=1e-3), {})
     return optimizer
 
 
@@ -126,7 +124,7 @@ def test_the_meter_of_a_stage_is_flops_by_time_and_peak() -> None:
 def test_a_step_that_reads_the_cache_is_counted_without_the_teacher(tmp_path: Path) -> None:
     module, batch, meter = module_of(), {"input_ids": windows(3, 16), "index": [2, 0, 1]}, flops.MfuMeter(CPU, peak=1e9)
     live = meter.stage(module, batch, 1.0)["train/flops_per_token"]
-    module.use_cache(TeacherCache.build(module.teacher, windows(3, 16).numpy(), tmp_path))
+    module.use_cache(TeacherCache.open(module.teacher, windows(3, 16).numpy(), tmp_path).fill())
     cached = meter.stage(module, batch, 1.0)["train/flops_per_token"]
     assert 16 * (live - cached) == 2 * 16 * MATRICES + LAYERS * attention(1, 16, 2)
 
@@ -139,11 +137,6 @@ def test_the_peak_is_positive_draws_nothing_and_names_bad_values() -> None:
         flops.matmul_peak(CPU, torch.float32, shapes=[])
     with pytest.raises(ValueError, match="above 0"):
         flops.mfu(1.0, 0.0, 1.0)
-
-
-@pytest.fixture
-def _small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flops, "_SHAPES", {"cpu": ((64, 64, 64),)})
 
 
 @pytest.mark.usefixtures("_small_peak")
@@ -219,51 +212,40 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-@pytest.mark.usefixtures("_small_peak")
-@pytest.mark.parametrize("objective", ["loss", "mixer_output"])
-def test_a_run_is_profiled_in_its_first_stage_that_trains(objective: str, tmp_path: Path) -> None:
-    mixer = Spec("iskd.mixers.linear_attention.LinearAttention", {})
-    stages = [Stage("cut", (Remove(1),)), Stage("heal", (Convert(2, mixer),), tokens=256, objective=objective)]
-    text, cache = write_text(tmp_path), tmp_path / "cache"
-    parts = make_parts(tmp_path / "run", text, cache, schedule=Scripted(stages), dropout=0.0)
-    before = digest(parts.teacher.model)
-    profile = step_profile.profile_parts(parts, steps=1, operators=False)
-    assert profile.stage == "heal"
-    assert profile.tokens == 2 * 2 * 32
-    assert ("alignment" in profile.seconds) == (objective != "loss")
-    assert digest(parts.teacher.model) == before
-    assert not list((tmp_path / "run").iterdir())
-    if objective == "loss":
-        whole = step_profile.profile_parts(parts, steps=1, edits=False, operators=False)
-        assert whole.flops["student"] > profile.flops["student"]
-        assert whole.flops["teacher"] == profile.flops["teacher"]
+@pytest.mark.parametrize(("owner", "lost"), [(passes, "student, teacher"), (module_file, "loss")])
+def test_a_part_that_opens_no_span_is_an_error_and_no_zero(
+    owner: object, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of()
+    optimizer = optimizer_of(module)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    monkeypatch.setattr(owner, "span", lambda _: nullcontext())
+    with pytest.raises(RuntimeError, match=rf"no span {lost} was opened in a profiled step, only loader.*; open span"):
+        step_profile.profile_step(module, {"input_ids": windows(1, 8)}, optimizer, steps=1)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
-@pytest.mark.usefixtures("_small_peak")
-def test_a_run_with_a_teacher_cache_is_profiled_as_it_reads_it(tmp_path: Path) -> None:
-    stages, terms = [Stage("heal", (Remove(1),), tokens=256)], {"kl": (KL(), 1.0)}
-    made = partial(make_parts, text=write_text(tmp_path), cache=tmp_path / "data", schedule=Scripted(stages))
-    live, cached = (made(tmp_path / name, terms=terms) for name in ("live", "cached"))
-    cached = replace(cached, cache=CacheSpec())
-    found, expected = (step_profile.profile_parts(parts, steps=1, operators=False) for parts in (cached, live))
-    assert "teacher" in expected.seconds
-    assert "teacher" not in found.seconds
-    assert set(found.flops) == set(expected.flops) - {"teacher"}
-    assert found.flops["student"] == expected.flops["student"]
-    assert not (tmp_path / "teacher").exists()  # the cache of a run is not made for a profile
+def test_the_spans_of_a_step_are_those_that_its_stage_asks_for(tmp_path: Path) -> None:
+    """No teacher where no term uses it or a cache speaks for it, and layers in its place where they are aligned."""
+
+    def spans(module: DistillModule) -> set[str]:
+        return {str(name) for name in step_profile._expected(module)} - {"loader", "backward", "clipping", "optimizer"}
+
+    module = module_of()
+    assert spans(module) == {"teacher", "student", "loss"}
+    module.use_cache(TeacherCache.open(module.teacher, windows(1, 8).numpy(), tmp_path).fill())
+    assert spans(module) == {"student", "loss"}
+    module = module_of()
+    module.terms = {"ce": (CrossEntropy(), 1.0), "kl": (KL(), 0.0)}
+    assert spans(module) == {"student", "loss"}
+    module.enter(Stage("align", objective="hidden"))
+    assert spans(module) == {"alignment"}
 
 
-def test_bad_profiles_are_refused(tmp_path: Path) -> None:
+def test_a_profile_of_no_step_is_refused() -> None:
     module = module_of()
     with pytest.raises(ValueError, match="at least one step"):
         step_profile.profile_step(module, {"input_ids": windows(1, 8)}, optimizer_of(module), steps=0)
-    text, cache = write_text(tmp_path), tmp_path / "cache"
-    nothing = make_parts(tmp_path / "a", text, cache, schedule=Scripted([Stage("cut", (Remove(1),))]))
-    with pytest.raises(ValueError, match="no stage of the schedule trains"):
-        step_profile.profile_parts(nothing, steps=1)
-    odd = make_parts(tmp_path / "b", text, cache, trainer={"precision": "64-true"})
-    with pytest.raises(ValueError, match="bf16-mixed and 32-true"):
-        step_profile.profile_parts(odd, steps=1)
 
 
 @pytest.mark.parametrize(

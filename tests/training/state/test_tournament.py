@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from iskd.plan import Remove, Stage
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.parts import Parts
 from iskd.training.runner import run

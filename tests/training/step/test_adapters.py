@@ -20,7 +20,7 @@ from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.stage import LoraSpec, lora_of
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.training.editing import adapt
@@ -145,12 +145,12 @@ def test_compact_blocks_mixers_and_shared_weights() -> None:
 def test_only_adapters_train_and_have_optimizer_state() -> None:
     """Base weights stay bit for bit; gradients and moments exist for A and B alone; AdamW forgets frozen weights."""
     model, optimizer = tiny("llama"), make_optimizer(OptimSpec(weight_decay=0.5))
-    regroup(optimizer, model, RECORD, Stage("before"))
+    regroup(optimizer, model, RECORD, Stage("before"), {})
     step(model, optimizer)
     assert state_elements(optimizer) == 2 * sum(p.numel() for p in model.parameters())
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapt(model, RECORD, HEAL)
-    regroup(optimizer, model, RECORD, HEAL)
+    regroup(optimizer, model, RECORD, HEAL, {})
     check_partition(optimizer, model)
     movement = MovementCheck(3)
     movement.watch(model, watched_parameters(model, RECORD, dataclasses.replace(HEAL, edits=(Remove(3),))))
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_and_autocast() -> None:
     model = tiny("gpt2").train()
     adapt(model, RECORD, HEAL)
     drawn(model)
-    regroup(make_optimizer(OptimSpec()), model, RECORD, HEAL)
+    regroup(make_optimizer(OptimSpec()), model, RECORD, HEAL, {})
     backward(model, use_cache=False)
     plain = [p.grad.clone() for p in adapters.adapters(model) if p.grad is not None]
     for block in Stack(model).layers:

@@ -42,7 +42,7 @@ def training(student: PreTrainedModel, record: Record, objective: str, train: st
     """What a stage trains; everything else is frozen, as in a run."""
     optimizer = torch.optim.AdamW([{"params": [], "name": n, "decays": d} for n in ("base", "new") for d in (0, 1)])
     stage = Stage("test", objective=objective, train=train)
-    regroup(optimizer, student, record, stage)
+    regroup(optimizer, student, record, stage, {})
     return trainable(student, record, stage)
 
 

@@ -134,7 +134,7 @@ def test_a_stop_is_heard_one_step_later_and_the_run_goes_on_as_if_without(
         break_steps(patch, lambda n, _, r: StepResult(r.loss * NAN, r.parts) if n == 8 else r)
         parts = make(tmp_path / "run", options={"checkpoint_every": 100, "movement_steps": 1})
         # during step 3: heard after step 4, whose own verdict is still open then
-        parts.callbacks.append(At(5, lambda module: setattr(module, "stop_wanted", lambda: True)))
+        parts.callbacks.append(At(5, lambda module: setattr(module, "_stop_wanted", lambda: True)))
         with pytest.raises(Preempted):
             run(parts)
     state = last_state(tmp_path / "run")

@@ -19,10 +19,11 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import IGNORE, Signals, Stack, surgery
 from iskd.models.capture import capture
+from iskd.models.signals import next_tokens
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.training.step.module import DistillModule
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
-from iskd.training.step.passes import Wanted, next_tokens, wanted
+from iskd.training.step.passes import Wanted, wanted
 from iskd.training.step.trainable import regroup
 from tests.factories import hooks, tiny, tiny_teacher, windows
 from tests.runs import MIXER
@@ -36,8 +37,8 @@ def module_of(terms: Terms, edits: tuple[Edit, ...] = (), **settings: Any) -> Di
     student = copy.deepcopy(teacher)
     record = surgery.apply(student, Record(LAYERS), edits)
     module = DistillModule(student, teacher, terms, OptimSpec(), record)
-    module.stage = Stage("heal", edits, **settings)
-    regroup(make_optimizer(module.optim), student, record, module.stage)
+    module.enter(Stage("heal", edits, **settings))
+    regroup(make_optimizer(module.optim), student, record, module.stage, {})
     return module
 
 

@@ -66,7 +66,7 @@ def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int = 0
 def test_groups_partition_what_trains(train: str, layers: set[int]) -> None:
     model, record = student_after(FIRST, SECOND)
     stage, optimizer = with_train(train), make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, stage)
+    regroup(optimizer, model, record, stage, {})
     chosen = trainable(model, record, stage)
     assert layers_of(model, record, chosen) == layers
     assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in chosen]
@@ -83,7 +83,7 @@ def test_groups_partition_what_trains(train: str, layers: set[int]) -> None:
 def test_only_what_trains_moves() -> None:
     model, record = student_after(FIRST, SECOND)
     optimizer = make_optimizer(OptimSpec(weight_decay=0.5))
-    regroup(optimizer, model, record, with_train("adjacent"))
+    regroup(optimizer, model, record, with_train("adjacent"), {})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step(model, optimizer)
     moved = [p for name, p in model.named_parameters() if not torch.equal(p, before[name])]
@@ -121,14 +121,14 @@ def test_layer_1_is_not_taken_for_layers_10_and_11() -> None:
 def test_an_edit_keeps_the_state_of_what_survives_and_forgets_the_rest() -> None:
     model, record = student_after(FIRST)
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, FIRST)
+    regroup(optimizer, model, record, FIRST, {})
     groups = [id(group) for group in optimizer.param_groups]
     step(model, optimizer)
     state = {id(p): {key: id(value) for key, value in slots.items()} for p, slots in optimizer.state.items()}
     old = {id(p) for p in model.parameters()}
     assert set(state) == old
     record = surgery.apply(model, record, SECOND.edits)
-    regroup(optimizer, model, record, SECOND)
+    regroup(optimizer, model, record, SECOND, {})
     survivors = old & {id(p) for p in model.parameters()}
     assert 0 < len(survivors) < len(old)
     assert {id(p) for p in optimizer.state} == survivors
@@ -145,12 +145,12 @@ def test_an_edit_keeps_the_state_of_what_survives_and_forgets_the_rest() -> None
 def test_a_frozen_parameter_keeps_its_state_for_later() -> None:
     model, record = student_after(FIRST)
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, FIRST)
+    regroup(optimizer, model, record, FIRST, {})
     step(model, optimizer)
     kept = {id(p) for p in optimizer.state}
-    regroup(optimizer, model, record, Stage("one", FIRST.edits, train="new"))
+    regroup(optimizer, model, record, Stage("one", FIRST.edits, train="new"), {})
     assert {id(p) for p in optimizer.state} == kept
-    regroup(optimizer, model, record, FIRST)
+    regroup(optimizer, model, record, FIRST, {})
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -168,7 +168,7 @@ def test_of_a_mixer_only_linear_maps_decay(name: str) -> None:
 def test_weight_decay_is_for_matrices() -> None:
     model, record = student_after(FIRST)
     optimizer = make_optimizer(OptimSpec(weight_decay=0.1))
-    regroup(optimizer, model, record, FIRST)
+    regroup(optimizer, model, record, FIRST, {})
     for group in optimizer.param_groups:
         assert {p.dim() > 1 for p in group["params"]} <= {group["weight_decay"] > 0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
@@ -185,7 +185,7 @@ def test_weight_decay_is_for_matrices() -> None:
 def grouped() -> tuple[PreTrainedModel, torch.optim.Optimizer]:
     model, record = student_after(FIRST)
     optimizer = make_optimizer(OptimSpec())
-    regroup(optimizer, model, record, FIRST)
+    regroup(optimizer, model, record, FIRST, {})
     return model, optimizer
 
 
@@ -222,11 +222,11 @@ def test_a_frozen_parameter_in_a_group_is_noticed() -> None:
 def test_a_restored_optimizer_takes_the_same_next_step() -> None:
     one, record = student_after(FIRST)
     first = make_optimizer(OptimSpec(weight_decay=0.1))
-    regroup(first, one, record, FIRST)
+    regroup(first, one, record, FIRST, {})
     for seed in range(2):
         step(one, first, seed)
     # frozen parameters have state too
-    regroup(first, one, record, Stage("one", FIRST.edits, train="new"))
+    regroup(first, one, record, Stage("one", FIRST.edits, train="new"), {})
     step(one, first, 2)
     tensors = {key: value.clone() for key, value in optimizer_tensors(first, one).items()}
     names = [name for name, _ in one.named_parameters()]
@@ -234,9 +234,9 @@ def test_a_restored_optimizer_takes_the_same_next_step() -> None:
     other, _ = student_after(FIRST)
     other.load_state_dict(one.state_dict())
     second = make_optimizer(OptimSpec(weight_decay=0.1))
-    regroup(second, other, record, FIRST)
+    regroup(second, other, record, FIRST, {})
     load_optimizer_tensors(second, other, tensors)
-    regroup(first, one, record, FIRST)
+    regroup(first, one, record, FIRST, {})
     for seed in (3, 4):
         step(one, first, seed)
         step(other, second, seed)
@@ -250,7 +250,7 @@ def test_one_kernel_for_all_parameters_is_the_loop_over_them() -> None:
     for fused in (True, False):
         model, record = student_after(FIRST)
         optimizer = make_optimizer(OptimSpec(weight_decay=0.1, fused=fused))
-        regroup(optimizer, model, record, FIRST)
+        regroup(optimizer, model, record, FIRST, {})
         for seed in range(3):
             step(model, optimizer, seed)
         found.append([p.detach() for p in model.parameters()])

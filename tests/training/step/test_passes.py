@@ -25,7 +25,7 @@ from iskd.plan import Edit, Record, Remove, Replace, Stage
 from iskd.training.step.module import DistillModule
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
 from iskd.training.step.passes import Wanted, both
-from iskd.training.step.trainable import check_partition, freeze_out_of_reach, regroup, within_reach
+from iskd.training.step.trainable import check_partition, regroup, within_reach
 from tests.factories import tiny, windows
 from tests.runs import SLIM
 
@@ -46,7 +46,7 @@ def module_of(
     student = copy.deepcopy(teacher)
     record = surgery.apply(student, Record(LAYERS), edits)
     module = DistillModule(student, teacher, terms, OptimSpec(), record, share_prefix=False)
-    module.stage = Stage("heal", edits, tokens, train)
+    module.enter(Stage("heal", edits, tokens, train))
     return module
 
 
@@ -116,11 +116,10 @@ def two_steps(module: DistillModule) -> None:
 def test_ddp_needs_what_is_out_of_reach_to_be_frozen() -> None:
     module = module_of(UP_TO_2, (Remove(1),))
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, module.stage)
+    regroup(optimizer, module.student, module.record, module.stage, {})
     with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
         two_steps(module)
-    regroup(optimizer, module.student, module.record, module.stage)
-    (said,) = freeze_out_of_reach(optimizer, module.student, UP_TO_2, module.record, module.stage)
+    (said,) = regroup(optimizer, module.student, module.record, module.stage, UP_TO_2)
     two_steps(module)
     check_partition(optimizer, module.student)
     frozen = {name for name, parameter in module.student.named_parameters() if not parameter.requires_grad}
@@ -132,23 +131,21 @@ def test_ddp_needs_what_is_out_of_reach_to_be_frozen() -> None:
 def test_what_is_out_of_reach_keeps_its_state_and_trains_again() -> None:
     module = module_of(ALL, (Remove(1),))
     optimizer, student, record, stage = make_optimizer(module.optim), module.student, module.record, module.stage
-    regroup(optimizer, student, record, stage)
+    regroup(optimizer, student, record, stage, {})
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     module.step(windows()).loss.backward()
     optimizer.step()
     before, held = copy.deepcopy(student.state_dict()), len(optimizer.state)
     module.terms = UP_TO_2
-    regroup(optimizer, student, record, stage)
-    assert freeze_out_of_reach(optimizer, student, UP_TO_2, record, stage)
+    assert regroup(optimizer, student, record, stage, UP_TO_2)
     module.step(windows()).loss.backward()
     optimizer.step()
     reached = names(student, within_reach(student, UP_TO_2, record, stage))
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in reached), name
     assert len(optimizer.state) == held
-    regroup(optimizer, student, record, stage)
-    assert freeze_out_of_reach(optimizer, student, ALL, record, stage) == []
+    assert regroup(optimizer, student, record, stage, ALL) == []
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(student.parameters()))
 
 
@@ -166,16 +163,14 @@ def test_what_is_out_of_reach_keeps_its_state_and_trains_again() -> None:
 def test_a_stage_that_could_learn_nothing_is_refused(edits: tuple[Edit, ...], train: str, message: str) -> None:
     module = module_of(UP_TO_2, edits, train)
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, module.stage)
     with pytest.raises(ValueError, match=message):
-        freeze_out_of_reach(optimizer, module.student, UP_TO_2, module.record, module.stage)
+        regroup(optimizer, module.student, module.record, module.stage, UP_TO_2)
 
 
 def test_stages_without_training_are_left_alone() -> None:
     module = module_of(UP_TO_2, (Replace(4, SLIM),), tokens=0)
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, module.stage)
-    assert freeze_out_of_reach(optimizer, module.student, UP_TO_2, module.record, module.stage) == []
+    assert regroup(optimizer, module.student, module.record, module.stage, UP_TO_2) == []
     assert all(parameter.requires_grad for parameter in module.student.parameters())
 
 

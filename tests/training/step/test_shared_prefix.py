@@ -37,14 +37,14 @@ def distilled(
     student, teacher = copy.deepcopy(teacher), copy.deepcopy(teacher)
     record = surgery.apply(student, Record(LAYERS), edits)
     module = DistillModule(student, teacher, TERMS, OptimSpec(), record, share_prefix=share)
-    module.stage = Stage("heal", edits, train=train)
+    module.enter(Stage("heal", edits, train=train))
     adapt(student, record, module.stage)
     return module
 
 
 def optimizer_of(module: DistillModule) -> torch.optim.Optimizer:
     optimizer = make_optimizer(module.optim)
-    regroup(optimizer, module.student, module.record, module.stage)
+    regroup(optimizer, module.student, module.record, module.stage, {})
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     return optimizer
@@ -191,9 +191,9 @@ def test_a_change_after_the_first_step_is_seen() -> None:
     perturb(block)
     block.requires_grad_(False)
     assert now() == 0
-    module.student = copy.deepcopy(module.teacher)
+    module.hold(copy.deepcopy(module.teacher), module.record)
     assert now() == LAYERS
-    module.record = Record(LAYERS).extended([Replace(2, SLIM)])
+    module.hold(module.student, Record(LAYERS).extended([Replace(2, SLIM)]))
     assert now() == 2
 
 

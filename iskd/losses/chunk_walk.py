@@ -1,4 +1,4 @@
-"""The walk over the vocabulary: chunks of tokens through the heads, rows of logits through the terms.
+"""The walk over a batch in chunks: tokens through the heads, rows of their logits through the terms.
 
 A chunk of tokens is what the two matmuls with a head want: many rows, or the head's gradient, as large as the head, is
 added to too often. The element-wise work between them wants few rows, so few that they stay in the processor's cache:
@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from iskd.losses.base import Terms, knows_its_slope, token_values, values_and_slope
 from iskd.losses.scratch import scratch
-from iskd.models import Head, Signals, at_least_fp32, autocast_head, finish_logits
-from iskd.models.head import finish_slope
+from iskd.models import Head, Signals, at_least_fp32, autocast_head, cap_logits
+from iskd.models.head import cap_slope
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # numbers in a block of rows on a CPU: a handful of float32 tensors of this size fit into a second-level cache
@@ -39,7 +39,7 @@ class Tokens:
     labels_N: Tensor
     teacher_ND: Tensor | None
     teacher_head: Head | None
-    chunk: int
+    chunk: int  # tokens whose logits exist at a time
     scale: float
     softcap: float | None
 
@@ -50,20 +50,20 @@ class Tokens:
         return _project("teacher", self.teacher_ND[at], self.teacher_head)
 
     def signals(self, raw_nV: Tensor | None, at: slice) -> Signals:
-        """What terms see of some tokens: labels and finished logits."""
+        """What terms see of some tokens: labels and logits, scaled and capped."""
         if raw_nV is None:
             return Signals(self.labels_N[at])
-        logits_nV = finish_logits(at_least_fp32(raw_nV), scale=self.scale, softcap=self.softcap)
+        logits_nV = cap_logits(at_least_fp32(raw_nV), scale=self.scale, softcap=self.softcap)
         return Signals(self.labels_N[at], logits_nV)
 
 
 class ChunkedMean(torch.autograd.Function):
-    """Differentiable shell of `walk`: keeps the finished gradients, not the graph that made them."""
+    """Differentiable shell of `chunk_walk`: keeps the ready gradients, not the graph that made them."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tokens, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Any:
         """Total and means [K] of the terms."""
-        total, means_K, gradients = walk(tokens, hidden_ND, weight_VD, bias_V, wants=ctx.needs_input_grad[1:])
+        total, means_K, gradients = chunk_walk(tokens, hidden_ND, weight_VD, bias_V, wants=ctx.needs_input_grad[1:])
         ctx.gradients = gradients
         ctx.tokens = len(tokens.labels_N)
         ctx.mark_non_differentiable(means_K)
@@ -72,7 +72,7 @@ class ChunkedMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
-        """The finished gradients times the incoming scalar; in place, unless the graph is kept for another time."""
+        """The ready gradients times the incoming scalar; in place, unless the graph is kept for another time."""
         # The division by N comes last: gradients of a mean over many tokens would underflow in fp16 matmuls.
         factor = grad_total / ctx.tokens
         if ctx.gradients is None:
@@ -90,27 +90,30 @@ def _graph_is_kept() -> bool:
 
 
 @torch.no_grad()
-def walk(
+def chunk_walk(
     tokens: Tokens, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, wants: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Total, means [K], and the gradients of N * total for those inputs that want one."""
     head = autocast_head((weight_VD, bias_V))
     sink = _Sink(hidden_ND, weight_VD, bias_V, wants)
+    # one term without a closed form sends all of them through autograd: they share the graph of a chunk
     closed = all(knows_its_slope(loss) for loss, _ in tokens.terms.values())
     chunks: list[Tensor] = []
     for start in range(0, len(hidden_ND), tokens.chunk):
         at = slice(start, start + tokens.chunk)
         h_nD = hidden_ND[at].to(head[0].dtype)
+        # both [n, V], in memory that the next chunk overwrites
         student_nV, teacher_nV = _project("student", h_nD, head), tokens.teacher_logits(at)
         if not any(wants):
             sums_K = _sums(tokens, student_nV, teacher_nV, at)
         elif closed:
             sums_K = _by_rows(tokens, student_nV, teacher_nV, start)
-            sink.add(student_nV, h_nD, head[0], at)
+            sink.add(student_nV, h_nD, head[0], at)  # now the gradient lies where the logits were
         else:
             sums_K, grad_nV = _by_autograd(tokens, student_nV, teacher_nV, at)
             sink.add(grad_nV, h_nD, head[0], at)
         chunks.append(sums_K.detach())
+    # means are for the log; gradients stay sums until `backward` divides them (see there)
     means_K = torch.stack(chunks).sum(0) / len(hidden_ND)
     weights = [weight for _, weight in tokens.terms.values()]
     return _weighted(weights, means_K), means_K, sink.gradients(weight_VD.dtype)
@@ -150,12 +153,13 @@ def _by_rows(tokens: Tokens, student_nV: Tensor, teacher_nV: Tensor | None, star
         teacher = tokens.signals(None if teacher_nV is None else teacher_nV[rows], at)
         slope_rV, values = None, []
         for name, (loss, weight) in tokens.terms.items():
-            values_r, own_rV = values_and_slope(name, loss, student, teacher)
+            values_r, own_rV = values_and_slope(name, loss, student, teacher)  # r rows of the chunk
             values.append(values_r.sum())
             slope_rV = own_rV.mul_(weight) if slope_rV is None else slope_rV.add_(own_rV, alpha=weight)
         assert slope_rV is not None
         assert student.logits is not None
-        student_nV[rows] = finish_slope(slope_rV, student.logits, scale=tokens.scale, softcap=tokens.softcap)
+        # these rows of logits are used up: the chunk's memory turns, row after row, into its gradient
+        student_nV[rows] = cap_slope(slope_rV, student.logits, scale=tokens.scale, softcap=tokens.softcap)
         sums.append(torch.stack(values))
     return torch.stack(sums).sum(0)
 
@@ -173,6 +177,7 @@ class _Sink:
     def __init__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wants: tuple[bool, bool, bool]
     ) -> None:
+        # a hidden state gets its gradient from one chunk; the head's is a sum over all, and wide for that
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         self.hidden_ND = torch.empty_like(hidden_ND) if wants[0] else None
         self.weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wants[1] else None
@@ -184,12 +189,14 @@ class _Sink:
         if self.bias_V is not None:
             self.bias_V += grad_nV.sum(0, dtype=self.bias_V.dtype)
         low_nV = grad_nV.to(weight_VD.dtype)
+        # dL/dh = dL/dlogits @ W, written to its place without a copy where the dtypes agree
         if self.hidden_ND is not None and self.hidden_ND.dtype == low_nV.dtype:
             torch.mm(low_nV, weight_VD, out=self.hidden_ND[at])
         elif self.hidden_ND is not None:
             self.hidden_ND[at] = low_nV @ weight_VD
         if self.weight_VD is None:
             return
+        # dL/dW += dL/dlogits^T @ h
         if self.weight_VD.dtype == low_nV.dtype:
             self.weight_VD.addmm_(low_nV.T, h_nD)
         else:

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from iskd.training import stage_clock
-from iskd.training.stage_clock import StageClock
+from iskd.training.metrics import stage_clock
+from iskd.training.metrics.stage_clock import StageClock
 
 
 class Hands:

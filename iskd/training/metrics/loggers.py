@@ -13,21 +13,30 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY, X_AXIS
-from iskd.plan.results import STAGES_FILE, student_of
+from iskd.plan.results import student_of
+from iskd.plan.run_folder import (
+    CONFIG_FILE,
+    DATA_FILE,
+    EFFICIENCY_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    PICTURE_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    STAGES_FILE,
+)
 from iskd.plan.summary import summary
-from iskd.report.run_page import REPORT_FILE, picture
+from iskd.report.run_page import picture
 
-PICTURE = "run.png"
 #: Columns of the table of stages; the fields of `StageResult`, numbers as numbers.
 COLUMNS = (
     *("index", "name", "status", "params", "block_params", "ppl", "kl", "top1", "retention"),
     *("tokens", "seconds", "train_tokens_per_s", "tokens_per_s"),
 )
 _LIGHTNINGS_AXIS = "trainer/global_step"
-_CONFIG = "config.yaml"
 _FILES = (
-    *(STAGES_FILE, REPORT_FILE, PICTURE, _CONFIG, "record.json", "data.json", "environment.json"),
-    *("evaluation.json", "efficiency.json"),
+    *(STAGES_FILE, REPORT_FILE, PICTURE_FILE, CONFIG_FILE, RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE),
+    *(EVALUATION_FILE, EFFICIENCY_FILE),
 )
 
 
@@ -57,7 +66,7 @@ def log_end(loggers: Iterable[Logger], run_dir: Path, results: Sequence[StageRes
     if not chosen or student_of(results) is None:
         return
     values = summary(results)
-    picture(run_dir, run_dir / PICTURE)
+    picture(run_dir, run_dir / PICTURE_FILE)
     for logger in chosen:
         if isinstance(logger, WandbLogger):
             _to_wandb(logger.experiment, run_dir, results, values)
@@ -68,7 +77,7 @@ def log_end(loggers: Iterable[Logger], run_dir: Path, results: Sequence[StageRes
 def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: Mapping[str, float]) -> None:
     shown: dict[str, Any] = {
         "stages": wandb.Table(columns=list(COLUMNS), data=_rows(results)),
-        "picture": wandb.Image(str(run_dir / PICTURE)),
+        "picture": wandb.Image(str(run_dir / PICTURE_FILE)),
     }
     if scores := [[r.index, int(layer), score] for r in results for layer, score in (r.scores or {}).items()]:
         shown["importance"] = wandb.Table(columns=["stage", "layer", "score"], data=scores)
@@ -91,7 +100,7 @@ def _to_tensorboard(
     head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in _rows(results)]
     writer.add_text("stages", "\n".join([*head, *lines]), step)
-    writer.add_image("picture", _pixels(run_dir / PICTURE), step, dataformats="HWC")
+    writer.add_image("picture", _pixels(run_dir / PICTURE_FILE), step, dataformats="HWC")
     logger.log_hyperparams(_config(run_dir), dict(values))
     writer.flush()
 
@@ -109,7 +118,7 @@ def _rows(results: Sequence[StageResult]) -> list[list[Any]]:
 
 def _config(run_dir: Path) -> dict[str, Any]:
     """The run's config as nested dicts; empty where the run was put together by hand."""
-    file = run_dir / _CONFIG
+    file = run_dir / CONFIG_FILE
     values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     return values if isinstance(values, dict) else {}
 

@@ -1,24 +1,22 @@
-"""What a run takes from memory instead of from disk or a hub: a model with its tokenizer, and documents.
+"""A teacher that the caller gives as a model with its tokenizer, instead of naming one on disk or a hub.
 
-Both are known by the hash of their content, as files are, so that shards are found again and a resumed run notices when
-it is given something else.
+It is known by the hash of its content, as files are, so that a resumed run notices when it is given something else.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.models.weights import parameters_sha256
 from iskd.teacher.load import Loaded
 
 
-def memory_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """Take a model in memory as the teacher, as it is.
 
     Raises:
@@ -34,7 +32,7 @@ def memory_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     source: dict[str, str | int] = {
         "name": model.config.name_or_path or type(model).__name__,
         "kind": "memory",
-        "sha256": _digest(model),
+        "sha256": parameters_sha256(model),
         "tokenizer": "given",
         "dtype": str(model.dtype).removeprefix("torch."),
         "padding_rows": rows - 1 - largest,
@@ -61,12 +59,3 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         nn.Module.to(model, device)
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """SHA-256 of names and values of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

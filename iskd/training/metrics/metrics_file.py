@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iskd.plan.metric_names import X_AXIS
-
-METRICS_FILE = "metrics.csv"
+from iskd.plan.run_folder import KEPT_METRICS_FILE, METRICS_FILE
+from iskd.system import write_whole
 
 
 def keep_metrics(run_dir: Path, *, below: int | None) -> None:
@@ -23,9 +23,9 @@ def keep_metrics(run_dir: Path, *, below: int | None) -> None:
     # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
     kept = [row for row in rows if below is not None and _belongs(row, below)]
     if kept:
-        _write_rows(path.with_name("metrics.kept.csv"), kept, columns)
+        _write_rows(path.with_name(KEPT_METRICS_FILE), kept, columns)
     for file in files:
-        if file.name != "metrics.kept.csv" or not kept:
+        if file.name != KEPT_METRICS_FILE or not kept:
             file.unlink()
 
 
@@ -45,7 +45,7 @@ def _belongs(row: Mapping[str, str], below: int) -> bool:
 
 
 def _parts(run_dir: Path) -> list[Path]:
-    return sorted(Path(run_dir).glob("metrics.kept.csv"))
+    return sorted(Path(run_dir).glob(KEPT_METRICS_FILE))
 
 
 def _tokens(row: Mapping[str, str]) -> float:
@@ -64,9 +64,8 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -22,7 +22,7 @@ from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
-from iskd.training.loggers import COLUMNS, log_end, log_row, log_start
+from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start
 from tests.factories import CONF
 
 

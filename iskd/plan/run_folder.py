@@ -1,0 +1,48 @@
+"""The files of a run's folder: one list of their names, and the writer of the record, which exports have too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from iskd.plan.edits import Record
+from iskd.plan.reading import to_json
+from iskd.system import write_whole
+
+CONFIG_FILE = "config.yaml"
+"""What the run was started with; there as soon as the folder is claimed."""
+ENVIRONMENT_FILE = "environment.json"
+"""Teacher, machine and versions, from the start."""
+DATA_FILE = "data.json"
+"""What identifies the data, and what layers were selected by."""
+PLAN_FILE = "plan.json"
+"""All stages that are to come, before the first one."""
+METRICS_FILE = "metrics.csv"
+"""One row per logged step."""
+KEPT_METRICS_FILE = "metrics.kept.csv"
+"""Rows of before, while a resumed run adds to `METRICS_FILE`."""
+STAGES_FILE = "stages.json"
+"""One result per stage, from the first one on: what makes a folder that of a run."""
+RECORD_FILE = "record.json"
+"""All edits of the student: of a run, whether it came to its end; beside an exported student too."""
+EVALUATION_FILE = "evaluation.json"
+"""The student's scores beside the teacher's."""
+EFFICIENCY_FILE = "efficiency.json"
+"""What student and teacher cost."""
+PROFILE_FILE = "profile.json"
+"""Where the time of an optimizer step goes."""
+REPORT_FILE = "report.html"
+"""The page about a run."""
+RUNS_FILE = "runs.html"
+"""The page about several runs, in the folder above them."""
+PICTURE_FILE = "run.png"
+"""A run in one picture."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints."""
+MODEL = "model"
+"""Folder of the exported student."""
+
+
+def write_record(folder: Path, record: Record) -> Path:
+    """Write the record of edits into the folder of a run or of an exported student."""
+    return write_whole(folder / RECORD_FILE, json.dumps(to_json(record), indent=1))

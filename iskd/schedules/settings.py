@@ -1,0 +1,127 @@
+"""What schedules are told, each value once: the keys of `schedule` that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+from iskd.plan import Record
+from iskd.plan.stage import LoraSpec, lora_of
+from iskd.schedules.edits import EditKind
+from iskd.schedules.orders import NAMES, ordered
+
+# by name of a choice of layers, the first one and the step to the next
+NAMED = {"all": (0, 1), "every_second": (1, 2)}
+
+
+def _lora() -> dict[str, Any]:
+    return {"rank": LoraSpec.rank, "alpha": LoraSpec.alpha, "targets": LoraSpec.targets}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal:
+    """How the student is trained; of every schedule.
+
+    Attributes:
+        tokens: training tokens of the whole run.
+        train: what trains (see `iskd.plan.stage.Stage`).
+        lr: learning rate of everything that trains but new blocks.
+        lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
+
+    Raises:
+        ValueError: a value that cannot work; the message names its key.
+    """
+
+    tokens: int = 32_768
+    train: str = "all"
+    lr: float = 1e-4
+    lora: Mapping[str, Any] | None = field(default_factory=_lora)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self.adapters()
+
+    def adapters(self, seed: int = 0) -> LoraSpec:
+        """The adapters of every stage that has some; `seed` is the run's."""
+        return lora_of(self.lora, self.train, seed)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers are edited, how, and in which order; of every schedule that edits.
+
+    Attributes:
+        edit: what is done to a layer.
+        count: how many layers are edited in all; -1 = every one that is not protected.
+        order: a name of `iskd.schedules.orders.NAMES`; ignored when `layers` is a list.
+        layers: explicit order; then `count` defaults to its length. Or a name of `NAMED`: only these layers are edited,
+            in the order that `order` says, all of them unless a target says otherwise.
+        protect: layers that are never edited.
+        protect_first, protect_last: so many layers at the bottom and at the top are never edited either.
+        restart_at_edit: save, end the process and carry out the edit in a fresh one (for trainer=fsdp on a torch whose
+            private state iskd does not know, and for anything that must not be changed while it runs).
+        seed: of fresh weights and adapters.
+
+    Raises:
+        ValueError: a value that cannot work; the message names its key.
+    """
+
+    edit: EditKind
+    _: KW_ONLY
+    count: int | None = None
+    order: str = "importance"
+    layers: str | Sequence[int] | None = None
+    protect: Sequence[int] = ()
+    protect_first: int = 0
+    protect_last: int = 0
+    restart_at_edit: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        object.__setattr__(self, "protect", tuple(self.protect))
+        if isinstance(self.layers, str) and self.layers not in NAMED:
+            raise ValueError(
+                f"schedule.layers={self.layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers"
+            )
+        if self.listed is None and self.order not in NAMES:
+            raise ValueError(f"schedule.order={self.order!r} is unknown; choose one of {', '.join(NAMES)}")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise ValueError(
+                "schedule.protect_first and protect_last must be >= 0 layers, got "
+                f"{self.protect_first} and {self.protect_last}"
+            )
+
+    @property
+    def listed(self) -> Sequence[int] | None:
+        """The explicit order, where there is one."""
+        return None if isinstance(self.layers, str) else self.layers
+
+    def in_order(self, record: Record, scores: Mapping[int, float] | None) -> list[int]:
+        """All layers that may ever be edited, protected ones among them, the first to be edited first.
+
+        Raises ValueError when the list or the order does not fit the teacher, or scores are missing.
+        """
+        if self.listed is not None:
+            return check_layers(self.listed, record)
+        return ordered(self.order, record.num_layers, scores)
+
+    def protected(self, record: Record) -> list[int]:
+        """Layers that are never edited, ascending."""
+        depth = record.num_layers
+        ends = [*range(depth)[: self.protect_first], *range(depth)[max(0, depth - self.protect_last) :]]
+        first, step = NAMED[self.layers if isinstance(self.layers, str) else "all"]
+        others = set(range(depth)) - set(range(first, depth, step))
+        return sorted({*check_layers(sorted(set(self.protect)), record, "protect"), *ends, *others})
+
+
+def check_layers(layers: Sequence[int], record: Record, key: str = "layers") -> list[int]:
+    """Layers of `schedule.<key>` as given, after checking that each exists once."""
+    for layer in layers:
+        if not 0 <= layer < record.num_layers:
+            raise ValueError(f"schedule.{key} names layer {layer}; the teacher has layers 0..{record.num_layers - 1}")
+    twice = sorted({layer for layer in layers if list(layers).count(layer) > 1})
+    if twice:
+        raise ValueError(f"schedule.{key} lists layer {twice[0]} twice; name each layer once")
+    return list(layers)

@@ -1,0 +1,112 @@
+"""When enough layers are edited: a number of edits, a depth or a size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from iskd.plan import Record
+from iskd.schedules.base import History
+
+
+@dataclass(frozen=True)
+class Target:
+    """When enough layers are edited; exactly one of the three is given.
+
+    Attributes:
+        count: layers edited in all; -1 = every one that is not protected.
+        layers: layers left in the student.
+        params: parameters of the whole student, at or below which it is small enough.
+
+    Raises:
+        ValueError: none is given, more than one is, or one is not positive.
+    """
+
+    count: int | None = None
+    layers: int | None = None
+    params: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        given = self._given()
+        if len(given) > 1:
+            one, other = list(given)[:2]
+            raise ValueError(
+                f"{one}={given[one]} and {other}={given[other]} are two targets; keep one: set {one}=null or "
+                f"{other}=null"
+            )
+        key, value = next(iter(given.items()), ("schedule.count", None))
+        if key == "schedule.count" and (not value or (value < 1 and value != -1)):
+            raise ValueError(
+                f"schedule.count={value}: nothing would be edited; give at least 1 (-1 = all), or use schedule=none"
+            )
+        if key != "schedule.count" and (not value or value < 1):
+            raise ValueError(f"{self} must be at least 1: a student needs a layer")
+
+    def __str__(self) -> str:
+        """The key and its value, for messages."""
+        return ", ".join(f"{key}={value}" for key, value in self._given().items())
+
+    def _given(self) -> dict[str, int]:
+        values = {"count": self.count, "target_layers": self.layers, "target_params": self.params}
+        return {f"schedule.{key}": value for key, value in values.items() if value is not None}
+
+    def reached(self, history: History, protected: Collection[int]) -> bool:
+        """Whether nothing is left to edit. Raises ValueError when that is so before the first stage of a run."""
+        record = history.record
+        if self.count is not None:
+            return len(record.edited) >= self._count(record, protected)
+        size, unit = (len(record.layers), "layers") if self.layers is not None else (self._size(history), "parameters")
+        goal = self.layers or self.params or 0
+        if size <= goal and not history.stages:
+            raise ValueError(
+                f"{self}: the model has only {size:,} {unit}, so nothing would be removed; choose fewer, "
+                "or use schedule=none"
+            )
+        return size <= goal
+
+    def left(self, history: History, available: Sequence[int], protected: Collection[int]) -> int:
+        """How many layers are still to be edited, if they are taken from `available` in its order.
+
+        Raises ValueError when there are too few.
+        """
+        record, done = history.record, len(history.record.edited)
+        if self.params is not None:
+            left = self._smallest(history, available, self.params)
+        elif self.layers is not None:
+            left = len(record.layers) - self.layers
+        else:
+            left = self._count(record, protected) - done
+        if left > len(available):
+            raise ValueError(
+                f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
+                "edit fewer or protect fewer"
+            )
+        return left
+
+    def _count(self, record: Record, protected: Collection[int]) -> int:
+        count = self.count if self.count and self.count > 0 else record.num_layers - len(protected)
+        if not count:
+            raise ValueError("schedule.count=-1 and every layer is protected: nothing would be edited")
+        return count
+
+    def _size(self, history: History) -> int:
+        if history.params is None:
+            raise ValueError(
+                f"{self} needs the sizes of the blocks, and whoever runs this schedule gives none (History.params); "
+                "use schedule.target_layers or schedule.count"
+            )
+        return history.other_params + sum(history.params.values())
+
+    def _smallest(self, history: History, available: Sequence[int], goal: int) -> int:
+        size = self._size(history)
+        assert history.params is not None
+        # a student keeps at least one layer
+        for number, layer in enumerate(available[: len(history.record.layers) - 1], 1):
+            size -= history.params[layer]
+            if size <= goal:
+                return number
+        raise ValueError(
+            f"{self} cannot be reached: {size:,} parameters are left when all layers that may be removed are gone, "
+            f"{history.other_params:,} of them outside the blocks; choose more, or protect fewer layers"
+        )

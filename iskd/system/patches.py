@@ -1,0 +1,75 @@
+"""Patches of foreign libraries: what the package puts in the place of other libraries' functions, in this file alone.
+
+Why each cannot be an argument stands at its function; CONTRIBUTING.md lists them with the versions they were tried on.
+Each acts on what its caller names and on nothing else of the process. Where the library has lost the name, one that
+saves time does nothing, and one that refuses what would be wrong raises AttributeError.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from transformers import masking_utils
+
+_LOOK, _OURS = "find_packed_sequence_indices", "iskd_wrapper"
+_one_text: ContextVar[bool] = ContextVar("one_text", default=False)  # every thread begins with the default
+_installing = threading.Lock()
+
+
+@contextmanager
+def one_text() -> Iterator[None]:
+    """Inside the context, in this thread, transformers takes every window for one text without a look at it.
+
+    In every pass it asks whether positions restart somewhere, and a device has to be waited for the answer; to be used
+    where it is known that they do not. No argument of a model says so: positions are always asked, a mask of two
+    dimensions is looked at too, and one of four keeps sdpa from its causal kernel.
+    """
+    _install()
+    before = _one_text.set(True)
+    try:
+        yield
+    finally:
+        _one_text.reset(before)
+
+
+def _install() -> None:
+    """Stand before transformers' question, once and for good: what one thread knows another must not believe."""
+    with _installing:
+        look = getattr(masking_utils, _LOOK, None)
+        if look is None or hasattr(look, _OURS):
+            return
+
+        @wraps(look)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            return None if _one_text.get() else look(*args, **kwargs)
+
+        setattr(asked, _OURS, True)
+        setattr(masking_utils, _LOOK, asked)
+
+
+def without_sigterm_broadcast(trainer: Any) -> None:
+    """Keep a Lightning trainer from asking rank 0 for a SIGTERM before every micro-batch, which waits for the device.
+
+    The ranks agree on a stop in `iskd.training.step.guard`. Lightning has no switch for its question; only the loop of
+    this trainer is changed.
+    """
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+
+
+def before_scoring(adapter: Any, look: Callable[[Sequence[Any]], None]) -> None:
+    """Show `look` the requests that an adapter of lm-eval is to score, before it cuts them to its context in silence.
+
+    Requests are (texts, ids of the context, ids of the continuation); lm-eval has no hook between tokens and scores.
+    """
+    score = adapter._loglikelihood_tokens
+
+    def shown(requests: Sequence[Any], **options: Any) -> Any:
+        look(requests)
+        return score(requests, **options)
+
+    adapter._loglikelihood_tokens = shown

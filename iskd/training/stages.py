@@ -1,0 +1,384 @@
+"""The stage loop: one stage after another, from a copy of the teacher to the finished student.
+
+    begin                    measure the teacher, decide the first stage, print the plan; or take up a resumed run
+    while next:
+        edit                 structure, fit, optimizer groups, strategy; the proof that it took; quality before healing
+        train                after each micro-batch: count, watch new parameters move, write a checkpoint now and then
+        end                  measure, keep or roll back, decide what comes next, save
+
+`StageLoop.run` is that loop with any function in the place of `train`; `iskd.training.callback` calls the same pieces
+from the hooks of a Lightning fit, in which one epoch is one stage. Nothing here knows Lightning: what a loop needs of a
+trainer is `Live`. All of it happens on every rank alike; what one rank decides, it decides for all (`Ranks`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iskd.data import TextData
+from iskd.evaluation import measure_quality
+from iskd.models import sharding, surgery
+from iskd.plan import Stage
+from iskd.plan.metric_names import QUALITY
+from iskd.plan.options import RunOptions
+from iskd.schedules import Schedule, forecast, planned_steps
+from iskd.system.faults import NonFiniteError, advice, is_out_of_memory
+from iskd.training.deciding import Importance, check_importance, decide, history_of
+from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
+from iskd.training.live import Live
+from iskd.training.metrics import StageClock, log_row, log_values
+from iskd.training.movement import MovementCheck, require_moved
+from iskd.training.plan_table import announce, check_alignment
+from iskd.training.state import RunState, Saver, Tournament, checkpoint, checkpoint_files
+from iskd.training.state.run_state import Status
+from iskd.training.step import DistillModule, MfuMeter, check_partition, watched_parameters
+from iskd.training.step.optimizer import load_optimizer_tensors
+from iskd.training.step_count import StepCount
+
+_log = logging.getLogger(__name__)
+
+
+class StageLoop:
+    """Runs a schedule.
+
+    Args:
+        schedule: decides the stages. importance: scores layers when the schedule asks for it.
+        data: the run's data module. run_dir: where checkpoints and `stages.json` go.
+        state: where the run stands; a fresh one at the start. options: see `RunOptions`.
+        teacher: digest of the teacher's weights; a resumed run must find the same.
+        stop_wanted: whether this process was asked to end the run; it does at the next stage or step.
+
+    Attributes:
+        preempted: the run was stopped, and everything is saved.
+        restarting: the process is to end before the next edit (`schedule.restart_at_edit`).
+        made_early: an edit that was carried out before the fit (`iskd.training.restart`); `edit` goes on from there.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        importance: Importance | None,
+        data: TextData,
+        run_dir: Path,
+        state: RunState,
+        options: RunOptions,
+        teacher: str | None = None,
+        stop_wanted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        check_importance(schedule, importance)
+        self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
+        self.state, self.options, self.teacher, self.stop_wanted = state, options, teacher, stop_wanted
+        self.saver, self.clock = Saver(run_dir, options), StageClock()
+        self.preempted = self.restarting = False
+        self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
+        self._movement = MovementCheck(options.movement_steps)
+        self._validated: dict[int, Tensor] = {}  # the teacher's side of validation, which stays the same
+        self._live: Live | None = None
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, live: Live, train: Callable[[Stage], None], resume_from: Path | None = None) -> None:
+        """The whole run.
+
+        Args:
+            live: what trains.
+            train: trains the micro-batches of `data.train_dataloader()`: calls `before_training`, and for each
+                `before_batch` and `after_batch`.
+            resume_from: the checkpoint that `state` was read from; None = the run starts.
+        """
+        self.begin(live, resume_from)
+        while (stage := self.next()) is not None:
+            train(stage)
+            if self.preempted:
+                break
+            self.end(trained=True)
+
+    def begin(self, live: Live, resume_from: Path | None = None) -> None:
+        """Measure the teacher and decide the first stage, or take up a resumed run."""
+        self._live = live
+        module, state = live.module, self.state
+        check_alignment(module.student, self.schedule)
+        module.place_teacher()
+        if not self.options.plan_only:
+            with live.forward_context():  # a cache holds what a teacher of the run's precision says
+                module.open_cache(self.data)
+            if self.options.mfu:
+                self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
+        if resume_from is not None:
+            self._take_up(resume_from)
+            return
+        state.identity = self._identity()
+        state.results.append(state.row(module.student, "teacher", self._measure(), None, "kept"))
+        log_row(live.loggers, state.results[-1], state.steps)
+        self._decide()
+        self._announce()
+        if not self.options.plan_only:
+            self._save()
+
+    def next(self) -> Stage | None:
+        """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
+
+        The only place where an edit begins. Stages without training end here too.
+        """
+        state = self.state
+        while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:
+            if not state.edited:
+                self.edit()
+            if left := self.count.batches_left:
+                self._enter()
+                self.data.set_stage(state.first_batch + state.batch, left)
+                return stage
+            self.end(trained=False)
+        self.data.set_stage(state.first_batch, 1)  # a fit asks for a loader even when there is nothing to train
+        return None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the process ends here although the run is not complete."""
+        return self.preempted or self.restarting
+
+    # ---- begin ------------------------------------------------------------------------------------------------------
+
+    def _take_up(self, path: Path) -> None:
+        """Weights, optimizer state and random numbers of a checkpoint, and the stage it lies in."""
+        live, state = self.live, self.state
+        state.take_up(self._identity())
+        live.module.regroup(live.optimizer)
+        # an edit that was made early already holds the checkpoint's weights: random numbers are left to read
+        whole = None if self.made_early else live.module.student
+        checkpoint.restore(path, whole, live.optimizer, live.ranks.rank)
+        live.rewrap()  # what trains may differ from what was wrapped at start-up
+        self.saver.find_boundary()
+        if state.edited and state.stage is not None:
+            self._watch(state.stage)
+
+    def _announce(self) -> None:
+        """Print the stages ahead, what they take, and how they are estimated."""
+        live, state = self.live, self.state
+        plan = forecast(self.schedule, history_of(state, live.module))
+        step_tokens = self.count.step_tokens
+        steps = planned_steps(plan, step_tokens)
+        state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
+        windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
+        with live.forward_context():
+            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir)
+
+    def _decide(self) -> None:
+        """Ask the schedule for the next stage, with fresh scores where it wants them."""
+        live, start = self.live, time.perf_counter()
+        windows = partial(self.data.calibration, self.options.score_tokens)
+        decide(self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context)
+        self.state.seconds += time.perf_counter() - start  # scores are part of what the chosen stage costs
+
+    # ---- edit -------------------------------------------------------------------------------------------------------
+
+    def edit(self) -> None:
+        """Carry out the stage's edits, prove that they took, and measure what they cost before healing."""
+        live, state, stage = self.live, self.state, self.stage
+        self.clock.lap()
+        if self.made_early is None:
+            edited = self.carry_out(live.module, live.optimizer, live.forward_context)
+        else:
+            (edited, moments), self.made_early = self.made_early, None
+            load_optimizer_tensors(live.optimizer, live.module.student, moments)
+        live.rewrap()
+        state.record, state.edited = edited.record, True
+        state.events += edited.events
+        self._enter()
+        check_partition(live.optimizer, live.module.student)
+        self._watch(stage)
+        self.clock.speed = None
+        if self.options.measure_before and stage.edits:
+            quality = self._measure()
+            state.before = {key: quality[key] for key in QUALITY}
+        if live.ranks.rank == 0:
+            size = surgery.parameters(live.module.student)
+            _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
+        self._tick()
+
+    def carry_out(
+        self,
+        module: DistillModule,
+        optimizer: torch.optim.Optimizer,
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> Edited:
+        """Structure, fit and optimizer groups of the stage's edits, before anything is wrapped anew."""
+        fits = self.stage.fit and self.stage.edits and self.options.fit_tokens
+        batches = self.data.calibration(self.options.fit_tokens) if fits else []
+        return carry_out(module, optimizer, self.stage, batches, forward_context)
+
+    def _watch(self, stage: Stage) -> None:
+        student = self.live.module.student
+        self._movement.watch(student, watched_parameters(student, self.state.record, stage))
+
+    # ---- train ------------------------------------------------------------------------------------------------------
+
+    def before_training(self) -> None:
+        """The stage's micro-batches come next."""
+        self.clock.lap()
+        self.clock.train(self.state.tokens)
+
+    def before_batch(self) -> None:
+        """A micro-batch is there and comes next."""
+        self.clock.batch_starts()
+
+    def before_step(self) -> None:
+        """An optimizer step comes next: every new parameter must have a gradient by now."""
+        self._movement.check_gradients()
+
+    def after_batch(self, batch: Mapping[str, Any]) -> None:
+        """Count; at optimizer steps check that new parameters move and write a checkpoint now and then.
+
+        Args:
+            batch: the micro-batch that was trained, `input_ids` [B, T].
+        """
+        live, state, rate = self.live, self.state, self.live.module.position.rate
+        state.batch += 1
+        state.tokens += batch["input_ids"].numel() * live.ranks.size
+        self._enter()
+        if not state.batch % live.accumulate:
+            self._stepped(rate)
+        self.clock.batch_ends(batch)
+
+    def _stepped(self, rate: float) -> None:
+        """After an optimizer step with this factor on the learning rates."""
+        live, state = self.live, self.state
+        step, last = self.count.in_stage, not self.count.batches_left
+        due = not last and not step % self.options.checkpoint_every
+        verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
+        state.count_steps(verdicts, most=self.options.max_skipped)
+        if step == 1:
+            sharding.check_roots(live.module.student)
+        skipped = any(verdict.skipped for verdict in verdicts)
+        still = self._movement.stepped(rate * self.stage.lr_new, skipped=skipped, last=last)
+        if still is not None:
+            require_moved(live.ranks.gather(still), split=sharding.is_sharded(live.module.student))
+        if any(verdict.stopping for verdict in verdicts):
+            self.preempted = True
+        if self.preempted or due:
+            self._tick()
+            self._save()
+
+    # ---- end --------------------------------------------------------------------------------------------------------
+
+    def end(self, *, trained: bool) -> None:
+        """Measure, keep or roll back, decide what comes next, save.
+
+        Args:
+            trained: whether this process has trained the stage, so that its speed is known.
+        """
+        live, state, stage = self.live, self.state, self.stage
+        if trained:
+            self._tick()
+            values = self.clock.end(live.module, state.tokens)
+            log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
+        merge_adapters(live.module, live.optimizer)
+        state.events += live.module.alignment()
+        if state.tournament is not None:
+            self._judge(state.tournament)
+            return
+        quality = self._measure()
+        floor = self.schedule.floor if stage.edits else None
+        missed = live.ranks.first(floor is not None and quality["retention"] < floor)
+        if missed:
+            state.events.append(
+                f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
+                "the run ends with the student before it"
+            )
+        status: Status = "rolled_back" if missed else "kept"
+        state.results.append(state.row(live.module.student, stage.name, quality, self.clock.speed, status))
+        if missed:
+            self._back()
+            state.stage = None
+        else:
+            steps = self.count.stage_steps
+            state.finished = (*state.finished, stage)
+            state.first_batch += steps * live.accumulate
+            state.steps += steps
+        log_row(live.loggers, state.results[-1], state.steps)
+        if not missed:
+            self._decide()
+        self._save()
+        (self.preempted,) = live.ranks.any(self.stop_wanted())
+
+    def _judge(self, trials: Tournament) -> None:
+        """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
+        live, state = self.live, self.state
+        batches = [{"input_ids": windows} for windows in self.data.calibration(self.data.val_tokens)]
+        with live.forward_context():
+            kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
+        trials = trials.judged(kl)
+        self._back()
+        state.tournament = None if trials.over else trials
+        state.stage, state.events = trials.stage, [*state.events, *([trials.verdict()] if trials.over else [])]
+        self._save()
+
+    def _back(self) -> None:
+        """Student, record and optimizer as they were at the last stage boundary."""
+        assert self.saver.boundary is not None, "the last boundary is always kept"
+        live, state = self.live, self.state
+        before = state.finished[-1] if state.finished else Stage("start")
+        state.record = back_to(self.saver.boundary, live.module, live.optimizer, before)
+        live.rewrap()
+        state.edited, state.batch, state.before = False, 0, None
+
+    def advise(self, error: BaseException) -> None:
+        """Have an error say where the last good state is when numbers blow up or memory runs out."""
+        if isinstance(error, NonFiniteError) or is_out_of_memory(error):
+            good = checkpoint_files.newest(self.saver.root)
+            sizes = {"data.batch_size": self.data.batch_size, "data.seq_len": self.data.seq_len}
+            error.args = (advice(error, self.live.module.where(), sizes, good),)
+
+    # ---- where it stands --------------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> Live:
+        """What trains; there from `begin` on."""
+        assert self._live is not None, "begin comes first"
+        return self._live
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in progress."""
+        assert self.state.stage is not None
+        return self.state.stage
+
+    @property
+    def count(self) -> StepCount:
+        """Where the run stands, in steps."""
+        live, data = self.live, self.data
+        step_tokens = data.batch_size * data.seq_len * live.accumulate * live.ranks.size
+        return StepCount(self.state, step_tokens, live.accumulate)
+
+    def _enter(self) -> None:
+        """Tell the module which stage and step come next."""
+        self.live.module.enter(self.stage, self.count.position(self.live.module.optim))
+
+    def _identity(self) -> dict[str, Any]:
+        layout = {"processes": self.live.ranks.size, "accumulate": self.live.accumulate}
+        return {**self.data.identity(), **layout, "teacher": self.teacher, "precision": self.live.precision}
+
+    def _measure(self) -> dict[str, float]:
+        module = self.live.module
+        with self.live.forward_context():
+            return measure_quality(module.student, module.teacher, self.data.validation(), self._validated)
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the stage's."""
+        self.state.seconds += self.clock.lap()
+
+    def _save(self) -> None:
+        """Write a checkpoint; with `schedule.restart_at_edit` the process ends at one that an edit follows."""
+        live, state = self.live, self.state
+        self.saver.save(live.module.student, live.optimizer, state, live.ranks, live.loggers)
+        if not state.edited:
+            self.restarting = self.schedule.restart_at_edit and state.stage is not None and bool(state.stage.edits)

@@ -1,0 +1,61 @@
+"""Device and precision are decided in one place: the same words mean the same in training, scores and measurements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iskd.system import precision
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU that has bf16, as far as choices are concerned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+def autocast_dtype(settings: dict[str, object]) -> tuple[str, torch.dtype | None]:
+    """Kind of device, and what autocast makes of float32 there; None = no autocast."""
+    device, forward_context = precision.place(settings)
+    with forward_context():
+        on = torch.is_autocast_enabled(device.type)
+        return device.type, torch.get_autocast_dtype(device.type) if on else None
+
+
+def test_a_cpu_computes_in_what_it_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for fast, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(precision, "fast_bf16", lambda fast=fast: fast)
+        for accelerator in ("auto", "cpu", "gpu"):
+            assert autocast_dtype({"accelerator": accelerator, "precision": "auto"}) == ("cpu", expected)
+    assert autocast_dtype({"precision": "bf16-mixed"}) == ("cpu", torch.bfloat16)
+    assert autocast_dtype({}) == autocast_dtype({"precision": 32}) == ("cpu", None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fast_bf16", lambda: False)
+    for accelerator in ("auto", "gpu"):
+        device, forward_context = precision.place({"accelerator": accelerator, "precision": "auto"})
+        assert device.type == "cuda"
+        assert forward_context is not precision.nullcontext
+    assert autocast_dtype({"accelerator": "cpu", "precision": "auto"}) == ("cpu", None)
+    assert precision.device_of("auto").type == "cuda"
+    assert precision.device_of("cpu").type == "cpu"
+
+
+def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer.precision=16-mixed: fp16 overflows"):
+        precision.place({"precision": "16-mixed"})
+    with pytest.raises(ValueError, match="fp16 overflows"):
+        precision.place({"precision": 16})
+    with pytest.raises(ValueError, match=r"trainer.precision=64-true: .* only bf16-mixed and 32-true"):
+        precision.place({"precision": "64-true"})
+    with pytest.raises(ValueError, match="device=gpu is no device: choose auto, cpu or cuda"):
+        precision.device_of("gpu")
+
+
+def test_a_finished_model_is_measured_as_it_will_be_served() -> None:
+    assert precision.serving_dtype(torch.device("cpu")) is None
+    assert precision.serving_dtype(torch.device("cuda")) == torch.bfloat16
