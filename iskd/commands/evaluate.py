@@ -16,8 +16,7 @@ from torch import nn
 
 from iskd.commands.config import CONF, part
 from iskd.commands.find_teacher import find_teacher
-from iskd.evaluation import EvalSpec, efficiency, evaluate, refuse_training_text
-from iskd.evaluation.scores import Evaluation
+from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, refresh_card, student_folder, tokenizer_of
 from iskd.models.weights import weights_sha256
 from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE

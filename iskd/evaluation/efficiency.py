@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from iskd.evaluation.results import MACHINE, AtContext, Measured
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
 from iskd.plan.run_folder import EFFICIENCY_FILE
@@ -36,7 +37,6 @@ from iskd.system.faults import is_out_of_memory
 from iskd.system.machine import clock
 
 CONTEXTS = (128, 1024, 4096, 8192)
-_MACHINE = "machine"
 _NO_MEMORY = "not enough memory"
 _SHORT = 64  # tokens of the prompt whose cache is lengthened
 Progress = Callable[[str, int, int], None]
@@ -82,12 +82,12 @@ def measure(
     if len(set(places.values())) > 1:
         where = ", ".join(f"the {name} lies on {place}" for name, place in places.items())
         raise ValueError(f"{where}: put both on one device to compare them")
-    if _MACHINE in models:
-        raise ValueError(f"no model may be called {_MACHINE!r}, the key of what it was measured on")
+    if MACHINE in models:
+        raise ValueError(f"no model may be called {MACHINE!r}, the key of what it was measured on")
     facts = machine.describe(next(iter(places.values())))
     passes = _Passes(decode_tokens, repeats, progress)
     copies = {name: _as(model, dtype) for name, model in models.items()}
-    return {_MACHINE: facts, **_side_by_side(copies, contexts, passes, seconds)}
+    return {MACHINE: facts, **_side_by_side(copies, contexts, passes, seconds)}
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
@@ -99,26 +99,24 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
 
 
 @dataclass
-class _AtContext:
+class _Timed:
     """One model at one context; `prefill` stays empty where the cache is filled and no prompt of that length read."""
 
-    context: int
-    weights: int
     rise: int = 0
     cache: tuple[int, int] = (0, 0)
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
-    def row(self) -> dict[str, Any]:
-        return {
-            "context": self.context,
-            "prefill_seconds": statistics.median(self.prefill) if self.prefill else None,
-            "decode_seconds_per_token": statistics.median(self.decode),
-            "cache_bytes": self.cache[0],
-            "cache_held_bytes": self.cache[1],
-            "peak_memory_bytes": self.weights + self.rise,
-            "repeats": len(self.decode),
-        }
+    def summary(self, context: int, weights: int) -> AtContext:
+        return AtContext(
+            context,
+            prefill_seconds=statistics.median(self.prefill) if self.prefill else math.nan,
+            decode_seconds_per_token=statistics.median(self.decode),
+            cache_bytes=self.cache[0],
+            cache_held_bytes=self.cache[1],
+            peak_memory_bytes=weights + self.rise,
+            repeats=len(self.decode),
+        )
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,9 @@ def _side_by_side(
         if least < 1:
             raise ValueError(f"efficiency needs {key} of at least 1, got {least}")
     left = _Clock(time.perf_counter() + (math.inf if seconds is None else seconds))
-    found = {name: _facts(model) for name, model in models.items()}
+    facts = {name: _facts(model) for name, model in models.items()}
+    found: dict[str, list[AtContext]] = {name: [] for name in models}
+    left_out: dict[str, dict[int, str]] = {name: {} for name in models}
     lengths, full = sorted(set(contexts)), False
     with _evaluating(models.values()):
         for index, context in enumerate(lengths):
@@ -201,20 +201,25 @@ def _side_by_side(
                     left.learn(context, reading, decoding)
             for name in models:
                 if rows and name in rows:
-                    found[name]["contexts"].append(rows[name])
+                    found[name].append(rows[name])
                 else:
-                    found[name]["left_out"][str(context)] = reasons[name] or _NO_MEMORY
-    for facts in found.values():
-        peaks = [row["peak_memory_bytes"] for row in facts["contexts"]]
-        facts["peak_memory_bytes"] = max(peaks, default=facts["bytes"])
-    return found
+                    left_out[name][context] = reasons[name] or _NO_MEMORY
+    return {
+        name: replace(
+            known,
+            peak_memory_bytes=max((at.peak_memory_bytes for at in found[name]), default=known.bytes),
+            contexts=tuple(found[name]),
+            left_out=left_out[name],
+        ).to_json()
+        for name, known in facts.items()
+    }
 
 
 def _rounds(
     models: Mapping[str, PreTrainedModel], context: int, passes: _Passes, reads: bool, until: float
-) -> tuple[dict[str, dict[str, Any]], float | None, float]:
+) -> tuple[dict[str, AtContext], float | None, float]:
     """A row per model, the seconds of reading the prompt, and those of all else in a pass of all of them."""
-    at = {name: _AtContext(context, _weight_bytes(model)) for name, model in models.items()}
+    at = {name: _Timed() for name in models}
     total, done = len(models) * (1 + passes.repeats), count()
 
     def tell() -> None:
@@ -239,7 +244,11 @@ def _rounds(
             at[name].decode.append(decode)
         one_round = time.perf_counter() - start
     reading = sum(entry.prefill[-1] for entry in at.values()) if reads else None
-    return {name: entry.row() for name, entry in at.items()}, reading, one_round - (reading or 0.0)
+    return (
+        {name: at[name].summary(context, _weight_bytes(model)) for name, model in models.items()},
+        reading,
+        one_round - (reading or 0.0),
+    )
 
 
 def _use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> tuple[float, float, tuple[int, int]]:
@@ -278,12 +287,11 @@ def _too_long(model: PreTrainedModel, context: int, decode_tokens: int) -> str:
     return "" if limit is None or needed <= limit else f"{needed} tokens are more than {stack.bound}"
 
 
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
+def _facts(model: PreTrainedModel) -> Measured:
     if sharding.is_sharded(model):
         raise ValueError("efficiency is that of a whole model, and this one is in shards; gather it first")
-    weights = {"params": surgery.parameters(model), "bytes": _weight_bytes(model)}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {**weights, "dtype": dtype, "peak_memory_bytes": 0, "contexts": [], "left_out": {}}
+    return Measured(surgery.parameters(model), _weight_bytes(model), dtype)
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

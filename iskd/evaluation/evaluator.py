@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.likelihood import evaluate as ask
-from iskd.evaluation.scores import GENERATION, Evaluation, Scored, compare
+from iskd.evaluation.results import Evaluation
+from iskd.evaluation.scores import GENERATION, Scored, compare
 from iskd.evaluation.task_items import COPY, COPY_POOL, Item, check_task, copy_items, subset
 from iskd.evaluation.text import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
 from iskd.models import Stack, surgery

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.evaluation.bootstrap import interval, resampled_means
 from iskd.evaluation.task_items import Item
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 HEAD_CHUNK = 256  # positions whose logits exist at a time
-_AT_A_TIME = 1 << 22  # drawn items in memory
 
 Pairs = Sequence[tuple[str, str]]
 Step = Callable[[int, int], None]
@@ -120,25 +120,8 @@ def paired(
             f"a paired difference needs the same items in the same order, got {len(a.ids)} and {len(b.ids)}"
         )
     differences = (a.of(metric) - b.of(metric)).double()
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = resampled_means(differences, resamples, seed).quantile(tails).tolist()
+    low, high = interval(resampled_means(differences, resamples, seed), level).tolist()
     return Paired(differences.mean().item(), low, high)
-
-
-def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
-    """Means over the items of bootstrap resamples [resamples, ...] in float64, for values [N, ...] of N items.
-
-    A few resamples exist at a time: all of them at once would be gigabytes for BLiMP. The draws are one stream of the
-    seed, so that how many exist at a time changes nothing.
-    """
-    items, generator = len(values), torch.Generator().manual_seed(seed)
-    step = max(1, _AT_A_TIME // items)
-    means = []
-    for start in range(0, resamples, step):
-        # [step, N] item numbers with replacement -> [step, N, ...] values -> [step, ...] means
-        drawn = torch.randint(items, (min(step, resamples - start), items), generator=generator)
-        means.append(values.double()[drawn].mean(1))
-    return torch.cat(means)
 
 
 def pairs_of(items: Sequence[Item]) -> list[tuple[str, str]]:

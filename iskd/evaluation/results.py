@@ -1,18 +1,78 @@
-"""What was measured about a finished student: efficiency.json and evaluation.json of a run, read for people.
+"""What was measured about a finished student: evaluation.json and efficiency.json of a run, written and read.
 
-A number that a file lacks, or that is no number, is NaN and shows as absent: a page about ten measurements must not
-fail because of the eleventh. Keys that are not known here are kept in `Evaluation.rest` and `Efficiency.machine`.
+A number that is not known is NaN, and null in the file. So is one that a file lacks, or that is no number: a page about
+ten measurements must not fail because of the eleventh. What else a file says is kept in `Evaluation.rest` and
+`Efficiency.machine`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator, ValidationError, WrapValidator
+
+from iskd.evaluation.text import TextScore
 from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
-from iskd.system.files import MAX_NUMBER
+from iskd.system import Json
+from iskd.system.reading import between, is_number, read_as
+
+MACHINE = "machine"
+"""Key of efficiency.json for what it was measured on; its other keys name models."""
+
+_T = TypeVar("_T")
+
+
+def _or_nothing(value: Any, read: Callable[[Any], _T]) -> _T | None:
+    try:
+        return read(value)
+    except ValidationError:
+        return None
+
+
+def _bounds(value: Any) -> Any:
+    return value if value is None or isinstance(value, dict) else {"value": value}
+
+
+def _only(kind: type[Any], otherwise: Any) -> BeforeValidator:
+    """What is no `kind` counts as `otherwise`."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else otherwise)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else ()
+
+
+def _by_length(found: tuple[AtContext, ...]) -> tuple[AtContext, ...]:
+    return tuple(at for _, at in sorted({at.context: at for at in found}.items()))
+
+
+def _reasons(told: Any) -> dict[int, str]:
+    items = told.items() if isinstance(told, dict) else ()
+    known = {int(at): why for at, why in items if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
+    return dict(sorted(known.items()))
+
+
+def _plain(value: Any, digits: int | None = None) -> Any:
+    """Strict JSON: null for numbers that are not finite, the others rounded to so many decimals."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, digits) for item in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else value if digits is None else round(value, digits)
+    return value
+
+
+_Known = Annotated[float, PlainValidator(lambda value: value if is_number(value) else math.nan)]
+_Word = Annotated[str, _only(str, "")]
+_Facts = Annotated[Json, _only(dict, {})]
+
+
+# ---- efficiency.json -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,75 +84,47 @@ class AtContext:
         prefill_seconds: Time to read the whole context; NaN where it was not read and the cache filled instead.
         decode_seconds_per_token: Time of one more token after it.
         cache_bytes: Keys and values, or the mixers' states, held between two tokens.
+        cache_held_bytes: The memory behind these, more where they are views.
+        peak_memory_bytes: Of the weights and what the context takes on top; of decoding alone where it was not read.
+        repeats: How often it was timed.
     """
 
-    context: int
-    prefill_seconds: float
-    decode_seconds_per_token: float
-    cache_bytes: float
+    context: Annotated[int, between(1)]
+    prefill_seconds: _Known = math.nan
+    decode_seconds_per_token: _Known = math.nan
+    cache_bytes: _Known = math.nan
+    cache_held_bytes: _Known = math.nan
+    peak_memory_bytes: _Known = math.nan
+    repeats: _Known = math.nan
 
 
 @dataclass(frozen=True)
 class Measured:
     """Size and speed of one model; contexts ascending, each length once; why others were left out, by length."""
 
-    params: float
-    weight_bytes: float
-    peak_memory_bytes: float
-    contexts: tuple[AtContext, ...]
-    left_out: Mapping[int, str] = field(default_factory=dict)
+    params: _Known = math.nan
+    bytes: _Known = math.nan
+    dtype: _Word = ""
+    peak_memory_bytes: _Known = math.nan
+    contexts: Annotated[tuple[OnErrorOmit[AtContext], ...], BeforeValidator(_items), AfterValidator(_by_length)] = ()
+    left_out: Annotated[dict[int, str], PlainValidator(_reasons)] = field(default_factory=dict)
 
     def at(self, context: int) -> AtContext | None:
         """The measurement at a context length, None where there is none."""
         return next((found for found in self.contexts if found.context == context), None)
+
+    def to_json(self) -> Json:
+        """Plain JSON values."""
+        return _plain(asdict(self))
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """efficiency.json: the machine, and what both models cost on it."""
 
-    machine: Any
-    teacher: Measured | None
-    student: Measured | None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A ratio and the bounds of its interval; NaN where something is not known."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Scores on one task, ratios, by the `metric`; `items` is how many questions both models were asked."""
-
-    name: str
-    student: float
-    teacher: float
-    retention: Interval
-    items: float
-    chance: float = math.nan
-    metric: str = ""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """evaluation.json.
-
-    Attributes:
-        tasks: In the file's order.
-        means: Mean retention by kind of task, as the file gives it.
-        mean: Mean retention over all tasks, without bounds where the file gives none for it.
-        rest: Whatever else the file says.
-    """
-
-    tasks: tuple[TaskScore, ...]
-    means: dict[str, Interval]
-    mean: Interval
-    rest: dict[str, Any]
+    machine: Any = None
+    teacher: Annotated[Measured | None, _only(dict, None)] = None
+    student: Annotated[Measured | None, _only(dict, None)] = None
 
 
 def efficiency_of(value: Any) -> Efficiency:
@@ -101,100 +133,132 @@ def efficiency_of(value: Any) -> Efficiency:
     Raises:
         ValueError: It is no JSON object, or holds neither model.
     """
-    data = _object(value, EFFICIENCY_FILE)
-    teacher, student = _measured(data.get("teacher")), _measured(data.get("student"))
-    if teacher is None and student is None:
+    found = read_as(Efficiency, _whole(value, EFFICIENCY_FILE), EFFICIENCY_FILE, others=True)
+    if found.teacher is None and found.student is None:
         raise ValueError(f"{EFFICIENCY_FILE} holds neither 'teacher' nor 'student': measure the run again")
-    return Efficiency(data.get("machine"), teacher, student)
+    return found
+
+
+# ---- evaluation.json -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and the bounds of its interval."""
+
+    value: _Known
+    low: _Known = math.nan
+    high: _Known = math.nan
+
+
+_Bounds = Annotated[Interval | None, BeforeValidator(_bounds)]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's scores, in [0, 1].
+
+    Attributes:
+        task: its name.
+        kind, metric, chance: as in `iskd.evaluation.scores.Scored`.
+        items: how many both models were asked.
+        student, teacher: means over the items; the teacher's is None when there is none.
+        student_error, teacher_error: standard errors of the means; nan for one item.
+        difference: student - teacher, None without a teacher.
+        retention: student / teacher, None without a teacher, nan when the teacher gets nothing right.
+        metrics: means of all metrics of the task, by `student` and `teacher`.
+    """
+
+    task: Annotated[str, BeforeValidator(str)]
+    kind: _Word = ""
+    metric: _Word = ""
+    items: _Known = math.nan
+    chance: _Known = math.nan
+    student: _Known = math.nan
+    student_error: _Known = math.nan
+    teacher: _Known | None = None
+    teacher_error: _Known | None = None
+    difference: _Bounds = None
+    retention: _Bounds = None
+    metrics: _Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json; equal for equal models, data, settings and machine.
+
+    Attributes:
+        tasks: in the order asked for.
+        retention: mean over the tasks of a kind, by kind; empty without a teacher. Tasks of which the teacher gets
+            nothing right are left out.
+        mean_retention: mean over the tasks of all kinds; None without a teacher, or when none is left.
+        text: perplexity and bits per byte; None when no text was given.
+        models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
+        settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
+        rest: whatever a file says beside scores and retention, as it stands there; empty where none was read.
+    """
+
+    tasks: tuple[TaskScore, ...]
+    retention: dict[str, Interval]
+    mean_retention: _Bounds
+    text: Annotated[TextScore | None, WrapValidator(_or_nothing)]
+    models: _Facts
+    settings: _Facts
+    rest: Json = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Interval:
+        """Mean retention over all tasks: as told, or that of the one kind there is, or computed; nan without any."""
+        if self.mean_retention is not None and not math.isnan(self.mean_retention.value):
+            return self.mean_retention
+        if len(self.retention) == 1:
+            return next(iter(self.retention.values()))
+        values = [task.retention.value for task in self.tasks if task.retention is not None]
+        known = [value for value in values if math.isfinite(value)]
+        return Interval(sum(known) / len(known) if known else math.nan)
+
+    def to_json(self) -> str:
+        """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
+        values = asdict(self)
+        rest = values.pop("rest")
+        return json.dumps(_plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
 
 
 def evaluation_of(value: Any) -> Evaluation:
-    """What evaluation.json holds.
+    """What evaluation.json holds; tasks that are no list of objects and no object of them stay in `rest`.
 
     Raises:
         ValueError: It is no JSON object.
     """
-    rest = dict(_object(value, EVALUATION_FILE))
-    listed = _named(rest.get("tasks"))
-    if listed is not None:
+    rest = dict(_whole(value, EVALUATION_FILE))
+    tasks, by_kind = _named(rest.get("tasks")), rest.get("retention")
+    told: Json = {"tasks": tasks or [], "retention": {}, "mean_retention": rest.pop("mean_retention", None)}
+    if tasks is not None:
         del rest["tasks"]
-    tasks = tuple(_task(name, scores) for name, scores in listed or [])
-    by_kind = rest.get("retention")
-    means: dict[str, Interval] = {}
     if isinstance(by_kind, dict) and all(isinstance(each, dict) for each in by_kind.values()):
-        means = {str(kind): _interval(each) for kind, each in rest.pop("retention").items()}
-    told = _interval(rest.pop("mean_retention", None))
-    return Evaluation(tasks, means, _mean(told, means, tasks), rest)
+        told["retention"] = {kind: {"value": None, **each} for kind, each in rest.pop("retention").items()}
+    told |= {key: rest.get(key) for key in ("text", "models", "settings")}
+    return read_as(Evaluation, {**told, "rest": rest}, EVALUATION_FILE, others=True)
 
 
-def _mean(told: Interval, means: dict[str, Interval], tasks: tuple[TaskScore, ...]) -> Interval:
-    """The mean over all tasks: as told, or that of the one kind there is, or computed."""
-    if not math.isnan(told.value):
-        return told
-    if len(means) == 1:
-        return next(iter(means.values()))
-    known = [task.retention.value for task in tasks if math.isfinite(task.retention.value)]
-    return Interval(sum(known) / len(known) if known else math.nan, math.nan, math.nan)
-
-
-def _named(value: Any) -> list[tuple[str, dict[str, Any]]] | None:
-    """Tasks as (name, scores): an object by name, or a list of objects that say their name under `task`."""
+def _named(value: Any) -> list[Json] | None:
+    """Tasks that say their name under `task`: listed like that, or an object by name."""
     if isinstance(value, dict) and all(isinstance(scores, dict) for scores in value.values()):
-        return [(str(name), scores) for name, scores in value.items()]
+        return [_task({**scores, "task": name}) for name, scores in value.items()]
     if isinstance(value, list) and all(isinstance(scores, dict) and "task" in scores for scores in value):
-        return [(str(scores["task"]), scores) for scores in value]
+        return [_task(scores) for scores in value]
     return None
 
 
-def _task(name: str, scores: dict[str, Any]) -> TaskScore:
+def _task(scores: Json) -> Json:
+    """With the bounds of its retention in one object, which may stand beside it."""
     retention = scores.get("retention")
-    if not isinstance(retention, dict):
-        retention = {"value": retention, "low": scores.get("low"), "high": scores.get("high")}
-    student, teacher, items, chance = (_number(scores.get(key)) for key in ("student", "teacher", "items", "chance"))
-    metric = scores.get("metric")
-    return TaskScore(
-        name, student, teacher, _interval(retention), items, chance, metric if isinstance(metric, str) else ""
-    )
+    if retention is None or isinstance(retention, dict):
+        return scores
+    return {**scores, "retention": {"value": retention, "low": scores.get("low"), "high": scores.get("high")}}
 
 
-def _interval(value: Any) -> Interval:
-    if not isinstance(value, dict):
-        return Interval(_number(value), math.nan, math.nan)
-    return Interval(*(_number(value.get(key)) for key in ("value", "low", "high")))
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
+def _whole(value: Any, name: str) -> Json:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must hold a JSON object, got {type(value).__name__}: write it again")
     return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
-def _measured(value: Any) -> Measured | None:
-    if not isinstance(value, dict):
-        return None
-    listed = value.get("contexts")
-    found = {}
-    for item in listed if isinstance(listed, list) else []:
-        length = item.get("context") if isinstance(item, dict) else None
-        if isinstance(length, int) and not isinstance(length, bool) and 0 < length <= MAX_NUMBER:
-            keys = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
-            found[length] = AtContext(length, *(_number(item.get(key)) for key in keys))
-    params, weights, peak = (_number(value.get(key)) for key in ("params", "bytes", "peak_memory_bytes"))
-    return Measured(params, weights, peak, tuple(found[length] for length in sorted(found)), _reasons(value))
-
-
-def _reasons(value: dict[str, Any]) -> dict[int, str]:
-    """Why contexts were not measured, by their length ascending."""
-    told = value.get("left_out")
-    items = told.items() if isinstance(told, dict) else ()
-    known = {int(at): why for at, why in items if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
-    return dict(sorted(known.items()))

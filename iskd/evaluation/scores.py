@@ -1,4 +1,4 @@
-"""What an evaluation found: scores by task, retention with intervals, perplexity; as json and as a table.
+"""What a comparison on tasks found: scores by task, retention with intervals.
 
 Retention is the student's score / the teacher's on the same items, by task and as the mean over tasks, apart for
 multiple choice and for generation: students without some layers often still choose well when they can no longer write.
@@ -11,22 +11,19 @@ their number of items, and how much another choice of tasks would change is not 
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from iskd.evaluation.likelihood import Paired, TaskResult, paired, resampled_means
-from iskd.evaluation.results import Interval
-from iskd.evaluation.text import TextScore
+from iskd.evaluation.bootstrap import interval, resampled_means
+from iskd.evaluation.likelihood import Paired, TaskResult, paired
+from iskd.evaluation.results import Interval, TaskScore
 
 CHOICE, GENERATION = "choice", "generation"
-_TAILS = (0.025, 0.975)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,60 +42,6 @@ class Scored:
     metric: str
     chance: float
     result: TaskResult
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A task's scores, in [0, 1].
-
-    Attributes:
-        task, kind, metric, chance: as in `Scored`.
-        items: how many both models were asked.
-        student, teacher: means over the items; the teacher's is None when there is none.
-        student_error, teacher_error: standard errors of the means; nan for one item.
-        difference: student - teacher, None without a teacher.
-        retention: student / teacher, None without a teacher, nan when the teacher gets nothing right.
-        metrics: means of all metrics of the task, by `student` and `teacher`.
-    """
-
-    task: str
-    kind: str
-    metric: str
-    items: int
-    chance: float
-    student: float
-    student_error: float
-    teacher: float | None
-    teacher_error: float | None
-    difference: Interval | None
-    retention: Interval | None
-    metrics: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything found; equal for equal models, data, settings and machine.
-
-    Attributes:
-        tasks: in the order asked for.
-        retention: mean over the tasks of a kind, by kind; empty without a teacher. Tasks of which the teacher gets
-            nothing right are left out.
-        mean_retention: mean over the tasks of all kinds; None without a teacher, or when none is left.
-        text: perplexity and bits per byte; None when no text was given.
-        models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
-        settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
-    """
-
-    tasks: tuple[TaskScore, ...]
-    retention: dict[str, Interval]
-    mean_retention: Interval | None
-    text: TextScore | None
-    models: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-
-    def to_json(self) -> str:
-        """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
-        return json.dumps(_plain(asdict(self)), indent=1, sort_keys=True) + "\n"
 
 
 def compare(
@@ -171,15 +114,4 @@ def _estimate(values: Tensor) -> Interval:
     first, others = float(values[0]), values[1:][values[1:].isfinite()]
     if math.isnan(first) or not len(others):
         return Interval(first, math.nan, math.nan)
-    low, high = others.quantile(torch.tensor(_TAILS, dtype=torch.float64)).tolist()
-    return Interval(first, low, high)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
+    return Interval(first, *interval(others).tolist())

@@ -42,12 +42,12 @@ def eval_results(run_dir: Path | None) -> list[EvalResult]:
     results = []
     for task in evaluation.tasks if evaluation else ():
         if math.isfinite(task.student):
-            hub, _, config = (TASKS[task.name].hub if task.name in TASKS else task.name).partition(", ")
+            hub, _, config = (TASKS[task.task].hub if task.task in TASKS else task.task).partition(", ")
             results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=hub,
-                    dataset_name=task.name,
+                    dataset_name=task.task,
                     dataset_config=config or None,
                     metric_type=task.metric or "score",
                     metric_value=round(task.student, 6),
@@ -107,7 +107,7 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
 def _scores(evaluation: Evaluation) -> list[str]:
     rows = [
         [
-            task.name,
+            task.task,
             task.metric,
             *(percent(value) for value in (task.chance, task.teacher, task.student)),
             _interval(task.retention),
@@ -115,7 +115,7 @@ def _scores(evaluation: Evaluation) -> list[str]:
         ]
         for task in evaluation.tasks
     ]
-    means = {f"mean, {kind}": mean for kind, mean in evaluation.means.items()}
+    means = {f"mean, {kind}": mean for kind, mean in evaluation.retention.items()}
     if len(means) != 1 and math.isfinite(evaluation.mean.value):
         means["mean"] = evaluation.mean
     rows += [[name, "", "", "", "", _interval(mean), ""] for name, mean in means.items()]
@@ -156,7 +156,7 @@ def _efficiency(efficiency: Efficiency) -> list[str]:
 
     for name, key, scale in (
         ("parameters (millions)", "params", 1e6),
-        ("weights (MiB)", "weight_bytes", _MIB),
+        ("weights (MiB)", "bytes", _MIB),
         ("peak memory (MiB)", "peak_memory_bytes", _MIB),
     ):
         add(name, [getattr(model, key) / scale if model else math.nan for model in both])
@@ -174,7 +174,9 @@ def _efficiency(efficiency: Efficiency) -> list[str]:
     return ["## Efficiency", _table(("", "teacher", "student", "student / teacher"), rows), *where]
 
 
-def _interval(found: Interval) -> str:
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return ABSENT
     if not math.isfinite(found.low) or not math.isfinite(found.high):
         return percent(found.value)
     return f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"

@@ -28,7 +28,8 @@ from iskd.models import surgery
 from iskd.models.families import FAMILIES
 from iskd.models.weights import WEIGHTS, check_whole, load_model_tensors, present_weights
 from iskd.plan import Record
-from iskd.plan.reading import MAX_LAYERS, record_from_json
+from iskd.plan.edits import MAX_LAYERS
+from iskd.plan.reading import record_from_json
 from iskd.system import Json, read_json
 
 # Keys by which a config reaches beyond its architecture: kernels from a hub, other formats of the weights, sizes that

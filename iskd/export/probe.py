@@ -15,19 +15,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.plan.edits import allowed
 from iskd.system import Json, write_whole
+from iskd.system.reading import Number, read_as
 
 ROWS, TOKENS, PROMPT, NEW, COLUMNS = 2, 16, 4, 8, 64
 _TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong weight by more
 _TIMEOUT_S = 1_800
 _MOST_TOKENS = 65_536
+
+
+def _margin(saved: Any) -> Any:
+    return math.inf if saved is None else saved
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,11 @@ class Probe:
 
     ids: list[list[int]]
     columns: list[int]
-    logits: list[list[float]]
-    logsumexp: list[list[float]]
+    logits: list[list[Number]]
+    logsumexp: list[list[Number]]
     text: list[list[int]]
-    margin: float
-    tolerance: float
+    margin: Annotated[Number, BeforeValidator(_margin)]
+    tolerance: Number
 
     def to_json(self) -> Json:
         """Plain JSON; an infinite margin (one choice only) is null."""
@@ -83,13 +89,10 @@ class Reopened:
 def probe_from_json(data: Any, where: Path) -> Probe:
     """Inverse of `Probe.to_json`. Raises ValueError on a file that no export wrote."""
     try:
-        ids, text = ([[int(token) for token in row] for row in data[key]] for key in ("ids", "text"))
-        logits, sums = ([[float(value) for value in row] for row in data[key]] for key in ("logits", "logsumexp"))
-        margin = math.inf if data["margin"] is None else float(data["margin"])
-        columns = [int(column) for column in data["columns"]]
-        probe = Probe(ids, columns, logits, sums, text, margin, float(data["tolerance"]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: the probe cannot be read ({error!r:.200}): export the student again") from error
+        probe = read_as(Probe, data, "probe", others=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: the probe cannot be read ({error!s:.200}): export the student again") from None
+    ids, sums, logits, columns = probe.ids, probe.logsumexp, probe.logits, probe.columns
     lengths = [sorted({len(row) for row in rows}) for rows in (ids, sums, logits, [columns])]
     if lengths[0] != lengths[1] or lengths[2] != lengths[3] or not len(ids) == len(sums) == len(logits) > 0:
         raise ValueError(f"{where}: the probe's lists do not fit each other: export the student again")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iskd.evaluation.bootstrap import interval, resampled_means
+
 _RESAMPLES = 2000
 
 
@@ -52,15 +54,10 @@ def bootstrap(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
     One window, or a score that reads none, has no interval: nan.
     """
-    windows, generator = rows.shape[1], torch.Generator().manual_seed(seed)
-    if windows < 2:
+    if rows.shape[1] < 2:
         return torch.full((len(rows),), torch.nan), torch.full((len(rows),), torch.nan)
-    drawn = torch.randint(windows, (_RESAMPLES, windows), generator=generator)
-    weights = torch.zeros(_RESAMPLES, windows, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    means = rows.double() @ weights.T / windows
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
-    return low.float(), high.float()
+    low, high = interval(resampled_means(rows.T, _RESAMPLES, seed)).float()
+    return low, high
 
 
 def standard_error(rows: Tensor) -> Tensor:

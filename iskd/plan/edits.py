@@ -6,9 +6,19 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from iskd.system import Json
+from iskd.system.reading import Count, between
+
+# What a file may ask for at most. A real plan stays far below; a forged one must not cost memory or hours.
+MAX_LAYERS = 10_000
+_MAX_TEXT = 10_000
+_MAX_NAME = 256
+_MAX_SIZE = 1_000_000
+_MAX_VALUES = 1_000
 
 # Only classes below these prefixes are ever imported by name from a record. A user who ships blocks of their own
 # extends the list in code (`iskd.plan.allow("mypackage.blocks.")`), never from the file that is being read.
@@ -30,12 +40,34 @@ def allowed() -> list[str]:
     return list(_ALLOWED)
 
 
+def _plain(kwargs: Json) -> Json:
+    """Check that keyword arguments have a size that a block or mixer can mean."""
+    level: list[Any] = [kwargs]
+    count = 0
+    while level:
+        value = level.pop()
+        count += 1
+        if isinstance(value, dict):
+            level += [*value, *value.values()]
+            if any(len(key) > _MAX_NAME for key in value):
+                raise ValueError(f"a key must be a string of at most {_MAX_NAME} characters")
+        elif isinstance(value, list):
+            level += value
+        elif isinstance(value, (int, float)) and not abs(value) <= _MAX_SIZE:  # NaN is no smaller than anything
+            raise ValueError(f"a number must be between -{_MAX_SIZE} and {_MAX_SIZE}, got {value!r:.80}")
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise ValueError(f"a value must be a string of at most {_MAX_TEXT} characters, got {value!r:.80}")
+        if count > _MAX_VALUES:
+            raise ValueError(f"it holds more than {_MAX_VALUES} values")
+    return kwargs
+
+
 @dataclass(frozen=True)
 class Spec:
     """A part that is stamped once per layer: a dotted class path and its keyword arguments (plain JSON)."""
 
-    target: str
-    kwargs: Json = field(default_factory=dict)
+    target: Annotated[str, Field(max_length=_MAX_NAME)]
+    kwargs: Annotated[Json, AfterValidator(_plain)] = field(default_factory=dict)
 
     def resolve(self) -> Callable[..., Any]:
         """Import the class. Raises ValueError outside the allow-list or when there is no such class."""
@@ -64,48 +96,61 @@ class Spec:
         return found
 
 
+Layer = Annotated[int, between(0, MAX_LAYERS - 1)]
+
+
 @dataclass(frozen=True)
 class Replace:
     """Put a compact block at `layer` (teacher's numbering). `seed` fixes its fresh weights on every rank alike."""
 
-    layer: int
+    layer: Layer
     block: Spec
-    seed: int = 0
-    op: str = "replace"
+    seed: Count = 0
+    op: Literal["replace"] = "replace"
 
 
 @dataclass(frozen=True)
 class Remove:
     """Take the block at `layer` (teacher's numbering) out of the stack."""
 
-    layer: int
-    op: str = "remove"
+    layer: Layer
+    op: Literal["remove"] = "remove"
 
 
 @dataclass(frozen=True)
 class Convert:
     """Exchange the mixer of the block at `layer` (teacher's numbering) and keep the rest of the block."""
 
-    layer: int
+    layer: Layer
     mixer: Spec
-    seed: int = 0
-    op: str = "convert"
+    seed: Count = 0
+    op: Literal["convert"] = "convert"
 
 
-Edit = Replace | Remove | Convert
-_EDITS: dict[str, type[Replace] | type[Remove] | type[Convert]] = {
-    "replace": Replace,
-    "remove": Remove,
-    "convert": Convert,
-}
+Edit = Annotated[Replace | Remove | Convert, Field(discriminator="op")]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The ordered edits that turn the teacher's skeleton (`num_layers` blocks) into the student."""
+    """The ordered edits that turn the teacher's skeleton (`num_layers` blocks) into the student.
 
-    num_layers: int
-    edits: tuple[Edit, ...] = ()
+    Raises:
+        ValueError: an edit cannot be applied after those before it.
+    """
+
+    num_layers: Annotated[int, between(1, MAX_LAYERS)]
+    # at most one edit of each kind per layer
+    edits: Annotated[tuple[Edit, ...], Field(max_length=3 * MAX_LAYERS)] = ()
+
+    def __post_init__(self) -> None:
+        """Apply the edits to a list of layers."""
+        left = dict.fromkeys(range(self.num_layers))
+        done = set[tuple[str, int]]()
+        for edit in self.edits:
+            self._check(edit, left, done)
+            if isinstance(edit, Remove):
+                del left[edit.layer]
+            done.add((edit.op, edit.layer))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -131,16 +176,7 @@ class Record:
 
     def extended(self, edits: Iterable[Edit]) -> Record:
         """This record with `edits` appended, after checking that each can be applied."""
-        left = dict.fromkeys(self.layers)
-        done = {(edit.op, edit.layer) for edit in self.edits}
-        found = list(self.edits)
-        for edit in edits:
-            self._check(edit, left, done)
-            if isinstance(edit, Remove):
-                del left[edit.layer]
-            done.add((edit.op, edit.layer))
-            found.append(edit)
-        return dataclasses.replace(self, edits=tuple(found))
+        return dataclasses.replace(self, edits=(*self.edits, *edits))
 
     def _check(self, edit: Edit, left: Collection[int], done: Collection[tuple[str, int]]) -> None:
         if not 0 <= edit.layer < self.num_layers:

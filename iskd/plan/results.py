@@ -12,16 +12,44 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator
+
+from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import QUALITY
-from iskd.plan.reading import MAX_LAYERS
 from iskd.plan.run_folder import STAGES_FILE
 from iskd.system import read_json, write_whole
-from iskd.system.files import MAX_NUMBER
+from iskd.system.reading import Count, Number, is_integer, read_as
 
 _OPS = ("replace", "remove", "convert")
-_STATUSES = ("kept", "rolled_back")
+
+
+def _from_word(value: Any) -> Any:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _edit(edit: dict[str, Any]) -> dict[str, Any]:
+    layer = edit.get("layer", -1)
+    if edit.get("op") not in _OPS or not is_integer(layer) or not 0 <= layer < MAX_LAYERS:
+        raise ValueError(f"must have 'op' in {_OPS} and 'layer', an integer in 0..{MAX_LAYERS - 1}")
+    return edit
+
+
+def check_quality(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers themselves. Raises ValueError unless each is one of `QUALITY`."""
+    if set(numbers) - set(QUALITY):
+        raise ValueError(f"must have keys among {QUALITY}")
+    return numbers
+
+
+def _layers(numbers: dict[str, float]) -> dict[str, float]:
+    if not all(key.isascii() and key.isdecimal() and len(key) < 5 for key in numbers):
+        raise ValueError("must have layers as keys ('0', '1', ...)")
+    return numbers
+
+
+Metric = Annotated[Number, BeforeValidator(_from_word)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +76,21 @@ class StageResult:
         events: Sentences worth telling, in order.
     """
 
-    index: int
+    index: Count
     name: str
-    edits: list[dict[str, Any]] = field(default_factory=list)
-    params: int
-    block_params: int
-    ppl: float
-    kl: float
-    top1: float
-    retention: float
-    before: dict[str, float] | None = None
-    tokens: int
-    seconds: float
-    train_tokens_per_s: float | None = None
-    tokens_per_s: float | None = None
-    scores: dict[str, float] | None = None
+    edits: list[Annotated[dict[str, Any], AfterValidator(_edit)]] = field(default_factory=list)
+    params: Count
+    block_params: Count
+    ppl: Metric
+    kl: Metric
+    top1: Metric
+    retention: Metric
+    before: Annotated[dict[str, Metric], AfterValidator(check_quality)] | None = None
+    tokens: Count
+    seconds: Metric
+    train_tokens_per_s: Metric | None = None
+    tokens_per_s: Metric | None = None
+    scores: Annotated[dict[str, Metric], AfterValidator(_layers)] | None = None
     status: Literal["kept", "rolled_back"] = "kept"
     events: list[str] = field(default_factory=list)
 
@@ -71,31 +99,13 @@ class StageResult:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StageResult:
+    def from_json(cls, data: Any) -> StageResult:
         """Inverse of `to_json`.
 
         Raises:
             ValueError: A key is unknown or missing, or a value has the wrong type.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"a stage is a JSON object with keys such as index and name, got {data!r:.80}")
-        known = [f.name for f in fields(cls)]
-        where = f"stage {data.get('index', '?')!r:.20}"
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise ValueError(
-                f"{where} has unknown keys {unknown!r:.200}; known keys are {known}: remove or rename them"
-            )
-        # A key may be left out exactly when the dataclass has a default for it.
-        missing = [key for key in _REQUIRED if key not in data]
-        if missing:
-            raise ValueError(f"{where} lacks the keys {missing}: write them, or write the file with write_stages")
-        return cls(**{key: _read(key, value, f"{where}, key {key!r}") for key, value in data.items()})
-
-
-_INTS = frozenset({"index", "params", "block_params", "tokens"})
-_NUMBERS = frozenset({"ppl", "kl", "top1", "retention", "seconds"})
-_REQUIRED = ("index", "name", "params", "block_params", "ppl", "kl", "top1", "retention", "tokens", "seconds")
+        return read_as(cls, data, f"stage {data.get('index', '?')!r:.20}" if isinstance(data, Mapping) else "a stage")
 
 
 def _plain(value: Any) -> Any:
@@ -106,76 +116,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _number(value: Any, where: str) -> float:
-    if value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: expected a number, got {value!r:.80}")
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise ValueError(f"{where}: expected a number of at most 19 digits, got {value!r:.80}")
-    return float(value)
-
-
-def _numbers(value: Any, where: str) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: expected an object of numbers, got {value!r:.80}")
-    return {str(key): _number(item, f"{where}[{key!r}]") for key, item in value.items()}
-
-
-def _edit(value: Any, where: str) -> dict[str, Any]:
-    layer = value.get("layer") if isinstance(value, Mapping) else None
-    plain = isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < MAX_LAYERS
-    if not plain or value.get("op") not in _OPS:
-        raise ValueError(
-            f"{where}: an edit has 'op' in {_OPS} and 'layer', an integer in 0..{MAX_LAYERS - 1}, got {value!r:.80}"
-        )
-    return dict(value)
-
-
-def _read(key: str, value: Any, where: str) -> Any:
-    if key in _INTS:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
-            raise ValueError(f"{where}: expected an integer in 0..{MAX_NUMBER}, got {value!r:.80}")
-        return value
-    if key in _NUMBERS:
-        return _number(value, where)
-    if key in ("train_tokens_per_s", "tokens_per_s"):
-        return None if value is None else _number(value, where)
-    if key == "scores":
-        return None if value is None else _scores(value, where)
-    if key == "before":
-        return None if value is None else _before(value, where)
-    if key == "status":
-        if value not in _STATUSES:
-            raise ValueError(f"{where}: expected one of {_STATUSES}, got {value!r:.80}")
-        return value
-    if key == "name":
-        return _text(value, where)
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list, got {value!r:.80}")
-    return [(_edit if key == "edits" else _text)(item, where) for item in value]
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: expected text, got {value!r:.80}")
-    return value
-
-
-def _before(value: Any, where: str) -> dict[str, float]:
-    numbers = _numbers(value, where)
-    if set(numbers) - set(QUALITY):
-        raise ValueError(f"{where}: expected keys among {QUALITY}, got {sorted(numbers)!r:.80}")
-    return numbers
-
-
-def _scores(value: Any, where: str) -> dict[str, float]:
-    numbers = _numbers(value, where)
-    if not all(key.isascii() and key.isdecimal() and len(key) < 5 for key in numbers):
-        raise ValueError(f"{where}: expected layers as keys ('0', '1', ...), got {sorted(numbers)!r:.80}")
-    return numbers
 
 
 def write_stages(run_dir: Path, results: Sequence[StageResult]) -> Path:
@@ -200,7 +140,7 @@ def read_stages(run_dir: Path) -> list[StageResult]:
     if not isinstance(data, list):
         raise ValueError(f"{path} must hold a list of stages, got {type(data).__name__}")
     try:
-        results = [StageResult.from_json(cast(Mapping[str, Any], item)) for item in data]
+        results = [StageResult.from_json(item) for item in data]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     indices = [result.index for result in results]

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from iskd.plan.edits import Edit
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+
+from iskd.plan.edits import MAX_LAYERS, Edit
+from iskd.system.files import MAX_NUMBER
+from iskd.system.reading import Count, is_integer, is_number, must_be, one_of, read_as
 
 TARGETS = ("attention", "mlp", "all")
 _MAX = 1_000_000
-_MAX_SEED = 2**63 - 1
+_MAX_WAYS = 500_000
+_MAX_NAME = 256
+
+_Rank = Annotated[
+    int,
+    must_be(f"an integer from 1 to {_MAX} (4 to 64 are usual)", lambda it: is_integer(it) and 1 <= it <= _MAX),
+]
+_Alpha = Annotated[
+    float,
+    must_be(f"positive and at most {_MAX} (twice the rank is usual)", lambda it: is_number(it) and 0 < it <= _MAX),
+]
+_Rate = Annotated[float, must_be("a finite number >= 0", lambda it: is_number(it) and 0 <= it <= MAX_NUMBER)]
 
 
 @dataclass(frozen=True)
@@ -23,42 +39,17 @@ class LoraSpec:
         alpha: strength of the update; with alpha / rank constant, a learning rate serves several ranks.
         targets: which maps of the blocks: `attention` (or the mixer in its place), `mlp` (all others), `all`.
         seed: of the first values of A.
-
-    Raises:
-        ValueError: a value that cannot work; the message names its key.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str = "all"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values; they may come from anybody's file."""
-        if not _is_whole(self.rank) or not 1 <= self.rank <= _MAX:
-            raise ValueError(
-                f"schedule.lora.rank must be an integer from 1 to {_MAX} (4 to 64 are usual), got {self.rank!r:.80}"
-            )
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= _MAX:
-            raise ValueError(
-                f"schedule.lora.alpha must be positive and at most {_MAX} (twice the rank is usual), "
-                f"got {self.alpha!r:.80}"
-            )
-        if self.targets not in TARGETS:
-            raise ValueError(f"schedule.lora.targets={self.targets!r:.80}: choose one of {', '.join(TARGETS)}")
-        if not _is_whole(self.seed) or not 0 <= self.seed <= _MAX_SEED:
-            raise ValueError(f"schedule.lora.seed must be an integer from 0 to {_MAX_SEED}, got {self.seed!r:.80}")
+    rank: _Rank = 8
+    alpha: _Alpha = 16.0
+    targets: Annotated[str, one_of(TARGETS)] = "all"
+    seed: Count = 0
 
     @classmethod
     def of(cls, values: Any) -> LoraSpec:
-        """Read plain values. Raises ValueError on an unknown key or a value that cannot work."""
-        if not isinstance(values, Mapping):
-            raise ValueError(f"schedule.lora must be an object such as {{rank: 8}}, got {values!r:.80}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise ValueError(f"schedule.lora has no key {unknown[0]!r:.80}; it takes {', '.join(known)}")
-        return cls(**values)
+        """Read plain values. Raises ValueError on an unknown key or a value that cannot work; it names the key."""
+        return read_as(cls, values, "schedule.lora", joint=".")
 
 
 def lora_of(values: Mapping[str, Any] | None, train: str, seed: int = 0) -> LoraSpec:
@@ -81,13 +72,35 @@ def lora_of(values: Mapping[str, Any] | None, train: str, seed: int = 0) -> Lora
     return LoraSpec.of({"seed": seed, **(values or {})})
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 TRAIN = ("all", "edited", "new", "adjacent", "lora")
 OBJECTIVES = ("loss", "matrix", "mixer_output", "hidden")
 SHAPES = ("", "constant", "linear", "cosine", "wsd")
+
+
+def _whole(tokens: Any) -> Any:
+    """A budget written as 1e6 is a float in YAML and in JSON."""
+    return int(tokens) if isinstance(tokens, float) and tokens.is_integer() else tokens
+
+
+def _trainable(text: str) -> str:
+    """Check a word of `TRAIN` or a regular expression, and that trying it on a parameter name ends soon.
+
+    Matching tries every way of splitting a name among repeats and alternatives, so their number is bounded: about 50
+    positions for a repeat, 2 for an optional part, the branches of each group. A repeated group has no such bound.
+    """
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{text!r:.80} is neither {'/'.join(TRAIN)} nor a regular expression: {error}") from None
+    simple = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", text, flags=re.DOTALL)
+    groups = re.sub(r"\(\?", "(", simple)
+    ways = 50 ** len(re.findall(r"[*+{]", groups)) * 2 ** groups.count("?")
+    ways *= math.prod(part.count("|") + 1 for part in groups.split("("))
+    if ways > _MAX_WAYS or re.search(r"\)[*+{]", groups):
+        raise ValueError(
+            f"{text!r:.80} could take hours to match: use at most three of * + {{, and none of them on a group"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -112,13 +125,13 @@ class Stage:
             there.
     """
 
-    name: str
-    edits: tuple[Edit, ...] = ()
-    tokens: int = 0
-    train: str = "all"
-    lr: float = 1e-4
-    lr_new: float = 3e-4
+    name: Annotated[str, Field(max_length=10_000)]
+    edits: Annotated[tuple[Edit, ...], Field(max_length=3 * MAX_LAYERS)] = ()
+    tokens: Annotated[Count, BeforeValidator(_whole)] = 0
+    train: Annotated[str, Field(max_length=_MAX_NAME), AfterValidator(_trainable)] = "all"
+    lr: _Rate = 1e-4
+    lr_new: _Rate = 3e-4
     fit: bool = True
-    lora: LoraSpec = field(default_factory=LoraSpec)
-    objective: str = "loss"
-    shape: str = ""
+    lora: Annotated[LoraSpec, PlainValidator(LoraSpec.of)] = field(default_factory=LoraSpec)
+    objective: Annotated[str, one_of(OBJECTIVES)] = "loss"
+    shape: Annotated[str, one_of(SHAPES)] = ""

@@ -20,7 +20,7 @@ def tasks_section(evaluation: Evaluation | None) -> str:
         return ""
     rows = [
         [
-            task.name,
+            task.task,
             *_retention(task.retention),
             number(task.student),
             number(task.teacher),
@@ -29,8 +29,8 @@ def tasks_section(evaluation: Evaluation | None) -> str:
         ]
         for task in evaluation.tasks
     ]
-    rows += [[f"mean, {kind}", *_retention(mean), "", "", "", ""] for kind, mean in evaluation.means.items()]
-    if len(evaluation.means) != 1 and math.isfinite(evaluation.mean.value):
+    rows += [[f"mean, {kind}", *_retention(mean), "", "", "", ""] for kind, mean in evaluation.retention.items()]
+    if len(evaluation.retention) != 1 and math.isfinite(evaluation.mean.value):
         rows.append(["mean", *_retention(evaluation.mean), "", "", "", ""])
     columns = ("task", "retention %", "interval", "student", "teacher", "chance", "items")
     body = html.table("Scores by task", columns, rows, kind="named")
@@ -60,7 +60,7 @@ def _efficiency_rows(measured: Efficiency) -> Iterator[list[str]]:
     teacher, student = measured.teacher, measured.student
     both = (teacher, student)
     yield _row("parameters (millions)", [model.params / 1e6 if model else math.nan for model in both])
-    yield _bytes_row("weights", [model.weight_bytes if model else math.nan for model in both])
+    yield _bytes_row("weights", [model.bytes if model else math.nan for model in both])
     yield _bytes_row("peak memory", [model.peak_memory_bytes if model else math.nan for model in both])
     lengths = sorted({found.context for model in both if model for found in model.contexts})
     for length in lengths:
@@ -89,6 +89,8 @@ def _row(name: str, values: list[float]) -> list[str]:
     return [name, *map(number, values), ABSENT if math.isnan(ratio) else f"{ratio:.2f}"]
 
 
-def _retention(found: Interval) -> list[str]:
+def _retention(found: Interval | None) -> list[str]:
+    if found is None:
+        return [ABSENT, ABSENT]
     known = math.isfinite(found.low) and math.isfinite(found.high)
     return [percent(found.value), f"{percent(found.low)} to {percent(found.high)}" if known else ABSENT]

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.plan import StageResult
+from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
-from iskd.plan.reading import MAX_LAYERS
 from iskd.plan.results import read_stages, teacher_of
 from iskd.plan.run_folder import (
     CONFIG_FILE,

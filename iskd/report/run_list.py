@@ -110,7 +110,7 @@ class Run:
             return ""
         settings = evaluation.rest.get("settings")
         drawn = {key: settings.get(key) for key in _DRAWN_BY} if isinstance(settings, dict) else {}
-        tasks = sorted([task.name, task.metric, str(task.items)] for task in evaluation.tasks)
+        tasks = sorted([task.task, task.metric, str(task.items)] for task in evaluation.tasks)
         return json.dumps([tasks, drawn], sort_keys=True, default=str)
 
     @property

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from iskd.evaluation import Interval
-from iskd.evaluation.efficiency import _MACHINE
-from iskd.evaluation.scores import Evaluation
+from iskd.evaluation import Evaluation, Interval
+from iskd.evaluation.results import MACHINE
 from iskd.evaluation.text import TextScore
 from iskd.system import number
 from iskd.system.text import ABSENT, percent
@@ -20,7 +19,7 @@ from iskd.system.text import ABSENT, percent
 
 def efficiency_table(result: Mapping[str, Any]) -> Table:
     """What `measure` found of teacher and student, and their ratio, or of one of them, for the terminal."""
-    facts, names = result[_MACHINE], [name for name in ("teacher", "student") if name in result]
+    facts, names = result[MACHINE], [name for name in ("teacher", "student") if name in result]
     models = [result[name] for name in names]
     table = Table(title="efficiency, measured")
     for head in ("", *names, *(["student / teacher"] if len(names) > 1 else [])):

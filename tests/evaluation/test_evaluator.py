@@ -18,13 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from iskd.evaluation import harness, likelihood
+from iskd.evaluation import Evaluation, harness
 from iskd.evaluation.evaluator import EvalSpec, check, evaluate
 from iskd.evaluation.harness import TASK_FILES, draw
-from iskd.evaluation.likelihood import TaskResult, pairs_of, resampled_means
+from iskd.evaluation.likelihood import TaskResult, pairs_of
 from iskd.evaluation.likelihood import evaluate as ask
 from iskd.evaluation.results import evaluation_of
-from iskd.evaluation.scores import CHOICE, GENERATION, Evaluation, Scored, compare
+from iskd.evaluation.scores import CHOICE, GENERATION, Scored, compare
 from iskd.evaluation.task_items import TASKS, copy_items, read_task
 from iskd.evaluation.text import text_loss, text_windows
 from iskd.models import Stack, surgery
@@ -293,17 +293,6 @@ def test_the_mean_over_tasks_of_several_kinds_has_the_interval_of_independent_ta
     assert "mean, all" in printed(found)
     read = evaluation_of(json.loads(found.to_json())).mean
     assert (read.value, read.low, read.high) == pytest.approx((mean.value, mean.low, mean.high), abs=1e-6)
-
-
-def test_how_many_resamples_exist_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.rand(37, 2, generator=torch.Generator().manual_seed(0))
-    whole = resampled_means(values, 101, seed=5)
-    assert whole.shape == (101, 2)
-    drawn = torch.randint(37, (101, 37), generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(whole, values.double()[drawn].mean(1))
-    for at_a_time in (1, 37 * 10):
-        monkeypatch.setattr(likelihood, "_AT_A_TIME", at_a_time)
-        torch.testing.assert_close(resampled_means(values, 101, seed=5), whole, rtol=1e-14, atol=0)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

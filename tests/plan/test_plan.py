@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from iskd.plan import edits, reading
+from iskd.plan import edits
 from iskd.plan.edits import Convert, Edit, Record, Remove, Replace, Spec, describe
-from iskd.plan.reading import edit_from_json, record_from_json, spec_from_json, stage_from_json, to_json
+from iskd.plan.reading import record_from_json, stage_from_json, to_json
 from iskd.plan.stage import Stage
 from iskd.system import read_json
+from iskd.system.reading import read_as
 
 SPEC = Spec("iskd.blocks.linear.Linear", {"ridge": 0.5, "deep": {"list": [1, None, True]}})
 RECORD = Record(6).extended([Replace(1, SPEC, seed=7), Remove(3), Convert(4, SPEC, seed=2), Remove(1)])
@@ -27,8 +28,8 @@ def through_json(value: Any) -> Any:
 
 
 def test_every_value_survives_json() -> None:
-    assert spec_from_json(through_json(SPEC)) == SPEC
-    assert [edit_from_json(through_json(edit)) for edit in RECORD.edits] == list(RECORD.edits)
+    assert read_as(Spec, through_json(SPEC), "spec") == SPEC
+    assert [read_as(Edit, through_json(edit), "edit") for edit in RECORD.edits] == list(RECORD.edits)
     assert record_from_json(through_json(RECORD)) == RECORD
     assert stage_from_json(through_json(STAGE)) == STAGE
     assert record_from_json({"num_layers": 3}) == Record(3)
@@ -45,28 +46,31 @@ REPLACE = to_json(Replace(1, SPEC))
         ({"layer": 1}, "unknown op None"),
         ({"op": ["remove"], "layer": 1}, "unknown op"),
         ({"op": {}, "layer": 1}, "unknown op"),
-        ("remove", "unknown op None"),
-        (None, "unknown op None"),
-        ({"op": "remove", "layer": 1, "force": True}, "Remove: unknown key 'force'"),
-        ({"op": "remove"}, "Remove: key 'layer' is missing"),
+        ("remove", r"edits\[0\] must be an object, got 'remove'"),
+        (None, r"edits\[0\] must be an object, got None"),
+        ({"op": "remove", "layer": 1, "force": True}, "remove: unknown key 'force'"),
+        ({"op": "remove"}, "remove: key 'layer' is missing"),
         ({"op": "remove", "layer": True}, "remove: layer must be an integer, got True"),
         ({"op": "remove", "layer": 1.0}, "remove: layer must be an integer, got 1.0"),
         ({"op": "remove", "layer": "1"}, "remove: layer must be an integer, got '1'"),
         (REPLACE | {"seed": False}, "replace: seed must be an integer, got False"),
         (REPLACE | {"seed": None}, "replace: seed must be an integer, got None"),
-        (REPLACE | {"block": "iskd.blocks.linear.Linear"}, "Spec: expected an object, got str"),
-        (REPLACE | {"block": {"kwargs": {}}}, "Spec: key 'target' is missing"),
-        (REPLACE | {"block": {"target": 3}}, "Spec: target must be a string and kwargs an object"),
-        (REPLACE | {"block": {"target": "a", "kwargs": None}}, "kwargs an object"),
-        (REPLACE | {"block": {"target": "a", "kwargs": [1]}}, "kwargs an object"),
-        (REPLACE | {"block": {"target": "a", "code": "x"}}, "Spec: unknown key 'code'"),
+        (REPLACE | {"block": "iskd.blocks.linear.Linear"}, "replace: block must be an object, got 'iskd"),
+        (REPLACE | {"block": {"kwargs": {}}}, "replace: block: key 'target' is missing"),
+        (REPLACE | {"block": {"target": 3}}, "replace: block: target must be a string, got 3"),
+        (REPLACE | {"block": {"target": "a", "kwargs": None}}, "replace: block: kwargs must be an object"),
+        (REPLACE | {"block": {"target": "a", "kwargs": [1]}}, "replace: block: kwargs must be an object"),
+        (REPLACE | {"block": {"target": "a", "code": "x"}}, "replace: block: unknown key 'code'"),
         ({"op": "remove", "layer": 9}, "remove 9: the teacher has layers 0..3"),
         ({"op": "remove", "layer": -1}, "remove: layer must be between 0 and 9999, got -1"),
         ({"op": "remove", "layer": 10**40}, "remove: layer must be between 0 and 9999, got 10000"),
         (REPLACE | {"seed": -1}, "replace: seed must be between 0 and 9223372036854775807, got -1"),
         (REPLACE | {"seed": 2**63}, "replace: seed must be between 0 and"),
         *[
-            (REPLACE | {"block": {"target": "iskd.blocks.slim.Slim", "kwargs": {"a": [bad]}}}, f"Spec .*{message}")
+            (
+                REPLACE | {"block": {"target": "iskd.blocks.slim.Slim", "kwargs": {"a": [bad]}}},
+                f"replace: block: kwargs: .*{message}",
+            )
             for bad, message in (
                 (10**9, "must be between -1000000 and 1000000, got 1000000000"),
                 (-(10**400), "must be between"),
@@ -75,9 +79,9 @@ REPLACE = to_json(Replace(1, SPEC))
                 ("x" * 10_001, "a string of at most 10000 characters"),
                 ({"k" * 257: 0}, "a string of at most 256 characters"),
                 ([0] * 1_001, "more than 1000 values"),
-                ((1,), "plain JSON"),
             )
         ],
+        (REPLACE | {"block": {"target": "iskd.blocks.slim.Slim", "kwargs": {"a": [{1}]}}}, "must be plain JSON"),
         (REPLACE | {"block": {"target": "iskd.blocks." + "x" * 300}}, "target must be a string of at most 256"),
     ],
 )
@@ -89,7 +93,7 @@ def test_an_edit_that_says_anything_else_is_refused(data: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "Record: expected an object, got list"),
+        ([], r"Record must be an object, got \[\]"),
         ({}, "Record: key 'num_layers' is missing"),
         ({"num_layers": 4, "layers": [0]}, "Record: unknown key 'layers'"),
         *[({"num_layers": bad}, "num_layers must be between 1 and 10000") for bad in (0, -1, 10**9, 10**12)],
@@ -294,8 +298,8 @@ def test_json_is_read_from_plain_files_only(tmp_path: Path) -> None:
 
 
 def test_the_longest_legal_record_is_read_at_once() -> None:
-    layers = range(reading.MAX_LAYERS)
-    edits = [to_json(Replace(layer, SPEC)) for layer in layers] + [to_json(Remove(layer)) for layer in layers[1:]]
+    layers = range(edits.MAX_LAYERS)
+    found = [to_json(Replace(layer, SPEC)) for layer in layers] + [to_json(Remove(layer)) for layer in layers[1:]]
     started = time.perf_counter()
-    assert record_from_json({"num_layers": len(layers), "edits": edits}).layers == (0,)
+    assert record_from_json({"num_layers": len(layers), "edits": found}).layers == (0,)
     assert time.perf_counter() - started < 5

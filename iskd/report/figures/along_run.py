@@ -211,7 +211,7 @@ def _by_layer(result: StageResult) -> dict[int, float]:
 
 def task_retention(evaluation: Evaluation) -> str | None:
     """Retention by task with its interval, the teacher at 100 %; None when no task has a retention."""
-    tasks = [task for task in evaluation.tasks if math.isfinite(task.retention.value)]
+    tasks = [(task.task, kept) for task in evaluation.tasks if (kept := task.retention) and math.isfinite(kept.value)]
     if not tasks:
         return None
     with figure_of(1.1 + min(0.27 * len(tasks), 12.0)) as figure:
@@ -219,12 +219,11 @@ def task_retention(evaluation: Evaluation) -> str | None:
         axes.axvline(100, color=PALETTE["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
         if math.isfinite(evaluation.mean.value):
             axes.axvline(100 * evaluation.mean.value, color=PALETTE["blue"], linewidth=1.2, linestyle=":")
-        for row, task in enumerate(tasks):
-            low, high = task.retention.low, task.retention.high
-            if math.isfinite(low) and math.isfinite(high):
-                axes.hlines(row, 100 * low, 100 * high, color=PALETTE["blue"], linewidth=1.6)
-        axes.plot([100 * task.retention.value for task in tasks], range(len(tasks)), "o", color=PALETTE["blue"])
-        label_rows(axes, [short_label(task.name, 24) for task in tasks])
+        for row, (_, kept) in enumerate(tasks):
+            if math.isfinite(kept.low) and math.isfinite(kept.high):
+                axes.hlines(row, 100 * kept.low, 100 * kept.high, color=PALETTE["blue"], linewidth=1.6)
+        axes.plot([100 * kept.value for _, kept in tasks], range(len(tasks)), "o", color=PALETTE["blue"])
+        label_rows(axes, [short_label(name, 24) for name, _ in tasks])
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.margins(x=0.06)

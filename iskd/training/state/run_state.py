@@ -6,23 +6,35 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage, StageResult, to_json
 from iskd.plan.metric_names import QUALITY
-from iskd.plan.reading import record_from_json, stage_from_json
+from iskd.plan.results import check_quality
 from iskd.system import Json
 from iskd.system.faults import NonFiniteError, Verdict
 from iskd.system.files import MAX_NUMBER
+from iskd.system.reading import Count, Number, is_integer, read_as
 from iskd.training.state.tournament import Tournament
 
 _log = logging.getLogger(__name__)
 Status = Literal["kept", "rolled_back"]
 # windows per micro-batch and process, micro-batches per optimizer step, processes
 LAYOUT = ("batch_size", "accumulate", "processes")
+# what every version has written
+_ALWAYS = ("record", "stage", "finished", "results", "scores")
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    for key in LAYOUT:
+        value = values.get(key, 1)
+        if not is_integer(value) or not 1 <= value <= MAX_NUMBER:
+            raise ValueError(f"{key} must be an integer from 1, got {value!r:.80}")
+    return values
 
 
 @dataclass
@@ -53,22 +65,22 @@ class RunState:
     record: Record
     stage: Stage | None = None
     edited: bool = False
-    batch: int = 0
-    first_batch: int = 0
-    steps: int = 0
-    total_steps: int = 0
-    total_stages: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    before: dict[str, float] | None = None
+    batch: Count = 0
+    first_batch: Count = 0
+    steps: Count = 0
+    total_steps: Count = 0
+    total_stages: Count = 0
+    tokens: Count = 0
+    seconds: Number = 0.0
+    before: Annotated[dict[str, Number], AfterValidator(check_quality)] | None = None
     events: list[str] = field(default_factory=list)
     tournament: Tournament | None = None
     finished: tuple[Stage, ...] = ()
     results: list[StageResult] = field(default_factory=list)
-    scores: dict[int, float] | None = None
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    identity: dict[str, Any] = field(default_factory=dict)
+    scores: dict[int, Number] | None = None
+    skipped: Count = 0
+    skipped_in_a_row: Count = 0
+    identity: Annotated[dict[str, Any], AfterValidator(_identity)] = field(default_factory=dict)
 
     def row(
         self, model: PreTrainedModel, name: str, quality: Mapping[str, float], train_speed: float | None, status: Status
@@ -166,56 +178,12 @@ class RunState:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunState:
+    def from_json(cls, data: Any) -> RunState:
         """Inverse of `to_json`. Raises ValueError when a key is missing or a value cannot be read."""
-        if not isinstance(data, Mapping):
-            raise ValueError(f"the saved state must be an object, got {type(data).__name__}")
-        values = dict(data)
-        _check_plain(values)
-        try:
-            values["record"] = record_from_json(values["record"])
-            values["stage"] = None if values["stage"] is None else stage_from_json(values["stage"])
-            trials = values.get("tournament")
-            values["tournament"] = None if trials is None else Tournament.from_json(trials)
-            values["finished"] = tuple(stage_from_json(stage) for stage in values["finished"])
-            values["results"] = [StageResult.from_json(result) for result in values["results"]]
-            scores = values["scores"]
-            values["scores"] = None if scores is None else {int(layer): float(score) for layer, score in scores.items()}
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(
-                f"the saved state cannot be read: {error!r}; is the checkpoint from another version?"
-            ) from error
-
-
-_COUNTS = ("batch", "first_batch", "steps", "total_steps", "total_stages", "tokens", "skipped", "skipped_in_a_row")
-
-
-def _check_plain(values: Mapping[str, Any]) -> None:
-    """Types and ranges of what has no reader of its own. Raises ValueError naming the first wrong key."""
-    identity, before = values.get("identity", {}), values.get("before")
-    if not isinstance(identity, dict):
-        raise ValueError(f"the saved state has identity={identity!r:.80}; an object is expected")
-    counts = {key: (0, values.get(key, 0)) for key in _COUNTS}
-    counts |= {key: (1, identity[key]) for key in LAYOUT if key in identity}
-    for key, (low, value) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
-            raise ValueError(f"the saved state has {key}={value!r:.80}; an integer from {low} is expected")
-    if before is not None and (not isinstance(before, dict) or not set(before) <= set(QUALITY)):
-        raise ValueError(f"the saved state has before={before!r:.80}; an object with keys among {QUALITY} is expected")
-    for key, value in {"seconds": values.get("seconds", 0.0), **(before or {})}.items():
-        # an integer of a thousand digits is a number too, and no float
-        if isinstance(value, bool) or not (
-            isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_NUMBER)
-        ):
-            raise ValueError(f"the saved state has {key}={value!r:.80}; a number is expected")
-    for key in ("finished", "results", "events"):
-        if not isinstance(values.get(key, []), list):
-            raise ValueError(f"the saved state has {key}={values[key]!r:.80}; a list is expected")
-    if not all(isinstance(event, str) for event in values.get("events", [])):
-        raise ValueError("the saved state has an event that is no text")
-    if not isinstance(values.get("edited", False), bool):
-        raise ValueError(f"the saved state has edited={values['edited']!r:.80}; true or false is expected")
+        what = "the saved state"
+        if isinstance(data, dict) and (missing := [key for key in _ALWAYS if key not in data]):
+            raise ValueError(f"{what}: key {missing[0]!r} is missing; is the checkpoint from another version?")
+        return read_as(cls, data, what)
 
 
 def _edit_row(edit: Mapping[str, Any]) -> dict[str, Any]:

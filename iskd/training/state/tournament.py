@@ -8,13 +8,20 @@ as there are of validation: text that chooses layers must not be the text that i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from iskd.plan import Stage, to_json
-from iskd.plan.reading import stage_from_json
 from iskd.system import Json
+from iskd.system.reading import Count, Number, read_as
+
+
+def _unfinished(kl: tuple[float, ...], read: ValidationInfo) -> tuple[float, ...]:
+    if len(kl) >= len(read.data.get("candidates", kl)) > 0:
+        raise ValueError("must have fewer numbers than there are candidates")
+    return kl
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,9 @@ class Tournament:
         kl: divergence from the teacher after each trial so far, nats per token, in the candidates' order.
     """
 
-    candidates: tuple[Stage, ...]
-    tokens: int
-    kl: tuple[float, ...] = ()
+    candidates: Annotated[tuple[Stage, ...], Field(min_length=2)]
+    tokens: Count
+    kl: Annotated[tuple[Number, ...], AfterValidator(_unfinished)] = ()
 
     @property
     def over(self) -> bool:
@@ -59,16 +66,6 @@ class Tournament:
         return {"candidates": [to_json(stage) for stage in self.candidates], "tokens": self.tokens, "kl": list(self.kl)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Tournament:
+    def from_json(cls, data: Any) -> Tournament:
         """Inverse of `to_json`. Raises ValueError when it cannot be read."""
-        try:
-            candidates = tuple(stage_from_json(stage) for stage in data["candidates"])
-            kl = tuple(float(value) for value in data["kl"])
-            tokens = data["tokens"]
-        except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"the saved trials cannot be read: {error!r}") from error
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0 or len(candidates) < 2:
-            raise ValueError(f"the saved trials have tokens={tokens!r:.80} and {len(candidates)} candidates")
-        if len(kl) >= len(candidates):
-            raise ValueError(f"the saved trials have {len(kl)} results for {len(candidates)} candidates")
-        return cls(candidates, tokens, kl)
+        return read_as(cls, data, "the saved trials")

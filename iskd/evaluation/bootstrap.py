@@ -1,0 +1,34 @@
+"""How sure a mean is: the percentile bootstrap over items, windows or texts (Efron, 1979)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_AT_A_TIME = 1 << 22  # weights of items in memory
+
+
+def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
+    """Means over the items of bootstrap resamples [resamples, ...] in float64, for values [N, ...] of N items.
+
+    What stands in one row, such as two models' scores, is drawn together. A few resamples exist at a time: all of them
+    at once would be gigabytes for BLiMP. The draws are one stream of the seed, so that how many exist at a time changes
+    nothing.
+    """
+    items, generator = len(values), torch.Generator().manual_seed(seed)
+    step = max(1, _AT_A_TIME // items)
+    values_NK = values.double().reshape(items, -1)
+    means = []
+    for start in range(0, resamples, step):
+        drawn_RN = torch.randint(items, (min(step, resamples - start), items), generator=generator)
+        # [R, N] item numbers with replacement -> how often each was drawn: no copy of the values for every resample
+        times_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64)
+        times_RN.scatter_add_(1, drawn_RN, torch.ones_like(times_RN))
+        means.append(times_RN @ values_NK / items)
+    return torch.cat(means).reshape(resamples, *values.shape[1:])
+
+
+def interval(means: Tensor, level: float = 0.95) -> Tensor:
+    """Percentiles [2, ...] between which that share of the resampled means [resamples, ...] lies."""
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return means.quantile(tails, dim=0)
