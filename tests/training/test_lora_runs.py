@@ -23,10 +23,11 @@ from iskd.plan.stage import LoraSpec
 from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.system import Preempted
+from iskd.training import stages
 from iskd.training.parts import Parts
 from iskd.training.runner import StartAgain, run
 from iskd.training.state import checkpoint, checkpoint_files
-from iskd.training.step import DistillModule, adapters
+from iskd.training.step import adapters
 from tests import programs
 from tests.factories import hooks, windows
 from tests.runs import (
@@ -179,13 +180,13 @@ def test_a_missed_floor_takes_the_adapters_back(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second stage misses it: the run ends, to the bit, with the student that the first one's adapters healed."""
-    measure, calls = DistillModule.measure, iter(range(10))
+    measure, calls = stages.measure_quality, iter(range(10))
 
-    def measured(self: DistillModule, batches: Any) -> dict[str, float]:
-        assert not adapters.adapters(self.student), "what is measured is a plain student"
-        return {**measure(self, batches), "retention": 0.1 if next(calls) == 2 else 0.9}
+    def measured(student: Any, *others: Any) -> dict[str, float]:
+        assert not adapters.adapters(student), "what is measured is a plain student"
+        return {**measure(student, *others), "retention": 0.1 if next(calls) == 2 else 0.9}
 
-    monkeypatch.setattr(DistillModule, "measure", measured)
+    monkeypatch.setattr(stages, "measure_quality", measured)
     options = {"keep": 50, "measure_before": False}
     result = run(make(tmp_path / "run", schedule=removals(floor=0.5), options=options))
     assert [stage.status for stage in result.stages] == ["kept", "kept", "rolled_back"]
