@@ -17,7 +17,8 @@ from torch import nn
 from iskd.commands.config import CONF, part
 from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
-from iskd.export import load, refresh_card, student_folder, tokenizer_of
+from iskd.export import load, student_folder, tokenizer_of
+from iskd.export.card_measured import refresh_card
 from iskd.models.weights import weights_sha256
 from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.report import efficiency_table, evaluation_table, write_report

@@ -7,7 +7,6 @@ Imports: system, plan, models, blocks, evaluation.
 
 from __future__ import annotations
 
-from iskd.export.card_measured import refresh_card
 from iskd.export.folder import read_facts, student_folder, tokenizer_of
 from iskd.export.loading import IskdForCausalLM, load, register
 from iskd.export.student import IskdConfig
@@ -20,7 +19,6 @@ __all__ = [
     "export",
     "load",
     "read_facts",
-    "refresh_card",
     "register",
     "student_folder",
     "tokenizer_of",

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from iskd.export.card_measured import CARD, eval_results, measured_section
+from iskd.export.folder import CARD
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
@@ -91,6 +91,9 @@ def write_card(
         run_dir: the run's, for stages.json, data.json, environment.json, config.yaml, evaluation.json and
             efficiency.json; each may be missing. `iskd.export.card_measured.refresh_card` renews what the last two say.
     """
+    # at the call: it brings evaluation and with it Lightning, for which nobody who opens a student should wait
+    from iskd.export.card_measured import eval_results, measured_section
+
     stages = read_stages(run_dir) if run_dir and (run_dir / STAGES_FILE).is_file() else []
     known = teacher or _mapping(_json(run_dir, ENVIRONMENT_FILE).get("teacher"))
     licence = licence_of(known)

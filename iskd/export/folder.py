@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from iskd.plan.run_folder import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 
-FACTS, CODE = "export.json", "modeling_iskd.py"
+FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
 
 
 def student_folder(folder: Path) -> Path:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import EvalSpec, efficiency, evaluate
-from iskd.export import export, refresh_card
+from iskd.export import export
+from iskd.export.card_measured import refresh_card
 from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult

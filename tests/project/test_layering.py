@@ -97,6 +97,7 @@ OPEN = {
     "importance/angular": "iskd score draws its runs of layers",
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
+    "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
     "export/verification": "iskd generate speaks the same sentence",
     "training/facts": "what layers were selected by is known before a run",
 }

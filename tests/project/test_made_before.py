@@ -80,6 +80,8 @@ assert "iskd" not in sys.modules
 {WAYS[way]}
 logits = {{str(i): model(ids).logits.detach().contiguous() for i, model in enumerate(models)}}
 save_file(logits, "now.safetensors")
+slow = {{"hydra", "lightning", "matplotlib", "torchmetrics", "wandb"}} & sys.modules.keys()
+assert not slow, f"nobody who opens a student waits for {{slow}}"
 """
     python("-c", code, str(OLD / "export"), cwd=tmp_path)
     for logits in load_file(tmp_path / "now.safetensors").values():
