@@ -8,9 +8,19 @@ After `import iskd`, `AutoModelForCausalLM.from_pretrained` opens exported stude
 is imported when `compress` is asked for.
 """
 
-from __future__ import annotations
-
+import os
 import sys
+
+# Before all other imports: `python -m iskd` looks for modules in the folder it is started in first, and a downloaded
+# one may hold a torch.py.
+if sys.argv[:1] == ["-m"] and any(
+    flag[:1] == "-" and flag[-1:] == "m" and name.split(".")[0] == __name__
+    for flag, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+):
+    _package = os.path.dirname(os.path.abspath(__file__))
+    if sys.path[0] == os.getcwd() and not os.path.samefile(sys.path[0], os.path.dirname(_package)):
+        del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 from iskd.system.allocator import ask_for_huge_pages

@@ -19,6 +19,7 @@ from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
 from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, write_whole
 from iskd.system.precision import precision
@@ -33,6 +34,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
     """
     resuming = config.resume is not None
+    literal(plain(config), "this run")  # before the folder is claimed: a config that cannot be read again
     _claim(run_dir, resuming)
     if teacher is None:
         with Busy("loading the teacher"):

@@ -20,7 +20,8 @@ from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_t
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.models.weights import weights_sha256
-from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.saved_config import read_config
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files
@@ -53,6 +54,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
     if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
         refuse_training_text(spec.text, str(read_json(run / DATA_FILE).get("content", "")))
+    if run is not None and (run / CONFIG_FILE).is_file():
+        read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(config.trainer)

@@ -11,10 +11,10 @@ from iskd.commands.config import CONF, options
 from iskd.export import read_facts
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.saved_config import read_config
 from iskd.teacher import TeacherSpec
 from iskd.teacher.bundled import BUNDLES
 
-_LONGEST_CONFIG = 1 << 20
 _NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
 
 
@@ -57,13 +57,11 @@ def _named(name: str) -> TeacherSpec:
 
 def _of_run(file: Path) -> TeacherSpec:
     """The teacher of a run's config. No code comes with it: every known family is in transformers."""
-    if file.stat().st_size > _LONGEST_CONFIG:
-        raise ValueError(f"{file} is too long for the config of a run; of the teacher: {_NAME_IT}")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_config(file)
         values = {key: value for key, value in config["model"].items() if key[:1] != "_"}
         spec = TeacherSpec(**values)
-    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}); {_NAME_IT}") from error
     if spec.path is not None and not Path(spec.path).expanduser().is_dir():
         raise ValueError(

@@ -23,8 +23,13 @@ COMMAND = "ISKD_COMMAND"
 """Names the command where processes get the arguments without it: those that a multi-process run starts."""
 RESUME = "ISKD_RESUME"
 """A launcher preset can set variables of its jobs but no key of the config; `resume=` on the command line is first."""
-# sys.argv[0] may be a launcher's, and the package need not be installed
-_ENTRY = (sys.executable, "-m", "iskd")
+# sys.argv[0] may be a launcher's, and the package need not be installed. As `python -m iskd`, but that one looks for
+# modules in the working directory first, where paths of the command line count from: it may be a downloaded folder.
+_START = (
+    "import sys; sys.path[:] = [place for place in sys.path if place]; "
+    "import runpy; runpy.run_module('iskd', run_name='__main__', alter_sys=True)"
+)
+_ENTRY = (sys.executable, "-c", _START)
 
 
 def several(environment: Mapping[str, str]) -> bool:
@@ -70,4 +75,5 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
 def _ours(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that runs `iskd train` from where this one's package lies."""
     paths = [str(PACKAGE.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**environment, COMMAND: "train", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = {**environment, COMMAND: "train", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**found, "PYTHONSAFEPATH": "1"}  # from Python 3.11 on also for the processes that this one starts

@@ -12,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
-from iskd.plan.renamed import renamed
 from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.saved_config import literal, read_config
+from iskd.system import Json
 
-_OURS = ("iskd.", "lightning.pytorch.loggers.")
+# what the command line says, never the saved config
+_OWN = ("logger", "cache_dir", "eval", "objectives")
 # what may differ when a run is continued: nothing that changes its numbers
-_FREE = ("resume", "logger", "trainer.progress", "cache_dir", "hydra", "eval", "objectives", "reference", "profile")
+_FREE = (*_OWN, "resume", "trainer.progress", "hydra", "reference", "profile")
 # what a resumed run may change: how its batches lie over processes (`RunState.take_up` says where), and its upkeep
 _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
@@ -28,14 +30,18 @@ _CHANGES = (
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of a run to continue. Raises ValueError when the command line changes a key of it."""
+    """The config of a run to continue, all values resolved.
+
+    Raises ValueError when the command line changes a key of it, or when it asks for what its folder may not ask for.
+    """
     run_dir = Path(config.resume)
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
         raise ValueError(f"resume={run_dir}: no {CONFIG_FILE} in there, so it is not the folder of a run")
-    saved = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(saved_file))))
-    assert isinstance(saved, DictConfig)
-    _refuse_foreign(saved, config, saved_file)
+    saved = OmegaConf.create(read_config(saved_file))
+    for key in _OWN:
+        saved[key] = config.get(key)
+    _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -57,36 +63,57 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         _refuse_other_preset(saved, config)
     saved.resume = str(run_dir)
-    for key in ("logger", "cache_dir", "eval", "objectives"):
-        saved[key] = config.get(key)
-    return saved
+    # what the command line brought in is resolved once, here: nothing can change after the second look
+    values = literal(plain(saved), f"resume={run_dir}")
+    _refuse_foreign(values, plain(config), saved_file)
+    final = OmegaConf.create(values)
+    assert isinstance(final, DictConfig)
+    return final
 
 
-def _refuse_foreign(saved: DictConfig, config: DictConfig, file: Path) -> None:
+def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
     """The folder of a run may come from anywhere, and Hydra would import and call whatever its config names.
 
-    Accepted are classes of this package and of packages allowed in code, and what this command line names itself.
+    Accepted are classes of this package and of packages allowed in code, and what this command line names itself, at
+    the same place. No list of Hydra's is relied on.
     """
-    own = set(_targets(plain(config)))
-    for target in set(_targets(plain(saved))) - own:
-        found = get_object(target) if str(target).startswith((*_OURS, *allowed())) else None
-        if not isinstance(found, type) or not f"{found.__module__}.".startswith((*_OURS, *allowed())):
+    own = set(_targets(config))
+    for part, target in set(_targets(saved)) - own:
+        found = _found(target) if str(target).startswith(("iskd.", *allowed())) else None
+        if not isinstance(found, type) or not f"{found.__module__}.".startswith(("iskd.", *allowed())):
             raise ValueError(
-                f"{file} names {target!r:.80}, which is no part of iskd; if you trust it, name it on the command line "
-                "too, or call iskd.plan.allow('its.package.')"
+                f"{file} names {target!r:.80} for {part}, which is no part of iskd; if you trust it, name it on the "
+                "command line too, or call iskd.plan.allow('its.package.')"
             )
-    if OmegaConf.select(saved, "model.trust_remote_code") and not OmegaConf.select(config, "model.trust_remote_code"):
+    if _trusts(saved) and not _trusts(config):
         raise ValueError(
             f"{file} would run code that comes with the teacher; if you trust it, add model.trust_remote_code=true"
         )
 
 
-def _targets(values: Any) -> Iterator[Any]:
-    """Every `_target_` in nested containers."""
-    if isinstance(values, dict):
-        yield from (value for key, value in values.items() if key == "_target_")
-    for item in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
-        yield from _targets(item)
+def _targets(config: Json) -> Iterator[tuple[str, Any]]:
+    """Every `_target_` of a config, behind the key at its root below which it stands."""
+    for part, node in config.items():
+        level = [node]
+        while level:
+            value = level.pop()
+            if isinstance(value, dict) and "_target_" in value:
+                yield part, value["_target_"]
+            level += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _found(target: str) -> Any:
+    """What a dotted path names, None where there is no such thing."""
+    try:
+        return get_object(target)
+    except (ImportError, ValueError):
+        return None
+
+
+def _trusts(config: Json) -> bool:
+    """Whether code that comes with the teacher may run."""
+    model = config.get("model")
+    return isinstance(model, dict) and bool(model.get("trust_remote_code"))
 
 
 def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:

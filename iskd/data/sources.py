@@ -201,7 +201,15 @@ class HubDataset:
             raise ValueError(f"data.source={self.name} needs the package datasets; {fix}") from error
         try:
             # Streaming spares the download of the rest; reading whole goes through the cache, which works offline.
-            rows = load_dataset(self.name, self.config, split=part, revision=self.revision, streaming=limit is not None)
+            # Where nothing is said, datasets before version 4 asks on the terminal whether to run a data set's script.
+            rows = load_dataset(
+                self.name,
+                self.config,
+                split=part,
+                revision=self.revision,
+                streaming=limit is not None,
+                trust_remote_code=False,
+            )
             iterator = iter(rows if limit is None else rows.take(limit))
             first = next(iterator, None)
         except Exception as error:

@@ -255,6 +255,7 @@ def _adapter(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # it may get a padding token
         backend="causal",
+        trust_remote_code=False,
         batch_size=batch_size,
         max_length=Stack(model).context,
         mixed_precision_dtype=mixed,

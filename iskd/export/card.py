@@ -21,6 +21,7 @@ from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
 from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
+from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
 
 UNKNOWN = "not known"
@@ -246,7 +247,7 @@ def _settings(run_dir: Path | None) -> list[str]:
     file = run_dir / CONFIG_FILE if run_dir else None
     if file is None or not file.is_file():
         return []
-    config = _mapping(yaml.safe_load(file.read_text(encoding="utf-8")))
+    config = read_config(file)
     return [f"{key}: {_public(_node(config[key]))}" for key in _SETTINGS if config.get(key) is not None]
 
 

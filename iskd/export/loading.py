@@ -189,9 +189,9 @@ def _describe_edited(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedC
 
 
 def _load_native(found: Described) -> PreTrainedModel:
-    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        found.folder, dtype=torch.float32, output_loading_info=True, **options
+        found.folder, dtype=torch.float32, trust_remote_code=False, **options
     )
     model, report = loaded
     # transformers would fill these with random numbers and only warn
@@ -231,8 +231,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _build(config: PreTrainedConfig, record: Record) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
         surgery.apply(model, Record(record.num_layers), record.edits)
     return model
 

@@ -151,7 +151,7 @@ _CHILD = """
 import json, sys, time
 import torch
 question = json.load(open(sys.argv[1]))
-options = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": True}
+options = {"dtype": torch.float32, "local_files_only": True}
 if question["native"]:
     sys.modules["iskd"] = None
     options |= {"use_safetensors": True, "output_loading_info": True}
@@ -161,7 +161,7 @@ else:
         iskd.plan.allow(prefix)
 from transformers import AutoModelForCausalLM
 start = time.perf_counter()
-found = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
+found = AutoModelForCausalLM.from_pretrained(question["folder"], trust_remote_code=False, **options)
 load = time.perf_counter() - start
 model, report = found if question["native"] else (found, {"missing_keys": []})
 model.eval()
@@ -229,14 +229,20 @@ def reopen(
     question = {"folder": str(folder.resolve()), "native": native, "allowed": allowed(), "timed": timed}
     question |= {"ids": probe.ids, "columns": probe.columns, "prompt_tokens": PROMPT, "new_tokens": NEW}
     question |= {"prompt": list(prompt), "spoken_tokens": spoken_tokens if len(prompt) else 0}
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": paths}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": os.pathsep.join(_paths())}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "probe.json"
         write_whole(file, json.dumps(question))
         command = [sys.executable, "-c", _CHILD, str(file)]
         run = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env={**os.environ, **quiet}, check=False
+            command,
+            # a process finds modules in its working directory first, and the one here may be a downloaded folder
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env={**os.environ, **quiet},
+            check=False,
         )
         if run.returncode:
             said = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
@@ -244,3 +250,15 @@ def reopen(
         found = json.loads(file.read_text())
     answer = {**asdict(probe), **{key: found.pop(key) for key in ("logits", "logsumexp", "text", "margin")}}
     return Reopened(probe=Probe(**answer), **found)
+
+
+def _paths() -> list[str]:
+    """Where a process finds iskd and what this one can import.
+
+    The working directory, where an interactive session finds modules, counts only for a package that `allow` named,
+    after all others.
+    """
+    here, packages = Path.cwd(), {prefix.partition(".")[0] for prefix in allowed()} - {"iskd"}
+    found = [str(Path(__file__).parents[2]), *(os.path.abspath(place) for place in sys.path if place)]
+    theirs = any((here / name).is_dir() or (here / f"{name}.py").is_file() for name in packages)
+    return [*found, str(here)] if "" in sys.path and theirs else found

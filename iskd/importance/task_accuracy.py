@@ -145,7 +145,9 @@ def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         return place
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            Path(place).expanduser() if Path(place).expanduser().is_dir() else place, local_files_only=True
+            Path(place).expanduser() if Path(place).expanduser().is_dir() else place,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ValueError(

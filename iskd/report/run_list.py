@@ -12,14 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
-from iskd.plan.renamed import now_called
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
 from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
+from iskd.plan.saved_config import read_config
 from iskd.report.run_folder import RunFiles, read_run
 
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
@@ -196,11 +194,10 @@ def _read_config(folder: Path) -> tuple[dict[str, str], list[str]]:
     if not path.is_file():
         return {}, [f"{CONFIG_FILE} is missing: its settings are not known"]
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found = dict(_limited(flatten(values)))
-        return {key: now_called(value) if key.endswith("_target_") else value for key, value in found.items()}, []
-    except (yaml.YAMLError, ValueError) as error:
-        return {}, [f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())[:200]}"]
+        return dict(_limited(flatten(read_config(path)))), []
+    except ValueError as error:
+        said = " ".join(str(error).replace(str(path), CONFIG_FILE).split())[:400]
+        return {}, [said if said.startswith(CONFIG_FILE) else f"{CONFIG_FILE} cannot be read: {said}"]
 
 
 def _limited(items: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -56,6 +56,21 @@ MAX_NUMBER = 2**63 - 1
 _MAX_DEPTH = 32
 
 
+def read_plain(path: Path, *, max_bytes: int) -> bytes:
+    """The content of a file that anybody may have put there.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no plain file, or larger than `max_bytes`.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a plain file: put the file itself in its place")
+    if found.st_size > max_bytes:
+        raise ValueError(f"{path} has {found.st_size} bytes, more than the {max_bytes} that such a file may have")
+    return path.read_bytes()
+
+
 def read_json(path: Path, *, max_bytes: int = 16 << 20) -> Any:
     """Read a JSON file that anybody may have written. Values that are not finite pass: whoever needs numbers checks.
 
@@ -64,13 +79,9 @@ def read_json(path: Path, *, max_bytes: int = 16 << 20) -> Any:
         ValueError: it is no plain file, larger than `max_bytes`, not UTF-8, not JSON, names a key twice in one object,
             or nests deeper than 32 levels.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is not a plain file: put the file itself in its place")
-    if found.st_size > max_bytes:
-        raise ValueError(f"{path} has {found.st_size} bytes, more than the {max_bytes} that such a file may have")
+    content = read_plain(path, max_bytes=max_bytes)
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once_each)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error!s:.200}): restore it from a copy") from None
     level = [value]

@@ -164,12 +164,14 @@ def _unpack(gguf: Path, directory: Path) -> None:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
             raise ValueError(f"unpacking {gguf.name} needs the package {package}: pip install 'iskd[gguf]'") from error
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # Without dequantize the weights are unpacked all the same, but the model counts as quantised and cannot be saved.
     # The class is there in transformers 5.17 and not in 5.6.
     quantized = getattr(transformers, "GgufConfig", None)
     unpacked = {} if quantized is None else {"quantization_config": quantized(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpacked)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, **unpacked
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     # transformers 5 writes a class name of its own; this one is known to every version.

@@ -205,7 +205,7 @@ def _random(spec: TeacherSpec) -> Loaded:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype])
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)
     return _loaded(spec, "random", model, tokenizer, origin, parameters_sha256(model), {"seed": spec.seed})
 
 
@@ -218,7 +218,7 @@ def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBas
         places.append(spec.name)
     for place in places:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             continue
         if _max_id(tokenizer) < rows:

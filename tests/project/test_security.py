@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -15,25 +16,39 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
+from iskd.commands import fresh_process
+from iskd.commands.build import parts
+from iskd.commands.evaluate import evaluation
+from iskd.commands.find_teacher import find_teacher
 from iskd.commands.resume import resumed
+from iskd.export import tokenizer_of
+from iskd.export.card import _settings as card_settings
+from iskd.export.probe import _CHILD, ask, differences, reopen
+from iskd.export.probe import _paths as import_paths
 from iskd.export.student import write
+from iskd.importance.task_accuracy import _load as named_tokenizer
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import weight_files
-from iskd.plan import Record, Remove, Replace, Spec, Stage, to_json
+from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, to_json
 from iskd.plan.reading import record_from_json
 from iskd.report.run_folder import read_run
+from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
+from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state.checkpoint_files import newest
 from tests.factories import tiny
 from tests.fuzz_kinds import SHARES
 
 ROOT = Path(__file__).resolve().parents[2]
+LOGGERS = "lightning.pytorch.loggers"
+EVAL = {"_target_": "iskd.evaluation.EvalSpec", "tasks": ["copy"]}
 FILES = [*sorted((ROOT / "iskd").rglob("*.py")), ROOT / "train.py"]
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 # Calls that make code or objects out of what a file says, by their last two names.
@@ -279,6 +294,190 @@ def test_a_resumed_config_does_not_ask_for_remote_code_itself(tmp_path: Path) ->
     OmegaConf.save({"model": {"trust_remote_code": True}}, tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"add model\.trust_remote_code=true"):
         resumed(asked, [])
+
+
+FOREIGN = {
+    "true after it was checked": ({"model": {"trust_remote_code": "${trainer.progress}"}}, "holds no interpolation"),
+    "a class after it was checked": ({"loss": [{"_target_": "${oc.select:logger.x,iskd.plan.Spec}"}]}, "interpolation"),
+    "resolved twice": ({"loss": [{"_target_": "\\${logger.x}"}]}, "no escaped one either"),
+    "the caller's secret": ({"name": "${oc.env:WANDB_API_KEY}"}, r"name holds '\$\{oc\.env:WANDB_API_KEY\}'"),
+    "in a key": ({"loss": {"${name}": 1}}, "holds no interpolation"),
+    "a logger of the caller's for something else": (
+        {"block": {"_target_": f"{LOGGERS}.WandbLogger"}},
+        "no part of iskd",
+    ),
+    "a logger for something else": ({"block": {"_target_": f"{LOGGERS}.CSVLogger"}}, "no part of iskd"),
+    "nothing": ({"loss": [{"_target_": "iskd.no.such.Class"}]}, "no part of iskd"),
+    "a truth in words": ({"model": {"trust_remote_code": "no"}}, r"add model\.trust_remote_code=true"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_resumed_config_means_what_it_says(what: str, tmp_path: Path) -> None:
+    values, message = FOREIGN[what]
+    logger = {"_target_": f"{LOGGERS}.WandbLogger", "x": "joblib.load"}
+    asked = OmegaConf.create({"resume": str(tmp_path), "trainer": {"progress": True}, "logger": logger})
+    saved = {"trainer": {"progress": False}, "logger": logger, **values}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        resumed(asked, [])
+
+
+def test_nothing_is_left_to_resolve_in_a_resumed_config(tmp_path: Path) -> None:
+    """What was checked is what is used; the logger of this command line follows the saved run."""
+    logger = {"_target_": f"{LOGGERS}.CSVLogger", "name": "${name}-${oc.env:ISKD_NONE,x}"}
+    asked = OmegaConf.create({"resume": str(tmp_path), "name": "b", "logger": logger, "trainer": {"progress": True}})
+    OmegaConf.save(
+        {"name": "a", "trainer": {"progress": False}, "logger": {"_target_": "os.system"}}, tmp_path / "config.yaml"
+    )
+    final = resumed(asked, [])
+    assert final.logger.name == "a-x"
+    assert final.trainer.progress is True
+    assert OmegaConf.to_container(final, resolve=False) == OmegaConf.to_container(final, resolve=True)
+    asked.logger.name = "\\${oc.env:HOME}"  # of the caller, but resolving it once more would change it
+    with pytest.raises(ValueError, match=r"logger\.name holds '\$\{oc\.env:HOME\}'"):
+        resumed(asked, [])
+
+
+def test_every_reader_of_a_run_refuses_an_interpolation(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text("[]")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    OmegaConf.save({"model": {"name": "${oc.env:HOME}"}}, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="holds no interpolation"):
+        find_teacher(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds no interpolation"):
+        evaluation(OmegaConf.create({"eval": EVAL, "model": {"path": str(tmp_path)}, "reference": None}), tmp_path)
+    with pytest.raises(ValueError, match="holds no interpolation"):
+        card_settings(tmp_path)
+    with pytest.raises(ValueError, match="holds no interpolation"):
+        logged_config(tmp_path)
+    assert "config.yaml: model.name holds" in " ".join(read_runs([tmp_path])[1])
+
+
+LOADERS = ("yaml.safe_load", "OmegaConf.load")
+
+
+def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
+    """YAML of unknown origin has one reader; the others read files of the package, and the head of a model card."""
+    readers = {where.split(":")[0] for where, _, name in calls() if name in LOADERS}
+    assert readers == {"iskd/commands/find_teacher.py", "iskd/evaluation/harness.py"}
+
+
+def test_a_run_that_could_not_be_read_again_does_not_start(tmp_path: Path) -> None:
+    config = OmegaConf.create({"resume": None, "data": {"path": "\\${x}"}})
+    with pytest.raises(ValueError, match=r"this run: data\.path holds '\$\{x\}'"):
+        parts(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- modules that lie in a downloaded folder -------------------------------------------------------------------------
+
+TRAPS = ("torch", "json", "typing", "__future__", "numpy", "yaml", "hydra", "transformers", "pydantic", "antigravity")
+
+
+@pytest.fixture
+def trapped(tmp_path: Path) -> Path:
+    """A folder whose modules stand for well-known ones."""
+    place = tmp_path / "downloaded"
+    place.mkdir()
+    for name in TRAPS:
+        (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
+    return place
+
+
+def test_a_student_is_reopened_away_from_what_lies_here(trapped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, record = student()
+    write(trapped / "model", model, record, tiny("llama").config)
+    monkeypatch.chdir(trapped)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in a notebook
+    assert not differences(ask(model), reopen(Path("model"), ask(model), native=False).probe)[0]
+    assert not (trapped.parent / "ran").exists()
+
+
+def test_a_package_of_the_user_here_is_found_by_the_reopened_student(trapped: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(trapped)
+    monkeypatch.setattr(sys, "path", ["", "relative", *sys.path])
+    monkeypatch.setattr(edits, "_ALLOWED", [*edits.allowed(), "mine."])
+    assert str(trapped) not in import_paths()
+    (trapped / "mine").mkdir()
+    assert import_paths()[-1] == str(trapped)
+    assert all(Path(place).is_absolute() for place in import_paths())
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_fresh_process_finds_no_modules_where_it_starts(safe: bool, trapped: Path) -> None:
+    """With PYTHONSAFEPATH, which Python 3.10 does not know, and without."""
+    environment = fresh_process._ours(os.environ)
+    if not safe:
+        del environment["PYTHONSAFEPATH"]
+    command = [*fresh_process._ENTRY, "--cfg=job", "--package=seed"]
+    done = subprocess.run(command, cwd=trapped, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
+    assert not (trapped.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("module", ["iskd", "iskd.teacher"])
+def test_python_m_finds_no_modules_where_it_starts(module: str, trapped: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-m", module, "--help"]
+    done = subprocess.run(command, cwd=trapped, env=environment, capture_output=True, text=True, timeout=120)
+    assert "usage: " in done.stdout + done.stderr
+    assert not (trapped.parent / "ran").exists()
+
+
+def test_python_m_finds_the_package_where_it_lies(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-m", "iskd.system"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "iskd.system.__main__" in done.stderr, "found, but it is a room and no command"
+
+
+def test_every_process_is_started_where_its_file_says() -> None:
+    """A new place that starts processes has to think of the folder they start in."""
+    starters = {where.split(":")[0] for where, _, name in calls() if name.startswith(("subprocess.", "os.exec"))}
+    assert starters == {"iskd/commands/fresh_process.py", "iskd/export/probe.py"}
+
+
+# ---- code beside a model: nobody is asked ----------------------------------------------------------------------------
+
+LOADS = ("from_pretrained", "from_config", "load_dataset", "HFLM")
+# A generation config is plain JSON and has no such argument.
+SILENT = {"type(model.generation_config).from_pretrained"}
+
+
+def test_every_load_says_whether_code_may_run() -> None:
+    """Where nothing is said, transformers asks on the terminal."""
+    child = [node for node in ast.walk(ast.parse(_CHILD)) if isinstance(node, ast.Call)]
+    found = [*calls(), *(("probe", node, ast.unparse(node.func)) for node in child)]
+    loads = [(where, node, name) for where, node, name in found if name.split(".")[-1] in LOADS and name not in SILENT]
+    said = [where for where, node, _ in loads if any(word.arg == "trust_remote_code" for word in node.keywords)]
+    assert [where for where, *_ in loads if where not in said] == []
+    assert len(loads) >= 12
+
+
+def test_nobody_is_asked_whether_code_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    code = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    values = {"model_type": "a_model_of_my_own", "auto_map": code | {"AutoTokenizer": ["custom.Tokenizer", None]}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tokenizer", **values}))
+    (tmp_path / "custom.py").write_text("raise SystemExit('code beside the weights was run')")
+    (tmp_path / "model.safetensors").write_bytes(save({"x": torch.zeros(1)}))
+    whole = tiny("llama", vocab=300).config.to_dict()
+    spec = TeacherSpec("random", path=str(tmp_path), pretrained=False, config=whole)
+    assert load_teacher(spec).source["tokenizer"] == "bytes"
+    for load in (
+        lambda: load_teacher(TeacherSpec("local", path=str(tmp_path))),
+        lambda: load_teacher(dataclasses.replace(spec, config=None)),
+        lambda: named_tokenizer(tmp_path),
+        lambda: tokenizer_of(tmp_path),
+        lambda: iskd.load(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            load()
+    assert not asked
 
 
 def test_records_survive_what_the_reader_checks() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,6 +24,7 @@ from iskd.plan.run_folder import (
     REPORT_FILE,
     STAGES_FILE,
 )
+from iskd.plan.saved_config import read_config
 from iskd.plan.summary import summary
 from iskd.report.run_page import picture
 
@@ -119,8 +119,7 @@ def _rows(results: Sequence[StageResult]) -> list[list[Any]]:
 def _config(run_dir: Path) -> dict[str, Any]:
     """The run's config as nested dicts; empty where the run was put together by hand."""
     file = run_dir / CONFIG_FILE
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return values if isinstance(values, dict) else {}
+    return read_config(file) if file.is_file() else {}
 
 
 def log_row(loggers: Iterable[Any], row: StageResult, step: int) -> None:
