@@ -14,6 +14,7 @@ from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.renamed import renamed
 from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.trainer_settings import FREE
 
 _OURS = ("iskd.", "lightning.pytorch.loggers.")
 # what may differ when a run is continued: nothing that changes its numbers
@@ -23,6 +24,7 @@ _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *(f"run.{key}" for key in sorted(UPKEEP)),
+    *(f"trainer.{key}" for key in FREE),
     *("data.batch_size", "schedule.restart_at_edit", "export"),
 )
 
