@@ -14,6 +14,7 @@ from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_folder import CONFIG_FILE
 from iskd.plan.saved_config import literal, read_config
+from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
 
 # what the command line says, never the saved config
@@ -25,6 +26,7 @@ _LAYOUT = ("devices", "num_nodes", "strategy", "accumulate_grad_batches")
 _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *(f"run.{key}" for key in sorted(UPKEEP)),
+    *(f"trainer.{key}" for key in FREE),
     *("data.batch_size", "schedule.restart_at_edit", "export"),
 )
 

@@ -32,6 +32,10 @@ class NonFiniteError(RuntimeError):
     """The loss, a gradient or a weight is not finite, and skipping steps did not help."""
 
 
+class UnfinishedError(RuntimeError):
+    """Training came to an end before the schedule did."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is used up, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -25,7 +25,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Preempted(SystemExit):
-    """A run that stopped because of a signal, with everything saved; ends the process with code 143.
+    """A run that stopped because it was asked to, with everything saved; ends the process with code 143.
 
     Processes other than rank 0 end with code 0: Lightning and some clusters kill rank 0 as soon as another process
     fails, perhaps before the job is queued again.
@@ -34,9 +34,9 @@ class Preempted(SystemExit):
         message: what happened and how to continue, for the log.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, asked_by: str = "a signal") -> None:
         super().__init__(EXIT_CODE if global_rank() == 0 else 0)
-        self.message = f"stopped by a signal, everything is saved: continue with resume={run_dir}"
+        self.message = f"stopped by {asked_by}, everything is saved: continue with resume={run_dir}"
 
 
 class StopSignals:

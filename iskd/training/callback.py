@@ -6,6 +6,7 @@ Lightning's own loop counters.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +30,18 @@ class CompressionCallback(Callback):
 
     Args:
         loop: the stages. resume_from: the checkpoint that its position comes from; None = the run starts.
+        deadline: on the clock of `time.monotonic`, when to stop as on a stop signal; None = never.
     """
 
-    def __init__(self, loop: StageLoop, resume_from: Path | None = None) -> None:
-        self.loop, self.resume_from = loop, resume_from
+    def __init__(self, loop: StageLoop, resume_from: Path | None = None, deadline: float | None = None) -> None:
+        self.loop, self.resume_from, self.deadline = loop, resume_from, deadline
         self.stop_signals, self.watchdog = StopSignals(), Watchdog(Ranks(), "")
-        loop.stop_wanted = lambda: self.stop_signals.received is not None
+        loop.stop_wanted = lambda: self.stop_signals.received is not None or self.late
+
+    @property
+    def late(self) -> bool:
+        """Whether the run's time is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""

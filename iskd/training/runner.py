@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import wandb
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
 from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
 from iskd.system import Preempted, global_rank
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
@@ -33,6 +37,7 @@ from iskd.training.state import RunState, checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, adapters
 from iskd.training.strategies import FSDP2Strategy, check_strategy, strategy_of
 
+TRAINER_KEYS = frozenset(inspect.signature(L.Trainer).parameters)
 # what Lightning says about every run of ours, and why it does not matter here
 _EXPECTED = (
     "Experiment logs directory .* exists",  # the run directory is ours, and rows of earlier sessions are kept aside
@@ -48,27 +53,31 @@ def run(parts: Parts) -> Result:
     """Run the schedule to its end and write model, tables and report into the run directory.
 
     Raises:
-        Preempted: a signal asked the run to stop; everything is saved.
+        Preempted: a signal, or trainer.max_time, asked the run to stop; everything is saved.
         StartAgain: the next edit wants a fresh process.
+        UnfinishedError: something else than the schedule ended the training.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
+    limit = seconds(parts.trainer.get(MAX_TIME))
+    deadline = None if limit is None else time.monotonic() + limit
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
-            return with_smaller_batches(parts, _run)
+            return with_smaller_batches(parts, partial(_run, deadline=deadline))
     finally:
         if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
             wandb.finish()  # otherwise the next job of a sweep would continue this one
 
 
-def _run(parts: Parts) -> Result:
+def _run(parts: Parts, deadline: float | None = None) -> Result:
+    trainer_settings(parts.trainer, TRAINER_KEYS)  # refused before text is read
     L.seed_everything(parts.seed, verbose=False)
     parts.data.prepare()
     state, resume_from = _position(parts)
     parts = as_halved(parts, state)
     module = make_module(parts, state)
-    callback = CompressionCallback(_loop(parts, state), resume_from)
+    callback = CompressionCallback(_loop(parts, state), resume_from, deadline)
     trainer = _trainer(parts, callback)
     _check(parts, trainer, state)
     if trainer.is_global_zero:
@@ -100,6 +109,13 @@ def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:
     """Raise ValueError for a strategy that cannot do what the run asks of it."""
     adapters = "lora" in (getattr(parts.schedule, "train", None), state.stage and state.stage.train)
     check_strategy(trainer.strategy, edits=not parts.schedule.restart_at_edit, adapters=adapters)
+    if parts.trainer.get(MAX_TIME) is not None and parts.schedule.restart_at_edit:
+        raise ValueError(
+            "trainer.max_time is of one process, and schedule.restart_at_edit=true starts a fresh one at every edit: "
+            "drop it, and have your batch system send SIGTERM or SIGUSR1"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
+        raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")
     if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
         raise ValueError("run.checkpoints=sharded saves the shards of trainer=fsdp; use run.checkpoints=full here")
 
@@ -107,14 +123,17 @@ def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:
 def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> None:
     """End the process where the run stopped before its end; everything is saved and every file is closed."""
     loop = callback.loop
-    if loop.state.stage is None or not loop.leaving:
+    if loop.state.stage is None or parts.options.plan_only:
         return
+    if not loop.leaving:
+        raise loop.unfinished()
     trainer.strategy.barrier("leave")  # rank 0 may not come back from handing the signal on
     callback.watchdog.close()
     if loop.restarting and not loop.preempted:
         raise StartAgain(parts.run_dir)
     callback.stop_signals.hand_on()
-    raise Preempted(parts.run_dir)
+    by_time = callback.late and callback.stop_signals.received is None
+    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else "a signal")
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
@@ -162,7 +181,7 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
 
 def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
-    settings = strategy_of(dict(parts.trainer))
+    settings = strategy_of(trainer_settings(parts.trainer, TRAINER_KEYS))
     if settings.pop("progress", True):
         callbacks.append(StageProgress(callback.loop))
     trainer = L.Trainer(

@@ -31,7 +31,7 @@ from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
 from iskd.schedules import Schedule, forecast, planned_steps
-from iskd.system.faults import NonFiniteError, advice, is_out_of_memory
+from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.training.deciding import Importance, check_importance, decide, history_of
 from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
 from iskd.training.live import Live
@@ -275,9 +275,14 @@ class StageLoop:
 
         Args:
             trained: whether this process has trained the stage, so that its speed is known.
+
+        Raises:
+            UnfinishedError: micro-batches of the stage are left to train.
         """
         live, state, stage = self.live, self.state, self.stage
         if trained:
+            if self.count.batches_left:
+                raise self.unfinished()
             self._tick()
             values = self.clock.end(live.module, state.tokens)
             log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
@@ -330,6 +335,16 @@ class StageLoop:
         state.record = back_to(self.saver.boundary, live.module, live.optimizer, before)
         live.rewrap()
         state.edited, state.batch, state.before = False, 0, None
+
+    def unfinished(self) -> UnfinishedError:
+        """What to raise where whoever trains came back before the end of a stage, or of the run."""
+        state, steps, kept = self.state, self.count, checkpoint_files.newest(self.saver.root)
+        return UnfinishedError(
+            f"INCOMPLETE: training was ended from outside the schedule in stage {steps.stage_number} of "
+            f"{state.total_stages} ({self.stage.name}) after {steps.in_stage} of {steps.stage_steps} steps, e.g. by a "
+            f"callback that sets trainer.should_stop. Nothing is exported. The newest checkpoint is {kept}; "
+            f"without the callback, resume={self.run_dir} goes on from there"
+        )
 
     def advise(self, error: BaseException) -> None:
         """Have an error say where the last good state is when numbers blow up or memory runs out."""

@@ -67,6 +67,7 @@ OPEN = {
     "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
     "plan/saved_config": "a run's config is taken up, compared, described and logged",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
+    "plan/trainer_settings": "the keys of `trainer:`",
     "plan/summary": "what a sweep is told",
     "models/cache": "the memory of a cache is measured",
     "models/capture": "alignment, importance and fits read other states than signals hold",

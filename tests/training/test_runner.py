@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,9 @@ from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
-from iskd.system.faults import NonFiniteError
+from iskd.system import Preempted
+from iskd.system.faults import NonFiniteError, UnfinishedError
+from iskd.system.stop_signals import EXIT_CODE
 from iskd.teacher import Loaded
 from iskd.training.parts import Parts, Result
 from iskd.training.runner import run
@@ -407,3 +410,75 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
+
+
+# ---- whoever ends the training, the run says so ---------------------------------------------------------------------
+
+
+class Stop(Callback):
+    """Ends the fit from a hook, as EarlyStopping and Timer do."""
+
+    def __init__(self, hook: str, call: int) -> None:
+        self.left = call
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Any, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "says"),
+    [
+        ("on_train_batch_end", 4, "stage 1 of 2 .* after 2 of 6 steps"),
+        ("on_train_epoch_end", 1, "stage 2 of 2 .* after 0 of 6 steps"),
+        ("on_train_batch_end", 16, "stage 2 of 2 .* after 2 of 6 steps"),
+    ],
+)
+def test_a_fit_that_ends_inside_the_schedule_is_an_error_and_resumes(
+    hook: str, call: int, says: str, make: Callable[..., Parts], tmp_path: Path, uninterrupted: Result
+) -> None:
+    folder = tmp_path / "cut"
+    parts = make(folder, export=True)
+    parts.callbacks.append(Stop(hook, call))
+    with pytest.raises(UnfinishedError, match=f"INCOMPLETE.*{says}.*resume={folder}"):
+        run(parts)
+    assert not (folder / "model").exists(), "nothing is exported"
+    assert all(stage.name in ("teacher", "replace 2") for stage in read_stages(folder)), "no cut stage is kept"
+    assert same(weights(run(make(folder, resume=True))), weights(uninterrupted))
+
+
+def test_a_limit_in_the_environment_is_found_too(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_TRAINER_LIMIT_TRAIN_BATCHES", "2")
+    with pytest.raises(UnfinishedError, match="after 1 of 6 steps"):
+        run(make(tmp_path / "cut"))
+
+
+def test_limits_of_the_trainer_are_refused_before_anything_is_read(make: Callable[..., Parts], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=3 .*schedule\.tokens"):
+        run(make(tmp_path / "a", trainer={"max_steps": 3}))
+    scheduler = GradientAccumulationScheduler({0: 2})
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches"):
+        run(make(tmp_path / "b", callbacks=[scheduler]))
+    assert not (tmp_path / "a" / "stages.json").exists()
+
+
+def test_max_time_saves_and_stops_as_a_signal_does(
+    make: Callable[..., Parts], tmp_path: Path, uninterrupted: Result
+) -> None:
+    folder = tmp_path / "timed"
+    for session in (1, 2):
+        with pytest.raises(Preempted) as stop:
+            run(make(folder, resume=session > 1, trainer={"max_time": {"milliseconds": 1}}))
+        assert stop.value.code == EXIT_CODE
+        assert f"stopped by trainer.max_time, everything is saved: continue with resume={folder}" in stop.value.message
+        newest = checkpoint_files.newest(folder / "checkpoints")
+        assert newest is not None
+        assert checkpoint.read_state(newest).tokens >= (session - 1) * TOKENS, "a session trains a step at least"
+    assert same(weights(run(make(folder, resume=True, trainer={"max_time": "00:01:00:00"}))), weights(uninterrupted))
+    once = Oneshot(RemoveLayers(), count=1, tokens=TOKENS, restart_at_edit=True)
+    with pytest.raises(ValueError, match=r"trainer\.max_time .*restart_at_edit"):
+        run(make(tmp_path / "fresh", schedule=once, trainer={"max_time": "00:01:00:00"}))

@@ -16,7 +16,7 @@ import torch
 import iskd
 from iskd.models.weights import model_tensors
 from iskd.plan import Record, Remove, Replace, Stage, StageResult
-from iskd.schedules.base import RemoveLayers
+from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.live import Live
 from iskd.training.parts import Parts
