@@ -23,15 +23,12 @@ if sys.argv[:1] == ["-m"] and any(
 
 from typing import TYPE_CHECKING, Any
 
-from iskd.system.allocator import ask_for_huge_pages
-
-ask_for_huge_pages()  # before torch is imported below
-
-from iskd.export import loading as _loading  # noqa: E402
-from iskd.export.loading import load, register  # noqa: E402
-from iskd.plan.edits import Convert, Record, Remove, Replace, Spec  # noqa: E402
-from iskd.plan.stage import Stage  # noqa: E402
-from iskd.system.version import __version__  # noqa: E402
+import iskd.system  # first of all: it asks torch for huge pages, before torch is imported
+from iskd.export import loading as _loading
+from iskd.export.loading import load, register
+from iskd.plan.edits import Convert, Record, Remove, Replace, Spec
+from iskd.plan.stage import Stage
+from iskd.system.version import __version__
 
 if TYPE_CHECKING:
     from iskd.commands.compress import Result, compress

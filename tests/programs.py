@@ -138,7 +138,7 @@ class Tokens(Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.path.write_text(str(pl_module.tokens))
+        self.path.write_text(str(pl_module.position.tokens))
 
 
 def counted(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:

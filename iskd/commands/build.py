@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         run_dir=run_dir,
         importance=importance,
         optim=part(config.optim),
-        options=RunOptions(**plain(config.run), plan_only=config.plan_only),
+        options=_options(config),
         trainer=settings,
         loggers=_loggers(config, run_dir),
         chunk=config.chunk,
@@ -67,6 +68,14 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         evaluation=asked,
         cache=_teacher_cache(config, losses),
     )
+
+
+def _options(config: DictConfig) -> RunOptions:
+    """The keys of `run`. Raises ValueError for one that is none."""
+    values, known = plain(config.run), [field.name for field in fields(RunOptions) if field.name != "plan_only"]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"run has no key {unknown[0]!r}: drop it, or use one of {', '.join(known)}")
+    return RunOptions(**values, plan_only=config.plan_only)
 
 
 def _export(value: object) -> bool:

@@ -90,7 +90,8 @@ class Racing(WindowImportance):
     Needs: many calibration windows (`run.score_tokens`); a model that is not in shards
     Costs: 1.43 CPU s for 256 tokens through SmolLM2-135M, all scores in full 10.14 (benchmarks/leave_one_out.md)
     Measured: 20 of 20 picks within one standard error of the best, 12.35 times as fast as deleting block after block
-        (benchmarks/leave_one_out.md); ILD with it: KL 0.59 at 23 layers of 30 (experiments/ild-smollm2/README.md)
+        (benchmarks/leave_one_out.md); ILD with it: KL 0.327 and 0.320 at 26 layers of 30
+        (experiments/ild-smollm2/README.md)
     """
 
     def __init__(

@@ -17,7 +17,8 @@ class CrossEntropy:
     Source: maximum likelihood
     Needs: no teacher
     Costs: the student's logits, a chunk at a time
-    Measured: the untouched model, trained on it: perplexity 20.55 to 15.57 (experiments/iskd-smollm2/README.md)
+    Measured: the untouched model, trained on WikiText-2: perplexity of unseen text 20.55 to 15.57
+        (experiments/iskd-smollm2/README.md)
     """
 
     needs: frozenset[str] = frozenset({"logits"})

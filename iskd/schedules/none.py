@@ -17,7 +17,8 @@ class NoEdits(Heal):
     Source: none: the control
     Needs: nothing
     Costs: training alone
-    Measured: perplexity 20.55 to 15.57 on the text it trains on, KL 0.26 (experiments/iskd-smollm2/README.md)
+    Measured: perplexity 20.55 to 15.57 on unseen WikiText-2, after training on it, KL 0.26
+        (experiments/iskd-smollm2/README.md)
     """
 
     takes: ClassVar[tuple[str, ...]] = ()

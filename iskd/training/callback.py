@@ -68,7 +68,7 @@ class CompressionCallback(Callback):
             precision=str(trainer.precision),
         )
         self.loop.begin(live, self.resume_from)
-        trainer.should_stop = self.loop.next() is None
+        trainer.should_stop = self.loop.advance() is None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back from Lightning, whose handlers were installed after `on_fit_start`."""
@@ -103,7 +103,7 @@ class CompressionCallback(Callback):
         if self.loop.preempted:
             return
         self.loop.end(trained=True)
-        if self.loop.next() is None:
+        if self.loop.advance() is None:
             trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

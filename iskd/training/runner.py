@@ -1,4 +1,4 @@
-"""Objects -> result: one run from the teacher to the report. Called by `build`, and by tests with hand-made parts."""
+"""Objects -> result: one run from the teacher to the report. For `iskd train`, `iskd.compress` and hand-made parts."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
         try:
             trainer.fit(module, datamodule=parts.data)
         finally:
+            module.teardown("fit")  # Lightning calls it only where nothing was raised, and models may be the caller's
             for logger in trainer.loggers:
                 logger.finalize("success" if state.stage is None else "aborted")
             if trainer.is_global_zero:

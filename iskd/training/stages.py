@@ -1,7 +1,7 @@
 """The stage loop: one stage after another, from a copy of the teacher to the finished student.
 
     begin                    measure the teacher, decide the first stage, print the plan; or take up a resumed run
-    while next:
+    while advance:
         edit                 structure, fit, optimizer groups, strategy; the proof that it took; quality before healing
         train                after each micro-batch: count, watch new parameters move, write a checkpoint now and then
         end                  measure, keep or roll back, decide what comes next, save
@@ -96,7 +96,7 @@ class StageLoop:
             resume_from: the checkpoint that `state` was read from; None = the run starts.
         """
         self.begin(live, resume_from)
-        while (stage := self.next()) is not None:
+        while (stage := self.advance()) is not None:
             train(stage)
             if self.preempted:
                 break
@@ -124,10 +124,11 @@ class StageLoop:
         if not self.options.plan_only:
             self._save()
 
-    def next(self) -> Stage | None:
+    def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
 
-        The only place where an edit begins. Stages without training end here too.
+        Every edit of a run begins here; one that `iskd.training.restart` has made early goes on here. Stages without
+        training end here too.
         """
         state = self.state
         while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:

@@ -132,7 +132,7 @@ HANDED = {
 def test_the_kernels_get_one_half_dtype(family: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In every family, with and without padding and rotary positions, as autocast and as bfloat16 weights make it."""
     seen: list[tuple[torch.dtype, ...]] = []
-    monkeypatch.setattr(fla, "serve", lambda q, k, v, *_: seen.append((q.dtype, k.dtype, v.dtype)))
+    monkeypatch.setattr(fla, "serve", lambda x, *_: seen.append((x.q.dtype, x.k.dtype, x.v.dtype)))
     ids, mask, positions = padded()
     for name, spec in SPECS.items():
         model = converted(family, spec, **config)
@@ -149,7 +149,7 @@ def test_the_kernels_get_one_half_dtype(family: str, config: dict[str, Any], mon
 @torch.no_grad()
 def test_rotary_positions_keep_the_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.dtype, ...]] = []
-    monkeypatch.setattr(fla, "serve", lambda q, k, v, *_: seen.append((q.dtype, k.dtype, v.dtype)))
+    monkeypatch.setattr(fla, "serve", lambda x, *_: seen.append((x.q.dtype, x.k.dtype, x.v.dtype)))
     model = converted("qwen3", replace(SPECS[name], kwargs={**SPECS[name].kwargs, "rotary": True}))
     with torch.autocast("cpu", dtype=HALF):
         model(windows())

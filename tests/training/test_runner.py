@@ -191,7 +191,7 @@ def test_floor_rolls_back_weights_record_and_optimizer(
     both = run(make(tmp_path / "both", schedule=schedule, teacher=learnt))
     good, bad = both.stages[1].retention, both.stages[2].retention
     assert bad < good
-    schedule.floor = (good + bad) / 2
+    schedule = replace(schedule, floor=(good + bad) / 2)
     result = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt))
     assert [stage.status for stage in result.stages] == ["kept", "kept", "rolled_back"]
     assert "below schedule.floor" in " ".join(result.stages[-1].events)
@@ -223,7 +223,7 @@ def test_floor_missed_after_a_resume_inside_the_stage(
     newest = checkpoint_files.newest(tmp_path / "floor" / "checkpoints")
     assert newest is not None
     assert newest.name.endswith(checkpoint_files.STAGE)
-    schedule.floor = 1.0
+    schedule = replace(schedule, floor=1.0)
     result = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt, resume=True))
     assert result.stages[-1].status == "rolled_back"
     assert [edit.layer for edit in result.record.edits] == [2]

@@ -191,7 +191,7 @@ def test_nobody_but_the_module_sets_its_attributes() -> None:
 def test_counts_come_from_one_state(make: Callable[..., Parts], tmp_path: Path) -> None:
     plain = Plain(make(tmp_path / "run", schedule=Scripted(every_edit(steps=2)[:1])))
     plain.loop.begin(replace(plain.live, accumulate=2))
-    assert plain.loop.next() is not None
+    assert plain.loop.advance() is not None
     count = plain.loop.count
     assert (count.in_stage, count.in_run, count.stage_number) == (0, 0, 1)
     before = count.batches_left

@@ -34,7 +34,7 @@ WIDTH_STEP = 8
 def serve(x: Recurrence, state_BGKV: Tensor | None = None) -> bool:
     """Whether `chunk` takes these inputs now: half precision of one kind, CUDA, width, fla there and wanted."""
     half = x.q.dtype in (torch.bfloat16, torch.float16) and x.q.dtype == x.k.dtype == x.v.dtype
-    fits = x.q.is_cuda and x.k.shape[-1] <= MAX_WIDTH and x.bonus is None
+    fits = x.q.is_cuda and x.k.shape[-1] <= MAX_WIDTH
     if not (half and fits and os.environ.get("ISKD_FLA") != "0" and ops() is not None):
         return False
     if x.g is None or x.g.dim() != 3 or not torch.is_grad_enabled():

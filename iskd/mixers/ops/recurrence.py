@@ -53,7 +53,7 @@ def chunk(
     if size < 1:
         raise ValueError(f"size must be at least 1 token per chunk, got {size}")
     _check(given, state_BGKV, segments_BT)
-    if segments_BT is None and fla.serve(given, state_BGKV):
+    if segments_BT is None and given.bonus is None and fla.serve(given, state_BGKV):
         return fla.chunk(given, state_BGKV)
     with torch.autocast(given.q.device.type, enabled=False):
         x = _Tokens.read(given, state_BGKV, segments_BT)

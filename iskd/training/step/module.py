@@ -203,7 +203,7 @@ class DistillModule(L.LightningModule):
         Args:
             input_ids: the windows.
             cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
-            kept: numbers of their tokens that have a label (`documents.with_successor`); None = they are found here.
+            kept: numbers of their tokens that have a label (`iskd.models.packing`); None = they are found here.
         """
         if self.stage.objective != "loss":
             return self._align(self.stage.objective, input_ids)
