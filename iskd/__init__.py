@@ -23,7 +23,7 @@ if sys.argv[:1] == ["-m"] and any(
 
 from typing import TYPE_CHECKING, Any
 
-import iskd.system  # first of all: it asks torch for huge pages, before torch is imported
+import iskd.system  # noqa: F401 (first: it asks torch for huge pages before that is imported)
 from iskd.export import loading as _loading
 from iskd.export.loading import load, register
 from iskd.plan.edits import Convert, Record, Remove, Replace, Spec
