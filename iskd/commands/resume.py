@@ -57,7 +57,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
         before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
-        if plain(before) != plain(now):
+        if _said(plain(before)) != _said(plain(now)):
             raise ValueError(
                 f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; "
                 "drop it, or start a new run"
@@ -128,6 +128,11 @@ def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:
                 f"resume continues a run as it was, but the preset sets {key} to {now.get(key)!r} and it is "
                 f"{before.get(key)!r} there; drop the preset, or start a new run"
             )
+
+
+def _said(values: Any) -> dict[str, Any]:
+    """Leaves that say something: a key that a version lacked is null in another."""
+    return {key: value for key, value in _flat(values).items() if value is not None}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
