@@ -1,8 +1,9 @@
 """Patches of foreign libraries: what the package puts in the place of other libraries' functions, in this file alone.
 
 Why each cannot be an argument stands at its function; CONTRIBUTING.md lists them with the versions they were tried on.
-Each acts on what its caller names and on nothing else of the process. Where the library has lost the name, one that
-saves time does nothing, and one that refuses what would be wrong raises AttributeError.
+Each acts on what its caller names; `one_text` also stands before a function of the process, which answers as before
+outside its context. Where the library has lost the name, one that saves time does nothing, and one that refuses what
+would be wrong raises AttributeError.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from enum import StrEnum
+from enum import Enum
 
 from torch.profiler import record_function
 
 
-class StepSpan(StrEnum):
-    """The parts of a step, in the order in which they run."""
+class StepSpan(str, Enum):
+    """The parts of a step, in the order in which they run; each is its own text (StrEnum needs Python 3.11)."""
 
     LOADER = "loader"
     TEACHER = "teacher"
@@ -27,6 +27,9 @@ class StepSpan(StrEnum):
     CLIPPING = "clipping"
     OPTIMIZER = "optimizer"
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 Watcher = Callable[[StepSpan], AbstractContextManager[object]]
 _watcher: ContextVar[Watcher] = ContextVar("watcher", default=nullcontext)
@@ -35,7 +38,7 @@ _watcher: ContextVar[Watcher] = ContextVar("watcher", default=nullcontext)
 @contextmanager
 def span(name: StepSpan) -> Iterator[None]:
     """Name the work inside the context, or that of the function it decorates; costs 10 microseconds on the host."""
-    with record_function(name), _watcher.get()(name):
+    with record_function(name.value), _watcher.get()(name):
         yield
 
 
