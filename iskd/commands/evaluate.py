@@ -19,6 +19,7 @@ from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
+from iskd.export.folder import FACTS
 from iskd.models.weights import weights_sha256
 from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
@@ -100,7 +101,7 @@ def _student(path: str | None) -> Path | None:
     if path is None:
         return None
     folder = Path(path).expanduser()
-    if not (folder / STAGES_FILE).is_file() and not (folder / "export.json").is_file():
+    if not (folder / STAGES_FILE).is_file() and not (folder / FACTS).is_file():
         return None
     return student_folder(folder)
 

@@ -36,17 +36,20 @@ class CompressionCallback(Callback):
     def __init__(self, loop: StageLoop, resume_from: Path | None = None, deadline: float | None = None) -> None:
         self.loop, self.resume_from, self.deadline = loop, resume_from, deadline
         self.stop_signals, self.watchdog = StopSignals(), Watchdog(Ranks(), "")
-        loop.stop_wanted = lambda: self.stop_signals.received is not None or self.late
 
     @property
     def late(self) -> bool:
         """Whether the run's time is over."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
+    def stop_wanted(self) -> bool:
+        """Whether this process was asked to end the run."""
+        return self.stop_signals.received is not None or self.late
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
         ranks, loop, module = ranks_of(trainer), self.loop, cast(DistillModule, pl_module)
-        module.join(ranks, loop.stop_wanted)
+        module.join(ranks, self.stop_wanted)
         self.watchdog = Watchdog(ranks, f"Continue with resume={loop.run_dir}")
         self.watchdog.start()
         found = None if self.resume_from is None else self.resume_from.name
@@ -66,6 +69,7 @@ class CompressionCallback(Callback):
             rewrap=lambda: rewrap(trainer.strategy),
             loggers=trainer.loggers,
             precision=str(trainer.precision),
+            stop_wanted=self.stop_wanted,
         )
         self.loop.begin(live, self.resume_from)
         trainer.should_stop = self.loop.advance() is None

@@ -25,6 +25,7 @@ class Live:
         forward_context: the precision of passes outside a step.
         rewrap: puts the student anew into what spreads it over processes, after its structure or groups changed.
         loggers: what is told of every row. precision: of the run, as its configuration says.
+        stop_wanted: whether this process was asked to end the run; it does at the next stage or step.
     """
 
     module: DistillModule
@@ -35,3 +36,4 @@ class Live:
     rewrap: Callable[[], None] = lambda: None
     loggers: Sequence[Any] = ()
     precision: str = "32-true"
+    stop_wanted: Callable[[], bool] = lambda: False

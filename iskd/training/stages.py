@@ -55,7 +55,6 @@ class StageLoop:
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         teacher: digest of the teacher's weights; a resumed run must find the same.
-        stop_wanted: whether this process was asked to end the run; it does at the next stage or step.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -72,11 +71,10 @@ class StageLoop:
         state: RunState,
         options: RunOptions,
         teacher: str | None = None,
-        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
-        self.state, self.options, self.teacher, self.stop_wanted = state, options, teacher, stop_wanted
+        self.state, self.options, self.teacher = state, options, teacher
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.preempted = self.restarting = False
         self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
@@ -314,7 +312,7 @@ class StageLoop:
         if not missed:
             self._decide()
         self._save()
-        (self.preempted,) = live.ranks.any(self.stop_wanted())
+        (self.preempted,) = live.ranks.any(live.stop_wanted())
 
     def _judge(self, trials: Tournament) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""

@@ -99,6 +99,7 @@ OPEN = {
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
+    "export/folder": "the file by which a folder is known to be an export",
     "export/verification": "iskd generate speaks the same sentence",
     "training/facts": "what layers were selected by is known before a run",
 }

@@ -137,7 +137,7 @@ def test_an_edit_begins_in_one_place_and_before_its_training(
 
 def test_a_stop_is_heard_at_the_end_of_a_stage(make: Callable[..., Parts], tmp_path: Path) -> None:
     plain = Plain(make(tmp_path / "run", schedule=Scripted(every_edit(steps=2))))
-    plain.loop.stop_wanted = lambda: True
+    plain.live = replace(plain.live, stop_wanted=lambda: True)
     plain.run()
     assert plain.loop.preempted
     assert plain.loop.leaving
