@@ -37,7 +37,7 @@ NASTY: tuple[Any, ...] = (
     *(None, True, False, float("nan"), float("inf"), "@inf", "@deep", "@nested", "@long"),
     *("", "0", "NaN", "O", "|O", "<u8", "<u4", "F64", "C64", "BOOL", "U8", "\ud800", "\0", "x" * 20_000, "__class__"),
     *("../../x", "/etc/passwd", "~/.ssh/id", "file:///etc/passwd", "(a+)+$", "(.|.)" * 40, "all", "\u0663"),
-    *("os.system", "builtins.exec", "subprocess.Popen", "iskd.blocks.slim.torch.hub.load", "iskd.blocks.base.Ridge"),
+    *("os.system", "builtins.exec", "subprocess.Popen", "iskd.blocks.slim.torch.hub.load", "iskd.blocks.ridge.Ridge"),
     *("iskd.blocks.slim.cut", "iskd.blocks.bottleneck.Bottleneck", "__import__('os').system('touch owned')"),
     *([], {}, [[]], {"": {}}, [None], {"a": 1}, {"op": "remove", "layer": 1}, {"layers": 10**6}, [[0] * 50] * 50),
 )

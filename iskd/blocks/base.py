@@ -1,4 +1,4 @@
-"""What every compact block offers, and the ridge regression that most of them are fitted with.
+"""What every compact block offers, and what they are fitted to.
 
 A compact block is a class with
 
@@ -44,52 +44,6 @@ class FitData:
         """
         for index, (h, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
             yield index, h, target, 1.0 / target.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-
-
-class Ridge:
-    """Accumulates weighted normal equations of `targets ~ features @ W.T + b` and solves them.
-
-    Minimises sum_n w_n^2 |x_n W^T + b - y_n|^2 + ridge * mean(diag(X^T X)) * |W - W0|^2, in float64.
-    """
-
-    def __init__(self, features: int, outputs: int, *, bias: bool, device: torch.device) -> None:
-        size = features + int(bias)
-        self._bias = bias
-        self._xx = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self._xy = torch.zeros(size, outputs, dtype=torch.float64, device=device)
-
-    def add(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
-        """Add rows: features [..., F], targets [..., D], weight [..., 1]."""
-        with torch.autocast(features.device.type, enabled=False):
-            x = features.float().flatten(0, -2)
-            if self._bias:
-                x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-            w = weight.float().flatten(0, -2)
-            x, y = x * w, targets.float().flatten(0, -2) * w
-            self._xx += (x.T @ x).double()
-            self._xy += (x.T @ y).double()
-
-    def normal_equations(self, start: Tensor, ridge: float, start_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """X^T X + ridge [F, F] and the solution [F, D] pulled towards `start` [D, F]; a bias is the last row."""
-        prior = start.double().T
-        if self._bias:
-            bias = torch.zeros_like(start[:, 0]) if start_bias is None else start_bias
-            prior = torch.cat([prior, bias.double().unsqueeze(0)])
-        strength = ridge * self._xx.diagonal().mean().clamp_min(1e-12)
-        gram = self._xx + strength * torch.eye(len(self._xx), dtype=torch.float64, device=self._xx.device)
-        return gram, torch.linalg.solve(gram, self._xy + strength * prior)
-
-    def solve(self, start: Tensor, start_bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """Weight [D, F] and bias [D] (None without one), pulled towards `start` and `start_bias`."""
-        _, solution = self.normal_equations(start, ridge, start_bias)
-        if not solution.isfinite().all():
-            raise ValueError(
-                "the least-squares fit of a compact block is not finite; "
-                "raise block.ridge or use more calibration tokens (run.fit_tokens)"
-            )
-        if self._bias:
-            return solution[:-1].T.to(start.dtype), solution[-1].to(start.dtype)
-        return solution.T.to(start.dtype), None
 
 
 def fit_error(new: nn.Module, data: FitData) -> float:

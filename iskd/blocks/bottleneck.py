@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.blocks.base import FitData, Ridge
+from iskd.blocks.base import FitData
+from iskd.blocks.ridge import Ridge
 from iskd.blocks.small_decoder import InnerCache, run_decoder, small_decoder
 from iskd.models import CacheSlot, Stack
 from iskd.models.families import Dims

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iskd.blocks.base import FitData, Ridge
+from iskd.blocks.base import FitData
+from iskd.blocks.ridge import Ridge
 from iskd.models import CacheSlot, Stack
 
 

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from iskd.blocks.base import FitData, Ridge, fit_error
+from iskd.blocks.base import FitData, fit_error
+from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import cut, group_width, inputs_of, transposed, unit_size
 from iskd.models import Stack
 from iskd.models.families import Family

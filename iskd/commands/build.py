@@ -57,6 +57,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         terms=losses,
         run_dir=run_dir,
         importance=importance,
+        refits=[part(config.refit[name]) for name in config.get("refit") or ()],
         optim=part(config.optim),
         options=_options(config),
         trainer=settings,

@@ -203,6 +203,19 @@ def follow(
     _pass(stack, input_ids, handles)
 
 
+@torch.no_grad()
+def begins_with(stack: Stack, input_ids: Tensor) -> bool:
+    """Whether blocks of this host return tuples that begin with the state; tried on `input_ids` [B, T]."""
+    found: list[bool] = []
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(isinstance(output, tuple))
+        _stop(stack)
+
+    _pass(stack, input_ids, [stack.layers[0].register_forward_hook(note)])
+    return found[0]
+
+
 @contextmanager
 def attention_weights(stack: Stack) -> Iterator[None]:
     """Inside the context attentions return their weights [B, H, T, T] second: softmax written out, masks with it."""

@@ -63,6 +63,14 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return votes.to(values.device)
 
+    def add(self, values: Tensor) -> None:
+        """Put the sum over the ranks into `values`, in place; the same bits on every rank."""
+        if self.size == 1:
+            return
+        moved = values.to(self._device)
+        dist.all_reduce(moved)
+        values.copy_(moved)
+
     def require_equal(self, what: str, value: Any) -> None:
         """Raise the same ValueError on every rank when they do not have the same `value` (plain JSON)."""
         found = self.gather(value)

@@ -1,11 +1,15 @@
-"""One edit of a student in training, on one device, under DDP or in shards: structure, fit, optimizer groups."""
+"""One edit of a student in training, on one device, under DDP or in shards.
+
+Structure, fit of what was put in, refit of what survives, optimizer groups.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from transformers import PreTrainedModel
 from iskd.blocks import Fitted, warm_start
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Record, Stage
+from iskd.refits import Refit
+from iskd.refits import carry_out as refit_survivors
 from iskd.system.text import layers_text
 from iskd.training.state import checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -28,11 +34,17 @@ _log = logging.getLogger(__name__)
 class Edited:
     """What an edit made: the student's new record, and sentences worth telling.
 
-    They say how well blocks were fitted, what mixers took over from the attention, what stays frozen.
+    They say how well blocks were fitted, what refits were worth, what mixers took over from the attention, what stays
+    frozen. `refit_seconds` is the time that refits took.
     """
 
     record: Record
     events: list[str]
+    refit_seconds: float = 0.0
+
+
+class BrokenOffError(Exception):
+    """The run is to end in the middle of an edit, which the next process begins anew from the last checkpoint."""
 
 
 def carry_out(
@@ -41,8 +53,10 @@ def carry_out(
     stage: Stage,
     batches: Sequence[Tensor],
     forward_context: Callable[[], AbstractContextManager[None]],
+    refits: Sequence[Refit] = (),
+    windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
 ) -> Edited:
-    """Apply a stage's edits, fit the compact blocks, and give the optimizer what the stage trains.
+    """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
     Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
 
@@ -52,6 +66,11 @@ def carry_out(
         stage: what to do.
         batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
         forward_context: the precision under which training runs.
+        refits: of the surviving blocks, in order; none where the stage edits nothing.
+        windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+
+    Raises:
+        BrokenOffError: a process was asked to stop between two blocks of a refit.
     """
     student, before = module.student, module.record
     touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
@@ -63,14 +82,47 @@ def carry_out(
         with forward_context():
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
     sharding.freeze(student, origin, optimizer)
+    refitted, start = [], time.perf_counter()
+    if stage.edits and refits:
+        with forward_context():
+            refitted = _refit(module, optimizer, record, stage, refits, windows)
+    seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
     module.enter(stage)
     frozen = module.regroup(optimizer)
-    events = [*map(str, fitted), *taken_over(student, record, stage), *frozen]
+    events = [*map(str, fitted), *refitted, *taken_over(student, record, stage), *frozen]
     for event in events:
         _log.info("%s", event)
-    return Edited(record, events)
+    return Edited(record, events, seconds if refitted else 0.0)
+
+
+def _refit(
+    module: DistillModule,
+    optimizer: torch.optim.Optimizer,
+    record: Record,
+    stage: Stage,
+    refits: Sequence[Refit],
+    windows: Callable[[int], Sequence[Tensor]],
+) -> list[str]:
+    """What the refits say that they did to the student."""
+    student = module.student
+
+    @contextmanager
+    def opened(layer: int) -> Iterator[None]:
+        """A block in shards is whole while it is refitted, and no other one is."""
+        origin = sharding.thaw(student, module.teacher, record, [layer])
+        yield
+        sharding.freeze(student, origin, optimizer)
+
+    def check_stop() -> None:
+        if module.stopping():
+            raise BrokenOffError
+
+    return refit_survivors(
+        refits, student, module.teacher, record, stage.edits, windows,
+        ranks=module.ranks, opened=opened, check_stop=check_stop,
+    )  # fmt: skip
 
 
 def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from iskd.evaluation import EvalSpec
 from iskd.losses import Chunk, Terms
 from iskd.plan import Record, StageResult
 from iskd.plan.options import RunOptions
+from iskd.refits import Refit
 from iskd.schedules import Schedule
 from iskd.teacher import CacheSpec, Loaded
 from iskd.training.deciding import Importance
@@ -25,8 +26,9 @@ from iskd.training.step import OptimSpec
 class Parts:
     """Everything a run is made of.
 
-    `trainer` holds keyword arguments of `lightning.Trainer`; `cache` says how the teacher's answers are kept on disk,
-    `evaluation` what the student is asked at the end, None = nothing.
+    `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
+    `lightning.Trainer`; `cache` says how the teacher's answers are kept on disk, `evaluation` what the student is asked
+    at the end, None = nothing.
     """
 
     teacher: Loaded
@@ -35,6 +37,7 @@ class Parts:
     terms: Terms
     run_dir: Path
     importance: Importance | None = None
+    refits: Sequence[Refit] = ()
     optim: OptimSpec = field(default_factory=OptimSpec)
     options: RunOptions = field(default_factory=RunOptions)
     trainer: Mapping[str, Any] = field(default_factory=dict)

@@ -103,7 +103,9 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
 def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
-    return StageLoop(parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, teacher)
+    return StageLoop(
+        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, teacher, parts.refits
+    )
 
 
 def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ from iskd.models import sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
+from iskd.refits import Refit
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.training.deciding import Importance, check_importance, decide, history_of
-from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
+from iskd.training.editing import BrokenOffError, Edited, back_to, carry_out, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
@@ -55,6 +56,7 @@ class StageLoop:
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         teacher: digest of the teacher's weights; a resumed run must find the same.
+        refits: of the surviving blocks after every edit, in order.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -71,10 +73,11 @@ class StageLoop:
         state: RunState,
         options: RunOptions,
         teacher: str | None = None,
+        refits: Sequence[Refit] = (),
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
-        self.state, self.options, self.teacher = state, options, teacher
+        self.state, self.options, self.teacher, self.refits = state, options, teacher, refits
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.preempted = self.restarting = False
         self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
@@ -132,6 +135,8 @@ class StageLoop:
         while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:
             if not state.edited:
                 self.edit()
+            if self.preempted:
+                break
             if left := self.count.batches_left:
                 self._enter()
                 self.data.set_stage(state.first_batch + state.batch, left)
@@ -185,7 +190,11 @@ class StageLoop:
         live, state, stage = self.live, self.state, self.stage
         self.clock.lap()
         if self.made_early is None:
-            edited = self.carry_out(live.module, live.optimizer, live.forward_context)
+            try:
+                edited = self.carry_out(live.module, live.optimizer, live.forward_context)
+            except BrokenOffError:
+                self.preempted = True
+                return
         else:
             (edited, moments), self.made_early = self.made_early, None
             load_optimizer_tensors(live.optimizer, live.module.student, moments)
@@ -195,7 +204,7 @@ class StageLoop:
         self._enter()
         check_partition(live.optimizer, live.module.student)
         self._watch(stage)
-        self.clock.speed = None
+        self.clock.speed, self.clock.refit = None, edited.refit_seconds
         if self.options.measure_before and stage.edits:
             quality = self._measure()
             state.before = {key: quality[key] for key in QUALITY}
@@ -213,7 +222,8 @@ class StageLoop:
         """Structure, fit and optimizer groups of the stage's edits, before anything is wrapped anew."""
         fits = self.stage.fit and self.stage.edits and self.options.fit_tokens
         batches = self.data.calibration(self.options.fit_tokens) if fits else []
-        return carry_out(module, optimizer, self.stage, batches, forward_context)
+        calibration = self.data.calibration
+        return carry_out(module, optimizer, self.stage, batches, forward_context, self.refits, calibration)
 
     def _watch(self, stage: Stage) -> None:
         student = self.live.module.student

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks.base import FitData, Ridge, fit_error
+from iskd.blocks.base import FitData, fit_error
+from iskd.blocks.ridge import Ridge
 from iskd.blocks.fitting import Fitted, warm_start
 from iskd.blocks.linear import Linear
 from iskd.models import Stack, surgery

@@ -194,7 +194,7 @@ FORGED = [
     ("", {"teacher": [1]}, "model_type is missing or unknown"),
     ("", {"record": {"num_layers": 10**12}}, "num_layers must be between 1 and 10000"),
     ("record.edits.0.block", {"target": "os.system"}, "outside the allow-list"),
-    ("record.edits.0.block", {"target": "iskd.blocks.base.Ridge"}, "has no|cannot be loaded"),
+    ("record.edits.0.block", {"target": "iskd.blocks.ridge.Ridge"}, "has no|cannot be loaded"),
     ("record.edits.0.block", {"kwargs": {"ridge": "x"}}, "cannot be"),
     ("record.edits.0.block", {"kwargs": {"depth": 1}}, "cannot be"),
     (
@@ -249,7 +249,7 @@ def test_a_record_cannot_make_a_student_larger_than_its_teacher() -> None:
 
 
 def test_a_block_that_cannot_be_made_is_named() -> None:
-    for spec in (Spec("iskd.blocks.base.Ridge"), Spec("iskd.blocks.slim.Slim", {"ratio": "half"})):
+    for spec in (Spec("iskd.blocks.ridge.Ridge"), Spec("iskd.blocks.slim.Slim", {"ratio": "half"})):
         with pytest.raises(ValueError, match=re.escape(f"replace 2: {spec.target}")):
             surgery.rebuild(tiny("llama"), Record(4).extended([Replace(2, spec)]), "meta")
 

@@ -14,12 +14,14 @@ class StageClock:
 
     Attributes:
         meter: measures the share of the matrix peak; None = it is not asked for.
+        refit: seconds that the refits of the stage's edit took.
         speed: training tokens per second of the latest stage; None before its end, and of one without training.
     """
 
     def __init__(self) -> None:
         self.meter: MfuMeter | None = None
         self.speed: float | None = None
+        self.refit = 0.0
         self._lap = self._ended = time.perf_counter()
         self._trained = self._waited = 0.0
         self._tokens = 0
@@ -54,6 +56,8 @@ class StageClock:
         trained = max(self._trained, 1e-9)
         self.speed = (tokens - self._tokens) / trained
         values = {"train/data_share": self._waited / trained}
+        if self.refit:
+            values["train/refit_seconds"] = self.refit
         if self.meter is None or self._batch is None:
             return values
         return {**values, **self.meter.stage(module, self._batch, self.speed)}

@@ -106,7 +106,7 @@ class DistillModule(L.LightningModule):
             self.cache_spec = cache
         elif cache is not None:
             self.use_cache(cache)
-        self.guard = StepGuard()
+        self.ranks, self.guard = Ranks(), StepGuard()
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
@@ -136,7 +136,11 @@ class DistillModule(L.LightningModule):
 
     def join(self, ranks: Ranks, stop_wanted: Callable[[], bool]) -> None:
         """Agree with these processes before every optimizer step: whether it is finite, and whether one is to stop."""
-        self.guard, self._stop_wanted = StepGuard(ranks), stop_wanted
+        self.ranks, self.guard, self._stop_wanted = ranks, StepGuard(ranks), stop_wanted
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to end the run; a collective, for work outside of steps."""
+        return self.ranks.any(self._stop_wanted())[0]
 
     @contextmanager
     def plain_blocks(self) -> Iterator[None]:

@@ -1,0 +1,138 @@
+"""Ridge regression of a linear map towards the weights that it has, from sums over rows: one pass over the text.
+
+The sums of several processes add up, and those of text that is held out tell the error of any weights on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Weights of a linear map y = W x + b, in float64.
+
+    Attributes:
+        weight: [D, F].
+        bias: [D], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The map's output [..., D] for inputs [..., F], in their precision."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def towards(self, start: Solution, share: float) -> Solution:
+        """From `start` so far on the way here: 0 = there, 1 = here."""
+        bias = None if self.bias is None or start.bias is None else torch.lerp(start.bias, self.bias, share)
+        return Solution(torch.lerp(start.weight, self.weight, share), bias)
+
+
+class Ridge:
+    """Accumulates weighted normal equations of `targets ~ features @ W.T + b` and solves them.
+
+    Minimises sum_n w_n^2 |x_n W^T + b - y_n|^2 + ridge * mean(diag(X^T X)) * |W - W0|^2, in float64.
+
+    Attributes:
+        rows: how many were added.
+    """
+
+    def __init__(self, features: int, outputs: int, *, bias: bool, device: torch.device) -> None:
+        size = features + int(bias)
+        self._bias, self._features, self._outputs = bias, features, outputs
+        # one tensor, so that processes add theirs in one exchange: X^T X | X^T Y, and below them Y^T Y and the rows
+        self._sums = torch.zeros(size + 1, size + outputs, dtype=torch.float64, device=device)
+
+    @property
+    def rows(self) -> int:
+        """How many were added."""
+        return int(self._sums[-1, 1].item())
+
+    @property
+    def sums(self) -> Tensor:
+        """All that was added up; those of several processes may be added in place."""
+        return self._sums
+
+    @property
+    def _xx(self) -> Tensor:
+        return self._sums[:-1, : len(self._sums) - 1]
+
+    @property
+    def _xy(self) -> Tensor:
+        return self._sums[:-1, len(self._sums) - 1 :]
+
+    @classmethod
+    def total(cls, systems: Sequence[Ridge], *, without: Ridge | None = None) -> Ridge:
+        """The sums of several systems of one map, and not those of one of them."""
+        first = systems[0]
+        found = cls(first._features, first._outputs, bias=first._bias, device=first.sums.device)
+        for system in systems:
+            if system is not without:
+                found.sums.add_(system.sums)
+        return found
+
+    def add(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
+        """Add rows: features [..., F], targets [..., D], weight [..., 1]."""
+        with torch.autocast(features.device.type, enabled=False):
+            x = features.float().flatten(0, -2)
+            if self._bias:
+                x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+            w = weight.float().flatten(0, -2)
+            x, y = x * w, targets.float().flatten(0, -2) * w
+            self._xx.add_((x.T @ x).double())
+            self._xy.add_((x.T @ y).double())
+            self._sums[-1, 0] += y.square().sum(dtype=torch.float64)
+            self._sums[-1, 1] += len(x)
+
+    def start(self, weight: Tensor, bias: Tensor | None) -> Solution:
+        """The weights [D, F] and bias [D] that a map has."""
+        zero = torch.zeros_like(weight[:, 0]) if self._bias and bias is None else bias
+        return Solution(weight.double(), None if zero is None or not self._bias else zero.double())
+
+    def error(self, solution: Solution) -> float:
+        """Sum of the weighted squared errors of some weights on the rows that were added."""
+        w = solution.weight.T
+        if self._bias:
+            assert solution.bias is not None
+            w = torch.cat([w, solution.bias.unsqueeze(0)])
+        square = (w * (self._xx @ w)).sum() - 2 * (w * self._xy).sum() + self._sums[-1, 0]
+        return float(square.item())
+
+    def normal_equations(self, start: Tensor, ridge: float, start_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """X^T X + ridge [F, F] and the solution [F, D] pulled towards `start` [D, F]; a bias is the last row.
+
+        Raises:
+            ValueError: the system is singular, or its solution is not finite.
+        """
+        prior = start.double().T
+        if self._bias:
+            bias = torch.zeros_like(start[:, 0]) if start_bias is None else start_bias
+            prior = torch.cat([prior, bias.double().unsqueeze(0)])
+        strength = ridge * self._xx.diagonal().mean().clamp_min(1e-12)
+        gram = self._xx + strength * torch.eye(len(self._xx), dtype=torch.float64, device=self._xx.device)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        solved = torch.cholesky_solve(self._xy + strength * prior, factor)
+        if failed.item() or not solved.isfinite().all():
+            raise ValueError(
+                f"a least-squares fit of {len(gram)} unknowns on {self.rows} rows is singular or not finite; raise its "
+                "ridge (block.ridge, refit.output.ridge, refit.replaceme.ridge) or use more calibration tokens "
+                "(run.fit_tokens, refit.output.tokens)"
+            )
+        return gram, solved
+
+    def solve(self, start: Tensor, start_bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """Weight [D, F] and bias [D] (None without one), pulled towards `start` and `start_bias`."""
+        found = self.solution(self.start(start, start_bias), ridge)
+        return found.weight.to(start.dtype), None if found.bias is None else found.bias.to(start.dtype)
+
+    def solution(self, start: Solution, ridge: float) -> Solution:
+        """The weights that solve the equations, pulled towards `start`. Raises ValueError as `normal_equations`."""
+        _, solved = self.normal_equations(start.weight, ridge, start.bias)
+        return Solution(solved[:-1].T, solved[-1]) if self._bias else Solution(solved.T, None)

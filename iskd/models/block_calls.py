@@ -1,0 +1,61 @@
+"""How a host calls each of its blocks on a batch, found out without running them.
+
+So that two models can be walked side by side, block by block over all batches, and every block runs once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iskd.models.capture import Call, begins_with, state_of
+from iskd.models.stack import Stack
+
+
+class BlockCalls:
+    """The stream that enters a model's first block, and what its host passes to every block beside the stream.
+
+    Attributes:
+        embedded: state before the first block [B, T, D].
+    """
+
+    def __init__(self, stack: Stack, input_ids: Tensor) -> None:
+        """One pass on `input_ids` [B, T] in which every block hands on what it was given."""
+        as_tuple = begins_with(stack, input_ids[:1, :2])
+        self._calls: list[Call] = []
+        layers = stack.layers
+        blocks = list(layers)
+        try:
+            for position, block in enumerate(blocks):
+                layers[position] = _HandsOn(block, self._calls, as_tuple=as_tuple)
+            with torch.no_grad():
+                stack.last_hidden(input_ids)
+        finally:
+            for position, block in enumerate(blocks):
+                layers[position] = block
+        self.embedded = self._calls[0].stream
+
+    def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
+        """Call `block` as the host calls the block at `position`, on a stream [B, T, D]; returns the one after it."""
+        call = self._calls[position]
+        # every host passes the stream by position; everything else is kept as it came
+        return state_of(block(h_BTD, *call.args[1:], **call.kwargs))
+
+
+class _HandsOn(nn.Module):
+    """Stands where a block stood, returns the stream as it is, and notes the call."""
+
+    def __init__(self, block: nn.Module, calls: list[Call], *, as_tuple: bool) -> None:
+        super().__init__()
+        vars(self)["_stands_for"] = block  # not a submodule: hosts ask blocks for attributes, never for parameters
+        vars(self)["_calls"], vars(self)["_as_tuple"] = calls, as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_stands_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        calls: list[Call] = vars(self)["_calls"]
+        calls.append(Call(args, kwargs))
+        return (args[0],) if vars(self)["_as_tuple"] else args[0]

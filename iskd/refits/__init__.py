@@ -1,0 +1,11 @@
+"""[shelf] Refits: survivors re-solved after an edit, on calibration text, before any training token.
+
+Imports: system, plan, models, blocks, evaluation.
+"""
+
+from __future__ import annotations
+
+from iskd.refits.base import Refit, RefitTask
+from iskd.refits.carrying_out import carry_out
+
+__all__ = ["Refit", "RefitTask", "carry_out"]

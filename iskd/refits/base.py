@@ -1,0 +1,264 @@
+"""What every refit offers, and the walk that most of them take: both models side by side, block by block, once.
+
+A refit is a frozen dataclass with `refit(task) -> list[str]`: it changes weights of the student's surviving blocks, on
+calibration text, right after an edit and before any training token, and says in sentences what it did. It changes no
+structure. Whether the student is better for it is judged by `iskd.refits.carrying_out`, not by the refit itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.models import Stack
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import state_of
+from iskd.plan import Edit, Record
+from iskd.refits.streams import PLACES, Streams
+from iskd.system import Ranks
+
+BLOCKS = ("gaps", "above", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit(ABC):
+    """A refit, and the text that it reads.
+
+    Attributes:
+        tokens: calibration tokens, over all processes, that weights are fitted to.
+        held_tokens: calibration tokens beside them that choose among fits and judge the refit.
+        streams: where the states of all windows lie between two blocks: device, host or disk.
+        folds: parts of the text that are fitted to in turn, where a refit does that.
+
+    Raises:
+        ValueError: a value that cannot work; the message names its key.
+    """
+
+    tokens: int = 32_768
+    held_tokens: int = 8_192
+    streams: str = "device"
+    folds: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        name = self.name()
+        for key in ("tokens", "held_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(
+                    f"refit.{name}.{key}={getattr(self, key)}: a refit needs calibration text; give more, or use "
+                    "refit=none"
+                )
+        if self.streams not in PLACES:
+            raise ValueError(f"refit.{name}.streams={self.streams!r}: choose {', '.join(PLACES)}")
+
+    @classmethod
+    def name(cls) -> str:
+        """What messages and the config call it."""
+        return cls.__name__.lower()
+
+    @abstractmethod
+    def refit(self, task: RefitTask) -> list[str]:
+        """Change the student's weights, on every rank alike; sentences worth telling."""
+
+
+@dataclass(frozen=True)
+class RefitTask:
+    """One student right after an edit, and the text to refit it on. Evaluation mode, gradients off.
+
+    Attributes:
+        student: the model; its weights change.
+        teacher: the frozen original.
+        record: the student's edits, those of this stage among them.
+        edits: those of this stage.
+        fit: this rank's windows to fit to, each [B, T].
+        fold_of: the fold that each of them is in.
+        held: this rank's windows to choose and judge by.
+        ranks: the processes of the run.
+        opened: puts the block of a layer in with whole weights while a context lasts (`iskd.models.sharding`).
+        check_stop: called between blocks; raises where the run is to end.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    record: Record
+    edits: Sequence[Edit]
+    fit: Sequence[Tensor]
+    held: Sequence[Tensor]
+    fold_of: Sequence[int] = ()
+    ranks: Ranks = field(default_factory=Ranks)
+    opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext()
+    check_stop: Callable[[], None] = lambda: None
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All of this rank's windows on the student's device, those to fit to first."""
+        return [batch.to(self.device) for batch in (*self.fit, *self.held)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.student.parameters()).device
+
+    @property
+    def folds(self) -> int:
+        """How many folds there are, on all ranks."""
+        return max(self.ranks.gather(max(self.fold_of, default=0))) + 1
+
+    def fold(self, index: int) -> int:
+        """Which fold the batch of that number is in; -1 = it is held out."""
+        return -1 if index >= len(self.fit) else self.fold_of[index] if self.fold_of else 0
+
+    def gaps(self) -> list[int]:
+        """Surviving layers right below a gap that this stage's edits have made or widened, ascending."""
+        removed = {edit.layer for edit in self.edits if edit.op == "remove"}
+        return [
+            layer for layer in self.record.layers if removed & set(range(layer + 1, self.record.state_after(layer) + 1))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRefit(Refit):
+    """A refit of some surviving blocks, one after the other.
+
+    Attributes:
+        blocks: which: those below the gaps (or at the edited layers) of this stage, those `above` too, or all.
+
+    Raises:
+        ValueError: a value that cannot work; the message names its key.
+    """
+
+    blocks: str = "all"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"refit.{self.name()}.blocks={self.blocks!r}: choose {', '.join(BLOCKS)}")
+
+    def chosen(self, task: RefitTask) -> list[int]:
+        """The layers whose blocks are refitted, ascending."""
+        survivors = list(task.record.layers)
+        changed = sorted({*task.gaps(), *(edit.layer for edit in task.edits if edit.layer in survivors)})
+        if self.blocks == "all":
+            return survivors
+        if self.blocks == "gaps":
+            return changed
+        lowest = min([*changed, *(edit.layer for edit in task.edits)], default=0)
+        return [layer for layer in survivors if layer >= lowest]
+
+
+@dataclass
+class Site:
+    """A surviving block, where the walk stands at it.
+
+    Attributes:
+        layer, position: in the teacher, and in the student's stack.
+        block: the student's, with whole weights.
+        inputs: the student's own stream before it, for every batch [B, T, D].
+        targets: the teacher's state after it, past the gap that may follow it.
+        middle: what the teacher's attention at this layer has made of its stream, where the walk was asked for it:
+            the state before the MLP. Nothing for blocks whose attention and MLP read the same stream.
+        outputs: the block's, where a refit has computed them; the walk computes the others.
+        stack: the student's.
+    """
+
+    layer: int
+    position: int
+    block: nn.Module
+    inputs: Streams
+    targets: Streams
+    middle: Streams | None
+    stack: Stack
+    outputs: Streams | None
+    _calls: Sequence[BlockCalls]
+
+    def run(self, index: int) -> Tensor:
+        """The block on batch `index` of the student's stream [B, T, D]."""
+        return self._calls[index].run(self.position, self.block, self.inputs[index])
+
+    def submodule(self, path: str) -> nn.Module | None:
+        """The block's module at a dotted path of its family, or None where a compact block has none."""
+        try:
+            return self.block.get_submodule(path)
+        except AttributeError:
+            return None
+
+
+def row_weights(target: Tensor) -> Tensor:
+    """1 / |target| [B, T, 1] for targets [B, T, D].
+
+    Without it position 0, whose norm is 20 to 200 times that of others in models with an attention sink, would decide
+    every least-squares fit.
+    """
+    return 1.0 / target.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Iterator[Site]:
+    """Both models side by side through all of a rank's windows: each block of either runs once.
+
+    Yields the surviving blocks in stack order. Whoever takes one may change its weights; the student's stream goes on
+    through the new ones. Memory: the streams of all windows, at `place`, and one block of each model.
+
+    Args:
+        task: student, teacher and text.
+        place: where streams lie, one of `PLACES`.
+        middle: whether the teacher's states before its MLPs are wanted.
+    """
+    ours, theirs = Stack(task.student), Stack(task.teacher)
+    batches, device = task.batches, task.device
+    calls = [(BlockCalls(ours, batch), BlockCalls(theirs, batch)) for batch in batches]
+    student, teacher = Streams(place, device), Streams(place, device)
+    for index, (own, original) in enumerate(calls):
+        student[index], teacher[index] = own.embedded, original.embedded
+    between = Streams(place, device) if middle and is_sequential(theirs) else None
+    below = 0  # the teacher's next layer
+    for position, layer in enumerate(task.record.layers):
+        task.check_stop()
+        above = task.record.state_after(layer) + 1
+        for index, (_, original) in enumerate(calls):
+            stream = teacher[index]
+            for number in range(below, above):
+                wanted = between if number == layer else None
+                stream = _teacher_block(theirs, number, original, stream, wanted, index)
+            teacher[index] = stream
+        below = above
+        with task.opened(layer):
+            block = ours.layers[position]
+            site = Site(layer, position, block, student, teacher, between, ours, None, [own for own, _ in calls])
+            yield site
+            if site.outputs is None:
+                for index in range(len(batches)):
+                    student[index] = site.run(index)
+            else:
+                student = site.outputs
+
+
+def _teacher_block(
+    stack: Stack, layer: int, calls: BlockCalls, h_BTD: Tensor, middle: Streams | None, index: int
+) -> Tensor:
+    block, added = stack.layers[layer], []
+    if middle is None:
+        return calls.run(layer, block, h_BTD)
+    handle = block.get_submodule(stack.family.attn).register_forward_hook(
+        lambda _module, _args, output: added.append(state_of(output))
+    )
+    try:
+        after = calls.run(layer, block, h_BTD)
+    finally:
+        handle.remove()
+    middle[index] = h_BTD + added[0]
+    return after
+
+
+def is_sequential(stack: Stack) -> bool:
+    """Whether MLPs read what the attention of their block has added (Phi's, and often GPT-NeoX's, do not)."""
+    if stack.config.model_type == "gpt_neox":
+        return not stack.config.use_parallel_residual
+    return bool(stack.config.model_type != "phi")

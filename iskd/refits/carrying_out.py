@@ -1,0 +1,126 @@
+"""Refits one after another, each kept only where it brings the student nearer to its teacher on held-out text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.evaluation import measure_quality
+from iskd.models import scoring, sharding
+from iskd.plan import Edit, Record
+from iskd.refits.base import Refit, RefitTask
+from iskd.system import Ranks
+
+_BATCH = 2048  # tokens
+
+
+def carry_out(
+    refits: Sequence[Refit],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    record: Record,
+    edits: Sequence[Edit],
+    windows: Callable[[int], Sequence[Tensor]],
+    *,
+    ranks: Ranks | None = None,
+    opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext(),
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Refit the surviving blocks of `student` after `edits`; a collective.
+
+    Args:
+        refits: in order.
+        student: changed in place, weights alone.
+        teacher: the frozen original.
+        record: the student's edits.
+        edits: those of this stage.
+        windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
+        ranks: the processes of the run; each takes its share of the windows.
+        opened: see `RefitTask`.
+        check_stop: see `RefitTask`.
+
+    Returns:
+        Sentences for the run's record: what each refit did, and what it was worth.
+
+    Raises:
+        ValueError: there is too little text, or a state is not finite.
+    """
+    ranks, events, kl = ranks or Ranks(), [], None
+    with scoring(student, teacher), without_autocast_cache():
+        for refit in refits:
+            start, name = time.perf_counter(), type(refit).__name__.lower()
+            fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
+            task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop)
+            before = _kl(task)
+            kept = _weights(student)
+            told = refit.refit(task)
+            after = _kl(task)
+            better = ranks.first(after < before)
+            if not better:
+                _put_back(student, kept)
+            kl = after if better else before
+            seconds = time.perf_counter() - start
+            events += [f"refit {name}: {line}" for line in told]
+            events.append(
+                f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
+                + ("" if better else f"; taken back, so it is {kl:.4f} again")
+            )
+    return events
+
+
+def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[Tensor], list[int], list[Tensor]]:
+    """This rank's windows to fit to with their folds, and those held out, which lie evenly among all of them.
+
+    What is in which fold does not depend on the number of processes.
+
+    Raises ValueError where a rank would have no window of one of the two.
+    """
+    every = torch.cat(list(windows))
+    share = refit.held_tokens / (refit.tokens + refit.held_tokens)
+    number = min(len(every) - 1, max(ranks.size, round(len(every) * share)))
+    if number < ranks.size or len(every) - number < ranks.size:
+        name = refit.name()
+        raise ValueError(
+            f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
+            f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "
+            f"{ranks.size * every.shape[1]} each, or give more calibration text (data.calibration_fraction)"
+        )
+    held = torch.zeros(len(every), dtype=torch.bool)
+    held[torch.arange(number) * len(every) // number] = True
+    rows, mine = max(1, _BATCH // every.shape[1]), slice(ranks.rank, None, ranks.size)
+    fit = every[~held]
+    folds = max(1, min(refit.folds, len(fit) // ranks.size))
+    batches = [(batch, fold) for fold in range(folds) for batch in fit[fold::folds][mine].split(rows)]
+    return [batch for batch, _ in batches], [fold for _, fold in batches], list(every[held][mine].split(rows))
+
+
+def _kl(task: RefitTask) -> float:
+    """Nats per token between teacher and student on the held-out windows of all ranks."""
+    batches = [{"input_ids": windows} for windows in task.held]
+    return measure_quality(task.student, task.teacher, batches)["kl"]
+
+
+def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: sharding.local(p.detach()).cpu().clone() for name, p in student.named_parameters()}
+
+
+def _put_back(student: PreTrainedModel, kept: dict[str, Tensor]) -> None:
+    for name, parameter in student.named_parameters():
+        sharding.local(parameter.detach()).copy_(kept[name])
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps low-precision copies of weights, and does not see that a refit has changed the originals."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -1,0 +1,166 @@
+"""Surviving blocks trained one by one towards the teacher's states, without the model around them.
+
+A step costs one block forward and backward, a fiftieth of a step of distillation for a small model, so the same time
+buys many more updates, and each block hears of its own error alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iskd.models import Stack
+from iskd.models.capture import state_of
+from iskd.refits.base import BlockRefit, RefitTask, Site, is_sequential, row_weights, walk
+
+
+@dataclass(frozen=True)
+class Local(BlockRefit):
+    """AdamW on all weights of one block at a time: mean over tokens of |h - h_teacher|^2 / |h_teacher|^2.
+
+    The student's own stream goes in, the teacher's state, past the gap where one follows, is the target. The rate falls
+    linearly to 0; after every epoch the error on held-out windows is read, and the best weights stay (those from before
+    the first step among them).
+
+    Attributes:
+        lr: the first rate. epochs: passes over the text at most; an epoch that is no better on held-out text is the
+            last.
+        sublayers: attention and what is before it first, towards the teacher's state between the two, then the rest;
+            false = the whole block at once.
+
+    Source: sub-module reconstruction of arXiv 2510.14444 (section 3); XMerge (arXiv 2609.02083) for whole blocks
+    """
+
+    _: KW_ONLY
+    lr: float = 2e-4
+    epochs: int = 4
+    sublayers: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if not self.lr > 0 or self.epochs < 1:
+            raise ValueError(
+                f"refit.local.lr={self.lr} and epochs={self.epochs}: give a positive rate and an epoch or more"
+            )
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Train; see the class."""
+        chosen = self.chosen(task)
+        apart = self.sublayers and is_sequential(Stack(task.student))
+        before, after, epochs = [], [], []
+        for site in walk(task, self.streams, middle=apart):
+            if site.layer not in chosen:
+                continue
+            found = [self._train(task, site, *share) for share in _shares(site, apart)]
+            before.append(found[0][0])
+            after.append(found[-1][1])
+            epochs.append(sum(count for *_, count in found))
+        if not chosen:
+            return ["no block to train"]
+        return [
+            f"{len(after)} blocks trained, {sum(epochs) / len(epochs):.1f} epochs each: relative squared error on "
+            f"held-out text {sum(before) / len(before):.4f} -> {sum(after) / len(after):.4f}"
+        ]
+
+    def _train(
+        self, task: RefitTask, site: Site, parameters: Sequence[nn.Parameter], attention: nn.Module | None
+    ) -> tuple[float, float, int]:
+        """Held-out error before and after, and the epochs that it took."""
+        steps = min(task.ranks.gather(len(task.fit)))
+        generator = torch.Generator().manual_seed(site.layer)
+        first = best = _held_error(task, site, attention)
+        kept = [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.95))
+        done = 0
+        with _training(parameters):
+            for epoch in range(self.epochs):
+                for step, index in enumerate(torch.randperm(len(task.fit), generator=generator)[:steps].tolist()):
+                    part = (epoch * steps + step) / (self.epochs * steps)
+                    optimizer.param_groups[0]["lr"] = self.lr * (1 - part)
+                    loss = _errors(site, index, attention).mean()
+                    gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+                    _share(task, parameters, gradients)
+                    optimizer.step()
+                error = _held_error(task, site, attention)
+                done += 1
+                if not error < best:
+                    break
+                best = error
+                for copy, parameter in zip(kept, parameters, strict=True):
+                    copy.copy_(parameter.detach())
+        for copy, parameter in zip(kept, parameters, strict=True):
+            parameter.detach().copy_(copy)
+        return first, best, done
+
+
+def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Module | None]]:
+    """What is trained at a time, and the module whose output it is trained for; None = the block's own."""
+    every = list(site.block.parameters())
+    attention = site.submodule(site.stack.family.attn) if apart else None
+    if attention is None:
+        yield every, None
+        return
+    yield list(attention.parameters()), attention
+    own = {id(parameter) for parameter in attention.parameters()}
+    yield [parameter for parameter in every if id(parameter) not in own], None
+
+
+def _errors(site: Site, index: int, attention: nn.Module | None) -> Tensor:
+    """|h - h_teacher|^2 / |h_teacher|^2 for every token of a batch [B, T], after the block or after its attention."""
+    goals = site.targets
+    if attention is None:
+        state = site.run(index)
+    else:
+        assert site.middle is not None
+        goals, added = site.middle, []
+        handle = attention.register_forward_hook(lambda _module, _args, output: added.append(state_of(output)))
+        try:
+            site.run(index)
+        finally:
+            handle.remove()
+        state = site.inputs[index] + added[0]
+    goal = goals[index]
+    with torch.autocast(state.device.type, enabled=False):
+        return ((state.float() - goal.float()) * row_weights(goal)).square().sum(-1)
+
+
+@torch.no_grad()
+def _held_error(task: RefitTask, site: Site, attention: nn.Module | None) -> float:
+    sums = torch.zeros(2, dtype=torch.float64, device=task.device)
+    for index in range(len(task.fit), len(task.fit) + len(task.held)):
+        errors = _errors(site, index, attention)
+        sums += torch.stack([errors.sum(), errors.new_tensor(errors.numel())])
+    task.ranks.add(sums)
+    return float((sums[0] / sums[1]).item())
+
+
+def _share(task: RefitTask, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Give the parameters the mean of the ranks' gradients."""
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    if task.ranks.size > 1:
+        flat = torch.cat([gradient.flatten().float() for gradient in found])
+        task.ranks.add(flat)
+        pieces = (flat / task.ranks.size).split([gradient.numel() for gradient in found])
+        found = [piece.view_as(gradient) for piece, gradient in zip(pieces, found, strict=True)]
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+
+
+@contextmanager
+def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for some parameters; afterwards they are as they were, and hold none."""
+    flags = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = None

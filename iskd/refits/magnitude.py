@@ -1,0 +1,128 @@
+"""Prune&Comp: what a removed layer would have added to the size of the stream is folded into the weights below it.
+
+One scalar for each removed layer. Norms at the entrance of every block do not notice a larger stream; what notices it
+is put right: all that writes to the stream below the cut grows by the scalar, and where the head is the embedding, the
+gain of the final norm shrinks by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iskd.models import Stack
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import states_after
+from iskd.refits.base import Refit, RefitTask
+
+STATISTICS = ("mean_abs", "norm")
+
+
+@dataclass(frozen=True)
+class Magnitude(Refit):
+    """One scalar for each removed layer, from the sizes of the teacher's states before and after it.
+
+    Attributes:
+        statistic: `mean_abs`, the published one: the mean over channels of the ratio of their mean absolute values,
+            which a position with a huge norm decides; `norm`: the median over tokens of the ratio of their norms.
+
+    Source: Prune&Comp (arXiv 2507.18212, section 3)
+    """
+
+    _: KW_ONLY
+    tokens: int = 8_192
+    statistic: str = "mean_abs"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"refit.magnitude.statistic={self.statistic!r}: choose {' or '.join(STATISTICS)}")
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Scale; see the class."""
+        removed = sorted(edit.layer for edit in task.edits if edit.op == "remove")
+        if not removed:
+            return ["no layer was removed: nothing to scale"]
+        stack = Stack(task.student)
+        family = stack.family
+        for layer, block in zip(task.record.layers, stack.layers, strict=True):
+            if layer < removed[-1] and (_writer(block, family.down) is None or _writer(block, family.out) is None):
+                raise ValueError(
+                    f"refit=magnitude scales what attention and MLP add to the stream, and the block at layer {layer} "
+                    "is a compact or converted one, which adds in a way of its own: use refit=output"
+                )
+        scalars = _scalars(task, removed, self.statistic)
+        for layer, scalar in scalars.items():
+            _fold(task, layer, scalar)
+        return [f"below layer {layer} all is {scalar:.3f} times as large" for layer, scalar in scalars.items()]
+
+
+def _writer(block: nn.Module, path: str) -> nn.Module | None:
+    """The projection of a block at a path of its family, or None."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _scalars(task: RefitTask, removed: list[int], statistic: str) -> dict[int, float]:
+    """By removed layer, how many times larger the teacher's states are behind it."""
+    stack = Stack(task.teacher)
+    wanted = {layer for number in removed for layer in (number - 1, number) if layer >= 0}
+    sums: dict[int, Tensor] = {}  # mean_abs: [2, D] sums before and after
+    ratios: dict[int, list[Tensor]] = {layer: [] for layer in removed}
+    for windows in task.fit:
+        batch = windows.to(task.device)
+        states = states_after(stack, range(task.record.num_layers), wanted, batch)
+        if removed[0] == 0:
+            states[-1] = BlockCalls(stack, batch).embedded
+        for layer in removed:
+            before, after = states[layer - 1].float(), states[layer].float()
+            if statistic == "norm":
+                # position 0 often holds a norm of its own kind (the attention sink)
+                ratios[layer].append((after.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-6))[:, 1:].flatten())
+            else:
+                found = torch.stack([before, after]).abs().sum((1, 2), dtype=torch.float64)
+                sums[layer] = sums[layer] + found if layer in sums else found
+    if statistic == "norm":
+        medians = [torch.cat(ratios[layer]).median() for layer in removed]
+        shares = torch.stack(medians).double()
+        task.ranks.add(shares)  # the mean of the ranks' medians
+        shares = shares / task.ranks.size
+    else:
+        for layer in removed:
+            task.ranks.add(sums[layer])
+        shares = torch.stack([(sums[layer][1] / sums[layer][0].clamp_min(1e-12)).mean() for layer in removed])
+    if not (shares.isfinite() & (shares > 0)).all():
+        raise ValueError("refit=magnitude: the teacher's states are not finite on the calibration text")
+    return dict(zip(removed, shares.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _fold(task: RefitTask, layer: int, scalar: float) -> None:
+    """Make everything below a cut `scalar` times as large, and the logits what they were."""
+    stack, student = Stack(task.student), task.student
+    family, base = stack.family, stack.base
+    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    table = embedding.get_parameter("weight")
+    table.mul_(scalar)
+    if family.positions:
+        base.get_submodule(family.positions).get_parameter("weight").mul_(scalar)
+    if head is not None and head.get_parameter("weight") is table:
+        norm = base.get_submodule(family.norm)
+        gain = norm.get_parameter("weight")
+        if stack.config.model_type == "gemma":  # its gain is 1 + weight
+            gain.copy_((gain + 1) / scalar - 1)
+        else:
+            gain.div_(scalar)
+        bias: Tensor | None = getattr(norm, "bias", None)
+        if bias is not None:
+            bias.div_(scalar)
+    for number, block in zip(task.record.layers, stack.layers, strict=True):
+        if number < layer:
+            for path in (family.out, family.down):
+                for parameter in block.get_submodule(path).parameters():
+                    parameter.mul_(scalar)

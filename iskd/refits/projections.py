@@ -1,0 +1,124 @@
+"""A linear map inside a block of the walk: what goes in, what comes out, and new weights for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from iskd.blocks.ridge import Ridge, Solution
+from iskd.models.projections import weight_of
+from iskd.refits.base import Site
+
+
+class _Entered(Exception):
+    """Ends a block's pass whose rest nobody needs."""
+
+
+class Projection:
+    """A linear map that adds to the stream, in the block where the walk stands.
+
+    Attributes:
+        path: where it is in the block.
+        module: the map itself; weights as its family stores them.
+    """
+
+    def __init__(self, site: Site, path: str, module: nn.Module) -> None:
+        self.path, self.module, self._site = path, module, site
+
+    @classmethod
+    def at(cls, site: Site, *paths: str) -> Projection | None:
+        """The first of some paths that the block has; None where a compact block has none of them."""
+        for path in paths:
+            module = site.submodule(path)
+            if module is not None:
+                return cls(site, path, module)
+        return None
+
+    @property
+    def inputs(self) -> int:
+        """Input features F."""
+        return weight_of(self.module).shape[1]
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [D, F] and bias [D], or None."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return weight_of(self.module), bias
+
+    def sums(self) -> Ridge:
+        """Empty normal equations of the map."""
+        weight, bias = self.weights
+        return Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+
+    def start(self) -> Solution:
+        """The weights that it has."""
+        weight, bias = self.weights
+        return Solution(weight.double(), None if bias is None else bias.double())
+
+    def seen(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Its inputs [B, T, F] and output [B, T, D] in a pass on a batch, and the output of the block [B, T, D]."""
+        inputs: list[Tensor] = []
+        added: list[Tensor] = []
+        handles = [
+            self.module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0])),
+            self.module.register_forward_hook(lambda _module, _args, output: added.append(output)),
+        ]
+        try:
+            output = self._site.run(index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        shape = output.shape[:-1]  # OPT's MLP sees one long row of tokens
+        return inputs[0].view(*shape, -1), added[0].view(*shape, -1), output
+
+    def entering(self, index: int) -> Tensor:
+        """Its inputs [B, T, F] in a pass on a batch, which ends there."""
+        inputs: list[Tensor] = []
+
+        def enough(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0])
+            raise _Entered
+
+        handle = self.module.register_forward_pre_hook(enough)
+        try:
+            self._site.run(index)
+        except _Entered:
+            pass
+        finally:
+            handle.remove()
+        return inputs[0]
+
+    def check_last(self, index: int) -> None:
+        """Raise ValueError unless what it returns is added to the block's output as it is (not so before a norm)."""
+        nudge = torch.zeros(self.weights[0].shape[0], device=self.weights[0].device)
+        plain = self._site.run(index)
+        nudge[:] = plain.float().square().mean().sqrt()
+        handle = self.module.register_forward_hook(lambda _module, _args, output: output + nudge)
+        try:
+            moved = self._site.run(index)
+        finally:
+            handle.remove()
+        if not torch.allclose((moved - plain).float(), nudge.expand_as(plain), rtol=0.05):
+            raise ValueError(
+                f"{self.path} of layer {self._site.layer}: what it returns is not added to the stream as it is (a norm "
+                "stands behind it), so it cannot be re-solved in closed form: use refit=local"
+            )
+
+    @torch.no_grad()
+    def write(self, solution: Solution) -> None:
+        """Give it weights and a bias."""
+        weight, bias = self.weights
+        weight.copy_(solution.weight)
+        if solution.bias is not None and bias is not None:
+            bias.copy_(solution.bias)
+
+
+def checked(sums: Sequence[Ridge], what: str) -> None:
+    """Raise ValueError where sums are not finite: a block has met numbers that no fit can mend."""
+    if not all(bool(one.sums.isfinite().all()) for one in sums):
+        raise ValueError(
+            f"{what}: the inputs or the teacher's states are not finite on the calibration text; check the teacher's "
+            "weights, or train in float32 (trainer.precision=32-true)"
+        )

@@ -1,0 +1,71 @@
+"""ReplaceMe: a gap is bridged by one linear map on the MLP output of the block below it, folded into that MLP."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+
+from iskd.blocks import Ridge
+from iskd.blocks.ridge import Solution
+from iskd.refits.base import Refit, RefitTask, Site, walk
+from iskd.refits.projections import Projection, checked
+
+
+@dataclass(frozen=True)
+class ReplaceMe(Refit):
+    """Least squares of a D x D map T, so that the MLP's output times T is what the teacher's stream has past the gap.
+
+    All tokens count alike, as published. Several gaps are bridged from the bottom up, on the student's own stream; the
+    published procedure has one gap, where both are the same.
+
+    Attributes:
+        ridge: pull towards the identity, in units of the mean of diag(A^T A); the published value is 0.
+
+    Source: ReplaceMe (arXiv 2505.02819, section 3, least squares)
+    """
+
+    _: KW_ONLY
+    tokens: int = 16_384
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.ridge < 0:
+            raise ValueError(f"refit.replaceme.ridge={self.ridge} is negative; use 0 or more")
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Bridge; see the class."""
+        gaps, told = task.gaps(), []
+        removed = [edit.layer for edit in task.edits if edit.op == "remove"]
+        if not gaps:
+            return [
+                "nothing to bridge: no removed layer has a survivor below it" if removed else "no layer was removed"
+            ]
+        for site in walk(task, self.streams):
+            if site.layer in gaps:
+                told.append(self._bridge(task, site))
+        return told
+
+    def _bridge(self, task: RefitTask, site: Site) -> str:
+        down = Projection.at(site, site.stack.family.down)
+        if down is None:
+            raise ValueError(
+                f"refit=replaceme folds a map into the MLP of layer {site.layer}, and a compact block without one "
+                "stands there: use refit=output"
+            )
+        down.check_last(0)
+        width = site.stack.dims.hidden
+        system = Ridge(width, width, bias=False, device=task.device)
+        for index in range(len(task.fit)):
+            _, added, output = down.seen(index)
+            system.add(added, site.targets[index].float() - (output - added).float(), torch.ones_like(added[..., :1]))
+        task.ranks.add(system.sums)
+        checked([system], f"layer {site.layer}")
+        identity = torch.eye(width, dtype=torch.float64, device=task.device)
+        found = system.solution(Solution(identity, None), self.ridge).weight  # T^T [D, D]
+        old = down.start()
+        down.write(Solution(found @ old.weight, None if old.bias is None else found @ old.bias))
+        turn = float((found - identity).norm() / identity.norm())
+        return f"layer {site.layer} bridges its gap with a map at {turn:.2f} times the identity's norm from it"

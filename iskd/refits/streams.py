@@ -1,0 +1,45 @@
+"""Streams of many windows: on the device, in host memory or on disk, so that text is not bounded by the device."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PLACES = ("device", "host", "disk")
+
+
+class Streams:
+    """One tensor for each batch of windows.
+
+    Args:
+        place: where they lie, one of `PLACES`. device: where they are needed.
+    """
+
+    def __init__(self, place: str, device: torch.device) -> None:
+        self._place, self._device = place, device
+        self._kept: dict[int, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="iskd-streams-") if place == "disk" else None
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        if self._folder is not None:
+            file = Path(self._folder.name) / str(index)
+            if index not in self._kept:
+                kept = torch.from_file(str(file), shared=True, size=value.numel(), dtype=value.dtype)
+                self._kept[index] = kept.view(value.shape)
+            self._kept[index].copy_(value)
+        else:
+            self._kept[index] = value if self._place == "device" else value.cpu()
+
+    def __getitem__(self, index: int) -> Tensor:
+        kept = self._kept[index]
+        return kept.clone() if self._folder is not None else kept.to(self._device)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))

@@ -1,0 +1,97 @@
+"""Runs with refits: they end and resume as others do, whatever breaks them off, and in any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iskd.plan import Remove, Replace, Stage
+from iskd.refits import base
+from iskd.refits.local import Local
+from iskd.refits.output import Output
+from iskd.training import Parts, Result, run
+from iskd.training.state import checkpoint
+from tests import programs
+from tests.runs import SLIM, TOKENS, Crash, Scripted, crash, largest_difference, make_parts, same, weights, write_text
+from tests.worlds import run_world
+
+SIZES: dict[str, Any] = {"tokens": 512, "held_tokens": 128}
+REFITS = (Output(**SIZES, folds=3, projections=("attention", "mlp")), Local(**SIZES, lr=1e-3, epochs=2))
+
+
+def stages() -> list[Stage]:
+    return [
+        Stage("remove 1", (Remove(1),), tokens=4 * TOKENS, lr=1e-3, fit=False),
+        Stage("slim 2", (Replace(2, SLIM, seed=3),), tokens=4 * TOKENS, lr=1e-3),
+        Stage("remove 0", (Remove(0),), tokens=0, fit=False),
+    ]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
+    folder = tmp_path_factory.mktemp("refits")
+    text = write_text(folder)
+
+    def parts(run_dir: Path, **changes: Any) -> Parts:
+        return make_parts(run_dir, text, folder / "cache", schedule=Scripted(stages()), refits=REFITS, **changes)
+
+    return parts
+
+
+@pytest.fixture(scope="module")
+def whole(make: Callable[..., Parts], tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run(make(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_every_edit_is_followed_by_the_refits_in_order(whole: Result) -> None:
+    for stage in whole.stages[1:]:
+        told = [event for event in stage.events if event.startswith("refit")]
+        judged = [event.split(":")[0] for event in told if "held-out KL" in event]
+        assert judged == ["refit output", "refit local"], stage.events
+    assert whole.stages[-1].tokens == whole.stages[-2].tokens, "a stage without training is refitted too"
+
+
+@pytest.mark.parametrize("act", ["crash", "signal"])
+@pytest.mark.parametrize("call", [1, 11])
+def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
+    act: str, call: int, make: Callable[..., Parts], whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = base._teacher_block, iter(range(10**6))
+    acts = {"crash": crash, "signal": partial(os.kill, os.getpid(), signal.SIGTERM)}
+
+    def wrapped(*args: Any) -> Any:
+        if next(calls) == call * 10:
+            acts[act]()
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_teacher_block", wrapped)
+        with pytest.raises((Crash, SystemExit)) as stop:
+            run(make(tmp_path / "run"))
+    assert act == "crash" or stop.value.code == 143
+    resumed = run(make(tmp_path / "run", resume=True))
+    assert same(weights(resumed), weights(whole))
+    times = "seconds", "events", "speed"
+    for one, other in zip(resumed.stages, whole.stages, strict=True):
+        assert (one.name, one.ppl, one.kl, one.before) == (other.name, other.ppl, other.kl, other.before), times
+
+
+def test_processes_add_up(tmp_path: Path) -> None:
+    """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process."""
+    write_text(tmp_path)
+    changes = {"schedule": Scripted(stages()), "refits": (REFITS[0],)}
+    ends = {}
+    for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
+        run_world(size, programs.train, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
+        seen = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
+        assert all(len(set(step)) == 1 for one in seen for step in one["digests"]), "ranks differ after a step"
+        ends[name] = dict(checkpoint.load_file(tmp_path / f"{name}.safetensors"))
+    assert largest_difference(ends["one"], ends["ddp"]) < 5e-5
+    assert largest_difference(ends["one"], ends["fsdp"]) < 5e-5

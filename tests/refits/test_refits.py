@@ -1,0 +1,185 @@
+"""Laws of all refits: nothing to mend is nothing done, held-out KL never rises, processes count as one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from iskd.models import Stack, surgery
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import states_after
+from iskd.plan import Edit, Record, Remove
+from iskd.refits import Refit, carry_out
+from iskd.refits.base import RefitTask, row_weights
+from iskd.refits.local import Local
+from iskd.refits.magnitude import Magnitude
+from iskd.refits.output import Output
+from iskd.refits.replaceme import ReplaceMe
+from tests.factories import FAMILIES, conf_group, digest, hooks, louder, modes, silence, tiny, windows
+
+SIZES: dict[str, Any] = {"tokens": 320, "held_tokens": 96}
+REFITS: dict[str, Refit] = {
+    "output": Output(**SIZES),
+    "both": Output(**SIZES, projections=("attention", "mlp")),
+    "local": Local(**SIZES, lr=1e-3, epochs=2),
+    "sublayers": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True),
+    "magnitude": Magnitude(**SIZES),
+    "norms": Magnitude(**SIZES, statistic="norm"),
+    "replaceme": ReplaceMe(**SIZES, ridge=1e-3),
+}
+
+
+def text(tokens: int) -> list[Tensor]:
+    return list(windows(max(2, tokens // 16), 16, seed=5).split(4))
+
+
+def student(family: str = "llama", edits: Sequence[Edit] = (Remove(1),), **config: Any) -> tuple[Any, Any, Record]:
+    teacher = louder(tiny(family, **config))
+    made = copy.deepcopy(teacher)
+    return made, teacher, surgery.apply(made, Record(4), edits)
+
+
+def refitted(refit: Refit, edits: Sequence[Edit] = (Remove(1),), family: str = "llama", **config: Any) -> Any:
+    made, teacher, record = student(family, edits, **config)
+    told = carry_out([refit], made, teacher, record, edits, text)
+    return made, teacher, record, told
+
+
+def distance(made: Any, teacher: Any) -> float:
+    """Mean distance of the last states on the text of the fits."""
+    with torch.no_grad():
+        found = [Stack(made).last_hidden(ids) - Stack(teacher).last_hidden(ids) for ids in text(320)]
+    return float(torch.cat(found).norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_called_one_by_one_are_the_model(family: str) -> None:
+    model = tiny(family)
+    stack, ids = Stack(model), windows(2, 12)
+    calls = BlockCalls(stack, ids)
+    with torch.no_grad():
+        h = calls.embedded
+        for position, block in enumerate(stack.layers):
+            h = calls.run(position, block, h)
+        expected = states_after(stack, range(4), {3}, ids)[3]
+    assert torch.equal(h, expected)
+    assert hooks(model) == 0
+
+
+def test_every_yaml_is_tested_here() -> None:
+    targets = {values["_target_"] for group in conf_group("refit").values() for values in group.values()}
+    assert {f"{type(refit).__module__}.{type(refit).__name__}" for refit in REFITS.values()} == targets
+
+
+@pytest.mark.parametrize("name", REFITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
+    made, teacher, _, told = refitted(REFITS[name], family=family)
+    line = told[-1]
+    before, after = (float(word) for word in (line.split("KL ")[1].split(" ->")[0], line.split("-> ")[1].split(" ")[0]))
+    assert after < before or "taken back" in line
+    assert hooks(made) == hooks(teacher) == 0
+    assert not any(p.grad is not None for p in made.parameters())
+
+
+@pytest.mark.parametrize("name", ["output", "both", "local"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_is_partly_made_up_for(name: str, family: str) -> None:
+    """Judged by the text of the fit, as random models have no other."""
+    made, teacher, record = student(family)
+    before = distance(made, teacher)
+    with torch.no_grad():
+        REFITS[name].refit(RefitTask(made, teacher, record, [Remove(1)], text(320), text(320)))
+    assert distance(made, teacher) < before
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_a_student_like_its_teacher_stays_so(name: str) -> None:
+    """The removed layer adds nothing, so there is nothing to mend."""
+    teacher = louder(tiny("llama"))
+    silence(teacher, 1)
+    made = copy.deepcopy(teacher)
+    record = surgery.apply(made, Record(4), [Remove(1)])
+    before = digest(made)
+    told = carry_out([REFITS[name]], made, teacher, record, [Remove(1)], text)
+    assert digest(made) == before or "taken back" in told[-1]
+
+
+def test_a_refit_that_does_not_help_is_taken_back() -> None:
+    class Worse(Output):
+        def refit(self, task: RefitTask) -> list[str]:
+            for parameter in task.student.parameters():
+                parameter.mul_(3.0)
+            return ["made it worse"]
+
+    made, teacher, record = student()
+    before, training = digest(made), modes(made)
+    told = carry_out([Worse(**SIZES)], made, teacher, record, [Remove(1)], text)
+    assert "taken back" in told[-1]
+    assert digest(made) == before
+    assert modes(made) == training
+
+
+def solved_slowly(task: RefitTask, ridge: float) -> Any:
+    """Down projections one after the other by least squares on stacked rows, the pull towards W0 as rows of its own."""
+    made, stack = copy.deepcopy(task.student), Stack(task.teacher)
+    for position, layer in enumerate(task.record.layers):
+        block = Stack(made).layers[position]
+        down = block.get_submodule("mlp.down_proj")
+        x, y = [], []
+        for batch in task.fit:
+            goal = states_after(stack, range(4), {task.record.state_after(layer)}, batch)[
+                task.record.state_after(layer)
+            ]
+            seen: list[Tensor] = []
+            handle = down.register_forward_hook(lambda _m, args, out, into=seen: into.extend((args[0], out)))
+            after = states_after(Stack(made), task.record.layers, {layer}, batch)[layer]
+            handle.remove()
+            w = row_weights(goal)
+            x.append((seen[0] * w).flatten(0, 1).double())
+            y.append(((goal - (after - seen[1])) * w).flatten(0, 1).double())
+        rows, goals, old = torch.cat(x), torch.cat(y), down.weight.double()
+        pull = (ridge * rows.square().sum(0).mean()).sqrt()
+        a = torch.cat([rows, pull * torch.eye(rows.shape[1], dtype=torch.float64)])
+        b = torch.cat([goals, pull * old.T])
+        down.weight.data.copy_(torch.linalg.lstsq(a, b).solution.T)
+    return made
+
+
+@torch.no_grad()
+def test_output_is_the_slow_least_squares() -> None:
+    made, teacher, record = student()
+    task = RefitTask(made, teacher, record, [Remove(1)], text(320), text(320))  # judged by what it is fitted to
+    expected = solved_slowly(task, 0.1)
+    Output(**SIZES, ridge=0.1, folds=1).refit(task)
+    for (name, ours), theirs in zip(made.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5, msg=name)
+
+
+@torch.no_grad()
+def test_output_runs_every_block_once() -> None:
+    made, teacher, record = student()
+    task = RefitTask(made, teacher, record, [Remove(1)], text(128), text(64))
+    ran: list[str] = []
+    for name, model in (("student", made), ("teacher", teacher)):
+        for position, block in enumerate(Stack(model).layers):
+            block.register_forward_hook(lambda *_, key=f"{name} {position}": ran.append(key))
+    Output(**SIZES).refit(task)
+    batches = len(task.fit) + len(task.held)
+    # of each model's first block, beside that: what kind of output it has; of the student's, whether it can be solved
+    assert ran.count("teacher 0") == batches + batches
+    assert ran.count("student 0") == batches + batches + 2
+    assert all(ran.count(f"teacher {position}") == batches for position in (1, 2, 3))
+    assert all(ran.count(f"student {position}") == batches for position in (1, 2))
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_streams_may_lie_elsewhere(place: str) -> None:
+    here, *_ = refitted(Output(**SIZES))
+    there, *_ = refitted(Output(**SIZES, streams=place))
+    assert digest(here) == digest(there)
