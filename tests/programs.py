@@ -212,7 +212,7 @@ def poisoned(rank: int, folder: Path, name: str, victim: int, ahead: bool | None
     def infinite(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:
         result = original(self, input_ids, *rest)
         bad = rank == victim and next(steps) == 9
-        return StepResult(result.loss + float("inf"), result.parts) if bad else result
+        return StepResult(result.loss + float("inf"), result.terms) if bad else result
 
     DistillModule.step = infinite  # type: ignore[method-assign]
     watched(rank, folder, name, parts)

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import part, plain, spec, terms
+from iskd.commands.config import object_of, plain, spec, terms
 from iskd.data import Source, TextData, TextFiles
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
@@ -39,12 +39,12 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     _claim(run_dir, resuming)
     if teacher is None:
         with Busy("loading the teacher"):
-            teacher = load_teacher(part(config.model))
+            teacher = load_teacher(object_of(config.model))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
-    importance = part(config.importance)
+    importance = object_of(config.importance)
     asked = _evaluation(config, teacher, importance, data)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
@@ -57,7 +57,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         terms=losses,
         run_dir=run_dir,
         importance=importance,
-        optim=part(config.optim),
+        optim=object_of(config.optim),
         options=_options(config),
         trainer=settings,
         loggers=_loggers(config, run_dir),
@@ -92,7 +92,7 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
         return None
-    spec: EvalSpec = part(config.eval)
+    spec: EvalSpec = object_of(config.eval)
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
@@ -116,14 +116,14 @@ def _schedule(config: DictConfig) -> Schedule:
     """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
     takes = getattr(get_object(config.schedule._target_), "takes", ("edit", "seed"))
     values = {"edit": _edit(config), "seed": config.seed} if takes else {}
-    schedule: Schedule = part(config.schedule, **{name: values[name] for name in takes})
+    schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
 
 
 def _edit(config: DictConfig) -> EditKind:
     """What is done to a layer, with the block or mixer that its class takes as data."""
     takes = getattr(get_object(config.edit._target_), "takes", ())
-    edit: EditKind = part(config.edit, **{group: spec(config[group]) for group in takes})
+    edit: EditKind = object_of(config.edit, **{group: spec(config[group]) for group in takes})
     return edit
 
 
@@ -145,7 +145,7 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
     """The data module that `data` names; `given` stands for where it would read."""
     values: dict[str, Any] = dict(config.data)
     described = values.pop("source")
-    source = part(described) if given is None else given
+    source = object_of(described) if given is None else given
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
     if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading

@@ -31,7 +31,7 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def part(config: DictConfig, **runtime: Any) -> Any:
+def object_of(config: DictConfig, **runtime: Any) -> Any:
     """Build the object of a node with `_target_`.
 
     Runtime objects are passed by a call of our own: Hydra would turn dataclasses among its arguments into configs.

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from iskd.commands.config import CONF, part
+from iskd.commands.config import CONF, object_of
 from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
@@ -50,7 +50,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     Raises:
         ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluation.evaluator.evaluate`.
     """
-    spec: EvalSpec = part(config.eval)
+    spec: EvalSpec = object_of(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
     if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
@@ -113,7 +113,7 @@ def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | 
         teacher: Loaded | None = _opened(other, None)
     else:
         teacher = None if alone else load_teacher(find_teacher(student, config.reference))
-    model = load_teacher(part(config.model)) if student is None else _opened(student, teacher)
+    model = load_teacher(object_of(config.model)) if student is None else _opened(student, teacher)
     return model, teacher
 
 

@@ -80,11 +80,11 @@ def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
     the same place. No list of Hydra's is relied on.
     """
     own = set(_targets(config))
-    for part, target in set(_targets(saved)) - own:
+    for key, target in set(_targets(saved)) - own:
         found = _found(target) if str(target).startswith(("iskd.", *allowed())) else None
         if not isinstance(found, type) or not f"{found.__module__}.".startswith(("iskd.", *allowed())):
             raise ValueError(
-                f"{file} names {target!r:.80} for {part}, which is no part of iskd; if you trust it, name it on the "
+                f"{file} names {target!r:.80} for {key}, which is no part of iskd; if you trust it, name it on the "
                 "command line too, or call iskd.plan.allow('its.package.')"
             )
     if _trusts(saved) and not _trusts(config):
@@ -95,12 +95,12 @@ def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
 
 def _targets(config: Json) -> Iterator[tuple[str, Any]]:
     """Every `_target_` of a config, behind the key at its root below which it stands."""
-    for part, node in config.items():
+    for key, node in config.items():
         level = [node]
         while level:
             value = level.pop()
             if isinstance(value, dict) and "_target_" in value:
-                yield part, value["_target_"]
+                yield key, value["_target_"]
             level += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from iskd.commands.build import text_data
-from iskd.commands.config import CONF, part
+from iskd.commands.config import CONF, object_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
@@ -39,7 +39,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     Third is what `angular` says of every run of consecutive layers [L - 1, L] (`iskd.importance.angular`), None of
     other importances. The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
     """
-    teacher = load_teacher(part(config.model))
+    teacher = load_teacher(object_of(config.model))
     stack = Stack(teacher.model.eval())
     data = text_data(config, teacher.tokenizer, stack)
     stack.keep_apart(data.separator)
@@ -48,7 +48,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     nn.Module.to(teacher.model, device)
     batches = [batch.to(device) for batch in windows]
     with forward_context():
-        importance, depth = part(config.importance), len(stack.layers)
+        importance, depth = object_of(config.importance), len(stack.layers)
         rows = rows_of(importance, teacher.model, teacher.model, batches)
         runs = None
         if isinstance(importance, Angular) and depth > 1:

@@ -140,9 +140,9 @@ class HubDataset:
     Args:
         name: hub name, as `Salesforce/wikitext`.
         config: name of the configuration, where the data set has several.
-        split: the part that is divided by hash.
-        val_split: the part used whole for validation; None takes a share of `split`.
-        test_split: the part used whole as test.
+        split: the split that is divided by hash.
+        val_split: the split used whole for validation; None takes a share of `split`.
+        test_split: the split used whole as test.
         field: the column that holds the text.
         max_documents: stream and stop after this many rows of `split`; None reads all of it through the local cache.
         revision: commit of the data set on the hub; the cache of tokens knows the content only by this name, so pin
@@ -175,10 +175,10 @@ class HubDataset:
         Raises:
             ValueError: `datasets` is missing, the data set cannot be reached, or a row has no such field.
         """
-        for part, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
-            if part is None:
+        for name, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
+            if name is None:
                 continue
-            for text in self._texts(part, self.max_documents if split is None else None):
+            for text in self._texts(name, self.max_documents if split is None else None):
                 yield detokenize_wikitext(text) if self.detokenize else text, split
 
     def fingerprint(self) -> str:
@@ -187,13 +187,13 @@ class HubDataset:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         return f"{self!r}-{hash_files(files)}"
 
-    def _texts(self, part: str, limit: int | None) -> Iterator[str]:
-        rows = (text_of(row, self.field, f"data.source.name={self.name}") for row in self._rows(part, limit))
+    def _texts(self, split: str, limit: int | None) -> Iterator[str]:
+        rows = (text_of(row, self.field, f"data.source.name={self.name}") for row in self._rows(split, limit))
         if self.lines:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)
         return (row for row in rows if row.strip())
 
-    def _rows(self, part: str, limit: int | None) -> Iterator[Any]:
+    def _rows(self, split: str, limit: int | None) -> Iterator[Any]:
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -205,7 +205,7 @@ class HubDataset:
             rows = load_dataset(
                 self.name,
                 self.config,
-                split=part,
+                split=split,
                 revision=self.revision,
                 streaming=limit is not None,
                 trust_remote_code=False,
@@ -213,7 +213,7 @@ class HubDataset:
             iterator = iter(rows if limit is None else rows.take(limit))
             first = next(iterator, None)
         except Exception as error:
-            what = f"data set {self.name!r} (config {self.config!r}, split {part!r}) could not be loaded: {error}"
+            what = f"data set {self.name!r} (config {self.config!r}, split {split!r}) could not be loaded: {error}"
             raise ValueError(f"{what}. Without a network use {_OFFLINE}") from error
         if first is not None:
             yield first

@@ -335,7 +335,7 @@ def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: T
         logits_mV = cap_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
         values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
         hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
-    parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
-    for pair, log_p_m, hit_m in parts:
+    found = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
+    for pair, log_p_m, hit_m in found:
         log_p_N[pair] = log_p_m.sum()
         led_N[pair] = hit_m.cumprod(0).sum()  # ones up to the first miss

@@ -100,7 +100,7 @@ def write_card(
     licence = licence_of(known)
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
-    parts = [
+    sections = [
         _header(known, licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
@@ -120,7 +120,7 @@ def write_card(
         "## How it was made",
         *_made(stages, run_dir, versions),
     ]
-    return write_whole(folder / CARD, "\n\n".join(part.strip("\n") for part in parts) + "\n")
+    return write_whole(folder / CARD, "\n\n".join(section.strip("\n") for section in sections) + "\n")
 
 
 def edits_in_words(record: Record) -> list[str]:
@@ -231,19 +231,19 @@ def _data(data: Mapping[str, Any]) -> list[str]:
 
 def _made(stages: Sequence[StageResult], run_dir: Path | None, versions: Mapping[str, str]) -> list[str]:
     trained = [stage for stage in stages if stage.index]
-    parts = [f"By {', '.join(f'{name} {version}' for name, version in versions.items())}."]
+    sections = [f"By {', '.join(f'{name} {version}' for name, version in versions.items())}."]
     if trained:
         table = ["| stage | tokens so far | perplexity | retention | |", "|---|---|---|---|---|"]
         for stage in trained:
             status = "" if stage.status == "kept" else "undone"
             table.append(f"| {stage.name} | {stage.tokens:,} | {stage.ppl:.4g} | {stage.retention:.4g} | {status} |")
-        parts.append("\n".join(table))
+        sections.append("\n".join(table))
     settings = _settings(run_dir)
-    return [*parts, *([_list(settings)] if settings else [])]
+    return [*sections, *([_list(settings)] if settings else [])]
 
 
 def _settings(run_dir: Path | None) -> list[str]:
-    """The parts of the run's config that a reader asks for; paths stay behind."""
+    """The settings of the run's config that a reader asks for; paths stay behind."""
     file = run_dir / CONFIG_FILE if run_dir else None
     if file is None or not file.is_file():
         return []

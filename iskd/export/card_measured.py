@@ -32,8 +32,8 @@ _MIB = 2**20
 def measured_section(run_dir: Path | None) -> str:
     """The tables of scores and of efficiency between their marks; nothing but the marks where nothing was measured."""
     evaluation, efficiency = _read(run_dir)
-    parts = [*(_scores(evaluation) if evaluation else []), *(_efficiency(efficiency) if efficiency else [])]
-    return "\n\n".join([_BEGIN, *parts, _END])
+    sections = [*(_scores(evaluation) if evaluation else []), *(_efficiency(efficiency) if efficiency else [])]
+    return "\n\n".join([_BEGIN, *sections, _END])
 
 
 def eval_results(run_dir: Path | None) -> list[EvalResult]:
@@ -119,22 +119,22 @@ def _scores(evaluation: Evaluation) -> list[str]:
     if len(means) != 1 and math.isfinite(evaluation.mean.value):
         means["mean"] = evaluation.mean
     rows += [[name, "", "", "", "", _interval(mean), ""] for name, mean in means.items()]
-    parts = ["## Scores"]
+    sections = ["## Scores"]
     if rows:
         head = ("task", "metric", "chance %", "teacher %", "student %", "retention % (95 %)", "items")
-        parts.append(_table(head, rows))
-        parts.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
+        sections.append(_table(head, rows))
+        sections.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
     text = evaluation.rest.get("text")
     if isinstance(text, dict):
-        parts.append(_table(("text", "teacher", "student"), _text_rows(text)))
+        sections.append(_table(("text", "teacher", "student"), _text_rows(text)))
     settings = evaluation.rest.get("settings")
     if isinstance(settings, dict):
         asked = {key: settings[key] for key in ("device", "precision", "limit", "seed") if key in settings}
         versions = settings.get("versions")
         asked |= {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
         told = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
-        parts += [f"Measured with {told}."] if told else []
-    return parts
+        sections += [f"Measured with {told}."] if told else []
+    return sections
 
 
 def _text_rows(text: Mapping[str, Any]) -> list[list[str]]:

@@ -105,7 +105,7 @@ def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             stock = _stock_class(model)(config)
     except (AttributeError, ValueError, StrictDataclassError):
-        return None  # the block has no such parts, or the family no such sizes
+        return None  # the block has no such modules, or the family no such sizes
     return config if _build_of(stock) == _build_of(model) else None
 
 

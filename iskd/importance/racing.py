@@ -11,8 +11,8 @@ A race (Maron and Moore 1993, "Hoeffding races") with paired statistics, as in F
 4. To beat is the `number`-th lowest mean, where so many blocks are asked for; that of the leader where one is. A block
    is out when its mean difference to it is more than `z` paired standard errors, which shrink to zero as the pieces run
    out.
-5. The race ends when `number` blocks are left or there are no more pieces. In the latter case the pieces of which only
-   a part was scored are read again for those left, and their scores are the exact ones of `ablation`.
+5. The race ends when `number` blocks are left or there are no more pieces. In the latter case the pieces that were
+   scored at some positions only are read again for those left, and their scores are the exact ones of `ablation`.
 
 Who takes part and how many are asked for is what the schedule says (`choosing`): layers that may not be edited do not
 race. Right is which blocks are the lowest; the order among them and behind them is an estimate. Models in shards do not
@@ -162,20 +162,20 @@ class Racing(WindowImportance):
         pieces = self.cut(batches)
 
         def measure(candidates: Sequence[int], start: int, stop: int, stride: int) -> list[Tensor]:
-            parts = [
+            found = [
                 leave_one_out_values(
                     student,
                     teacher,
-                    part,
+                    windows,
                     metric=self.metric,
                     stride=stride,
                     candidates=candidates,
                     width=self.width,
                     cache=self.cache,
                 )
-                for part in _between(pieces, start, stop)
+                for windows in _between(pieces, start, stop)
             ]
-            return [piece for part in parts for piece in part.unbind(1)]
+            return [piece for values in found for piece in values.unbind(1)]
 
         with scoring(student, teacher):
             turns, sinks = _scout(Stack(student), pieces[0][:1], self.cache)
@@ -190,8 +190,8 @@ class Racing(WindowImportance):
         cut = []
         for batch in batches:
             windows, length = batch.shape
-            parts = 1 if self.tokens is None else max(1, round(length / self.tokens))
-            cut.append(batch[:, : length // parts * parts].reshape(windows * parts, -1))
+            number = 1 if self.tokens is None else max(1, round(length / self.tokens))
+            cut.append(batch[:, : length // number * number].reshape(windows * number, -1))
         return cut
 
     def decide(self, measure: Measure, order: Sequence[int], pieces: int) -> Race:
@@ -221,7 +221,7 @@ def race(
     rounds: list[tuple[int, int, int]] = []
     values: dict[int, list[Tensor]] = {position: [] for position in alive}
     gaps: dict[int, float] = {}  # of those that are out: how far they were behind the one to beat
-    coarse: list[tuple[int, int]] = []  # pieces of which only a part of the positions was scored
+    coarse: list[tuple[int, int]] = []  # pieces of which only some of the positions were scored
     while True:
         # the next pieces, growing geometrically: a close race takes few rounds, a clear one ends early
         start, read = read, min(pieces, max(first, read + 1, int(growth * read)))

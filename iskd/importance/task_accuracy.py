@@ -109,8 +109,8 @@ class TaskAccuracy(WindowImportance):
         """Correctness [items] of the items of all tasks."""
         sizes = [len(items) for items in self.selection.values()]
         metrics = ["led" if task == COPY else self.metric for task in self.selection]
-        parts = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
-        return torch.cat(list(parts))
+        rows = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
+        return torch.cat(list(rows))
 
     def _weights(self) -> Tensor:
         """Factor [items] that turns the mean over items into the mean over tasks."""

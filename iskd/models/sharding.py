@@ -64,7 +64,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether every rank holds only a part of the tensor."""
+    """Whether every rank holds only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 

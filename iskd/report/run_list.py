@@ -25,7 +25,7 @@ _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
 _INCIDENTAL = frozenset({"resume", "cache_dir", "export", "objectives", "plan_only", "trainer.progress"})
-_INCIDENTAL_PARTS = ("logger", "run")
+_INCIDENTAL_GROUPS = ("logger", "run")
 # of an evaluation's settings: which items of its tasks were drawn
 _DRAWN_BY = ("seed", "limit", "data", "excluded")
 
@@ -156,7 +156,7 @@ def _within(folder: Path, depth: int) -> Iterator[Path]:
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sorts run-2 before run-10."""
-    return [(int(part) if part.isdecimal() and len(part) < 18 else -1, part) for part in re.split(r"(\d+)", text)]
+    return [(int(piece) if piece.isdecimal() and len(piece) < 18 else -1, piece) for piece in re.split(r"(\d+)", text)]
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -226,8 +226,8 @@ def flatten(value: Any, key: str = "", level: int = 0) -> Iterator[tuple[str, st
 
 
 def _incidental(key: str) -> bool:
-    parts = key.split(".")
-    return key in _INCIDENTAL or parts[0] in _INCIDENTAL_PARTS or parts[-1] == "seed"
+    names = key.split(".")
+    return key in _INCIDENTAL or names[0] in _INCIDENTAL_GROUPS or names[-1] == "seed"
 
 
 def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:

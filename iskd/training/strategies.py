@@ -59,7 +59,7 @@ def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = F
             raise ValueError(IN_SHARDS)
         if edits and sharding.UNTESTED is not None:
             raise ValueError(
-                f"trainer=fsdp edits sharded models through private parts of torch, and {sharding.UNTESTED}; "
+                f"trainer=fsdp edits sharded models through private names of torch, and {sharding.UNTESTED}; "
                 "use schedule.restart_at_edit=true, which needs none of them"
             )
         return

@@ -109,16 +109,16 @@ def test_padding_on_the_left_changes_nothing(family: str, name: str, implementat
 
 @torch.no_grad()
 def check_cache(model: PreTrainedModel) -> None:
-    """Reading a window in parts, each with the cache of those before, gives what reading it at once gives."""
+    """Reading a window in pieces, each with the cache of those before, gives what reading it at once gives."""
     ids = windows()
-    whole, parts, past = logits(model, ids), [], None
-    for part in ids.split((6, 1, 9), dim=1):
-        output = model(part, past_key_values=past, use_cache=True)
+    whole, pieces, past = logits(model, ids), [], None
+    for piece in ids.split((6, 1, 9), dim=1):
+        output = model(piece, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        parts.append(output.logits)
+        pieces.append(output.logits)
     assert past is not None
     assert past.get_seq_length() == 16
-    same(torch.cat(parts, dim=1), whole)
+    same(torch.cat(pieces, dim=1), whole)
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -199,11 +199,11 @@ def test_the_published_bottleneck_does_not_start_as_removal(family: str) -> None
     assert not torch.allclose(logits(fresh(family, SPECS["bottleneck_paper"]), windows()), logits(removed, windows()))
 
 
-def _rows(model: PreTrainedModel, block: Bottleneck, part: str) -> tuple[nn.Parameter, Any]:
+def _rows(model: PreTrainedModel, block: Bottleneck, name: str) -> tuple[nn.Parameter, Any]:
     """Weight of the first inner attention and the index of its query or key rows."""
     family = Stack(model).family
     layer = block.inner.get_submodule(family.layers)[0]  # type: ignore[index]
-    place = {"q": 0, "k": 1}[part]
+    place = {"q": 0, "k": 1}[name]
     if not family.fused:
         return layer.get_submodule(family.qkv[place]).weight, slice(None)
     weight = layer.get_submodule(family.qkv[0]).weight
@@ -216,16 +216,16 @@ def _rows(model: PreTrainedModel, block: Bottleneck, part: str) -> tuple[nn.Para
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("name", ["q", "k"])
 @torch.no_grad()
-def test_queries_and_keys_matter_inside_a_bottleneck(family: str, part: str) -> None:
+def test_queries_and_keys_matter_inside_a_bottleneck(family: str, name: str) -> None:
     # the published code wraps the mask twice, which makes attention uniform: queries and keys are dead weights there
     model = copy.deepcopy(student(family, "bottleneck"))
     hosted = Stack(model).layers[0]
     assert isinstance(hosted, HostedBlock)
     assert isinstance(hosted.block, Bottleneck)
     before = logits(model, windows())
-    weight, rows = _rows(model, hosted.block, part)
+    weight, rows = _rows(model, hosted.block, name)
     weight[rows] = torch.randn(weight[rows].shape, generator=torch.Generator().manual_seed(4))
     assert (logits(model, windows()) - before).abs().max() > 1e-3
 

@@ -133,15 +133,15 @@ def test_a_cache_goes_on_with_the_last_document_alone(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
 def test_token_by_token_is_all_at_once(name: str) -> None:
-    """Also in parts, in every length of chunk, and behind padding."""
+    """Also in pieces, in every length of chunk, and behind padding."""
     mixer, x = mixer_of(name), randn(2, 11, 48, seed=2)
     positions = (MASK.cumsum(1) - 1).clamp_min(0)
     whole = mixer(x, mask=MASK, positions=positions)
     for lengths in ([1] * 11, [6, 1, 4], [4, 7]):
         cache, outputs, seen = DynamicCache(), [], 0
-        for part, at in zip(x.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True):
-            seen += part.shape[1]
-            outputs.append(mixer(part, mask=MASK[:, :seen], positions=at, cache=CacheSlot(cache, 0)))
+        for piece, at in zip(x.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True):
+            seen += piece.shape[1]
+            outputs.append(mixer(piece, mask=MASK[:, :seen], positions=at, cache=CacheSlot(cache, 0)))
         exact(torch.cat(outputs, dim=1)[MASK.bool()], whole[MASK.bool()])
     for mixer.chunk in (1, 3, 64):
         exact(mixer(x, mask=MASK, positions=positions)[MASK.bool()], whole[MASK.bool()])
@@ -151,8 +151,8 @@ def test_token_by_token_is_all_at_once(name: str) -> None:
 def test_every_part_is_accounted_for(name: str) -> None:
     mixer: Any = converted("llama", SPECS[name]).get_submodule("model.layers.0.self_attn.mixer")
     lines = dict(line.split(" ", 1) for line in mixer.report)
-    parts = {key.removeprefix("projections.").split(".")[0] for key, _ in mixer.named_parameters()}
-    assert parts | {f"{part}_proj" for part in "qkvo"} <= set(lines)
+    own = {key.removeprefix("projections.").split(".")[0] for key, _ in mixer.named_parameters()}
+    assert own | {f"{name}_proj" for name in "qkvo"} <= set(lines)
     known = ("copied", "fresh: ", "dropped: ", "not used: ")
     assert all(line.startswith(known) for line in lines.values()), lines
     assert lines["o_proj"] == "copied"
@@ -240,16 +240,16 @@ def test_the_mask_of_eager_attention_is_read_too(family: str) -> None:
 
 @torch.no_grad()
 def check_cache(model: PreTrainedModel) -> None:
-    """Reading a window in parts, each with the cache of those before, gives what reading it at once gives."""
+    """Reading a window in pieces, each with the cache of those before, gives what reading it at once gives."""
     ids = windows()
-    whole, parts, past = logits(model, ids), [], None
-    for part in ids.split((6, 1, 9), dim=1):
-        output = model(part, past_key_values=past, use_cache=True)
+    whole, pieces, past = logits(model, ids), [], None
+    for piece in ids.split((6, 1, 9), dim=1):
+        output = model(piece, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        parts.append(output.logits)
+        pieces.append(output.logits)
     assert past is not None
     assert past.get_seq_length() == 16
-    same(torch.cat(parts, dim=1), whole)
+    same(torch.cat(pieces, dim=1), whole)
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -321,8 +321,8 @@ def test_the_state_does_not_grow(name: str) -> None:
         past = model(windows(2, tokens), use_cache=True).past_key_values
         assert all(isinstance(layer, StateLayer) for layer in past.layers)
         assert past.get_seq_length() == tokens
-        sizes.append([part.shape for layer in past.layers for part in layer.state])
-        assert all(part.dtype == torch.float32 for layer in past.layers for part in layer.state)
+        sizes.append([tensor.shape for layer in past.layers for tensor in layer.state])
+        assert all(tensor.dtype == torch.float32 for layer in past.layers for tensor in layer.state)
     assert sizes[0] == sizes[1]
 
 

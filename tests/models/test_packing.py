@@ -50,8 +50,8 @@ PACKED = torch.cat(documents(), dim=1)
 def differences(model: PreTrainedModel) -> list[float]:
     """By how much the last hidden states of every document in the packed window differ from those of it alone."""
     stack = Stack(model)
-    parts = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
-    return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(parts, documents(), strict=True)]
+    pieces = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
+    return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(pieces, documents(), strict=True)]
 
 
 @pytest.mark.parametrize("separator", [None, SEPARATOR])

@@ -48,8 +48,8 @@ def test_sizes_and_paths_are_those_of_the_model(name: str) -> None:
     for path in (*family.ups, family.down):
         assert {96, 48} == set(block.get_submodule(path).get_parameter("weight").shape)
     assert block.get_submodule(family.attn).layer_idx == 0
-    for part in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
-        assert part is None or isinstance(stack.base.get_submodule(part), nn.Module)
+    for path in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
+        assert path is None or isinstance(stack.base.get_submodule(path), nn.Module)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import options, part, plain, spec
+from iskd.commands.config import object_of, options, plain, spec
 from iskd.commands.resume import resumed
 from iskd.plan.options import RunOptions
 from iskd.schedules.align import Align
@@ -101,13 +101,13 @@ def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
 def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
     config = composed()
     assert RunOptions(**plain(config.run)) == RunOptions()
-    assert part(config.optim) == OptimSpec()
+    assert object_of(config.optim) == OptimSpec()
     edit = ReplaceWith(spec(config.block))
-    assert part(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
-    assert part(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
-    assert part(composed("schedule=none").schedule) == NoEdits()
+    assert object_of(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
+    assert object_of(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
+    assert object_of(composed("schedule=none").schedule) == NoEdits()
     convert = ConvertTo(spec(config.mixer))
-    assert part(composed("schedule=align").schedule, edit=convert) == Align(convert)
+    assert object_of(composed("schedule=align").schedule, edit=convert) == Align(convert)
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:
@@ -249,7 +249,7 @@ def test_the_offline_advice_works(tmp_path: Path) -> None:
     """What the error for a missing model suggests, for every model that knows its shape."""
     for model in ("smollm2", "gpt2"):
         advice = [f"model={model}", "model.pretrained=false", "model.num_layers=4"]
-        loaded = load_teacher(part(composed(*advice).model))
+        loaded = load_teacher(object_of(composed(*advice).model))
         assert loaded.model.config.num_hidden_layers == 4
 
 

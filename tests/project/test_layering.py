@@ -177,14 +177,14 @@ def iskd_imports(file: str) -> list[tuple[str, str, int]]:
     """Imported files of iskd, the name taken from them ("" = the module) and the line; a face is `room/__init__`."""
     found = []
     for dotted, line in dotted_imports(FILES[file]):
-        parts = dotted.split(".")
-        if parts[0] != "iskd":
+        names = dotted.split(".")
+        if names[0] != "iskd":
             continue
-        for end in range(len(parts), 0, -1):
-            name = "/".join(parts[1:end])
+        for end in range(len(names), 0, -1):
+            name = "/".join(names[1:end])
             other = name if name in FILES else f"{name}/__init__" if f"{name}/__init__" in FILES else "__init__"
             if other in FILES and (other != "__init__" or end == 1):
-                found.append((other, ".".join(parts[end:]), line))
+                found.append((other, ".".join(names[end:]), line))
                 break
     return found
 

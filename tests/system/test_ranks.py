@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 @pytest.mark.parametrize("strategy", [None, "fsdp"])
 def test_a_fresh_process_for_every_edit(strategy: str | None, folder: Path, one: dict[str, Any]) -> None:
-    """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private part of torch."""
+    """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private name of torch."""
     name, size = f"restart-{strategy}", MANY[strategy]
     codes = []
     for _ in range(8):

@@ -101,7 +101,7 @@ def test_rows_are_what_the_teacher_says(spec: CacheSpec, tmp_path: Path) -> None
         cache.read([10])
 
 
-def parts(terms: Terms, model: PreTrainedModel, cache: TeacherCache | None) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(terms: Terms, model: PreTrainedModel, cache: TeacherCache | None) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of a step on windows 4 and 1."""
     student = copy.deepcopy(model)
     record = surgery.apply(student, Record(2), [Remove(1)])
@@ -118,7 +118,7 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
     model = teacher()
     spec = CacheSpec(dtype=dtype, chunk_tokens=CHUNK)
     cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
-    (loss, grads), (live, live_grads) = parts(terms, model, cache), parts(terms, model, None)
+    (loss, grads), (live, live_grads) = loss_and_gradients(terms, model, cache), loss_and_gradients(terms, model, None)
     assert abs(loss - live) <= tolerance * live
     for ours, reference in zip(grads, live_grads, strict=True):
         assert (ours - reference).norm() <= tolerance * reference.norm()
@@ -126,11 +126,11 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
 
 def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Path) -> None:
     terms, model = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1)}, teacher()
-    live, live_grads = parts(terms, model, None)
+    live, live_grads = loss_and_gradients(terms, model, None)
     found = []
     for k in (4, 32, VOCAB - 1):
         cache = TeacherCache.open(model, TEXTS, tmp_path, CacheSpec("topk", top_k=k)).fill()
-        found.append(parts(terms, model, cache))
+        found.append(loss_and_gradients(terms, model, cache))
     losses = [float(loss) for loss, _ in found]
     assert losses[0] < losses[1] < losses[2]
     # nothing is merged with K = V - 1: what differs is fp16
@@ -144,7 +144,7 @@ def test_steps_under_autocast_are_close_to_the_live_teachers(spec: CacheSpec, tm
     model = teacher()
     with torch.autocast("cpu", torch.bfloat16):
         cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
-        (loss, grads), (live, live_grads) = (parts({"kl": (KL(), 1.0)}, model, c) for c in (cache, None))
+        (loss, grads), (live, live_grads) = (loss_and_gradients({"kl": (KL(), 1.0)}, model, c) for c in (cache, None))
     assert 0 < loss <= 1.01 * live
     if spec.kind == "hidden":
         assert loss == pytest.approx(float(live), rel=1e-2)

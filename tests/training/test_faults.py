@@ -57,7 +57,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     value: float, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An infinite loss with finite gradients too; weights and moments stay as they are, and the run goes on."""
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss + value, r.parts) if n == 8 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss + value, r.terms) if n == 8 else r)
     before: list[dict[str, Tensor]] = []
     parts = make(tmp_path / "run")
     for batch in (6, 8):  # the poisoned micro-batch is the first of the fourth step (two calls are the probe's)
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_steps_that_stay_not_finite_end_the_run(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n > 7 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.terms) if n > 7 else r)
     with pytest.raises(
         NonFiniteError, match=r"in 3 optimizer steps in a row \(run.max_skipped=2\) at \d+ tokens.*Last good"
     ):

@@ -209,7 +209,7 @@ def test_recomputed_blocks_draw_the_same_random_numbers(family: str, how: Any) -
 
 def test_a_step_that_is_not_finite_is_skipped_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By fused AdamW's own flag: weights after the skipped step are those before it."""
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n == 8 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.terms) if n == 8 else r)
     parts = make_parts(
         tmp_path / "run",
         write_text(tmp_path),

@@ -18,7 +18,7 @@ def keep_metrics(run_dir: Path, *, below: int | None) -> None:
     None: there is no checkpoint, and no row is kept.
     """
     path = Path(run_dir) / METRICS_FILE
-    files = [*_parts(run_dir), *([path] if path.is_file() else [])]
+    files = [*_set_aside(run_dir), *([path] if path.is_file() else [])]
     rows, columns = _read_rows(files)
     # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
     kept = [row for row in rows if below is not None and _belongs(row, below)]
@@ -31,20 +31,20 @@ def keep_metrics(run_dir: Path, *, below: int | None) -> None:
 
 def merge_metrics(run_dir: Path) -> None:
     """After a resumed run: join what was set aside and what was added into one `metrics.csv`."""
-    path, parts = Path(run_dir) / METRICS_FILE, _parts(run_dir)
-    if not parts:
+    path, kept = Path(run_dir) / METRICS_FILE, _set_aside(run_dir)
+    if not kept:
         return
-    rows, columns = _read_rows([*parts, *([path] if path.is_file() else [])])
+    rows, columns = _read_rows([*kept, *([path] if path.is_file() else [])])
     _write_rows(path, rows, columns)
-    for part in parts:
-        part.unlink()
+    for file in kept:
+        file.unlink()
 
 
 def _belongs(row: Mapping[str, str], below: int) -> bool:
     return _tokens(row) < below or (_tokens(row) == below and not row.get("train/loss"))
 
 
-def _parts(run_dir: Path) -> list[Path]:
+def _set_aside(run_dir: Path) -> list[Path]:
     return sorted(Path(run_dir).glob(KEPT_METRICS_FILE))
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a few steps of a run, measured by part and by operator.
+"""Where the time of a training step goes: a few steps of a run, measured by span and by operator.
 
 Imports: system, plan, teacher, data, training.step, training.state, training.
 """

@@ -82,8 +82,8 @@ def save(
     rng = ranks.gather(rng_tensors())
     try:
         together(ranks, target, lambda: _make(draft) if ranks.rank == 0 else None)
-        parts = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
-        mine = {part: held(tensors, ranks, sharded) for part, tensors in parts.items()}
+        tensors_of = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
+        mine = {owner: held(tensors, ranks, sharded) for owner, tensors in tensors_of.items()}
         suffix = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if sharded else ""
         files = together(ranks, target, lambda: _write(draft, mine, suffix) if sharded or ranks.rank == 0 else {})
         entries = {name: entry for written in files for name, entry in written.items()}
@@ -138,9 +138,9 @@ def held(tensors: Mapping[str, Tensor], ranks: Ranks, sharded: bool = False) -> 
 
 def _write(draft: Path, mine: Mapping[str, dict[str, Tensor]], suffix: str) -> dict[str, Json]:
     """Write this rank's files and return their entries in the manifest."""
-    for part, tensors in mine.items():
-        save_file(tensors, draft / f"{part}{suffix}.safetensors")
-    return {name: _entry(draft / name) for name in (f"{part}{suffix}.safetensors" for part in mine)}
+    for owner, tensors in mine.items():
+        save_file(tensors, draft / f"{owner}{suffix}.safetensors")
+    return {name: _entry(draft / name) for name in (f"{owner}{suffix}.safetensors" for owner in mine)}
 
 
 def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunState, entries: dict[str, Json]) -> None:
@@ -156,11 +156,11 @@ def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunS
 
 
 class Stored(Mapping[str, Tensor]):
-    """The tensors of one part of a checkpoint, read one at a time; shards are joined along their first dimension."""
+    """The tensors of the student or the optimizer in a checkpoint, one at a time; shards are joined along dim 0."""
 
-    def __init__(self, path: Path, part: str) -> None:
+    def __init__(self, path: Path, owner: str) -> None:
         # opened for the life of this object: the headers are parsed once
-        self._files = [safe_open(file, "pt") for file in sorted(path.glob(f"{part}*.safetensors"))]
+        self._files = [safe_open(file, "pt") for file in sorted(path.glob(f"{owner}*.safetensors"))]
         self._where: dict[str, list[Any]] = {}
         for file in self._files:
             for name in cast(Any, file).keys():  # noqa: SIM118 (not a mapping)

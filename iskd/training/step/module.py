@@ -43,7 +43,7 @@ class StepResult:
     """
 
     loss: Tensor
-    parts: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor]
     by_layer: Mapping[int, Tensor] = field(default_factory=dict)
 
 
@@ -221,8 +221,8 @@ class DistillModule(L.LightningModule):
             teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
         head = None if teacher is None else Stack(self.teacher).head
         with span(StepSpan.LOSS):
-            loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
-        return StepResult(loss, parts)
+            loss, means = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
+        return StepResult(loss, means)
 
     def _align(self, objective: str, input_ids: Tensor) -> StepResult:
         """The step of a stage that aligns layers: the sum over them is minimised, their mean logged."""
@@ -231,7 +231,7 @@ class DistillModule(L.LightningModule):
         return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
+        """Loss of a micro-batch; logs it with its terms against cumulative tokens."""
         result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
@@ -259,7 +259,7 @@ class DistillModule(L.LightningModule):
             self.log_dict(dict(values()), on_step=True, on_epoch=False)
 
     def _values(self, result: StepResult) -> dict[str, Tensor | float]:
-        values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
+        values = {"train/loss": result.loss.detach(), **{f"train/{name}": mean for name, mean in result.terms.items()}}
         rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         at = self.position

@@ -112,7 +112,7 @@ def test_a_pass_that_ends_early_gives_the_loss_of_a_whole_one() -> None:
 
 
 def test_a_step_under_bf16_autocast_is_that_of_float32_up_to_rounding() -> None:
-    """Loss, its parts and the gradient, of a model that has learnt something; gradients are float32 in both."""
+    """Loss, its terms and the gradient, of a model that has learnt something; gradients are float32 in both."""
     terms: Terms = {"ce": CE, "kl": DIVERGENCE, "hidden": (HiddenMatch("normalized"), 0.5)}
     teacher = tiny_teacher()
     count = len(Stack(teacher).layers)
@@ -128,7 +128,7 @@ def test_a_step_under_bf16_autocast_is_that_of_float32_up_to_rounding() -> None:
         assert all(gradient.dtype == torch.float32 for gradient in found)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
         results.append(
-            {"loss": float(result.loss.detach()), **{name: float(part) for name, part in result.parts.items()}}
+            {"loss": float(result.loss.detach()), **{name: float(mean) for name, mean in result.terms.items()}}
         )
     assert results[1] == pytest.approx(results[0], rel=2e-2)  # 8 bits a number: each rounding is up to 0.4 % off
     assert results[1] != results[0]
