@@ -24,7 +24,7 @@ from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, write_whole
 from iskd.system.precision import precision
-from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
+from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
 
@@ -66,7 +66,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         resume=resuming,
         export=_export(config.export),
         evaluation=asked,
-        cache=_teacher_cache(config, losses),
+        teacher_cache=_teacher_cache(config, losses),
     )
 
 
@@ -102,14 +102,14 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     return spec
 
 
-def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
+def _teacher_cache(config: DictConfig, losses: Terms) -> TeacherCacheSpec | None:
     """How the teacher's answers are kept, or None; checked against the losses before anything runs."""
     values: dict[str, Any] = plain(config.get("teacher") or {})
     kind = values.pop("cache", None)
     if kind is None:
         return None
     check_terms_cached(losses, kind)
-    return CacheSpec(kind, **values)
+    return TeacherCacheSpec(kind, **values)
 
 
 def _schedule(config: DictConfig) -> Schedule:

@@ -52,23 +52,23 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
     given = [argument for argument in overrides if not argument.startswith("resume=")]
     command = [*_ENTRY, *given, f"hydra.run.dir={run_dir}", *([f"resume={resume}"] if resume else [])]
     environment = {key: value for key, value in os.environ.items() if key != RESUME}
-    signals = StopSignals()
-    signals.install()
+    stop_signals = StopSignals()
+    stop_signals.install()
     try:
         child = subprocess.Popen(command, env=_ours(environment))
         asked = False
         while child.poll() is None:
-            if signals.received is not None and not asked:
+            if stop_signals.received is not None and not asked:
                 child.send_signal(signal.SIGTERM)
                 asked = True
             time.sleep(0.1)
         if child.returncode == EXIT_CODE:
-            signals.hand_on()
+            stop_signals.hand_on()
             raise Preempted(run_dir)
         if child.returncode:
             raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:
-        signals.uninstall()
+        stop_signals.uninstall()
     return read_stages(run_dir)
 
 

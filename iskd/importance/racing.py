@@ -119,7 +119,7 @@ class Racing(WindowImportance):
             raise ValueError(f"importance.veto must be above 1 (it multiplies the median update), got {veto}")
         self.metric, self.stride, self.tokens, self.pieces = metric, stride, tokens, pieces
         self.growth, self.z, self.veto, self.width = growth, z, veto, width
-        self.cache = PrefixCache(cache_mb)
+        self.prefix_cache = PrefixCache(cache_mb)
         self.candidates: tuple[int, ...] | None = None  # who races; None = every block
         self.number = 1
 
@@ -171,14 +171,14 @@ class Racing(WindowImportance):
                     stride=stride,
                     candidates=candidates,
                     width=self.width,
-                    cache=self.cache,
+                    prefix_cache=self.prefix_cache,
                 )
                 for windows in _between(pieces, start, stop)
             ]
             return [piece for values in found for piece in values.unbind(1)]
 
         with scoring(student, teacher):
-            turns, sinks = _scout(Stack(student), pieces[0][:1], self.cache)
+            turns, sinks = _scout(Stack(student), pieces[0][:1], self.prefix_cache)
             order = sorted(range(len(turns)) if self.candidates is None else self.candidates, key=turns.__getitem__)
             harmless = [position for position in order if sinks[position] <= self.veto]
             # where more are asked for than are harmless, builders of the sink have to race too
@@ -319,7 +319,7 @@ def _between(batches: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return found
 
 
-def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float], list[float]]:
+def _scout(stack: Stack, window: Tensor, prefix_cache: PrefixCache) -> tuple[list[float], list[float]]:
     """Block influence, and update of position 0 over that of the median token, of every block [L]; one pass, no head.
 
     Raises ValueError on a window of one token: position 0 is left out of the one and compared with others in the other.
@@ -328,7 +328,7 @@ def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float
         raise ValueError(f"importance needs windows of at least 2 tokens, got a batch {list(window.shape)}")
     last = len(stack.layers) - 1
     # a trunk holds what goes into blocks; what comes out of the last one is one call more: L + 1 states [1, T, D]
-    trunk = cache.trunk(stack, window, last)
+    trunk = prefix_cache.trunk(stack, window, last)
     states = [state.float() for state in (*trunk.states, trunk.run(last, stack.layers[last], trunk.states[last]))]
     turns, sinks = [], []
     for before, after in pairwise(states):

@@ -54,7 +54,7 @@ def leave_one_out_values(
     candidates: Sequence[int] | None = None,
     width: int | None = None,
     chunk: int = 256,
-    cache: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Tensor:
     """What the absence of each candidate block costs at each scored position [C, B, P], in nats, float32, on the CPU.
 
@@ -72,7 +72,7 @@ def leave_one_out_values(
         candidates: positions in the stack; C of them, in this order. None = every block.
         width: branches that are run as one batch; None = 8 on a GPU, 1 on a CPU.
         chunk: tokens whose logits exist at a time.
-        cache: what remembers the trunk from call to call; None = nothing does.
+        prefix_cache: what remembers the trunk from call to call; None = nothing does.
 
     Raises:
         ValueError: an unknown metric; a number below 1; a candidate that is not in the stack, or none at all; windows
@@ -83,7 +83,7 @@ def leave_one_out_values(
     top, scored = max(wanted), batch.shape[1] - (metric == "loss")
     if scored < 1:
         raise ValueError(f"importance.metric=loss needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
-    trunk = Trunk(stack, batch, top) if cache is None else cache.trunk(stack, batch, top)
+    trunk = Trunk(stack, batch, top) if prefix_cache is None else prefix_cache.trunk(stack, batch, top)
     # without a block, its input goes to the block above it
     branches = [(position + 1, trunk.states[position]) for position in wanted]
     # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit

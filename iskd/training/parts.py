@@ -16,7 +16,7 @@ from iskd.losses import Chunk, Terms
 from iskd.plan import Record, StageResult
 from iskd.plan.options import RunOptions
 from iskd.schedules import Schedule
-from iskd.teacher import CacheSpec, Loaded
+from iskd.teacher import Loaded, TeacherCacheSpec
 from iskd.training.deciding import Importance
 from iskd.training.step import OptimSpec
 
@@ -25,8 +25,8 @@ from iskd.training.step import OptimSpec
 class Parts:
     """Everything a run is made of.
 
-    `trainer` holds keyword arguments of `lightning.Trainer`; `cache` says how the teacher's answers are kept on disk,
-    `evaluation` what the student is asked at the end, None = nothing.
+    `trainer` holds keyword arguments of `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on
+    disk, `evaluation` what the student is asked at the end, None = nothing.
     """
 
     teacher: Loaded
@@ -44,7 +44,7 @@ class Parts:
     seed: int = 0
     resume: bool = False
     export: bool = True
-    cache: CacheSpec | None = None
+    teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
 
 

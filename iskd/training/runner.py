@@ -174,7 +174,7 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
         stage = adapters.merged(state.finished[-1]) if state.finished else Stage("start")
     return DistillModule(
         student, teacher, parts.terms, parts.optim, state.record,
-        stage=stage, chunk=parts.chunk, share_prefix=parts.options.share_prefix, cache=parts.cache,
+        stage=stage, chunk=parts.chunk, share_prefix=parts.options.share_prefix, teacher_cache=parts.teacher_cache,
         gradient_checkpointing=parts.options.gradient_checkpointing, compile=parts.options.compile,
         separator=parts.data.separator,
     )  # fmt: skip

@@ -107,8 +107,8 @@ class StageLoop:
         check_alignment(module.student, self.schedule)
         module.place_teacher()
         if not self.options.plan_only:
-            with live.forward_context():  # a cache holds what a teacher of the run's precision says
-                module.open_cache(self.data)
+            with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
+                module.open_teacher_cache(self.data)
             if self.options.mfu:
                 self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
         if resume_from is not None:

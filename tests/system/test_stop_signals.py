@@ -59,16 +59,16 @@ def send(number: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_a_mark(number: int) -> None:
     before = signal.getsignal(number)
-    signals = StopSignals()
-    signals.install()
-    assert signals.received is None
+    caught = StopSignals()
+    caught.install()
+    assert caught.received is None
     send(number)
     send(signal.SIGTERM)
-    assert signals.received == number, "the first one counts"
-    signals.hand_on()  # nothing was there before
-    signals.uninstall()
+    assert caught.received == number, "the first one counts"
+    caught.hand_on()  # nothing was there before
+    caught.uninstall()
     assert signal.getsignal(number) == before
-    assert signals.received == number
+    assert caught.received == number
 
 
 def test_handlers_of_lightning_are_replaced_and_those_of_before_handed_on() -> None:
@@ -76,18 +76,18 @@ def test_handlers_of_lightning_are_replaced_and_those_of_before_handed_on() -> N
     signal.signal(signal.SIGTERM, lambda number, frame: calls.append(("before", number)))
     lightnings = cast(Handler, _HandlersCompose([lambda number, frame: calls.append(("lightning", int(number)))]))
     signal.signal(signal.SIGUSR1, lightnings)
-    signals = StopSignals()
-    signals.install()
+    caught = StopSignals()
+    caught.install()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # as Lightning does between on_fit_start and on_train_start
         signal.signal(number, lightnings)
-    signals.install()
+    caught.install()
     send(signal.SIGUSR1)
     send(signal.SIGTERM)
-    assert signals.received == signal.SIGUSR1
+    assert caught.received == signal.SIGUSR1
     assert calls == []
-    signals.hand_on()
+    caught.hand_on()
     assert calls == [("before", signal.SIGTERM)]
-    signals.uninstall()
+    caught.uninstall()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
@@ -96,11 +96,11 @@ def test_handlers_that_exit_or_fail_are_not_hidden() -> None:
         sys.exit(144)
 
     signal.signal(signal.SIGTERM, requeue)
-    signals = StopSignals()
-    signals.install()
+    caught = StopSignals()
+    caught.install()
     send(signal.SIGTERM)
     with pytest.raises(SystemExit, match="144"):
-        signals.hand_on()
+        caught.hand_on()
 
 
 def test_the_signal_of_a_submitit_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +115,8 @@ def test_the_signal_of_a_submitit_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_threads_install_nothing() -> None:
-    signals, before = StopSignals(), signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=signals.install)
+    caught, before = StopSignals(), signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=caught.install)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss + value, r.terms) if n == 8 else r)
     before: list[dict[str, Tensor]] = []
     parts = make(tmp_path / "run")
-    for batch in (6, 8):  # the poisoned micro-batch is the first of the fourth step (two calls are the probe's)
+    for batch in (6, 8):  # the poisoned micro-batch is the first of the fourth step (two calls are the plan's)
         parts.callbacks.append(
             At(batch, lambda m: before.append({k: v.clone() for k, v in model_tensors(m.student).items()}))
         )

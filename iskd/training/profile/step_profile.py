@@ -153,7 +153,9 @@ def _expected(module: DistillModule) -> set[StepSpan]:
     loop = {StepSpan.LOADER, StepSpan.BACKWARD, StepSpan.CLIPPING, StepSpan.OPTIMIZER}
     if module.stage.objective != "loss":
         return {*loop, StepSpan.ALIGNMENT}
-    alive = module.cache is None and wanted(module.terms, module.record, module.stage, of_teacher=True) is not None
+    alive = (
+        module.teacher_cache is None and wanted(module.terms, module.record, module.stage, of_teacher=True) is not None
+    )
     return {*loop, StepSpan.STUDENT, StepSpan.LOSS, *([StepSpan.TEACHER] if alive else [])}
 
 

@@ -23,7 +23,7 @@ from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.models import Signals, Stack, sharding
 from iskd.plan import Record, Stage
 from iskd.system import Ranks
-from iskd.teacher import CacheSpec, TeacherCache, check_terms_cached
+from iskd.teacher import TeacherCache, TeacherCacheSpec, check_terms_cached
 from iskd.training.step.alignment import align
 from iskd.training.step.block_runner import BlockRunner, Recompute
 from iskd.training.step.guard import StepGuard
@@ -60,8 +60,9 @@ class DistillModule(L.LightningModule):
         share_prefix: run leading blocks that are frozen and still the teacher's once for both
             (`iskd.training.step.shared_prefix`).
         stage: what trains, until the loop enters one.
-        cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
-            those of stages that align layers. Of a `CacheSpec` it is opened before the fit (`open_cache`).
+        teacher_cache: what the teacher said about the training windows; with it training steps do not run the teacher,
+            but those of stages that align layers. Of a `TeacherCacheSpec` it is opened before the fit
+            (`open_teacher_cache`).
         gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
             attention without dropout, a second time in the backward pass (`iskd.training.step.block_runner`).
         compile: compile the blocks of training steps; True or the name of a backend.
@@ -83,7 +84,7 @@ class DistillModule(L.LightningModule):
         chunk: Chunk = "auto",
         stage: Stage | None = None,
         share_prefix: bool = True,
-        cache: TeacherCache | CacheSpec | None = None,
+        teacher_cache: TeacherCache | TeacherCacheSpec | None = None,
         gradient_checkpointing: Recompute = False,
         compile: bool | str = False,
         separator: int | None = None,
@@ -95,17 +96,17 @@ class DistillModule(L.LightningModule):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.terms, self.optim, self.chunk = terms, optim, chunk
         self._record, self._stage, self._position = record, stage or Stage("start"), Position()
-        self.share_prefix, self._prefix = share_prefix, SharedPrefix()
+        self._prefix = SharedPrefix() if share_prefix else None
         self.blocks = BlockRunner(recompute=gradient_checkpointing, compile=compile)
         Stack(teacher).keep_apart(separator)
         Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
-        self.cache: TeacherCache | None = None
-        self.cache_spec: CacheSpec | None = None
-        if isinstance(cache, CacheSpec):
-            check_terms_cached(terms, cache.kind)
-            self.cache_spec = cache
-        elif cache is not None:
-            self.use_cache(cache)
+        self.teacher_cache: TeacherCache | None = None
+        self.teacher_cache_spec: TeacherCacheSpec | None = None
+        if isinstance(teacher_cache, TeacherCacheSpec):
+            check_terms_cached(terms, teacher_cache.kind)
+            self.teacher_cache_spec = teacher_cache
+        elif teacher_cache is not None:
+            self.use_teacher_cache(teacher_cache)
         self.guard = StepGuard()
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
@@ -147,21 +148,23 @@ class DistillModule(L.LightningModule):
         finally:
             self.blocks = found
 
-    def use_cache(self, cache: TeacherCache) -> None:
-        """Read the teacher's side of every training step from `cache`.
+    def use_teacher_cache(self, teacher_cache: TeacherCache) -> None:
+        """Read the teacher's side of every training step from `teacher_cache`.
 
         Raises ValueError when a term needs a signal that it does not hold.
         """
-        check_terms_cached(self.terms, cache.spec.kind)
-        self.cache = cache
+        check_terms_cached(self.terms, teacher_cache.spec.kind)
+        self.teacher_cache = teacher_cache
 
-    def open_cache(self, data: TextData) -> None:
-        """With a `cache_spec`: read the teacher's answers to training windows from disk, computed when first read."""
-        if self.cache_spec is None:
+    def open_teacher_cache(self, data: TextData) -> None:
+        """With a `teacher_cache_spec`: read the teacher's answers from disk, computed when first read."""
+        if self.teacher_cache_spec is None:
             return
         folder, tokenizer = data.cache_dir.parent / "teacher", str(data.manifest()["tokenizer"])
         windows = data.windows("train")
-        self.use_cache(TeacherCache.open(self.teacher, windows, folder, self.cache_spec, tokenizer=tokenizer))
+        self.use_teacher_cache(
+            TeacherCache.open(self.teacher, windows, folder, self.teacher_cache_spec, tokenizer=tokenizer)
+        )
 
     def teardown(self, stage: str) -> None:
         """After the fit both models read a window as one text again; nothing of it is in an export."""
@@ -209,7 +212,7 @@ class DistillModule(L.LightningModule):
             return self._align(self.stage.objective, input_ids)
         stack, terms, record = Stack(self.student), self.terms, self.record
         theirs = None if cached is not None else wanted(terms, record, self.stage, of_teacher=True)
-        shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
+        shared = self._prefix.depth(self.student, self.teacher, record) if self._prefix and theirs else 0
         ours = wanted(terms, record, self.stage) or Wanted()
         with self.blocks.running(self.student, self.teacher):
             student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
@@ -242,11 +245,11 @@ class DistillModule(L.LightningModule):
     @span(StepSpan.LOADER)
     def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
-        if self.cache is None or self.stage.objective != "loss":
+        if self.teacher_cache is None or self.stage.objective != "loss":
             return None
         if "index" not in batch:
             raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
-        rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
+        rows, device = self.teacher_cache.read(batch["index"]), batch["input_ids"].device
         return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
 
     def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:

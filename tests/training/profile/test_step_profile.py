@@ -124,7 +124,7 @@ def test_the_meter_of_a_stage_is_flops_by_time_and_peak() -> None:
 def test_a_step_that_reads_the_cache_is_counted_without_the_teacher(tmp_path: Path) -> None:
     module, batch, meter = module_of(), {"input_ids": windows(3, 16), "index": [2, 0, 1]}, flops.MfuMeter(CPU, peak=1e9)
     live = meter.stage(module, batch, 1.0)["train/flops_per_token"]
-    module.use_cache(TeacherCache.open(module.teacher, windows(3, 16).numpy(), tmp_path).fill())
+    module.use_teacher_cache(TeacherCache.open(module.teacher, windows(3, 16).numpy(), tmp_path).fill())
     cached = meter.stage(module, batch, 1.0)["train/flops_per_token"]
     assert 16 * (live - cached) == 2 * 16 * MATRICES + LAYERS * attention(1, 16, 2)
 
@@ -233,7 +233,7 @@ def test_the_spans_of_a_step_are_those_that_its_stage_asks_for(tmp_path: Path) -
 
     module = module_of()
     assert spans(module) == {"teacher", "student", "loss"}
-    module.use_cache(TeacherCache.open(module.teacher, windows(1, 8).numpy(), tmp_path).fill())
+    module.use_teacher_cache(TeacherCache.open(module.teacher, windows(1, 8).numpy(), tmp_path).fill())
     assert spans(module) == {"student", "loss"}
     module = module_of()
     module.terms = {"ce": (CrossEntropy(), 1.0), "kl": (KL(), 0.0)}

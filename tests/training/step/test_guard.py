@@ -66,7 +66,7 @@ def last_state(folder: Path) -> RunState:
 def spoil(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """The losses of steps 1, 4, 6 and 9; the second one alone, without its gradient.
 
-    Two calls are the probe's, then come two micro-batches a step, six steps a stage.
+    Two calls are the plan's, then come two micro-batches a step, six steps a stage.
     """
 
     def act(number: int, _: Any, result: StepResult) -> StepResult:

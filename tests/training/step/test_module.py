@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,7 @@ from iskd.models import IGNORE, Signals, Stack, surgery
 from iskd.models.capture import capture
 from iskd.models.signals import next_tokens
 from iskd.plan import Convert, Edit, Record, Remove, Stage
+from iskd.teacher import TeacherCacheSpec
 from iskd.training.step.module import DistillModule
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
 from iskd.training.step.passes import Wanted, wanted
@@ -161,6 +162,8 @@ def test_layers_that_are_gone_are_refused() -> None:
 class Cached:
     """Stands for a teacher cache: zeros for the last hidden states, and what was asked for."""
 
+    spec = TeacherCacheSpec()
+
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
@@ -172,7 +175,7 @@ class Cached:
 def test_training_reads_the_cache_by_window_and_leaves_the_teacher_alone() -> None:
     module, texts = module_of({"kl": DIVERGENCE, "ce": CE}), windows(12).numpy().astype(np.uint16)
     cache = Cached()
-    module.cache = cache  # type: ignore[assignment]
+    module.use_teacher_cache(cast(Any, cache))
     loader = StageLoader(texts, batch_size=2, seed=0, first_step=1, steps=3)
     batches = list(loader)
     assert all(np.array_equal(b["input_ids"], texts[b["index"]].astype(np.int64)) for b in batches)
