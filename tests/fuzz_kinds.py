@@ -31,7 +31,7 @@ from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, to_json
 from iskd.plan.reading import record_from_json
 from iskd.report.figures.edit_map import layer_states
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.report.stage_rows import stage_table
 from iskd.system import read_json
 from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers

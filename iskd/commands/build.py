@@ -19,7 +19,7 @@ from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, write_whole

@@ -19,9 +19,9 @@ from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
-from iskd.export.folder import FACTS
+from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
-from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole

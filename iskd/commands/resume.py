@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.config import plain
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import literal, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json

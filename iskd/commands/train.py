@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.arguments import AUTO
 from iskd.commands.config import CONF, plain
 from iskd.commands.fresh_process import RESUME, go_on, in_a_child, several
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

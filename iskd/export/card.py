@@ -16,11 +16,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from iskd.export.folder import CARD
+from iskd.export.student_files import CARD
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
-from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
 

@@ -19,8 +19,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from iskd.evaluation import TASKS, Efficiency, Evaluation, Interval
 from iskd.evaluation.results import efficiency_of, evaluation_of
-from iskd.export.folder import CARD
-from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
+from iskd.export.student_files import CARD
+from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import number, read_json, write_whole
 from iskd.system.text import ABSENT, percent
 

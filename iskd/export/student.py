@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
-from iskd.export.folder import CODE, FACTS
+from iskd.export.student_files import CODE, FACTS
 from iskd.models import Stack
 from iskd.models.weights import INDEX, model_tensors
 from iskd.plan import Record, to_json
-from iskd.plan.run_folder import write_record
+from iskd.plan.run_files import write_record
 from iskd.system import Json, read_json, write_whole
 
 MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes

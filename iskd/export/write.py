@@ -20,9 +20,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.export.card import write_card
-from iskd.export.folder import FACTS
 from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.student import MAX_SHARD_BYTES, _versions, write
+from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.mixers import ops
 from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
-from iskd.mixers.ops import Recurrence, recurrence
+from iskd.mixers.ops import Recurrence
 from iskd.models import CacheSlot, Stack
 from iskd.models.hosting import kept
 from iskd.models.stack import class_of
@@ -292,9 +293,9 @@ class RecurrentMixer(nn.Module):
         if s.normalizer is not None:
             given = replace(s, v=F.pad(s.v, (0, 1), value=1.0))
         if s.v.shape[1] == 1:
-            o, state = recurrence.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
+            o, state = ops.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
         else:
-            o, state = recurrence.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
+            o, state = ops.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
         if s.normalizer is not None:
             o = o[..., :-1] / s.normalizer(o[..., -1:])
         if s.skip is not None:
@@ -334,7 +335,7 @@ class RecurrentMixer(nn.Module):
             raise ValueError(f"{type(self).__name__} has no mixing matrix per head; align its outputs instead")
         context = Context.of(x_BTD, mask, positions)
         s = self.streams(x_BTD, context).hiding(context.seen)
-        weights = recurrence.matrix(s, segments_BT=context.segments)
+        weights = ops.matrix(s, segments_BT=context.segments)
         if s.normalizer is not None:
             weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
         if s.skip is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from iskd.plan import StageResult
 from iskd.plan.results import kept_of
 from iskd.report.figures.depth_curves import _LOOKS, Curve, _draw
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.system.files import write_csv
 
 

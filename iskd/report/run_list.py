@@ -16,9 +16,9 @@ from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
-from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
-from iskd.report.run_folder import RunFiles, read_run
+from iskd.report.read_run import RunFiles, read_run
 
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000

@@ -25,7 +25,7 @@ from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
-from iskd.plan.run_folder import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
+from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
 from iskd.system import Busy, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory

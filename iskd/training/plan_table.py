@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage, to_json
-from iskd.plan.run_folder import PLAN_FILE
+from iskd.plan.run_files import PLAN_FILE
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import clock

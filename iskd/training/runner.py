@@ -19,7 +19,7 @@ from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_files import CHECKPOINTS
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
 from iskd.system import Preempted, global_rank
 from iskd.system.patches import without_sigterm_broadcast

@@ -64,7 +64,7 @@ OPEN = {
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",
     "plan/results": "rows of the stage table, and who is the teacher, the student, kept",
-    "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
+    "plan/run_files": "names of the files of a run, for everybody who writes or reads one",
     "plan/saved_config": "a run's config is taken up, compared, described and logged",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
     "plan/trainer_settings": "the keys of `trainer:`",
@@ -99,7 +99,7 @@ OPEN = {
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
-    "export/folder": "the file by which a folder is known to be an export",
+    "export/student_files": "the file by which a folder is known to be an export",
     "export/verification": "iskd generate speaks the same sentence",
     "training/facts": "what layers were selected by is known before a run",
 }
@@ -117,6 +117,10 @@ LONG = {
     "training/stages": "one loop, to be read from top to bottom",
     "training/step/module": "one step, and what Lightning asks of whoever makes it",
 }
+
+# Names of faces that only others take: code beside written students, whoever trusts a package, a mixer of one's own.
+FOR_USERS = {("export", "IskdForCausalLM"), ("plan", "allow"), ("mixers", "Attention")}
+OUTSIDE = ("tests", "benchmarks", "experiments")
 
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
@@ -337,6 +341,23 @@ def test_a_room_has_a_face(room: str) -> None:
         told = {name.replace(".", "/") for name in re.split(r",\s+", said[1])} - {"nothing of iskd"}
         real = {room_of(other) for file in FILES if room_of(file) == room for other, _, _ in iskd_imports(file)}
         assert told == real - {room, TOP}
+
+
+def test_somebody_takes_every_name_of_a_face() -> None:
+    """Another room, a test, a benchmark or an experiment; `FOR_USERS` lists what only code outside does."""
+    # a face that is imported as a module gives all of its names
+    taken = {
+        (other, name) for file in FILES for other, name, _ in iskd_imports(file) if room_of(file) != room_of(other)
+    }
+    outside = {name for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py") for name, _ in dotted_imports(path)}
+    idle = {
+        (room, name)
+        for room in ROOMS
+        for name in face(room)
+        if not {(f"{room}/__init__", name), (f"{room}/__init__", "")} & taken
+        and f"iskd.{room.replace('/', '.')}.{name}" not in outside
+    }
+    assert idle == FOR_USERS
 
 
 def test_other_rooms_come_in_by_the_face() -> None:

@@ -25,9 +25,9 @@ from iskd.export.probe import ask
 from iskd.export.student import write
 from iskd.export.write import _write_facts
 from iskd.importance import LayerScore
-from iskd.plan import Record, Remove, Replace, Spec, run_folder
+from iskd.plan import Record, Remove, Replace, Spec, run_files
 from iskd.plan.results import write_stages
-from iskd.plan.run_folder import write_record
+from iskd.plan.run_files import write_record
 from iskd.report import read_curve, write_curves, write_report, write_runs_report
 from iskd.report.run_page import picture
 from iskd.report.scores import write_scores
@@ -106,7 +106,7 @@ path.open(); path.open("rb"); gzip.open(file, "rt", encoding=codec); open(path);
     ]
 
 
-NAMES = {name: value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)}
+NAMES = {name: value for name, value in vars(run_files).items() if name.isupper() and isinstance(value, str)}
 FOLDERS = {"CHECKPOINTS", "MODEL"}
 
 
@@ -132,9 +132,9 @@ def _literals(path: Path) -> Iterator[tuple[str, int]]:
 def test_names_of_a_runs_files_stand_in_one_list() -> None:
     assert len(set(NAMES.values())) == len(NAMES)
     wrong = [
-        f"iskd/{file}.py:{line} spells {name!r}: take it from iskd.plan.run_folder"
+        f"iskd/{file}.py:{line} spells {name!r}: take it from iskd.plan.run_files"
         for file, path in FILES.items()
-        if file != "plan/run_folder"
+        if file != "plan/run_files"
         for name, line in _literals(path)
     ]
     assert not wrong, "\n".join(wrong)

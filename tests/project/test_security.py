@@ -38,7 +38,7 @@ from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import weight_files
 from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, to_json
 from iskd.plan.reading import record_from_json
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
 from iskd.training.metrics.loggers import _config as logged_config

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from iskd.commands import build
 from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.system.ranks import global_rank
 from iskd.system.stop_signals import EXIT_CODE, Handler, Preempted, StopSignals, stop_signals
 from iskd.training.state import checkpoint, checkpoint_files

@@ -19,7 +19,7 @@ from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import surgery
 from iskd.plan import Record, Remove
 from iskd.plan.options import RunOptions
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.training import facts, finish
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY, X_AXIS
 from iskd.plan.results import student_of
-from iskd.plan.run_folder import (
+from iskd.plan.run_files import (
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,

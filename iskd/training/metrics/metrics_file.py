@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from iskd.plan.metric_names import X_AXIS
-from iskd.plan.run_folder import KEPT_METRICS_FILE, METRICS_FILE
+from iskd.plan.run_files import KEPT_METRICS_FILE, METRICS_FILE
 from iskd.system import write_whole
 
 

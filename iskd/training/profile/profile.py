@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from iskd.plan.run_folder import PROFILE_FILE
+from iskd.plan.run_files import PROFILE_FILE
 from iskd.system import write_whole
 from iskd.training.step.flops import mfu
 from iskd.training.step.spans import StepSpan

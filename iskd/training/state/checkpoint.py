@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from iskd.models.sharding import is_split, local, whole
 from iskd.models.weights import load_model_tensors, model_tensors
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
 from iskd.training.state.checkpoint_files import (

@@ -11,7 +11,7 @@ from torch import nn
 
 from iskd.plan.options import RunOptions
 from iskd.plan.results import write_stages
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Ranks
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.state.run_state import RunState

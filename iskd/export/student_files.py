@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from iskd.plan.run_folder import MODEL, STAGES_FILE
+from iskd.plan.run_files import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 
 FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"

@@ -15,7 +15,7 @@ from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
-from iskd.plan.run_folder import (
+from iskd.plan.run_files import (
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
