@@ -1,6 +1,6 @@
 """What only a CUDA device can show: NCCL, bf16 autocast on edited blocks, a run from its command line to its export.
 
-Run with `make test-gpu`. One device is enough; with two, two processes share a run as in tests/system/test_ranks.py.
+Run with `make test-gpu`. One device is enough; with two, two processes share a run as in tests/training/test_ranks.py.
 FSDP2 is edited with whatever torch is installed: if this file passes, the minor may be added to
 `iskd.models.sharding.TESTED`.
 """
