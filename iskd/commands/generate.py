@@ -22,6 +22,7 @@ from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
+from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
 
@@ -228,7 +229,7 @@ def run(argv: Sequence[str]) -> int:
     asked: Any = parser.parse_args(argv)
     how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
     try:
-        with Console(stderr=True).status("loading teacher and student"):
+        with Busy("loading teacher and student"):
             found = generate(asked.folder, asked.teacher, asked.prompt, **how)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
+from iskd.system.text import layers_text
 
 UNKNOWN = "not known"
 # Teachers whose licence stands in this repository's own README; any other is read off the card beside its weights.
@@ -134,11 +135,11 @@ def edits_in_words(record: Record) -> list[str]:
             groups["Converted the attention of", _spec(edit.mixer)].append(edit.layer)
     found = []
     if removed:
-        found.append(f"Removed {len(removed)} of {record.num_layers} layers: {_ranges(removed)}.")
+        found.append(f"Removed {len(removed)} of {record.num_layers} layers: {layers_text(removed)}.")
     for (verb, spec), layers in groups.items():
         noun = "layer" if len(layers) == 1 else "layers"
         by = "by" if verb.startswith("Replaced") else "to"
-        found.append(f"{verb} {noun} {_ranges(layers)} {by} {spec}.")
+        found.append(f"{verb} {noun} {layers_text(layers)} {by} {spec}.")
     return found or ["No layer was edited: only weights were trained."]
 
 
@@ -265,17 +266,6 @@ def _node(node: Any) -> str:
 def _spec(spec: Spec) -> str:
     kwargs = ", ".join(f"{key}={value}" for key, value in spec.kwargs.items() if value is not None)
     return f"`{spec.target}`" + (f" ({kwargs})" if kwargs else "")
-
-
-def _ranges(layers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _public(text: str) -> str:

@@ -89,8 +89,8 @@ class Racing(WindowImportance):
     Source: Hoeffding races (Maron and Moore 1993), F-race (Birattari et al. 2002); on blocks, ours
     Needs: many calibration windows (`run.score_tokens`); a model that is not in shards
     Costs: 1.43 CPU s for 256 tokens through SmolLM2-135M, all scores in full 10.14 (benchmarks/leave_one_out.md)
-    Measured: 20 of 20 picks within one standard error of the best, 12.35 times as fast as deleting block after block
-        (benchmarks/leave_one_out.md); ILD with it: KL 0.327 and 0.320 at 26 layers of 30
+    Measured: 20 of 20 picks within one standard error of the best (benchmarks/leave_one_out.md); 12.35 times as fast as
+        deleting block after block (benchmarks/leave_one_out.md); ILD with it: KL 0.327 and 0.320 at 26 layers of 30
         (experiments/ild-smollm2/README.md)
     """
 
