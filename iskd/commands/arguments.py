@@ -10,6 +10,7 @@ from pathlib import Path
 
 from iskd.commands.config import options
 from iskd.models.names import refuse_missing_folder
+from iskd.plan.run_files import refuse_links
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
@@ -24,6 +25,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
     if not folders or folders[-1] in ("", "null", AUTO):
         return list(argv)
+    with told():
+        refuse_links(Path(folders[-1]))  # Hydra adds to the log in there, before anything else is looked at
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
 
 

@@ -19,7 +19,7 @@ from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, write_whole
@@ -130,6 +130,7 @@ def _edit(config: DictConfig) -> EditKind:
 def _claim(run_dir: Path, resuming: bool) -> None:
     """A directory belongs to one run."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_links(run_dir)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"

@@ -25,7 +25,7 @@ from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUA
 from iskd.plan.saved_config import read_config
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
-from iskd.system.files import hash_files
+from iskd.system.files import hash_files, read_plain
 from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
 
@@ -82,7 +82,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
 
 def _kept(file: Path, text: str) -> list[Path]:
     """Where a run's earlier evaluation of another kind is put aside: nobody wants to lose hours to ten items."""
-    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+    if not file.is_file() or read_plain(file, max_bytes=16 << 20) == text.encode():
         return []
     aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
     return [write_whole(aside, file.read_bytes())]

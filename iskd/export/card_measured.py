@@ -22,11 +22,13 @@ from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.export.student_files import CARD
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import number, read_json, write_whole
+from iskd.system.files import read_plain
 from iskd.system.text import ABSENT, percent
 
 _BEGIN, _END = "<!-- measured by iskd -->", "<!-- end of what iskd measured -->"
 _BETWEEN = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _MIB = 2**20
+_LONGEST = _MIB  # bytes of a card
 
 
 def measured_section(run_dir: Path | None) -> str:
@@ -66,7 +68,7 @@ def refresh_card(folder: Path, run_dir: Path) -> Path | None:
     if not file.is_file():
         return None
     try:
-        content = file.read_text(encoding="utf-8-sig")
+        content = read_plain(file, max_bytes=_LONGEST).decode("utf-8-sig")
         card = RepoCard(content)  # not a ModelCard, which reads the old scores too, and may fail on them
         header = metadata_load(file)
     except (TypeError, ValueError, yaml.YAMLError) as error:

@@ -191,7 +191,7 @@ def _not_finite(probe: Probe) -> list[str]:
 def _what(described: Described) -> tuple[str, ...]:
     kind, depth = described.config.model_type, described.config.num_hidden_layers
     file = described.folder / RECORD_FILE
-    record = record_from_json(read_json(file)) if file.is_file() else described.record
+    record = record_from_json(read_json(file, links=True)) if file.is_file() else described.record
     if described.native:
         head = f"native: plain transformers loads it, as {kind} with {depth} layers"
     else:

@@ -30,7 +30,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    data = read_json(index)
+    data = read_json(index, links=True)
     shards = (
         list(data["weight_map"].values()) if isinstance(data, dict) and isinstance(data.get("weight_map"), dict) else []
     )

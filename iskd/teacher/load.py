@@ -7,7 +7,6 @@ a checkpoint that leaves a single parameter unset is refused instead of being fi
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from iskd.models.skeletons import check_config
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import check_model_directory, parameters_sha256, weights_sha256
+from iskd.system import read_json
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
 
@@ -122,6 +123,8 @@ def load_teacher(spec: TeacherSpec) -> Loaded:
         return _random(spec)
     directory, kind = _locate(spec)
     check_model_directory(directory)
+    if not spec.trust_remote_code:
+        check_config(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=spec.trust_remote_code
@@ -232,7 +235,9 @@ def _config_of(spec: TeacherSpec) -> dict[str, Any]:
     path = Path(spec.path).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"model.pretrained=false reads {path}, which is missing: set model.config or model.path")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(path, links=True)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
     return values
 
 

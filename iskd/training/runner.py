@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import wandb
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.console import Console
 
 from iskd.models import surgery
@@ -28,7 +28,7 @@ from iskd.training.callback import CompressionCallback
 from iskd.training.editing import adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import finish
-from iskd.training.metrics import keep_metrics, log_start, merge_metrics
+from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import StartAgain
@@ -89,8 +89,6 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
             module.teardown("fit")  # Lightning calls it only where nothing was raised, and models may be the caller's
             for logger in trainer.loggers:
                 logger.finalize("success" if state.stage is None else "aborted")
-            if trainer.is_global_zero:
-                merge_metrics(parts.run_dir)
         _leave(parts, trainer, callback)
         result = finish(parts, trainer, module, state)
     except BaseException:
@@ -209,4 +207,4 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
 def _loggers(parts: Parts) -> list[Logger]:
     """metrics.csv in the run directory, always, and whatever was chosen beside it."""
     log_start(parts.loggers, parts.run_dir)
-    return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]
+    return [MetricsFile(parts.run_dir), *parts.loggers]

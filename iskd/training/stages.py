@@ -253,6 +253,7 @@ class StageLoop:
         live, state = self.live, self.state
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
+        live.module.log_row(live.loggers)
         verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:

@@ -29,6 +29,7 @@ from iskd.models.weights import load_model_tensors, model_tensors
 from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
+from iskd.system.files import clear_place
 from iskd.training.state.checkpoint_files import (
     _RNG,
     _STATE,
@@ -121,7 +122,7 @@ def together(ranks: Ranks, place: Path, work: Callable[[], T]) -> list[T]:
 
 
 def _make(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
+    clear_place(draft)
     draft.mkdir(parents=True)
 
 

@@ -6,7 +6,7 @@ or the next place in it, `join` the other processes before the fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -111,6 +111,7 @@ class DistillModule(L.LightningModule):
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
+        self._row: dict[str, Tensor | float] = {}
 
     @property
     def record(self) -> Record:
@@ -259,15 +260,29 @@ class DistillModule(L.LightningModule):
         as in a profile, nothing is logged.
         """
         if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
-            self.log_dict(dict(values()), on_step=True, on_epoch=False)
+            made = dict(values())
+            self._row |= made
+            self.log_dict(made, on_step=True, on_epoch=False, logger=False)
+
+    def log_row(self, loggers: Iterable[Any]) -> None:
+        """Give the values of the step to the loggers, before a checkpoint that is due: Lightning would do so after it.
+
+        A run that is killed between the two continues behind the step, whose row would be lost.
+        """
+        row, self._row = self._row, {}
+        # as the step was taken: before it, they are those of the step before
+        row |= {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups} if row else {}
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        for logger in loggers if values else ():
+            logger.log_metrics(values, int(values["step"]))
+            logger.save()
 
     def _values(self, result: StepResult) -> dict[str, Tensor | float]:
         values = {"train/loss": result.loss.detach(), **{f"train/{name}": mean for name, mean in result.terms.items()}}
-        rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         at = self.position
         place = {"tokens": float(at.tokens), "stage": float(at.stage_number), "step": float(at.step)}
-        return {**values, **rates, **place}
+        return {**values, **place}
 
     def alignment(self) -> list[str]:
         """A sentence on how far each layer was from the teacher's in the latest step; none in a stage without."""
