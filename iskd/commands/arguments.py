@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -56,7 +55,7 @@ def named_model(name: str) -> list[str]:
     if name in options("model"):
         return [f"model={name}"]
     quoted = "'" + name.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(name)):  # False for a text too long to be a name, where Path raises
         return ["model=local", f"model.path={quoted}"]
     if _SWEEP.search(name):
         return []
