@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 
 from iskd.commands.arguments import arguments, told
@@ -31,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ[COMMAND] = sys.argv.pop(1)
     name = os.environ.get(COMMAND)
     if name not in COMMANDS:
-        sys.exit(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
+        with told():
+            raise ValueError(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
     if name in HYDRA:
         sys.argv[1:] = arguments(sys.argv[1:])
-    with nullcontext() if name in HYDRA else told():  # Hydra shows errors its own way
+    with told():
         import_module(f"iskd.commands.{name}").main()
 
 

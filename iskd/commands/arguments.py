@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from iskd.commands.config import options
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from iskd.commands.config import CONF, options
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.run_files import refuse_links
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Hydra's variable: 1 = every error with its traceback."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
@@ -49,7 +59,7 @@ def named_model(name: str) -> list[str]:
     if name in options("model"):
         return [f"model={name}"]
     quoted = "'" + name.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(name)):  # False for a text too long to be a name, where Path raises
         return ["model=local", f"model.path={quoted}"]
     if _SWEEP.search(name):
         return []
@@ -59,9 +69,67 @@ def named_model(name: str) -> list[str]:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What a user can mend is said in a line, without a traceback; the exit code is 2."""
+    """What a user can mend is said in a line, without a traceback, unless `FULL_ERROR` asks for it; exit code 2."""
     try:
         yield
     except (OSError, ValueError) as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """A command's `main`: compose the config of the command line and call `task` with it.
+
+    Hydra prints a traceback for anything that goes wrong and exits with 1, unless its own variable has it raise. It is
+    set here, but not while `task` runs, whose child processes take over the environment.
+
+    Raises:
+        ValueError: of `main`, where the command line composes no config; else whatever `task` raises.
+    """
+
+    @wraps(task)
+    def main() -> None:
+        before, composed = os.environ.get(FULL_ERROR), list[bool]()
+
+        @wraps(task)
+        def as_it_was(config: DictConfig) -> Any:
+            composed.append(True)
+            with _set(FULL_ERROR, before):
+                return task(config)
+
+        with _set(FULL_ERROR, "1"):
+            try:
+                hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if composed and isinstance(error, ValueError):  # of the task, in its own words
+                    raise
+                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {_sentence(error)}") from error
+
+    return main
+
+
+@contextmanager
+def _set(name: str, value: str | None) -> Iterator[None]:
+    """A variable of the environment, or none of that name, inside; as it was afterwards."""
+    before = os.environ.get(name)
+    _write(name, value)
+    try:
+        yield
+    finally:
+        _write(name, before)
+
+
+def _write(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _sentence(error: BaseException) -> str:
+    """What Hydra found, with the reason below it."""
+    cause = error.__cause__
+    reason = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error) else ""
+    return f"{str(error).strip()}{reason}"

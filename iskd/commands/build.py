@@ -12,7 +12,7 @@ from typing import Any
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import object_of, plain, spec, terms
+from iskd.commands.config import as_meant, object_of, plain, spec, terms
 from iskd.data import Source, TextData, TextFiles
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
@@ -34,6 +34,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
 
     `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
     """
+    config = as_meant(config)
     resuming = config.resume is not None
     literal(plain(config), "this run")  # before the folder is claimed: a config that cannot be read again
     _claim(run_dir, resuming)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from iskd.commands.config import CONF, object_of
+from iskd.commands.arguments import hydra_main
+from iskd.commands.config import as_meant, object_of
 from iskd.commands.find_teacher import find_teacher
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
@@ -50,6 +50,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     Raises:
         ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluation.evaluator.evaluate`.
     """
+    config = as_meant(config)
     spec: EvalSpec = object_of(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
@@ -147,7 +148,7 @@ def main() -> None:
     _main()
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra_main
 def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
     console = Console(width=None if sys.stdout.isatty() else 120)

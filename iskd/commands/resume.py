@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import plain
+from iskd.commands.config import as_meant, plain
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_files import CONFIG_FILE
@@ -36,6 +36,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises ValueError when the command line changes a key of it, or when it asks for what its folder may not ask for.
     """
+    config = as_meant(config)
     run_dir = Path(config.resume)
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():

@@ -7,19 +7,18 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.arguments import AUTO
-from iskd.commands.config import CONF, plain
+from iskd.commands.arguments import AUTO, hydra_main
+from iskd.commands.config import plain
 from iskd.commands.fresh_process import RESUME, go_on, in_a_child, several
 from iskd.plan.run_files import CONFIG_FILE
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra_main
 def main(config: DictConfig) -> float | list[float]:
     """Compose, build, run; what `objectives` names is returned to a sweep."""
     from iskd.commands import build, resume

@@ -108,6 +108,21 @@ def check_model_directory(directory: Path) -> None:
         raise ValueError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
 
 
+def check_finite(model: nn.Module, whose: str) -> None:
+    """Refuse weights that are no numbers. One pass without a copy: extremes hand on nan.
+
+    Raises:
+        ValueError: a tensor holds nan or an infinity; the message names it.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"{whose}: {count} of {tensor.numel()} values of {name} are nan or infinite, so nothing can be learned "
+                "from it: get the weights again, or load them in the type they were saved in (model.dtype)"
+            )
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Weights by name, tied ones once, contiguous: what safetensors takes."""
     names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}

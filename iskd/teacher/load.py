@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from iskd.models.skeletons import check_config
 from iskd.models.tokenizers import byte_tokenizer
-from iskd.models.weights import check_model_directory, parameters_sha256, weights_sha256
+from iskd.models.weights import check_finite, check_model_directory, parameters_sha256, weights_sha256
 from iskd.system import read_json
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
@@ -254,6 +254,7 @@ def _loaded(
     sha256: str,
     where: dict[str, str | int],
 ) -> Loaded:
+    check_finite(model, str(where.get("path", spec.name)))
     rows, largest = cast(Tensor, model.get_input_embeddings().weight).shape[0], _max_id(tokenizer)
     if largest >= rows:
         raise ValueError(

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from iskd.data import TextData
 from iskd.evaluation import measure_quality
-from iskd.models import sharding, surgery
+from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
-from iskd.training.deciding import Importance, check_importance, decide, history_of
+from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
 from iskd.training.editing import Edited, back_to, carry_out, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
@@ -293,10 +293,15 @@ class StageLoop:
             return
         quality = self._measure()
         floor = self.schedule.floor if stage.edits else None
-        missed = live.ranks.first(floor is not None and quality["retention"] < floor)
+        useless = no_better_than_guessing(quality, int(Stack(live.module.student).config.vocab_size))
+        # asked so that a retention of nan does not pass
+        missed = live.ranks.first(floor is not None and (useless != "" or not quality["retention"] >= floor))
+        if useless:
+            state.events.append(useless)
         if missed:
+            said = "below" if floor is not None and quality["retention"] < floor else "no quality for"
             state.events.append(
-                f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
+                f"retention {quality['retention']:.4f} is {said} schedule.floor={floor}: stage rolled back, "
                 "the run ends with the student before it"
             )
         status: Status = "rolled_back" if missed else "kept"

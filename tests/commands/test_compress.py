@@ -209,3 +209,11 @@ def test_importing_the_package_does_not_import_what_runs() -> None:
     assert {"compress", "Result", "load"} <= set(dir(iskd))
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         iskd.compres  # noqa: B018
+
+
+def test_arguments_of_a_wrong_kind_are_named() -> None:
+    for texts in ("Once upon a time there was a fox. " * 40, 5, None):
+        with pytest.raises(ValueError, match="texts"):
+            iskd.compress("tiny", None, texts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model='xxx"):
+        iskd.compress("x" * 5000, None, "sample")

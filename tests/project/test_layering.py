@@ -58,6 +58,7 @@ OPEN = {
     "system/stop_signals": "the trainer and the parent of a fresh process listen",
     "system/tables": "tables of metrics, scores and curves, written and read",
     "system/text": "numbers look alike in logs, tables, pages and cards",
+    "system/typed_values": "keys of a config take what the arguments they become take",
     "system/version": "exports say what wrote them",
     "system/watchdog": "started by the trainer",
     "plan/edits": "what else a record may name, and edits in words",

@@ -241,7 +241,19 @@ class DistillModule(L.LightningModule):
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
         self._log(lambda: self._values(result))
-        return result.loss
+        return result.loss * self._share(batch)
+
+    def _share(self, batch: Mapping[str, Any]) -> float:
+        """What a micro-batch counts for in its step: the share of its tokens that have a label.
+
+        A loss is the mean over the labels of one micro-batch. With documents apart some micro-batches have fewer, and
+        the mean of such means would depend on how the windows of a step are laid out. Known without asking a device,
+        since the loader counts the labels.
+        """
+        kept, (windows, length) = batch.get("kept"), batch["input_ids"].shape
+        if kept is None or self.stage.objective != "loss":
+            return 1.0
+        return float(kept.numel() / (windows * (length - 1)))
 
     @span(StepSpan.LOADER)
     def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:

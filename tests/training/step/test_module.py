@@ -19,6 +19,7 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import IGNORE, Signals, Stack, surgery
 from iskd.models.capture import capture
+from iskd.models.packing import with_successor
 from iskd.models.signals import next_tokens
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.teacher import TeacherCacheSpec
@@ -26,7 +27,7 @@ from iskd.training.step.module import DistillModule
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
 from iskd.training.step.passes import Wanted, wanted
 from iskd.training.step.trainable import regroup
-from tests.factories import hooks, tiny, tiny_teacher, windows
+from tests.factories import VOCAB, hooks, tiny, tiny_teacher, windows
 from tests.runs import MIXER
 
 LAYERS = 5
@@ -207,3 +208,28 @@ def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest
     assert len(made) == 2 * 2  # the losses, and the norm of the gradients, at the second and fourth step
     assert {"train/loss", "train/grad_norm", "tokens"} <= {name for names in made for name in names}
     assert "train/loss" in trainer.callback_metrics
+
+
+def test_documents_apart_train_alike_in_every_layout_of_micro_batches() -> None:
+    """Windows of a step hold documents of very different lengths; loss and gradients are those of the whole step."""
+    length = 24
+    student, teacher, separator = tiny("llama", seed=1), tiny("llama", seed=2), 0
+    module = DistillModule(student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4), separator=separator)
+    windows = torch.randint(1, VOCAB, (4, length), generator=torch.Generator().manual_seed(0))
+    windows[0, ::2] = separator
+    windows[1, length // 2] = separator
+    found = []
+    for size in (4, 2, 1):
+        student.zero_grad()
+        losses = []
+        for batch in windows.split(size):
+            part = module.training_step({"input_ids": batch, "kept": with_successor(batch, separator)}, 0)
+            loss = part * (size / len(windows))
+            loss.backward()
+            losses.append(loss.detach())
+        gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        found.append((torch.stack(losses).sum(), gradients))
+    whole, *others = found
+    for loss, gradients in others:
+        torch.testing.assert_close(loss, whole[0], rtol=1e-6, atol=0)
+        assert (gradients - whole[1]).norm() <= 1e-6 * whole[1].norm()
