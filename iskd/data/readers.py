@@ -11,7 +11,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+# Read as prose these would be markup, columns or noise.
+_REFUSED = {
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".html",
+    ".htm",
+    ".xml",
+    ".pdf",
+    ".docx",
+    ".zip",
+    ".tar",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+}
 _GROUP_CHARS = 1_000
 _GROUP_CHARS_MAX = 10_000
 
@@ -30,9 +47,11 @@ def find_files(path: str, key: str) -> list[Path]:
     if target.is_file():
         return [target]
     if target.is_dir():
-        known = [file for file in sorted(target.rglob("*")) if file.is_file() and _suffix(file) in FORMATS]
+        known = [file for file in sorted(target.rglob("*")) if file.is_file() and _suffix(file).lower() in FORMATS]
         if not known:
-            raise ValueError(f"{key}={path}: the folder has no .txt, .jsonl or .parquet file; name a file or a glob")
+            raise ValueError(
+                f"{key}={path}: the folder has no .txt, .json, .jsonl, .ndjson or .parquet file; name a file or a glob"
+            )
         return known
     found = [Path(name) for name in sorted(glob.glob(str(target), recursive=True)) if Path(name).is_file()]
     if not found:
@@ -55,7 +74,10 @@ def read_file(file: Path, fmt: str, field: str) -> Iterator[str]:
     Raises:
         ValueError: the content is not of this format, or lacks the field.
     """
-    fmt = FORMATS.get(_suffix(file), "text") if fmt == "auto" else fmt
+    if fmt == "auto" and _suffix(file).lower() in _REFUSED:
+        fix = "convert it to .jsonl, .parquet or .txt, or say what it is by data.source.fmt"
+        raise ValueError(f"{file}: {_suffix(file)} files are not read; {fix}")
+    fmt = FORMATS.get(_suffix(file).lower(), "text") if fmt == "auto" else fmt
     if fmt == "parquet":
         return _parquet(file, field)
     return _jsonl(file, field) if fmt == "jsonl" else group_lines(_lines(file))
@@ -100,6 +122,9 @@ def _jsonl(file: Path, name: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
+        if line.lstrip().startswith("["):
+            fix = "write one object a line (jq -c '.[]' FILE > FILE.jsonl)"
+            raise ValueError(f"{file}, line {number} begins a JSON array, where one JSON object a line is read; {fix}")
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -105,7 +105,9 @@ class TextFiles:
         if not self.path:
             raise ValueError("no text file is given: set data.path=FILE (a file, a folder or a glob)")
         if self.fmt not in ("auto", *FORMATS.values()):
-            raise ValueError(f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(FORMATS.values())}")
+            raise ValueError(
+                f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(dict.fromkeys(FORMATS.values()))}"
+            )
         if self.detokenize not in (None, "wikitext"):
             raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
 
