@@ -43,6 +43,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = OmegaConf.create(read_config(saved_file))
     for key in _OWN:
         saved[key] = config.get(key)
+    if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
+        saved.data.bos = "none"
     _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
     for override in overrides:
