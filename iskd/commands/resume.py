@@ -43,8 +43,6 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = OmegaConf.create(read_config(saved_file))
     for key in _OWN:
         saved[key] = config.get(key)
-    if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
-        saved.data.bos = "none"
     _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
     for override in overrides:
@@ -66,6 +64,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         _refuse_other_preset(saved, config)
+    if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
+        saved.data.bos = "none"
     saved.resume = str(run_dir)
     # what the command line brought in is resolved once, here: nothing can change after the second look
     values = literal(plain(saved), f"resume={run_dir}")
