@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, object_of, plain, spec, terms
-from iskd.data import Source, TextData, TextFiles
+from iskd.data import HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
@@ -45,7 +45,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     data = text_data(config, teacher.tokenizer, stack, source)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
-    importance = object_of(config.importance)
+    importance = importance_of(config)
     asked = _evaluation(config, teacher, importance, data)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
@@ -99,7 +99,8 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     if spec.text is not None:
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
-        check(spec, teacher, exclude=[sha for items in selected(importance).values() for sha in items])
+        chosen = [sha for items in selected(importance).values() for sha in items]
+        check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos))
     return spec
 
 
@@ -146,7 +147,7 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
     """The data module that `data` names; `given` stands for where it would read."""
     values: dict[str, Any] = dict(config.data)
-    described = values.pop("source")
+    described, chat = values.pop("source"), values.pop("chat", None)
     source = object_of(described) if given is None else given
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
     if given is None and files["path"] is not None:
@@ -155,6 +156,14 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         source = TextFiles(**files, **reading)
     elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
+    loss = None if chat is None else chat.get("loss")
+    if loss is not None:
+        if not isinstance(source, TextFiles | HubDataset):
+            raise ValueError(
+                f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
+                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME"
+            )
+        source = replace(source, chat=True)
     return TextData(
         source,
         tokenizer,
@@ -162,8 +171,15 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         seed=config.seed,
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
+        chat_loss=loss,
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def importance_of(config: DictConfig) -> Any:
+    """The importance, with what its class takes beside its keys."""
+    takes = getattr(get_object(config.importance._target_), "takes", ())
+    return object_of(config.importance, **{name: config.data[name] for name in takes})
 
 
 def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:

@@ -16,6 +16,7 @@ from torch import nn
 from iskd.commands.arguments import hydra_main
 from iskd.commands.config import as_meant, object_of
 from iskd.commands.find_teacher import find_teacher
+from iskd.data import BOS, framing_of
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
@@ -69,7 +70,10 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     cost: dict[str, Any] | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
         with forward_context():
-            found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
+            found = evaluate(
+                model.model, model.tokenizer, spec, teacher,
+                exclude=_chosen_by(run), source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
+            )  # fmt: skip
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
     if spec.efficiency_seconds:
@@ -79,6 +83,15 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         card = refresh_card(student, shown)
         files += [write_report(shown), *([card] if card else [])]
     return Found(found, cost, files)
+
+
+def _bos(config: DictConfig, run: Path | None) -> str | None:
+    """`data.bos` of the command line, else of the student's run."""
+    asked: str | None = config.data.get("bos")
+    if asked is not None or run is None or not (run / DATA_FILE).is_file():
+        return asked
+    told = read_json(run / DATA_FILE).get("bos")
+    return told if told in BOS else None
 
 
 def _kept(file: Path, text: str) -> list[Path]:

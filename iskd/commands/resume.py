@@ -65,6 +65,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         _refuse_other_preset(saved, config)
+    if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
+        saved.data.bos = "none"
     saved.resume = str(run_dir)
     # what the command line brought in is resolved once, here: nothing can change after the second look
     values = literal(plain(saved), f"resume={run_dir}")

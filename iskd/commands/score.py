@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from iskd.commands.arguments import hydra_main
-from iskd.commands.build import text_data
+from iskd.commands.build import importance_of, text_data
 from iskd.commands.config import as_meant, object_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
@@ -49,7 +49,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     nn.Module.to(teacher.model, device)
     batches = [batch.to(device) for batch in windows]
     with forward_context():
-        importance, depth = object_of(config.importance), len(stack.layers)
+        importance, depth = importance_of(config), len(stack.layers)
         rows = rows_of(importance, teacher.model, teacher.model, batches)
         runs = None
         if isinstance(importance, Angular) and depth > 1:

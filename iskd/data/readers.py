@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from iskd.data.chat import ROWS, conversation
+
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 # Read as prose these would be markup, columns or noise.
 _REFUSED = {
@@ -80,6 +82,8 @@ def read_file(file: Path, fmt: str, field: str) -> Iterator[str]:
     fmt = FORMATS.get(_suffix(file).lower(), "text") if fmt == "auto" else fmt
     if fmt == "parquet":
         return _parquet(file, field)
+    if field == ROWS and fmt == "text":
+        raise ValueError(f"{file} is read as plain text, and chats are rows: give .jsonl or .parquet (data.source.fmt)")
     return _jsonl(file, field) if fmt == "jsonl" else group_lines(_lines(file))
 
 
@@ -143,15 +147,17 @@ def _parquet(file: Path, name: str) -> Iterator[str]:
         table = ParquetFile(file)
     except ArrowInvalid as error:
         raise ValueError(f"{file} is not a parquet file ({error}); set data.source.fmt to what it is") from error
-    if name not in table.schema_arrow.names:
+    if name != ROWS and name not in table.schema_arrow.names:
         raise ValueError(_no_field(name, table.schema_arrow.names, str(file)))
-    for batch in table.iter_batches(columns=[name]):
+    for batch in table.iter_batches(columns=None if name == ROWS else [name]):
         for row in batch.to_pylist():
             yield from _nonblank(text_of(row, name, str(file)))
 
 
 def text_of(row: Any, name: str, where: str) -> str:
     """Return field `name` of a row; `where` names the row in the ValueError of a row without such a text."""
+    if name == ROWS:
+        return conversation(row, where)
     if not isinstance(row, dict) or name not in row:
         raise ValueError(_no_field(name, list(row) if isinstance(row, dict) else [], where))
     if not isinstance(row[name], str):
@@ -160,7 +166,10 @@ def text_of(row: Any, name: str, where: str) -> str:
 
 
 def _no_field(name: str, names: list[str], where: str) -> str:
-    return f"{where} has no field {name!r}, only {names}; set data.source.field to one of them"
+    fix = "set data.source.field to one of them"
+    if "messages" in names or {"prompt", "completion"} <= {*names}:
+        fix = f"{fix}, or for chats data.chat.loss=assistant (or all)"
+    return f"{where} has no field {name!r}, only {names}; {fix}"
 
 
 def detokenize_wikitext(text: str) -> str:

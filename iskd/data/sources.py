@@ -13,11 +13,13 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from iskd.data.chat import ROWS
 from iskd.data.readers import FORMATS, detokenize_wikitext, find_files, group_lines, read_file, text_of
 from iskd.data.splits import Document
 from iskd.system.files import hash_files
@@ -91,6 +93,7 @@ class TextFiles:
         fmt: `auto` (by suffix; unknown suffixes are text), `text`, `jsonl` or `parquet`.
         field: where a JSON line or a parquet row keeps its text.
         detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
+        chat: rows are conversations (`iskd.data.chat`); `field` is not read.
     """
 
     path: str
@@ -99,6 +102,7 @@ class TextFiles:
     fmt: str = "auto"
     field: str = "text"
     detokenize: str | None = None
+    chat: bool = dataclass_field(default=False, repr=False)  # not in `repr`, by which shards of text are found
 
     def __post_init__(self) -> None:
         """Check that there is a path, and the options that have a fixed set of values."""
@@ -110,6 +114,8 @@ class TextFiles:
             )
         if self.detokenize not in (None, "wikitext"):
             raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+        if self.detokenize and self.chat:
+            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents of `val_path`, `test_path` and `path`, in that order.
@@ -120,7 +126,7 @@ class TextFiles:
         for key, split in (("val_path", "validation"), ("test_path", "test"), ("path", None)):
             for file in self._files(key):
                 empty = True
-                for text in read_file(file, self.fmt, self.field):
+                for text in read_file(file, self.fmt, ROWS if self.chat else self.field):
                     empty = False
                     yield detokenize_wikitext(text) if self.detokenize else text, split
                 if empty:
@@ -151,6 +157,7 @@ class HubDataset:
             it where an exact rerun matters.
         detokenize: as in `TextFiles`.
         lines: rows are the lines of a running text (as WikiText's are) and are grouped as those of a text file.
+        chat: as in `TextFiles`.
     """
 
     name: str
@@ -163,6 +170,7 @@ class HubDataset:
     revision: str | None = None
     detokenize: str | None = None
     lines: bool = False
+    chat: bool = dataclass_field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that there is a name, and the option that has a fixed set of values."""
@@ -170,6 +178,8 @@ class HubDataset:
             raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {_OFFLINE}")
         if self.detokenize not in (None, "wikitext"):
             raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+        if self.detokenize and self.chat:
+            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
 
     def documents(self) -> Iterator[Document]:
         """Yield rows that are not blank; validation and test rows first.
@@ -190,8 +200,11 @@ class HubDataset:
         return f"{self!r}-{hash_files(files)}"
 
     def _texts(self, split: str, limit: int | None) -> Iterator[str]:
-        rows = (text_of(row, self.field, f"data.source.name={self.name}") for row in self._rows(split, limit))
-        if self.lines:
+        rows = (
+            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}")
+            for row in self._rows(split, limit)
+        )
+        if self.lines and not self.chat:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)
         return (row for row in rows if row.strip())
 
@@ -245,8 +258,8 @@ class GivenTexts:
         sha256: of all documents in their order; the only thing that is written down about them.
     """
 
-    texts: tuple[str, ...] = field(repr=False)
-    sha256: str = field(init=False)
+    texts: tuple[str, ...] = dataclass_field(repr=False)
+    sha256: str = dataclass_field(init=False)
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
+from iskd.data import framing_of
 from iskd.evaluation import EvalSpec, efficiency, evaluate
 from iskd.export import export
 from iskd.export.card_measured import refresh_card
@@ -118,6 +119,7 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
                     student, parts.teacher.tokenizer, spec, parts.teacher,
                     exclude=[sha for items in selected(parts.importance).values() for sha in items],
                     source={"kind": "student", **exported},
+                    frame=framing_of(parts.teacher.tokenizer, parts.data.bos),
                 )  # fmt: skip
             write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
     if model_dir is not None:

@@ -323,7 +323,7 @@ class StageLoop:
     def _judge(self, trials: Tournament) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
         live, state = self.live, self.state
-        batches = [{"input_ids": windows} for windows in self.data.calibration(self.data.val_tokens)]
+        batches = self.data.calibration_batches(self.data.val_tokens)
         with live.forward_context():
             kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
         trials = trials.judged(kl)

@@ -200,7 +200,7 @@ def test_fewer_windows_than_processes_is_refused(text: Path) -> None:
 
 def test_short_split_is_told_once(text: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = data(text)
-    with caplog.at_level(logging.INFO, logger="iskd.data.module"):
+    with caplog.at_level(logging.INFO, logger="iskd.data.windows"):
         for _ in range(3):
             module.calibration(10**9)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [

@@ -21,6 +21,7 @@ from iskd.data.loader import pinned
 from iskd.losses import Chunk, Terms, check_terms, total_loss
 from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.models import Signals, Stack, sharding
+from iskd.models.packing import Separator
 from iskd.plan import Record, Stage
 from iskd.system import Ranks
 from iskd.teacher import TeacherCache, TeacherCacheSpec, check_terms_cached
@@ -66,8 +67,8 @@ class DistillModule(L.LightningModule):
         gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
             attention without dropout, a second time in the backward pass (`iskd.training.step.block_runner`).
         compile: compile the blocks of training steps; True or the name of a backend.
-        separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
-            computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
+        separator: what tells documents apart, so that none sees another, in both models and in all that is computed
+            of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
             cannot (`Stack.keep_apart`).
     """
 
@@ -87,7 +88,7 @@ class DistillModule(L.LightningModule):
         teacher_cache: TeacherCache | TeacherCacheSpec | None = None,
         gradient_checkpointing: Recompute = False,
         compile: bool | str = False,
-        separator: int | None = None,
+        separator: Separator | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms)
@@ -200,7 +201,11 @@ class DistillModule(L.LightningModule):
         nn.Module.to(self.teacher, self.device)
 
     def step(
-        self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None, kept: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cached: Mapping[str, Tensor] | None = None,
+        kept: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> StepResult:
         """Loss of windows [B, T]: a pure function of weights and batch.
 
@@ -208,6 +213,8 @@ class DistillModule(L.LightningModule):
             input_ids: the windows.
             cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
             kept: numbers of their tokens that have a label (`iskd.models.packing`); None = they are found here.
+            targets: which of their tokens [B, T] are to be predicted; None = all. Layers that are aligned one by one
+                are on all tokens.
         """
         if self.stage.objective != "loss":
             return self._align(self.stage.objective, input_ids)
@@ -216,7 +223,9 @@ class DistillModule(L.LightningModule):
         shared = self._prefix.depth(self.student, self.teacher, record) if self._prefix and theirs else 0
         ours = wanted(terms, record, self.stage) or Wanted()
         with self.blocks.running(self.student, self.teacher):
-            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
+            student, teacher = both(
+                self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept, targets=targets
+            )
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
             with span(StepSpan.LOSS):
@@ -236,7 +245,7 @@ class DistillModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a micro-batch; logs it with its terms against cumulative tokens."""
-        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"))
+        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"), batch.get("targets"))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
