@@ -17,7 +17,7 @@ from iskd.commands.config import PACKAGE
 from iskd.plan import StageResult
 from iskd.plan.results import read_stages
 from iskd.system import Preempted
-from iskd.system.stop_signals import EXIT_CODE, StopSignals
+from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
 
 COMMAND = "ISKD_COMMAND"
 """Names the command where processes get the arguments without it: those that a multi-process run starts."""
@@ -62,9 +62,11 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
                 child.send_signal(signal.SIGTERM)
                 asked = True
             time.sleep(0.1)
-        if child.returncode == EXIT_CODE:
+        if child.returncode in (EXIT_CODE, INTERRUPTED):
             signals.hand_on()
-            raise Preempted(run_dir)
+            raise Preempted(run_dir, number=signal.SIGINT if child.returncode == INTERRUPTED else None)
+        if child.returncode and signals.received is not None:  # before there was anything to save
+            raise SystemExit(128 + signals.received)
         if child.returncode:
             raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:

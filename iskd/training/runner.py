@@ -83,6 +83,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
     if trainer.is_global_zero:
         write_facts(parts, trainer)
     try:
+        callback.stop_signals.install()
         try:
             trainer.fit(module, datamodule=parts.data)
         finally:
@@ -92,7 +93,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
             if trainer.is_global_zero:
                 merge_metrics(parts.run_dir)
         _leave(parts, trainer, callback)
-        result = finish(parts, trainer, module, state)
+        result = finish(parts, trainer, module, state, callback.stop_signals)
     except BaseException:
         callback.close(failed=True)
         raise
@@ -132,9 +133,10 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
     callback.watchdog.close()
     if loop.restarting and not loop.preempted:
         raise StartAgain(parts.run_dir)
-    callback.stop_signals.hand_on()
-    by_time = callback.late and callback.stop_signals.received is None
-    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else "a signal")
+    signals = callback.stop_signals
+    signals.hand_on()
+    by_time = callback.late and signals.received is None
+    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else None, signals.received)
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
