@@ -19,10 +19,10 @@ from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_folder import CONFIG_FILE, LOCK_FILE
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
-from iskd.system import Busy, global_rank, write_whole
+from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.precision import precision
 from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -128,8 +128,9 @@ def _edit(config: DictConfig) -> EditKind:
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:
-    """A directory belongs to one run."""
+    """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    run_lock.hold(run_dir / LOCK_FILE)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"

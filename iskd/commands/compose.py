@@ -17,6 +17,8 @@ from iskd.commands import build
 from iskd.commands.config import CONF
 from iskd.commands.resume import resumed
 from iskd.data import Source
+from iskd.plan.run_folder import LOCK_FILE
+from iskd.system import run_lock
 from iskd.teacher import Loaded
 from iskd.training import Parts
 
@@ -70,7 +72,11 @@ def parts(
             "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in it; "
             "leave it out here, or use train.py"
         )
-    return build.parts(config, folder, teacher=teacher, source=source)
+    try:
+        return build.parts(config, folder, teacher=teacher, source=source)
+    except BaseException:
+        run_lock.release(folder / LOCK_FILE)  # this process may live on for days
+        raise
 
 
 def _fresh(folder: Path) -> Path:

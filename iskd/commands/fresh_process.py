@@ -16,7 +16,8 @@ from hydra.conf import HydraConf
 from iskd.commands.config import PACKAGE
 from iskd.plan import StageResult
 from iskd.plan.results import read_stages
-from iskd.system import Preempted
+from iskd.plan.run_folder import LOCK_FILE
+from iskd.system import Preempted, run_lock
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
 
 COMMAND = "ISKD_COMMAND"
@@ -40,7 +41,9 @@ def several(environment: Mapping[str, str]) -> bool:
 def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:
     """Put a fresh process in the place of this one, which continues the run."""
     given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]
-    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], _ours(environment))
+    ours = _ours(environment)
+    run_lock.hand_on(run_dir / LOCK_FILE, ours)
+    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], ours)
 
 
 def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> list[StageResult]:

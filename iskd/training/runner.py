@@ -19,9 +19,9 @@ from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_folder import CHECKPOINTS, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
-from iskd.system import Preempted, global_rank
+from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
@@ -56,16 +56,24 @@ def run(parts: Parts) -> Result:
         Preempted: a signal, or trainer.max_time, asked the run to stop; everything is saved.
         StartAgain: the next edit wants a fresh process.
         UnfinishedError: something else than the schedule ended the training.
+        ValueError: another process runs in the directory.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
     limit = seconds(parts.trainer.get(MAX_TIME))
     deadline = None if limit is None else time.monotonic() + limit
+    lock, done = parts.run_dir / LOCK_FILE, True
+    run_lock.hold(lock)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
             return with_smaller_batches(parts, partial(_run, deadline=deadline))
+    except StartAgain:
+        done = False  # the process in the place of this one goes on with the lock
+        raise
     finally:
+        if done:
+            run_lock.release(lock)
         if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
             wandb.finish()  # otherwise the next job of a sweep would continue this one
 

@@ -54,6 +54,7 @@ OPEN = {
     "system/machine": "one clock and one description of the machine for every measurement",
     "system/patches": "what another library is made to do, in one file, where it is made to",
     "system/reading": "what a field of a file may hold is said where the field is",
+    "system/run_lock": "held by whoever claims a run's folder, handed on to a fresh process",
     "system/precision": "device and precision of passes outside the trainer",
     "system/stop_signals": "the trainer and the parent of a fresh process listen",
     "system/text": "numbers look alike in logs, tables, pages and cards",

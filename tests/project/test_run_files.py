@@ -58,6 +58,7 @@ ALLOWED = {
     "system/files: open": "the one place",
     "system/files: os.replace": "the one place",
     "report/figures/style: savefig": "into memory",
+    "system/run_lock: os.open": "a lock is of the file itself, which therefore is never replaced",
     "export/student: save_file": "safetensors' own writer, in a folder that is moved as a whole",
     "export/write: os.replace": "an export: the folder as a whole",
     "training/state/checkpoint: save_file": "safetensors' own writer, in a folder that is moved as a whole",
