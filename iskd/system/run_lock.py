@@ -95,8 +95,8 @@ def _lock(opened: int, file: Path) -> bool:
         owner = _owner(opened)
         os.close(opened)
         raise ValueError(
-            f"{file.parent} is in use by {owner}: two processes would spoil each other's files. Wait until that one has "
-            "ended, or end it (SIGTERM saves first), and give the same command again"
+            f"{file.parent} is in use by {owner}: two processes would spoil each other's files. Wait until that one "
+            "has ended, or end it (SIGTERM saves first), and give the same command again"
         ) from None
     except OSError as error:
         os.close(opened)

@@ -6,10 +6,8 @@ import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import wandb
@@ -19,7 +17,7 @@ from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.run_folder import CHECKPOINTS, LOCK_FILE
+from iskd.plan.run_folder import LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
@@ -33,7 +31,8 @@ from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import StartAgain
 from iskd.training.stages import StageLoop
-from iskd.training.state import RunState, checkpoint, checkpoint_files
+from iskd.training.state import RunState
+from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
 from iskd.training.strategies import FSDP2Strategy, check_strategy, strategy_of
 
@@ -112,7 +111,10 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
 def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
-    return StageLoop(parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, teacher)
+    return StageLoop(
+        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
+        teacher, config_digest(parts.run_dir),
+    )  # fmt: skip
 
 
 def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:
@@ -149,28 +151,14 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
     """A fresh position, or that of the newest whole checkpoint."""
-    fresh = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
-    if not parts.resume:
-        return fresh, None
-    newest = checkpoint_files.newest(parts.run_dir / CHECKPOINTS)
-    if newest is None:
+    layers = int(parts.teacher.model.config.num_hidden_layers)
+    found = last_position(parts.run_dir, layers) if parts.resume else None
+    state, newest = (RunState(record=Record(layers)), None) if found is None else found
+    if parts.resume and found is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
-        _on_rank_zero(keep_metrics, parts.run_dir, below=None)
-        return fresh, None
-    state = checkpoint.read_state(newest)
-    if state.record.num_layers != fresh.record.num_layers:
-        raise ValueError(
-            f"the run was made from a teacher with {state.record.num_layers} layers, "
-            f"model= gives one with {fresh.record.num_layers}"
-        )
-    _on_rank_zero(keep_metrics, parts.run_dir, below=state.tokens)
+    if parts.resume and global_rank() == 0:  # before the trainer exists, a launcher's variables tell the rank
+        keep_metrics(parts.run_dir, below=None if found is None else state.tokens)
     return state, newest
-
-
-def _on_rank_zero(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Call once per run; before the trainer exists, a launcher's variables tell the rank."""
-    if global_rank() == 0:
-        function(*args, **kwargs)
 
 
 def make_module(parts: Parts, state: RunState) -> DistillModule:

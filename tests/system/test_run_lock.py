@@ -70,8 +70,8 @@ def test_a_process_in_its_place_has_the_lock_already(tmp_path: Path, monkeypatch
     assert run_lock.HANDED_ON not in os.environ, "a child would take its own file for it"
     for said in ("999", str(os.open(tmp_path, os.O_RDONLY)), "-1", "x"):  # closed, of something else, none
         monkeypatch.setenv(run_lock.HANDED_ON, said)
+        run_lock._held.clear()
         with pytest.raises(ValueError, match="in use"):
-            run_lock._held.clear()
             run_lock.hold(lock)
     os.close(opened)
 
@@ -93,13 +93,15 @@ def test_whatever_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (tmp_path / "other.lock").exists()
 
 
-@pytest.mark.parametrize("said", ["", "[", "[]", '{"process": "x"}', '{"process": 1, "machine": "\\u001b[2J", "since": 3}'])
+@pytest.mark.parametrize(
+    "said", ["", "[", "[]", '{"process": "x"}', '{"process": 1, "machine": "\\u001b[2J", "since": 3}']
+)
 def test_an_owner_that_cannot_be_read_is_another_process(said: str, tmp_path: Path) -> None:
     lock = tmp_path / "run.lock"
     lock.write_text(said)
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="is in use by another (process|run)") as refused:
+        with pytest.raises(ValueError, match=r"is in use by another (process|run)") as refused:
             run_lock.hold(lock)
     assert "\x1b" not in str(refused.value)
 
