@@ -33,11 +33,6 @@ _START = (
 _ENTRY = (sys.executable, "-c", _START)
 
 
-def several(environment: Mapping[str, str]) -> bool:
-    """Whether something else started this process as one of several, and has to start them again."""
-    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
-
-
 def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:
     """Put a fresh process in the place of this one, which continues the run."""
     given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]

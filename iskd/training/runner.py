@@ -6,6 +6,7 @@ import copy
 import inspect
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.run_folder import LOCK_FILE
+from iskd.plan.failure import write_failure
+from iskd.plan.run_folder import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
@@ -62,11 +64,17 @@ def run(parts: Parts) -> Result:
     deadline = None if limit is None else time.monotonic() + limit
     lock, done = parts.run_dir / LOCK_FILE, True
     run_lock.hold(lock)
+    if global_rank() == 0:
+        (parts.run_dir / FAILURE_FILE).unlink(missing_ok=True)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
             return with_smaller_batches(parts, partial(_run, deadline=deadline))
+    except Exception as error:
+        with suppress(OSError):  # a full disk
+            write_failure(parts.run_dir, error)
+        raise
     except StartAgain:
         done = False  # the process in the place of this one goes on with the lock
         raise

@@ -61,6 +61,7 @@ OPEN = {
     "system/version": "exports say what wrote them",
     "system/watchdog": "started by the trainer",
     "plan/edits": "what else a record may name, and edits in words",
+    "plan/failure": "written where a run fails, read where runs are listed",
     "plan/metric_names": "metrics are logged, drawn and described under one name",
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",

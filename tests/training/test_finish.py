@@ -177,7 +177,7 @@ def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
     overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     keys = ["debug=smoke", f"cache_dir={tmp_path}/cache", "eval=quick", *overrides]
-    config, _ = compose_config(keys)
+    config, _ = compose_config(keys, Path("unused"))
     with pytest.raises(ValueError, match=message):
         build.parts(config, tmp_path / "run")
     assert not (tmp_path / "run" / CONFIG_FILE).exists(), "the folder is free for the next try"

@@ -219,7 +219,7 @@ def test_two_objectives_give_a_pareto_front(tmp_path: Path, monkeypatch: pytest.
 def test_samplers_and_grids_compose() -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     for sweep in ("pareto", "grid"):
-        compose_config([f"hydra/sweeper={sweep}"])
-    compose_config(["hydra/sweeper=pareto", "hydra/sweeper/sampler=nsgaii"])
+        compose_config([f"hydra/sweeper={sweep}"], Path("unused"))
+    compose_config(["hydra/sweeper=pareto", "hydra/sweeper/sampler=nsgaii"], Path("unused"))
     with pytest.raises(ValueError, match="hydra/sweeper/sampler"):
-        compose_config(["hydra/sweeper=grid", "hydra/sweeper/sampler=nsgaii"])
+        compose_config(["hydra/sweeper=grid", "hydra/sweeper/sampler=nsgaii"], Path("unused"))
