@@ -218,6 +218,13 @@ def poisoned(rank: int, folder: Path, name: str, victim: int, ahead: bool | None
     watched(rank, folder, name, parts)
 
 
+def absent(rank: int, folder: Path, name: str, missing: int, strategy: str) -> None:
+    """One process ends before the others have met it."""
+    os.environ["ISKD_MEET_SECONDS"] = "2"
+    if rank != missing:
+        train(rank, folder, name, 2, strategy, {})
+
+
 def lonely(rank: int, folder: Path, name: str) -> None:
     """Rank 1 alone meets an error, and lingers; rank 0 waits for it in a collective."""
 

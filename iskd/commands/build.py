@@ -27,6 +27,7 @@ from iskd.system.precision import precision
 from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
+from iskd.training.metrics import tracked_as
 
 
 def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
@@ -176,6 +177,8 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
             values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
         values["name"] = values.get("name") or run_dir.name
         values["group"] = values.get("group") or sweep_of(run_dir)
+        if global_rank() == 0:
+            values["id"] = tracked_as(run_dir, values.get("id"))
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
 
 

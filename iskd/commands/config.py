@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
-from iskd.system import ranks
+from iskd.system import one_of_several
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -32,7 +32,7 @@ def new_folder(path: str) -> str:
     Hydra's names go by the second. A process gets the same folder for the same path again, and one of several that
     belong together the name itself: they have to be told a folder (`hydra.run.dir`).
     """
-    if path in _made.values() or (path not in _made and ranks.one_of_several(os.environ)):
+    if path in _made.values() or (path not in _made and one_of_several(os.environ)):
         return path
     number = 1
     while path not in _made:

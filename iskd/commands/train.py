@@ -13,9 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.arguments import AUTO
+from iskd.commands.arguments import AUTO, noted, told_at_the_end
 from iskd.commands.config import CONF, plain
-from iskd.commands.failures import noted, told_at_the_end
 from iskd.commands.fresh_process import RESUME, go_on, in_a_child
 from iskd.plan.run_folder import CONFIG_FILE
 
@@ -27,8 +26,7 @@ def main(config: DictConfig) -> float | list[float]:
     """Compose, build, run; what `objectives` names is returned to a sweep."""
     from iskd.commands import build, resume
     from iskd.plan.summary import objectives
-    from iskd.system import Preempted, global_rank
-    from iskd.system.ranks import one_of_several
+    from iskd.system import Preempted, global_rank, one_of_several
     from iskd.training import StartAgain, run
 
     # Lightning's start-up notes say nothing about a compression run and bury what does

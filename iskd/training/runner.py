@@ -36,7 +36,7 @@ from iskd.training.stages import StageLoop
 from iskd.training.state import RunState
 from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
-from iskd.training.strategies import FSDP2Strategy, check_strategy, strategy_of
+from iskd.training.strategies import FSDP2Strategy, check_strategy, meet_first, strategy_of
 
 TRAINER_KEYS = frozenset(inspect.signature(L.Trainer).parameters)
 # what Lightning says about every run of ours, and why it does not matter here
@@ -93,7 +93,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
     parts = as_halved(parts, state)
     module = make_module(parts, state)
     callback = CompressionCallback(_loop(parts, state), resume_from, deadline)
-    trainer = _trainer(parts, callback)
+    trainer = _trainer(parts, callback, None if resume_from is None else state.tokens)
     _check(parts, trainer, state)
     if trainer.is_global_zero:
         write_facts(parts, trainer)
@@ -186,7 +186,7 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
     )  # fmt: skip
 
 
-def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
+def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
     settings = strategy_of(trainer_settings(parts.trainer, TRAINER_KEYS))
     if settings.pop("progress", True):
@@ -206,13 +206,14 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
             **settings,
         },
         callbacks=callbacks,
-        logger=_loggers(parts),
+        logger=_loggers(parts, resumed_at),
     )
     without_sigterm_broadcast(trainer)
+    meet_first(trainer)
     return trainer
 
 
-def _loggers(parts: Parts) -> list[Logger]:
+def _loggers(parts: Parts, resumed_at: int | None) -> list[Logger]:
     """metrics.csv in the run directory, always, and whatever was chosen beside it."""
-    log_start(parts.loggers, parts.run_dir)
+    log_start(parts.loggers, parts.run_dir, resumed_at)
     return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]

@@ -10,8 +10,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from iskd.commands.arguments import listed, noted, told_at_the_end
 from iskd.commands.config import forget_folders, new_folder
-from iskd.commands.failures import listed, noted, told_at_the_end
 from iskd.plan.failure import read_failure, write_failure
 from iskd.report.run_folder import read_run
 from iskd.report.run_list import read_runs
@@ -19,7 +19,7 @@ from tests.factories import CONF
 
 YAML = """
 seed: 0
-hydra: {callbacks: {failures: {_target_: iskd.commands.failures.SweepFolder}}}
+hydra: {callbacks: {failures: {_target_: iskd.commands.arguments.SweepFolder}}}
 """
 
 
