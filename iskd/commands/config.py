@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
-from iskd.system import one_of_several
+from iskd.system.ranks import one_of_several
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"

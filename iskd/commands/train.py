@@ -26,7 +26,8 @@ def main(config: DictConfig) -> float | list[float]:
     """Compose, build, run; what `objectives` names is returned to a sweep."""
     from iskd.commands import build, resume
     from iskd.plan.summary import objectives
-    from iskd.system import Preempted, global_rank, one_of_several
+    from iskd.system import Preempted, global_rank
+    from iskd.system.ranks import one_of_several
     from iskd.training import StartAgain, run
 
     # Lightning's start-up notes say nothing about a compression run and bury what does

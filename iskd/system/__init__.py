@@ -13,7 +13,7 @@ ask_for_huge_pages()  # before torch is imported below; iskd itself imports this
 
 from iskd.system.files import Json, file_sha256, read_json, write_whole  # noqa: E402
 from iskd.system.progress import Busy, ProgressLine  # noqa: E402
-from iskd.system.ranks import Ranks, global_rank, one_of_several  # noqa: E402
+from iskd.system.ranks import Ranks, global_rank  # noqa: E402
 from iskd.system.stop_signals import Preempted  # noqa: E402
 from iskd.system.text import number  # noqa: E402
 
@@ -26,7 +26,6 @@ __all__ = [
     "file_sha256",
     "global_rank",
     "number",
-    "one_of_several",
     "read_json",
     "write_whole",
 ]

@@ -54,6 +54,7 @@ OPEN = {
     "system/machine": "one clock and one description of the machine for every measurement",
     "system/meeting": "before the trainer makes its process group",
     "system/patches": "what another library is made to do, in one file, where it is made to",
+    "system/ranks": "a process among several starts and names nothing by itself",
     "system/reading": "what a field of a file may hold is said where the field is",
     "system/run_lock": "held by whoever claims a run's folder, handed on to a fresh process",
     "system/precision": "device and precision of passes outside the trainer",
