@@ -29,6 +29,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from iskd.losses.kl import KL
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
@@ -44,11 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "candidates": {
         "schedule": Iterative(RemoveLayers(), count=1, rescore=True, candidates=2, trial_tokens=2 * TOKENS, **_SHORT)
     },
-    "alignment": {"schedule": Align(ConvertTo(MIXER), tokens=12 * TOKENS, mixers="mixer_output", lr=1e-3, lr_new=3e-3)},
+    "alignment": {"schedule": Align(ConvertTo(MIXER), tokens=12 * TOKENS, mixers="mixer_output")},
     "adapters": {
         "schedule": Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], train="lora", lora={"rank": 4}, **_SHORT)
     },
-    "cache": {"cache": CacheSpec(), "dropout": 0.0},
+    "cache": {"answers": CacheSpec(), "dropout": 0.0, "terms": {"kl": (KL(), 1.0)}},
     "sharded": {"options": {"checkpoints": "sharded"}},
 }
 """What a kind of run changes in that of the other tables; sharded checkpoints are of --strategy fsdp."""
@@ -133,8 +134,8 @@ class Bench:
         """Largest difference of any weight and of any optimizer state from the uninterrupted run."""
         ends = [checkpoint_files.newest(self.folder / run / "checkpoints") for run in ("whole", name)]
         assert all(end is not None for end in ends)
-        files = ("student.safetensors", "optimizer.safetensors")
-        found = [[load_file(end / file) for end in ends if end is not None] for file in files]
+        parts = ("student", "optimizer")
+        found = [[dict(checkpoint.Stored(end, part)) for end in ends if end is not None] for part in parts]
         return largest_difference(*found[0]), largest_difference(*found[1])
 
 
