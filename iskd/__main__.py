@@ -9,7 +9,9 @@ from importlib import import_module
 
 from iskd.commands.arguments import arguments, told
 from iskd.commands.fresh_process import COMMAND
+from iskd.system import global_rank
 from iskd.system.allocator import tune
+from iskd.system.stop_signals import INTERRUPTED
 
 HYDRA = ("train", "score", "evaluate", "profile")
 """They read Hydra's overrides; the others read folders."""
@@ -34,8 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
     if name in HYDRA:
         sys.argv[1:] = arguments(sys.argv[1:])
-    with told():
-        import_module(f"iskd.commands.{name}").main()
+    try:
+        with told():
+            import_module(f"iskd.commands.{name}").main()
+    except KeyboardInterrupt:  # a run that trains saves first, and says so
+        if global_rank() == 0:
+            print("stopped by Ctrl-C: nothing was to be saved", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,15 @@ from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, refuse_links
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
-from iskd.system import Busy, global_rank, write_whole
+from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.precision import precision
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
+from iskd.training.metrics import tracked_as
 
 
 def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
@@ -130,9 +131,10 @@ def _edit(config: DictConfig) -> EditKind:
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:
-    """A directory belongs to one run."""
+    """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_links(run_dir)
+    run_lock.hold(run_dir / LOCK_FILE)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
@@ -193,6 +195,8 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
             values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
         values["name"] = values.get("name") or run_dir.name
         values["group"] = values.get("group") or sweep_of(run_dir)
+        if global_rank() == 0:
+            values["id"] = tracked_as(run_dir, values.get("id"))
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
+from iskd.system.ranks import one_of_several
 from iskd.system.typed_values import read_value, shown, takes
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -25,6 +27,35 @@ RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its f
 
 
 _MISSING = "???"
+_made: dict[str, str] = {}
+
+
+def new_folder(path: str) -> str:
+    """A folder that nobody else has: made by this call, in one step, with a number behind its name where it was there.
+
+    Hydra's names go by the second. A process gets the same folder for the same path again, and one of several that
+    belong together the name itself: they have to be told a folder (`hydra.run.dir`).
+    """
+    if path in _made.values() or (path not in _made and one_of_several(os.environ)):
+        return path
+    number = 1
+    while path not in _made:
+        tried = Path(path if number == 1 else f"{path}-{number}")
+        tried.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tried.mkdir()
+            _made[path] = str(tried)
+        except FileExistsError:
+            number += 1
+    return _made[path]
+
+
+def forget_folders() -> None:
+    """The next path of `new_folder` is that of another run, although it may have been asked for before."""
+    _made.clear()
+
+
+OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True, replace=True)
 
 
 def options(group: str) -> list[str]:

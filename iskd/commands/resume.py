@@ -46,6 +46,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         saved[key] = config.get(key)
     _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
+    changed: dict[str, tuple[Any, Any]] = {}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in _FREE or key in _FREE:
@@ -57,14 +58,16 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
-        before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
-        if _said(plain(before)) != _said(plain(now)):
-            raise ValueError(
-                f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; "
-                "drop it, or start a new run"
-            )
+        before, now = (_flat(plain(OmegaConf.select(values, key)), key) for values in (saved, config))
+        changed |= _differences(before, now)
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
-        _refuse_other_preset(saved, config)
+        changed |= _differences(_flat(plain(saved)), _flat(plain(config)))  # a preset is no key: what it sets
+    if changed:
+        listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
+        raise ValueError(
+            f"resume={run_dir} continues the run as it was, but the command line changes {listed}; drop that, or start "
+            "a new run"
+        )
     if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
         saved.data.bos = "none"
     saved.resume = str(run_dir)
@@ -121,21 +124,11 @@ def _trusts(config: Json) -> bool:
     return isinstance(model, dict) and bool(model.get("trust_remote_code"))
 
 
-def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:
-    """A preset is no key of the config: compare what it sets."""
-    before, now = _flat(plain(saved)), _flat(plain(config))
-    for key in sorted(before.keys() | now.keys()):
-        free = key in _FREE or key.split(".")[0] in _FREE or key in _CHANGES
-        if not free and before.get(key) != now.get(key):
-            raise ValueError(
-                f"resume continues a run as it was, but the preset sets {key} to {now.get(key)!r} and it is "
-                f"{before.get(key)!r} there; drop the preset, or start a new run"
-            )
-
-
-def _said(values: Any) -> dict[str, Any]:
-    """Leaves that say something: a key that a version lacked is null in another."""
-    return {key: value for key, value in _flat(values).items() if value is not None}
+def _differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of the leaves that differ and may not; a key that a version lacked is null in another."""
+    keys = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    bound = [key for key in keys if not {key, key.split(".")[0]} & {*_FREE} and key not in _CHANGES]
+    return {key: (before.get(key), now.get(key)) for key in bound}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
+from iskd.plan.failure import read_failure
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
 from iskd.plan.run_files import (
@@ -46,6 +47,7 @@ class RunFiles:
     record: Any = None
     data: Any = None
     environment: Any = None
+    failure: str | None = None
     model_bytes: int | None = None
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
@@ -80,6 +82,9 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
         run.stages = read_stages(run_dir)
     else:
         run.notes.append(f"{STAGES_FILE} is missing: no stage table and no plots of stages")
+    run.failure = read_failure(run_dir)
+    if run.failure is not None:
+        run.notes.append(f"the run failed: {run.failure}")
     if run.stages and teacher_of(run.stages) is None:
         run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
     if curves:

@@ -16,7 +16,7 @@ from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
-from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.report.read_run import RunFiles, read_run
 
@@ -70,9 +70,10 @@ class Run:
     @property
     def marks(self) -> list[str]:
         """What went wrong, in words; empty for a run that finished with all its edits."""
+        failed = [] if self.files.failure is None else [f"failed: {self.files.failure:.200}"]
         if self.student is None:
-            return ["planned only" if self.config.get("plan_only") == "true" else "no stage finished"]
-        marks = [] if self.finished else [f"stopped after stage {self.files.stages[-1].index}"]
+            return [*failed, "planned only" if self.config.get("plan_only") == "true" else "no stage finished"]
+        marks = failed + ([] if self.finished else [f"stopped after stage {self.files.stages[-1].index}"])
         if self.undone:
             marks.append(f"{len(self.undone)} rolled back")
         if self.student is self.teacher:
@@ -123,8 +124,8 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run: it has stages or, having died before the first one, a saved config."""
-    return any((folder / name).is_file() for name in (STAGES_FILE, CONFIG_FILE))
+    """Whether a folder is that of a run: it has stages or, where these were not reached, a config or what ended it."""
+    return any((folder / name).is_file() for name in (STAGES_FILE, CONFIG_FILE, FAILURE_FILE))
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:

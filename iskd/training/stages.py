@@ -54,7 +54,7 @@ class StageLoop:
         schedule: decides the stages. importance: scores layers when the schedule asks for it.
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
-        teacher: digest of the teacher's weights; a resumed run must find the same.
+        teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -71,10 +71,11 @@ class StageLoop:
         state: RunState,
         options: RunOptions,
         teacher: str | None = None,
+        config: str | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
-        self.state, self.options, self.teacher = state, options, teacher
+        self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.preempted = self.restarting = False
         self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
@@ -385,7 +386,8 @@ class StageLoop:
 
     def _identity(self) -> dict[str, Any]:
         layout = {"processes": self.live.ranks.size, "accumulate": self.live.accumulate}
-        return {**self.data.identity(), **layout, "teacher": self.teacher, "precision": self.live.precision}
+        config = {} if self.config is None else {"config": self.config}
+        return {**self.data.identity(), **layout, **config, "teacher": self.teacher, "precision": self.live.precision}
 
     def _measure(self) -> dict[str, float]:
         module = self.live.module

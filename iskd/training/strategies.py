@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from iskd.models import sharding
 from iskd.system import Ranks
+from iskd.system.meeting import met
 from iskd.training.step.adapters import IN_SHARDS
 
 
@@ -39,6 +40,22 @@ def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("strategy") == "fsdp":
         return {**settings, "strategy": FSDP2Strategy()}
     return settings
+
+
+def meet_first(trainer: L.Trainer) -> None:
+    """Have a trainer's processes meet within a bounded time before it makes their process group."""
+    strategy = trainer.strategy
+    setup = getattr(strategy, "setup_distributed" if isinstance(strategy, DDPStrategy) else "_setup_distributed", None)
+    if setup is None or not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
+        return
+
+    def meeting() -> None:
+        cluster = strategy.cluster_environment
+        assert cluster is not None
+        strategy.set_world_ranks()
+        met(strategy.global_rank, strategy.world_size, cluster.main_address, cluster.main_port, setup)
+
+    setattr(strategy, setup.__name__, meeting)
 
 
 def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = False) -> None:

@@ -109,10 +109,10 @@ def test_compress_is_the_command_line_and_leaves_no_trace(tmp_path: Path, monkey
     again = iskd.compress(teacher, tokenizer, texts, run_dir=tmp_path / "memory", resume=True, **CALL, overrides=KEYS)
     assert same(again, command)
     other = {**CALL, "seed": 4}
-    with pytest.raises(ValueError, match="seed is 3 there and 4 here"):
+    with pytest.raises(ValueError, match="changes seed: 3 -> 4;"):
         iskd.compress(teacher, tokenizer, texts, run_dir=tmp_path / "memory", resume=True, **other, overrides=KEYS)
     # the command line cannot have what was in memory, and says where it was
-    config, _ = compose_config([f"resume={tmp_path}/memory"])
+    config, _ = compose_config([f"resume={tmp_path}/memory"], tmp_path)
     with pytest.raises(ValueError, match=r"the model given to iskd\.compress"):
         build.parts(resumed(config, []), tmp_path / "memory")
 

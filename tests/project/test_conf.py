@@ -170,11 +170,11 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
     OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
     again = composed(f"resume={tmp_path}")
     assert resumed(again, [f"resume={tmp_path}"]).seed == 7
-    changed = composed(f"resume={tmp_path}", "schedule.lr=0.5", "seed=7")
+    changed = composed(f"resume={tmp_path}", "schedule.lr=0.5", "seed=0")
     assert resumed(composed(f"resume={tmp_path}", "seed=7"), ["seed=7"]).schedule.count == 2
-    with pytest.raises(ValueError, match=r"schedule\.lr is 0\.0001 there and 0\.5 here"):
-        resumed(changed, ["schedule.lr=0.5"])
-    with pytest.raises(ValueError, match=r"the preset sets .* to .*; drop the preset"):
+    with pytest.raises(ValueError, match=r"changes schedule\.lr: 0\.0001 -> 0\.5, seed: 7 -> 0; drop"):
+        resumed(changed, ["seed=0", "schedule.lr=0.5"])
+    with pytest.raises(ValueError, match=r"changes .*loss\.ce\..*: .* -> .*; drop that"):
         resumed(composed(f"resume={tmp_path}", "experiment=kd"), ["experiment=kd"])
     moved = composed(f"resume={tmp_path}", "cache_dir=elsewhere", "trainer.progress=false")
     assert resumed(moved, ["cache_dir=elsewhere"]).cache_dir == "elsewhere"

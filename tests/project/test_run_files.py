@@ -61,6 +61,7 @@ ALLOWED = {
     "system/files: os.open": "to read, without waiting at a pipe",
     "report/figures/style: savefig": "into memory",
     "training/metrics/metrics_file: open": "rows at the end of a file, without following a link",
+    "system/run_lock: os.open": "a lock is of the file itself, which therefore is never replaced",
     "export/student: save_file": "safetensors' own writer, in a folder that is moved as a whole",
     "export/write: os.replace": "an export: the folder as a whole",
     "training/state/checkpoint: save_file": "safetensors' own writer, in a folder that is moved as a whole",

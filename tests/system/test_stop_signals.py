@@ -29,7 +29,7 @@ from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.system.ranks import global_rank
-from iskd.system.stop_signals import EXIT_CODE, Handler, Preempted, StopSignals, stop_signals
+from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, Handler, Preempted, StopSignals, stop_signals
 from iskd.training.state import checkpoint, checkpoint_files
 from tests.commands.test_cli import ROOT, command
 from tests.factories import CONF
@@ -41,7 +41,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SUBMITIT_EXECUTO
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (*RANKS, "ISKD_RESUME"):
         monkeypatch.delenv(name, raising=False)
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -104,14 +104,28 @@ def test_handlers_that_exit_or_fail_are_not_hidden() -> None:
 
 
 def test_the_signal_of_a_submitit_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1)
+    always = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    assert stop_signals() == always
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    assert stop_signals() == (*always, signal.SIGUSR2)
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1)
+    assert stop_signals() == always
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR7")
     with pytest.raises(ValueError, match="SUBMITIT_PREEMPT_SIGNAL=USR7"):
         stop_signals()
+
+
+def test_the_second_ctrl_c_ends_the_process() -> None:
+    """The system itself ends it: a handler would wait for whatever the first one waits for."""
+    signals = StopSignals()
+    signals.install()
+    send(signal.SIGINT)
+    signals.install()  # as at the start of training, after Lightning
+    assert signals.received == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    signals.hand_on()  # the handler of before would raise KeyboardInterrupt
+    signals.uninstall()
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
 
 
 def test_other_threads_install_nothing() -> None:
@@ -143,6 +157,9 @@ def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: p
     stop = Preempted(Path("runs/x"))
     assert stop.code == (EXIT_CODE if rank == 0 else 0)
     assert "resume=runs/x" in stop.message
+    by_user = Preempted(Path("runs/x y"), number=signal.SIGINT)
+    assert by_user.code == (INTERRUPTED if rank == 0 else 0)
+    assert by_user.message.endswith("continue with 'resume=runs/x y'"), "to be pasted"
 
 
 def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,16 +299,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stopped_runs_save_and_continue_bit_for_bit(place: Path) -> None:
-    """SIGTERM in the first stage, SIGUSR1 after the resume, then the same command line to the end."""
+    """Ctrl-C in the first stage, SIGUSR1 after the resume, then the same command line to the end."""
     run_dir = place / "stopped"
     before = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number, expected in ((signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, EXIT_CODE)):
         process = start("resume=auto", f"hydra.run.dir={run_dir}", cwd=place)
         wait_for(process, lambda: any(run_dir.glob("checkpoints/*-stage")) and trained(run_dir) > before)  # noqa: B023
         process.send_signal(number)
         code, output = end(process)
-        assert code == EXIT_CODE, output
-        assert f"resume={run_dir}" in output
+        assert code == expected, output
+        assert output.splitlines()[-1].endswith(f"everything is saved: continue with resume={run_dir}")
+        assert "Traceback" not in output
         logged = [float(row.split(",")[column]) for column, row in rows_of(run_dir / "metrics.csv")]
         assert 0 <= trained(run_dir) - max(logged) <= STEP_TOKENS
         assert trained(run_dir) > before

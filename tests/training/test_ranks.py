@@ -99,6 +99,17 @@ def test_a_killed_run_resumes_bit_for_bit(strategy: str, tmp_path: Path) -> None
         assert f"rank {victim} died, so rank {1 - victim} stops as well" in other
 
 
+@pytest.mark.parametrize(("missing", "strategy"), [(0, "ddp"), (1, "fsdp")])
+def test_a_rank_that_never_comes_is_not_waited_for(missing: int, strategy: str, folder: Path) -> None:
+    """Torch would wait for as long as for a collective: half an hour."""
+    name = f"absent-{missing}"
+    world = World(2, programs.absent, (folder, name, missing, strategy), folder / "logs" / name)
+    codes = world.wait(60)
+    assert codes == [missing, 1 - missing], world.said()
+    assert f"rank {missing} did not come to 127.0.0.1:" in world.said()
+    assert "ISKD_MEET_SECONDS=SECONDS" in world.said()
+
+
 def test_sharded_checkpoints_resume_and_are_whole(folder: Path, one: dict[str, Any]) -> None:
     options = {"checkpoints": "sharded", "checkpoint_every": 2}
     world = World(
