@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
-from iskd.models.weights import WEIGHTS, check_whole, load_model_tensors, present_weights
+from iskd.models.model_folder import check_model_folder, read_model_config
+from iskd.models.weights import WEIGHTS, check_whole, load_model_tensors, present_weights, refuse_pointer
 from iskd.plan import Record
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.reading import record_from_json
@@ -126,13 +127,16 @@ def describe(directory: str | os.PathLike[str]) -> Described:
     """
     folder = Path(directory)
     config_file = folder / "config.json"
+    refuse_pointer(config_file)
     if not config_file.is_file():
-        raise ValueError(f"{folder} is not a model directory: config.json is missing")
+        read_model_config(folder)  # says what is there in its place
     data = read_json(config_file)
     if not isinstance(data, dict):
         raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
     native = data.get("model_type") != "iskd"
     with _only_value_errors(folder):
+        if native and data.get("model_type") in FAMILIES:
+            check_model_folder(folder)
         for file in present_weights(folder):
             check_whole(file)
         try:
@@ -169,10 +173,6 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
-        )
     config = _host_config(data, folder / "config.json")
     return config, Record(config.num_hidden_layers)
 
