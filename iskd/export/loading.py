@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
@@ -57,21 +58,23 @@ class IskdForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        revision, local = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
-        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
-            kwargs.pop(harmless, None)
-        unknown = [key for key, value in kwargs.items() if value is not None]
+        """Load a student; options that change nothing are taken, and those refused that would be ignored."""
+        dtype = dtype_of(*(kwargs.pop(key, None) for key in ("dtype", "torch_dtype")))
+        revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
+        place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
+        hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
+        unknown = [key for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)]
         if args or unknown:
             raise ValueError(
                 f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
                 "load first, then move or wrap the model"
             )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, local))
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
+        model = load(_folder_of(pretrained_model_name_or_path, revision, hub))
+        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        nn.Module.to(model, place, dtype)
+        return (model, dict(NOTHING_WRONG)) if told else model
 
 
 def register() -> None:
@@ -80,12 +83,11 @@ def register() -> None:
     AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
 
 
-def _folder_of(name: Any, revision: str | None, local: bool) -> Path:
+def _folder_of(name: Any, revision: str | None, hub: Mapping[str, Any]) -> Path:
     """A folder as it is, or the snapshot of a student that somebody put on the hub."""
     if Path(name).is_dir():
         return Path(name)
-    files = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(str(name), revision=revision, local_files_only=local, allow_patterns=files))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub))
 
 
 @dataclass(frozen=True)

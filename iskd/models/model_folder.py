@@ -173,7 +173,7 @@ def _weights_of(folder: Path) -> list[Path]:
     files = weight_files(folder)
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:5])}, which {INDEX} names: "
+            f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:5])}, of {INDEX}: "
             "copy or download them again"
         )
     if not files:

@@ -35,6 +35,16 @@ def write_whole(file: Path, content: str | bytes) -> Path:
     return file
 
 
+def readable_as_umask(folder: Path) -> None:
+    """Give the files of a folder that was just written the permissions of the umask: safetensors writes them 0600."""
+    probe = write_whole(folder / f".{uuid4().hex}.umask", "")
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
 def write_csv(file: Path, rows: Iterable[Iterable[object]]) -> Path:
     """Write rows of cells as `write_whole` does, in the csv module's own dialect."""
     text = io.StringIO(newline="")
