@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "index": (indexed({"not.there": "model-00001-of-00002.safetensors"}), r"names 1 tensors that no shard holds"),
     "broken index": (indexed({}), r"index\.json must map tensors"),
     "no tokenizer": (
-        lambda d: [f.unlink() for f in d.glob("token*")],
+        lambda d: list(map(Path.unlink, d.glob("token*"))),
         r"no tokenizer that can be loaded \(tokenizer\.json\)",
     ),
     "broken tokenizer": (text("tokenizer.json", "{"), r"no tokenizer that can be loaded"),
