@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
+from iskd.models.model_folder import check_model_folder, read_model_config
 from iskd.models.skeletons import check_depth, within_weights
-from iskd.models.weights import check_whole, load_model_tensors, present_weights
+from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
 from iskd.system import Json, read_json
@@ -51,21 +53,23 @@ class IskdForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        revision, local = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
-        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
-            kwargs.pop(harmless, None)
-        unknown = [key for key, value in kwargs.items() if value is not None]
+        """Load a student; options that change nothing are taken, and those refused that would be ignored."""
+        dtype = dtype_of(*(kwargs.pop(key, None) for key in ("dtype", "torch_dtype")))
+        revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
+        place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
+        hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
+        unknown = [key for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)]
         if args or unknown:
             raise ValueError(
                 f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
                 "load first, then move or wrap the model"
             )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, local))
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
+        model = load(_folder_of(pretrained_model_name_or_path, revision, hub))
+        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        nn.Module.to(model, place, dtype)
+        return (model, dict(NOTHING_WRONG)) if told else model
 
 
 def register() -> None:
@@ -74,12 +78,11 @@ def register() -> None:
     AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
 
 
-def _folder_of(name: Any, revision: str | None, local: bool) -> Path:
+def _folder_of(name: Any, revision: str | None, hub: Mapping[str, Any]) -> Path:
     """A folder as it is, or the snapshot of a student that somebody put on the hub."""
     if Path(name).is_dir():
         return Path(name)
-    files = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(str(name), revision=revision, local_files_only=local, allow_patterns=files))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub))
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,16 @@ def describe(directory: str | os.PathLike[str]) -> Described:
     """
     folder = Path(directory)
     config_file = folder / "config.json"
+    refuse_pointer(config_file)
     if not config_file.is_file():
-        raise ValueError(f"{folder} is not a model directory: config.json is missing")
+        read_model_config(folder)  # says what is there in its place
     data = read_json(config_file, links=True)
     if not isinstance(data, dict):
         raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
     native = data.get("model_type") != "iskd"
     with _only_value_errors(folder):
+        if native and data.get("model_type") in FAMILIES:
+            check_model_folder(folder)
         for file in present_weights(folder):
             check_whole(file)
         try:
@@ -164,10 +170,6 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
-        )
     config = _host_config(data, folder / "config.json")
     return config, Record(config.num_hidden_layers)
 

@@ -46,6 +46,16 @@ def clear_place(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def readable_as_umask(folder: Path) -> None:
+    """Give the files of a folder that was just written the permissions of the umask: safetensors writes them 0600."""
+    probe = write_whole(folder / f".{uuid4().hex}.umask", "")
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read in pieces of 4 MiB (about a gigabyte a second)."""
     digest = hashlib.sha256()

@@ -12,6 +12,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.models.head import say_untied
 from iskd.models.weights import check_finite, parameters_sha256
 from iskd.teacher.load import Loaded
 
@@ -50,8 +51,10 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
     """
     device = model.device
     modes = [(module, module.training) for module in model.modules()]
+    tied = getattr(model.config, "tie_word_embeddings", False)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
+    say_untied(model)
     try:
         yield
     finally:
@@ -60,3 +63,4 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         nn.Module.to(model, device)
+        model.config.tie_word_embeddings = tied

@@ -89,6 +89,7 @@ OPEN = {
     "models/stack": "a mixer asks for the class of a hosted module",
     "models/surgery": "the only place where structure changes, called as surgery.apply",
     "models/tokenizers": "models are compared only under one tokenizer",
+    "models/model_folder": "what is no model, for teachers and exports alike",
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
     "teacher/bundled": "names of bundled teachers",

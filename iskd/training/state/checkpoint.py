@@ -29,7 +29,7 @@ from iskd.models.weights import load_model_tensors, model_tensors
 from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
-from iskd.system.files import clear_place
+from iskd.system.files import clear_place, readable_as_umask
 from iskd.training.state.checkpoint_files import (
     _RNG,
     _STATE,
@@ -148,6 +148,7 @@ def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunS
     """Add what rank 0 alone writes, then move the folder to its place by one rename."""
     numbers = {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()}
     save_file(numbers, draft / _RNG)
+    readable_as_umask(draft)
     write_whole(draft / _STATE, json.dumps(state.to_json(), indent=1))
     entries = {**entries, **{name: _entry(draft / name) for name in (_RNG, _STATE)}}
     write_whole(draft / "manifest.json", json.dumps({"files": entries}, indent=1))
