@@ -1,6 +1,6 @@
 """Leave-one-out scores of SmolLM2-135M's 30 blocks: deleting one after the other, one shared sweep, racing.
 
-Three parts in one process. Exactness: in float32, the naive way against the sweep. Time: bf16 autocast, as training
+Three things in one process. Exactness: in float32, the naive way against the sweep. Time: bf16 autocast, as training
 runs; one window of 256 tokens (batch 1) per repeat, the ways interleaved, CPU seconds of the process (one thread), so
 that other programs on the machine count little; the naive way is linear in the number of windows, and its seconds for a
 race's windows are those of one window times their number. Choice: 20 draws of calibration windows from a pool; is the
@@ -176,7 +176,7 @@ def choice(
 
 
 def main() -> None:
-    """Run all three parts."""
+    """Measure all three."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of a race")

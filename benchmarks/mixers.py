@@ -47,17 +47,17 @@ Way = Callable[..., Tensor]
 
 def inputs(kind: str, tokens: int, heads: int, width: int) -> Inputs:
     """One sequence; keys of length 1 and decays as a fresh GLA, Gated DeltaNet or Mamba has them."""
-    shape, parts = (1, tokens, heads, width), CORES.get(kind, ())
+    shape, needs = (1, tokens, heads, width), CORES.get(kind, ())
     if kind == "mamba":
         found = {name: torch.randn(1, tokens, 1, 16) for name in "qk"}
         step = F.softplus(torch.randn(1, tokens, heads * width) - 4)
         return {**found, "v": torch.randn(1, tokens, heads * width, 1), "beta": step}
     found = {"q": torch.randn(shape), "k": F.normalize(torch.randn(shape), dim=-1), "v": torch.randn(shape)}
-    if "scalar" in parts or "vector" in parts:
-        found["g"] = F.logsigmoid(torch.randn(shape if "vector" in parts else shape[:3])) / 16
-    if "delta" in parts:
+    if "scalar" in needs or "vector" in needs:
+        found["g"] = F.logsigmoid(torch.randn(shape if "vector" in needs else shape[:3])) / 16
+    if "delta" in needs:
         found["beta"] = torch.rand(shape[:3])
-    if "bonus" in parts:
+    if "bonus" in needs:
         found["bonus"] = torch.randn(shape[2:])
     return found
 
@@ -89,9 +89,9 @@ def mixed(mixer: RecurrentMixer, *, tokens: int | None, **given: Tensor) -> Tens
     extra = () if isinstance(mixer, Mamba) else (given["k"].new_ones(given["k"].shape[:2]),)
     total, outputs, state, past = given["k"].shape[1], [], None, []
     for start in range(0, total, tokens or total):
-        part = slice(start, start + (tokens or total))
-        streams = Streams(**{name: x[:, part] for name, x in given.items()}, extra=tuple(x[:, part] for x in extra))
-        context = Context(None, torch.arange(total)[None, part], past=past)
+        piece = slice(start, start + (tokens or total))
+        streams = Streams(**{name: x[:, piece] for name, x in given.items()}, extra=tuple(x[:, piece] for x in extra))
+        context = Context(None, torch.arange(total)[None, piece], past=past)
         o, state = mixer.mix(streams, context, state)
         outputs.append(o)
         past = context.last
@@ -121,7 +121,7 @@ def table(title: str, goal: str, rows: Mapping[str, tuple[Sequence[Any], Sequenc
     """Of every kind the ratios of the first to the second."""
     print(f"\n| {title} | forward | forward + backward | goal |\n|---|---|---|---|")
     for name, (above, below) in rows.items():
-        cells = [spread([one[part] for one in above], [one[part] for one in below]) for part in (0, 1)]
+        cells = [spread([one[way] for one in above], [one[way] for one in below]) for way in (0, 1)]
         print(f"| {name} | {' | '.join(cells)} | {goal} |")
 
 

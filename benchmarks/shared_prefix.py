@@ -47,8 +47,7 @@ def optimizer_of(module: DistillModule) -> torch.optim.Optimizer:
     return optimizer
 
 
-def gradients(module: DistillModule, ids: Tensor, mixed: bool | None, shared: bool) -> list[Tensor]:
-    module.share_prefix = shared
+def gradients(module: DistillModule, ids: Tensor, mixed: bool | None) -> list[Tensor]:
     backward(module, ids, mixed)
     found = [p.grad for p in module.student.parameters() if p.grad is not None]
     module.student.zero_grad()
@@ -62,24 +61,24 @@ def main() -> None:
     device = torch.device(options.device)
     module = distilled(options, options.frozen, device)
     frozen_below(module, options.frozen)
+    told = module.student, module.teacher, module.terms, module.optim, module.record
+    ways = {name: DistillModule(*told, share_prefix=on) for name, on in WAYS.items()}
     optimizer = optimizer_of(module)
     generator = torch.Generator().manual_seed(0)
     shape = (options.repeats + 1, options.batch, options.tokens)
     windows = torch.randint(0, options.vocabulary, shape, generator=generator).to(device)
-    both = [gradients(module, windows[0], options.bf16, shared) for shared in WAYS.values()]
+    both = [gradients(way, windows[0], options.bf16) for way in ways.values()]
     equal = all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
-    def step(repeat: int, shared: bool) -> Taken:
-        module.share_prefix = shared
-
+    def step(repeat: int, way: DistillModule) -> Taken:
         def work() -> None:
-            backward(module, windows[repeat], options.bf16)
+            backward(way, windows[repeat], options.bf16)
             update(optimizer)
 
         return timed(device, work)[0]
 
     apart, shared = in_turns(
-        {name: lambda repeat, on=on: step(repeat, on) for name, on in WAYS.items()}, options.repeats
+        {name: lambda repeat, way=way: step(repeat, way) for name, way in ways.items()}, options.repeats
     ).values()
     print(f"{setting(device)}\n\n{sizes(options, device)}, first {options.frozen} layers frozen\n")
     print("| shared is faster by (wall) | (CPU time) | gradients equal bit for bit | goal |\n|---|---|---|---|")

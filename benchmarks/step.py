@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(COMPARED), help="ours is always among them")
     parser.add_argument("--model", choices=TASKS, default="smollm2", help="tiny: random weights, to try it out")
     parser.add_argument("--out", type=Path, help="file that keeps what is measured; what it holds is not run again")
-    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="our step, by part")
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="our step, by span")
     parser.add_argument("--only", choices=[*WAYS, *EXTRAS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:

@@ -34,6 +34,6 @@ def flops(task: Task) -> dict[str, Any]:
 
 
 def profile(task: Task, steps: int) -> dict[str, Any]:
-    """`iskd profile` on our run: parts of the step, FLOPs and kinds of operators."""
+    """`iskd profile` on our run: spans of the step, FLOPs and kinds of operators."""
     with configured(task, 2 * steps + 8) as parts:
         return profile_parts(parts, steps).to_json()

@@ -106,8 +106,8 @@ def notes(rows: Sequence[Row], ways: Sequence[str], device: str) -> Iterator[str
     yield f"- batches of all ways but padded: {'the same, in the same order' if len(seen) == 1 else 'DIFFERENT'}"
     ours = finished(rows, "ours").values()
     if ours:
-        parts = [100 * statistics.fmean(row["gaps"][WARM_UP - 1 :]) / step_seconds(row) for row in ours]
-        listed = ", ".join(f"{part:.2f}" for part in parts)
+        shares = [100 * statistics.fmean(row["gaps"][WARM_UP - 1 :]) / step_seconds(row) for row in ours]
+        listed = ", ".join(f"{share:.2f}" for share in shares)
         yield (
             "- ours: between the end of a step and the start of the next (data loader and the Trainer's own work) "
             f"pass {listed} % of a step; goal: under {LOADER_GOAL} %"
@@ -118,13 +118,13 @@ def notes(rows: Sequence[Row], ways: Sequence[str], device: str) -> Iterator[str
 
 
 def profile_tables(profile: Row) -> Iterator[str]:
-    """Where our step's time goes, by part and by kind of operator; shares, for seconds hold for one machine only."""
+    """Where our step's time goes, by span and by kind of operator; shares, for seconds hold for one machine only."""
     whole, peak = sum(profile["seconds"].values()), profile["peak_flops"]
-    yield "| part of our step | % of the step | % of the peak while it runs |\n|---|---|---|"
-    for part, seconds in profile["seconds"].items():
-        work = profile["flops"].get(part)
+    yield "| span of our step | % of the step | % of the peak while it runs |\n|---|---|---|"
+    for name, seconds in profile["seconds"].items():
+        work = profile["flops"].get(name)
         share = "-" if not work or not seconds else f"{100 * work / seconds / peak:.1f}"
-        yield f"| {part} | {100 * seconds / whole:.1f} | {share} |"
+        yield f"| {name} | {100 * seconds / whole:.1f} | {share} |"
     total = sum(profile["operators"].values())
     if total:
         yield "\n| operators of one step | % |\n|---|---|"

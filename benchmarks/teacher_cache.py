@@ -20,7 +20,7 @@ from benchmarks.common import Taken, backward, in_turns, low, setting, spread, t
 from benchmarks.step_setup import DEVICE, TASKS, Task, prepared
 from iskd.data.shards import Tokens
 from iskd.losses.kl import KL
-from iskd.teacher import CacheSpec, TeacherCache
+from iskd.teacher import TeacherCache, TeacherCacheSpec
 from iskd.teacher.cache_rows import KINDS
 from iskd.training.step import DistillModule, OptimSpec, make_optimizer, regroup
 
@@ -33,7 +33,7 @@ def built(
     """Every kind of cache and the seconds that it took; the live teacher first."""
     found: dict[str, tuple[TeacherCache | None, float]] = {"live": (None, 0.0)}
     for kind in KINDS:
-        spec = CacheSpec(kind, top_k=top_k)
+        spec = TeacherCacheSpec(kind, top_k=top_k)
         with low(module.device, task.mixed):
             taken, cache = timed(
                 module.device,
@@ -52,7 +52,6 @@ def measured(
     regroup(optimizer, module.student, module.record, module.stage, {})
 
     def step(repeat: int, cache: TeacherCache | None) -> tuple[Taken, float]:
-        module.cache = cache
         rows = list(range(repeat * task.rows, (repeat + 1) * task.rows))
         ids = torch.from_numpy(windows[rows]).to(module.device)
 

@@ -65,12 +65,12 @@ class Part:
     target: str
     facts: dict[str, str]
 
-    def quoted(self) -> Iterator[tuple[str, list[str]]]:
-        """Every file that a fact names, and the figures that are quoted from it."""
-        for text in self.facts.values():
+    def quoted(self) -> Iterator[tuple[str, str, list[str]]]:
+        """A fact's name, a file that it names, and the figures that are quoted from it."""
+        for key, text in self.facts.items():
             start = 0
             for match in FILE.finditer(text):
-                yield match[1], FIGURE.findall(text[start : match.start()])
+                yield key, match[1], FIGURE.findall(text[start : match.start()])
                 start = match.end()
 
     def row(self) -> str:

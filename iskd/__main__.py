@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 
 from iskd.commands.arguments import arguments, told
 from iskd.commands.fresh_process import COMMAND
+from iskd.system import global_rank
 from iskd.system.allocator import tune
+from iskd.system.stop_signals import INTERRUPTED
 
 HYDRA = ("train", "score", "evaluate", "profile")
 """They read Hydra's overrides; the others read folders."""
@@ -31,11 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ[COMMAND] = sys.argv.pop(1)
     name = os.environ.get(COMMAND)
     if name not in COMMANDS:
-        sys.exit(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
+        with told():
+            raise ValueError(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
     if name in HYDRA:
         sys.argv[1:] = arguments(sys.argv[1:])
-    with nullcontext() if name in HYDRA else told():  # Hydra shows errors its own way
-        import_module(f"iskd.commands.{name}").main()
+    try:
+        with told():
+            import_module(f"iskd.commands.{name}").main()
+    except KeyboardInterrupt:  # a run that trains saves first, and says so
+        if global_rank() == 0:
+            print("stopped by Ctrl-C: nothing was to be saved", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The code's defaults in conf/: `python -m tests.conf_defaults` writes them, tests/project/test_conf.py checks them.
 
 A default is decided in the code and nowhere else. Hydra, however, sets a key without a plus, and `--cfg job` shows it,
-only where a yaml has it. So a mapping of conf/ that describes an object has two parts. Above the line `# defaults of
+only where a yaml has it. So a mapping of conf/ that describes an object has two halves. Above the line `# defaults of
 the code` stands what differs from them, or has none; below it the keys that people set, with the code's own values.
 A mapping without `_target_` says whose they are: `# defaults of iskd.plan.options.RunOptions`.
 

@@ -52,13 +52,13 @@ class Block:
             return []
         lines = self.text.replace("\\\n", " ").splitlines()
         found = [shlex.split(line, comments=True) for line in lines if FIRST_WORDS.match(line.strip())]
-        split = [part for words in found for part in _split(words)]
+        split = [piece for words in found for piece in _split(words)]
         return [list(itertools.dropwhile(lambda word: re.match(r"[A-Z]+=", word), words)) for words in split]
 
     def extra(self, words: list[str]) -> list[str]:
         """What the comment appends to a command; nothing to a block that is not run."""
-        parts = [part.rpartition("::") for part in shlex.split(self.rest)] if self.how in ("fast", "slow") else []
-        return [argument for word, found, argument in parts if not found or word in words]
+        given = [word.rpartition("::") for word in shlex.split(self.rest)] if self.how in ("fast", "slow") else []
+        return [argument for word, found, argument in given if not found or word in words]
 
 
 @functools.cache

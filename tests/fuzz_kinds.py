@@ -25,30 +25,37 @@ import iskd.blocks
 import iskd.mixers
 from iskd.data.shards import open_shards
 from iskd.data.splits import SPLITS, Document, Splitter
+from iskd.export.card import _settings as card_settings
+from iskd.export.card_measured import measured_section
 from iskd.export.student import write
 from iskd.models import surgery, weights
 from iskd.models.tokenizers import byte_tokenizer
-from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, to_json
+from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, run_files, to_json
 from iskd.plan.reading import record_from_json
+from iskd.plan.saved_config import read_config
 from iskd.report.figures.edit_map import layer_states
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.report.stage_rows import stage_table
 from iskd.system import read_json
+from iskd.system.files import clear_place
+from iskd.training.metrics import keep_metrics
 from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers
 from iskd.training.step import OptimSpec, make_optimizer, regroup
 from iskd.training.step.optimizer import optimizer_tensors
 from tests.factories import mixer_specs, tiny
 from tests.fuzz import Place, hostile, hostile_tensors, torn
+from tests.run_folders import EFFICIENCY, EVALUATION, write_run
 
 # Shares of all cases. `config` is the config.json of an export with its record inside, loaded as a student.
 SHARES = {
-    "record": 0.30,
+    "record": 0.22,
     "config": 0.10,
     "state": 0.15,
     "shards": 0.15,
     "tensors": 0.15,
     "manifest": 0.08,
     "stages": 0.07,
+    "run": 0.08,
 }
 Kind = tuple[Place, Callable[[], bool]]
 
@@ -88,6 +95,7 @@ def kinds(root: Path) -> dict[str, Kind]:
         "tensors": _tensors(root / "tensors"),
         "manifest": _manifest(root / "manifest"),
         "stages": _stages(root / "stages"),
+        "run": _run(root / "run"),
     }
     for name, (_, load) in made.items():
         assert load(), f"the valid {name} is refused"
@@ -296,6 +304,59 @@ def _stages(folder: Path) -> Kind:
         stage_table(run.stages)
         return True
 
+    return place, load
+
+
+TEACHER = {"name": "a/b", "kind": "hub", "sha256": "ab"}
+RUN_FILES: dict[str, Any] = {
+    run_files.CONFIG_FILE: {"seed": 1, "model": {"name": "tiny", "path": None}, "loss": ["kl"]},
+    run_files.ENVIRONMENT_FILE: {"teacher": TEACHER, "versions": {"iskd": "1"}},
+    run_files.DATA_FILE: {"source": "text", "content": "ab", "tokens": {"train": 64}},
+    run_files.EVALUATION_FILE: EVALUATION,
+    run_files.EFFICIENCY_FILE: EFFICIENCY,
+    run_files.METRICS_FILE: "lr/base,stage,step,tokens,train/loss\n" + "0.1,1,2,64,3.5\n0.1,1,3,96,3.4\n" * 9,
+}
+"""What no other kind attacks."""
+
+
+def _run(folder: Path) -> Kind:
+    """The other files of a run, as a report, a card and a resumed run read them.
+
+    A page shows what is left of a file, so a case counts as accepted where all is there as it was.
+    """
+    write_run(folder)
+    valid = {name: text if isinstance(text, str) else json.dumps(text) for name, text in RUN_FILES.items()}
+
+    def fresh() -> None:
+        for name, content in valid.items():
+            clear_place(folder / name)
+            _put(folder / name, content.encode())
+
+    def place(rng: random.Random) -> None:
+        fresh()
+        name = rng.choice(sorted(RUN_FILES))
+        document, kind = RUN_FILES[name], rng.random()
+        if kind < 0.1:
+            (folder / name).unlink()
+            target = rng.choice(("/dev/zero", "/etc/passwd", "/proc/self/environ", "..", name, ""))
+            (folder / name).symlink_to(target) if target else os.mkfifo(folder / name)
+        elif isinstance(document, str):
+            wide = ",".join(map(str, range(5_000))) + "\n"
+            extra = rng.choice(("", "", "", '"' * 140_000, wide, "\0" * 9, "=1+1,," * 9, "nan,inf,-inf,1e999,1\n"))
+            _put(folder / name, torn(rng, rng.choice((extra + document, document + extra)).encode()))
+        else:
+            _put(folder / name, hostile(rng, document))
+
+    def load() -> bool:
+        found = read_run(folder)
+        measured_section(folder)
+        keep_metrics(folder, below=90)
+        card_settings(folder)
+        read_config(folder / run_files.CONFIG_FILE)
+        return repr(found) == intact
+
+    fresh()
+    intact = repr(read_run(folder))
     return place, load
 
 

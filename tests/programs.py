@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_tensors
 from iskd.system import watchdog
+from iskd.teacher import TeacherCacheSpec
 from iskd.training import Parts, run
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, StepGuard
@@ -94,17 +96,19 @@ def parts_of(
     floor: float | None = None,
     accelerator: str = "cpu",
     precision: str = "32-true",
+    answers: TeacherCacheSpec | None = None,
     **changes: Any,
 ) -> Parts:
     if accelerator == "gpu":
         sharding.UNTESTED = None  # tests/training/test_gpu.py is what tells whether the installed torch may be trusted
     defaults = {"schedule": Scripted(every_edit(), restart_at_edit=restart, floor=floor), "dropout": 0.0}
-    return make_parts(
+    parts = make_parts(
         folder / name,
         folder / "text.txt",
         folder / "cache",
         **{**defaults, **layout(size, strategy, accelerator, precision), **changes},
     )
+    return replace(parts, cache=answers)
 
 
 def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
@@ -212,10 +216,17 @@ def poisoned(rank: int, folder: Path, name: str, victim: int, ahead: bool | None
     def infinite(self: DistillModule, input_ids: Tensor, *rest: Any) -> StepResult:
         result = original(self, input_ids, *rest)
         bad = rank == victim and next(steps) == 9
-        return StepResult(result.loss + float("inf"), result.parts) if bad else result
+        return StepResult(result.loss + float("inf"), result.terms) if bad else result
 
     DistillModule.step = infinite  # type: ignore[method-assign]
     watched(rank, folder, name, parts)
+
+
+def absent(rank: int, folder: Path, name: str, missing: int, strategy: str) -> None:
+    """One process ends before the others have met it."""
+    os.environ["ISKD_MEET_SECONDS"] = "2"
+    if rank != missing:
+        train(rank, folder, name, 2, strategy, {})
 
 
 def lonely(rank: int, folder: Path, name: str) -> None:

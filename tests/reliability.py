@@ -4,6 +4,7 @@
     python -m tests.reliability --trials 25
     python -m tests.reliability --trials 25 --strategy ddp
     python -m tests.reliability --trials 25 --strategy fsdp
+    python -m tests.reliability --trials 6 --kind candidates
 
 The first runs one process, DDP and FSDP2 through every kind of edit and compares losses and final weights. The others
 kill a run with SIGKILL at random places, resume it, and compare its end with that of an uninterrupted one: a process
@@ -28,12 +29,30 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from iskd.losses.kl import KL
+from iskd.schedules.align import Align
+from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.teacher import TeacherCacheSpec
 from iskd.training.state import checkpoint, checkpoint_files
 from tests import programs
-from tests.runs import largest_difference, write_text
+from tests.runs import BOTTLENECK, MIXER, TOKENS, largest_difference, write_text
 from tests.worlds import World, run_world
 
 TIMED = "any moment"
+_SHORT: dict[str, Any] = {"tokens": 6 * TOKENS, "lr": 1e-3, "lr_new": 3e-3}
+KINDS: dict[str, dict[str, Any]] = {
+    "candidates": {
+        "schedule": Iterative(RemoveLayers(), count=1, rescore=True, candidates=2, trial_tokens=2 * TOKENS, **_SHORT)
+    },
+    "alignment": {"schedule": Align(ConvertTo(MIXER), tokens=12 * TOKENS, mixers="mixer_output")},
+    "adapters": {
+        "schedule": Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], train="lora", lora={"rank": 4}, **_SHORT)
+    },
+    "cache": {"answers": TeacherCacheSpec(), "dropout": 0.0, "terms": {"kl": (KL(), 1.0)}},
+    "sharded": {"options": {"checkpoints": "sharded"}},
+}
+"""What a kind of run changes in that of the other tables; sharded checkpoints are of --strategy fsdp."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class Bench:
 
     def places(self) -> Iterator[tuple[str, float, int]]:
         """Places to be killed at, without end: every kind in turn, the call and the process at random."""
-        kinds = [*self.counts[0], TIMED]
+        kinds = [place for place, count in self.counts[0].items() if count] + [TIMED]
         while True:
             self.random.shuffle(kinds)
             for place in kinds:
@@ -115,8 +134,8 @@ class Bench:
         """Largest difference of any weight and of any optimizer state from the uninterrupted run."""
         ends = [checkpoint_files.newest(self.folder / run / "checkpoints") for run in ("whole", name)]
         assert all(end is not None for end in ends)
-        files = ("student.safetensors", "optimizer.safetensors")
-        found = [[load_file(end / file) for end in ends if end is not None] for file in files]
+        parts = ("student", "optimizer")
+        found = [[dict(checkpoint.Stored(end, part)) for end in ends if end is not None] for part in parts]
         return largest_difference(*found[0]), largest_difference(*found[1])
 
 
@@ -162,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], help="two processes")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="another kind of run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--equality", action="store_true")
     asked = parser.parse_args()
@@ -169,7 +189,9 @@ def main() -> None:
         if asked.equality:
             print(equality(Path(folder)))
             return
-        bench = Bench(Path(folder), 2 if asked.strategy else 1, asked.strategy, asked.seed)
+        strategy = "fsdp" if asked.kind == "sharded" else asked.strategy
+        changes = KINDS.get(asked.kind, {})
+        bench = Bench(Path(folder), 2 if strategy else 1, strategy, asked.seed, **changes)
         trials = []
         for number, (place, call, victim) in zip(range(asked.trials), bench.places(), strict=False):
             trials.append(bench.trial(number, place, call, victim))

@@ -75,7 +75,7 @@ def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [N, V] of every 4th window at every 4th position."""
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
         return torch.cat(
-            [model(part).logits[:, ::4].float().log_softmax(-1).flatten(0, 1) for part in ids[::4].split(2)]
+            [model(window).logits[:, ::4].float().log_softmax(-1).flatten(0, 1) for window in ids[::4].split(2)]
         )
 
 
@@ -87,7 +87,7 @@ def score(
     found = log_probabilities(model, texts["wikitext"])
     values = {"kl_wikitext": (goal.exp() * (goal - found)).sum(-1).mean().item()}
     for name, ids in texts.items():
-        values[f"ppl_{name}"] = math.exp(mean(token_nll(model, part).mean().item() for part in ids.split(2)))
+        values[f"ppl_{name}"] = math.exp(mean(token_nll(model, window).mean().item() for window in ids.split(2)))
     values["lambada_acc"], values["lambada_nll"] = lambada(model, tokenizer, items)
     return values
 

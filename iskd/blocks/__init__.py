@@ -7,9 +7,8 @@ Imports: plan, models.
 
 from __future__ import annotations
 
-from iskd.blocks.base import FitData
 from iskd.blocks.fitting import Fitted, warm_start
 from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import inputs_of
 
-__all__ = ["FitData", "Fitted", "Ridge", "inputs_of", "warm_start"]
+__all__ = ["Fitted", "Ridge", "inputs_of", "warm_start"]

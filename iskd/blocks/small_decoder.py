@@ -32,8 +32,8 @@ class InnerCache:
         self._new.append((keys, values))
         if self._past is None:
             return keys, values
-        part = slice(layer_idx * self._heads, (layer_idx + 1) * self._heads)
-        return torch.cat([self._past[0][:, part], keys], dim=-2), torch.cat([self._past[1][:, part], values], dim=-2)
+        heads = slice(layer_idx * self._heads, (layer_idx + 1) * self._heads)
+        return torch.cat([self._past[0][:, heads], keys], dim=-2), torch.cat([self._past[1][:, heads], values], dim=-2)
 
     def flush(self) -> None:
         """Write the new states of all inner layers to the host's cache."""

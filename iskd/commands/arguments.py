@@ -1,18 +1,41 @@
-"""What the command line may say beyond Hydra's overrides, and how an error is told there."""
+"""What the command line may say beyond Hydra's overrides, and how an error is told there.
+
+Hydra keeps the error of a sweep's job to itself, raises that of the first one when all have run, and writes none into a
+log: a job that fails says so in its own log and folder (`noted`), and the end lists them (`told_at_the_end`).
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
-from iskd.commands.config import options
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from iskd.commands.config import CONF, options
 from iskd.models.names import refuse_missing_folder
+from iskd.plan.failure import read_failure, write_failure
+from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_sweeps: list[Path] = []
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Hydra's variable: 1 = every error with its traceback."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
@@ -24,6 +47,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
     if not folders or folders[-1] in ("", "null", AUTO):
         return list(argv)
+    with told():
+        refuse_links(Path(folders[-1]))  # Hydra adds to the log in there, before anything else is looked at
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
 
 
@@ -46,7 +71,7 @@ def named_model(name: str) -> list[str]:
     if name in options("model"):
         return [f"model={name}"]
     quoted = "'" + name.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(name)):  # False for a text too long to be a name, where Path raises
         return ["model=local", f"model.path={quoted}"]
     if _SWEEP.search(name):
         return []
@@ -56,9 +81,123 @@ def named_model(name: str) -> list[str]:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What a user can mend is said in a line, without a traceback; the exit code is 2."""
+    """What a user can mend is said in a line, without a traceback, unless `FULL_ERROR` asks for it; exit code 2."""
     try:
         yield
     except (OSError, ValueError) as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """A command's `main`: compose the config of the command line and call `task` with it.
+
+    Hydra prints a traceback for anything that goes wrong and exits with 1, unless its own variable has it raise. It is
+    set here, but not while `task` runs, whose child processes take over the environment.
+
+    Raises:
+        ValueError: of `main`, where the command line composes no config; else whatever `task` raises.
+    """
+
+    @wraps(task)
+    def main() -> None:
+        before, composed = os.environ.get(FULL_ERROR), list[bool]()
+
+        @wraps(task)
+        def as_it_was(config: DictConfig) -> Any:
+            composed.append(True)
+            with _set(FULL_ERROR, before):
+                return task(config)
+
+        with _set(FULL_ERROR, "1"):
+            try:
+                hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if composed and isinstance(error, ValueError):  # of the task, in its own words
+                    raise
+                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {_sentence(error)}") from error
+
+    return main
+
+
+@contextmanager
+def _set(name: str, value: str | None) -> Iterator[None]:
+    """A variable of the environment, or none of that name, inside; as it was afterwards."""
+    before = os.environ.get(name)
+    _write(name, value)
+    try:
+        yield
+    finally:
+        _write(name, before)
+
+
+def _write(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _sentence(error: BaseException) -> str:
+    """What Hydra found, with the reason below it."""
+    cause = error.__cause__
+    reason = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error) else ""
+    return f"{str(error).strip()}{reason}"
+
+
+class SweepFolder(Callback):
+    """Remembers where a sweep writes, for `told_at_the_end`; of conf/config.yaml."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A sweep begins."""
+        _sweeps.append(Path(config.hydra.sweep.dir))
+
+
+def noted(job: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A job whose error goes into its log too, and into its folder where it did not come to be that of a run."""
+
+    @wraps(job)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return job(*args, **kwargs)
+        except Exception as error:
+            where = sys.exc_info()
+            record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, "the job failed: %s", (error,), where)
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.FileHandler):  # Hydra prints it
+                    handler.handle(record)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if not any((folder / name).exists() for name in (CONFIG_FILE, FAILURE_FILE)):
+                write_failure(folder, error)
+            raise
+
+    return wrapped
+
+
+def told_at_the_end(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A command that lists the jobs of its sweep which failed, and why."""
+
+    @wraps(command)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        finally:
+            for folder in _sweeps:
+                sys.stderr.write(listed(folder))
+            _sweeps.clear()
+
+    return wrapped
+
+
+def listed(sweep: Path) -> str:
+    """One line for every job of a sweep that failed; empty when none did."""
+    jobs = sorted((path for path in sweep.glob("*") if path.is_dir() and path.name[:1] != "."), key=_number)
+    failed = {job: read_failure(job) for job in jobs}
+    lines = [f"  {job}: {why}\n" for job, why in failed.items() if why is not None]
+    return f"{len(lines)} of {len(jobs)} jobs failed:\n{''.join(lines)}" if lines else ""
+
+
+def _number(job: Path) -> tuple[int, str]:
+    return (int(job.name) if job.name.isdecimal() else sys.maxsize, job.name)

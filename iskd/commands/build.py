@@ -5,28 +5,29 @@ from __future__ import annotations
 import netrc
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import part, plain, spec, terms
-from iskd.data import Source, TextData, TextFiles
+from iskd.commands.config import as_meant, object_of, plain, spec, terms
+from iskd.data import HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
-from iskd.system import Busy, global_rank, write_whole
+from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.precision import precision
-from iskd.teacher import CacheSpec, Loaded, check_terms_cached, load_teacher
+from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
+from iskd.training.metrics import tracked_as
 
 
 def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
@@ -34,17 +35,18 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
 
     `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
     """
+    config = as_meant(config)
     resuming = config.resume is not None
     literal(plain(config), "this run")  # before the folder is claimed: a config that cannot be read again
     _claim(run_dir, resuming)
     if teacher is None:
         with Busy("loading the teacher"):
-            teacher = load_teacher(part(config.model))
+            teacher = load_teacher(object_of(config.model))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
-    importance = part(config.importance)
+    importance = importance_of(config)
     asked = _evaluation(config, teacher, importance, data)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
@@ -57,8 +59,8 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         terms=losses,
         run_dir=run_dir,
         importance=importance,
-        refits=[part(config.refit[name]) for name in config.get("refit") or ()],
-        optim=part(config.optim),
+        refits=[object_of(config.refit[name]) for name in config.get("refit") or ()],
+        optim=object_of(config.optim),
         options=_options(config),
         trainer=settings,
         loggers=_loggers(config, run_dir),
@@ -67,7 +69,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         resume=resuming,
         export=_export(config.export),
         evaluation=asked,
-        cache=_teacher_cache(config, losses),
+        teacher_cache=_teacher_cache(config, losses),
     )
 
 
@@ -93,44 +95,47 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
         return None
-    spec: EvalSpec = part(config.eval)
+    spec: EvalSpec = object_of(config.eval)
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
-        check(spec, teacher, exclude=[sha for items in selected(importance).values() for sha in items])
+        chosen = [sha for items in selected(importance).values() for sha in items]
+        check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos))
     return spec
 
 
-def _teacher_cache(config: DictConfig, losses: Terms) -> CacheSpec | None:
+def _teacher_cache(config: DictConfig, losses: Terms) -> TeacherCacheSpec | None:
     """How the teacher's answers are kept, or None; checked against the losses before anything runs."""
     values: dict[str, Any] = plain(config.get("teacher") or {})
     kind = values.pop("cache", None)
     if kind is None:
         return None
     check_terms_cached(losses, kind)
-    return CacheSpec(kind, **values)
+    return TeacherCacheSpec(kind, **values)
 
 
 def _schedule(config: DictConfig) -> Schedule:
     """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
     takes = getattr(get_object(config.schedule._target_), "takes", ("edit", "seed"))
     values = {"edit": _edit(config), "seed": config.seed} if takes else {}
-    schedule: Schedule = part(config.schedule, **{name: values[name] for name in takes})
+    schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
 
 
 def _edit(config: DictConfig) -> EditKind:
     """What is done to a layer, with the block or mixer that its class takes as data."""
     takes = getattr(get_object(config.edit._target_), "takes", ())
-    edit: EditKind = part(config.edit, **{group: spec(config[group]) for group in takes})
+    edit: EditKind = object_of(config.edit, **{group: spec(config[group]) for group in takes})
     return edit
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:
-    """A directory belongs to one run."""
+    """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_links(run_dir)
+    run_lock.hold(run_dir / LOCK_FILE)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
@@ -145,8 +150,8 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
     """The data module that `data` names; `given` stands for where it would read."""
     values: dict[str, Any] = dict(config.data)
-    described = values.pop("source")
-    source = part(described) if given is None else given
+    described, chat = values.pop("source"), values.pop("chat", None)
+    source = object_of(described) if given is None else given
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
     if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
@@ -154,6 +159,14 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         source = TextFiles(**files, **reading)
     elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
+    loss = None if chat is None else chat.get("loss")
+    if loss is not None:
+        if not isinstance(source, TextFiles | HubDataset):
+            raise ValueError(
+                f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
+                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME"
+            )
+        source = replace(source, chat=True)
     return TextData(
         source,
         tokenizer,
@@ -161,8 +174,15 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         seed=config.seed,
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
+        chat_loss=loss,
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def importance_of(config: DictConfig) -> Any:
+    """The importance, with what its class takes beside its keys."""
+    takes = getattr(get_object(config.importance._target_), "takes", ())
+    return object_of(config.importance, **{name: config.data[name] for name in takes})
 
 
 def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
@@ -176,6 +196,8 @@ def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
             values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
         values["name"] = values.get("name") or run_dir.name
         values["group"] = values.get("group") or sweep_of(run_dir)
+        if global_rank() == 0:
+            values["id"] = tracked_as(run_dir, values.get("id"))
     return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
 
 

@@ -14,15 +14,17 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
-from iskd.commands.config import CONF
+from iskd.commands.config import CONF, forget_folders, new_folder
 from iskd.commands.resume import resumed
 from iskd.data import Source
+from iskd.plan.run_files import LOCK_FILE
+from iskd.system import run_lock
 from iskd.teacher import Loaded
 from iskd.training import Parts
 
 
-def compose_config(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """The config that `python train.py OVERRIDES` would compose, and the run directory that it would take.
+def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tuple[DictConfig, Path]:
+    """The config that `python train.py OVERRIDES` would compose, and the run directory: Hydra's where none is given.
 
     Raises:
         ValueError: an override names a group, an option or a key that does not exist, or cannot be read.
@@ -31,13 +33,14 @@ def compose_config(overrides: Sequence[str]) -> tuple[DictConfig, Path]:
         try:
             config = compose("config", overrides=list(overrides), return_hydra_config=True)
             HydraConfig.instance().set_config(config)  # what `${hydra:...}` reads
-            name, folder = str(config.name), str(config.hydra.run.dir)
+            forget_folders()  # another run of this process, perhaps in the same second
+            name, folder = str(config.name), run_dir or Path(new_folder(str(config.hydra.run.dir)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"overrides {list(overrides)}: {error}") from error
     with open_dict(config):
         config.name = name
         del config["hydra"]
-    return config, Path(folder)
+    return config, folder
 
 
 def parts(
@@ -60,8 +63,7 @@ def parts(
     Raises:
         ValueError: the config cannot be composed, or a part refuses its values.
     """
-    config, default = compose_config(overrides)
-    folder = _fresh(default) if run_dir is None else run_dir
+    config, folder = compose_config(overrides, run_dir)
     if resume:
         config.resume = str(folder)
         config = resumed(config, overrides)
@@ -70,16 +72,11 @@ def parts(
             "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in it; "
             "leave it out here, or use train.py"
         )
-    return build.parts(config, folder, teacher=teacher, source=source)
-
-
-def _fresh(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... that does not exist: Hydra's name has seconds only."""
-    found, number = folder, 1
-    while found.exists():
-        number += 1
-        found = folder.with_name(f"{folder.name}-{number}")
-    return found
+    try:
+        return build.parts(config, folder, teacher=teacher, source=source)
+    except BaseException:
+        run_lock.release(folder / LOCK_FILE)  # this process may live on for days
+        raise
 
 
 @contextmanager

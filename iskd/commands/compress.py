@@ -8,6 +8,7 @@ alone).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -139,12 +140,14 @@ def _named_model(name: str) -> list[str]:
 
 def _source(texts: Iterable[str] | str | Path) -> tuple[Source | None, list[str]]:
     """Documents in memory with what the config says of them, or none and the keys that name them."""
+    if not isinstance(texts, Iterable | Path):
+        raise ValueError(f"texts must be a list of strings, a path or a name, got {texts!r:.80}")
     if not isinstance(texts, str | Path):
         return given_texts(texts), ["data=text", _assigned("data.path", _TEXTS)]
     name = str(texts)
     if name in options("data"):
         return None, [f"data={name}"]
-    if not Path(name).expanduser().exists() and not any(mark in name for mark in "*?["):
+    if not os.path.exists(os.path.expanduser(name)) and not any(mark in name for mark in "*?["):
         known = ", ".join(options("data"))
         raise ValueError(
             f"texts={name[:80]!r} is no file, folder or glob and no data config ({known}); for a text itself pass a "

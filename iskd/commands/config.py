@@ -1,24 +1,61 @@
-"""Where conf/ lies, and how one of its nodes becomes plain values or an object."""
+"""Where conf/ lies, what its keys take, and how one of its nodes becomes plain values or an object."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from iskd.losses import Terms
 from iskd.plan import Spec
-from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
+from iskd.system.ranks import one_of_several
+from iskd.system.typed_values import read_value, shown, takes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """In a wheel inside the package, in a checkout beside it."""
 RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its first stage on, {STAGES_FILE}"
 """What an error about a folder says."""
+
+
+_MISSING = "???"
+_made: dict[str, str] = {}
+
+
+def new_folder(path: str) -> str:
+    """A folder that nobody else has: made by this call, in one step, with a number behind its name where it was there.
+
+    Hydra's names go by the second. A process gets the same folder for the same path again, and one of several that
+    belong together the name itself: they have to be told a folder (`hydra.run.dir`).
+    """
+    if path in _made.values() or (path not in _made and one_of_several(os.environ)):
+        return path
+    number = 1
+    while path not in _made:
+        tried = Path(path if number == 1 else f"{path}-{number}")
+        tried.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tried.mkdir()
+            _made[path] = str(tried)
+        except FileExistsError:
+            number += 1
+    return _made[path]
+
+
+def forget_folders() -> None:
+    """The next path of `new_folder` is that of another run, although it may have been asked for before."""
+    _made.clear()
+
+
+OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True, replace=True)
 
 
 def options(group: str) -> list[str]:
@@ -31,7 +68,7 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def part(config: DictConfig, **runtime: Any) -> Any:
+def object_of(config: DictConfig, **runtime: Any) -> Any:
     """Build the object of a node with `_target_`.
 
     Runtime objects are passed by a call of our own: Hydra would turn dataclasses among its arguments into configs.
@@ -57,5 +94,134 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
     for name, values in losses.items():
         kwargs = dict(values)
         weight = kwargs.pop("weight", 1.0)
-        built[name] = (instantiate(kwargs, _convert_="all"), weight)
+        # called here and not by Hydra, which would tell a ValueError its own way
+        built[name] = (instantiate(kwargs, _partial_=True, _convert_="all")(), weight)
     return built
+
+
+# ---- values as their keys mean them ----------------------------------------------------------------------------------
+
+
+class _Root(TypedDict, total=False):
+    name: str
+    seed: int
+    resume: str | None
+    plan_only: bool
+    export: bool | str
+    chunk: int | Literal["auto"] | None
+    objectives: str | list[str]
+    reference: str | None
+    cache_dir: str | None
+
+
+class _Trainer(TypedDict, total=False):
+    """Of Lightning's keys those that a run has a use for; `iskd.plan.trainer_settings` knows the others."""
+
+    accelerator: str
+    devices: int | str | list[int]
+    num_nodes: int
+    strategy: str
+    precision: str
+    accumulate_grad_batches: int
+    log_every_n_steps: int
+    max_time: str | dict[str, Any] | None
+    progress: bool
+    deterministic: bool | Literal["warn"] | None
+    benchmark: bool | None
+    detect_anomaly: bool
+    sync_batchnorm: bool
+    inference_mode: bool
+    enable_model_summary: bool | None
+    profiler: str | None
+
+
+class _Logger(TypedDict, total=False):
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    job_type: str | None
+    notes: str | None
+    tags: list[str] | None
+    version: int | str | None
+    offline: bool | Literal["auto"]
+    default_hp_metric: bool
+
+
+class _Term(TypedDict, total=False):
+    weight: float
+
+
+class _Teacher(TypedDict, total=False):
+    cache: str | None
+
+
+class _Data(TypedDict, total=False):
+    path: str | None
+    val_path: str | None
+    test_path: str | None
+
+
+# by name, as a `_target_` is: who reads a folder pays for none of them
+_GROUPS: Mapping[str, tuple[Any, ...]] = {
+    "data": (_Data, "iskd.data.TextData"),
+    "run": ("iskd.plan.options.RunOptions",),
+    "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
+    "profile": ("iskd.training.profile.profile_parts",),
+    "trainer": (_Trainer,),
+    "logger": (_Logger,),
+}
+_NEEDED = ("model", "data", "edit", "block", "mixer", "importance", "schedule", "loss", "optim", "trainer", "run")
+
+
+def as_meant(config: DictConfig) -> DictConfig:
+    """The config, interpolations resolved, each value of the type that its key takes.
+
+    Raises:
+        ValueError: a value that is not; it names the key, the value and what would do.
+    """
+    try:
+        values = plain(config)
+    except OmegaConfBaseException as error:  # an interpolation that names nothing
+        raise ValueError(str(error)) from None
+    for group in _NEEDED:
+        if group in config and not isinstance(values[group], dict):
+            raise ValueError(f"{group}={shown(values[group])} is no choice: use one of {', '.join(options(group))}")
+    if "loss" in config and not values["loss"]:
+        raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
+    _read_node(values, "", (_Root,))
+    final = OmegaConf.create(values)
+    assert isinstance(final, DictConfig)
+    return final
+
+
+def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
+    """Read the values of a mapping and of what lies below it, in place."""
+    taken = {key: found for kind in reversed(kinds) for key, found in takes(kind).items()}
+    for key, value in node.items():
+        name = f"{place}{key}"
+        if value == _MISSING:
+            raise ValueError(f"{name} has to be given: set {name}=VALUE")
+        if isinstance(value, dict) and ("_target_" in value or (not place and key not in taken)):
+            _read_node(value, f"{name}.", _kinds(name, value))
+        elif key in taken:
+            node[key] = read_value(name, value, *taken[key])
+    if place == "loss.":
+        for term in (each for each in node if not isinstance(node[each], dict)):
+            raise ValueError(f"loss.{term}={shown(node[term])} is no loss: it takes keys, e.g. loss.{term}.weight=0.5")
+
+
+def _kinds(name: str, node: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whose arguments the values of a mapping become."""
+    named = (get_object(kind) if isinstance(kind, str) else kind for kind in _GROUPS.get(name, ()))
+    own = (*named, *((_Term,) if name.startswith("loss.") else ()))
+    target = node.get("_target_")
+    if "_target_" not in node or (name == "logger" and isinstance(target, str)):
+        return own
+    try:
+        found = get_object(target) if isinstance(target, str) else None
+    except (ImportError, ValueError, AttributeError, HydraException):
+        found = None
+    if not callable(found):
+        raise ValueError(f"{name}._target_={shown(target)} names no class: give its dotted path")
+    return (*own, found)

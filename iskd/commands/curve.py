@@ -12,7 +12,7 @@ from iskd.report import is_run, read_curve, write_curves
 def main() -> None:
     """Write the picture and print its name."""
     if len(sys.argv) < 3:
-        sys.exit("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
+        raise ValueError("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
     named = [argument.rpartition("=") for argument in sys.argv[2:]]
     for folder in (Path(folder) for _, _, folder in named):
         if not is_run(folder):

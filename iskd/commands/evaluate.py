@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from iskd.commands.config import CONF, part
+from iskd.commands.arguments import hydra_main
+from iskd.commands.config import as_meant, object_of
 from iskd.commands.find_teacher import find_teacher
+from iskd.data import BOS, framing_of
 from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
-from iskd.export.folder import FACTS
+from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
-from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
-from iskd.system.files import hash_files
+from iskd.system.files import hash_files, read_plain
 from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
 
@@ -50,7 +51,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     Raises:
         ValueError: nothing to load, tokenizers that differ, or as `iskd.evaluation.evaluator.evaluate`.
     """
-    spec: EvalSpec = part(config.eval)
+    config = as_meant(config)
+    spec: EvalSpec = object_of(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
     if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
@@ -68,7 +70,10 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     cost: dict[str, Any] | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
         with forward_context():
-            found = evaluate(model.model, model.tokenizer, spec, teacher, exclude=_chosen_by(run), source=model.source)
+            found = evaluate(
+                model.model, model.tokenizer, spec, teacher,
+                exclude=_chosen_by(run), source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
+            )  # fmt: skip
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
     if spec.efficiency_seconds:
@@ -80,9 +85,18 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     return Found(found, cost, files)
 
 
+def _bos(config: DictConfig, run: Path | None) -> str | None:
+    """`data.bos` of the command line, else of the student's run."""
+    asked: str | None = config.data.get("bos")
+    if asked is not None or run is None or not (run / DATA_FILE).is_file():
+        return asked
+    told = read_json(run / DATA_FILE).get("bos")
+    return told if told in BOS else None
+
+
 def _kept(file: Path, text: str) -> list[Path]:
     """Where a run's earlier evaluation of another kind is put aside: nobody wants to lose hours to ten items."""
-    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+    if not file.is_file() or read_plain(file, max_bytes=16 << 20) == text.encode():
         return []
     aside = file.with_name(f"{file.stem}-{hash_files([file])[:8]}.json")
     return [write_whole(aside, file.read_bytes())]
@@ -113,7 +127,7 @@ def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | 
         teacher: Loaded | None = _opened(other, None)
     else:
         teacher = None if alone else load_teacher(find_teacher(student, config.reference))
-    model = load_teacher(part(config.model)) if student is None else _opened(student, teacher)
+    model = load_teacher(object_of(config.model)) if student is None else _opened(student, teacher)
     return model, teacher
 
 
@@ -147,7 +161,7 @@ def main() -> None:
     _main()
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra_main
 def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
     console = Console(width=None if sys.stdout.isatty() else 120)

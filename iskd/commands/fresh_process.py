@@ -16,8 +16,9 @@ from hydra.conf import HydraConf
 from iskd.commands.config import PACKAGE
 from iskd.plan import StageResult
 from iskd.plan.results import read_stages
-from iskd.system import Preempted
-from iskd.system.stop_signals import EXIT_CODE, StopSignals
+from iskd.plan.run_files import LOCK_FILE
+from iskd.system import Preempted, run_lock
+from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
 
 COMMAND = "ISKD_COMMAND"
 """Names the command where processes get the arguments without it: those that a multi-process run starts."""
@@ -32,15 +33,12 @@ _START = (
 _ENTRY = (sys.executable, "-c", _START)
 
 
-def several(environment: Mapping[str, str]) -> bool:
-    """Whether something else started this process as one of several, and has to start them again."""
-    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
-
-
 def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:
     """Put a fresh process in the place of this one, which continues the run."""
     given = [argument for argument in hydra_config.overrides.task if not argument.startswith("resume=")]
-    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], _ours(environment))
+    ours = _ours(environment)
+    run_lock.hand_on(run_dir / LOCK_FILE, ours)
+    os.execve(sys.executable, [*_ENTRY, *given, f"resume={run_dir}"], ours)
 
 
 def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> list[StageResult]:
@@ -52,23 +50,25 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
     given = [argument for argument in overrides if not argument.startswith("resume=")]
     command = [*_ENTRY, *given, f"hydra.run.dir={run_dir}", *([f"resume={resume}"] if resume else [])]
     environment = {key: value for key, value in os.environ.items() if key != RESUME}
-    signals = StopSignals()
-    signals.install()
+    stop_signals = StopSignals()
+    stop_signals.install()
     try:
         child = subprocess.Popen(command, env=_ours(environment))
         asked = False
         while child.poll() is None:
-            if signals.received is not None and not asked:
+            if stop_signals.received is not None and not asked:
                 child.send_signal(signal.SIGTERM)
                 asked = True
             time.sleep(0.1)
-        if child.returncode == EXIT_CODE:
-            signals.hand_on()
-            raise Preempted(run_dir)
+        if child.returncode in (EXIT_CODE, INTERRUPTED):
+            stop_signals.hand_on()
+            raise Preempted(run_dir, number=signal.SIGINT if child.returncode == INTERRUPTED else None)
+        if child.returncode and stop_signals.received is not None:  # before there was anything to save
+            raise SystemExit(128 + stop_signals.received)
         if child.returncode:
             raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:
-        signals.uninstall()
+        stop_signals.uninstall()
     return read_stages(run_dir)
 
 

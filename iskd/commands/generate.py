@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.find_teacher import find_teacher
+from iskd.data import BOS, framing_of
 from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
+from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
 
@@ -99,6 +101,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    bos: str | None = None,
 ) -> SideBySide:
     """Let teacher and student continue the same prompt, each as it was loaded (float32 unless said otherwise).
 
@@ -115,6 +118,7 @@ def generate(
         temperature: 0 takes the most likely token; above, tokens are drawn from the softmax at that temperature.
         seed: of the drawing, the same for both.
         device: where to compute; "auto" takes a GPU if there is one.
+        bos: what stands before the prompt (`data.bos`, `iskd.data.framing`); None = what the tokenizer puts there.
 
     Raises:
         ValueError: the teacher cannot be found, the tokenizers differ, or prompt and tokens are more than the student
@@ -125,7 +129,9 @@ def generate(
     loaded = teacher if isinstance(teacher, Loaded) else load_teacher(find_teacher(folder, teacher))
     own = tokenizer or (tokenizer_of(folder) if folder else None) or loaded.tokenizer
     check_same_tokenizer(own, loaded.tokenizer, [prompt])
-    ids = torch.tensor([list(own(prompt)["input_ids"])])
+    # what frames a text behind it would tell the model that it is over
+    front = framing_of(own, bos).front
+    ids = torch.tensor([[*front, *own(prompt, add_special_tokens=False)["input_ids"]]])
     model = student if isinstance(student, PreTrainedModel) else load(student_folder(Path(student)))
     name = "this model" if isinstance(student, PreTrainedModel) else str(student)
     for who in (loaded.model, model):
@@ -225,10 +231,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--bos", choices=BOS, help="as data.bos; default: what the tokenizer puts before a text")
     asked: Any = parser.parse_args(argv)
     how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
+    how["bos"] = asked.bos
     try:
-        with Console(stderr=True).status("loading teacher and student"):
+        with Busy("loading teacher and student"):
             found = generate(asked.folder, asked.teacher, asked.prompt, **how)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

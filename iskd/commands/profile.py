@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from iskd.commands.arguments import hydra_main
 from iskd.commands.build import parts
-from iskd.commands.config import CONF, plain
+from iskd.commands.config import as_meant, plain
 from iskd.system import ProgressLine
 from iskd.training.profile import profile_parts, profile_table, write_profile
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra_main
 def main(config: DictConfig) -> None:
     """Profile a step of the first stage that trains; `profile.steps`, `profile.edits` and `profile.operators`."""
+    config = as_meant(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     with ProgressLine() as line:
         found = profile_parts(parts(config, folder), **plain(config.profile), progress=line)

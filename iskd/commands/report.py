@@ -14,7 +14,7 @@ def main() -> None:
     """Write the page and print its name."""
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
-        sys.exit("usage: iskd report RUN_DIR...")
+        raise ValueError("usage: iskd report RUN_DIR...")
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"no such folder: {', '.join(missing)}; {RUN_HOLDS}")
     if len(folders) == 1 and is_run(folders[0]):

@@ -9,10 +9,10 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import plain
+from iskd.commands.config import as_meant, plain
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import literal, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
@@ -36,6 +36,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises ValueError when the command line changes a key of it, or when it asks for what its folder may not ask for.
     """
+    config = as_meant(config)
     run_dir = Path(config.resume)
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
@@ -45,6 +46,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         saved[key] = config.get(key)
     _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
+    changed: dict[str, tuple[Any, Any]] = {}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in _FREE or key in _FREE:
@@ -56,14 +58,18 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
-        before, now = OmegaConf.select(saved, key), OmegaConf.select(config, key)
-        if _said(plain(before)) != _said(plain(now)):
-            raise ValueError(
-                f"resume continues a run as it was, but {key} is {plain(before)!r} there and {plain(now)!r} here; "
-                "drop it, or start a new run"
-            )
+        before, now = (_flat(plain(OmegaConf.select(values, key)), key) for values in (saved, config))
+        changed |= _differences(before, now)
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
-        _refuse_other_preset(saved, config)
+        changed |= _differences(_flat(plain(saved)), _flat(plain(config)))  # a preset is no key: what it sets
+    if changed:
+        listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
+        raise ValueError(
+            f"resume={run_dir} continues the run as it was, but the command line changes {listed}; drop that, or start "
+            "a new run"
+        )
+    if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
+        saved.data.bos = "none"
     saved.resume = str(run_dir)
     # what the command line brought in is resolved once, here: nothing can change after the second look
     values = literal(plain(saved), f"resume={run_dir}")
@@ -80,11 +86,11 @@ def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
     the same place. No list of Hydra's is relied on.
     """
     own = set(_targets(config))
-    for part, target in set(_targets(saved)) - own:
+    for key, target in set(_targets(saved)) - own:
         found = _found(target) if str(target).startswith(("iskd.", *allowed())) else None
         if not isinstance(found, type) or not f"{found.__module__}.".startswith(("iskd.", *allowed())):
             raise ValueError(
-                f"{file} names {target!r:.80} for {part}, which is no part of iskd; if you trust it, name it on the "
+                f"{file} names {target!r:.80} for {key}, which is no part of iskd; if you trust it, name it on the "
                 "command line too, or call iskd.plan.allow('its.package.')"
             )
     if _trusts(saved) and not _trusts(config):
@@ -95,12 +101,12 @@ def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
 
 def _targets(config: Json) -> Iterator[tuple[str, Any]]:
     """Every `_target_` of a config, behind the key at its root below which it stands."""
-    for part, node in config.items():
+    for key, node in config.items():
         level = [node]
         while level:
             value = level.pop()
             if isinstance(value, dict) and "_target_" in value:
-                yield part, value["_target_"]
+                yield key, value["_target_"]
             level += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -118,21 +124,11 @@ def _trusts(config: Json) -> bool:
     return isinstance(model, dict) and bool(model.get("trust_remote_code"))
 
 
-def _refuse_other_preset(saved: DictConfig, config: DictConfig) -> None:
-    """A preset is no key of the config: compare what it sets."""
-    before, now = _flat(plain(saved)), _flat(plain(config))
-    for key in sorted(before.keys() | now.keys()):
-        free = key in _FREE or key.split(".")[0] in _FREE or key in _CHANGES
-        if not free and before.get(key) != now.get(key):
-            raise ValueError(
-                f"resume continues a run as it was, but the preset sets {key} to {now.get(key)!r} and it is "
-                f"{before.get(key)!r} there; drop the preset, or start a new run"
-            )
-
-
-def _said(values: Any) -> dict[str, Any]:
-    """Leaves that say something: a key that a version lacked is null in another."""
-    return {key: value for key, value in _flat(values).items() if value is not None}
+def _differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of the leaves that differ and may not; a key that a version lacked is null in another."""
+    keys = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    bound = [key for key in keys if not {key, key.split(".")[0]} & {*_FREE} and key not in _CHANGES]
+    return {key: (before.get(key), now.get(key)) for key in bound}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
-from iskd.commands.build import text_data
-from iskd.commands.config import CONF, part
+from iskd.commands.arguments import hydra_main
+from iskd.commands.build import importance_of, text_data
+from iskd.commands.config import as_meant, object_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
@@ -21,7 +21,7 @@ from iskd.system.precision import place
 from iskd.teacher import load_teacher
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@hydra_main
 def main(config: DictConfig) -> None:
     """Print and write the scores."""
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["importance"]
@@ -39,7 +39,8 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     Third is what `angular` says of every run of consecutive layers [L - 1, L] (`iskd.importance.angular`), None of
     other importances. The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
     """
-    teacher = load_teacher(part(config.model))
+    config = as_meant(config)
+    teacher = load_teacher(object_of(config.model))
     stack = Stack(teacher.model.eval())
     data = text_data(config, teacher.tokenizer, stack)
     stack.keep_apart(data.separator)
@@ -48,7 +49,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     nn.Module.to(teacher.model, device)
     batches = [batch.to(device) for batch in windows]
     with forward_context():
-        importance, depth = part(config.importance), len(stack.layers)
+        importance, depth = importance_of(config), len(stack.layers)
         rows = rows_of(importance, teacher.model, teacher.model, batches)
         runs = None
         if isinstance(importance, Angular) and depth > 1:

@@ -7,24 +7,26 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.arguments import AUTO
-from iskd.commands.config import CONF, plain
-from iskd.commands.fresh_process import RESUME, go_on, in_a_child, several
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
+from iskd.commands.config import plain
+from iskd.commands.fresh_process import RESUME, go_on, in_a_child
+from iskd.plan.run_files import CONFIG_FILE
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+@told_at_the_end
+@hydra_main
+@noted
 def main(config: DictConfig) -> float | list[float]:
     """Compose, build, run; what `objectives` names is returned to a sweep."""
     from iskd.commands import build, resume
     from iskd.plan.summary import objectives
     from iskd.system import Preempted, global_rank
+    from iskd.system.ranks import one_of_several
     from iskd.training import StartAgain, run
 
     # Lightning's start-up notes say nothing about a compression run and bury what does
@@ -43,7 +45,7 @@ def main(config: DictConfig) -> float | list[float]:
     except (Preempted, StartAgain) as stop:
         if global_rank() == 0:  # Python prints nothing for an exit with a code
             print(stop.message, file=sys.stderr)
-        if isinstance(stop, Preempted) or several(environment):
+        if isinstance(stop, Preempted) or one_of_several(environment):
             raise
     go_on(run_dir, hydra_config, environment)
 

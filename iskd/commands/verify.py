@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from iskd.export import verify
+from iskd.system import Busy
 
 
 def main() -> None:
@@ -26,10 +25,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--reference", type=Path, help="compare with the student in this folder instead")
     parser.add_argument("--no-timing", action="store_true", help="leave prefill and decode unmeasured")
     asked: Any = parser.parse_args(argv)
-    codes, console = [], Console(stderr=True)
+    codes = []
     for folder in asked.folder:
         try:
-            with console.status(f"opening {folder} in a clean process"):
+            with Busy(f"opening {folder} in a clean process"):
                 found = verify(folder, asked.reference, timed=not asked.no_timing)
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -5,8 +5,19 @@ Imports: system, models.
 
 from __future__ import annotations
 
+from iskd.data.framing import BOS, Framing, framing_of
 from iskd.data.loader import StageLoader
 from iskd.data.module import TextData
-from iskd.data.sources import Source, TextFiles, given_texts
+from iskd.data.sources import HubDataset, Source, TextFiles, given_texts
 
-__all__ = ["Source", "StageLoader", "TextData", "TextFiles", "given_texts"]
+__all__ = [
+    "BOS",
+    "Framing",
+    "HubDataset",
+    "Source",
+    "StageLoader",
+    "TextData",
+    "TextFiles",
+    "framing_of",
+    "given_texts",
+]

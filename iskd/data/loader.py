@@ -7,7 +7,7 @@ random is stored, and stages, restarts and processes agree on who sees what.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +35,8 @@ class StageLoader:
         steps: micro-batches in this stage.
         rank: this process among those that see different data.
         world_size: how many those are.
+        targets: which tokens are to be learned, 0 or 1, [windows, seq_len]; None = all.
+        numbers: which windows take part; None = all.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class StageLoader:
         steps: int,
         rank: int = 0,
         world_size: int = 1,
+        targets: Tokens | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> None:
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
         self.first_step, self.steps = first_step, steps
         self.rank, self.world_size = rank, world_size
+        self.targets, self.numbers = targets, numbers
 
     def __len__(self) -> int:
         """Return the micro-batches of the stage."""
@@ -59,16 +64,19 @@ class StageLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield {"input_ids": [batch_size, seq_len] int64, "index": the windows' numbers, a list}.
 
-        No tensor: Lightning would put it on the device, and reading it there waits for all that was asked of it.
+        Where not all tokens are learned, "targets" [batch_size, seq_len] says which are. The numbers are no tensor:
+        Lightning would put it on the device, and reading it there waits for all that was asked of it.
         """
         return (self.batch(self.first_step + step) for step in range(self.steps))
 
     def batch(self, micro_batch: int) -> Batch:
         """Return the batch of this rank at a global micro-batch number."""
-        count = len(self.windows)
+        count = len(self.windows if self.numbers is None else self.numbers)
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
         order = [_permutation(self.seed, k // count, count)[k % count] for k in range(first, first + self.batch_size)]
-        return {"input_ids": to_tensor(self.windows[order]), "index": [int(window) for window in order]}
+        index = order if self.numbers is None else self.numbers[order]
+        found: Batch = {"input_ids": to_tensor(self.windows[index]), "index": [int(window) for window in index]}
+        return found if self.targets is None else {**found, "targets": to_tensor(self.targets[index]).bool()}
 
 
 @lru_cache(maxsize=2)
@@ -86,3 +94,11 @@ def to_tensor(windows: Tokens) -> torch.Tensor:
 def pinned(values: Tensor, device: torch.device) -> Tensor:
     """Values on the host, where a copy to `device` does not make the host wait: page-locked for a CUDA device."""
     return values.pin_memory() if device.type == "cuda" else values
+
+
+def batches_of(windows: Sequence[Tensor], targets: Tensor | None) -> list[Batch]:
+    """Batches of windows, each with its part of which tokens are to be learned, None = all."""
+    if targets is None:
+        return [{"input_ids": batch} for batch in windows]
+    parts = targets.split([len(batch) for batch in windows])
+    return [{"input_ids": batch, "targets": part} for batch, part in zip(windows, parts, strict=True)]

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import numpy as np
 import torch
 
-from iskd.data.loader import Batch, StageLoader, pinned, to_tensor
-from iskd.data.shards import Shards, Tokens, open_shards, separator
+from iskd.data.coding import Coding
+from iskd.data.loader import Batch, StageLoader, batches_of, pinned, to_tensor
+from iskd.data.shards import Shards, Tokens, open_shards
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.models.packing import with_successor
+from iskd.data.windows import SplitWindows
+from iskd.models.packing import Separator, with_successor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
 _CALIBRATION_BATCH = 1024  # tokens
 
 
@@ -43,6 +42,9 @@ class TextData(L.LightningDataModule):
         vocab_size: rows of the model's embedding; None skips the check.
         boundaries: keep the documents of a window apart (`iskd.models.packing`): no token sees another document, and
             the first one of a document is no target. Attention then takes a mask, which is slower than none.
+        bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`; None = as the tokenizer does.
+        chat_loss: documents are conversations (`iskd.data.chat`) and `all` tokens or the `assistant`'s are learned;
+            None = they are text.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class TextData(L.LightningDataModule):
         max_context: int | None = None,
         vocab_size: int | None = None,
         boundaries: bool = False,
+        bos: str | None = None,
+        chat_loss: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
@@ -84,12 +88,13 @@ class TextData(L.LightningDataModule):
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.val_tokens = val_tokens
         self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
-        self.boundaries = boundaries
+        self.boundaries, self.bos, self.chat_loss = boundaries, bos, chat_loss
+        self.coding = Coding.of(tokenizer, bos=bos, chat_loss=chat_loss, seq_len=seq_len)
         self._splitter = Splitter(validation_fraction, calibration_fraction, test_fraction)
         self._shards: Shards | None = None
         self._stage: tuple[int, int] | None = None
         self._calibrations: dict[int, str] = {}
-        self._short: set[str] = set()
+        self._splits: SplitWindows | None = None
 
     def prepare(self) -> None:
         """Build or open the shards; calls after the first cost nothing.
@@ -99,7 +104,8 @@ class TextData(L.LightningDataModule):
         """
         if self._shards is not None:
             return
-        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir)
+        self.coding.announce(self.tokenizer)
+        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding)
         for split in SPLITS[:3]:
             shards.windows(split, self.seq_len)
         if self.vocab_size is not None and shards.meta["max_id"] >= self.vocab_size:
@@ -108,23 +114,32 @@ class TextData(L.LightningDataModule):
                 "use the model's own tokenizer, or resize the model's embedding"
             )
         self._shards = shards
+        self._splits = SplitWindows(shards, self.seq_len, self.max_train_tokens)
+        for split in SPLITS[:3]:
+            self._splits.numbers(split)
 
     @property
-    def separator(self) -> int | None:
-        """The token that keeps documents apart; None where a window is one text.
+    def _opened(self) -> SplitWindows:
+        self.prepare()
+        assert self._splits is not None
+        return self._splits
+
+    @property
+    def separator(self) -> Separator | None:
+        """What keeps documents apart; None where a window is one text.
 
         Raises:
             ValueError: they are to be kept apart and nothing stands between them.
         """
         if not self.boundaries:
             return None
-        _, token = separator(self.tokenizer)
-        if token is None:
+        found = self.coding.separator
+        if found is None:
             raise ValueError(
                 "data.boundaries=true needs a token between documents, and the tokenizer has neither eos nor bos; set "
                 "data.boundaries=false, or tokenizer.eos_token"
             )
-        return token
+        return found
 
     def prepare_data(self) -> None:
         """Lightning's hook: one process per node builds the shards before the others open them."""
@@ -136,16 +151,15 @@ class TextData(L.LightningDataModule):
 
     def windows(self, split: str) -> Tokens:
         """Return all windows of a split, memory-mapped, [windows, seq_len]."""
-        self.prepare()
-        assert self._shards is not None
-        windows = self._shards.windows(split, self.seq_len)
-        if split == "train" and self.max_train_tokens is not None:
-            windows = windows[: self.max_train_tokens // self.seq_len]
-        return windows
+        return self._opened.windows(split)
 
     def validation_windows(self) -> torch.Tensor:
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
-        return to_tensor(self._spread("validation", self.val_tokens))
+        return to_tensor(self._opened.spread("validation", self.val_tokens))
+
+    def calibration_batches(self, tokens: int) -> list[Batch]:
+        """Return `calibration` as batches to measure quality on: `input_ids`, and `targets` where not all count."""
+        return batches_of(self.calibration(tokens), self._opened.spread_targets("calibration", tokens))
 
     def calibration(self, tokens: int) -> list[torch.Tensor]:
         """Return windows for scores and fits, evenly spaced over the calibration split, the same on every rank.
@@ -158,7 +172,7 @@ class TextData(L.LightningDataModule):
         Returns:
             Batches [windows, seq_len] int64 of at most 1024 tokens, or of one window where that is longer.
         """
-        windows = self._spread("calibration", tokens)
+        windows = self._opened.spread("calibration", tokens)
         self._calibrations[tokens] = _sha256(windows)
         return list(to_tensor(windows).split(max(1, _CALIBRATION_BATCH // self.seq_len)))
 
@@ -166,7 +180,8 @@ class TextData(L.LightningDataModule):
         """Return this rank's validation batches: each window is on one rank, every rank has as many batches.
 
         Returns:
-            Dicts with `input_ids`, [at most batch_size + 1, seq_len] int64, the same ones at every call.
+            Dicts with `input_ids`, [at most batch_size + 1, seq_len] int64, the same ones at every call, and `targets`
+            like them where not all tokens are learned.
 
         Raises:
             ValueError: there are fewer windows than processes.
@@ -178,7 +193,9 @@ class TextData(L.LightningDataModule):
                 f"raise it to at least {world_size * self.seq_len}, or use more validation text"
             )
         count = -(-(len(windows) // world_size) // self.batch_size)
-        return [{"input_ids": batch} for batch in windows[rank::world_size].tensor_split(count)]
+        marks = self._opened.spread_targets("validation", self.val_tokens)
+        mine = windows[rank::world_size].tensor_split(count)
+        return batches_of(mine, None if marks is None else marks[rank::world_size])
 
     def set_stage(self, first_step: int, steps: int) -> None:
         """Make the next train_dataloader() yield `steps` batches from global micro-batch `first_step` on.
@@ -197,7 +214,8 @@ class TextData(L.LightningDataModule):
     def train_dataloader(self) -> StageLoader:
         """Return the batches of the stage; without a stage, one pass over the training split."""
         windows, (rank, world_size) = self.windows("train"), self._ranks()
-        one_pass = max(1, len(windows) // (self.batch_size * world_size))
+        numbers = self._opened.numbers("train")
+        one_pass = max(1, len(numbers) // (self.batch_size * world_size))
         first_step, steps = self._stage or (0, one_pass)
         return StageLoader(
             windows,
@@ -207,16 +225,20 @@ class TextData(L.LightningDataModule):
             steps=steps,
             rank=rank,
             world_size=world_size,
+            targets=self._opened.targets("train"),
+            numbers=numbers,
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lightning's hook: what a device would be waited for is done on the host.
 
-        Where documents are apart it finds which tokens have a label; for a CUDA device it pins the batch.
+        Where documents are apart, or answers alone are learned, it finds which tokens have a label; for a
+        CUDA device it pins the batch.
         """
         found = dict(batch)
-        if self.separator is not None:
-            found["kept"] = with_successor(batch["input_ids"], self.separator)
+        apart, targets = self.separator, batch.get("targets")
+        if apart is not None or targets is not None:
+            found["kept"] = with_successor(batch["input_ids"], apart, targets)
         if self.trainer is None:
             return found
         device = self.trainer.strategy.root_device
@@ -238,13 +260,17 @@ class TextData(L.LightningDataModule):
             "tokens": {split: self._shards.tokens(split) for split in SPLITS},
             "documents": {split: meta["splits"][split]["documents"] for split in SPLITS},
             "dropped_duplicates": meta["dropped"],
-            "train_windows": len(self.windows("train")),
-            "validation_sha256": _sha256(self._spread("validation", self.val_tokens)),
+            "train_windows": len(self._opened.numbers("train")),
+            "validation_sha256": _sha256(self._opened.spread("validation", self.val_tokens)),
             "calibration_sha256": {str(tokens): digest for tokens, digest in sorted(self._calibrations.items())},
             "seed": self.seed,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "boundaries": self.boundaries,
+            "bos": self.bos,
+            "framing": self.coding.framing.to_json(),
+            "framed": self.coding.framing.told(self.tokenizer),
+            "chat": None if self.coding.chat is None else self.coding.chat.recipe(),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -259,17 +285,10 @@ class TextData(L.LightningDataModule):
             "boundaries",
             "batch_size",
             "seed",
+            "framing",
+            "chat",
         )
         return {key: manifest[key] for key in keys}
-
-    def _spread(self, split: str, tokens: int) -> Tokens:
-        windows = self.windows(split)
-        wanted = max(1, tokens // self.seq_len)
-        if wanted > len(windows) and split not in self._short:
-            self._short.add(split)
-            _log.info("%s: %d windows wanted, the split has %d", split, wanted, len(windows))
-        count = min(wanted, len(windows))
-        return windows[np.arange(count) * len(windows) // count]
 
     def _ranks(self) -> tuple[int, int]:
         """Return (rank, world size) among the processes that see different data."""

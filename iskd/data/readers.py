@@ -11,7 +11,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+from iskd.data.chat import ROWS, conversation
+
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+# Read as prose these would be markup, columns or noise.
+_REFUSED = {
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".html",
+    ".htm",
+    ".xml",
+    ".pdf",
+    ".docx",
+    ".zip",
+    ".tar",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+}
 _GROUP_CHARS = 1_000
 _GROUP_CHARS_MAX = 10_000
 
@@ -30,9 +49,11 @@ def find_files(path: str, key: str) -> list[Path]:
     if target.is_file():
         return [target]
     if target.is_dir():
-        known = [file for file in sorted(target.rglob("*")) if file.is_file() and _suffix(file) in FORMATS]
+        known = [file for file in sorted(target.rglob("*")) if file.is_file() and _suffix(file).lower() in FORMATS]
         if not known:
-            raise ValueError(f"{key}={path}: the folder has no .txt, .jsonl or .parquet file; name a file or a glob")
+            raise ValueError(
+                f"{key}={path}: the folder has no .txt, .json, .jsonl, .ndjson or .parquet file; name a file or a glob"
+            )
         return known
     found = [Path(name) for name in sorted(glob.glob(str(target), recursive=True)) if Path(name).is_file()]
     if not found:
@@ -55,9 +76,14 @@ def read_file(file: Path, fmt: str, field: str) -> Iterator[str]:
     Raises:
         ValueError: the content is not of this format, or lacks the field.
     """
-    fmt = FORMATS.get(_suffix(file), "text") if fmt == "auto" else fmt
+    if fmt == "auto" and _suffix(file).lower() in _REFUSED:
+        fix = "convert it to .jsonl, .parquet or .txt, or say what it is by data.source.fmt"
+        raise ValueError(f"{file}: {_suffix(file)} files are not read; {fix}")
+    fmt = FORMATS.get(_suffix(file).lower(), "text") if fmt == "auto" else fmt
     if fmt == "parquet":
         return _parquet(file, field)
+    if field == ROWS and fmt == "text":
+        raise ValueError(f"{file} is read as plain text, and chats are rows: give .jsonl or .parquet (data.source.fmt)")
     return _jsonl(file, field) if fmt == "jsonl" else group_lines(_lines(file))
 
 
@@ -100,6 +126,9 @@ def _jsonl(file: Path, name: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
+        if line.lstrip().startswith("["):
+            fix = "write one object a line (jq -c '.[]' FILE > FILE.jsonl)"
+            raise ValueError(f"{file}, line {number} begins a JSON array, where one JSON object a line is read; {fix}")
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -118,15 +147,17 @@ def _parquet(file: Path, name: str) -> Iterator[str]:
         table = ParquetFile(file)
     except ArrowInvalid as error:
         raise ValueError(f"{file} is not a parquet file ({error}); set data.source.fmt to what it is") from error
-    if name not in table.schema_arrow.names:
+    if name != ROWS and name not in table.schema_arrow.names:
         raise ValueError(_no_field(name, table.schema_arrow.names, str(file)))
-    for batch in table.iter_batches(columns=[name]):
+    for batch in table.iter_batches(columns=None if name == ROWS else [name]):
         for row in batch.to_pylist():
             yield from _nonblank(text_of(row, name, str(file)))
 
 
 def text_of(row: Any, name: str, where: str) -> str:
     """Return field `name` of a row; `where` names the row in the ValueError of a row without such a text."""
+    if name == ROWS:
+        return conversation(row, where)
     if not isinstance(row, dict) or name not in row:
         raise ValueError(_no_field(name, list(row) if isinstance(row, dict) else [], where))
     if not isinstance(row[name], str):
@@ -135,7 +166,10 @@ def text_of(row: Any, name: str, where: str) -> str:
 
 
 def _no_field(name: str, names: list[str], where: str) -> str:
-    return f"{where} has no field {name!r}, only {names}; set data.source.field to one of them"
+    fix = "set data.source.field to one of them"
+    if "messages" in names or {"prompt", "completion"} <= {*names}:
+        fix = f"{fix}, or for chats data.chat.loss=assistant (or all)"
+    return f"{where} has no field {name!r}, only {names}; {fix}"
 
 
 def detokenize_wikitext(text: str) -> str:

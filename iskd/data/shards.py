@@ -1,8 +1,11 @@
 """Token shards on disk: the documents of each split as one memory-mapped stream, built once and checked on open.
 
-The tokens of a split's documents are joined by the tokenizer's end-of-text token, never padded, and stored as one flat
-stream; windows of any length are views of it, so that a change of `seq_len` costs nothing. A folder of shards is named
-by the hash of everything that decides its content: tokenizer, source, files, shares, format version.
+The tokens of a split's documents are framed and joined (`iskd.data.framing`), never padded, and stored as one flat
+stream; windows of any length are views of it, so that a change of `seq_len` costs nothing unless every window has a
+head of its own (`data.bos=window`). Of chats whose answers alone are learned, a stream of the same length says which
+tokens these are. A folder of shards is named by the hash of everything that decides its content: tokenizer, framing,
+source, files, shares, format version. Shards of iskd 0.1 have the framing of `data.bos=none`: they are found where that
+is meant, and never where it is not.
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from iskd.data.coding import Coding
+from iskd.data.framing import Framing, separator
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
+from iskd.data.writer import Writer
 from iskd.system import file_sha256, read_json, write_whole
 from iskd.system.files import MAX_NUMBER
 
@@ -44,7 +51,8 @@ class Shards:
 
     Args:
         folder: where the shards and `meta.json` lie.
-        meta: what `meta.json` says: source, tokenizer, separator, dtype, max_id, and per split file, tokens, documents.
+        meta: what `meta.json` says: source, tokenizer, separator, dtype, max_id, and per split file, tokens, documents,
+            and where tokens are marked as targets, the hash of the marks.
     """
 
     folder: Path
@@ -59,6 +67,16 @@ class Shards:
         if self.tokens(split) == 0:
             return np.empty(0, dtype=self.meta["dtype"])
         return np.memmap(self.folder / self.meta["splits"][split]["file"], dtype=self.meta["dtype"], mode="r")
+
+    def targets(self, split: str, seq_len: int) -> Tokens | None:
+        """Return which tokens of the windows are to be learned, 0 or 1, [windows, seq_len]; None = all of them."""
+        if "targets" not in self.meta["splits"][split]:
+            return None
+        count = self.tokens(split) // seq_len
+        if count == 0:
+            return np.empty((0, seq_len), dtype=np.uint8)
+        marks: Tokens = np.memmap(self.folder / f"{split}.targets.bin", dtype=np.uint8, mode="r")
+        return marks[: count * seq_len].reshape(count, seq_len)
 
     def windows(self, split: str, seq_len: int) -> Tokens:
         """Return the stream cut into windows, remainder dropped: a view, [windows, seq_len].
@@ -90,14 +108,30 @@ class Shards:
         return self.stream(split)[: count * seq_len].reshape(count, seq_len)
 
 
-def open_shards(source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Splitter, cache_dir: Path) -> Shards:
+def open_shards(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    splitter: Splitter,
+    cache_dir: Path,
+    coding: Coding | None = None,
+) -> Shards:
     """Open the shards of a source, building them first when they do not exist.
 
     Several processes may call this at once: each builds in a folder of its own and moves whole files into place.
 
+    Args:
+        source: where documents come from.
+        tokenizer: what makes tokens of them.
+        splitter: which split a document goes to.
+        cache_dir: parent of all folders of shards.
+        coding: how a document becomes tokens; None = text with the separator between documents.
+
     Raises:
         ValueError: the source cannot be read, or a shard on disk is not what was written.
     """
+    if coding is None:
+        _, between = separator(tokenizer)
+        coding = Coding(Framing(between=() if between is None else (between,)))
     # all that decides a token; what is not in here must not change one, or a run would read another's shards
     recipe = {
         "version": _VERSION,
@@ -105,11 +139,12 @@ def open_shards(source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Sp
         "source": repr(source),
         "content": source.fingerprint(),
         "shares": [splitter.validation, splitter.calibration, splitter.test],
+        **coding.recipe(),
     }
     folder = cache_dir / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     if not (folder / "meta.json").is_file():  # written last: with it the folder is whole
         _log.info("tokenizing %r into %s", source, folder)
-        _build(recipe, source, tokenizer, splitter, folder)
+        _build(recipe, source, tokenizer, splitter, folder, coding)
     shards = Shards(folder, _read_meta(folder, recipe))
     _check(shards)
     return shards
@@ -126,58 +161,33 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([state, separator(tokenizer)], sort_keys=True).encode()).hexdigest()
 
 
-def separator(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int | None]:
-    """Return the name and id of the token between documents: eos, else bos, else ("none", None)."""
-    for name, token in (("eos", tokenizer.eos_token_id), ("bos", tokenizer.bos_token_id)):
-        if isinstance(token, int):
-            return name, token
-    return "none", None
-
-
-class _Writer:
-    """Appends documents to one shard."""
-
-    def __init__(self, path: Path, dtype: str, between: int | None) -> None:
-        self.path, self.dtype = path, dtype
-        self.between = [] if between is None else [between]
-        self.tokens = self.documents = 0
-        self.max_id = -1
-
-    def add(self, handle: IO[bytes], ids: list[int]) -> None:
-        # the separator stands between documents alone, so that no stream starts or ends with one
-        ids = self.between + ids if self.documents else ids
-        handle.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.tokens += len(ids)
-        self.documents += 1
-        self.max_id = max(self.max_id, *ids)
-
-    def entry(self) -> dict[str, Any]:
-        sha256 = file_sha256(self.path)
-        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "sha256": sha256}
-
-
 def _build(
-    recipe: dict[str, Any], source: Source, tokenizer: PreTrainedTokenizerBase, splitter: Splitter, folder: Path
+    recipe: dict[str, Any],
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    splitter: Splitter,
+    folder: Path,
+    coding: Coding,
 ) -> None:
     name, between = separator(tokenizer)
-    if name != "eos":
+    if name != "eos" and coding.framing.between:
         _log.warning("the tokenizer has no EOS token; documents are separated by: %s", name)
     # two bytes a token where every id fits; the byte order is written down, for the file may go to another machine
     dtype = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # beside the goal, so on its file system: only there is `os.replace` one step
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        writers = {split: _Writer(Path(temporary, f"{split}.bin"), dtype, between) for split in SPLITS}
-        handles = {split: writer.path.open("wb") for split, writer in writers.items()}
-        try:
+        writers = {split: Writer(Path(temporary), split, dtype, coding) for split in SPLITS}
+        with ExitStack() as open_files:
+            for writer in writers.values():
+                open_files.enter_context(writer)
             # one pass over the source; documents go to their splits by hash, whatever their order
             for batch in _batches(splitter.assign(source.documents())):
-                for (_, split), ids in zip(batch, _encode([text for text, _ in batch], tokenizer), strict=True):
-                    if ids:  # an empty document would be two separators in a row
-                        writers[split].add(handles[split], ids)
-        finally:
-            for handle in handles.values():
-                handle.close()
+                coded = coding.encode([text for text, _ in batch], tokenizer)
+                for (_, split), document in zip(batch, coded, strict=True):
+                    if document[0]:  # an empty document would be two separators in a row
+                        writers[split].add(document)
+        coding.tell()
         meta = recipe | {
             "separator": name,
             "separator_id": between,
@@ -188,7 +198,8 @@ def _build(
         }
         write_whole(Path(temporary, "meta.json"), json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
-        for file in [*(writer.path.name for writer in writers.values()), "meta.json"]:  # meta last: it marks the end
+        files = [path.name for writer in writers.values() for path in (writer.path, writer.marks) if path is not None]
+        for file in [*files, "meta.json"]:  # meta last: it marks the end
             os.replace(Path(temporary, file), folder / file)
 
 
@@ -196,12 +207,6 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
     iterator = iter(documents)
     while batch := list(islice(iterator, _BATCH_DOCUMENTS)):
         yield batch
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # verbose=False: a document longer than the model's context is fine here, it is cut into windows.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
 
 
 def _read_meta(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -233,8 +238,11 @@ def _split_entry(entry: Any, split: str) -> dict[str, Any]:
         raise ValueError(f"the file of split {split} must be {split}.bin, got {entry['file']!r:.80}")
     if not isinstance(entry["sha256"], str):
         raise ValueError(f"sha256 of split {split} must be text, got {entry['sha256']!r:.80}")
+    marks = {"targets": entry["targets"]} if "targets" in entry else {}
+    if not all(isinstance(digest, str) for digest in marks.values()):
+        raise ValueError(f"the hash of the targets of split {split} must be text, got {entry['targets']!r:.80}")
     counts = {key: _count(entry, key) for key in ("tokens", "documents")}
-    return {"file": f"{split}.bin", "sha256": entry["sha256"], **counts}
+    return {"file": f"{split}.bin", "sha256": entry["sha256"], **counts, **marks}
 
 
 def _count(values: Any, key: str, low: int = 0) -> int:
@@ -248,17 +256,24 @@ def _check(shards: Shards) -> None:
     dtype, largest = np.dtype(shards.meta["dtype"]), shards.meta["max_id"]
     fix = f"delete the folder {shards.folder} and run again"
     # cheap tests first: size before hash, and one look at the tokens only where the bytes are those that were written
-    for entry in shards.meta["splits"].values():
+    for split, entry in shards.meta["splits"].items():
         path, expected = shards.folder / entry["file"], entry["tokens"] * dtype.itemsize
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"shard {path} is missing or no plain file; {fix}")
-        stat = path.stat()
-        if stat.st_size != expected:
-            raise ValueError(f"shard {path} has {stat.st_size} bytes, not {expected}; {fix}")
-        if _sha256_once(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
-            raise ValueError(f"shard {path} does not have the SHA-256 that was written; {fix}")
+        stat = _check_file(path, expected, entry["sha256"], fix)
         if expected and (found := _max_once(path, dtype, stat.st_size, stat.st_mtime_ns)) > largest:
             raise ValueError(f"shard {path} holds the token {found}, above the max_id={largest} of meta.json; {fix}")
+        if "targets" in entry:
+            _check_file(shards.folder / f"{split}.targets.bin", entry["tokens"], entry["targets"], fix)
+
+
+def _check_file(path: Path, size: int, sha256: str, fix: str) -> os.stat_result:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"shard {path} is missing or no plain file; {fix}")
+    stat = path.stat()
+    if stat.st_size != size:
+        raise ValueError(f"shard {path} has {stat.st_size} bytes, not {size}; {fix}")
+    if _sha256_once(path, stat.st_size, stat.st_mtime_ns) != sha256:
+        raise ValueError(f"shard {path} does not have the SHA-256 that was written; {fix}")
+    return stat
 
 
 @cache

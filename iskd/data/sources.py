@@ -13,11 +13,13 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from iskd.data.chat import ROWS
 from iskd.data.readers import FORMATS, detokenize_wikitext, find_files, group_lines, read_file, text_of
 from iskd.data.splits import Document
 from iskd.system.files import hash_files
@@ -91,6 +93,7 @@ class TextFiles:
         fmt: `auto` (by suffix; unknown suffixes are text), `text`, `jsonl` or `parquet`.
         field: where a JSON line or a parquet row keeps its text.
         detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
+        chat: rows are conversations (`iskd.data.chat`); `field` is not read.
     """
 
     path: str
@@ -99,15 +102,20 @@ class TextFiles:
     fmt: str = "auto"
     field: str = "text"
     detokenize: str | None = None
+    chat: bool = dataclass_field(default=False, repr=False)  # not in `repr`, by which shards of text are found
 
     def __post_init__(self) -> None:
         """Check that there is a path, and the options that have a fixed set of values."""
         if not self.path:
             raise ValueError("no text file is given: set data.path=FILE (a file, a folder or a glob)")
         if self.fmt not in ("auto", *FORMATS.values()):
-            raise ValueError(f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(FORMATS.values())}")
+            raise ValueError(
+                f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(dict.fromkeys(FORMATS.values()))}"
+            )
         if self.detokenize not in (None, "wikitext"):
             raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+        if self.detokenize and self.chat:
+            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents of `val_path`, `test_path` and `path`, in that order.
@@ -118,7 +126,7 @@ class TextFiles:
         for key, split in (("val_path", "validation"), ("test_path", "test"), ("path", None)):
             for file in self._files(key):
                 empty = True
-                for text in read_file(file, self.fmt, self.field):
+                for text in read_file(file, self.fmt, ROWS if self.chat else self.field):
                     empty = False
                     yield detokenize_wikitext(text) if self.detokenize else text, split
                 if empty:
@@ -140,15 +148,16 @@ class HubDataset:
     Args:
         name: hub name, as `Salesforce/wikitext`.
         config: name of the configuration, where the data set has several.
-        split: the part that is divided by hash.
-        val_split: the part used whole for validation; None takes a share of `split`.
-        test_split: the part used whole as test.
+        split: the split that is divided by hash.
+        val_split: the split used whole for validation; None takes a share of `split`.
+        test_split: the split used whole as test.
         field: the column that holds the text.
         max_documents: stream and stop after this many rows of `split`; None reads all of it through the local cache.
         revision: commit of the data set on the hub; the cache of tokens knows the content only by this name, so pin
             it where an exact rerun matters.
         detokenize: as in `TextFiles`.
         lines: rows are the lines of a running text (as WikiText's are) and are grouped as those of a text file.
+        chat: as in `TextFiles`.
     """
 
     name: str
@@ -161,6 +170,7 @@ class HubDataset:
     revision: str | None = None
     detokenize: str | None = None
     lines: bool = False
+    chat: bool = dataclass_field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that there is a name, and the option that has a fixed set of values."""
@@ -168,6 +178,8 @@ class HubDataset:
             raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {_OFFLINE}")
         if self.detokenize not in (None, "wikitext"):
             raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
+        if self.detokenize and self.chat:
+            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
 
     def documents(self) -> Iterator[Document]:
         """Yield rows that are not blank; validation and test rows first.
@@ -175,10 +187,10 @@ class HubDataset:
         Raises:
             ValueError: `datasets` is missing, the data set cannot be reached, or a row has no such field.
         """
-        for part, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
-            if part is None:
+        for name, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
+            if name is None:
                 continue
-            for text in self._texts(part, self.max_documents if split is None else None):
+            for text in self._texts(name, self.max_documents if split is None else None):
                 yield detokenize_wikitext(text) if self.detokenize else text, split
 
     def fingerprint(self) -> str:
@@ -187,13 +199,16 @@ class HubDataset:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         return f"{self!r}-{hash_files(files)}"
 
-    def _texts(self, part: str, limit: int | None) -> Iterator[str]:
-        rows = (text_of(row, self.field, f"data.source.name={self.name}") for row in self._rows(part, limit))
-        if self.lines:
+    def _texts(self, split: str, limit: int | None) -> Iterator[str]:
+        rows = (
+            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}")
+            for row in self._rows(split, limit)
+        )
+        if self.lines and not self.chat:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)
         return (row for row in rows if row.strip())
 
-    def _rows(self, part: str, limit: int | None) -> Iterator[Any]:
+    def _rows(self, split: str, limit: int | None) -> Iterator[Any]:
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -205,7 +220,7 @@ class HubDataset:
             rows = load_dataset(
                 self.name,
                 self.config,
-                split=part,
+                split=split,
                 revision=self.revision,
                 streaming=limit is not None,
                 trust_remote_code=False,
@@ -213,7 +228,7 @@ class HubDataset:
             iterator = iter(rows if limit is None else rows.take(limit))
             first = next(iterator, None)
         except Exception as error:
-            what = f"data set {self.name!r} (config {self.config!r}, split {part!r}) could not be loaded: {error}"
+            what = f"data set {self.name!r} (config {self.config!r}, split {split!r}) could not be loaded: {error}"
             raise ValueError(f"{what}. Without a network use {_OFFLINE}") from error
         if first is not None:
             yield first
@@ -243,8 +258,8 @@ class GivenTexts:
         sha256: of all documents in their order; the only thing that is written down about them.
     """
 
-    texts: tuple[str, ...] = field(repr=False)
-    sha256: str = field(init=False)
+    texts: tuple[str, ...] = dataclass_field(repr=False)
+    sha256: str = dataclass_field(init=False)
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from iskd.evaluation.results import MACHINE, AtContext, Measured
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
-from iskd.plan.run_folder import EFFICIENCY_FILE
+from iskd.plan.run_files import EFFICIENCY_FILE
 from iskd.system import machine, write_whole
 from iskd.system.faults import is_out_of_memory
 from iskd.system.machine import clock

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.data import Framing, framing_of
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.likelihood import evaluate as ask
@@ -90,6 +91,7 @@ def evaluate(
     text: str | None = None,
     exclude: Collection[str] = (),
     source: Mapping[str, Any] | None = None,
+    frame: Framing | None = None,
 ) -> Evaluation:
     """Score a model, and its teacher on the same items, where they are and under the caller's autocast.
 
@@ -103,6 +105,7 @@ def evaluate(
         text: scored when the spec names no file, e.g. the test text of the run.
         exclude: `Item.sha256` of items to leave out: those that layers were selected by, from the run's data.json.
         source: where the model came from, as `Loaded.source`; what identifies it goes into the result.
+        frame: how the text of both models is framed; None = as the tokenizer does.
 
     Raises:
         ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed, or
@@ -115,14 +118,15 @@ def evaluate(
     for who, one, own in models:
         _check_rows(who, one, own)
     with ProgressLine() as tell:
-        windows = _windows(spec, text, tokenizer, [one for _, one, _ in models])
+        frame = framing_of(tokenizer) if frame is None else frame
+        windows = _windows(spec, text, tokenizer, [one for _, one, _ in models], frame)
         if not spec.tasks and windows is None:
             raise ValueError(_NOTHING)
         questions = _questions(spec, exclude)
         scores: list[dict[str, Scored]] = []
         losses: list[TextLoss] = []
         for who, one, own in models:
-            scores.append(_ask_all(one, own, questions, spec, who, tell))
+            scores.append(_ask_all(one, own, questions, spec, who, tell, frame))
             if windows is not None:
                 step = partial(tell, f"{who}, windows of text")
                 losses.append(text_loss(one, windows, batch_tokens=spec.batch_tokens, step=step))
@@ -136,11 +140,11 @@ def evaluate(
     named = {"student": _facts(model, source or {})}
     if teacher is not None:
         named["teacher"] = _facts(teacher.model, teacher.source)
-    settings = _settings(spec, questions, len(exclude), model)
+    settings = {**_settings(spec, questions, len(exclude), model), "framing": frame.to_json()}
     return Evaluation(found, retention, mean, scored_text, named, settings)
 
 
-def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = ()) -> None:
+def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = (), frame: Framing | None = None) -> None:
     """Find out at the start of a run what would keep `evaluate` from working at its end.
 
     Tasks are read and their items drawn, from the hub too, which keeps a copy on this machine; text is read and cut.
@@ -148,7 +152,8 @@ def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = ()) -> 
     Raises:
         ValueError: as `evaluate`, but for what only the scores of a model can tell.
     """
-    windows = _windows(spec, None, teacher.tokenizer, [teacher.model])
+    frame = framing_of(teacher.tokenizer) if frame is None else frame
+    windows = _windows(spec, None, teacher.tokenizer, [teacher.model], frame)
     if not spec.tasks and windows is None:
         raise ValueError(_NOTHING)
     _check_rows("teacher", teacher.model, teacher.tokenizer)
@@ -165,14 +170,21 @@ def _check_rows(who: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _windows(
-    spec: EvalSpec, text: str | None, tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedModel]
+    spec: EvalSpec,
+    text: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[PreTrainedModel],
+    frame: Framing,
 ) -> TextWindows | None:
+    documents = None if text is None else [text]
     if spec.text is not None:
-        text = read_text(spec.text, spec.tokens)
-    if text is None:
+        documents = read_text(spec.text, spec.tokens)
+        if not (frame.head or frame.tail):  # nothing is said of documents: a file is one text, as it stands there
+            documents = ["\n\n".join(documents)]
+    if documents is None:
         return None
     window = min([spec.window, *(context for context in (Stack(model).context for model in models) if context)])
-    return text_windows(text, tokenizer, tokens=spec.tokens, window=window)
+    return text_windows(documents, tokenizer, tokens=spec.tokens, window=window, frame=frame)
 
 
 def _questions(spec: EvalSpec, exclude: Collection[str]) -> dict[str, Drawn | list[Item]]:
@@ -201,14 +213,15 @@ def _ask_all(
     spec: EvalSpec,
     who: str,
     tell: Tell,
+    frame: Framing,
 ) -> dict[str, Scored]:
     scores = {}
     for number, (name, question) in enumerate(questions.items(), 1):
         step = partial(tell, f"{who}, task {number} of {len(questions)}, texts of {name}")
         if isinstance(question, Drawn):
-            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step)
+            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step, frame=frame)
         else:
-            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step)
+            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step, frame=frame)
             scores[name] = Scored(GENERATION, "led", 0.0, result)
     return scores
 

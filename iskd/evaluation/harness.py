@@ -25,6 +25,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.data import Framing, framing_of
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
@@ -104,7 +105,13 @@ def draw(
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, drawn: Drawn, *, batch_size: int, step: Step
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drawn: Drawn,
+    *,
+    batch_size: int,
+    step: Step,
+    frame: Framing | None = None,
 ) -> Scored:
     """Scores of a model by item, under the caller's autocast; model and tokenizer are left as they were.
 
@@ -114,6 +121,7 @@ def score(
         drawn: what to ask.
         batch_size: texts at a time.
         step: told how many of the task's texts are done.
+        frame: how the model's texts are framed; None = as the tokenizer does.
 
     Raises:
         ValueError: a continuation that does not fit into the model's context, a model that gives nan, or a task without
@@ -123,7 +131,7 @@ def score(
 
     cut: list[int] = []
     with scoring(model), _quiet():
-        lm = _adapter(model, tokenizer, batch_size, drawn, step, cut)
+        lm = _adapter(model, tokenizer, batch_size, drawn, step, cut, frame)
         for task in drawn.leaves.values():
             task.set_fewshot_seed(_FEWSHOT_SEED)
         found = evaluate(
@@ -245,6 +253,7 @@ def _adapter(
     drawn: Drawn,
     step: Step,
     cut: list[int],
+    frame: Framing | None,
 ) -> Any:
     """The harness's adapter, which counts what is done and refuses what it would silently get wrong."""
     from lm_eval.models.huggingface import HFLM
@@ -259,10 +268,28 @@ def _adapter(
         batch_size=batch_size,
         max_length=Stack(model).context,
         mixed_precision_dtype=mixed,
+        add_bos_token=_adds_bos(tokenizer, frame),
     )
     before_scoring(lm, lambda requests: cut.append(_too_long(drawn.name, requests, lm.max_length)))
     lm.cache_hook = _Count(drawn, step)
     return lm
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase, frame: Framing | None) -> bool | None:
+    """The harness's `add_bos_token`; None = it does what the tokenizer does.
+
+    Raises:
+        ValueError: texts are to begin as this tokenizer does not let them begin, and the harness has no way to.
+    """
+    own = framing_of(tokenizer).front
+    if frame is None or frame.front == own:
+        return None
+    if frame.front:
+        raise ValueError(
+            "data.bos asks for a begin token that the tokenizer does not add by itself, and lm-evaluation-harness adds "
+            "none of its own: set data.bos=null or none, or give the tokenizer the template (add_bos_token)"
+        )
+    return False
 
 
 def _too_long(name: str, requests: Sequence[Any], context: int) -> int:

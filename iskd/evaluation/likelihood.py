@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.data import Framing, framing_of
 from iskd.evaluation.bootstrap import interval, resampled_means
 from iskd.evaluation.task_items import Item
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
@@ -102,9 +103,12 @@ def evaluate(
     *,
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
+    frame: Framing | None = None,
 ) -> TaskResult:
     """Scores of a model on items. Raises ValueError as `log_likelihoods` does, and when there is no item."""
-    return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step))
+    return judge(
+        items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step, frame=frame)
+    )
 
 
 def paired(
@@ -156,11 +160,12 @@ def log_likelihoods(
     *,
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
+    frame: Framing | None = None,
 ) -> Likelihoods:
     """Log-likelihood of each continuation given its context; see `by_branch`, of which this is the plain case."""
     stack = Stack(model)
     (found,) = by_branch(
-        model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens, step=step
+        model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens, step=step, frame=frame
     )
     return found
 
@@ -173,6 +178,7 @@ def by_branch(
     *,
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
+    frame: Framing | None = None,
 ) -> list[Likelihoods]:
     """Log-likelihoods of each (context, continuation) under variants of a model that share its head.
 
@@ -187,6 +193,7 @@ def by_branch(
         states: for token ids [B, T], the state after the final norm [B, T, D] under each variant in turn.
         batch_tokens: most tokens in a batch, padding included, but for a single longer text.
         step: told how many of the pairs are done.
+        frame: how the model's texts are framed, of which the front goes before a context; None = as the tokenizer does.
 
     Raises:
         ValueError: no pairs, batch_tokens < 1, ids without an embedding row, a continuation without a token of its own
@@ -196,7 +203,7 @@ def by_branch(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     with scoring(model):
-        texts = _encode(tokenizer, pairs, stack)
+        texts = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame)
         log_p: list[Tensor] = []
         led: list[Tensor] = []
         done = 0
@@ -240,11 +247,11 @@ class _Batch:
     lengths: list[int]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> list[_Text]:
+def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, frame: Framing) -> list[_Text]:
     """Input and targets of every pair; space at a context's end belongs to the continuation's first token."""
     if not pairs:
         raise ValueError("there is nothing to score: no items")
-    front, start = _first_ids(tokenizer)
+    front, start = frame.front, _start(tokenizer)
     # the whole text is encoded at once, as a model meets it, and cut by the length of the context alone; a space at
     # the cut is part of the next token in most vocabularies, hence `rstrip`
     wholes = tokenizer([context + continuation for context, continuation in pairs], add_special_tokens=False).input_ids
@@ -276,11 +283,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack) -> l
     return texts
 
 
-def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | None]:
-    """What the tokenizer itself puts before every text, and the id before a text that has no context."""
+def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id before a text that has no context, where nothing else stands there."""
     bos = tokenizer.bos_token_id
-    own = list(tokenizer("").input_ids)
-    return (own[:1] if bos is not None and own[:1] == [bos] else []), tokenizer.eos_token_id if bos is None else bos
+    return tokenizer.eos_token_id if bos is None else bos
 
 
 def _batches(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Batch]:
@@ -335,7 +341,7 @@ def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: T
         logits_mV = cap_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
         values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
         hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
-    parts = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
-    for pair, log_p_m, hit_m in parts:
+    found = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
+    for pair, log_p_m, hit_m in found:
         log_p_N[pair] = log_p_m.sum()
         led_N[pair] = hit_m.cumprod(0).sum()  # ones up to the first miss

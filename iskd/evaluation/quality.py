@@ -27,7 +27,7 @@ def measure_quality(
     Args:
         student: the model that is measured, on any device.
         teacher: the original, on the same one.
-        batches: windows as `input_ids` [B, T].
+        batches: windows as `input_ids` [B, T], and which of their tokens count as `targets` [B, T] where not all do.
         remembered: the teacher's last hidden states [B, T, D] by number of the batch; what is missing is computed and
             added. To be handed in again with the same batches only. None = nothing is known or kept.
 
@@ -48,7 +48,8 @@ def measure_quality(
         start = clock(device)
         hidden = ours.last_hidden(input_ids)
         seconds += clock(device) - start
-        labels = within(next_tokens(input_ids), input_ids, ours.separator)
+        targets = batch["targets"].to(device) if "targets" in batch else None
+        labels = within(next_tokens(input_ids, targets), input_ids, ours.separator)
         metrics.update_from_hidden(hidden, ours.head, expected, theirs.head, labels, softcap=ours.softcap)
     student.train(was_training)
     tokens = sum(batch["input_ids"].numel() for batch in batches)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator, ValidationError, WrapValidator
 
 from iskd.evaluation.text import TextScore
-from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
+from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
 from iskd.system.reading import between, is_number, read_as
 

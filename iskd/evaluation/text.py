@@ -3,7 +3,8 @@
     perplexity    = exp(nats / tokens)
     bits per byte = nats / (ln 2 * bytes)
 
-over the tokens that have one before them in their window. Bytes are the UTF-8 bytes of exactly these tokens, so that
+over the tokens of the text that have one before them in their window; what frames a document (`iskd.data.framing`) is
+read and never scored, as it is no text. Bytes are the UTF-8 bytes of exactly these tokens, so that
 bits per byte compare between tokenizers; perplexities do not.
 """
 
@@ -11,20 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.data import Framing
 from iskd.data.readers import find_files, read_file
 from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
 from iskd.evaluation.metrics import Perplexity
-from iskd.models import Stack, autocast_head, cap_logits, project, scoring
+from iskd.models import IGNORE, Stack, autocast_head, cap_logits, project, scoring
 from iskd.system.files import hash_files
 
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
@@ -35,7 +38,7 @@ class TextScore:
     """How well a text is predicted; lower = better.
 
     Attributes:
-        tokens, bytes: scored; the first token of each window is not.
+        tokens, bytes: scored; the first token of each window is not, nor what frames documents.
         windows: how many.
         sha256: of the windows' token ids, in hex.
         perplexity, bits_per_byte: the student's.
@@ -58,10 +61,22 @@ class TextScore:
 
 @dataclass(frozen=True, eq=False)
 class TextWindows:
-    """Token ids [W, T] of consecutive windows, and the UTF-8 bytes of all tokens but the first of each window."""
+    """Consecutive windows of a text.
+
+    Attributes:
+        ids: their tokens [W, T].
+        labels: what is scored [W, T - 1]: the next token, ignored where that frames a document.
+        bytes: UTF-8 bytes of the tokens that are scored.
+    """
 
     ids: Tensor
+    labels: Tensor
     bytes: int
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens that are scored, by window [W]."""
+        return (self.labels != IGNORE).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +88,8 @@ class TextLoss:
     nats_W: Tensor
 
 
-def read_text(path: str | Path, tokens: int) -> str:
-    """The beginning of a file, folder or glob of text, enough for `tokens`; documents are joined by a blank line.
+def read_text(path: str | Path, tokens: int) -> list[str]:
+    """The documents at the beginning of a file, folder or glob of text, enough for `tokens`.
 
     Raises:
         ValueError: there is no such file, or it is not text.
@@ -86,8 +101,8 @@ def read_text(path: str | Path, tokens: int) -> str:
             documents.append(document)
             wanted -= len(document)
             if wanted <= 0:
-                return "\n\n".join(documents)
-    return "\n\n".join(documents)
+                return documents
+    return documents
 
 
 def refuse_training_text(text: str | Path, content: str) -> None:
@@ -102,28 +117,41 @@ def refuse_training_text(text: str | Path, content: str) -> None:
         raise ValueError(f"eval.text={text} is what the run trains on; report on text that it never sees")
 
 
-def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, window: int) -> TextWindows:
-    """The first `tokens` of a text in whole windows, or all of it as one window if it is shorter than that.
+def text_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, tokens: int, window: int, frame: Framing
+) -> TextWindows:
+    """The first `tokens` of documents in whole windows, or all of them as one window if they are shorter than that.
 
     Raises:
-        ValueError: the text has fewer than 2 tokens, or the tokenizer does not tell where its tokens are.
+        ValueError: there are fewer than 2 tokens, or the tokenizer does not tell where its tokens are.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not tell which bytes its tokens stand for: use a tokenizer with a "
             "tokenizer.json, or leave the text out (eval.text=null)"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    length = min(window, tokens, len(encoded.input_ids))
+    ids, sizes = list[int](), list[int]()  # of what frames a document there are -1 bytes: no text
+    for text in documents:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        own, offsets = list(found["input_ids"]), cast(Any, found["offset_mapping"])
+        own, offsets = own[:tokens], offsets[:tokens]
+        framed, at = frame.framed(own, first=not ids)
+        spans = _spans(text, [end for _, end in offsets]).tolist() if own else []
+        ids += framed
+        sizes += [-1] * at + spans + [-1] * (len(framed) - at - len(own))
+        if len(ids) >= tokens:
+            break
+    length = min(window, tokens, len(ids) + len(frame.window))
     if length < 2:
-        raise ValueError(
-            f"a text of {len(encoded.input_ids)} tokens, scored in windows of {length}, has nothing to score"
-        )
-    count = min(tokens, len(encoded.input_ids)) // length * length
-    ids = torch.tensor(encoded.input_ids[:count]).view(-1, length)
-    offsets: Any = encoded["offset_mapping"]
-    spans = _spans(text, [end for _, end in offsets[:count]])
-    return TextWindows(ids, int(spans.view(-1, length)[:, 1:].sum()))
+        raise ValueError(f"a text of {len(ids)} tokens, scored in windows of {length}, has nothing to score")
+    ids, sizes = frame.headed(ids, length, 0)[:tokens], frame.headed(sizes, length, 0, filler=-1)[:tokens]
+    count = len(ids) // length * length
+    ids_WT, sizes_WT = (torch.tensor(values[:count]).view(-1, length) for values in (ids, sizes))
+    scored = sizes_WT[:, 1:] >= 0
+    if not scored.any():
+        raise ValueError(f"a text of {len(ids)} tokens, scored in windows of {length}, has nothing to score")
+    labels = ids_WT[:, 1:].masked_fill(~scored, IGNORE)
+    return TextWindows(ids_WT, labels, int(sizes_WT[:, 1:][scored].sum()))
 
 
 def _spans(text: str, ends: list[int]) -> Tensor:
@@ -148,8 +176,10 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     nats: list[Tensor] = []
     with scoring(model):
         head = autocast_head(stack.head)
-        for ids_BT in windows.ids.to(model.device).split(max(1, batch_tokens // windows.ids.shape[1])):
-            for h_TD, label_T in zip(stack.last_hidden(ids_BT[:, :-1]), ids_BT[:, 1:], strict=True):
+        size = max(1, batch_tokens // windows.ids.shape[1])
+        parts = (whole.to(model.device).split(size) for whole in (windows.ids, windows.labels))
+        for ids_BT, labels_BT in zip(*parts, strict=True):
+            for h_TD, label_T in zip(stack.last_hidden(ids_BT[:, :-1]), labels_BT, strict=True):
                 before = perplexity.total.clone()
                 for h_tD, label_t in zip(h_TD.split(HEAD_CHUNK), label_T.split(HEAD_CHUNK), strict=True):
                     logits_tV = cap_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
@@ -158,7 +188,7 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
             step(len(nats), len(windows.ids))
     bits_per_byte = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
     bits_per_byte.update(perplexity.total.cpu() / (math.log(2) * windows.bytes), windows.bytes)
-    nats_W = torch.stack(nats) / (windows.ids.shape[1] - 1)
+    nats_W = torch.stack(nats) / windows.counts.clamp(min=1)
     if nats_W.isnan().any():
         raise ValueError("the model gives nan on the text: its weights are broken")
     return TextLoss(perplexity.compute().item(), bits_per_byte.compute().item(), nats_W)
@@ -168,10 +198,10 @@ def text_score(
     windows: TextWindows, student: TextLoss, teacher: TextLoss | None, *, resamples: int, seed: int
 ) -> TextScore:
     """Put a student's loss on a text beside its teacher's."""
-    count, length = windows.ids.shape
+    count, tokens = len(windows.ids), int(windows.counts.sum())
     digest = hashlib.sha256(windows.ids.numpy().astype("<i8").tobytes()).hexdigest()
     own = (student.perplexity, student.bits_per_byte)
-    score = TextScore(count * (length - 1), windows.bytes, count, digest, *own)
+    score = TextScore(tokens, windows.bytes, count, digest, *own)
     if teacher is None:
         return score
     names = tuple(map(str, range(count)))

@@ -7,9 +7,9 @@ Imports: system, plan, models, blocks, evaluation.
 
 from __future__ import annotations
 
-from iskd.export.folder import read_facts, student_folder, tokenizer_of
-from iskd.export.loading import IskdForCausalLM, load, register
+from iskd.export.loading import IskdForCausalLM, load
 from iskd.export.student import IskdConfig
+from iskd.export.student_files import read_facts, student_folder, tokenizer_of
 from iskd.export.verification import verify
 from iskd.export.write import export
 
@@ -19,7 +19,6 @@ __all__ = [
     "export",
     "load",
     "read_facts",
-    "register",
     "student_folder",
     "tokenizer_of",
     "verify",

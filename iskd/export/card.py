@@ -16,13 +16,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from iskd.export.folder import CARD
+from iskd.export.student_files import CARD
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
-from iskd.plan.run_folder import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
+from iskd.system.text import layers_text
 
 UNKNOWN = "not known"
 # Teachers whose licence stands in this repository's own README; any other is read off the card beside its weights.
@@ -100,7 +101,7 @@ def write_card(
     licence = licence_of(known)
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
-    parts = [
+    sections = [
         _header(known, licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
@@ -120,7 +121,7 @@ def write_card(
         "## How it was made",
         *_made(stages, run_dir, versions),
     ]
-    return write_whole(folder / CARD, "\n\n".join(part.strip("\n") for part in parts) + "\n")
+    return write_whole(folder / CARD, "\n\n".join(section.strip("\n") for section in sections) + "\n")
 
 
 def edits_in_words(record: Record) -> list[str]:
@@ -134,11 +135,11 @@ def edits_in_words(record: Record) -> list[str]:
             groups["Converted the attention of", _spec(edit.mixer)].append(edit.layer)
     found = []
     if removed:
-        found.append(f"Removed {len(removed)} of {record.num_layers} layers: {_ranges(removed)}.")
+        found.append(f"Removed {len(removed)} of {record.num_layers} layers: {layers_text(removed)}.")
     for (verb, spec), layers in groups.items():
         noun = "layer" if len(layers) == 1 else "layers"
         by = "by" if verb.startswith("Replaced") else "to"
-        found.append(f"{verb} {noun} {_ranges(layers)} {by} {spec}.")
+        found.append(f"{verb} {noun} {layers_text(layers)} {by} {spec}.")
     return found or ["No layer was edited: only weights were trained."]
 
 
@@ -231,19 +232,19 @@ def _data(data: Mapping[str, Any]) -> list[str]:
 
 def _made(stages: Sequence[StageResult], run_dir: Path | None, versions: Mapping[str, str]) -> list[str]:
     trained = [stage for stage in stages if stage.index]
-    parts = [f"By {', '.join(f'{name} {version}' for name, version in versions.items())}."]
+    sections = [f"By {', '.join(f'{name} {version}' for name, version in versions.items())}."]
     if trained:
         table = ["| stage | tokens so far | perplexity | retention | |", "|---|---|---|---|---|"]
         for stage in trained:
             status = "" if stage.status == "kept" else "undone"
             table.append(f"| {stage.name} | {stage.tokens:,} | {stage.ppl:.4g} | {stage.retention:.4g} | {status} |")
-        parts.append("\n".join(table))
+        sections.append("\n".join(table))
     settings = _settings(run_dir)
-    return [*parts, *([_list(settings)] if settings else [])]
+    return [*sections, *([_list(settings)] if settings else [])]
 
 
 def _settings(run_dir: Path | None) -> list[str]:
-    """The parts of the run's config that a reader asks for; paths stay behind."""
+    """The settings of the run's config that a reader asks for; paths stay behind."""
     file = run_dir / CONFIG_FILE if run_dir else None
     if file is None or not file.is_file():
         return []
@@ -265,17 +266,6 @@ def _node(node: Any) -> str:
 def _spec(spec: Spec) -> str:
     kwargs = ", ".join(f"{key}={value}" for key, value in spec.kwargs.items() if value is not None)
     return f"`{spec.target}`" + (f" ({kwargs})" if kwargs else "")
-
-
-def _ranges(layers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _public(text: str) -> str:

@@ -19,21 +19,23 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from iskd.evaluation import TASKS, Efficiency, Evaluation, Interval
 from iskd.evaluation.results import efficiency_of, evaluation_of
-from iskd.export.folder import CARD
-from iskd.plan.run_folder import EFFICIENCY_FILE, EVALUATION_FILE
+from iskd.export.student_files import CARD
+from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import number, read_json, write_whole
+from iskd.system.files import read_plain
 from iskd.system.text import ABSENT, percent
 
 _BEGIN, _END = "<!-- measured by iskd -->", "<!-- end of what iskd measured -->"
 _BETWEEN = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _MIB = 2**20
+_LONGEST = _MIB  # bytes of a card
 
 
 def measured_section(run_dir: Path | None) -> str:
     """The tables of scores and of efficiency between their marks; nothing but the marks where nothing was measured."""
     evaluation, efficiency = _read(run_dir)
-    parts = [*(_scores(evaluation) if evaluation else []), *(_efficiency(efficiency) if efficiency else [])]
-    return "\n\n".join([_BEGIN, *parts, _END])
+    sections = [*(_scores(evaluation) if evaluation else []), *(_efficiency(efficiency) if efficiency else [])]
+    return "\n\n".join([_BEGIN, *sections, _END])
 
 
 def eval_results(run_dir: Path | None) -> list[EvalResult]:
@@ -66,7 +68,7 @@ def refresh_card(folder: Path, run_dir: Path) -> Path | None:
     if not file.is_file():
         return None
     try:
-        content = file.read_text(encoding="utf-8-sig")
+        content = read_plain(file, max_bytes=_LONGEST).decode("utf-8-sig")
         card = RepoCard(content)  # not a ModelCard, which reads the old scores too, and may fail on them
         header = metadata_load(file)
     except (TypeError, ValueError, yaml.YAMLError) as error:
@@ -119,22 +121,22 @@ def _scores(evaluation: Evaluation) -> list[str]:
     if len(means) != 1 and math.isfinite(evaluation.mean.value):
         means["mean"] = evaluation.mean
     rows += [[name, "", "", "", "", _interval(mean), ""] for name, mean in means.items()]
-    parts = ["## Scores"]
+    sections = ["## Scores"]
     if rows:
         head = ("task", "metric", "chance %", "teacher %", "student %", "retention % (95 %)", "items")
-        parts.append(_table(head, rows))
-        parts.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
+        sections.append(_table(head, rows))
+        sections.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
     text = evaluation.rest.get("text")
     if isinstance(text, dict):
-        parts.append(_table(("text", "teacher", "student"), _text_rows(text)))
+        sections.append(_table(("text", "teacher", "student"), _text_rows(text)))
     settings = evaluation.rest.get("settings")
     if isinstance(settings, dict):
         asked = {key: settings[key] for key in ("device", "precision", "limit", "seed") if key in settings}
         versions = settings.get("versions")
         asked |= {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
         told = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
-        parts += [f"Measured with {told}."] if told else []
-    return parts
+        sections += [f"Measured with {told}."] if told else []
+    return sections
 
 
 def _text_rows(text: Mapping[str, Any]) -> list[list[str]]:

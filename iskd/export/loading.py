@@ -7,7 +7,6 @@ A native export is opened by transformers, any other is built from its teacher's
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +17,19 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
-from iskd.models.weights import WEIGHTS, check_whole, load_model_tensors, present_weights
+from iskd.models.model_folder import check_model_folder, read_model_config
+from iskd.models.skeletons import check_depth, within_weights
+from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer
 from iskd.plan import Record
-from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.reading import record_from_json
 from iskd.system import Json, read_json
 
@@ -43,10 +44,6 @@ _FOREIGN = (
     "per_layer_config",
     "num_labels",
 )
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
-# file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
-_TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
 
 
 class IskdForCausalLM(PreTrainedModel):
@@ -56,21 +53,23 @@ class IskdForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a student; `dtype` is honoured, other loading options are refused because they would be ignored."""
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        revision, local = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
-        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
-            kwargs.pop(harmless, None)
-        unknown = [key for key, value in kwargs.items() if value is not None]
+        """Load a student; options that change nothing are taken, and those refused that would be ignored."""
+        dtype = dtype_of(*(kwargs.pop(key, None) for key in ("dtype", "torch_dtype")))
+        revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
+        place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
+        hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
+        unknown = [key for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)]
         if args or unknown:
             raise ValueError(
                 f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
                 "load first, then move or wrap the model"
             )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, local))
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        return nn.Module.to(model, dtype) if isinstance(dtype, torch.dtype) else model
+        model = load(_folder_of(pretrained_model_name_or_path, revision, hub))
+        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        nn.Module.to(model, place, dtype)
+        return (model, dict(NOTHING_WRONG)) if told else model
 
 
 def register() -> None:
@@ -79,12 +78,11 @@ def register() -> None:
     AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
 
 
-def _folder_of(name: Any, revision: str | None, local: bool) -> Path:
+def _folder_of(name: Any, revision: str | None, hub: Mapping[str, Any]) -> Path:
     """A folder as it is, or the snapshot of a student that somebody put on the hub."""
     if Path(name).is_dir():
         return Path(name)
-    files = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(str(name), revision=revision, local_files_only=local, allow_patterns=files))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub))
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,16 @@ def describe(directory: str | os.PathLike[str]) -> Described:
     """
     folder = Path(directory)
     config_file = folder / "config.json"
+    refuse_pointer(config_file)
     if not config_file.is_file():
-        raise ValueError(f"{folder} is not a model directory: config.json is missing")
-    data = read_json(config_file)
+        read_model_config(folder)  # says what is there in its place
+    data = read_json(config_file, links=True)
     if not isinstance(data, dict):
         raise ValueError(f"{config_file} must hold an object, got {type(data).__name__}")
     native = data.get("model_type") != "iskd"
     with _only_value_errors(folder):
+        if native and data.get("model_type") in FAMILIES:
+            check_model_folder(folder)
         for file in present_weights(folder):
             check_whole(file)
         try:
@@ -169,10 +170,6 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which would load another model in its place"
-        )
     config = _host_config(data, folder / "config.json")
     return config, Record(config.num_hidden_layers)
 
@@ -208,7 +205,7 @@ def _load_edited(found: Described) -> PreTrainedModel:
     load_model_tensors(model, _tensors(folder))
     generation = folder / "generation_config.json"
     if generation.is_file() and model.generation_config is not None:
-        read_json(generation)
+        read_json(generation, links=True)
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     model.__class__ = student_class(cast(Any, type(model)))
     model.iskd_record, model.iskd_teacher_config = record, config
@@ -246,10 +243,7 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
     foreign = [key for key in _FOREIGN if values.get(key) is not None]
     if foreign:
         raise ValueError(f"{file}: a student has no {foreign[0]}; remove the key if you trust the rest of the file")
-    for key in _DEPTHS:
-        depth = values.get(key)
-        if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
-            raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+    check_depth(values, file)
     # the family's own class is used, whatever modelling code the hub has for it as well
     plain = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
     return AutoConfig.for_model(kind, **plain)
@@ -257,42 +251,8 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
 
 def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
     """Build the student without memory first, and compare its size with that of the weights."""
-    shapes = []
-    for file in present_weights(folder):
-        try:
-            with safe_open(file, "pt") as weights:
-                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-    if not shapes:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: there is no such file, or nothing in it")
-    most = _TIMES * sum(map(math.prod, shapes)) + _SPARE
-    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), folder):
+    with within_weights(folder) as check:
         model = _build(config, Record(record.num_layers))
-        _check_numbers(model, most, folder)
+        check(model)
         surgery.apply(model, Record(record.num_layers), record.edits)
-        _check_numbers(model, most, folder)
-
-
-def _check_numbers(model: nn.Module, most: int, folder: Path) -> None:
-    found = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if found > most:
-        raise ValueError(f"{folder}: config.json describes {found:,} numbers, far more than its weights hold")
-
-
-@contextmanager
-def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
-    """Stop the building of a model that would never end, such as one with a billion inner layers."""
-    left = count
-
-    def registered(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ValueError(f"{folder}: config.json describes far more parameters than its weights hold")
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()
+        check(model)

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
-from iskd.export.folder import CODE, FACTS
+from iskd.export.student_files import CODE, FACTS
 from iskd.models import Stack
 from iskd.models.weights import INDEX, model_tensors
 from iskd.plan import Record, to_json
-from iskd.plan.run_folder import write_record
+from iskd.plan.run_files import write_record
 from iskd.system import Json, read_json, write_whole
+from iskd.system.files import readable_as_umask
 
 MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 # What an attention computes with besides its weights, derived from the config and its place when it is built.
@@ -65,8 +66,19 @@ class Student:
         **__: Any,
     ) -> None:
         """Write the student with its record, in shards of at most `max_shard_size` (bytes, or text as "5GB")."""
-        student = cast(PreTrainedModel, self)
-        write(Path(save_directory), student, self.iskd_record, self.iskd_teacher_config, max_shard_bytes=max_shard_size)
+        student, teacher_config = cast(PreTrainedModel, self), copy.deepcopy(self.iskd_teacher_config)
+        teacher_config.vocab_size = student.config.vocab_size  # of resize_token_embeddings
+        write(Path(save_directory), student, self.iskd_record, teacher_config, max_shard_bytes=max_shard_size)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled and copied by the teacher's class: that of a student is made where it is loaded and has no name."""
+        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return _blank, (_stock_class(cast(PreTrainedModel, self)),), *state
+
+
+def _blank(cls: type[PreTrainedModel]) -> PreTrainedModel:
+    made = student_class(cast(Any, cls))
+    return made.__new__(made)
 
 
 @cache
@@ -105,7 +117,7 @@ def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             stock = _stock_class(model)(config)
     except (AttributeError, ValueError, StrictDataclassError):
-        return None  # the block has no such parts, or the family no such sizes
+        return None  # the block has no such modules, or the family no such sizes
     return config if _build_of(stock) == _build_of(model) else None
 
 
@@ -147,6 +159,7 @@ def write(
     write_record(target, record)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
+    readable_as_umask(target)
     return native is not None
 
 

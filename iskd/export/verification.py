@@ -15,12 +15,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.export.card import edits_in_words
-from iskd.export.folder import FACTS, read_facts, student_folder, tokenizer_of
 from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
+from iskd.export.student_files import FACTS, read_facts, student_folder, tokenizer_of
 from iskd.models.weights import weight_files
 from iskd.plan.reading import record_from_json
-from iskd.plan.run_folder import RECORD_FILE
+from iskd.plan.run_files import RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
 
 SENTENCE = "Once upon a time"
@@ -191,7 +191,7 @@ def _not_finite(probe: Probe) -> list[str]:
 def _what(described: Described) -> tuple[str, ...]:
     kind, depth = described.config.model_type, described.config.num_hidden_layers
     file = described.folder / RECORD_FILE
-    record = record_from_json(read_json(file)) if file.is_file() else described.record
+    record = record_from_json(read_json(file, links=True)) if file.is_file() else described.record
     if described.native:
         head = f"native: plain transformers loads it, as {kind} with {depth} layers"
     else:

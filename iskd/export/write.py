@@ -20,12 +20,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.export.card import write_card
-from iskd.export.folder import FACTS
 from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.student import MAX_SHARD_BYTES, _versions, write
+from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole
+from iskd.system.files import clear_place
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def export(
     was_training = model.training
     model.eval()
     draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    clear_place(draft)
     try:
         native = write(draft, model, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
         probe = ask(model)
@@ -85,7 +86,7 @@ def export(
         raise
     finally:
         model.train(was_training)
-    shutil.rmtree(target, ignore_errors=True)
+    clear_place(target)
     os.replace(draft, target)
     return target
 

@@ -1,6 +1,6 @@
 """[shelf] One score per layer, higher = keep; rows of scores by calibration window, and how sure they are.
 
-Imports: models, evaluation.
+Imports: models, data, evaluation.
 """
 
 from __future__ import annotations

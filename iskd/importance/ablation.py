@@ -39,7 +39,7 @@ class Ablation(WindowImportance):
             if value is not None and value < 1:
                 raise ValueError(f"importance.{key} must be at least 1, got {value}")
         self.metric, self.stride, self.width = metric, stride, width
-        self.cache = PrefixCache(cache_mb)
+        self.prefix_cache = PrefixCache(cache_mb)
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Scores [L, W] of the student's blocks on each of the W windows in `batches`, token ids [B, T] each."""
@@ -51,5 +51,5 @@ class Ablation(WindowImportance):
                 metric=self.metric,
                 stride=self.stride,
                 width=self.width,
-                cache=self.cache,
+                prefix_cache=self.prefix_cache,
             )

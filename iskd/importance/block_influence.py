@@ -23,7 +23,8 @@ class BlockInfluence(WindowImportance):
     Source: ShortGPT (arXiv 2403.03853, section 3.1)
     Needs: calibration tokens (`run.score_tokens`)
     Costs: one forward pass, no head; 0.98 CPU s for 256 tokens through SmolLM2-135M (benchmarks/leave_one_out.md)
-    Measured: ShortGPT, healed: KL 0.53 at 23 layers of 30, 0.72 at 20 (experiments/ild-smollm2/README.md)
+    Measured: ShortGPT, healed: KL 0.53 at 23 layers of 30 (experiments/ild-smollm2/README.md); KL 0.72
+        at 20 layers of 30 (experiments/ild-smollm2/README.md)
     """
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ A race (Maron and Moore 1993, "Hoeffding races") with paired statistics, as in F
 4. To beat is the `number`-th lowest mean, where so many blocks are asked for; that of the leader where one is. A block
    is out when its mean difference to it is more than `z` paired standard errors, which shrink to zero as the pieces run
    out.
-5. The race ends when `number` blocks are left or there are no more pieces. In the latter case the pieces of which only
-   a part was scored are read again for those left, and their scores are the exact ones of `ablation`.
+5. The race ends when `number` blocks are left or there are no more pieces. In the latter case the pieces that were
+   scored at some positions only are read again for those left, and their scores are the exact ones of `ablation`.
 
 Who takes part and how many are asked for is what the schedule says (`choosing`): layers that may not be edited do not
 race. Right is which blocks are the lowest; the order among them and behind them is an estimate. Models in shards do not
@@ -89,8 +89,8 @@ class Racing(WindowImportance):
     Source: Hoeffding races (Maron and Moore 1993), F-race (Birattari et al. 2002); on blocks, ours
     Needs: many calibration windows (`run.score_tokens`); a model that is not in shards
     Costs: 1.43 CPU s for 256 tokens through SmolLM2-135M, all scores in full 10.14 (benchmarks/leave_one_out.md)
-    Measured: 20 of 20 picks within one standard error of the best, 12.35 times as fast as deleting block after block
-        (benchmarks/leave_one_out.md); ILD with it: KL 0.327 and 0.320 at 26 layers of 30
+    Measured: 20 of 20 picks within one standard error of the best (benchmarks/leave_one_out.md); 12.35 times as fast as
+        deleting block after block (benchmarks/leave_one_out.md); ILD with it: KL 0.327 and 0.320 at 26 layers of 30
         (experiments/ild-smollm2/README.md)
     """
 
@@ -119,7 +119,7 @@ class Racing(WindowImportance):
             raise ValueError(f"importance.veto must be above 1 (it multiplies the median update), got {veto}")
         self.metric, self.stride, self.tokens, self.pieces = metric, stride, tokens, pieces
         self.growth, self.z, self.veto, self.width = growth, z, veto, width
-        self.cache = PrefixCache(cache_mb)
+        self.prefix_cache = PrefixCache(cache_mb)
         self.candidates: tuple[int, ...] | None = None  # who races; None = every block
         self.number = 1
 
@@ -162,23 +162,23 @@ class Racing(WindowImportance):
         pieces = self.cut(batches)
 
         def measure(candidates: Sequence[int], start: int, stop: int, stride: int) -> list[Tensor]:
-            parts = [
+            found = [
                 leave_one_out_values(
                     student,
                     teacher,
-                    part,
+                    windows,
                     metric=self.metric,
                     stride=stride,
                     candidates=candidates,
                     width=self.width,
-                    cache=self.cache,
+                    prefix_cache=self.prefix_cache,
                 )
-                for part in _between(pieces, start, stop)
+                for windows in _between(pieces, start, stop)
             ]
-            return [piece for part in parts for piece in part.unbind(1)]
+            return [piece for values in found for piece in values.unbind(1)]
 
         with scoring(student, teacher):
-            turns, sinks = _scout(Stack(student), pieces[0][:1], self.cache)
+            turns, sinks = _scout(Stack(student), pieces[0][:1], self.prefix_cache)
             order = sorted(range(len(turns)) if self.candidates is None else self.candidates, key=turns.__getitem__)
             harmless = [position for position in order if sinks[position] <= self.veto]
             # where more are asked for than are harmless, builders of the sink have to race too
@@ -190,8 +190,8 @@ class Racing(WindowImportance):
         cut = []
         for batch in batches:
             windows, length = batch.shape
-            parts = 1 if self.tokens is None else max(1, round(length / self.tokens))
-            cut.append(batch[:, : length // parts * parts].reshape(windows * parts, -1))
+            number = 1 if self.tokens is None else max(1, round(length / self.tokens))
+            cut.append(batch[:, : length // number * number].reshape(windows * number, -1))
         return cut
 
     def decide(self, measure: Measure, order: Sequence[int], pieces: int) -> Race:
@@ -221,7 +221,7 @@ def race(
     rounds: list[tuple[int, int, int]] = []
     values: dict[int, list[Tensor]] = {position: [] for position in alive}
     gaps: dict[int, float] = {}  # of those that are out: how far they were behind the one to beat
-    coarse: list[tuple[int, int]] = []  # pieces of which only a part of the positions was scored
+    coarse: list[tuple[int, int]] = []  # pieces of which only some of the positions were scored
     while True:
         # the next pieces, growing geometrically: a close race takes few rounds, a clear one ends early
         start, read = read, min(pieces, max(first, read + 1, int(growth * read)))
@@ -319,7 +319,7 @@ def _between(batches: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return found
 
 
-def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float], list[float]]:
+def _scout(stack: Stack, window: Tensor, prefix_cache: PrefixCache) -> tuple[list[float], list[float]]:
     """Block influence, and update of position 0 over that of the median token, of every block [L]; one pass, no head.
 
     Raises ValueError on a window of one token: position 0 is left out of the one and compared with others in the other.
@@ -328,7 +328,7 @@ def _scout(stack: Stack, window: Tensor, cache: PrefixCache) -> tuple[list[float
         raise ValueError(f"importance needs windows of at least 2 tokens, got a batch {list(window.shape)}")
     last = len(stack.layers) - 1
     # a trunk holds what goes into blocks; what comes out of the last one is one call more: L + 1 states [1, T, D]
-    trunk = cache.trunk(stack, window, last)
+    trunk = prefix_cache.trunk(stack, window, last)
     states = [state.float() for state in (*trunk.states, trunk.run(last, stack.layers[last], trunk.states[last]))]
     turns, sinks = [], []
     for before, after in pairwise(states):

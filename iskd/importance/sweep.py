@@ -54,7 +54,7 @@ def leave_one_out_values(
     candidates: Sequence[int] | None = None,
     width: int | None = None,
     chunk: int = 256,
-    cache: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Tensor:
     """What the absence of each candidate block costs at each scored position [C, B, P], in nats, float32, on the CPU.
 
@@ -72,7 +72,7 @@ def leave_one_out_values(
         candidates: positions in the stack; C of them, in this order. None = every block.
         width: branches that are run as one batch; None = 8 on a GPU, 1 on a CPU.
         chunk: tokens whose logits exist at a time.
-        cache: what remembers the trunk from call to call; None = nothing does.
+        prefix_cache: what remembers the trunk from call to call; None = nothing does.
 
     Raises:
         ValueError: an unknown metric; a number below 1; a candidate that is not in the stack, or none at all; windows
@@ -83,7 +83,7 @@ def leave_one_out_values(
     top, scored = max(wanted), batch.shape[1] - (metric == "loss")
     if scored < 1:
         raise ValueError(f"importance.metric=loss needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
-    trunk = Trunk(stack, batch, top) if cache is None else cache.trunk(stack, batch, top)
+    trunk = Trunk(stack, batch, top) if prefix_cache is None else prefix_cache.trunk(stack, batch, top)
     # without a block, its input goes to the block above it
     branches = [(position + 1, trunk.states[position]) for position in wanted]
     # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit
@@ -150,9 +150,9 @@ class Trunk(Trace):
 def _tiled(value: Any, windows: int, count: int, done: dict[int, Tensor]) -> Any:
     """`value` with every tensor inside that has a row per window repeated; one row for all windows serves as it is."""
     if isinstance(value, tuple | list):
-        return type(value)(_tiled(part, windows, count, done) for part in value)
+        return type(value)(_tiled(item, windows, count, done) for item in value)
     if isinstance(value, dict):
-        return {key: _tiled(part, windows, count, done) for key, part in value.items()}
+        return {key: _tiled(item, windows, count, done) for key, item in value.items()}
     # a single axis counts tokens (cache positions), however many there are
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != windows:
         return value
@@ -238,13 +238,13 @@ def _divergences(finals_CND: Sequence[Tensor], stack: Stack, goal_ND: Tensor, te
     # the heads have autocast's dtype already; under autocast the dot products would be taken in half precision
     with torch.autocast(goal_ND.device.type, enabled=False):
         for begin in range(0, len(goal_ND), chunk):
-            part = slice(begin, begin + chunk)
+            rows = slice(begin, begin + chunk)
             # KL(p || q) = sum p log p - sum p log q: the first sum, and p, serve every branch of the chunk
-            log_p_nV = _log_probabilities(goal_ND[part], goal_head, teacher.softcap)
+            log_p_nV = _log_probabilities(goal_ND[rows], goal_head, teacher.softcap)
             p_nV = log_p_nV.exp()
             minus_entropy_n = torch.linalg.vecdot(p_nV, log_p_nV)
             # a generator: logits [n, V] of one branch at a time
-            log_q = (_log_probabilities(hidden_ND[part], head, stack.softcap) for hidden_ND in finals_CND)
+            log_q = (_log_probabilities(hidden_ND[rows], head, stack.softcap) for hidden_ND in finals_CND)
             found.append(torch.stack([minus_entropy_n - torch.linalg.vecdot(p_nV, log_q_nV) for log_q_nV in log_q]))
     return torch.cat(found, dim=1)
 
@@ -254,7 +254,7 @@ def _equal(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     if student is teacher:
         return True
     if isinstance(student, FSDPModule) or isinstance(teacher, FSDPModule):
-        return False  # a part of the numbers is elsewhere
+        return False  # some of the numbers are elsewhere
     kinds = ([(name, type(module)) for name, module in model.named_modules()] for model in (student, teacher))
     told = ((Stack(model).separator, model.config.to_dict()) for model in (student, teacher))
     if not operator.eq(*kinds) or not operator.eq(*told):
@@ -338,9 +338,9 @@ def _marks(stack: Stack) -> list[Mark]:
     """Marks of what makes the stream before block 0 (all but the blocks), the one after it (block 0), and so on."""
     inside = {id(tensor) for tensor in chain(stack.layers.parameters(), stack.layers.buffers())}
     outside = [tensor for tensor in _tensors(stack.base) if id(tensor) not in inside]
-    parts: list[tuple[nn.Module, list[Tensor]]] = [(stack.base, outside)]
-    parts += [(block, _tensors(block)) for block in stack.layers]
-    return [(weakref.ref(module), [_checksum(tensor) for tensor in tensors]) for module, tensors in parts]
+    marked: list[tuple[nn.Module, list[Tensor]]] = [(stack.base, outside)]
+    marked += [(block, _tensors(block)) for block in stack.layers]
+    return [(weakref.ref(module), [_checksum(tensor) for tensor in tensors]) for module, tensors in marked]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.data import framing_of
 from iskd.evaluation import TASKS
 from iskd.evaluation.likelihood import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
 from iskd.evaluation.task_items import COPY, Item, check_task, read_task, split_items, subset
@@ -44,6 +45,7 @@ class TaskAccuracy(WindowImportance):
             or bytes for a teacher made from a config.
         metric: `acc` or `acc_norm` (by characters) of multiple choice.
         batch_tokens: most tokens in a batch.
+        bos: what stands before a text (`data.bos`, `iskd.data.framing`).
 
     Attributes:
         selection: the items used, by task; a run keeps their hashes, and its evaluation leaves them out.
@@ -57,6 +59,8 @@ class TaskAccuracy(WindowImportance):
     Measured: not measured
     """
 
+    takes = ("bos",)
+
     def __init__(
         self,
         data_dir: str | Path | None = None,
@@ -67,6 +71,7 @@ class TaskAccuracy(WindowImportance):
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         metric: str = "acc",
         batch_tokens: int = BATCH_TOKENS,
+        bos: str | None = None,
     ) -> None:
         for task in tasks:
             check_task(task)
@@ -80,7 +85,7 @@ class TaskAccuracy(WindowImportance):
             )
         if metric not in METRICS:
             raise ValueError(f"importance.metric={metric!r}: choose {' or '.join(METRICS)}")
-        self.tokenizer, self.metric, self.batch_tokens = tokenizer, metric, batch_tokens
+        self.tokenizer, self.metric, self.batch_tokens, self.bos = tokenizer, metric, batch_tokens, bos
         self.selection: dict[str, list[Item]] = {}
         for task in tasks:
             mine, _ = split_items(read_task(task, data_dir or "."), share, seed)
@@ -94,13 +99,15 @@ class TaskAccuracy(WindowImportance):
         """
         everything = [item for items in self.selection.values() for item in items]
         stack = Stack(student)
+        tokenizer = tokenizer_of(teacher) if self.tokenizer is None else _load(self.tokenizer)
         with scoring(student):
             found = by_branch(
                 student,
-                tokenizer_of(teacher) if self.tokenizer is None else _load(self.tokenizer),
+                tokenizer,
                 pairs_of(everything),
                 lambda ids: without_each(stack, ids),
                 batch_tokens=self.batch_tokens,
+                frame=framing_of(tokenizer, self.bos),
             )
         *without, whole = [self._correct(judge(everything, likelihoods)) for likelihoods in found]
         return (whole - torch.stack(without)) * self._weights()
@@ -109,8 +116,8 @@ class TaskAccuracy(WindowImportance):
         """Correctness [items] of the items of all tasks."""
         sizes = [len(items) for items in self.selection.values()]
         metrics = ["led" if task == COPY else self.metric for task in self.selection]
-        parts = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
-        return torch.cat(list(parts))
+        rows = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
+        return torch.cat(list(rows))
 
     def _weights(self) -> Tensor:
         """Factor [items] that turns the mean over items into the mean over tasks."""

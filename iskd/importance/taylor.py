@@ -74,8 +74,8 @@ class Taylor(WindowImportance):
                 block, before = stack.layers[position], states.pop().detach().requires_grad_()
                 weights = list(block.parameters())
                 after = trace.run(position, block, before)
-                gradient, *parts = torch.autograd.grad(after, [before, *weights], gradient, allow_unused=True)
-                scores[position] = _inner_product(weights, parts).abs()
+                gradient, *gradients = torch.autograd.grad(after, [before, *weights], gradient, allow_unused=True)
+                scores[position] = _inner_product(weights, gradients).abs()
         return scores
 
     def _at_the_top(self, stack: Stack, h_1TD: Tensor, window: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ class Taylor(WindowImportance):
         weight, bias = stack.head
         gradient, scored = torch.zeros_like(h_1TD), window.shape[1] - 1
         for start in range(0, scored, self.chunk):
-            part = slice(start, min(start + self.chunk, scored))
-            state = h_1TD[0, part].detach().requires_grad_()
+            tokens = slice(start, min(start + self.chunk, scored))
+            state = h_1TD[0, tokens].detach().requires_grad_()
             logits = nn.functional.linear(stack.final_norm(state).to(weight.dtype), weight, bias).float()
             if stack.softcap:
                 logits = stack.softcap * torch.tanh(logits / stack.softcap)
-            loss = nn.functional.cross_entropy(logits, window[0, 1:][part], reduction="sum") / scored
-            (gradient[0, part],) = torch.autograd.grad(loss, state)
+            loss = nn.functional.cross_entropy(logits, window[0, 1:][tokens], reduction="sum") / scored
+            (gradient[0, tokens],) = torch.autograd.grad(loss, state)
         return gradient
 
 

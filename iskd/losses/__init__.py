@@ -8,14 +8,13 @@ Imports: models.
 
 from __future__ import annotations
 
-from iskd.losses.base import BatchSignals, Loss, Terms, check_terms, traits_of
+from iskd.losses.base import BatchSignals, Terms, check_terms, traits_of
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
 
 __all__ = [
     "BatchSignals",
     "Chunk",
-    "Loss",
     "Terms",
     "check_terms",
     "chunked_vocabulary_loss",

@@ -17,7 +17,7 @@ _ON_CPU = 512
 _BYTES = 40
 # a GPU is busy for long enough with this much; more would only be memory
 _MOST = 4 << 30
-_SHARE = 4  # of the free memory, one part in so many: gradients and moments may still have to come
+_SHARE = 4  # of the free memory, one in so many: gradients and moments may still have to come
 
 
 def chunk_tokens(chunk: int | str, device: torch.device, vocabulary: int) -> int:

@@ -1,6 +1,6 @@
 """[shelf] Subquadratic mixers, which stand where attention stood.
 
-A mixer writes its `streams`; `base` makes a layer of them, `ops` holds the recurrence, `modules` the small parts.
+A mixer writes its `streams`; `base` makes a layer of them, `ops` holds the recurrence, `modules` the small layers.
 
 Imports: models, mixers.ops, mixers.modules.
 """

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iskd.mixers import ops
 from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
-from iskd.mixers.ops import Recurrence, recurrence
+from iskd.mixers.ops import Recurrence
 from iskd.models import CacheSlot, Stack
 from iskd.models.hosting import kept
 from iskd.models.stack import class_of
@@ -38,7 +39,7 @@ from iskd.models.stack import class_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# what a report says of the parts that `RecurrentMixer` itself may have
+# what a report says of the modules that `RecurrentMixer` itself may have
 _NOTES = {
     "convs": "fresh: attention has no short convolutions; they start as the identity",
     "norm": "fresh: attention has no norm on its heads' outputs; starts at the size of the copied values",
@@ -141,18 +142,18 @@ class Context:
         index, tokens = len(self.last), x_BTC.shape[1]
         before = self.past[index] if self.past else x_BTC.new_zeros(x_BTC.shape[0], size - 1, x_BTC.shape[2])
         row = torch.cat([before.to(x_BTC.dtype), x_BTC], dim=1)
-        parts = [row[:, start : start + tokens] for start in range(size)]
+        shifted = [row[:, start : start + tokens] for start in range(size)]
         last = row[:, tokens:]
         if self.segments is not None:
             # inputs from the cache belong to the first token's document
             number = F.pad(self.segments, (size - 1, 0))
-            parts = [
-                part * (number[:, start : start + tokens] == self.segments)[..., None]
-                for start, part in enumerate(parts)
+            shifted = [
+                inputs * (number[:, start : start + tokens] == self.segments)[..., None]
+                for start, inputs in enumerate(shifted)
             ]
             last = last * (number[:, tokens:] == number[:, -1:])[..., None]
         self.last.append(last)
-        return parts
+        return shifted
 
     def conv(self, conv: ShortConv, x_BTC: Tensor) -> Tensor:
         """A short convolution over the document's inputs."""
@@ -209,7 +210,7 @@ class RecurrentMixer(nn.Module):
             )
         stack = attention.stack
         self.projections = Projections.copied(
-            attention.module, stack, parts=self.inherits, expand=self.expands, heads=heads, init=init
+            attention.module, stack, names=self.inherits, expand=self.expands, heads=heads, init=init
         )
         self.stream = stack.dims.hidden
         self.heads, self.kv_heads = self.projections.heads, self.projections.kv_heads
@@ -237,7 +238,7 @@ class RecurrentMixer(nn.Module):
 
     @property
     def report(self) -> list[str]:
-        """What is copied, fresh or dropped, and why, a line per part."""
+        """What is copied, fresh or dropped, and why, a line each."""
         missing = [f"{name}_proj" for name in "qkvo" if name not in self.inherits]
         own = [name for name in (*self._parameters, *self._modules) if name != "projections" and self._holds(name)]
         notes = {**_NOTES, **self.notes}
@@ -246,8 +247,8 @@ class RecurrentMixer(nn.Module):
         return [*lines, f"rotary {turned}"] if self.turnable else lines
 
     def _holds(self, name: str) -> bool:
-        part = getattr(self, name)
-        return isinstance(part, nn.Parameter) or (isinstance(part, nn.Module) and any(True for _ in part.parameters()))
+        own = getattr(self, name)
+        return isinstance(own, nn.Parameter) or (isinstance(own, nn.Module) and any(True for _ in own.parameters()))
 
     def _qkv(self) -> list[str]:
         return [name for name in "qkv" if name in self.inherits]
@@ -292,9 +293,9 @@ class RecurrentMixer(nn.Module):
         if s.normalizer is not None:
             given = replace(s, v=F.pad(s.v, (0, 1), value=1.0))
         if s.v.shape[1] == 1:
-            o, state = recurrence.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
+            o, state = ops.step(given, state_BGKV=state_BGKV, segments_BT=context.segments)
         else:
-            o, state = recurrence.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
+            o, state = ops.chunk(given, state_BGKV=state_BGKV, segments_BT=context.segments, size=self.chunk)
         if s.normalizer is not None:
             o = o[..., :-1] / s.normalizer(o[..., -1:])
         if s.skip is not None:
@@ -334,7 +335,7 @@ class RecurrentMixer(nn.Module):
             raise ValueError(f"{type(self).__name__} has no mixing matrix per head; align its outputs instead")
         context = Context.of(x_BTD, mask, positions)
         s = self.streams(x_BTD, context).hiding(context.seen)
-        weights = recurrence.matrix(s, segments_BT=context.segments)
+        weights = ops.matrix(s, segments_BT=context.segments)
         if s.normalizer is not None:
             weights = weights / s.normalizer(weights.sum(-1, keepdim=True))
         if s.skip is not None:

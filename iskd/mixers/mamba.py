@@ -104,15 +104,15 @@ class Mamba(RecurrentMixer):
         assert streams.beta is not None
         with torch.autocast(streams.v.device.type, enabled=False):
             dt, x = streams.beta, streams.v.squeeze(3).to(streams.beta.dtype)
-            b, c = (part.squeeze(2).to(dt.dtype) for part in (streams.k, streams.q))
+            b, c = (stream.squeeze(2).to(dt.dtype) for stream in (streams.k, streams.q))
             rate = -self.A_log.to(dt.dtype).exp()
             state = x.new_zeros(len(x), *rate.shape) if state_BGKV is None else state_BGKV.to(dt.dtype)
             begins = x.new_zeros(x.shape[:2], dtype=torch.bool)
             if context.segments is not None:
                 begins[:, 1:] = context.segments[:, 1:] != context.segments[:, :-1]
             outputs = []
-            for parts in zip(*(part.split(self.chunk, dim=1) for part in (dt, dt * x, b, c, begins)), strict=True):
-                inputs: list[Tensor] = [*parts, rate, state]
+            for chunks in zip(*(stream.split(self.chunk, dim=1) for stream in (dt, dt * x, b, c, begins)), strict=True):
+                inputs: list[Tensor] = [*chunks, rate, state]
                 if torch.is_grad_enabled():
                     o, state = checkpoint(scan, *inputs, use_reentrant=False, preserve_rng_state=False)
                 else:

@@ -48,7 +48,7 @@ class TokenShift(nn.Module):
     def forward(self, before_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
         """The inputs of r, w, k, v and g, each [B, T, D]."""
         x, back = at_least_fp32(x_BTD), at_least_fp32(before_BTD) - at_least_fp32(x_BTD)
-        inner, outer, up = (part.to(x.dtype) for part in (self.inner, self.outer, self.up))
+        inner, outer, up = (weight.to(x.dtype) for weight in (self.inner, self.outer, self.up))
         low = torch.tanh(at_least_fp32(self.down((x + back * inner).to(x_BTD.dtype)))).unflatten(-1, (len(SHIFTED), -1))
         # wide: a mix rounded to half precision would round what five projections see once more
         with torch.autocast(x.device.type, enabled=False):

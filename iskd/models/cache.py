@@ -39,13 +39,13 @@ def lengthen(cache: Any, tokens: int) -> None:
         if isinstance(layer, StateLayer):
             layer.tokens += tokens
         else:
-            layer.update(*(_repeated(part, tokens) for part in (layer.keys, layer.values)))
+            layer.update(*(_repeated(kept, tokens) for kept in (layer.keys, layer.values)))
 
 
-def _repeated(part_BHTK: Tensor, tokens: int) -> Tensor:
+def _repeated(kept_BHTK: Tensor, tokens: int) -> Tensor:
     """The T tokens of keys or values over and over, `tokens` in all."""
-    times = math.ceil(tokens / part_BHTK.shape[2])
-    return part_BHTK.repeat(1, 1, times, 1)[:, :, :tokens]
+    times = math.ceil(tokens / kept_BHTK.shape[2])
+    return kept_BHTK.repeat(1, 1, times, 1)[:, :, :tokens]
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
@@ -98,12 +98,12 @@ class StateLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Take the states of the sequences `indices`."""
         if self.state is not None:
-            self.state = tuple(part[indices.to(part.device)] for part in self.state)
+            self.state = tuple(tensor[indices.to(tensor.device)] for tensor in self.state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence's state `repeats` times."""
         if self.state is not None:
-            self.state = tuple(part.repeat_interleave(repeats, dim=0) for part in self.state)
+            self.state = tuple(tensor.repeat_interleave(repeats, dim=0) for tensor in self.state)
 
 
 class CacheSlot:

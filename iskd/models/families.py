@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a decoder family are.
+    """Where the modules of a decoder family are.
 
     Paths of the base model start at the language model, paths of a block at the block.
 
@@ -121,7 +121,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(
             f"model_type {config.model_type!r} has no descriptor in iskd.models.families.FAMILIES; "
-            f"supported are {known}. A family whose blocks have the same parts needs one Family(...) entry."
+            f"supported are {known}. A family whose blocks have the same modules needs one Family(...) entry."
         ) from None
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 Head = tuple[Tensor, Tensor | None]
 """Weight [V, D] and bias [V] (or None) of the map from the last hidden state to logits."""
+
+
+def say_untied(model: PreTrainedModel) -> None:
+    """Set `tie_word_embeddings` to false where the head has weights of its own all the same.
+
+    transformers loads a head that is stored beside the embedding as it is, whatever the config says, and only warns;
+    copies, resizing and exports go by the config.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
+        log.info("the head has weights of its own, so tie_word_embeddings is false from here on, in the export too")
+        model.config.tie_word_embeddings = False
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from iskd.models import surgery
 from iskd.models.stack import SHARDED_TRUNK, Stack
 from iskd.plan import Record
 
-# minors of torch that `reset_roots` was tested with; tests/system/test_ranks.py shows whether another one may be added
+# minors of torch that `reset_roots` was tested with; tests/training/test_ranks.py shows whether another may be added
 TESTED = ("2.13",)
 _MINOR = ".".join(torch.__version__.split(".")[:2])
 #: Why `reset_roots` is not used with the installed torch, or None.
@@ -64,7 +64,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether every rank holds only a part of the tensor."""
+    """Whether every rank holds only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 

@@ -33,6 +33,13 @@ class Signals:
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position."""
-    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)
+def next_tokens(input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Labels [B, T] of windows [B, T]: the next token, ignored at the last position.
+
+    Args:
+        input_ids: the windows.
+        targets: which tokens [B, T] are to be predicted, true or false; None = all. The label of a position is the
+            token behind it, so it is that one's entry that counts.
+    """
+    known = input_ids if targets is None else input_ids.masked_fill(~targets, IGNORE)
+    return torch.cat([known[:, 1:], torch.full_like(input_ids[:, :1], IGNORE)], dim=1)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from iskd.models.families import dims_of, family_of
-from iskd.models.packing import ONE_TEXT, positions_in
+from iskd.models.packing import ONE_TEXT, Separator, positions_in
 from iskd.system.patches import one_text
 
 # the attribute of a model in shards (`iskd.models.sharding`) that holds its way in
@@ -118,18 +118,18 @@ class Stack:
         return output
 
     @property
-    def separator(self) -> int | None:
-        """The token behind which a new document begins, or None: a window is one text."""
+    def separator(self) -> Separator | None:
+        """The token that tells documents apart, or None: a window is one text."""
         return getattr(self.model, SEPARATOR, None)
 
-    def keep_apart(self, separator: int | None, *, check: bool = True) -> None:
+    def keep_apart(self, separator: Separator | None, *, check: bool = True) -> None:
         """Let no token of a window see another document: from now on, in passes without an attention mask.
 
         The model keeps the separator, whichever `Stack` asks it; copies and rebuilt students keep it too. It is no part
         of its config or weights.
 
         Args:
-            separator: id of the token that ends a document; None = a window is one text again.
+            separator: what tells documents apart; None = a window is one text again.
             check: try it on two tiny windows.
 
         Raises:
@@ -148,10 +148,11 @@ class Stack:
             )
 
     @torch.no_grad()
-    def _is_apart(self, separator: int) -> bool:
+    def _is_apart(self, separator: Separator) -> bool:
         """Whether what stands before a separator changes nothing behind it."""
-        first, other, *rest = (token for token in range(5) if token != separator)
-        windows = torch.tensor([[first, separator, *rest[:2]], [other, separator, *rest[:2]]])
+        mark, behind = separator.token, 1 if separator.begins else 2
+        first, other, *rest = (token for token in range(5) if token != mark)
+        windows = torch.tensor([[first, mark, *rest[:2]], [other, mark, *rest[:2]]])
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -161,7 +162,7 @@ class Stack:
                 module.training = True
         # relative, as attention rounds: behind the separator nothing may differ, before it everything does
         difference = (states[0] - states[1]).abs()  # [T, D]
-        return bool(difference[2:].max() <= 1e-4 * difference[:2].max())
+        return bool(difference[behind:].max() <= 1e-4 * difference[:behind].max())
 
     def final_norm(self, h_BTD: Tensor) -> Tensor:
         """What the host does between its last block and its head, [B, T, D]: final norm, output projection of OPT."""

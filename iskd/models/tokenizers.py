@@ -32,7 +32,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # words, spaces, digits, marks, letters beyond ASCII: tokenizers of equal vocabularies may still cut these differently
-_PROBE = "The caf\u00e9 costs 12.50,\n\n\tdon't  you   think? \u4f60\u597d"
+_SAMPLE = "The caf\u00e9 costs 12.50,\n\n\tdon't  you   think? \u4f60\u597d"
 
 
 def check_same_tokenizer(
@@ -49,7 +49,7 @@ def check_same_tokenizer(
             f"{theirs.get(token)} in the teacher's"
         )
     else:
-        cuts = ((text, student(text).input_ids, teacher(text).input_ids) for text in (*texts, _PROBE))
+        cuts = ((text, student(text).input_ids, teacher(text).input_ids) for text in (*texts, _SAMPLE))
         different = next((found for found in cuts if found[1] != found[2]), None)
         if different is None:
             return

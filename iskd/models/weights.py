@@ -20,6 +20,7 @@ from iskd.system.files import MAX_NUMBER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_POINTER = b"version https://git-lfs"
 _HEADER = 100_000_000  # bytes of a header at most, the limit of safetensors itself
 
 
@@ -30,7 +31,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    data = read_json(index)
+    data = read_json(index, links=True)
     shards = (
         list(data["weight_map"].values()) if isinstance(data, dict) and isinstance(data.get("weight_map"), dict) else []
     )
@@ -56,12 +57,26 @@ def present_weights(directory: Path) -> list[Path]:
     return files
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raise ValueError for a file that only says where Git LFS keeps the content."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is a Git LFS pointer and not the file itself: run git lfs pull in {file.parent}, or download "
+                "the file again"
+            )
+
+
 def check_whole(file: Path) -> None:
     """Check that a safetensors file is whole: opening it reads its header and holds its size against it.
 
     Raises:
-        ValueError: it is cut short, or no safetensors file; with its bytes, and those of its header where that is left.
+        ValueError: it is cut short, a pointer, or no safetensors file; with its bytes, and those
+            that its header describes where that is left.
     """
+    refuse_pointer(file)
     try:
         with safe_open(file, "pt"):
             return
@@ -89,23 +104,19 @@ def _described_bytes(file: Path) -> int:
         return 8 + length if len(header) < length <= _HEADER else 0
 
 
-def check_model_directory(directory: Path) -> None:
-    """Check that a directory holds config.json and complete safetensors weights.
+def check_finite(model: nn.Module, whose: str) -> None:
+    """Refuse weights that are no numbers. One pass without a copy: extremes hand on nan.
 
     Raises:
-        ValueError: what is missing or cut short, by name.
+        ValueError: a tensor holds nan or an infinity; the message names it.
     """
-    if not directory.is_dir():
-        raise ValueError(f"model.path={directory} is not a directory: give the one that holds config.json")
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a model directory: config.json is missing")
-    weights = present_weights(directory)
-    for file in weights:
-        check_whole(file)
-    if not weights:
-        pickles = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f" ({pickles[0]} is a pickle and never loaded: save the model as safetensors)" if pickles else ""
-        raise ValueError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"{whose}: {count} of {tensor.numel()} values of {name} are nan or infinite, so nothing can be learned "
+                "from it: get the weights again, or load them in the type they were saved in (model.dtype)"
+            )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class RunOptions:
             and the run stops.
         on_oom: what to do when memory runs out: `stop` with advice, or `halve` the micro-batch, double the accumulation
             and go on from the newest checkpoint (one process only).
-        checkpoints: `full`, gathered on rank 0, or `sharded`, every process its own part (trainer=fsdp).
+        checkpoints: `full`, gathered on rank 0, or `sharded`, every process its own shards (trainer=fsdp).
         mfu: measure the machine's matrix peak at the start and log every stage's share of it; a step per stage.
         efficiency_seconds: how long latency, memory and cache of student and teacher may be measured at the end of the
             run; 0 = they are not.

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.metric_names import QUALITY
-from iskd.plan.run_folder import STAGES_FILE
+from iskd.plan.run_files import STAGES_FILE
 from iskd.system import read_json, write_whole
 from iskd.system.reading import Count, Number, is_integer, read_as
 

@@ -86,7 +86,7 @@ def _trainable(text: str) -> str:
     """Check a word of `TRAIN` or a regular expression, and that trying it on a parameter name ends soon.
 
     Matching tries every way of splitting a name among repeats and alternatives, so their number is bounded: about 50
-    positions for a repeat, 2 for an optional part, the branches of each group. A repeated group has no such bound.
+    positions for a repeat, 2 for an optional piece, the branches of each group. A repeated group has no such bound.
     """
     try:
         re.compile(text)
@@ -95,7 +95,7 @@ def _trainable(text: str) -> str:
     simple = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", text, flags=re.DOTALL)
     groups = re.sub(r"\(\?", "(", simple)
     ways = 50 ** len(re.findall(r"[*+{]", groups)) * 2 ** groups.count("?")
-    ways *= math.prod(part.count("|") + 1 for part in groups.split("("))
+    ways *= math.prod(group.count("|") + 1 for group in groups.split("("))
     if ways > _MAX_WAYS or re.search(r"\)[*+{]", groups):
         raise ValueError(
             f"{text!r:.80} could take hours to match: use at most three of * + {{, and none of them on a group"

@@ -16,16 +16,16 @@ from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
-from iskd.plan.run_folder import CONFIG_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
-from iskd.report.run_folder import RunFiles, read_run
+from iskd.report.read_run import RunFiles, read_run
 
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
 _INCIDENTAL = frozenset({"resume", "cache_dir", "export", "objectives", "plan_only", "trainer.progress"})
-_INCIDENTAL_PARTS = ("logger", "run")
+_INCIDENTAL_GROUPS = ("logger", "run")
 # of an evaluation's settings: which items of its tasks were drawn
 _DRAWN_BY = ("seed", "limit", "data", "excluded")
 
@@ -70,9 +70,10 @@ class Run:
     @property
     def marks(self) -> list[str]:
         """What went wrong, in words; empty for a run that finished with all its edits."""
+        failed = [] if self.files.failure is None else [f"failed: {self.files.failure:.200}"]
         if self.student is None:
-            return ["planned only" if self.config.get("plan_only") == "true" else "no stage finished"]
-        marks = [] if self.finished else [f"stopped after stage {self.files.stages[-1].index}"]
+            return [*failed, "planned only" if self.config.get("plan_only") == "true" else "no stage finished"]
+        marks = failed + ([] if self.finished else [f"stopped after stage {self.files.stages[-1].index}"])
         if self.undone:
             marks.append(f"{len(self.undone)} rolled back")
         if self.student is self.teacher:
@@ -123,8 +124,8 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run: it has stages or, having died before the first one, a saved config."""
-    return any((folder / name).is_file() for name in (STAGES_FILE, CONFIG_FILE))
+    """Whether a folder is that of a run: it has stages or, where these were not reached, a config or what ended it."""
+    return any((folder / name).is_file() for name in (STAGES_FILE, CONFIG_FILE, FAILURE_FILE))
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -156,7 +157,7 @@ def _within(folder: Path, depth: int) -> Iterator[Path]:
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sorts run-2 before run-10."""
-    return [(int(part) if part.isdecimal() and len(part) < 18 else -1, part) for part in re.split(r"(\d+)", text)]
+    return [(int(piece) if piece.isdecimal() and len(piece) < 18 else -1, piece) for piece in re.split(r"(\d+)", text)]
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -226,8 +227,8 @@ def flatten(value: Any, key: str = "", level: int = 0) -> Iterator[tuple[str, st
 
 
 def _incidental(key: str) -> bool:
-    parts = key.split(".")
-    return key in _INCIDENTAL or parts[0] in _INCIDENTAL_PARTS or parts[-1] == "seed"
+    names = key.split(".")
+    return key in _INCIDENTAL or names[0] in _INCIDENTAL_GROUPS or names[-1] == "seed"
 
 
 def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:

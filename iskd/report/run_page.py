@@ -15,13 +15,13 @@ from typing import Any
 
 from iskd.plan import StageResult
 from iskd.plan.results import student_of, teacher_of
-from iskd.plan.run_folder import REPORT_FILE, STAGES_FILE
+from iskd.plan.run_files import REPORT_FILE, STAGES_FILE
 from iskd.report import html
 from iskd.report.figures import along_run, edit_map, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
 from iskd.report.figures.picture import write_picture
 from iskd.report.measured import efficiency_section, tasks_section
-from iskd.report.run_folder import RunFiles, read_run
+from iskd.report.read_run import RunFiles, read_run
 from iskd.report.stage_rows import COLUMNS, stage_rows
 from iskd.system import number, write_whole
 from iskd.system.text import duration, kl_text, percent

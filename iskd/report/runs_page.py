@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from iskd.evaluation.results import AtContext
 from iskd.plan import StageResult
-from iskd.plan.run_folder import REPORT_FILE, RUNS_FILE
+from iskd.plan.run_files import REPORT_FILE, RUNS_FILE
 from iskd.report import contexts, html
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
 from iskd.report.run_list import Run, differing, read_runs, telling

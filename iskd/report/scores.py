@@ -13,7 +13,7 @@ from iskd.importance import LayerScore
 from iskd.report.figures import figure_of
 from iskd.report.figures.style import PALETTE, integer_x, set_heading, write_figure
 from iskd.system import number
-from iskd.system.files import write_csv
+from iskd.system.tables import write_csv
 
 
 def score_table(scores: Sequence[LayerScore], name: str) -> Table:

@@ -96,7 +96,7 @@ def _interval(estimate: Interval | None) -> str:
 def _signed(estimate: Interval | None) -> str:
     if estimate is None:
         return ABSENT
-    value, low, high = (f"{100 * part:+.1f}" for part in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (f"{100 * number:+.1f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} .. {high})"
 
 

@@ -89,7 +89,7 @@ class Align(Layers, Heal):
         if mixers == "auto":
             assert isinstance(self.edit, ConvertTo)
             mixers = "matrix" if getattr(self.edit.mixer.resolve(), "exposes_matrix", False) else "mixer_output"
-        parts = [
+        rows = [
             ("mixers", mixers, self.mixers_share, self.mixers_train, self.mixers_lr, self.mixers_shape),
             (
                 "hidden",
@@ -102,7 +102,7 @@ class Align(Layers, Heal):
         ]
         stages = [
             Stage(name, (), round(self.tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
-            for name, objective, share, trains, rate, falls in parts
+            for name, objective, share, trains, rate, falls in rows
             if objective != "loss" and round(self.tokens * share)
         ]
         rest = self.tokens - sum(stage.tokens for stage in stages)

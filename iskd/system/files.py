@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -35,11 +34,26 @@ def write_whole(file: Path, content: str | bytes) -> Path:
     return file
 
 
-def write_csv(file: Path, rows: Iterable[Iterable[object]]) -> Path:
-    """Write rows of cells as `write_whole` does, in the csv module's own dialect."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return write_whole(file, text.getvalue())
+def clear_place(path: Path) -> None:
+    """Remove what lies at `path`: a link itself, never what it leads to, or a folder as a whole; nothing is fine too.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def readable_as_umask(folder: Path) -> None:
+    """Give the files of a folder that was just written the permissions of the umask: safetensors writes them 0600."""
+    probe = write_whole(folder / f".{uuid4().hex}.umask", "")
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def file_sha256(path: Path) -> str:
@@ -56,30 +70,54 @@ MAX_NUMBER = 2**63 - 1
 _MAX_DEPTH = 32
 
 
-def read_plain(path: Path, *, max_bytes: int) -> bytes:
+def leads_out(path: Path) -> bool:
+    """Whether a path is a link to something outside of the folder that it lies in.
+
+    What it says may be shown on a page that is published, so that a stranger's folder could ask for a file of whoever
+    opens it. A snapshot of the hub, whose files are links into the `blobs` beside `snapshots`, stays inside.
+    """
+    if not path.is_symlink():
+        return False
+    target, folder = Path(os.path.realpath(path)), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return not (target.is_relative_to(folder) or target.is_relative_to(blobs))
+
+
+def read_plain(path: Path, *, max_bytes: int, links: bool = False) -> bytes:
     """The content of a file that anybody may have put there.
+
+    Args:
+        path: the file.
+        max_bytes: the most that it may have; no more is read.
+        links: whether it may be a link out of its folder, as the files of a model that the user keeps elsewhere.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no plain file, or larger than `max_bytes`.
+        ValueError: it is no plain file, a link out of its folder, or larger than `max_bytes`.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is not a plain file: put the file itself in its place")
-    if found.st_size > max_bytes:
-        raise ValueError(f"{path} has {found.st_size} bytes, more than the {max_bytes} that such a file may have")
-    return path.read_bytes()
+    if not links and leads_out(path):
+        raise ValueError(f"{path} is a link out of its folder: put the file itself in its place")
+    # without waiting: to open a pipe is to wait for whoever writes to it
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is not a plain file: put the file itself in its place")
+        content = file.read(max_bytes + 1) if found.st_size <= max_bytes else b""
+        size = max(found.st_size, len(content))
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
+    return content
 
 
-def read_json(path: Path, *, max_bytes: int = 16 << 20) -> Any:
+def read_json(path: Path, *, max_bytes: int = 16 << 20, links: bool = False) -> Any:
     """Read a JSON file that anybody may have written. Values that are not finite pass: whoever needs numbers checks.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no plain file, larger than `max_bytes`, not UTF-8, not JSON, names a key twice in one object,
-            or nests deeper than 32 levels.
+        ValueError: as `read_plain`; it is not UTF-8, not JSON, names a key twice in one object, or nests deeper than 32
+            levels.
     """
-    content = read_plain(path, max_bytes=max_bytes)
+    content = read_plain(path, max_bytes=max_bytes, links=links)
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:

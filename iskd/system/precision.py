@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+_KNOWN = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "32-true": "32-true", "32": "32-true"}
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Opens what forward passes run in: autocast, or nothing."""
 
@@ -20,15 +21,13 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
         settings: keywords of the Trainer, of which `accelerator` and `precision` count; Lightning's own defaults.
 
     Raises:
-        ValueError: a precision that only a trainer can give, or fp16.
+        ValueError: as `precision`.
     """
     accelerator = str(settings.get("accelerator", "auto"))
     device, chosen = device_of("cpu" if accelerator == "cpu" else "auto"), settings.get("precision", "32-true")
     chosen = precision(chosen, accelerator)
     if chosen == "bf16-mixed":
         return device, partial(torch.autocast, device.type, torch.bfloat16)
-    if chosen not in ("32-true", "32"):
-        raise ValueError(f"trainer.precision={chosen}: outside of training there are only bf16-mixed and 32-true")
     return device, nullcontext
 
 
@@ -53,12 +52,15 @@ def serving_dtype(device: torch.device) -> torch.dtype | None:
 def precision(asked: object, accelerator: str) -> str:
     """`auto`: bf16 autocast on a GPU that has it and on a CPU with bf16 matrix units, else float32.
 
-    Raises ValueError for fp16.
+    Raises ValueError for fp16, and for what is neither bf16 autocast nor float32: teacher and student have to compute
+    in the same way, and the teacher keeps float32 weights.
     """
     if str(asked).startswith("16"):
         raise ValueError(f"trainer.precision={asked}: fp16 overflows in distillation losses; use bf16-mixed or 32-true")
     if asked != "auto":
-        return str(asked)
+        if str(asked) not in _KNOWN:
+            raise ValueError(f"trainer.precision={asked}: choose auto, bf16-mixed or 32-true (weights stay float32)")
+        return _KNOWN[str(asked)]
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     return "bf16-mixed" if fast_bf16() else "32-true"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def global_rank() -> int:
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         return int(os.environ["SLURM_PROCID"])
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether something else started this process as one of several, and has to start them again."""
+    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
 
 
 class Ranks:

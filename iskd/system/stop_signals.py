@@ -1,17 +1,21 @@
 """Stop signals of a batch system: note them, save at the next optimizer step, leave with a code of its own.
 
-SLURM and others announce the end of a job with a signal and kill it a little later. A handler runs between any two
-bytecodes, on every rank at another time, so it must neither save nor talk to other ranks: it sets a mark, which the
-training loop reads at optimizer steps. The exit code 143 (128 + SIGTERM, what a shell reports of a process that SIGTERM
-ended) tells a supervisor: everything is saved, start again with `resume=`.
+SLURM and others announce the end of a job with a signal and kill it a little later; a user presses Ctrl-C. A handler
+runs between any two bytecodes, on every rank at another time, so it must neither save nor talk to other ranks: it sets
+a mark, which the training loop reads at optimizer steps. Where nothing is left to save and one process works alone (the
+student is written and measured), it ends that work at once (`StopSignals.at_once`). The exit code 143 (128 + SIGTERM,
+what a shell reports of a process that SIGTERM ended) tells a supervisor: everything is saved, start again with
+`resume=`; after Ctrl-C it is 130. A second Ctrl-C is not waited for: the system ends the process.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,31 +23,43 @@ from typing import Any
 from iskd.system.ranks import global_rank
 
 EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C."""
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Preempted(SystemExit):
-    """A run that stopped because it was asked to, with everything saved; ends the process with code 143.
+    """A run that stopped because it was asked to, with everything saved; ends the process with code 143, or 130.
 
     Processes other than rank 0 end with code 0: Lightning and some clusters kill rank 0 as soon as another process
     fails, perhaps before the job is queued again.
+
+    Args:
+        run_dir: folder of the run.
+        asked_by: who asked; None = a signal.
+        number: of the signal; SIGINT is Ctrl-C, with a code of its own.
 
     Attributes:
         message: what happened and how to continue, for the log.
     """
 
-    def __init__(self, run_dir: Path, asked_by: str = "a signal") -> None:
-        super().__init__(EXIT_CODE if global_rank() == 0 else 0)
-        self.message = f"stopped by {asked_by}, everything is saved: continue with resume={run_dir}"
+    def __init__(self, run_dir: Path, asked_by: str | None = None, number: int | None = None) -> None:
+        by_user = number == signal.SIGINT
+        super().__init__((INTERRUPTED if by_user else EXIT_CODE) if global_rank() == 0 else 0)
+        self.message = (
+            f"stopped by {asked_by or ('Ctrl-C' if by_user else 'a signal')}, everything is saved: "
+            f"continue with {shlex.quote(f'resume={run_dir}')}"
+        )
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and the preemption signal of a submitit job, as a mark to look at."""
+    """Ctrl-C, SIGTERM, SIGUSR1 and the preemption signal of a submitit job, as a mark to look at."""
 
     def __init__(self) -> None:
         self._received: tuple[int, ...] = ()
+        self._saved: Path | None = None
         self._before: dict[int, Handler] = {}
 
     @property
@@ -61,20 +77,41 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in stop_signals():
+            if number in self._received and number == signal.SIGINT:
+                continue  # a second Ctrl-C ends the process
             found = signal.getsignal(number)
             if number not in self._before:
                 self._before[number] = signal.SIG_DFL if found is None or _of_lightning(found) else found
             signal.signal(number, self._note)
 
+    @contextmanager
+    def at_once(self, run_dir: Path) -> Iterator[None]:
+        """Inside, everything is saved and this process works alone: a stop signal raises `Preempted` here.
+
+        Every file is written whole or not at all, so that it may come between any two bytecodes.
+        """
+        self._saved = run_dir
+        try:
+            self.obey()
+            yield
+            self.obey()
+        finally:
+            self._saved = None
+
+    def obey(self) -> None:
+        """Raise `Preempted` inside `at_once`, if a signal came: foreign code may have swallowed it there."""
+        if self._saved is not None and self._received:
+            raise Preempted(self._saved, number=self.received)
+
     def hand_on(self) -> None:
         """After everything is saved: call what handled the received signals before the run, if it was a function.
 
         A submitit job queues itself again here. Its handler ends rank 0 (SystemExit) or, when the job may not be
-        queued again, raises an error with the reason; it returns on other ranks.
+        queued again, raises an error with the reason; it returns on other ranks. Ctrl-C is nobody else's.
         """
         for number in self._received:
             handler = self._before.get(number)
-            if callable(handler):
+            if callable(handler) and number != signal.SIGINT:
                 handler(number, None)
 
     def uninstall(self) -> None:
@@ -88,6 +125,9 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number not in self._received:
             self._received = (*self._received, number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
+        self.obey()
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -95,7 +135,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
     Raises ValueError when submitit's environment names a signal that does not exist.
     """
-    names = ["SIGTERM", "SIGUSR1"]
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
     if "SUBMITIT_EXECUTOR" in os.environ:  # this process is a submitit job; USR2 is its default
         names.append("SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
         if not hasattr(signal, names[-1]):

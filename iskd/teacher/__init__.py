@@ -6,7 +6,7 @@ Imports: system, models, losses.
 from __future__ import annotations
 
 from iskd.teacher.cache import TeacherCache
-from iskd.teacher.cache_rows import CacheSpec, check_terms_cached
+from iskd.teacher.cache_rows import TeacherCacheSpec, check_terms_cached
 from iskd.teacher.load import Loaded, TeacherSpec, load_teacher
 
-__all__ = ["CacheSpec", "Loaded", "TeacherCache", "TeacherSpec", "check_terms_cached", "load_teacher"]
+__all__ = ["Loaded", "TeacherCache", "TeacherCacheSpec", "TeacherSpec", "check_terms_cached", "load_teacher"]

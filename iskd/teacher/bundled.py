@@ -27,6 +27,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iskd.system import file_sha256, write_whole
+from iskd.system.files import readable_as_umask
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ def _unpack(gguf: Path, directory: Path) -> None:
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    readable_as_umask(directory)
     # transformers 5 writes a class name of its own; this one is known to every version.
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}

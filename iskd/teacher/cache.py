@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_sha256
 from iskd.system import read_json, write_whole
-from iskd.teacher.cache_rows import CacheSpec, RowFormat
+from iskd.teacher.cache_rows import RowFormat, TeacherCacheSpec
 from iskd.teacher.row_store import RowStore
 
 Windows = NDArray[np.integer[Any]]
@@ -52,7 +52,9 @@ class TeacherCache:
         spec: what is kept. folder: where. nbytes_per_token: size of a row.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows, folder: Path, spec: CacheSpec, tokenizer: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, folder: Path, spec: TeacherCacheSpec, tokenizer: str
+    ) -> None:
         if sharding.is_sharded(model):
             raise ValueError("teacher.cache needs a whole teacher: build it with trainer=gpu, not with trainer=fsdp")
         self.spec, self._stack, self._windows = spec, Stack(model), windows
@@ -72,7 +74,7 @@ class TeacherCache:
         model: PreTrainedModel,
         windows: Windows,
         folder: Path,
-        spec: CacheSpec | None = None,
+        spec: TeacherCacheSpec | None = None,
         *,
         tokenizer: str = "",
     ) -> TeacherCache:
@@ -88,7 +90,7 @@ class TeacherCache:
         Raises:
             ValueError: the model is in shards, or another cache lies in the folder.
         """
-        cache = cls(model, windows, folder, spec or CacheSpec(), tokenizer)
+        cache = cls(model, windows, folder, spec or TeacherCacheSpec(), tokenizer)
         cache._claim()
         there, size = cache.count - len(cache._store.missing()), cache.nbytes / 1e9
         _log.info(

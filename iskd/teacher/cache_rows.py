@@ -29,7 +29,7 @@ _TOKENS = 256  # per chunk of logits
 
 
 @dataclass(frozen=True)
-class CacheSpec:
+class TeacherCacheSpec:
     """What is kept, and in which pieces.
 
     Attributes:
@@ -98,7 +98,7 @@ class RowFormat:
         tokens: vocabulary of the teacher's head.
     """
 
-    def __init__(self, spec: CacheSpec, stack: Stack) -> None:
+    def __init__(self, spec: TeacherCacheSpec, stack: Stack) -> None:
         self.spec = spec
         self.tokens, width = (int(size) for size in stack.head[0].shape)
         if spec.kind == "topk" and spec.top_k >= self.tokens:

@@ -12,7 +12,8 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.models.weights import parameters_sha256
+from iskd.models.head import say_untied
+from iskd.models.weights import check_finite, parameters_sha256
 from iskd.teacher.load import Loaded
 
 
@@ -20,7 +21,7 @@ def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Take a model in memory as the teacher, as it is.
 
     Raises:
-        ValueError: the tokenizer has ids that the embedding has no row for.
+        ValueError: the tokenizer has ids that the embedding has no row for, or weights are nan or infinite.
     """
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     largest = max(tokenizer.get_vocab().values())
@@ -29,6 +30,7 @@ def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             f"the tokenizer has ids up to {largest}, the embedding of {type(model).__name__} only {rows} rows: pass "
             "the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) first"
         )
+    check_finite(model, f"the {type(model).__name__} given")
     source: dict[str, str | int] = {
         "name": model.config.name_or_path or type(model).__name__,
         "kind": "memory",
@@ -49,8 +51,10 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
     """
     device = model.device
     modes = [(module, module.training) for module in model.modules()]
+    tied = getattr(model.config, "tie_word_embeddings", False)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
+    say_untied(model)
     try:
         yield
     finally:
@@ -59,3 +63,4 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         nn.Module.to(model, device)
+        model.config.tie_word_embeddings = tied

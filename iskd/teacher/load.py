@@ -7,9 +7,9 @@ a checkpoint that leaves a single parameter unset is refused instead of being fi
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +17,17 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from iskd.models.head import say_untied
+from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_report, read_model_config
+from iskd.models.skeletons import check_config
 from iskd.models.tokenizers import byte_tokenizer
-from iskd.models.weights import check_model_directory, parameters_sha256, weights_sha256
+from iskd.models.weights import check_finite, parameters_sha256, weights_sha256
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
+from iskd.teacher.trim import trim
 
 log = logging.getLogger(__name__)
 
@@ -121,31 +125,41 @@ def load_teacher(spec: TeacherSpec) -> Loaded:
     if not spec.pretrained:
         return _random(spec)
     directory, kind = _locate(spec)
-    check_model_directory(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} has no tokenizer that can be loaded (tokenizer.json): {error}") from error
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=DTYPES[spec.dtype],
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=spec.trust_remote_code,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    if unset := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{directory}: the weights lack {len(unset)} parameters of the model ({unset[0]}, ...): "
-            "config.json and the safetensors do not belong together"
-        )
+    model, tokenizer = _read(spec, directory)
     where: dict[str, str | int] = {"path": str(directory)} if kind == "local" else {}
     if kind == "hub" and spec.revision:
         where["revision"] = spec.revision
     return _loaded(spec, kind, model, tokenizer, "pretrained", weights_sha256(directory), where)
+
+
+def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    kind = check_model_folder(directory, code=spec.trust_remote_code)["model_type"]
+    if not spec.trust_remote_code:
+        check_config(directory)
+    options: dict[str, Any] = {"local_files_only": True}
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
+    with _told(f"{directory} has no tokenizer that can be loaded (tokenizer.json)", "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
+        # sizes that differ are reported, and refused below
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, trust_remote_code=spec.trust_remote_code, dtype=DTYPES[spec.dtype], **options
+        )
+    model, report = loaded
+    check_report(directory, report)
+    say_untied(model)
+    return model, tokenizer
+
+
+@contextmanager
+def _told(finding: str, file: str) -> Iterator[None]:
+    """Libraries fail in any way they like on a file that nobody meant."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{finding}: {error!s:.600}: copy the {file} that came with the weights") from error
 
 
 def build_config(spec: TeacherSpec) -> PreTrainedConfig:
@@ -178,13 +192,19 @@ def _locate(spec: TeacherSpec) -> tuple[Path, str]:
 
 def _download(spec: TeacherSpec) -> Path:
     """The hub's snapshot of the model; without a network the copy of an earlier download."""
-    code = ["*.py"] if spec.trust_remote_code else []
+    folder = _snapshot(spec, [CONFIG, ADAPTER])
+    # what cannot be used is said before its weights are downloaded
+    read_model_config(folder, code=spec.trust_remote_code)
+    return _snapshot(spec, HUB_FILES + (["*.py"] if spec.trust_remote_code else []))
+
+
+def _snapshot(spec: TeacherSpec, files: list[str]) -> Path:
     try:
         folder = snapshot_download(
             spec.name,
             revision=spec.revision,
             etag_timeout=ETAG_TIMEOUT_S,
-            allow_patterns=HUB_FILES + code,
+            allow_patterns=files,
             ignore_patterns=["*/*"],
         )
     except (OSError, ValueError) as error:
@@ -232,8 +252,7 @@ def _config_of(spec: TeacherSpec) -> dict[str, Any]:
     path = Path(spec.path).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"model.pretrained=false reads {path}, which is missing: set model.config or model.path")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    return read_model_config(path.parent)
 
 
 def _max_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -249,6 +268,7 @@ def _loaded(
     sha256: str,
     where: dict[str, str | int],
 ) -> Loaded:
+    check_finite(model, str(where.get("path", spec.name)))
     rows, largest = cast(Tensor, model.get_input_embeddings().weight).shape[0], _max_id(tokenizer)
     if largest >= rows:
         raise ValueError(
@@ -257,7 +277,7 @@ def _loaded(
             f"(for random weights: model.vocab_size={largest + 1} or more)"
         )
     if spec.trim_vocab:
-        gone = _trim(spec.name, model, max(len(tokenizer), largest + 1))
+        gone = trim(spec.name, model, max(len(tokenizer), largest + 1))
         rows, where = rows - gone, where | {"trimmed_rows": gone}
     elif (unused := rows - -(-max(len(tokenizer), largest + 1) // 8) * 8) > 0:
         # not by itself: who drafts for the teacher with the student needs the teacher's vocabulary size
@@ -271,24 +291,3 @@ def _loaded(
         "padding_rows": rows - 1 - largest,
     }
     return Loaded(model.eval(), tokenizer, source | where)
-
-
-def _trim(name: str, model: PreTrainedModel, needed: int) -> int:
-    """Drop rows of embedding and head above the `needed` ones, but for a multiple of 8; returns how many went."""
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    kept = min(rows, -(-needed // 8) * 8)
-    if kept == rows:
-        return 0
-    configs: tuple[Any, ...] = (model.config, model.generation_config)
-    for key, value in (item for config in configs if config is not None for item in config.to_dict().items()):
-        used = value if isinstance(value, list) else [value]
-        beyond = [i for i in used if isinstance(i, int) and kept <= i < rows]
-        if key.endswith(("_token_id", "suppress_tokens")) and beyond:
-            raise ValueError(
-                f"model.trim_vocab=true: {name} uses row {beyond[0]} ({key}), which its tokenizer of {needed} ids "
-                "does not have: leave model.trim_vocab=false"
-            )
-    with torch.random.fork_rng(devices=[]):
-        model.resize_token_embeddings(kept)
-    log.info("%s: trimmed %d of %d embedding rows, which no token has", name, rows - kept, rows)
-    return rows - kept

@@ -59,7 +59,6 @@ class CompressionCallback(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the loop and enter its first stage."""
-        self.stop_signals.install()
         live = Live(
             module=cast(DistillModule, pl_module),
             optimizer=trainer.optimizers[0],
@@ -75,7 +74,7 @@ class CompressionCallback(Callback):
         trainer.should_stop = self.loop.advance() is None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals back from Lightning, whose handlers were installed after `on_fit_start`."""
+        """Take the signals back from Lightning, whose handlers were installed since the run's own were."""
         self.stop_signals.install()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor
@@ -91,3 +91,17 @@ def _scored(
     last = order[choice.number - 1]
     ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]
     return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
+
+
+def no_better_than_guessing(quality: Mapping[str, float], rows: int) -> str:
+    """A sentence where a student says less than no model would, "" where it does not.
+
+    To guess among `rows` tokens has a perplexity of `rows`. A teacher that guesses itself, e.g. with random weights, is
+    no measure; nan is no quality.
+    """
+    if quality["ppl"] < rows or not quality["teacher_ppl"] < rows:
+        return ""
+    return (
+        f"perplexity {quality['ppl']:.4g} is not below the {rows} of guessing among all tokens: the student says "
+        "nothing of the text; edit less, or train it for more tokens"
+    )

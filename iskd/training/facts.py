@@ -9,7 +9,7 @@ import platform
 import lightning as L
 import torch
 
-from iskd.plan.run_folder import DATA_FILE, ENVIRONMENT_FILE
+from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE
 from iskd.system import write_whole
 from iskd.training.parts import Parts
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
+from iskd.data import framing_of
 from iskd.evaluation import EvalSpec, efficiency, evaluate
 from iskd.export import export
 from iskd.export.card_measured import refresh_card
@@ -25,11 +26,12 @@ from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
-from iskd.plan.run_folder import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
+from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
-from iskd.system import Busy, ProgressLine, Ranks, write_whole
+from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
 from iskd.system.faults import is_out_of_memory
 from iskd.system.precision import serving_dtype
+from iskd.system.stop_signals import StopSignals
 from iskd.training.facts import selected, write_data
 from iskd.training.metrics import log_end
 from iskd.training.parts import Parts, Result
@@ -40,11 +42,14 @@ from iskd.training.strategies import ranks_of
 log = logging.getLogger(__name__)
 
 
-def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState) -> Result:
+def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState, signals: StopSignals) -> Result:
     """Write what the run leaves, tables, student and report, and measure the student. Called on every rank.
 
     What cannot be had again without training comes first. A measurement that fails is named with the command that
     repeats it, and the run ends well; an export that fails is an error, raised when everything else is written.
+
+    Raises:
+        Preempted: a stop signal came. What was finished stays, nothing is half-written, and a resume does it again.
     """
     run_dir = parts.run_dir
     if parts.options.plan_only:
@@ -53,26 +58,38 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
     if not trainer.is_global_zero:
         trainer.strategy.barrier("finish")
         return Result(state.results, student, state.record, run_dir, None, None)
-    write_stages(run_dir, state.results)
-    write_data(parts)  # again: now with every calibration window that was used
-    write_record(run_dir, state.record)
-    _report(run_dir)
-    model_dir: Path | None = None
-    failed: Exception | None = None
     try:
-        model_dir = _export(parts, student, state.record) if parts.export else None
-    except Exception as error:
-        failed = error
-        log.error("the export failed (%s: %s); what else the run leaves is written first", type(error).__name__, error)
-    trainer.strategy.barrier("finish")  # here the others are done: measuring may last longer than they would wait
-    _measure(parts, module, student, model_dir)
-    report = _report(run_dir)
-    _print_end(state.results, report, model_dir)
-    with _guarded("what the logger shows at the end", f"Every file is in {run_dir}"):
-        log_end(parts.loggers, run_dir, state.results)
+        try:
+            with signals.at_once(run_dir):
+                model_dir, failed = _write(parts, student, state)
+        finally:
+            trainer.strategy.barrier("finish")  # the others are done: measuring may last longer than they would wait
+        with signals.at_once(run_dir):
+            _measure(parts, module, student, model_dir)
+            signals.obey()
+            report = _report(run_dir)
+            _print_end(state.results, report, model_dir)
+            with _guarded("what the logger shows at the end", f"Every file is in {run_dir}"):
+                log_end(parts.loggers, run_dir, state.results)
+    except Preempted:
+        signals.hand_on()
+        raise
     if failed is not None:
         raise failed
     return Result(state.results, student, state.record, run_dir, model_dir, report)
+
+
+def _write(parts: Parts, student: PreTrainedModel, state: RunState) -> tuple[Path | None, Exception | None]:
+    """Tables, record, a first report and the student; what the export failed with is kept for later."""
+    write_stages(parts.run_dir, state.results)
+    write_data(parts)  # again: now with every calibration window that was used
+    write_record(parts.run_dir, state.record)
+    _report(parts.run_dir)
+    try:
+        return (_export(parts, student, state.record) if parts.export else None), None
+    except Exception as error:
+        log.error("the export failed (%s: %s); what else the run leaves is written first", type(error).__name__, error)
+        return None, error
 
 
 def _report(run_dir: Path) -> Path | None:
@@ -118,6 +135,7 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
                     student, parts.teacher.tokenizer, spec, parts.teacher,
                     exclude=[sha for items in selected(parts.importance).values() for sha in items],
                     source={"kind": "student", **exported},
+                    frame=framing_of(parts.teacher.tokenizer, parts.data.bos),
                 )  # fmt: skip
             write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
     if model_dir is not None:

@@ -17,7 +17,7 @@ from iskd.plan import Record, StageResult
 from iskd.plan.options import RunOptions
 from iskd.refits import Refit
 from iskd.schedules import Schedule
-from iskd.teacher import CacheSpec, Loaded
+from iskd.teacher import Loaded, TeacherCacheSpec
 from iskd.training.deciding import Importance
 from iskd.training.step import OptimSpec
 
@@ -27,8 +27,8 @@ class Parts:
     """Everything a run is made of.
 
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
-    `lightning.Trainer`; `cache` says how the teacher's answers are kept on disk, `evaluation` what the student is asked
-    at the end, None = nothing.
+    `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student is
+    asked at the end, None = nothing.
     """
 
     teacher: Loaded
@@ -47,7 +47,7 @@ class Parts:
     seed: int = 0
     resume: bool = False
     export: bool = True
-    cache: CacheSpec | None = None
+    teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
 
 

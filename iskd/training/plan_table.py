@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage, to_json
-from iskd.plan.run_folder import PLAN_FILE
+from iskd.plan.run_files import PLAN_FILE
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import clock
@@ -55,7 +55,7 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int, seconds_
     }
 
 
-def probe(module: DistillModule, input_ids: Tensor) -> float:
+def measured_step(module: DistillModule, input_ids: Tensor) -> float:
     """Seconds per token of one training step on windows [B, T], forward and backward, after one to warm up."""
     elapsed = 0.0
     with torch.enable_grad():
@@ -85,19 +85,19 @@ def announce(
     ranks: Ranks,
     run_dir: Path,
 ) -> None:
-    """Stages, exact parameter counts, steps and the time that a short probe predicts, before the first step.
+    """Stages, exact parameter counts, steps and the time that one measured step predicts, before the first step.
 
     Args:
         module: the run's, before its first edit.
         plan: all stages.
         steps: optimizer steps of each.
         step_tokens: tokens of one of them over all ranks.
-        windows: token windows [B, T] for the probe.
+        windows: token windows [B, T] for the measured step.
         ranks: rank 0 writes and prints.
         run_dir: gets `plan.json`.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
-    rows = plan_rows(module.teacher, plan, steps, step_tokens, probe(module, windows) / ranks.size)
+    rows = plan_rows(module.teacher, plan, steps, step_tokens, measured_step(module, windows) / ranks.size)
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
@@ -127,7 +127,7 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
         table.add_row(row["stage"], row["objective"], *amounts, f"{row['train_seconds']:.0f} s")
     total = sum(row["train_seconds"] for row in rows)
     table.caption = (
-        f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (probe of one step)"
+        f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (by one measured step)"
     )
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -6,36 +6,37 @@ import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import wandb
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.failure import write_failure
+from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
-from iskd.system import Preempted, global_rank
+from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import finish
-from iskd.training.metrics import keep_metrics, log_start, merge_metrics
+from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import StartAgain
 from iskd.training.stages import StageLoop
-from iskd.training.state import RunState, checkpoint, checkpoint_files
+from iskd.training.state import RunState
+from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
-from iskd.training.strategies import FSDP2Strategy, check_strategy, strategy_of
+from iskd.training.strategies import FSDP2Strategy, check_strategy, meet_first, strategy_of
 
 TRAINER_KEYS = frozenset(inspect.signature(L.Trainer).parameters)
 # what Lightning says about every run of ours, and why it does not matter here
@@ -56,16 +57,30 @@ def run(parts: Parts) -> Result:
         Preempted: a signal, or trainer.max_time, asked the run to stop; everything is saved.
         StartAgain: the next edit wants a fresh process.
         UnfinishedError: something else than the schedule ended the training.
+        ValueError: another process runs in the directory.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
     limit = seconds(parts.trainer.get(MAX_TIME))
     deadline = None if limit is None else time.monotonic() + limit
+    lock, done = parts.run_dir / LOCK_FILE, True
+    run_lock.hold(lock)
+    if global_rank() == 0:
+        (parts.run_dir / FAILURE_FILE).unlink(missing_ok=True)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
             return with_smaller_batches(parts, partial(_run, deadline=deadline))
+    except Exception as error:
+        with suppress(OSError):  # a full disk
+            write_failure(parts.run_dir, error)
+        raise
+    except StartAgain:
+        done = False  # the process in the place of this one goes on with the lock
+        raise
     finally:
+        if done:
+            run_lock.release(lock)
         if any(isinstance(logger, WandbLogger) for logger in parts.loggers):
             wandb.finish()  # otherwise the next job of a sweep would continue this one
 
@@ -78,21 +93,20 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
     parts = as_halved(parts, state)
     module = make_module(parts, state)
     callback = CompressionCallback(_loop(parts, state), resume_from, deadline)
-    trainer = _trainer(parts, callback)
+    trainer = _trainer(parts, callback, None if resume_from is None else state.tokens)
     _check(parts, trainer, state)
     if trainer.is_global_zero:
         write_facts(parts, trainer)
     try:
+        callback.stop_signals.install()
         try:
             trainer.fit(module, datamodule=parts.data)
         finally:
             module.teardown("fit")  # Lightning calls it only where nothing was raised, and models may be the caller's
             for logger in trainer.loggers:
                 logger.finalize("success" if state.stage is None else "aborted")
-            if trainer.is_global_zero:
-                merge_metrics(parts.run_dir)
         _leave(parts, trainer, callback)
-        result = finish(parts, trainer, module, state)
+        result = finish(parts, trainer, module, state, callback.stop_signals)
     except BaseException:
         callback.close(failed=True)
         raise
@@ -104,8 +118,9 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
     return StageLoop(
-        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options, teacher, parts.refits
-    )
+        parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
+        teacher, config_digest(parts.run_dir), parts.refits,
+    )  # fmt: skip
 
 
 def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:
@@ -134,35 +149,22 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
     callback.watchdog.close()
     if loop.restarting and not loop.preempted:
         raise StartAgain(parts.run_dir)
-    callback.stop_signals.hand_on()
-    by_time = callback.late and callback.stop_signals.received is None
-    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else "a signal")
+    signals = callback.stop_signals
+    signals.hand_on()
+    by_time = callback.late and signals.received is None
+    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else None, signals.received)
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:
     """A fresh position, or that of the newest whole checkpoint."""
-    fresh = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
-    if not parts.resume:
-        return fresh, None
-    newest = checkpoint_files.newest(parts.run_dir / CHECKPOINTS)
-    if newest is None:
+    layers = int(parts.teacher.model.config.num_hidden_layers)
+    found = last_position(parts.run_dir, layers) if parts.resume else None
+    state, newest = (RunState(record=Record(layers)), None) if found is None else found
+    if parts.resume and found is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
-        _on_rank_zero(keep_metrics, parts.run_dir, below=None)
-        return fresh, None
-    state = checkpoint.read_state(newest)
-    if state.record.num_layers != fresh.record.num_layers:
-        raise ValueError(
-            f"the run was made from a teacher with {state.record.num_layers} layers, "
-            f"model= gives one with {fresh.record.num_layers}"
-        )
-    _on_rank_zero(keep_metrics, parts.run_dir, below=state.tokens)
+    if parts.resume and global_rank() == 0:  # before the trainer exists, a launcher's variables tell the rank
+        keep_metrics(parts.run_dir, below=None if found is None else state.tokens)
     return state, newest
-
-
-def _on_rank_zero(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Call once per run; before the trainer exists, a launcher's variables tell the rank."""
-    if global_rank() == 0:
-        function(*args, **kwargs)
 
 
 def make_module(parts: Parts, state: RunState) -> DistillModule:
@@ -176,13 +178,13 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
         stage = adapters.merged(state.finished[-1]) if state.finished else Stage("start")
     return DistillModule(
         student, teacher, parts.terms, parts.optim, state.record,
-        stage=stage, chunk=parts.chunk, share_prefix=parts.options.share_prefix, cache=parts.cache,
+        stage=stage, chunk=parts.chunk, share_prefix=parts.options.share_prefix, teacher_cache=parts.teacher_cache,
         gradient_checkpointing=parts.options.gradient_checkpointing, compile=parts.options.compile,
         separator=parts.data.separator,
     )  # fmt: skip
 
 
-def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
+def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
     settings = strategy_of(trainer_settings(parts.trainer, TRAINER_KEYS))
     if settings.pop("progress", True):
@@ -202,13 +204,14 @@ def _trainer(parts: Parts, callback: CompressionCallback) -> L.Trainer:
             **settings,
         },
         callbacks=callbacks,
-        logger=_loggers(parts),
+        logger=_loggers(parts, resumed_at),
     )
     without_sigterm_broadcast(trainer)
+    meet_first(trainer)
     return trainer
 
 
-def _loggers(parts: Parts) -> list[Logger]:
+def _loggers(parts: Parts, resumed_at: int | None) -> list[Logger]:
     """metrics.csv in the run directory, always, and whatever was chosen beside it."""
-    log_start(parts.loggers, parts.run_dir)
-    return [CSVLogger(str(parts.run_dir), name="", version="", flush_logs_every_n_steps=20), *parts.loggers]
+    log_start(parts.loggers, parts.run_dir, resumed_at)
+    return [MetricsFile(parts.run_dir), *parts.loggers]

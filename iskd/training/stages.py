@@ -26,14 +26,14 @@ from torch import Tensor
 
 from iskd.data import TextData
 from iskd.evaluation import measure_quality
-from iskd.models import sharding, surgery
+from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
 from iskd.refits import Refit
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
-from iskd.training.deciding import Importance, check_importance, decide, history_of
+from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
 from iskd.training.editing import BrokenOffError, Edited, back_to, carry_out, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
@@ -55,7 +55,7 @@ class StageLoop:
         schedule: decides the stages. importance: scores layers when the schedule asks for it.
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
-        teacher: digest of the teacher's weights; a resumed run must find the same.
+        teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         refits: of the surviving blocks after every edit, in order.
 
     Attributes:
@@ -73,11 +73,13 @@ class StageLoop:
         state: RunState,
         options: RunOptions,
         teacher: str | None = None,
+        config: str | None = None,
         refits: Sequence[Refit] = (),
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
-        self.state, self.options, self.teacher, self.refits = state, options, teacher, refits
+        self.state, self.options, self.teacher, self.config = state, options, teacher, config
+        self.refits = refits
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.preempted = self.restarting = False
         self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
@@ -110,8 +112,8 @@ class StageLoop:
         check_alignment(module.student, self.schedule)
         module.place_teacher()
         if not self.options.plan_only:
-            with live.forward_context():  # a cache holds what a teacher of the run's precision says
-                module.open_cache(self.data)
+            with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
+                module.open_teacher_cache(self.data)
             if self.options.mfu:
                 self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
         if resume_from is not None:
@@ -263,6 +265,7 @@ class StageLoop:
         live, state = self.live, self.state
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
+        live.module.log_row(live.loggers)
         verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:
@@ -302,10 +305,15 @@ class StageLoop:
             return
         quality = self._measure()
         floor = self.schedule.floor if stage.edits else None
-        missed = live.ranks.first(floor is not None and quality["retention"] < floor)
+        useless = no_better_than_guessing(quality, int(Stack(live.module.student).config.vocab_size))
+        # asked so that a retention of nan does not pass
+        missed = live.ranks.first(floor is not None and (useless != "" or not quality["retention"] >= floor))
+        if useless:
+            state.events.append(useless)
         if missed:
+            said = "below" if floor is not None and quality["retention"] < floor else "no quality for"
             state.events.append(
-                f"retention {quality['retention']:.4f} is below schedule.floor={floor}: stage rolled back, "
+                f"retention {quality['retention']:.4f} is {said} schedule.floor={floor}: stage rolled back, "
                 "the run ends with the student before it"
             )
         status: Status = "rolled_back" if missed else "kept"
@@ -327,7 +335,7 @@ class StageLoop:
     def _judge(self, trials: Tournament) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
         live, state = self.live, self.state
-        batches = [{"input_ids": windows} for windows in self.data.calibration(self.data.val_tokens)]
+        batches = self.data.calibration_batches(self.data.val_tokens)
         with live.forward_context():
             kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
         trials = trials.judged(kl)
@@ -389,7 +397,8 @@ class StageLoop:
 
     def _identity(self) -> dict[str, Any]:
         layout = {"processes": self.live.ranks.size, "accumulate": self.live.accumulate}
-        return {**self.data.identity(), **layout, "teacher": self.teacher, "precision": self.live.precision}
+        config = {} if self.config is None else {"config": self.config}
+        return {**self.data.identity(), **layout, **config, "teacher": self.teacher, "precision": self.live.precision}
 
     def _measure(self) -> dict[str, float]:
         module = self.live.module

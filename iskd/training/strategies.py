@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from iskd.models import sharding
 from iskd.system import Ranks
+from iskd.system.meeting import met
 from iskd.training.step.adapters import IN_SHARDS
 
 
@@ -41,6 +42,22 @@ def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def meet_first(trainer: L.Trainer) -> None:
+    """Have a trainer's processes meet within a bounded time before it makes their process group."""
+    strategy = trainer.strategy
+    setup = getattr(strategy, "setup_distributed" if isinstance(strategy, DDPStrategy) else "_setup_distributed", None)
+    if setup is None or not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
+        return
+
+    def meeting() -> None:
+        cluster = strategy.cluster_environment
+        assert cluster is not None
+        strategy.set_world_ranks()
+        met(strategy.global_rank, strategy.world_size, cluster.main_address, cluster.main_port, setup)
+
+    setattr(strategy, setup.__name__, meeting)
+
+
 def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = False) -> None:
     """Refuse strategies under which an edited model would train wrongly or get lost.
 
@@ -59,7 +76,7 @@ def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = F
             raise ValueError(IN_SHARDS)
         if edits and sharding.UNTESTED is not None:
             raise ValueError(
-                f"trainer=fsdp edits sharded models through private parts of torch, and {sharding.UNTESTED}; "
+                f"trainer=fsdp edits sharded models through private names of torch, and {sharding.UNTESTED}; "
                 "use schedule.restart_at_edit=true, which needs none of them"
             )
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.bottleneck import Bottleneck
@@ -16,6 +16,7 @@ from iskd.models import Stack, surgery
 from iskd.models.hosting import HostedBlock
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, block_specs, tiny, windows
+from tests.laws import check_beams, check_cache, check_generation, check_padding, check_past, logits, same
 
 SPECS = block_specs()
 LAYERS = (0, 2)
@@ -46,22 +47,6 @@ def student(family: str, name: str) -> PreTrainedModel:
     return awake(fresh(family, SPECS[name]))
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-
-
-def padded(lengths: tuple[int, ...] = (16, 9)) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows padded on the left: ids, mask and positions, each [B, T]."""
-    ids = windows(len(lengths), max(lengths), seed=3)
-    mask = torch.stack([(torch.arange(ids.shape[1]) >= ids.shape[1] - length).long() for length in lengths])
-    return ids * mask, mask, (mask.cumsum(1) - 1).clamp_min(0)
-
-
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_shape_and_dtype_are_kept_and_parameters_saved(family: str, name: str) -> None:
     host, model = tiny(family), student(family, name)
@@ -78,19 +63,7 @@ def test_shape_and_dtype_are_kept_and_parameters_saved(family: str, name: str) -
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_the_future_does_not_change_the_past(family: str, name: str) -> None:
-    model, ids = student(family, name), windows()
-    whole = logits(model, ids)
-    for seen in (1, 6, 15):
-        other = torch.cat([ids[:, :seen], windows(2, 16 - seen, seed=9)], dim=1)
-        changed = logits(model, other)
-        same(changed[:, :seen], whole[:, :seen])
-        assert not torch.allclose(changed[:, seen:], whole[:, seen:])
-
-
-@pytest.mark.parametrize(("family", "name"), EVERY)
-def test_no_mask_means_that_everything_counts(family: str, name: str) -> None:
-    model, ids = student(family, name), windows()
-    same(logits(model, ids, attention_mask=torch.ones_like(ids)), logits(model, ids))
+    check_past(student(family, name))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -101,24 +74,7 @@ def test_padding_on_the_left_changes_nothing(family: str, name: str, implementat
         weights = model.state_dict()
         model = fresh(family, SPECS[name], attn_implementation="eager")
         model.load_state_dict(weights)
-    ids, mask, positions = padded()
-    batch = logits(model, ids, attention_mask=mask, position_ids=positions)
-    same(batch[:1], logits(student(family, name), ids[:1]))
-    same(batch[1:, -9:], logits(student(family, name), ids[1:, -9:]))
-
-
-@torch.no_grad()
-def check_cache(model: PreTrainedModel) -> None:
-    """Reading a window in parts, each with the cache of those before, gives what reading it at once gives."""
-    ids = windows()
-    whole, parts, past = logits(model, ids), [], None
-    for part in ids.split((6, 1, 9), dim=1):
-        output = model(part, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        parts.append(output.logits)
-    assert past is not None
-    assert past.get_seq_length() == 16
-    same(torch.cat(parts, dim=1), whole)
+    check_padding(model, alone=student(family, name))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -141,30 +97,15 @@ def test_a_cache_changes_nothing(family: str, name: str) -> None:
     ],
 )
 def test_variants_of_a_family_host_every_block(family: str, config: dict[str, Any], name: str) -> None:
-    check_cache(awake(fresh(family, SPECS[name], **config)))
-
-
-def generate(model: Any, *, cached: bool, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    return model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=5,
-        min_new_tokens=5,
-        do_sample=False,
-        use_cache=cached,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
+    model = awake(fresh(family, SPECS[name], **config))
+    check_cache(model)
+    if config.get("sliding_window"):
+        check_generation(model, (9, 7))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_generation_with_a_cache_is_generation_without(family: str, name: str) -> None:
-    ids, mask, _ = padded((6, 3))
-    one, other = (generate(student(family, name), cached=cached, ids=ids, mask=mask) for cached in (True, False))
-    assert torch.equal(one.sequences, other.sequences)
-    for a, b in zip(one.scores, other.scores, strict=True):
-        same(a, b)
+    check_generation(student(family, name))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -199,11 +140,11 @@ def test_the_published_bottleneck_does_not_start_as_removal(family: str) -> None
     assert not torch.allclose(logits(fresh(family, SPECS["bottleneck_paper"]), windows()), logits(removed, windows()))
 
 
-def _rows(model: PreTrainedModel, block: Bottleneck, part: str) -> tuple[nn.Parameter, Any]:
+def _rows(model: PreTrainedModel, block: Bottleneck, name: str) -> tuple[nn.Parameter, Any]:
     """Weight of the first inner attention and the index of its query or key rows."""
     family = Stack(model).family
     layer = block.inner.get_submodule(family.layers)[0]  # type: ignore[index]
-    place = {"q": 0, "k": 1}[part]
+    place = {"q": 0, "k": 1}[name]
     if not family.fused:
         return layer.get_submodule(family.qkv[place]).weight, slice(None)
     weight = layer.get_submodule(family.qkv[0]).weight
@@ -216,16 +157,16 @@ def _rows(model: PreTrainedModel, block: Bottleneck, part: str) -> tuple[nn.Para
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("name", ["q", "k"])
 @torch.no_grad()
-def test_queries_and_keys_matter_inside_a_bottleneck(family: str, part: str) -> None:
+def test_queries_and_keys_matter_inside_a_bottleneck(family: str, name: str) -> None:
     # the published code wraps the mask twice, which makes attention uniform: queries and keys are dead weights there
     model = copy.deepcopy(student(family, "bottleneck"))
     hosted = Stack(model).layers[0]
     assert isinstance(hosted, HostedBlock)
     assert isinstance(hosted.block, Bottleneck)
     before = logits(model, windows())
-    weight, rows = _rows(model, hosted.block, part)
+    weight, rows = _rows(model, hosted.block, name)
     weight[rows] = torch.randn(weight[rows].shape, generator=torch.Generator().manual_seed(4))
     assert (logits(model, windows()) - before).abs().max() > 1e-3
 
@@ -241,11 +182,7 @@ def test_a_bottleneck_called_without_mask_and_positions_is_causal(family: str) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_carry_the_inner_cache_with_them(family: str) -> None:
-    ids, mask, _ = padded((6, 3))
-    model = student(family, "bottleneck")
-    one, other = (generate(model, cached=cached, ids=ids, mask=mask, num_beams=2) for cached in (True, False))
-    assert torch.equal(one.sequences, other.sequences)
-    same(one.sequences_scores, other.sequences_scores)
+    check_beams(student(family, "bottleneck"))
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "linear", "identity", "slim"])
@@ -256,15 +193,6 @@ def test_a_cropped_cache_goes_on_where_it_was_cut(name: str) -> None:
     past.crop(-6)
     assert past.get_seq_length() == 10
     same(model(ids[:, 10:], past_key_values=past).logits, logits(model, ids)[:, 10:])
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_blocks_work_under_a_sliding_window(name: str) -> None:
-    model = awake(fresh("mistral", SPECS[name], sliding_window=5))
-    ids, mask, _ = padded((9, 7))
-    one, other = (generate(model, cached=cached, ids=ids, mask=mask) for cached in (True, False))
-    for a, b in zip(one.scores, other.scores, strict=True):
-        same(a, b)
 
 
 @pytest.mark.parametrize(

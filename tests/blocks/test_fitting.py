@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.ridge import Ridge
 from iskd.blocks.fitting import Fitted, warm_start
 from iskd.blocks.linear import Linear
+from iskd.blocks.ridge import Ridge
 from iskd.models import Stack, surgery
 from iskd.models.capture import Trace, capture
 from iskd.plan import Edit, Record, Remove, Replace, Spec
@@ -115,7 +115,7 @@ def test_a_warm_start_leaves_everything_else_alone(name: str, training: bool) ->
     teacher = tiny("qwen3", dropout=0.5)
     student, record, old = start(teacher, edit := Replace(1, SPECS[name]))
     student.train(training)
-    # one frozen part in another mode than its model
+    # one frozen module in another mode than its model
     Stack(student).layers[3].eval()
     others = [digest(block) for i, block in enumerate(Stack(student).layers) if i != 1]
     objects = [id(p) for p in student.parameters()]

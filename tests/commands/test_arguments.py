@@ -44,9 +44,17 @@ def test_a_name_is_a_preset_a_folder_or_on_the_hub(name: str, overrides: list[st
     assert arguments([f"model={name}", "seed=1"]) == [*(overrides or [f"model={name}"]), "seed=1"]
 
 
-def test_a_folder_of_any_name_is_read_by_hydra() -> None:
-    _, path = named_model("it's, a [folder]")
-    assert OverridesParser.create().parse_overrides([path])[0].value() == "it's, a [folder]"
+@pytest.mark.parametrize("name", ["plain", "with space", "a=b,c", "it's, a [folder]", "{x}"])
+def test_a_folder_of_any_name_is_read_by_hydra(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir(exist_ok=True)
+    kind, path = named_model(f"./{name}")
+    assert kind == "model=local"
+    assert OverridesParser.create().parse_overrides([path])[0].value() == f"./{name}"
+
+
+@pytest.mark.parametrize("argument", ["model=smollm2,gpt2", "model=typo", "model.seed=1", "mixer=gla"])
+def test_anything_else_is_left_to_hydra(argument: str) -> None:
+    assert arguments([argument]) == [argument]
 
 
 @pytest.mark.parametrize("name", ["runs/x", "./x", "../nowhere", "/no/where", "~/no/where/at/all", "a/b/c"])

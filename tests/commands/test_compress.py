@@ -109,10 +109,10 @@ def test_compress_is_the_command_line_and_leaves_no_trace(tmp_path: Path, monkey
     again = iskd.compress(teacher, tokenizer, texts, run_dir=tmp_path / "memory", resume=True, **CALL, overrides=KEYS)
     assert same(again, command)
     other = {**CALL, "seed": 4}
-    with pytest.raises(ValueError, match="seed is 3 there and 4 here"):
+    with pytest.raises(ValueError, match="changes seed: 3 -> 4;"):
         iskd.compress(teacher, tokenizer, texts, run_dir=tmp_path / "memory", resume=True, **other, overrides=KEYS)
     # the command line cannot have what was in memory, and says where it was
-    config, _ = compose_config([f"resume={tmp_path}/memory"])
+    config, _ = compose_config([f"resume={tmp_path}/memory"], tmp_path)
     with pytest.raises(ValueError, match=r"the model given to iskd\.compress"):
         build.parts(resumed(config, []), tmp_path / "memory")
 
@@ -209,3 +209,11 @@ def test_importing_the_package_does_not_import_what_runs() -> None:
     assert {"compress", "Result", "load"} <= set(dir(iskd))
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         iskd.compres  # noqa: B018
+
+
+def test_arguments_of_a_wrong_kind_are_named() -> None:
+    for texts in ("Once upon a time there was a fox. " * 40, 5, None):
+        with pytest.raises(ValueError, match="texts"):
+            iskd.compress("tiny", None, texts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model='xxx"):
+        iskd.compress("x" * 5000, None, "sample")

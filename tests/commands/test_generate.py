@@ -17,7 +17,7 @@ from iskd.commands.config import CONF
 from iskd.commands.find_teacher import find_teacher
 from iskd.commands.generate import generate, run
 from iskd.export import export
-from iskd.export.folder import FACTS
+from iskd.export.student_files import FACTS
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer, check_same_tokenizer
 from iskd.plan import Convert, Edit, Record, Replace, Spec

@@ -178,14 +178,14 @@ def test_validation_and_calibration_are_fixed_and_disjoint(text: Path) -> None:
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (1, 3), (2, 2), (3, 2), (4, 1)])
 def test_validation_is_partitioned_over_ranks(text: Path, world_size: int, batch_size: int) -> None:
     module = data(text, batch_size=batch_size)
-    parts = []
+    ranks = []
     for rank in range(world_size):
         kwargs = {"rank": rank, "num_replicas": world_size}
         module.trainer = SimpleNamespace(distributed_sampler_kwargs=kwargs)  # type: ignore[assignment]
-        parts.append([batch["input_ids"] for batch in module.validation()])
+        ranks.append([batch["input_ids"] for batch in module.validation()])
         assert module.train_dataloader().rank == rank
-    assert len({len(part) for part in parts}) == 1
-    rows = torch.cat([batch for part in parts for batch in part]).tolist()
+    assert len({len(rank) for rank in ranks}) == 1
+    rows = torch.cat([batch for rank in ranks for batch in rank]).tolist()
     assert sorted(rows) == sorted(module.validation_windows().tolist())
 
 
@@ -200,7 +200,7 @@ def test_fewer_windows_than_processes_is_refused(text: Path) -> None:
 
 def test_short_split_is_told_once(text: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = data(text)
-    with caplog.at_level(logging.INFO, logger="iskd.data.module"):
+    with caplog.at_level(logging.INFO, logger="iskd.data.windows"):
         for _ in range(3):
             module.calibration(10**9)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from iskd.data import Framing
 from iskd.evaluation import Evaluation, harness
 from iskd.evaluation.evaluator import EvalSpec, check, evaluate
 from iskd.evaluation.harness import TASK_FILES, draw
@@ -313,7 +314,7 @@ def naive(model: PreTrainedModel, text: bytes, window: int) -> tuple[float, floa
 def test_perplexity_and_bits_per_byte_equal_the_slow_way(batch_tokens: int) -> None:
     """Over ASCII a byte is a token, so that both are functions of the same mean."""
     model, text = tiny("gpt2", vocab=257, context=64), "Of cats and dogs, and what they said. " * 6
-    windows = text_windows(text, byte_tokenizer(), tokens=200, window=40)
+    windows = text_windows([text], byte_tokenizer(), tokens=200, window=40, frame=Framing())
     assert windows.ids.shape == (5, 40)
     assert windows.bytes == 5 * 39
     loss = text_loss(model, windows, batch_tokens=batch_tokens, step=ignore)
@@ -325,7 +326,7 @@ def test_perplexity_and_bits_per_byte_equal_the_slow_way(batch_tokens: int) -> N
 @pytest.mark.parametrize("window", [7, 50, 1000])
 def test_bytes_are_those_of_the_scored_tokens(window: int) -> None:
     """Telescoping over characters of several tokens: together the spans are the text."""
-    windows = text_windows(TEXT, byte_tokenizer(), tokens=10_000, window=window)
+    windows = text_windows([TEXT], byte_tokenizer(), tokens=10_000, window=window, frame=Framing())
     tokens = windows.ids.numel()
     text = TEXT.encode()[:tokens]
     heads = len(windows.ids)
@@ -338,7 +339,7 @@ def test_bytes_are_those_of_the_scored_tokens(window: int) -> None:
 
 def test_texts_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a text of 1 tokens, scored in windows of 1, has nothing to score"):
-        text_windows("a", byte_tokenizer(), tokens=100, window=10)
+        text_windows(["a"], byte_tokenizer(), tokens=100, window=10, frame=Framing())
     with pytest.raises(ValueError, match=r"eval\.text=.*nowhere\.txt does not exist"):
         evaluate(model_of(), byte_tokenizer(), EvalSpec(text=str(tmp_path / "nowhere.txt")))
     broken = model_of()

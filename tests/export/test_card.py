@@ -68,8 +68,8 @@ def test_card_says_what_the_files_say(tmp_path: Path) -> None:
         "items of piqa that layers were chosen by: 1",
     ):
         assert said in body
-    assert "Removed 3 of 8 layers: 1-2, 4." in body
-    assert "Replaced the block of layers 5-6 by `iskd.blocks.slim.Slim` (ratio=0.5)." in body
+    assert "Removed 3 of 8 layers: 1, 2, 4." in body
+    assert "Replaced the block of layers 5, 6 by `iskd.blocks.slim.Slim` (ratio=0.5)." in body
     assert "| perplexity | 10 | 12.5 |" in body, "the last stage that was kept"
     assert "| remove 3 | 99 | 99 | 0.1 | undone |" in body
     assert "schedule: Iterative (path=mine.txt, tokens=64)" in body

@@ -68,8 +68,8 @@ def expand(*patterns: str) -> frozenset[str]:
     """Names out of "a.(b|c).weight": every choice of every bracket."""
     found = set()
     for pattern in patterns:
-        parts = [part.strip("()").split("|") for part in re.split(r"(\([^)]*\))", pattern)]
-        found |= {"".join(choice) for choice in itertools.product(*parts)}
+        choices = [piece.strip("()").split("|") for piece in re.split(r"(\([^)]*\))", pattern)]
+        found |= {"".join(choice) for choice in itertools.product(*choices)}
     return frozenset(found)
 
 
@@ -204,10 +204,10 @@ def verdict(loader: Loader | None, family: str, config: Config, shapes: Shapes) 
         return "no"
     if not takes(loader, config, shapes):
         return "no"
-    queries, parts, mlp = WHERE[family]
+    queries, fused, mlp = WHERE[family]
     axis = 1 if family == "gpt2" else 0  # Conv1D: [in, out]
     sizes = {path: next(s for n, s in shapes.items() if f"0.{path}.weight" in n)[axis] for path in (queries, mlp)}
-    fits = sizes[queries] == parts * loader.queries(config) and sizes[mlp] == loader.channels(config)
+    fits = sizes[queries] == fused * loader.queries(config) and sizes[mlp] == loader.channels(config)
     return "yes" if fits else "no"
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import iskd
 from iskd.commands.verify import run
 from iskd.export import verification
-from iskd.export.folder import FACTS, read_facts
 from iskd.export.loading import describe
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json
+from iskd.export.student_files import FACTS, read_facts
 from iskd.export.verification import verify
 from iskd.export.write import export
 from iskd.models import surgery

@@ -101,15 +101,15 @@ def test_chunked_equals_naive_in_value_and_gradient(setting: dict[str, float], c
     scale, softcap = setting.get("scale", 1.0), setting.get("softcap")
     flags = {key: bool(value) for key, value in setting.items() if key not in ("scale", "softcap")}
     fast, slow = Case(**flags), Case(**flags)
-    total, parts = chunked_vocabulary_loss(ALL_TERMS, *fast.inputs(), chunk=chunk, scale=scale, softcap=softcap)
-    expected, expected_parts = naive_vocabulary_loss(ALL_TERMS, *slow.inputs(), scale=scale, softcap=softcap)
+    total, means = chunked_vocabulary_loss(ALL_TERMS, *fast.inputs(), chunk=chunk, scale=scale, softcap=softcap)
+    expected, expected_means = naive_vocabulary_loss(ALL_TERMS, *slow.inputs(), scale=scale, softcap=softcap)
     (total * 0.5).backward()
     (expected * 0.5).backward()
     assert_close(total, expected)
-    assert list(parts) == list(expected_parts) == list(ALL_TERMS)
-    for name, part in parts.items():
-        assert_close(part, expected_parts[name])
-        assert not part.requires_grad
+    assert list(means) == list(expected_means) == list(ALL_TERMS)
+    for name, mean in means.items():
+        assert_close(mean, expected_means[name])
+        assert not mean.requires_grad
     for got, wanted in zip(fast.gradients(), slow.gradients(), strict=True):
         assert_close(got, wanted)
     assert fast.teacher_hidden.grad is None
@@ -574,9 +574,9 @@ def test_the_final_state_is_the_one_after_the_norm() -> None:
     case = Case()
     last = case.teacher_hidden[..., :D]
     student, teacher = Signals(case.labels, last_hidden=case.hidden), Signals(case.labels, last_hidden=last)
-    total, parts = total_loss({"final": (loss, 2.0)}, student, teacher, (case.weight, None), None)
+    total, means = total_loss({"final": (loss, 2.0)}, student, teacher, (case.weight, None), None)
     assert_close(total, 2 * (case.hidden - last).square().mean(-1)[case.labels != IGNORE].mean())
-    assert_close(total.detach(), 2 * parts["final"])
+    assert_close(total.detach(), 2 * means["final"])
     with pytest.raises(ValueError, match="FinalState needs last_hidden"):
         loss(Signals(labels), Signals(labels))
     with pytest.raises(ValueError, match="FinalState needs equal shapes"):
@@ -664,14 +664,14 @@ def test_total_adds_terms_on_logits_and_on_hidden_states() -> None:
     terms: Terms = {"hidden": (match, 0.7), **ALL_TERMS}
     student = Signals(case.labels, last_hidden=case.hidden, hidden={5: state})
     teacher = Signals(case.labels, last_hidden=case.teacher_hidden, hidden={5: target})
-    total, parts = total_loss(terms, student, teacher, (case.weight, case.bias), case.teacher_head, chunk=4)
-    expected, expected_parts = naive_vocabulary_loss(ALL_TERMS, *slow.inputs())
+    total, means = total_loss(terms, student, teacher, (case.weight, case.bias), case.teacher_head, chunk=4)
+    expected, expected_means = naive_vocabulary_loss(ALL_TERMS, *slow.inputs())
     mean = match(student, teacher)[case.labels != IGNORE].mean()
     assert_close(total, expected + 0.7 * mean)
-    assert list(parts) == list(terms)
-    assert_close(parts["hidden"], mean.detach())
-    assert_close(parts["ce"], expected_parts["ce"])
-    assert not any(part.requires_grad for part in parts.values())
+    assert list(means) == list(terms)
+    assert_close(means["hidden"], mean.detach())
+    assert_close(means["ce"], expected_means["ce"])
+    assert not any(mean.requires_grad for mean in means.values())
     total.backward()
     assert state.grad is not None
     assert bool((state.grad[case.labels == IGNORE] == 0).all())
@@ -687,9 +687,9 @@ def test_no_chunk_is_the_reference_and_every_chunk_gives_what_it_gives() -> None
         teacher = Signals(case.labels, last_hidden=case.teacher_hidden, hidden={5: rand(B, T, D, seed=11)})
         terms: Terms = {**CLOSED, "hidden": (HiddenMatch(), 0.7)}
         heads = (case.weight, case.bias), case.teacher_head
-        total, parts = total_loss(terms, student, teacher, *heads, chunk=chunk, scale=0.5, softcap=4.0)
+        total, means = total_loss(terms, student, teacher, *heads, chunk=chunk, scale=0.5, softcap=4.0)
         total.backward()
-        found.append([total.detach(), *parts.values(), *case.gradients(), state.grad])
+        found.append([total.detach(), *means.values(), *case.gradients(), state.grad])
     for whole, chunked, auto in zip(*found, strict=True):
         assert_close(chunked, whole)
         assert_close(auto, whole)
@@ -713,8 +713,8 @@ def test_no_chunk_shows_terms_whole_logits() -> None:
 def test_total_without_a_teacher() -> None:
     case = Case()
     student, head = Signals(case.labels, last_hidden=case.hidden), (case.weight, case.bias)
-    total, parts = total_loss({"ce": (CrossEntropy(), 2.0)}, student, None, head, None)
-    assert_close(total.detach(), 2 * parts["ce"])
+    total, means = total_loss({"ce": (CrossEntropy(), 2.0)}, student, None, head, None)
+    assert_close(total.detach(), 2 * means["ce"])
     with pytest.raises(ValueError, match=r"\['kl'\] use the teacher"):
         total_loss({"kl": (KL(), 1.0)}, student, None, head, None)
 
@@ -723,9 +723,9 @@ def test_a_term_of_weight_zero_is_switched_off() -> None:
     case = Case()
     student, head = Signals(case.labels, last_hidden=case.hidden), (case.weight, case.bias)
     off: Terms = {"kl": (KL(), 0.0), "hidden": (HiddenMatch(), 0.0)}
-    total, parts = total_loss({"ce": (CrossEntropy(), 1.0), **off}, student, None, head, None)
-    assert list(parts) == ["ce"]
-    assert_close(total.detach(), parts["ce"])
+    total, means = total_loss({"ce": (CrossEntropy(), 1.0), **off}, student, None, head, None)
+    assert list(means) == ["ce"]
+    assert_close(total.detach(), means["ce"])
     with pytest.raises(ValueError, match="every loss weight is 0"):
         total_loss(off, student, None, head, None)
 

@@ -75,13 +75,13 @@ def test_value_and_gradient_are_those_of_the_definition(direction: str, kind: ty
     terms: Terms = {"kl": (loss, 0.7), "ce": (CrossEntropy(), 0.2)}
     for chunk in (3, 100, None):
         signals = Signals(labels(), last_hidden=hidden)
-        found, parts = topk_loss(terms, signals, top, (weight, None), chunk=chunk, softcap=softcap)
+        found, means = topk_loss(terms, signals, top, (weight, None), chunk=chunk, softcap=softcap)
         logits = hidden @ weight.T
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         kl = by_definition(loss, logits, top)
         ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels().flatten(), ignore_index=IGNORE)
-        torch.testing.assert_close(parts["kl"], kl.detach())
-        torch.testing.assert_close(parts["ce"], ce.detach())
+        torch.testing.assert_close(means["kl"], kl.detach())
+        torch.testing.assert_close(means["ce"], ce.detach())
         torch.testing.assert_close(found, 0.7 * kl + 0.2 * ce)
         for ours, reference in zip(
             gradients(found, hidden, weight), gradients(0.7 * kl + 0.2 * ce, hidden, weight), strict=True

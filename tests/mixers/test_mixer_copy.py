@@ -33,7 +33,7 @@ def test_grouped_heads_are_copied_exactly(kv_heads: int, rotary: bool) -> None:
     )
     if rotary:
         q, k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(x, torch.arange(9)[None]))
-    k, v = (repeat_kv(part, 6 // kv_heads) for part in (k, v))
+    k, v = (repeat_kv(x, 6 // kv_heads) for x in (k, v))
     weights = (q @ k.mT / 8**0.5).tril()
     wanted = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
     spec = Spec(LINEAR, {"feature_map": "identity", "normalize": False, "conv": 4, "rotary": rotary, "chunk": 4})

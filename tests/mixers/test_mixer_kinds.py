@@ -328,15 +328,15 @@ def test_up_to_its_window_it_is_the_teachers_attention(family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("feature_map", ["hedgehog", "relu"])
 def test_a_window_knows_documents_padding_and_caches(feature_map: str) -> None:
-    """Documents of 4, 9 and 3 tokens in a row, padding in front: as alone, whole or in parts, and as the matrix."""
+    """Documents of 4, 9 and 3 tokens in a row, padding in front: as alone, whole or in pieces, and as the matrix."""
     model = tiny("llama")
     mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 3, "chunk": 5, "feature_map": feature_map})
     surgery.apply(model, Record(4), [Convert(layer, mixer, seed=layer) for layer in range(4)])
     lengths, ids = (4, 9, 3), windows(1, 16)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    alone = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(model(ids, position_ids=positions).logits, alone, atol=2e-5, rtol=1e-4)
-    # five tokens of padding in front, the last document read in parts
+    # five tokens of padding in front, the last document read in pieces
     row, mask = F.pad(ids, (5, 0)), F.pad(torch.ones_like(ids), (5, 0))
     spots = F.pad(positions, (5, 0))
     past = model(row[:, :19], attention_mask=mask[:, :19], position_ids=spots[:, :19], use_cache=True).past_key_values

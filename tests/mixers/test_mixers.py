@@ -19,6 +19,7 @@ from iskd.models import CacheSlot, Stack, surgery
 from iskd.models.cache import StateLayer, cache_held_bytes
 from iskd.plan import Convert, Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, conf_group, louder, mixer_specs, padded, tiny, windows
+from tests.laws import check_beams, check_cache, check_generation, check_padding, check_past, generate, logits, same
 
 SPECS = mixer_specs()
 LINEAR = "iskd.mixers.linear_attention.LinearAttention"
@@ -44,17 +45,8 @@ def student(family: str, name: str) -> PreTrainedModel:
     return converted(family, SPECS[name]).double()
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
 def with_(name: str, **kwargs: Any) -> Spec:
     return Spec(SPECS[name].target, {**SPECS[name].kwargs, **kwargs})
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
 def mixers(model: PreTrainedModel, layers: tuple[int, ...] = LAYERS) -> list[nn.Module]:
@@ -133,15 +125,15 @@ def test_a_cache_goes_on_with_the_last_document_alone(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
 def test_token_by_token_is_all_at_once(name: str) -> None:
-    """Also in parts, in every length of chunk, and behind padding."""
+    """Also in pieces, in every length of chunk, and behind padding."""
     mixer, x = mixer_of(name), randn(2, 11, 48, seed=2)
     positions = (MASK.cumsum(1) - 1).clamp_min(0)
     whole = mixer(x, mask=MASK, positions=positions)
     for lengths in ([1] * 11, [6, 1, 4], [4, 7]):
         cache, outputs, seen = DynamicCache(), [], 0
-        for part, at in zip(x.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True):
-            seen += part.shape[1]
-            outputs.append(mixer(part, mask=MASK[:, :seen], positions=at, cache=CacheSlot(cache, 0)))
+        for piece, at in zip(x.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True):
+            seen += piece.shape[1]
+            outputs.append(mixer(piece, mask=MASK[:, :seen], positions=at, cache=CacheSlot(cache, 0)))
         exact(torch.cat(outputs, dim=1)[MASK.bool()], whole[MASK.bool()])
     for mixer.chunk in (1, 3, 64):
         exact(mixer(x, mask=MASK, positions=positions)[MASK.bool()], whole[MASK.bool()])
@@ -151,8 +143,8 @@ def test_token_by_token_is_all_at_once(name: str) -> None:
 def test_every_part_is_accounted_for(name: str) -> None:
     mixer: Any = converted("llama", SPECS[name]).get_submodule("model.layers.0.self_attn.mixer")
     lines = dict(line.split(" ", 1) for line in mixer.report)
-    parts = {key.removeprefix("projections.").split(".")[0] for key, _ in mixer.named_parameters()}
-    assert parts | {f"{part}_proj" for part in "qkvo"} <= set(lines)
+    own = {key.removeprefix("projections.").split(".")[0] for key, _ in mixer.named_parameters()}
+    assert own | {f"{name}_proj" for name in "qkvo"} <= set(lines)
     known = ("copied", "fresh: ", "dropped: ", "not used: ")
     assert all(line.startswith(known) for line in lines.values()), lines
     assert lines["o_proj"] == "copied"
@@ -196,12 +188,7 @@ def test_a_fresh_mixer_disturbs_no_more_than_no_mixer(name: str) -> None:
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_the_future_does_not_change_the_past(family: str, name: str) -> None:
-    model, ids = student(family, name), windows()
-    whole = logits(model, ids)
-    for seen in (1, 6, 15):
-        changed = logits(model, torch.cat([ids[:, :seen], windows(2, 16 - seen, seed=9)], dim=1))
-        same(changed[:, :seen], whole[:, :seen])
-        assert not torch.allclose(changed[:, seen:], whole[:, seen:])
+    check_past(student(family, name))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -217,39 +204,14 @@ def test_a_mixer_mixes(family: str, name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_padding_does_not_enter_the_state(family: str, name: str) -> None:
     model = student(family, name)
-    ids, mask, positions = padded()
-    batch = logits(model, ids, attention_mask=mask, position_ids=positions)
-    same(batch[:1], logits(student(family, name), ids[:1]))
-    same(batch[1:, -9:], logits(student(family, name), ids[1:, -9:]))
+    check_padding(model)
     right = torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
-    same(
-        logits(model, windows(), attention_mask=right.long())[1:, :9],
-        logits(student(family, name), windows()[1:, :9]),
-    )
-    same(logits(model, ids, attention_mask=torch.ones_like(ids)), logits(model, ids))
+    same(logits(model, windows(), attention_mask=right.long())[1:, :9], logits(model, windows()[1:, :9]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mask_of_eager_attention_is_read_too(family: str) -> None:
-    model = converted(family, SPECS["gla"], attn_implementation="eager")
-    ids, mask, positions = padded()
-    batch = logits(model, ids, attention_mask=mask, position_ids=positions)
-    same(batch[:1], logits(model, ids[:1]))
-    same(batch[1:, -9:], logits(model, ids[1:, -9:]))
-
-
-@torch.no_grad()
-def check_cache(model: PreTrainedModel) -> None:
-    """Reading a window in parts, each with the cache of those before, gives what reading it at once gives."""
-    ids = windows()
-    whole, parts, past = logits(model, ids), [], None
-    for part in ids.split((6, 1, 9), dim=1):
-        output = model(part, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        parts.append(output.logits)
-    assert past is not None
-    assert past.get_seq_length() == 16
-    same(torch.cat(parts, dim=1), whole)
+    check_padding(converted(family, SPECS["gla"], attn_implementation="eager"))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
@@ -278,38 +240,14 @@ def test_variants_of_a_family_host_every_mixer(family: str, config: dict[str, An
     check_generation(model, (9, 7))
 
 
-def generate(model: Any, *, cached: bool, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **options}
-    return model.generate(
-        ids, attention_mask=mask, use_cache=cached, return_dict_in_generate=True, output_scores=True, **options
-    )
-
-
-def check_generation(model: PreTrainedModel, lengths: tuple[int, ...], **options: Any) -> None:
-    """Greedy text and scores of a left-padded batch: with a cache, without, and of each sequence alone."""
-    ids, mask, _ = padded(lengths)
-    with_cache, without = (generate(model, cached=cached, ids=ids, mask=mask, **options) for cached in (True, False))
-    assert torch.equal(with_cache.sequences, without.sequences)
-    for a, b in zip(with_cache.scores, without.scores, strict=True):
-        same(a, b)
-    for row, length in enumerate(lengths):
-        one = ids[row : row + 1, -length:]
-        alone = generate(model, cached=True, ids=one, mask=torch.ones_like(one), **options)
-        assert torch.equal(alone.sequences[0, length:], with_cache.sequences[row, ids.shape[1] :])
-
-
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_generation_with_a_cache_is_generation_without(family: str, name: str) -> None:
-    check_generation(student(family, name), (6, 3))
+    check_generation(student(family, name))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_beams_carry_the_state_with_them(family: str, name: str) -> None:
-    ids, mask, _ = padded((6, 3))
-    model = student(family, name)
-    one, other = (generate(model, cached=cached, ids=ids, mask=mask, num_beams=3) for cached in (True, False))
-    assert torch.equal(one.sequences, other.sequences)
-    same(one.sequences_scores, other.sequences_scores)
+    check_beams(student(family, name))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -321,8 +259,8 @@ def test_the_state_does_not_grow(name: str) -> None:
         past = model(windows(2, tokens), use_cache=True).past_key_values
         assert all(isinstance(layer, StateLayer) for layer in past.layers)
         assert past.get_seq_length() == tokens
-        sizes.append([part.shape for layer in past.layers for part in layer.state])
-        assert all(part.dtype == torch.float32 for layer in past.layers for part in layer.state)
+        sizes.append([tensor.shape for layer in past.layers for tensor in layer.state])
+        assert all(tensor.dtype == torch.float32 for layer in past.layers for tensor in layer.state)
     assert sizes[0] == sizes[1]
 
 

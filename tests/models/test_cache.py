@@ -39,8 +39,8 @@ def prompted(model: PreTrainedModel, ids: Tensor) -> Any:
 def shapes(cache: Any) -> list[list[torch.Size]]:
     found = []
     for layer in cache.layers:
-        parts = layer.state if isinstance(layer, StateLayer) else (layer.keys, layer.values)
-        found.append([part.shape for part in parts])
+        tensors = layer.state if isinstance(layer, StateLayer) else (layer.keys, layer.values)
+        found.append([tensor.shape for tensor in tensors])
     return found
 
 

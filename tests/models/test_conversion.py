@@ -47,10 +47,10 @@ def test_all_but_the_mixer_stays_the_same_objects(family: str, name: str) -> Non
     inside = tuple(f".{stack.family.layers}.{layer}.{stack.family.attn}." for layer in (0, 2))
     after = dict(model.named_parameters())
     for key, (p, value) in before.items():
-        if not any(part in key for part in inside):
+        if not any(word in key for word in inside):
             assert after[key] is p
             assert torch.equal(p, value)
-    assert all(any(part in key for part in inside) for key in after.keys() - before.keys())
+    assert all(any(word in key for word in inside) for key in after.keys() - before.keys())
     new: list[Any] = [stack.layers[layer].get_submodule(stack.family.attn) for layer in (0, 2)]
     fresh = {id(p) for mixer in new for p in mixer.parameters()}
     assert not fresh & {id(p) for p, _ in before.values()}

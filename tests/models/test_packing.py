@@ -17,7 +17,7 @@ from iskd.losses.ce import CrossEntropy
 from iskd.losses.kl import KL
 from iskd.models import surgery
 from iskd.models.hosting import HostedMixer
-from iskd.models.packing import positions_in, with_successor, within
+from iskd.models.packing import Separator, positions_in, with_successor, within
 from iskd.models.signals import IGNORE, next_tokens
 from iskd.models.stack import Stack
 from iskd.models.tokenizers import byte_tokenizer
@@ -27,7 +27,7 @@ from iskd.training.step import DistillModule, OptimSpec
 from tests.factories import FAMILIES, block_specs, louder, mixer_specs, tiny, windows
 from tests.runs import MIXER, SLIM, write_text
 
-SEPARATOR, LENGTHS = 2, (7, 1, 12, 4)
+SEPARATOR, LENGTHS = Separator(2), (7, 1, 12, 4)
 TERMS = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.5)}
 EDITS: dict[str, Edit] = {
     **{f"block {name}": Replace(1, spec) for name, spec in block_specs().items()},
@@ -39,7 +39,7 @@ def documents() -> list[Tensor]:
     """Documents [1, n], each but the last with the separator at its end."""
     found = [windows(1, length, seed=length) for length in LENGTHS]
     for document in found[:-1]:
-        document[:, -1] = SEPARATOR
+        document[:, -1] = SEPARATOR.token
     return found
 
 
@@ -50,12 +50,12 @@ PACKED = torch.cat(documents(), dim=1)
 def differences(model: PreTrainedModel) -> list[float]:
     """By how much the last hidden states of every document in the packed window differ from those of it alone."""
     stack = Stack(model)
-    parts = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
-    return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(parts, documents(), strict=True)]
+    pieces = stack.last_hidden(PACKED).split(LENGTHS, dim=1)
+    return [float((a - stack.last_hidden(b)).abs().max()) for a, b in zip(pieces, documents(), strict=True)]
 
 
-@pytest.mark.parametrize("separator", [None, SEPARATOR])
-def test_the_tokens_with_a_successor_are_those_with_a_label(separator: int | None) -> None:
+@pytest.mark.parametrize("separator", [None, SEPARATOR, Separator(2, begins=True)])
+def test_the_tokens_with_a_successor_are_those_with_a_label(separator: Separator | None) -> None:
     ids = torch.cat([PACKED, windows(1, PACKED.shape[1])])
     labelled = (within(next_tokens(ids), ids, separator) != IGNORE).flatten().nonzero().squeeze(1)
     assert torch.equal(with_successor(ids, separator), labelled)
@@ -95,8 +95,8 @@ def test_a_mixer_looks_at_positions_only_where_they_may_restart(family: str, mon
 
 def test_positions_restart_behind_each_separator() -> None:
     ids = torch.tensor([[5, 2, 2, 6, 7, 2], [2, 5, 6, 7, 8, 9]])
-    assert positions_in(ids, 2).tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
-    labels = within(next_tokens(ids), ids, 2)
+    assert positions_in(ids, SEPARATOR).tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
+    labels = within(next_tokens(ids), ids, SEPARATOR)
     assert labels.tolist() == [[2, IGNORE, IGNORE, 7, 2, IGNORE], [IGNORE, 6, 7, 8, 9, IGNORE]]
     assert within(labels, ids, None) is labels
     assert positions_in(ids, None).tolist() == [[0, 1, 2, 3, 4, 5]]
@@ -129,7 +129,7 @@ def test_so_does_every_student(family: str, name: str) -> None:
     assert max(differences(model)) < 1e-4
 
 
-def module_of(separator: int | None) -> DistillModule:
+def module_of(separator: Separator | None) -> DistillModule:
     teacher = louder(tiny("llama"))
     student, edits = copy.deepcopy(teacher), (Replace(0, SLIM), Convert(1, MIXER), Remove(3))
     record = surgery.apply(student, Record(4), edits)
@@ -180,7 +180,8 @@ def test_the_data_names_the_token_between_documents(tmp_path: Path) -> None:
         return TextData(text, tokenizer, cache_dir=tmp_path / "cache", **options)
 
     assert data().separator is None
-    assert data(boundaries=True).separator == tokenizer.eos_token_id
+    assert data(boundaries=True).separator == Separator(256)
+    assert data(boundaries=True, bos="document").separator == Separator(256, begins=True)
     tokenizer.eos_token = tokenizer.bos_token = None
     with pytest.raises(ValueError, match=r"data\.boundaries=true needs a token between documents"):
         _ = data(boundaries=True).separator

@@ -48,8 +48,8 @@ def test_sizes_and_paths_are_those_of_the_model(name: str) -> None:
     for path in (*family.ups, family.down):
         assert {96, 48} == set(block.get_submodule(path).get_parameter("weight").shape)
     assert block.get_submodule(family.attn).layer_idx == 0
-    for part in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
-        assert part is None or isinstance(stack.base.get_submodule(part), nn.Module)
+    for path in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
+        assert path is None or isinstance(stack.base.get_submodule(path), nn.Module)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -133,12 +133,12 @@ def test_a_slot_counts_tokens_and_refuses_caches_of_fixed_length() -> None:
 def test_a_hosted_block_gets_what_its_host_passes_by_position() -> None:
     seen = {}
 
-    class Probe(Identity):
+    class Seeing(Identity):
         def forward(self, h_BTD: torch.Tensor, **kwargs: object) -> torch.Tensor:
             seen.update(kwargs)
             return h_BTD
 
-    hosted = HostedBlock(Probe(), FAMILIES["gpt2"])
+    hosted = HostedBlock(Seeing(), FAMILIES["gpt2"])
     mask, positions, cache = torch.ones(1), torch.arange(2), DynamicCache()
     hosted(torch.zeros(1, 2, 4), cache, mask, None, position_ids=positions)
     assert seen["mask"] is mask

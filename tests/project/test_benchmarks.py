@@ -124,8 +124,8 @@ def test_caches_with_room_ahead_say_what_a_growing_one_says() -> None:
     model, ids = tiny("llama", head_dim=8), windows(1, 12)
 
     def logits(cache: Any) -> list[torch.Tensor]:
-        parts = (ids[:, :9], *(ids[:, at : at + 1] for at in range(9, 12)))
-        return [model(part, past_key_values=cache, use_cache=True).logits for part in parts]
+        pieces = (ids[:, :9], *(ids[:, at : at + 1] for at in range(9, 12)))
+        return [model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces]
 
     grown = logits(DynamicCache())
     for kind in (decode.IN_PLACE, decode.STATIC):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import options, part, plain, spec
+from iskd.commands.config import object_of, options, plain, spec
 from iskd.commands.resume import resumed
 from iskd.plan.options import RunOptions
 from iskd.schedules.align import Align
@@ -101,13 +101,13 @@ def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
 def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
     config = composed()
     assert RunOptions(**plain(config.run)) == RunOptions()
-    assert part(config.optim) == OptimSpec()
+    assert object_of(config.optim) == OptimSpec()
     edit = ReplaceWith(spec(config.block))
-    assert part(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
-    assert part(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
-    assert part(composed("schedule=none").schedule) == NoEdits()
+    assert object_of(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
+    assert object_of(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
+    assert object_of(composed("schedule=none").schedule) == NoEdits()
     convert = ConvertTo(spec(config.mixer))
-    assert part(composed("schedule=align").schedule, edit=convert) == Align(convert)
+    assert object_of(composed("schedule=align").schedule, edit=convert) == Align(convert)
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:
@@ -170,11 +170,11 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
     OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
     again = composed(f"resume={tmp_path}")
     assert resumed(again, [f"resume={tmp_path}"]).seed == 7
-    changed = composed(f"resume={tmp_path}", "schedule.lr=0.5", "seed=7")
+    changed = composed(f"resume={tmp_path}", "schedule.lr=0.5", "seed=0")
     assert resumed(composed(f"resume={tmp_path}", "seed=7"), ["seed=7"]).schedule.count == 2
-    with pytest.raises(ValueError, match=r"schedule\.lr is 0\.0001 there and 0\.5 here"):
-        resumed(changed, ["schedule.lr=0.5"])
-    with pytest.raises(ValueError, match=r"the preset sets .* to .*; drop the preset"):
+    with pytest.raises(ValueError, match=r"changes schedule\.lr: 0\.0001 -> 0\.5, seed: 7 -> 0; drop"):
+        resumed(changed, ["seed=0", "schedule.lr=0.5"])
+    with pytest.raises(ValueError, match=r"changes .*loss\.ce\..*: .* -> .*; drop that"):
         resumed(composed(f"resume={tmp_path}", "experiment=kd"), ["experiment=kd"])
     moved = composed(f"resume={tmp_path}", "cache_dir=elsewhere", "trainer.progress=false")
     assert resumed(moved, ["cache_dir=elsewhere"]).cache_dir == "elsewhere"
@@ -249,7 +249,7 @@ def test_the_offline_advice_works(tmp_path: Path) -> None:
     """What the error for a missing model suggests, for every model that knows its shape."""
     for model in ("smollm2", "gpt2"):
         advice = [f"model={model}", "model.pretrained=false", "model.num_layers=4"]
-        loaded = load_teacher(part(composed(*advice).model))
+        loaded = load_teacher(object_of(composed(*advice).model))
         assert loaded.model.config.num_hidden_layers == 4
 
 

@@ -29,7 +29,7 @@ from iskd.__main__ import main
 from iskd.commands.arguments import arguments
 from iskd.commands.compose import compose_config
 from iskd.commands.compress import compress
-from iskd.commands.config import part
+from iskd.commands.config import object_of
 from iskd.models.families import FAMILIES
 from iskd.teacher import load_teacher
 from tests.documents import ROOT, Block, blocks_of, calls_of
@@ -188,7 +188,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (f"Sentence number {n} says that {n} plus {n % 7} is {n + n % 7}. " * 8 for n in range(400))
     (folder / "text").write_text("\n\n".join(lines))
     config, _ = compose_config(["model=tiny"])
-    teacher = load_teacher(part(config.model))
+    teacher = load_teacher(object_of(config.model))
     teacher.model.save_pretrained(folder / "model")
     teacher.tokenizer.save_pretrained(folder / "model")
     keys = keys_of_shelf(folder)

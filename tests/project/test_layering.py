@@ -52,19 +52,25 @@ OPEN = {
     "system/faults": "what a step, a checkpoint and the end of a run say of the same fault",
     "system/files": "readers of a run's files go by its limits",
     "system/machine": "one clock and one description of the machine for every measurement",
+    "system/meeting": "before the trainer makes its process group",
     "system/patches": "what another library is made to do, in one file, where it is made to",
+    "system/ranks": "a process among several starts and names nothing by itself",
     "system/reading": "what a field of a file may hold is said where the field is",
+    "system/run_lock": "held by whoever claims a run's folder, handed on to a fresh process",
     "system/precision": "device and precision of passes outside the trainer",
     "system/stop_signals": "the trainer and the parent of a fresh process listen",
+    "system/tables": "tables of metrics, scores and curves, written and read",
     "system/text": "numbers look alike in logs, tables, pages and cards",
+    "system/typed_values": "keys of a config take what the arguments they become take",
     "system/version": "exports say what wrote them",
     "system/watchdog": "started by the trainer",
     "plan/edits": "what else a record may name, and edits in words",
+    "plan/failure": "written where a run fails, read where runs are listed",
     "plan/metric_names": "metrics are logged, drawn and described under one name",
     "plan/options": "the keys of `run:`",
     "plan/reading": "records and stages come back from files of runs, checkpoints and exports",
     "plan/results": "rows of the stage table, and who is the teacher, the student, kept",
-    "plan/run_folder": "names of the files of a run, for everybody who writes or reads one",
+    "plan/run_files": "names of the files of a run, for everybody who writes or reads one",
     "plan/saved_config": "a run's config is taken up, compared, described and logged",
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
     "plan/trainer_settings": "the keys of `trainer:`",
@@ -79,9 +85,11 @@ OPEN = {
     "models/projections": "blocks, mixers and adapters read linear maps in every layout",
     "models/sharding": "every room that touches weights must know shards",
     "models/signals": "labels of windows",
+    "models/skeletons": "teachers and students are bounded by their weights before they are built",
     "models/stack": "a mixer asks for the class of a hosted module",
     "models/surgery": "the only place where structure changes, called as surgery.apply",
     "models/tokenizers": "models are compared only under one tokenizer",
+    "models/model_folder": "what is no model, for teachers and exports alike",
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
     "teacher/bundled": "names of bundled teachers",
@@ -99,7 +107,7 @@ OPEN = {
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
-    "export/folder": "the file by which a folder is known to be an export",
+    "export/student_files": "the file by which a folder is known to be an export",
     "export/verification": "iskd generate speaks the same sentence",
     "training/facts": "what layers were selected by is known before a run",
 }
@@ -118,6 +126,10 @@ LONG = {
     "training/step/module": "one step, and what Lightning asks of whoever makes it",
 }
 
+# Names of faces that only others take: code beside written students, whoever trusts a package, a mixer of one's own.
+FOR_USERS = {("export", "IskdForCausalLM"), ("plan", "allow"), ("mixers", "Attention")}
+OUTSIDE = ("tests", "benchmarks", "experiments")
+
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
     "hydra": {"commands"},
@@ -128,6 +140,7 @@ LIBRARIES = {
         "training/facts",
         "training/finish",
         "training/metrics/loggers",
+        "training/metrics/metrics_file",
         "training/parts",
         "training/progress_bar",
         "training/restart",
@@ -177,14 +190,14 @@ def iskd_imports(file: str) -> list[tuple[str, str, int]]:
     """Imported files of iskd, the name taken from them ("" = the module) and the line; a face is `room/__init__`."""
     found = []
     for dotted, line in dotted_imports(FILES[file]):
-        parts = dotted.split(".")
-        if parts[0] != "iskd":
+        names = dotted.split(".")
+        if names[0] != "iskd":
             continue
-        for end in range(len(parts), 0, -1):
-            name = "/".join(parts[1:end])
+        for end in range(len(names), 0, -1):
+            name = "/".join(names[1:end])
             other = name if name in FILES else f"{name}/__init__" if f"{name}/__init__" in FILES else "__init__"
             if other in FILES and (other != "__init__" or end == 1):
-                found.append((other, ".".join(parts[end:]), line))
+                found.append((other, ".".join(names[end:]), line))
                 break
     return found
 
@@ -337,6 +350,23 @@ def test_a_room_has_a_face(room: str) -> None:
         told = {name.replace(".", "/") for name in re.split(r",\s+", said[1])} - {"nothing of iskd"}
         real = {room_of(other) for file in FILES if room_of(file) == room for other, _, _ in iskd_imports(file)}
         assert told == real - {room, TOP}
+
+
+def test_somebody_takes_every_name_of_a_face() -> None:
+    """Another room, a test, a benchmark or an experiment; `FOR_USERS` lists what only code outside does."""
+    # a face that is imported as a module gives all of its names
+    taken = {
+        (other, name) for file in FILES for other, name, _ in iskd_imports(file) if room_of(file) != room_of(other)
+    }
+    outside = {name for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py") for name, _ in dotted_imports(path)}
+    idle = {
+        (room, name)
+        for room in ROOMS
+        for name in face(room)
+        if not {(f"{room}/__init__", name), (f"{room}/__init__", "")} & taken
+        and f"iskd.{room.replace('/', '.')}.{name}" not in outside
+    }
+    assert idle == FOR_USERS
 
 
 def test_other_rooms_come_in_by_the_face() -> None:

@@ -26,7 +26,7 @@ from iskd.plan import Record, StageResult
 from iskd.plan.reading import record_from_json
 from iskd.plan.renamed import RENAMED, renamed
 from iskd.plan.results import read_stages
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.report.run_list import differing, read_runs
 from tests.conf_defaults import defaults
 from tests.factories import tiny, windows

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
 from iskd.commands import fresh_process
+from iskd.commands.arguments import arguments
 from iskd.commands.build import parts
 from iskd.commands.evaluate import evaluation
 from iskd.commands.find_teacher import find_teacher
@@ -32,19 +33,20 @@ from iskd.export.card import _settings as card_settings
 from iskd.export.probe import _CHILD, ask, differences, reopen
 from iskd.export.probe import _paths as import_paths
 from iskd.export.student import write
+from iskd.export.write import export
 from iskd.importance.task_accuracy import _load as named_tokenizer
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import weight_files
-from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, to_json
+from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, run_folder, to_json
 from iskd.plan.reading import record_from_json
-from iskd.report.run_folder import read_run
+from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
 from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state.checkpoint_files import newest
 from tests.factories import tiny
-from tests.fuzz_kinds import SHARES
+from tests.fuzz_kinds import RUN_FILES, SHARES
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = "lightning.pytorch.loggers"
@@ -522,6 +524,50 @@ def test_hostile_files_are_taken_or_refused() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ten_thousand_hostile_files_are_taken_or_refused(seed: int) -> None:
     check_table(fuzz(10_000, seed), 10_000)
+
+
+def test_every_file_of_a_run_that_is_read_is_attacked() -> None:
+    named = {value for name, value in vars(run_folder).items() if name.endswith("_FILE")}
+    written_only = {run_folder.PLAN_FILE, run_folder.PROFILE_FILE, run_folder.REPORT_FILE, run_folder.RUNS_FILE}
+    written_only |= {run_folder.PICTURE_FILE}
+    of_other_kinds = {run_folder.RECORD_FILE, run_folder.STAGES_FILE}
+    as_another = {run_folder.KEPT_METRICS_FILE}  # read as METRICS_FILE is
+    assert named - written_only - of_other_kinds - as_another == set(RUN_FILES)
+
+
+def test_a_config_beyond_its_weights_makes_no_teacher(tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama", vocab=257), byte_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_teacher(TeacherSpec("any", str(tmp_path))).model.config.num_hidden_layers == 4
+    valid = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("num_hidden_layers", 200_000), ("num_hidden_layers", 4_000), ("intermediate_size", 10**9)):
+        (tmp_path / "config.json").write_text(json.dumps({**valid, key: value, "layer_types": None}))
+        with pytest.raises(ValueError, match=r"must be an integer in|far more"):
+            load_teacher(TeacherSpec("any", str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "train.log", "tensorboard", "checkpoints/.draft-000001-stage"])
+def test_nothing_is_written_through_a_link_of_a_run(name: str, tmp_path: Path, capsys: Any) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (run / name).parent.mkdir(parents=True)
+    outside.mkdir()
+    (run / name).symlink_to(outside)
+    with pytest.raises(SystemExit):
+        arguments([f"resume={run}"])
+    assert "link out of the folder of the run" in capsys.readouterr().err
+    (run / name).unlink()
+    assert arguments([f"resume={run}"])[1] == f"hydra.run.dir={run}"
+
+
+def test_a_draft_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    for name in (".model.draft", "model"):
+        (tmp_path / name).symlink_to(tmp_path / "outside")
+    model, record = student(Remove(1))
+    export(tmp_path / "model", model, record, tiny("llama").config, verify=False)
+    assert not (tmp_path / "model").is_symlink()
+    assert not list((tmp_path / "outside").iterdir())
 
 
 CANARIES = """

@@ -61,7 +61,7 @@ def test_smoke_builds_every_experiment_and_every_block(cache: Path, tmp_path: Pa
         assert forecast(built.schedule, history), "the schedule fits the tiny model"
     teacher = built.teacher.model
     for name in options("block"):
-        config, _ = compose_config([f"block={name}", "debug=smoke"])
+        config, _ = compose_config([f"block={name}", "debug=smoke"], Path("unused"))
         surgery.apply(copy.deepcopy(teacher), Record(4), (Replace(1, spec(config.block)),))
 
 
@@ -72,13 +72,15 @@ def test_every_schedule_is_known_to_the_test() -> None:
 @pytest.mark.parametrize("trainer", options("trainer"))
 def test_smoke_composes_under_every_trainer(trainer: str) -> None:
     for overrides in (["schedule=none"], ["experiment=ild"], ["experiment=subquadratic"]):
-        config, _ = compose_config(["debug=smoke", *overrides, f"trainer={trainer}"])
+        config, _ = compose_config(["debug=smoke", *overrides, f"trainer={trainer}"], Path("unused"))
         assert config.model.name == "tiny"
         assert config.schedule.get("target_layers") is None
     with pytest.raises(ValueError, match="Could not override 'schedule"):
-        compose_config(["debug=smoke", "schedule=none", "schedule.count=2"])
+        compose_config(["debug=smoke", "schedule=none", "schedule.count=2"], Path("unused"))
 
 
 def test_a_key_on_the_command_line_goes_before_smokes() -> None:
-    config, _ = compose_config(["debug=smoke", "schedule.count=3", "schedule.order=alternate", "edit=remove"])
+    config, _ = compose_config(
+        ["debug=smoke", "schedule.count=3", "schedule.order=alternate", "edit=remove"], Path("unused")
+    )
     assert (config.schedule.count, config.schedule.order) == (3, "alternate")

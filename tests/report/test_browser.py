@@ -40,7 +40,7 @@ PHONE, DESK = 360, 1280
 LAYERS = 30
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example-report" / "report.html"
 # Runs in a page around the page under test, whose own width is that of its frame.
-PROBE = """
+MEASURE = """
 onload = () => { document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
   const page = frame.contentDocument, view = frame.contentWindow, out = [];
   for (const folded of page.querySelectorAll("details")) folded.open = true;
@@ -118,7 +118,7 @@ def frame(page: str, width: int, height: int = 900) -> str:
 
 def test_nothing_sticks_out_and_nothing_is_loaded(pages: list[str], tmp_path: Path) -> None:
     frames = "".join(frame(page, width) for page in pages for width in (PHONE, DESK))
-    dom, console = browse(tmp_path, f"{frames}<script>{PROBE}</script>", "--dump-dom")
+    dom, console = browse(tmp_path, f"{frames}<script>{MEASURE}</script>", "--dump-dom")
     title = re.search("<title>(.*?)</title>", dom, flags=re.DOTALL)
     assert title is not None
     found = json.loads(unescape(title.group(1)))

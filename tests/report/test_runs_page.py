@@ -189,7 +189,7 @@ def test_a_sweep_over_mixers_shows_time_and_bytes_against_the_context(tmp_path: 
     assert "cache or state at 512 tokens (MB)" in text, "the longest context at which all were measured"
     assert "Cost against context" in text
     assert "Not measured: run-7 at 2,048 tokens (not enough memory)." in text
-    drawing = next(part for part in page.split("<figure>") if "Time of a token (ms)" in part)
+    drawing = next(figure for figure in page.split("<figure>") if "Time of a token (ms)" in figure)
     legend = Balanced(drawing.split("<figcaption>")[0]).text
     assert legend.count("teacher") == 1
     for number in range(10):

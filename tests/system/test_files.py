@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +53,48 @@ def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_rows_come_back(tmp_path: Path) -> None:
-    rows = [["name", "value"], ['a "quoted", name', "1.5"], ["two\nlines", ""]]
-    with files.write_csv(tmp_path / "rows.csv", rows).open(newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file)) == rows
+def test_a_place_is_cleared_and_no_link_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "kept").write_text("theirs")
+    place = tmp_path / "place"
+    for put in (lambda: place.symlink_to("outside"), lambda: place.symlink_to("none"), place.mkdir, place.touch, str):
+        put()
+        files.clear_place(place)
+        assert not place.is_symlink()
+        assert not place.exists()
+    assert (tmp_path / "outside" / "kept").read_text() == "theirs"
+
+
+def test_only_a_plain_file_within_its_folder_is_read(tmp_path: Path) -> None:
+    """A link out of it may name any file of whoever opens the folder; an endless one, or a pipe, has no end."""
+    folder, outside = tmp_path / "run", tmp_path / "credentials.json"
+    folder.mkdir()
+    outside.write_text("{}")
+    (folder / "plain").write_text("{}")
+    for name, target in {"in": "plain", "out": outside, "up": "../credentials.json", "endless": "/dev/zero"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "over").symlink_to("out")
+    (folder / "round").symlink_to("round")
+    os.mkfifo(folder / "pipe")
+    for name in ("plain", "in"):
+        assert files.read_json(folder / name) == {}
+    for name in ("out", "up", "over", "endless", "pipe", "round"):
+        with pytest.raises((ValueError, OSError), match=r"link out of its folder|not a plain file|symbolic links"):
+            files.read_json(folder / name)
+    assert files.read_json(folder / "out", links=True) == {}
+    for name in ("endless", "pipe"):
+        with pytest.raises(ValueError, match="not a plain file"):
+            files.read_json(folder / name, links=True)
+    with pytest.raises(ValueError, match="more than the 1 that"):
+        files.read_plain(folder / "plain", max_bytes=1)
+    with pytest.raises(ValueError, match="more than the 9 that"):  # a file of the kernel that says it has no byte
+        files.read_plain(Path("/proc/self/status"), max_bytes=9)
+
+
+def test_a_snapshot_of_the_hub_is_one_folder(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (blobs / "4567").write_text("[1]")
+    (snapshot / "record.json").symlink_to("../../blobs/4567")
+    assert files.read_json(snapshot / "record.json") == [1]

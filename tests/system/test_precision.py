@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
+from lightning.fabric.connector import _PRECISION_INPUT_STR, _PRECISION_INPUT_STR_ALIAS
 
 from iskd.system import precision
 
@@ -50,8 +53,12 @@ def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None
         precision.place({"precision": "16-mixed"})
     with pytest.raises(ValueError, match="fp16 overflows"):
         precision.place({"precision": 16})
-    with pytest.raises(ValueError, match=r"trainer.precision=64-true: .* only bf16-mixed and 32-true"):
-        precision.place({"precision": "64-true"})
+    for name in {str(name) for name in (*get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS))}:
+        if name in ("bf16-mixed", "bf16", "32-true", "32"):
+            assert precision.precision(name, "cpu") == {"bf16": "bf16-mixed", "32": "32-true"}.get(name, name)
+            continue
+        with pytest.raises(ValueError, match=rf"trainer\.precision={name}: .* bf16-mixed or 32-true"):
+            precision.precision(name, "cpu")
     with pytest.raises(ValueError, match="device=gpu is no device: choose auto, cpu or cuda"):
         precision.device_of("gpu")
 

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from iskd.commands import build
 from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.system.ranks import global_rank
-from iskd.system.stop_signals import EXIT_CODE, Handler, Preempted, StopSignals, stop_signals
+from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, Handler, Preempted, StopSignals, stop_signals
 from iskd.training.state import checkpoint, checkpoint_files
 from tests.commands.test_cli import ROOT, command
 from tests.factories import CONF
@@ -41,7 +41,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SUBMITIT_EXECUTO
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (*RANKS, "ISKD_RESUME"):
         monkeypatch.delenv(name, raising=False)
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -59,16 +59,16 @@ def send(number: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_a_mark(number: int) -> None:
     before = signal.getsignal(number)
-    signals = StopSignals()
-    signals.install()
-    assert signals.received is None
+    caught = StopSignals()
+    caught.install()
+    assert caught.received is None
     send(number)
     send(signal.SIGTERM)
-    assert signals.received == number, "the first one counts"
-    signals.hand_on()  # nothing was there before
-    signals.uninstall()
+    assert caught.received == number, "the first one counts"
+    caught.hand_on()  # nothing was there before
+    caught.uninstall()
     assert signal.getsignal(number) == before
-    assert signals.received == number
+    assert caught.received == number
 
 
 def test_handlers_of_lightning_are_replaced_and_those_of_before_handed_on() -> None:
@@ -76,18 +76,18 @@ def test_handlers_of_lightning_are_replaced_and_those_of_before_handed_on() -> N
     signal.signal(signal.SIGTERM, lambda number, frame: calls.append(("before", number)))
     lightnings = cast(Handler, _HandlersCompose([lambda number, frame: calls.append(("lightning", int(number)))]))
     signal.signal(signal.SIGUSR1, lightnings)
-    signals = StopSignals()
-    signals.install()
+    caught = StopSignals()
+    caught.install()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # as Lightning does between on_fit_start and on_train_start
         signal.signal(number, lightnings)
-    signals.install()
+    caught.install()
     send(signal.SIGUSR1)
     send(signal.SIGTERM)
-    assert signals.received == signal.SIGUSR1
+    assert caught.received == signal.SIGUSR1
     assert calls == []
-    signals.hand_on()
+    caught.hand_on()
     assert calls == [("before", signal.SIGTERM)]
-    signals.uninstall()
+    caught.uninstall()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
@@ -96,27 +96,41 @@ def test_handlers_that_exit_or_fail_are_not_hidden() -> None:
         sys.exit(144)
 
     signal.signal(signal.SIGTERM, requeue)
-    signals = StopSignals()
-    signals.install()
+    caught = StopSignals()
+    caught.install()
     send(signal.SIGTERM)
     with pytest.raises(SystemExit, match="144"):
-        signals.hand_on()
+        caught.hand_on()
 
 
 def test_the_signal_of_a_submitit_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1)
+    always = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    assert stop_signals() == always
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    assert stop_signals() == (*always, signal.SIGUSR2)
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    assert stop_signals() == (signal.SIGTERM, signal.SIGUSR1)
+    assert stop_signals() == always
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR7")
     with pytest.raises(ValueError, match="SUBMITIT_PREEMPT_SIGNAL=USR7"):
         stop_signals()
 
 
+def test_the_second_ctrl_c_ends_the_process() -> None:
+    """The system itself ends it: a handler would wait for whatever the first one waits for."""
+    signals = StopSignals()
+    signals.install()
+    send(signal.SIGINT)
+    signals.install()  # as at the start of training, after Lightning
+    assert signals.received == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    signals.hand_on()  # the handler of before would raise KeyboardInterrupt
+    signals.uninstall()
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
 def test_other_threads_install_nothing() -> None:
-    signals, before = StopSignals(), signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=signals.install)
+    caught, before = StopSignals(), signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=caught.install)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -143,6 +157,9 @@ def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: p
     stop = Preempted(Path("runs/x"))
     assert stop.code == (EXIT_CODE if rank == 0 else 0)
     assert "resume=runs/x" in stop.message
+    by_user = Preempted(Path("runs/x y"), number=signal.SIGINT)
+    assert by_user.code == (INTERRUPTED if rank == 0 else 0)
+    assert by_user.message.endswith("continue with 'resume=runs/x y'"), "to be pasted"
 
 
 def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,16 +299,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stopped_runs_save_and_continue_bit_for_bit(place: Path) -> None:
-    """SIGTERM in the first stage, SIGUSR1 after the resume, then the same command line to the end."""
+    """Ctrl-C in the first stage, SIGUSR1 after the resume, then the same command line to the end."""
     run_dir = place / "stopped"
     before = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number, expected in ((signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, EXIT_CODE)):
         process = start("resume=auto", f"hydra.run.dir={run_dir}", cwd=place)
         wait_for(process, lambda: any(run_dir.glob("checkpoints/*-stage")) and trained(run_dir) > before)  # noqa: B023
         process.send_signal(number)
         code, output = end(process)
-        assert code == EXIT_CODE, output
-        assert f"resume={run_dir}" in output
+        assert code == expected, output
+        assert output.splitlines()[-1].endswith(f"everything is saved: continue with resume={run_dir}")
+        assert "Traceback" not in output
         logged = [float(row.split(",")[column]) for column, row in rows_of(run_dir / "metrics.csv")]
         assert 0 <= trained(run_dir) - max(logged) <= STEP_TOKENS
         assert trained(run_dir) > before

@@ -28,7 +28,7 @@ from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import cache, row_store
 from iskd.teacher.cache import TeacherCache
-from iskd.teacher.cache_rows import CacheSpec, RowFormat, check_terms_cached
+from iskd.teacher.cache_rows import RowFormat, TeacherCacheSpec, check_terms_cached
 from iskd.training import run
 from iskd.training.step import DistillModule, OptimSpec
 from tests.factories import VOCAB, tiny, windows
@@ -36,7 +36,7 @@ from tests.runs import BOTTLENECK, TOKENS, Crash, make_parts, write_text
 
 TEXTS = windows(10).numpy().astype(np.uint16)
 CHUNK = 48  # tokens: three windows in a chunk, the last chunk has one
-HIDDEN, TOP = CacheSpec(chunk_tokens=CHUNK), CacheSpec("topk", top_k=5, chunk_tokens=CHUNK)
+HIDDEN, TOP = TeacherCacheSpec(chunk_tokens=CHUNK), TeacherCacheSpec("topk", top_k=5, chunk_tokens=CHUNK)
 SPECS = pytest.mark.parametrize("spec", [HIDDEN, TOP], ids=["hidden", "topk"])
 
 
@@ -79,7 +79,7 @@ def files(cache: TeacherCache) -> list[str]:
 
 
 @SPECS
-def test_rows_are_what_the_teacher_says(spec: CacheSpec, tmp_path: Path) -> None:
+def test_rows_are_what_the_teacher_says(spec: TeacherCacheSpec, tmp_path: Path) -> None:
     model = teacher()
     cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill(batch_size=2)
     asked = [7, 0, 7, 9]
@@ -101,11 +101,11 @@ def test_rows_are_what_the_teacher_says(spec: CacheSpec, tmp_path: Path) -> None
         cache.read([10])
 
 
-def parts(terms: Terms, model: PreTrainedModel, cache: TeacherCache | None) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(terms: Terms, model: PreTrainedModel, cache: TeacherCache | None) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of a step on windows 4 and 1."""
     student = copy.deepcopy(model)
     record = surgery.apply(student, Record(2), [Remove(1)])
-    module = DistillModule(student, copy.deepcopy(model), terms, OptimSpec(), record, cache=cache)
+    module = DistillModule(student, copy.deepcopy(model), terms, OptimSpec(), record, teacher_cache=cache)
     loss = module.step(windows(10)[[4, 1]], *([] if cache is None else [cache.read([4, 1])])).loss
     loss.backward()
     return loss.detach(), [p.grad for p in student.parameters() if p.grad is not None]
@@ -116,9 +116,9 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
     """Relative to the loss, and to the length of the gradient; both are 2^-11 or 2^-8 per number."""
     terms: Terms = {"kl": (KL(temperature=2), 1.0), "ce": (CrossEntropy(), 0.1), "end": (FinalState(), 1.0)}
     model = teacher()
-    spec = CacheSpec(dtype=dtype, chunk_tokens=CHUNK)
+    spec = TeacherCacheSpec(dtype=dtype, chunk_tokens=CHUNK)
     cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
-    (loss, grads), (live, live_grads) = parts(terms, model, cache), parts(terms, model, None)
+    (loss, grads), (live, live_grads) = loss_and_gradients(terms, model, cache), loss_and_gradients(terms, model, None)
     assert abs(loss - live) <= tolerance * live
     for ours, reference in zip(grads, live_grads, strict=True):
         assert (ours - reference).norm() <= tolerance * reference.norm()
@@ -126,11 +126,11 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
 
 def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Path) -> None:
     terms, model = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1)}, teacher()
-    live, live_grads = parts(terms, model, None)
+    live, live_grads = loss_and_gradients(terms, model, None)
     found = []
     for k in (4, 32, VOCAB - 1):
-        cache = TeacherCache.open(model, TEXTS, tmp_path, CacheSpec("topk", top_k=k)).fill()
-        found.append(parts(terms, model, cache))
+        cache = TeacherCache.open(model, TEXTS, tmp_path, TeacherCacheSpec("topk", top_k=k)).fill()
+        found.append(loss_and_gradients(terms, model, cache))
     losses = [float(loss) for loss, _ in found]
     assert losses[0] < losses[1] < losses[2]
     # nothing is merged with K = V - 1: what differs is fp16
@@ -140,11 +140,11 @@ def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Pa
 
 
 @SPECS
-def test_steps_under_autocast_are_close_to_the_live_teachers(spec: CacheSpec, tmp_path: Path) -> None:
+def test_steps_under_autocast_are_close_to_the_live_teachers(spec: TeacherCacheSpec, tmp_path: Path) -> None:
     model = teacher()
     with torch.autocast("cpu", torch.bfloat16):
         cache = TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
-        (loss, grads), (live, live_grads) = (parts({"kl": (KL(), 1.0)}, model, c) for c in (cache, None))
+        (loss, grads), (live, live_grads) = (loss_and_gradients({"kl": (KL(), 1.0)}, model, c) for c in (cache, None))
     assert 0 < loss <= 1.01 * live
     if spec.kind == "hidden":
         assert loss == pytest.approx(float(live), rel=1e-2)
@@ -152,7 +152,7 @@ def test_steps_under_autocast_are_close_to_the_live_teachers(spec: CacheSpec, tm
 
 
 @SPECS
-def test_a_sweep_pays_for_one_teacher_pass(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
+def test_a_sweep_pays_for_one_teacher_pass(spec: TeacherCacheSpec, passes: Passes, tmp_path: Path) -> None:
     first = TeacherCache.open(teacher(), TEXTS, tmp_path, spec).fill()
     assert passes.windows == 10
     for _ in range(2):
@@ -163,7 +163,7 @@ def test_a_sweep_pays_for_one_teacher_pass(spec: CacheSpec, passes: Passes, tmp_
 
 
 @SPECS
-def test_a_killed_build_goes_on_where_it_was(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_where_it_was(spec: TeacherCacheSpec, passes: Passes, tmp_path: Path) -> None:
     whole = TeacherCache.open(teacher(), TEXTS, tmp_path / "whole", spec).fill(batch_size=1)
     passes.windows, passes.left = 0, 6
     with pytest.raises(Crash):
@@ -176,7 +176,7 @@ def test_a_killed_build_goes_on_where_it_was(spec: CacheSpec, passes: Passes, tm
 
 
 @SPECS
-def test_only_the_windows_that_are_read_are_paid_for(spec: CacheSpec, passes: Passes, tmp_path: Path) -> None:
+def test_only_the_windows_that_are_read_are_paid_for(spec: TeacherCacheSpec, passes: Passes, tmp_path: Path) -> None:
     whole = rows(TeacherCache.open(teacher(), TEXTS, tmp_path / "whole", spec).fill(batch_size=1))
     passes.windows = 0
     for asked, paid in ([7, 2], 2), ([2, 7, 2], 2), ([8, 2], 3):
@@ -307,9 +307,9 @@ def test_a_cache_belongs_to_one_teacher_one_text_and_one_kind(monkeypatch: pytes
             (teacher(seed=1), TEXTS, HIDDEN, "a"),
             (touched, TEXTS, HIDDEN, "a"),
             (teacher(rms_norm_eps=1e-3), TEXTS, HIDDEN, "a"),
-            (teacher(), TEXTS, CacheSpec(dtype="bfloat16", chunk_tokens=CHUNK), "a"),
+            (teacher(), TEXTS, TeacherCacheSpec(dtype="bfloat16", chunk_tokens=CHUNK), "a"),
             (teacher(), TEXTS, TOP, "a"),
-            (teacher(), TEXTS, CacheSpec("topk", top_k=6, chunk_tokens=CHUNK), "a"),
+            (teacher(), TEXTS, TeacherCacheSpec("topk", top_k=6, chunk_tokens=CHUNK), "a"),
         ]
     }
     assert len(folders) == 11
@@ -369,7 +369,7 @@ def test_a_run_in_bf16_keeps_what_its_own_teacher_says(tmp_path: Path) -> None:
         folder = tmp_path / precision
         schedule = Iterative(ReplaceWith(BOTTLENECK), layers=[2], tokens=4 * TOKENS)
         made = make_parts(folder, text, folder / "shards", schedule=schedule, trainer={"precision": precision})
-        run(replace(made, cache=CacheSpec(), terms={"kl": (KL(), 1.0)}))
+        run(replace(made, teacher_cache=TeacherCacheSpec(), terms={"kl": (KL(), 1.0)}))
         (meta,) = folder.glob("teacher/*/meta.json")
         assert json.loads(meta.read_text())["autocast"] == expected
 
@@ -380,9 +380,9 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
         Stack(loud).base.get_submodule("norm").get_parameter("weight").mul_(1e6)
     with pytest.raises(ValueError, match=r"not finite in float16: use teacher\.dtype=bfloat16"):
         TeacherCache.open(loud, TEXTS, tmp_path, HIDDEN).fill()
-    TeacherCache.open(loud, TEXTS, tmp_path, CacheSpec(dtype="bfloat16")).fill()
+    TeacherCache.open(loud, TEXTS, tmp_path, TeacherCacheSpec(dtype="bfloat16")).fill()
     with pytest.raises(ValueError, match=rf"teacher\.top_k={VOCAB} leaves no rest of {VOCAB} tokens"):
-        TeacherCache.open(teacher(), TEXTS, tmp_path, CacheSpec("topk", top_k=VOCAB)).fill()
+        TeacherCache.open(teacher(), TEXTS, tmp_path, TeacherCacheSpec("topk", top_k=VOCAB)).fill()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 100))
     with pytest.raises(ValueError, match=r"teacher\.cache=topk needs .* GB in .* are free; set data\.max_train_tokens"):
@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
 )
 def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CacheSpec(**values)
+        TeacherCacheSpec(**values)
 
 
 class Agreement:
@@ -430,5 +430,5 @@ def test_the_module_refuses_a_cache_that_its_losses_cannot_use(tmp_path: Path) -
     cache = TeacherCache.open(model, TEXTS, tmp_path, HIDDEN).fill()
     with pytest.raises(ValueError, match=r"loss\.hidden compares"):
         DistillModule(
-            copy.deepcopy(model), model, {"hidden": (HiddenMatch(), 1.0)}, OptimSpec(), Record(2), cache=cache
+            copy.deepcopy(model), model, {"hidden": (HiddenMatch(), 1.0)}, OptimSpec(), Record(2), teacher_cache=cache
         )

@@ -20,6 +20,7 @@ from iskd.models.weights import weight_files, weights_sha256
 from iskd.system import file_sha256
 from iskd.teacher import bundled
 from iskd.teacher.__main__ import main
+from iskd.teacher.given import given_teacher
 from iskd.teacher.load import Loaded, TeacherSpec, build_config, load_teacher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -233,7 +234,7 @@ def test_an_incomplete_directory_is_refused_by_the_name_of_what_it_lacks(saved: 
     with pytest.raises(ValueError, match=rf"model\.safetensors.*{len(whole) - 100:,}|{len(whole) - 100}"):
         load_teacher(spec)
 
-    save_file({key: value for key, value in weights.items() if "layers.1." not in key}, directory / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if "1.mlp." not in key}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=r"weights lack \d+ parameters"):
         load_teacher(spec)
 
@@ -366,3 +367,19 @@ def test_smollm2_speaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     with torch.no_grad():
         best = int(loaded.model(input_ids=ids).logits[0, -1].argmax())
     assert loaded.tokenizer.decode([best]) == " Paris"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_the_name_of_their_tensor(
+    value: float, saved: tuple[Loaded, Path]
+) -> None:
+    loaded, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 3] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 of 512 values of {name} are nan or infinite"):
+        load_teacher(TeacherSpec("saved", path=str(folder)))
+    loaded.model.get_parameter(name).data[0, 3] = value
+    with pytest.raises(ValueError, match=f"{name} are nan or infinite"):
+        given_teacher(loaded.model, loaded.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.oneshot import Oneshot
 from iskd.training import deciding, stages
-from iskd.training.deciding import check_importance
+from iskd.training.deciding import check_importance, no_better_than_guessing
 from iskd.training.parts import Parts
 from iskd.training.runner import run
 from tests.runs import TOKENS, make_parts, write_text
@@ -120,3 +121,12 @@ def test_scores_that_cannot_be_had_are_refused_before_anything_runs() -> None:
         check_importance(scored, Fixed(order=[2, 0, 1]))
     check_importance(Iterative(RemoveLayers(), count=2, tokens=0), Fixed(order=[2, 0, 1]))
     check_importance(Iterative(RemoveLayers(), layers=[1], tokens=0), None)
+
+
+@pytest.mark.parametrize(
+    ("ppl", "teacher", "told"),
+    [(256.0, 20.0, False), (257.0, 20.0, True), (math.nan, 20.0, True), (math.inf, 20.0, True), (300.0, 260.0, False)],
+)
+def test_a_student_that_guesses_is_told(ppl: float, teacher: float, told: bool) -> None:
+    said = no_better_than_guessing({"ppl": ppl, "teacher_ppl": teacher}, 257)
+    assert ("not below the 257 of guessing" in said) == told

@@ -57,10 +57,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     value: float, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An infinite loss with finite gradients too; weights and moments stay as they are, and the run goes on."""
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss + value, r.parts) if n == 8 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss + value, r.terms) if n == 8 else r)
     before: list[dict[str, Tensor]] = []
     parts = make(tmp_path / "run")
-    for batch in (6, 8):  # the poisoned micro-batch is the first of the fourth step (two calls are the probe's)
+    for batch in (6, 8):  # the poisoned micro-batch is the first of the fourth step (two calls are the plan's)
         parts.callbacks.append(
             At(batch, lambda m: before.append({k: v.clone() for k, v in model_tensors(m.student).items()}))
         )
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_steps_that_stay_not_finite_end_the_run(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n > 7 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.terms) if n > 7 else r)
     with pytest.raises(
         NonFiniteError, match=r"in 3 optimizer steps in a row \(run.max_skipped=2\) at \d+ tokens.*Last good"
     ):
@@ -159,9 +159,6 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on(
             parts.callbacks.append(At(place, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
         else:
             interrupt(patch.setattr, place, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        if place == 24:  # nothing is left to do but to finish
-            assert same(weights(run(parts)), weights(whole))
-            return
         with pytest.raises(SystemExit) as stop:
             run(parts)
     assert stop.value.code == 143

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,9 @@ from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import surgery
 from iskd.plan import Record, Remove
 from iskd.plan.options import RunOptions
-from iskd.plan.run_folder import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE
+from iskd.system import Preempted
+from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
 from iskd.training import facts, finish
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState
@@ -52,13 +57,13 @@ def parts(tmp_path: Path) -> Parts:
     return replace(made, export=True, options=options, evaluation=SPEC, teacher=replace(made.teacher, source=source))
 
 
-def ended(parts: Parts, trainer: Any = None) -> Result:
+def ended(parts: Parts, trainer: Any = None, signals: StopSignals | None = None) -> Result:
     """The end of a run whose student has lost a layer."""
     teacher = parts.teacher.model
     record = Record(4).extended([Remove(1)])
     module: Any = SimpleNamespace(student=surgery.rebuild(teacher, record), teacher=teacher)
     state = RunState(record=record, results=[stage(0, scores=None), stage(1, scores=None)])
-    return finish.finish(parts, trainer or Trainer(parts.run_dir), module, state)
+    return finish.finish(parts, trainer or Trainer(parts.run_dir), module, state, signals or StopSignals())
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +177,7 @@ def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
     overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     keys = ["debug=smoke", f"cache_dir={tmp_path}/cache", "eval=quick", *overrides]
-    config, _ = compose_config(keys)
+    config, _ = compose_config(keys, Path("unused"))
     with pytest.raises(ValueError, match=message):
         build.parts(config, tmp_path / "run")
     assert not (tmp_path / "run" / CONFIG_FILE).exists(), "the folder is free for the next try"
@@ -181,3 +186,44 @@ def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
 def test_items_that_chose_layers_are_known() -> None:
     assert facts.selected(TaskAccuracy(tasks=["copy"], items=8)).keys() == {"copy"}
     assert facts.selected(object()) == {}
+
+
+@pytest.mark.parametrize("place", ["export", "write_report", "efficiency.measure", "evaluate", "log_end"])
+def test_a_signal_ends_what_comes_after_training(place: str, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes: the other ranks are let go, what was finished stays, and nothing is half-written."""
+    quick(monkeypatch)
+    owner, _, name = place.rpartition(".")
+    target = finish.efficiency if owner else finish
+    number = signal.SIGINT if place == "evaluate" else signal.SIGTERM
+
+    def stopped(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        pytest.fail("the work went on")
+
+    monkeypatch.setattr(target, name, stopped)
+    trainer, signals = Trainer(parts.run_dir), StopSignals()
+    signals.install()
+    try:
+        with pytest.raises(Preempted) as stop:
+            ended(parts, trainer, signals)
+    finally:
+        signals.uninstall()
+    assert stop.value.code == (INTERRUPTED if number == signal.SIGINT else EXIT_CODE)
+    assert {"stages.json", "record.json"} <= trainer.there, "the others were let go after the tables were written"
+    there = {path.name for path in parts.run_dir.iterdir()}
+    assert not any("draft" in name for name in there)
+    assert ("model" in there) == (place not in ("export", "write_report"))
+    assert signals._saved is None
+
+
+def test_a_signal_of_before_ends_it_at_its_start(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "export", lambda *_, **__: pytest.fail("exported"))
+    signals = StopSignals()
+    signals.install()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Preempted):
+            ended(parts, None, signals)
+    finally:
+        signals.uninstall()

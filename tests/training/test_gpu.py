@@ -1,6 +1,6 @@
 """What only a CUDA device can show: NCCL, bf16 autocast on edited blocks, a run from its command line to its export.
 
-Run with `make test-gpu`. One device is enough; with two, two processes share a run as in tests/system/test_ranks.py.
+Run with `make test-gpu`. One device is enough; with two, two processes share a run as in tests/training/test_ranks.py.
 FSDP2 is edited with whatever torch is installed: if this file passes, the minor may be added to
 `iskd.models.sharding.TESTED`.
 """
@@ -209,7 +209,7 @@ def test_recomputed_blocks_draw_the_same_random_numbers(family: str, how: Any) -
 
 def test_a_step_that_is_not_finite_is_skipped_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By fused AdamW's own flag: weights after the skipped step are those before it."""
-    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.parts) if n == 8 else r)
+    break_steps(monkeypatch, lambda n, _, r: StepResult(r.loss * float("nan"), r.terms) if n == 8 else r)
     parts = make_parts(
         tmp_path / "run",
         write_text(tmp_path),

@@ -163,7 +163,7 @@ def test_the_module_is_told_where_it_stands(make: Callable[..., Parts], tmp_path
 
     def watched(input_ids: torch.Tensor, *args: Any) -> Any:
         at = plain.module.position
-        if not plain.seen:  # the plan's probe of one step
+        if not plain.seen:  # the step that the plan measures
             return step(input_ids, *args)
         assert at.rate > 0
         places.append((at.tokens, at.stage_number, at.step))

@@ -66,7 +66,7 @@ class Rotary:
         if x_BTHK.device not in self._made:
             with torch.device(x_BTHK.device), torch.inference_mode(False):
                 self._made[x_BTHK.device] = self._kind(self._config)
-        cos, sin = (part.unsqueeze(2) for part in self._made[x_BTHK.device](x_BTHK, positions_BT))
+        cos, sin = (table.unsqueeze(2) for table in self._made[x_BTHK.device](x_BTHK, positions_BT))
         turned, rest = x_BTHK.split([cos.shape[-1], x_BTHK.shape[-1] - cos.shape[-1]], dim=-1)
         left, right = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-right, left], dim=-1) * sin

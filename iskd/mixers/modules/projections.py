@@ -27,7 +27,7 @@ class Projections(nn.Module):
 
     Attributes:
         heads, kv_heads, head_dim: query heads H, key-value heads G and their width K, as the mixer sees them.
-        report: what became of each part of the attention, a line each.
+        report: what became of each projection and norm of the attention, a line each.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Projections(nn.Module):
         old_attn: nn.Module,
         stack: Stack,
         *,
-        parts: str = "qkvo",
+        names: str = "qkvo",
         expand: bool = False,
         heads: int | None = None,
         init: str = "copy",
@@ -65,7 +65,7 @@ class Projections(nn.Module):
         Args:
             old_attn: the attention; a module of `stack`'s family.
             stack: the model it comes from.
-            parts: which of q, k, v and o the mixer has a place for.
+            names: which of q, k, v and o the mixer has a place for.
             expand: repeat the key-value heads to one per query head.
             heads: so many heads instead of the attention's, of the width that keeps their sum; implies `expand`.
             init: "copy", or "random" to draw the weights anew: the ablation of copying.
@@ -85,18 +85,18 @@ class Projections(nn.Module):
         inside = f"{stack.family.attn}."
         out = old_attn.get_submodule(stack.family.out.removeprefix(inside))
         found["o"] = (weight_of(out), getattr(out, "bias", None))
-        layers = {name: linear(*found[name]) for name in parts}
-        names = {path.split(".")[-1][0]: path.removeprefix(inside) for path in stack.family.qk_norms}
+        layers = {name: linear(*found[name]) for name in names}
+        norm_paths = {path.split(".")[-1][0]: path.removeprefix(inside) for path in stack.family.qk_norms}
         norms = {
             name: copy.deepcopy(old_attn.get_submodule(path))
-            for name, path in names.items()
-            if name in parts and hasattr(old_attn, path)
+            for name, path in norm_paths.items()
+            if name in names and hasattr(old_attn, path)
         }
         if init == "random":
             _redraw(layers.values(), norms.values(), float(getattr(stack.config, "initializer_range", 0.02)))
         verb = "copied" if init == "copy" else "fresh: mixer.init=random"
         regrouped = sizes[0] if sizes[2] != width else None
-        report = [f"{name}_proj {verb}{_heads(name, verb, groups, repeats, regrouped)}" for name in parts]
+        report = [f"{name}_proj {verb}{_heads(name, verb, groups, repeats, regrouped)}" for name in names]
         report += [f"{name}_norm {verb}" for name in norms]
         return cls(layers, norms, sizes=sizes, inner_dim=width, report=report)
 

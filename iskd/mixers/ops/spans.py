@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 # Up to here spans grow token by token, then two by two: single tokens are too little work for a matrix product.
 LEAF = 8
-# The axis of tokens in each part of a span; the one before it numbers the spans.
+# The axis of tokens in each tensor of a span; the one before it numbers the spans.
 TOKENS = (-3, -3, -2, -2)
 
 

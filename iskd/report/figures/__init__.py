@@ -5,8 +5,7 @@ Imports: system, plan, evaluation.
 
 from __future__ import annotations
 
-from iskd.report.figures.edit_map import draw_edit_map
-from iskd.report.figures.style import figure_of, short_label, to_svg
+from iskd.report.figures.style import figure_of, short_label
 from iskd.report.figures.tradeoff import pareto_front
 
-__all__ = ["draw_edit_map", "figure_of", "pareto_front", "short_label", "to_svg"]
+__all__ = ["figure_of", "pareto_front", "short_label"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from iskd.plan import StageResult
-from iskd.plan.run_folder import RECORD_FILE, STAGES_FILE
+from iskd.plan.run_files import RECORD_FILE, STAGES_FILE
 from iskd.report.figures.style import PALETTE, SQUARES, figure_of, short_label, to_svg
 
 if TYPE_CHECKING:

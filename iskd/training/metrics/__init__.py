@@ -7,8 +7,17 @@ Imports: system, plan, report, training.step.
 
 from __future__ import annotations
 
-from iskd.training.metrics.loggers import log_end, log_row, log_start, log_values
-from iskd.training.metrics.metrics_file import keep_metrics, merge_metrics
+from iskd.training.metrics.loggers import log_end, log_row, log_start, log_values, tracked_as
+from iskd.training.metrics.metrics_file import MetricsFile, keep_metrics
 from iskd.training.metrics.stage_clock import StageClock
 
-__all__ = ["StageClock", "keep_metrics", "log_end", "log_row", "log_start", "log_values", "merge_metrics"]
+__all__ = [
+    "MetricsFile",
+    "StageClock",
+    "keep_metrics",
+    "log_end",
+    "log_row",
+    "log_start",
+    "log_values",
+    "tracked_as",
+]

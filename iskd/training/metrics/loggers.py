@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -13,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY, X_AXIS
 from iskd.plan.results import student_of
-from iskd.plan.run_folder import (
+from iskd.plan.run_files import (
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -23,16 +26,21 @@ from iskd.plan.run_folder import (
     RECORD_FILE,
     REPORT_FILE,
     STAGES_FILE,
+    TRACKING_FILE,
 )
 from iskd.plan.saved_config import read_config
 from iskd.plan.summary import summary
 from iskd.report.run_page import picture
+from iskd.system import Json, read_json, write_whole
+from iskd.system.reading import is_integer
 
 #: Columns of the table of stages; the fields of `StageResult`, numbers as numbers.
 COLUMNS = (
     *("index", "name", "status", "params", "block_params", "ppl", "kl", "top1", "retention"),
     *("tokens", "seconds", "train_tokens_per_s", "tokens_per_s"),
 )
+_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+_MOST = 100  # resumes that are listed
 _LIGHTNINGS_AXIS = "trainer/global_step"
 _FILES = (
     *(STAGES_FILE, REPORT_FILE, PICTURE_FILE, CONFIG_FILE, RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE),
@@ -41,8 +49,15 @@ _FILES = (
 
 
 @rank_zero_only
-def log_start(loggers: Iterable[Logger], run_dir: Path) -> None:
-    """Name the axis of every curve and hand over the run's config; to be called before the first row."""
+def log_start(loggers: Iterable[Logger], run_dir: Path, resumed_at: int | None = None) -> None:
+    """Name the axis of every curve and hand over the run's config; to be called before the first row.
+
+    Args:
+        loggers: those of the trainer.
+        run_dir: the run's.
+        resumed_at: tokens of the checkpoint that the run goes on from. What W&B has beyond it, of a session that was
+            killed, comes again: a row `resumed_at` stands between the two, and the config lists all of them.
+    """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
@@ -51,6 +66,36 @@ def log_start(loggers: Iterable[Logger], run_dir: Path) -> None:
             run.define_metric(counter, summary="none", hidden=True)
         run.define_metric("*", step_metric=X_AXIS, summary="none")
         logger.log_hyperparams(_config(run_dir))
+        if resumed_at is not None:
+            places = [*resumed(run_dir), resumed_at]
+            write_whole(run_dir / TRACKING_FILE, json.dumps({"wandb": run.id, "resumed_at": places}))
+            run.config.update({"resumed_at": places}, allow_val_change=True)
+            run.log({X_AXIS: float(resumed_at), "resumed_at": float(resumed_at)})
+
+
+def tracked_as(run_dir: Path, asked: str | None = None) -> str:
+    """Id of the W&B run that a run is: the one it had before, else `asked` or a new one; kept in its folder."""
+    known = _tracking(run_dir).get("wandb")
+    if isinstance(known, str) and _ID.fullmatch(known):
+        return known
+    found = asked or uuid4().hex[:8]
+    write_whole(run_dir / TRACKING_FILE, json.dumps({"wandb": found, "resumed_at": []}))
+    return found
+
+
+def resumed(run_dir: Path) -> list[int]:
+    """Tokens at which a tracked run was resumed so far."""
+    places = _tracking(run_dir).get("resumed_at")
+    return [place for place in places if is_integer(place)][-_MOST:] if isinstance(places, list) else []
+
+
+def _tracking(run_dir: Path) -> Json:
+    """What anybody may have written about the W&B run; empty where it cannot be read."""
+    try:
+        found = read_json(run_dir / TRACKING_FILE, max_bytes=1 << 16)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @rank_zero_only

@@ -1,11 +1,11 @@
-"""Where the time of a training step goes: a few steps of a run, measured by part and by operator.
+"""Where the time of a training step goes: a few steps of a run, measured by span and by operator.
 
 Imports: system, plan, teacher, data, training.step, training.state, training.
 """
 
 from __future__ import annotations
 
-from iskd.training.profile.profile import Profile, profile_table, write_profile
+from iskd.training.profile.profile import profile_table, write_profile
 from iskd.training.profile.run_profile import profile_parts
 
-__all__ = ["Profile", "profile_parts", "profile_table", "write_profile"]
+__all__ = ["profile_parts", "profile_table", "write_profile"]

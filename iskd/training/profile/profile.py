@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.table import Table
 
-from iskd.plan.run_folder import PROFILE_FILE
+from iskd.plan.run_files import PROFILE_FILE
 from iskd.system import write_whole
 from iskd.training.step.flops import mfu
 from iskd.training.step.spans import StepSpan
 
-PARTS = (*(span.value for span in StepSpan), "rest")
+SPANS = (*(span.value for span in StepSpan), "rest")
 _NAMES = {"teacher": "teacher forward", "student": "student forward", "backward": "backward of the trunk"}
 
 
@@ -26,9 +26,9 @@ class Profile:
     Attributes:
         stage: name of the stage it belongs to.
         tokens: input tokens of the step.
-        seconds: by part, of the median step with timers; with `rest` they add up to that step.
+        seconds: by span, of the median step with timers; with `rest` they add up to that step.
         step_seconds: of the median step without timers.
-        flops: of matrix products, by part (`iskd.training.step.flops`).
+        flops: of matrix products, by span (`iskd.training.step.flops`).
         peak_flops: FLOP/s of the fastest matmul, measured in the same process.
         dtype: of the matrix products.
         memory_bytes: the most in use during a step: on a GPU by tensors, on a CPU by the whole process.
@@ -51,7 +51,7 @@ class Profile:
 
     @property
     def watched_seconds(self) -> float:
-        """The step with timers: the sum of its parts."""
+        """The step with timers: the sum of its spans and the rest."""
         return sum(self.seconds.values())
 
     @property
@@ -76,7 +76,7 @@ def write_profile(folder: Path, profile: Profile) -> Path:
 
 
 def profile_table(profile: Profile) -> Table:
-    """Seconds, share, FLOPs and MFU by part, then the operators by kind; tokens per second and memory below."""
+    """Seconds, share, FLOPs and MFU by span, then the operators by kind; tokens per second and memory below."""
     table = Table(title=f"one optimizer step of {profile.tokens:,} tokens: {profile.stage}")
     for head in ("", "ms", "% of the step", "TFLOP", "% of the peak"):
         table.add_column(head, justify="right" if head else "left")
@@ -86,8 +86,8 @@ def profile_table(profile: Profile) -> Table:
         speed = "" if not flops or seconds <= 0 else f"{100 * mfu(flops, seconds, profile.peak_flops):.1f}"
         table.add_row(name, f"{1e3 * seconds:,.2f}", f"{100 * seconds / whole:.1f}", work, speed)
 
-    for part, seconds in profile.seconds.items():
-        add(_NAMES.get(part, part), seconds, profile.watched_seconds, profile.flops.get(part))
+    for name, seconds in profile.seconds.items():
+        add(_NAMES.get(name, name), seconds, profile.watched_seconds, profile.flops.get(name))
     table.add_section()
     add("with timers", profile.watched_seconds, profile.watched_seconds, None)
     add("without", profile.step_seconds, profile.watched_seconds, sum(profile.flops.values()))

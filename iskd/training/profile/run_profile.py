@@ -81,7 +81,7 @@ def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardCo
     Where the run reads a teacher cache, they are of as many windows from the front of the split, and a cache of these
     alone is made for the profile: that of all windows can take hours.
     """
-    data, spec = parts.data, module.cache_spec
+    data, spec = parts.data, module.teacher_cache_spec
     if spec is None:
         data.set_stage(0, count)
         yield iter(data.train_dataloader())
@@ -90,7 +90,7 @@ def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardCo
     with tempfile.TemporaryDirectory() as folder:
         with context():
             cache = TeacherCache.open(module.teacher, windows, Path(folder), spec).fill(batch_size=data.batch_size)
-        module.use_cache(cache)
+        module.use_teacher_cache(cache)
         yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
 
 

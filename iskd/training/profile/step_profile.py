@@ -1,13 +1,13 @@
 """Where the time of a training step goes: loader, teacher, student, loss, backward, clipping, optimizer.
 
 A step is what Lightning does with `DistillModule`, in its order, by the same functions: `training_step`, `backward`,
-`configure_gradient_clipping`, the optimizer. Its parts are the named spans of a step (`iskd.training.step.spans`),
+`configure_gradient_clipping`, the optimizer. It is cut into named spans (`iskd.training.step.spans`),
 timed where they are opened and closed, and on a GPU each waits for the device then, so a step with timers is a little
 slower than one without; both are measured, in turns. Leading blocks that the teacher computes for both
-(`iskd.training.step.shared_prefix`) are in its part, reading a teacher cache in the loader's. What Lightning's loops,
+(`iskd.training.step.shared_prefix`) are in its span, reading a teacher cache in the loader's. What Lightning's loops,
 the callbacks, loggers and other processes add is not in it. The loss forms the gradients of the head in its forward
 pass, so `backward` is that of the trunk. Under an alignment objective (`iskd.training.step.alignment`) teacher, student
-and gradients are one walk over the layers, the part `alignment`.
+and gradients are one walk over the layers, the span `alignment`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from iskd.system import machine
 from iskd.system.machine import clock
 from iskd.system.precision import ForwardContext
 from iskd.training.profile.operators import operator_seconds
-from iskd.training.profile.profile import PARTS, Profile
+from iskd.training.profile.profile import SPANS, Profile
 from iskd.training.step import DistillModule
 from iskd.training.step.flops import as_found, countable, counter, matmul_dtype, matmul_peak
 from iskd.training.step.passes import wanted
@@ -70,7 +70,7 @@ def profile_step(
 
     Raises:
         ValueError: `steps` or `accumulate` below 1.
-        RuntimeError: a part that the stage must have was never opened as a span.
+        RuntimeError: a span that the stage must have was never opened.
     """
     if steps < 1 or accumulate < 1:
         raise ValueError(f"a profile needs at least one step of one micro-batch, got {steps} of {accumulate}")
@@ -93,16 +93,16 @@ def profile_step(
             for _ in range(_WARM_UP):
                 step()
         with countable(module), counter() as counted:
-            flops = _by_part(counted.get_total_flops, step, expected)
+            flops = _by_span(counted.get_total_flops, step, expected)
         for _ in range(steps):
             start = seconds()
             step()
             alone.append(seconds() - start)
-            watched.append(_by_part(seconds, step, expected))
+            watched.append(_by_span(seconds, step, expected))
         found = operator_seconds(step, device) if operators else {}
     with forward_context():
         dtype = matmul_dtype(device)
-    middle = sorted(watched, key=lambda parts: sum(parts.values()))[(steps - 1) // 2]
+    middle = sorted(watched, key=lambda spans: sum(spans.values()))[(steps - 1) // 2]
     return Profile(
         stage=module.stage.name,
         tokens=tokens[-1],
@@ -153,12 +153,14 @@ def _expected(module: DistillModule) -> set[StepSpan]:
     loop = {StepSpan.LOADER, StepSpan.BACKWARD, StepSpan.CLIPPING, StepSpan.OPTIMIZER}
     if module.stage.objective != "loss":
         return {*loop, StepSpan.ALIGNMENT}
-    alive = module.cache is None and wanted(module.terms, module.record, module.stage, of_teacher=True) is not None
+    alive = (
+        module.teacher_cache is None and wanted(module.terms, module.record, module.stage, of_teacher=True) is not None
+    )
     return {*loop, StepSpan.STUDENT, StepSpan.LOSS, *([StepSpan.TEACHER] if alive else [])}
 
 
-def _by_part(read: Callable[[], float], step: Callable[[], None], expected: Set[StepSpan]) -> dict[str, float]:
-    """How much a reading grows during each span of one step and during the rest of it, in the order of `PARTS`.
+def _by_span(read: Callable[[], float], step: Callable[[], None], expected: Set[StepSpan]) -> dict[str, float]:
+    """How much a reading grows during each span of one step and during the rest of it, in the order of `SPANS`.
 
     Raises RuntimeError for a span that is expected and was not opened: its work would be counted to the rest.
     """
@@ -181,7 +183,7 @@ def _by_part(read: Callable[[], float], step: Callable[[], None], expected: Set[
             "lost in the rest; open span(StepSpan....) of iskd.training.step.spans where that work is done now"
         )
     grown["rest"] = total - sum(grown.values())
-    return {part: grown[part] for part in PARTS if part in grown}
+    return {name: grown[name] for name in SPANS if name in grown}
 
 
 @contextmanager

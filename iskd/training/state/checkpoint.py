@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from iskd.models.sharding import is_split, local, whole
 from iskd.models.weights import load_model_tensors, model_tensors
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
+from iskd.system.files import clear_place, readable_as_umask
 from iskd.training.state.checkpoint_files import (
     _RNG,
     _STATE,
@@ -82,8 +83,8 @@ def save(
     rng = ranks.gather(rng_tensors())
     try:
         together(ranks, target, lambda: _make(draft) if ranks.rank == 0 else None)
-        parts = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
-        mine = {part: held(tensors, ranks, sharded) for part, tensors in parts.items()}
+        tensors_of = {"student": model_tensors(student), "optimizer": optimizer_tensors(optimizer, student)}
+        mine = {owner: held(tensors, ranks, sharded) for owner, tensors in tensors_of.items()}
         suffix = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if sharded else ""
         files = together(ranks, target, lambda: _write(draft, mine, suffix) if sharded or ranks.rank == 0 else {})
         entries = {name: entry for written in files for name, entry in written.items()}
@@ -121,7 +122,7 @@ def together(ranks: Ranks, place: Path, work: Callable[[], T]) -> list[T]:
 
 
 def _make(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
+    clear_place(draft)
     draft.mkdir(parents=True)
 
 
@@ -138,15 +139,16 @@ def held(tensors: Mapping[str, Tensor], ranks: Ranks, sharded: bool = False) -> 
 
 def _write(draft: Path, mine: Mapping[str, dict[str, Tensor]], suffix: str) -> dict[str, Json]:
     """Write this rank's files and return their entries in the manifest."""
-    for part, tensors in mine.items():
-        save_file(tensors, draft / f"{part}{suffix}.safetensors")
-    return {name: _entry(draft / name) for name in (f"{part}{suffix}.safetensors" for part in mine)}
+    for owner, tensors in mine.items():
+        save_file(tensors, draft / f"{owner}{suffix}.safetensors")
+    return {name: _entry(draft / name) for name in (f"{owner}{suffix}.safetensors" for owner in mine)}
 
 
 def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunState, entries: dict[str, Json]) -> None:
     """Add what rank 0 alone writes, then move the folder to its place by one rename."""
     numbers = {f"{key}/{rank}": value for rank, states in enumerate(rng) for key, value in states.items()}
     save_file(numbers, draft / _RNG)
+    readable_as_umask(draft)
     write_whole(draft / _STATE, json.dumps(state.to_json(), indent=1))
     entries = {**entries, **{name: _entry(draft / name) for name in (_RNG, _STATE)}}
     write_whole(draft / "manifest.json", json.dumps({"files": entries}, indent=1))
@@ -156,11 +158,11 @@ def _finish(draft: Path, target: Path, rng: list[dict[str, Tensor]], state: RunS
 
 
 class Stored(Mapping[str, Tensor]):
-    """The tensors of one part of a checkpoint, read one at a time; shards are joined along their first dimension."""
+    """The tensors of the student or the optimizer in a checkpoint, one at a time; shards are joined along dim 0."""
 
-    def __init__(self, path: Path, part: str) -> None:
+    def __init__(self, path: Path, owner: str) -> None:
         # opened for the life of this object: the headers are parsed once
-        self._files = [safe_open(file, "pt") for file in sorted(path.glob(f"{part}*.safetensors"))]
+        self._files = [safe_open(file, "pt") for file in sorted(path.glob(f"{owner}*.safetensors"))]
         self._where: dict[str, list[Any]] = {}
         for file in self._files:
             for name in cast(Any, file).keys():  # noqa: SIM118 (not a mapping)

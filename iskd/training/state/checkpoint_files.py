@@ -12,7 +12,7 @@ from pathlib import Path
 from iskd.system import Json, file_sha256, read_json
 
 STAGE, BOUNDARY = "stage", "boundary"
-_PARTS, _RNG, _STATE = ("student", "optimizer"), "rng.safetensors", "state.json"
+_OWNERS, _RNG, _STATE = ("student", "optimizer"), "rng.safetensors", "state.json"
 _FILE = re.compile(r"(student|optimizer)(-\d{5}-of-\d{5})?\.safetensors|rng\.safetensors|state\.json")
 _NAME = re.compile(rf"[0-9]{{1,9}}-({STAGE}|{BOUNDARY})")
 
@@ -52,11 +52,11 @@ def _manifest(path: Path) -> dict[str, Json]:
     files = read_json(path / "manifest.json")["files"]
     if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
         raise ValueError("manifest.json names files that are not a checkpoint's")
-    for part in _PARTS:
-        shards = [name for name in files if name.startswith(f"{part}-")]
-        expected = {f"{part}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)}
-        if (f"{part}.safetensors" in files) == bool(shards) or set(shards) != expected:
-            raise ValueError(f"manifest.json does not list {part} whole")
+    for owner in _OWNERS:
+        shards = [name for name in files if name.startswith(f"{owner}-")]
+        expected = {f"{owner}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)}
+        if (f"{owner}.safetensors" in files) == bool(shards) or set(shards) != expected:
+            raise ValueError(f"manifest.json does not list {owner} whole")
     if _RNG not in files or _STATE not in files:
         raise ValueError(f"manifest.json lacks {_RNG} or {_STATE}")
     for name in files:

@@ -11,7 +11,7 @@ from torch import nn
 
 from iskd.plan.options import RunOptions
 from iskd.plan.results import write_stages
-from iskd.plan.run_folder import CHECKPOINTS
+from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Ranks
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.state.run_state import RunState
@@ -47,8 +47,9 @@ class Saver:
     ) -> None:
         """Write weights, optimizer state, position and every rank's random numbers; call it on every rank.
 
-        Loggers are asked to write too: rows up to here must outlive a kill, as the resumed run continues after them.
+        Loggers are asked to write before: rows up to here must outlive a kill, as the resumed run continues after them.
         """
+        checkpoint.together(ranks, self.run_dir, lambda: _write_rows(loggers) if ranks.rank == 0 else None)
         sharded = self.options.checkpoints == "sharded"
         path = checkpoint.save(self.root, student, optimizer, state, ranks, sharded=sharded)
         if not state.edited:
@@ -58,7 +59,10 @@ class Saver:
             pinned = [self.boundary] if self.boundary else []
             checkpoint_files.prune(self.root, keep=self.options.keep, pinned=pinned)
             write_stages(self.run_dir, state.results)
-            for logger in loggers:
-                logger.save()
 
         checkpoint.together(ranks, self.run_dir, lambda: keep_up() if ranks.rank == 0 else None)
+
+
+def _write_rows(loggers: Sequence[Any]) -> None:
+    for logger in loggers:
+        logger.save()

@@ -8,6 +8,7 @@ as there are of validation: text that chooses layers must not be the text that i
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -47,9 +48,14 @@ class Tournament:
     def stage(self) -> Stage:
         """The next trial; once all are over, the winner with its whole budget."""
         if self.over:
-            return self.candidates[min(range(len(self.kl)), key=lambda index: (self.kl[index], index))]
+            return self.candidates[min(range(len(self.kl)), key=self._place)]
         candidate = self.candidates[len(self.kl)]
         return dataclasses.replace(candidate, name=f"trial: {candidate.name}", tokens=self.tokens)
+
+    def _place(self, index: int) -> tuple[bool, float, int]:
+        """Best first, earlier before later; a student whose KL is no number loses against every other."""
+        kl = self.kl[index]
+        return (math.isnan(kl), 0.0 if math.isnan(kl) else kl, index)
 
     def judged(self, kl: float) -> Tournament:
         """With the result of the trial that just ended."""

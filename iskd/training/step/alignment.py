@@ -45,10 +45,10 @@ class Aligned:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer in training: the student's part, its parameters, and where the teacher's counterpart begins and ends."""
+    """A layer in training: the student's module, its parameters, where the teacher's counterpart begins and ends."""
 
     number: int
-    part: nn.Module
+    module: nn.Module
     parameters: list[nn.Parameter]
     span: tuple[nn.Module, nn.Module]
 
@@ -59,7 +59,7 @@ def align(
 ) -> Aligned:
     """One step on windows [B, T]: a pure function of weights and batch; the teacher runs once, without its head.
 
-    Every layer whose parameters train takes part: with `hidden` its block, otherwise its mixer.
+    Every layer whose parameters train is compared: with `hidden` its block, otherwise its mixer.
 
     Raises:
         ValueError: the student is in shards, no layer trains, or a mixing matrix does not fit the attention's.
@@ -101,7 +101,7 @@ def _walk(objective: str, layers: Sequence[_Layer], teacher: Stack, input_ids: T
     def visit(index: int, call: Call, output: Any) -> None:
         layer = layers[index]
         with torch.enable_grad():
-            value = _distance(objective, layer.part, call, output)
+            value = _distance(objective, layer.module, call, output)
         # autocast would round what the backward pass multiplies in fp32
         with torch.autocast(input_ids.device.type, enabled=False):
             gradients.extend(torch.autograd.grad(value, layer.parameters, allow_unused=True))
@@ -123,14 +123,14 @@ def pieces(input_ids: Tensor) -> Tensor:
     return input_ids[:, : tokens // number * number].reshape(-1, tokens // number)
 
 
-def _distance(objective: str, part: nn.Module, call: Call, output: Any) -> Tensor:
-    """How far the student's part is from what the teacher's made of the same call; a scalar, at least float32."""
+def _distance(objective: str, module: nn.Module, call: Call, output: Any) -> Tensor:
+    """How far the student's layer is from what the teacher's made of the same call; a scalar, at least float32."""
     if objective == "matrix":
-        ours, theirs = matrix_of(part, call), output[1]
+        ours, theirs = matrix_of(module, call), output[1]
         if ours.shape != theirs.shape:
-            raise ValueError(_misfit(part, ours.shape[1], theirs.shape[1]))
+            raise ValueError(_misfit(module, ours.shape[1], theirs.shape[1]))
     else:
-        ours, theirs = state_of(part(*call.args, **call.kwargs)), state_of(output)
+        ours, theirs = state_of(module(*call.args, **call.kwargs)), state_of(output)
     with torch.autocast(ours.device.type, enabled=False):
         wide = torch.promote_types(ours.dtype, torch.float32)
         difference = ours.to(wide) - theirs.to(wide)
@@ -140,15 +140,15 @@ def _distance(objective: str, part: nn.Module, call: Call, output: Any) -> Tenso
         return norms.mean()
 
 
-def matrix_of(part: nn.Module, call: Call) -> Tensor:
+def matrix_of(module: nn.Module, call: Call) -> Tensor:
     """The mixing matrix [B, H, T, T] of a hosted mixer for the call that its attention was given."""
-    assert isinstance(part, HostedMixer)
+    assert isinstance(module, HostedMixer)
     seen = {"mask": call.kwargs.get("attention_mask"), "positions": positions_of(call.kwargs)}
-    matrix: Tensor = cast(Any, part.mixer).matrix(call.stream, **seen)
+    matrix: Tensor = cast(Any, module.mixer).matrix(call.stream, **seen)
     return matrix
 
 
-# ---- what takes part -------------------------------------------------------------------------------------------------
+# ---- what is compared ------------------------------------------------------------------------------------------------
 
 
 def check(model: PreTrainedModel, record: Record, stage: Stage) -> None:
@@ -180,8 +180,8 @@ def check(model: PreTrainedModel, record: Record, stage: Stage) -> None:
             raise ValueError(f"layer {layer}: {_misfit(hosted, heads, wanted)}")
 
 
-def _misfit(part: nn.Module, heads: int, wanted: int) -> str:
-    name = type(part.mixer if isinstance(part, HostedMixer) else part).__name__
+def _misfit(module: nn.Module, heads: int, wanted: int) -> str:
+    name = type(module.mixer if isinstance(module, HostedMixer) else module).__name__
     return (
         f"{name} mixes with {heads} heads and the teacher's attention with {wanted}, so their matrices cannot be "
         "compared; use schedule.mixers=mixer_output, or as many heads (mixer.heads=null)"
@@ -202,21 +202,21 @@ def mixers_of(model: PreTrainedModel, record: Record) -> dict[int, HostedMixer]:
     stack = Stack(model)
     blocks = zip(record.layers, stack.layers, strict=True)
     # a compact block without an attention of its own cannot be converted
-    parts = {i: block.get_submodule(stack.family.attn) for i, block in blocks if not isinstance(block, HostedBlock)}
-    return {layer: part for layer, part in parts.items() if isinstance(part, HostedMixer)}
+    modules = {i: block.get_submodule(stack.family.attn) for i, block in blocks if not isinstance(block, HostedBlock)}
+    return {layer: module for layer, module in modules.items() if isinstance(module, HostedMixer)}
 
 
 def _layers(objective: str, student: PreTrainedModel, teacher: PreTrainedModel, record: Record) -> list[_Layer]:
     """The layers that train, in stack order, each with the teacher's counterpart."""
     original = Stack(teacher)
-    parts: dict[int, nn.Module]
+    modules: dict[int, nn.Module]
     if objective == "hidden":
-        parts = dict(zip(record.layers, Stack(student).layers, strict=True))
+        modules = dict(zip(record.layers, Stack(student).layers, strict=True))
         # below a gap the block learns the teacher's state above it
-        spans = {i: (original.layers[i], original.layers[record.state_after(i)]) for i in parts}
+        spans = {i: (original.layers[i], original.layers[record.state_after(i)]) for i in modules}
     else:
-        parts = dict(mixers_of(student, record))
-        attentions = {i: original.layers[i].get_submodule(original.family.attn) for i in parts}
+        modules = dict(mixers_of(student, record))
+        attentions = {i: original.layers[i].get_submodule(original.family.attn) for i in modules}
         spans = {i: (attention, attention) for i, attention in attentions.items()}
-    trained = {i: [p for p in part.parameters() if p.requires_grad] for i, part in parts.items()}
-    return [_Layer(i, part, trained[i], spans[i]) for i, part in parts.items() if trained[i]]
+    trained = {i: [p for p in module.parameters() if p.requires_grad] for i, module in modules.items()}
+    return [_Layer(i, module, trained[i], spans[i]) for i, module in modules.items() if trained[i]]

@@ -127,8 +127,8 @@ def step_flops(
 def countable(module: DistillModule) -> Iterator[None]:
     """Keep work where the counter sees it: no kernels of fla, no compiled blocks; the same maths in plain torch."""
     before = os.environ.get(_FLA)
-    parts = [*module.student.modules(), *module.teacher.modules()]
-    compiled = any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) for part in parts)
+    modules = [*module.student.modules(), *module.teacher.modules()]
+    compiled = any(hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) for inner in modules)
     compiled |= module.blocks.backend is not None
     os.environ[_FLA] = "0"
     try:

@@ -6,7 +6,7 @@ or the next place in it, `join` the other processes before the fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,9 +21,10 @@ from iskd.data.loader import pinned
 from iskd.losses import Chunk, Terms, check_terms, total_loss
 from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.models import Signals, Stack, sharding
+from iskd.models.packing import Separator
 from iskd.plan import Record, Stage
 from iskd.system import Ranks
-from iskd.teacher import CacheSpec, TeacherCache, check_terms_cached
+from iskd.teacher import TeacherCache, TeacherCacheSpec, check_terms_cached
 from iskd.training.step.alignment import align
 from iskd.training.step.block_runner import BlockRunner, Recompute
 from iskd.training.step.guard import StepGuard
@@ -43,7 +44,7 @@ class StepResult:
     """
 
     loss: Tensor
-    parts: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor]
     by_layer: Mapping[int, Tensor] = field(default_factory=dict)
 
 
@@ -60,13 +61,14 @@ class DistillModule(L.LightningModule):
         share_prefix: run leading blocks that are frozen and still the teacher's once for both
             (`iskd.training.step.shared_prefix`).
         stage: what trains, until the loop enters one.
-        cache: what the teacher said about the training windows; with it training steps do not run the teacher, but
-            those of stages that align layers. Of a `CacheSpec` it is opened before the fit (`open_cache`).
+        teacher_cache: what the teacher said about the training windows; with it training steps do not run the teacher,
+            but those of stages that align layers. Of a `TeacherCacheSpec` it is opened before the fit
+            (`open_teacher_cache`).
         gradient_checkpointing: run the student's blocks, or with "selective" all in them but linear maps and fused
             attention without dropout, a second time in the backward pass (`iskd.training.step.block_runner`).
         compile: compile the blocks of training steps; True or the name of a backend.
-        separator: the token that ends a document, which nothing behind it may see, in both models and in all that is
-            computed of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
+        separator: what tells documents apart, so that none sees another, in both models and in all that is computed
+            of them until the fit is over; None = a window is one text. Raises ValueError when the teacher
             cannot (`Stack.keep_apart`).
     """
 
@@ -83,10 +85,10 @@ class DistillModule(L.LightningModule):
         chunk: Chunk = "auto",
         stage: Stage | None = None,
         share_prefix: bool = True,
-        cache: TeacherCache | CacheSpec | None = None,
+        teacher_cache: TeacherCache | TeacherCacheSpec | None = None,
         gradient_checkpointing: Recompute = False,
         compile: bool | str = False,
-        separator: int | None = None,
+        separator: Separator | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms)
@@ -95,21 +97,22 @@ class DistillModule(L.LightningModule):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.terms, self.optim, self.chunk = terms, optim, chunk
         self._record, self._stage, self._position = record, stage or Stage("start"), Position()
-        self.share_prefix, self._prefix = share_prefix, SharedPrefix()
+        self._prefix = SharedPrefix() if share_prefix else None
         self.blocks = BlockRunner(recompute=gradient_checkpointing, compile=compile)
         Stack(teacher).keep_apart(separator)
         Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
-        self.cache: TeacherCache | None = None
-        self.cache_spec: CacheSpec | None = None
-        if isinstance(cache, CacheSpec):
-            check_terms_cached(terms, cache.kind)
-            self.cache_spec = cache
-        elif cache is not None:
-            self.use_cache(cache)
+        self.teacher_cache: TeacherCache | None = None
+        self.teacher_cache_spec: TeacherCacheSpec | None = None
+        if isinstance(teacher_cache, TeacherCacheSpec):
+            check_terms_cached(terms, teacher_cache.kind)
+            self.teacher_cache_spec = teacher_cache
+        elif teacher_cache is not None:
+            self.use_teacher_cache(teacher_cache)
         self.ranks, self.guard = Ranks(), StepGuard()
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
+        self._row: dict[str, Tensor | float] = {}
 
     @property
     def record(self) -> Record:
@@ -151,21 +154,23 @@ class DistillModule(L.LightningModule):
         finally:
             self.blocks = found
 
-    def use_cache(self, cache: TeacherCache) -> None:
-        """Read the teacher's side of every training step from `cache`.
+    def use_teacher_cache(self, teacher_cache: TeacherCache) -> None:
+        """Read the teacher's side of every training step from `teacher_cache`.
 
         Raises ValueError when a term needs a signal that it does not hold.
         """
-        check_terms_cached(self.terms, cache.spec.kind)
-        self.cache = cache
+        check_terms_cached(self.terms, teacher_cache.spec.kind)
+        self.teacher_cache = teacher_cache
 
-    def open_cache(self, data: TextData) -> None:
-        """With a `cache_spec`: read the teacher's answers to training windows from disk, computed when first read."""
-        if self.cache_spec is None:
+    def open_teacher_cache(self, data: TextData) -> None:
+        """With a `teacher_cache_spec`: read the teacher's answers from disk, computed when first read."""
+        if self.teacher_cache_spec is None:
             return
         folder, tokenizer = data.cache_dir.parent / "teacher", str(data.manifest()["tokenizer"])
         windows = data.windows("train")
-        self.use_cache(TeacherCache.open(self.teacher, windows, folder, self.cache_spec, tokenizer=tokenizer))
+        self.use_teacher_cache(
+            TeacherCache.open(self.teacher, windows, folder, self.teacher_cache_spec, tokenizer=tokenizer)
+        )
 
     def teardown(self, stage: str) -> None:
         """After the fit both models read a window as one text again; nothing of it is in an export."""
@@ -200,7 +205,11 @@ class DistillModule(L.LightningModule):
         nn.Module.to(self.teacher, self.device)
 
     def step(
-        self, input_ids: Tensor, cached: Mapping[str, Tensor] | None = None, kept: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cached: Mapping[str, Tensor] | None = None,
+        kept: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> StepResult:
         """Loss of windows [B, T]: a pure function of weights and batch.
 
@@ -208,15 +217,19 @@ class DistillModule(L.LightningModule):
             input_ids: the windows.
             cached: what the teacher said about them (`TeacherCache.read`); None = it is run where terms use it.
             kept: numbers of their tokens that have a label (`iskd.models.packing`); None = they are found here.
+            targets: which of their tokens [B, T] are to be predicted; None = all. Layers that are aligned one by one
+                are on all tokens.
         """
         if self.stage.objective != "loss":
             return self._align(self.stage.objective, input_ids)
         stack, terms, record = Stack(self.student), self.terms, self.record
         theirs = None if cached is not None else wanted(terms, record, self.stage, of_teacher=True)
-        shared = self._prefix.depth(self.student, self.teacher, record) if self.share_prefix and theirs else 0
+        shared = self._prefix.depth(self.student, self.teacher, record) if self._prefix and theirs else 0
         ours = wanted(terms, record, self.stage) or Wanted()
         with self.blocks.running(self.student, self.teacher):
-            student, teacher = both(self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept)
+            student, teacher = both(
+                self.student, self.teacher, record, input_ids, ours, theirs, shared, kept=kept, targets=targets
+            )
         if cached is not None and "ids" in cached:
             top = TopK(cached["ids"], cached["log_probs"])
             with span(StepSpan.LOSS):
@@ -225,8 +238,8 @@ class DistillModule(L.LightningModule):
             teacher = Signals(student.labels, last_hidden=cached["last_hidden"])
         head = None if teacher is None else Stack(self.teacher).head
         with span(StepSpan.LOSS):
-            loss, parts = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
-        return StepResult(loss, parts)
+            loss, means = total_loss(terms, student, teacher, stack.head, head, chunk=self.chunk, softcap=stack.softcap)
+        return StepResult(loss, means)
 
     def _align(self, objective: str, input_ids: Tensor) -> StepResult:
         """The step of a stage that aligns layers: the sum over them is minimised, their mean logged."""
@@ -235,22 +248,34 @@ class DistillModule(L.LightningModule):
         return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Loss of a micro-batch; logs it with its parts against cumulative tokens."""
-        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"))
+        """Loss of a micro-batch; logs it with its terms against cumulative tokens."""
+        result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"), batch.get("targets"))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
         self._log(lambda: self._values(result))
-        return result.loss
+        return result.loss * self._share(batch)
+
+    def _share(self, batch: Mapping[str, Any]) -> float:
+        """What a micro-batch counts for in its step: the share of its tokens that have a label.
+
+        A loss is the mean over the labels of one micro-batch. With documents apart some micro-batches have fewer, and
+        the mean of such means would depend on how the windows of a step are laid out. Known without asking a device,
+        since the loader counts the labels.
+        """
+        kept, (windows, length) = batch.get("kept"), batch["input_ids"].shape
+        if kept is None or self.stage.objective != "loss":
+            return 1.0
+        return float(kept.numel() / (windows * (length - 1)))
 
     @span(StepSpan.LOADER)
     def cached(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What the cached teacher said about a batch, on its device; None where the teacher is to be run."""
-        if self.cache is None or self.stage.objective != "loss":
+        if self.teacher_cache is None or self.stage.objective != "loss":
             return None
         if "index" not in batch:
             raise ValueError("teacher.cache finds rows by the windows' numbers: give batches an 'index', [B] integers")
-        rows, device = self.cache.read(batch["index"]), batch["input_ids"].device
+        rows, device = self.teacher_cache.read(batch["index"]), batch["input_ids"].device
         return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
 
     def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
@@ -260,15 +285,29 @@ class DistillModule(L.LightningModule):
         as in a profile, nothing is logged.
         """
         if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
-            self.log_dict(dict(values()), on_step=True, on_epoch=False)
+            made = dict(values())
+            self._row |= made
+            self.log_dict(made, on_step=True, on_epoch=False, logger=False)
+
+    def log_row(self, loggers: Iterable[Any]) -> None:
+        """Give the values of the step to the loggers, before a checkpoint that is due: Lightning would do so after it.
+
+        A run that is killed between the two continues behind the step, whose row would be lost.
+        """
+        row, self._row = self._row, {}
+        # as the step was taken: before it, they are those of the step before
+        row |= {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups} if row else {}
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        for logger in loggers if values else ():
+            logger.log_metrics(values, int(values["step"]))
+            logger.save()
 
     def _values(self, result: StepResult) -> dict[str, Tensor | float]:
-        values = {"train/loss": result.loss.detach(), **{f"train/{name}": part for name, part in result.parts.items()}}
-        rates = {f"lr/{group['name']}": float(group["lr"]) for group in self._optimizer().param_groups}
+        values = {"train/loss": result.loss.detach(), **{f"train/{name}": mean for name, mean in result.terms.items()}}
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         at = self.position
         place = {"tokens": float(at.tokens), "stage": float(at.stage_number), "step": float(at.step)}
-        return {**values, **rates, **place}
+        return {**values, **place}
 
     def alignment(self) -> list[str]:
         """A sentence on how far each layer was from the teacher's in the latest step; none in a stage without."""

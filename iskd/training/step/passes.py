@@ -82,6 +82,7 @@ def both(
     shared: int = 0,
     *,
     kept: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> tuple[Signals, Signals | None]:
     """One forward pass of each model on windows [B, T]: signals of the student, and of the teacher.
 
@@ -94,11 +95,12 @@ def both(
         theirs: what is read of the teacher; None = the teacher is not run.
         shared: leading blocks that the teacher computes for both (`iskd.training.step.shared_prefix`).
         kept: numbers of the tokens that have a label (`with_successor`); None = they are found here.
+        targets: which tokens [B, T] are to be predicted; None = all.
     """
     stack = Stack(student)
-    labels = within(next_tokens(input_ids), input_ids, stack.separator)  # [B, T]
+    labels = within(next_tokens(input_ids, targets), input_ids, stack.separator)  # [B, T]
     # which tokens have a label [N] goes with the labels, so that no loss asks the device for it
-    known = (labels, with_successor(input_ids, stack.separator) if kept is None else kept)
+    known = (labels, with_successor(input_ids, stack.separator, targets) if kept is None else kept)
     original: Signals | None = None
     states: dict[int, Tensor] = {}  # of the teacher after its layers, each [B, T, D]
     shared = 0 if theirs is None else shared  # nobody computes them for both where the teacher is not run

@@ -49,7 +49,7 @@ class SharedPrefix:
         ours = Stack(student)
         below, blocks = entrance(ours), _untouched(ours, record)
         # blocks are shared only on top of a shared input: what they are given must be the teacher's too
-        if not blocks or any(_trains(part) for part in below):
+        if not blocks or any(_trains(module) for module in below):
             self._stamp = None
             return 0
         # comparing weights reads all of them and waits for the device: only after something changed, not at every step
@@ -95,7 +95,7 @@ class _Given(nn.Module):
 def entrance(stack: Stack) -> list[nn.Module]:
     """What a host runs before its first block: embeddings, their projection and dropout, rotary tables."""
     later = {stack.family.layers, stack.family.norm, "project_out"}
-    return [part for name, part in stack.base.named_children() if name not in later]
+    return [module for name, module in stack.base.named_children() if name not in later]
 
 
 def _untouched(stack: Stack, record: Record) -> list[nn.Module]:
@@ -108,16 +108,16 @@ def _untouched(stack: Stack, record: Record) -> list[nn.Module]:
     return found
 
 
-def _trains(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _stamp(student: PreTrainedModel, teacher: PreTrainedModel, parts: list[nn.Module]) -> tuple[Any, ...]:
+def _stamp(student: PreTrainedModel, teacher: PreTrainedModel, below: list[nn.Module]) -> tuple[Any, ...]:
     """Version of all that sharing depends on, to be compared for equality; made on the host, it costs no kernel.
 
     It changes as soon as weights or buffers are written to, moved or exchanged, or a mode or kernel is switched.
     """
-    modules = [module for part in parts for module in part.modules()]
+    modules = [module for shared in below for module in shared.modules()]
     # torch counts in `_version` every write in place
     numbers = tuple(
         (tensor.data_ptr(), tensor._version)
@@ -149,12 +149,14 @@ def _equal_depth(ours: Stack, theirs: Stack, most: int) -> int:
 
 
 def _same(mine: nn.Module, its: nn.Module) -> bool:
-    """Whether a part of the student is made like the teacher's, has its numbers and draws no random ones."""
+    """Whether a module of the student is made like the teacher's, has its numbers and draws no random ones."""
     modules = list(mine.named_modules())
     # from cheap to dear: classes and paths, dropout, numbers
-    if [(name, type(part)) for name, part in modules] != [(name, type(part)) for name, part in its.named_modules()]:
+    if [(name, type(module)) for name, module in modules] != [
+        (name, type(module)) for name, module in its.named_modules()
+    ]:
         return False
-    if any(_drops(part) for made in (mine, its) for part in made.modules()):
+    if any(_drops(module) for made in (mine, its) for module in made.modules()):
         return False
     return all(
         a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
@@ -162,13 +164,13 @@ def _same(mine: nn.Module, its: nn.Module) -> bool:
     )
 
 
-def _tensors(part: nn.Module) -> list[Tensor]:
-    return [*part.parameters(), *part.buffers()]
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _drops(part: nn.Module) -> bool:
+def _drops(module: nn.Module) -> bool:
     """Whether a module drops something at random: `p` of nn.Dropout, or a rate that it keeps under such a name."""
-    own = {name: value for name, value in vars(part).items() if "drop" in name}
-    if isinstance(part, nn.modules.dropout._DropoutNd):
-        own["p"] = part.p
-    return part.training and any(isinstance(rate, int | float) and rate > 0 for rate in own.values())
+    own = {name: value for name, value in vars(module).items() if "drop" in name}
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        own["p"] = module.p
+    return module.training and any(isinstance(rate, int | float) and rate > 0 for rate in own.values())

@@ -1,4 +1,4 @@
-"""Named spans of a training step: its parts in a trace of torch's profiler, and to whoever measures a step by part.
+"""Named spans of a training step: what a trace of torch's profiler shows, and whoever measures a step goes by.
 
 A span is opened where the work is done, so nobody need know the functions that do it. Those of the loop (loader,
 backward, clipping, optimizer) are opened by a profile, which takes Lightning's place there; in a run Lightning gives
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 
 class StepSpan(str, Enum):
-    """The parts of a step, in the order in which they run; each is its own text (StrEnum needs Python 3.11)."""
+    """The spans of a step, in the order in which they run; each is its own text (StrEnum needs Python 3.11)."""
 
     LOADER = "loader"
     TEACHER = "teacher"

@@ -136,7 +136,7 @@ def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list
     replaced = {edit.layer for edit in stage.edits if isinstance(edit, Replace)}
     converted = {edit.layer for edit in stage.edits if isinstance(edit, Convert)} - replaced
     mixers = [block.get_submodule(Stack(model).family.attn) for block in _blocks(model, record, converted)]
-    return [p for part in (*_blocks(model, record, replaced), *mixers) for p in part.parameters()]
+    return [p for module in (*_blocks(model, record, replaced), *mixers) for p in module.parameters()]
 
 
 def watched_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
@@ -218,8 +218,8 @@ def within_reach(student: PreTrainedModel, terms: Terms, record: Record, stage: 
     if read.last:
         return everything - ({id(p) for p in student.get_output_embeddings().parameters()} - body)
     count = max((record.layers.index(layer) + 1 for layer in read.layers), default=0)
-    parts = [*entrance(stack), *list(stack.layers)[:count]]
-    return {id(p) for part in parts for p in part.parameters()} if count else set()
+    reached = [*entrance(stack), *list(stack.layers)[:count]]
+    return {id(p) for module in reached for p in module.parameters()} if count else set()
 
 
 def maps(model: nn.Module) -> list[nn.Parameter]:

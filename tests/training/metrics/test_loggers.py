@@ -22,7 +22,7 @@ from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
-from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start
+from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start, tracked_as
 from tests.factories import CONF
 
 
@@ -119,6 +119,20 @@ def test_wandb_gets_tables_pictures_files_and_one_summary(run_dir: Path) -> None
     assert set(artifact.manifest.entries) == {"stages.json", "report.html", "run.png", "config.yaml"}
 
 
+def test_a_resumed_run_is_the_same_and_marks_what_comes_again(run_dir: Path) -> None:
+    first = tracked_as(run_dir)
+    assert first == tracked_as(run_dir, "another")
+    run = FakeRun()
+    run.id = first
+    for tokens in (0, 512):
+        log_start([WandbLogger(experiment=run)], run_dir, tokens)
+    assert run.rows == [{"tokens": float(at), "resumed_at": float(at)} for at in (0, 512)]
+    assert run.config["resumed_at"] == [0, 512]
+    for content in ("[", "[]", '{"wandb": "../x", "resumed_at": ["a", 3]}'):
+        (run_dir / "tracking.json").write_text(content)
+        assert tracked_as(run_dir, "mine") == "mine", "what anybody may have written names no place"
+
+
 def test_an_offline_run_can_be_synced(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client without a network: the folder that `wandb sync RUN_DIR/wandb/offline-run-*` names."""
     import wandb
@@ -127,7 +141,8 @@ def test_an_offline_run_can_be_synced(run_dir: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "staged"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(run_dir / "cached"))
-    logger = WandbLogger(save_dir=str(run_dir), project="iskd", group="sweep", offline=True)
+    name = tracked_as(run_dir)
+    logger = WandbLogger(save_dir=str(run_dir), project="iskd", group="sweep", offline=True, id=name)
     try:
         log_start([logger], run_dir)
         for row in RESULTS:
@@ -137,7 +152,7 @@ def test_an_offline_run_can_be_synced(run_dir: Path, monkeypatch: pytest.MonkeyP
         written = dict(logger.experiment.summary)
     finally:
         wandb.finish()
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    (folder,) = (run_dir / "wandb").glob(f"offline-run-*-{name}")
     assert len(list(folder.glob("*.wandb"))) == 1
     media = {path.suffix for path in (folder / "files" / "media").rglob("*") if path.is_file()}
     assert media == {".png", ".html", ".json"}
@@ -219,7 +234,7 @@ def test_two_objectives_give_a_pareto_front(tmp_path: Path, monkeypatch: pytest.
 def test_samplers_and_grids_compose() -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     for sweep in ("pareto", "grid"):
-        compose_config([f"hydra/sweeper={sweep}"])
-    compose_config(["hydra/sweeper=pareto", "hydra/sweeper/sampler=nsgaii"])
+        compose_config([f"hydra/sweeper={sweep}"], Path("unused"))
+    compose_config(["hydra/sweeper=pareto", "hydra/sweeper/sampler=nsgaii"], Path("unused"))
     with pytest.raises(ValueError, match="hydra/sweeper/sampler"):
-        compose_config(["hydra/sweeper=grid", "hydra/sweeper/sampler=nsgaii"])
+        compose_config(["hydra/sweeper=grid", "hydra/sweeper/sampler=nsgaii"], Path("unused"))

@@ -10,7 +10,7 @@ import pytest
 
 from iskd.losses.kl import KL
 from iskd.plan import Convert, Remove, Spec, Stage
-from iskd.teacher import CacheSpec
+from iskd.teacher import TeacherCacheSpec
 from iskd.training.profile import profile_parts
 from tests.factories import digest
 from tests.runs import Scripted, make_parts, write_text
@@ -41,7 +41,7 @@ def test_a_run_with_a_teacher_cache_is_profiled_as_it_reads_it(tmp_path: Path) -
     stages, terms = [Stage("heal", (Remove(1),), tokens=256)], {"kl": (KL(), 1.0)}
     made = partial(make_parts, text=write_text(tmp_path), cache=tmp_path / "data", schedule=Scripted(stages))
     live, cached = (made(tmp_path / name, terms=terms) for name in ("live", "cached"))
-    cached = replace(cached, cache=CacheSpec())
+    cached = replace(cached, teacher_cache=TeacherCacheSpec())
     found, expected = (profile_parts(parts, steps=1, operators=False) for parts in (cached, live))
     assert "teacher" in expected.seconds
     assert "teacher" not in found.seconds

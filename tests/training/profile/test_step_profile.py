@@ -21,7 +21,7 @@ from iskd.plan import Record, Stage
 from iskd.teacher import TeacherCache
 from iskd.training.profile import step_profile
 from iskd.training.profile.operators import group_of
-from iskd.training.profile.profile import PARTS, profile_table, write_profile
+from iskd.training.profile.profile import SPANS, profile_table, write_profile
 from iskd.training.step import DistillModule, OptimSpec, flops, make_optimizer, passes, regroup
 from iskd.training.step import module as module_file
 from iskd.training.step.block_runner import BlockRunner
@@ -124,7 +124,7 @@ def test_the_meter_of_a_stage_is_flops_by_time_and_peak() -> None:
 def test_a_step_that_reads_the_cache_is_counted_without_the_teacher(tmp_path: Path) -> None:
     module, batch, meter = module_of(), {"input_ids": windows(3, 16), "index": [2, 0, 1]}, flops.MfuMeter(CPU, peak=1e9)
     live = meter.stage(module, batch, 1.0)["train/flops_per_token"]
-    module.use_cache(TeacherCache.open(module.teacher, windows(3, 16).numpy(), tmp_path).fill())
+    module.use_teacher_cache(TeacherCache.open(module.teacher, windows(3, 16).numpy(), tmp_path).fill())
     cached = meter.stage(module, batch, 1.0)["train/flops_per_token"]
     assert 16 * (live - cached) == 2 * 16 * MATRICES + LAYERS * attention(1, 16, 2)
 
@@ -162,12 +162,12 @@ def test_a_profile_adds_up_and_leaves_everything_as_found(tmp_path: Path) -> Non
     assert same(optimizer.state_dict(), moments)
 
     assert steps == list(range(1, len(steps) + 1))
-    assert set(profile.seconds) == set(PARTS) - {"alignment"}
+    assert set(profile.seconds) == set(SPANS) - {"alignment"}
     assert all(seconds >= 0 for seconds in profile.seconds.values())
     assert profile.step_seconds > 0
     assert profile.tokens == 2 * 64
     assert sum(profile.flops.values()) == 2 * flops.step_flops(module, batch["input_ids"])
-    assert set(profile.flops) == {"teacher", "student", "loss", "backward"}  # no product in a part without a name
+    assert set(profile.flops) == {"teacher", "student", "loss", "backward"}  # no product outside the named spans
     assert profile.memory_bytes > 0
     assert {"matmul", "element-wise", "copies and casts"} <= set(profile.operators)
     assert write_profile(tmp_path, profile).is_file()
@@ -177,8 +177,8 @@ def test_a_profile_adds_up_and_leaves_everything_as_found(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_small_peak")
-def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that only chosen functions move: the parts are exact, and add up to the step without timers."""
+def test_time_goes_to_the_span_that_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only chosen functions move: the spans are exact, and add up to the step without timers."""
     module, now = module_of(), [0.0]
     optimizer = optimizer_of(module)
 
@@ -197,7 +197,7 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "training_step", taking(13.0, module.training_step))
     profile = step_profile.profile_step(module, {"input_ids": windows(1, 8)}, optimizer, steps=2, accumulate=2)
     expected = {"teacher": 6.0, "student": 10.0, "loss": 14.0, "optimizer": 11.0, "rest": 26.0}
-    assert {part: seconds for part, seconds in profile.seconds.items() if seconds} == expected
+    assert {name: seconds for name, seconds in profile.seconds.items() if seconds} == expected
     assert profile.watched_seconds == profile.step_seconds == 67.0
     assert profile.tokens_per_second == pytest.approx(16 / 67)
 
@@ -213,7 +213,7 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.mark.parametrize(("owner", "lost"), [(passes, "student, teacher"), (module_file, "loss")])
-def test_a_part_that_opens_no_span_is_an_error_and_no_zero(
+def test_work_that_opens_no_span_is_an_error_and_no_zero(
     owner: object, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = module_of()
@@ -233,7 +233,7 @@ def test_the_spans_of_a_step_are_those_that_its_stage_asks_for(tmp_path: Path) -
 
     module = module_of()
     assert spans(module) == {"teacher", "student", "loss"}
-    module.use_cache(TeacherCache.open(module.teacher, windows(1, 8).numpy(), tmp_path).fill())
+    module.use_teacher_cache(TeacherCache.open(module.teacher, windows(1, 8).numpy(), tmp_path).fill())
     assert spans(module) == {"student", "loss"}
     module = module_of()
     module.terms = {"ce": (CrossEntropy(), 1.0), "kl": (KL(), 0.0)}

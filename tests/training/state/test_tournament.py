@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -80,3 +81,9 @@ def test_values_and_json() -> None:
     for broken in ({}, {**Tournament(stages, 100).to_json(), "tokens": -1}, {"candidates": [], "tokens": 1, "kl": []}):
         with pytest.raises(ValueError, match="trials"):
             Tournament.from_json(broken)
+
+
+@pytest.mark.parametrize(("kl", "best"), [((math.nan, 2.0, 1.0), 2), ((math.nan, math.inf), 1), ((math.nan,) * 2, 0)])
+def test_a_trial_without_a_number_wins_against_none(kl: tuple[float, ...], best: int) -> None:
+    stages = tuple(Stage(f"remove {layer}", (Remove(layer),)) for layer in range(len(kl)))
+    assert Tournament(stages, 8, kl).stage == stages[best]

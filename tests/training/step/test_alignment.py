@@ -49,12 +49,12 @@ def training(student: PreTrainedModel, record: Record, objective: str, train: st
 def reference(
     objective: str, student: PreTrainedModel, teacher: PreTrainedModel, record: Record, ids: Tensor
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The whole student in one graph, every part fed the teacher's stream; the teacher as transformers shows it."""
+    """The whole student in one graph, every layer fed the teacher's stream; the teacher as transformers shows it."""
     ours, theirs = Stack(student), Stack(teacher)
     converted_ = {edit.layer for edit in record.edits if isinstance(edit, Convert)}
     layers = [layer for layer in record.layers if objective == "hidden" or layer in converted_]
     path = "" if objective == "hidden" else ours.family.attn
-    parts = {layer: ours.layers[record.layers.index(layer)].get_submodule(path) for layer in layers}
+    modules = {layer: ours.layers[record.layers.index(layer)].get_submodule(path) for layer in layers}
     originals = [block.get_submodule(path) for block in theirs.layers]
     fed: dict[int, Tensor] = {}
     made: dict[int, Tensor] = {}
@@ -75,17 +75,17 @@ def reference(
             with_kwargs=True,  # type: ignore[misc]
         )
         original.register_forward_hook(lambda _, __, out, i=layer: made.__setitem__(i, tensor(out)))  # type: ignore[misc]
-    for layer, part in parts.items():
-        part.register_forward_pre_hook(lambda _, a, k, i=layer: swapped(i, a, k), with_kwargs=True)  # type: ignore[misc]
-        part.register_forward_hook(lambda _, __, out, i=layer: found.__setitem__(i, tensor(out)))  # type: ignore[misc]
+    for layer, module in modules.items():
+        module.register_forward_pre_hook(lambda _, a, k, i=layer: swapped(i, a, k), with_kwargs=True)  # type: ignore[misc]
+        module.register_forward_hook(lambda _, __, out, i=layer: found.__setitem__(i, tensor(out)))  # type: ignore[misc]
     with torch.no_grad():
         teacher.set_attn_implementation("eager" if objective == "matrix" else "sdpa")
         attentions = teacher(ids, output_attentions=objective == "matrix", use_cache=False).attentions
     student(ids, use_cache=False)
     values = {}
-    for layer, part in parts.items():
+    for layer, module in modules.items():
         if objective == "matrix":
-            difference = cast(Any, part).mixer.matrix(fed[layer]).float() - attentions[layer].float()
+            difference = cast(Any, module).mixer.matrix(fed[layer]).float() - attentions[layer].float()
             values[layer] = difference.square().sum((-2, -1)).sqrt().mean()
         elif objective == "mixer_output":
             values[layer] = (found[layer].float() - made[layer].float()).square().mean()
@@ -269,8 +269,8 @@ def test_what_an_objective_cannot_reach_stays_frozen(objective: str, there: set[
     student, record = converted(tiny("llama"), LINEAR)
     ids = {id(p) for p in training(student, record, objective)}
     names = [name for name, p in student.named_parameters() if id(p) in ids]
-    assert all(any(part in name for name in names) for part in there)
-    assert not any(part in name for name in names for part in absent)
+    assert all(any(word in name for name in names) for word in there)
+    assert not any(word in name for name in names for word in absent)
     assert reachable(student, record, "loss") == {id(p) for p in student.parameters()}
     with pytest.raises(ValueError, match=rf"train='embed' matches no parameter .* objective \({objective}\)"):
         training(student, record, objective, train="embed")

@@ -60,7 +60,7 @@ def edit(module: DistillModule, optimizer: torch.optim.Optimizer, edits: tuple[E
 
 
 def trained(module: DistillModule, optimizer: torch.optim.Optimizer, *, mixed: bool = False) -> dict[str, Tensor]:
-    """Loss, its parts and all gradients of a step under dropout, and an update; `mixed`: under bf16 autocast."""
+    """Loss, its terms and all gradients of a step under dropout, and an update; `mixed`: under bf16 autocast."""
     torch.manual_seed(5)
     optimizer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -68,7 +68,7 @@ def trained(module: DistillModule, optimizer: torch.optim.Optimizer, *, mixed: b
     result.loss.backward()
     grads = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
     optimizer.step()
-    return {"loss": result.loss.detach(), **result.parts, **grads}
+    return {"loss": result.loss.detach(), **result.terms, **grads}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -79,7 +79,7 @@ def runs(model: Any) -> list[int]:
     """A list that grows by a block's position whenever the first linear map in it is run."""
     found: list[int] = []
     for position, block in enumerate(Stack(model).layers):
-        first = next(part for part in block.modules() if isinstance(part, nn.Linear))
+        first = next(inner for inner in block.modules() if isinstance(inner, nn.Linear))
         first.register_forward_pre_hook(lambda *_, position=position: found.append(position))
     return found
 
@@ -225,7 +225,7 @@ def test_compiled_blocks_survive_edits_and_leave_names_alone(recompute: bool) ->
             edit(one, optimizer, edits)
         assert equal(trained(*plain), trained(*fast))
         assert set(module.blocks._compiled) == {*stack.layers, *Stack(module.teacher).layers}
-        assert not any("forward" in vars(part) for part in (*module.modules(), *module.teacher.modules()))
+        assert not any("forward" in vars(inner) for inner in (*module.modules(), *module.teacher.modules()))
     assert counters["stats"]["unique_graphs"] > 0
     assert model_tensors(module.student).keys() == model_tensors(plain[0].student).keys()
     twin = surgery.rebuild(module.teacher, module.record)

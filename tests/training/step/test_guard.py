@@ -66,13 +66,13 @@ def last_state(folder: Path) -> RunState:
 def spoil(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """The losses of steps 1, 4, 6 and 9; the second one alone, without its gradient.
 
-    Two calls are the probe's, then come two micro-batches a step, six steps a stage.
+    Two calls are the plan's, then come two micro-batches a step, six steps a stage.
     """
 
     def act(number: int, _: Any, result: StepResult) -> StepResult:
         if number == 8:
-            return StepResult(result.loss + value, result.parts)
-        return StepResult(result.loss * value, result.parts) if number in (2, 13, 18) else result
+            return StepResult(result.loss + value, result.terms)
+        return StepResult(result.loss * value, result.terms) if number in (2, 13, 18) else result
 
     break_steps(monkeypatch, act)
 
@@ -111,7 +111,7 @@ def test_steps_that_stay_not_finite_end_the_run_one_step_later(
 
     def act(number: int, _: Any, result: StepResult) -> StepResult:
         calls.append(number)
-        return StepResult(result.loss * NAN, result.parts) if number > 5 else result
+        return StepResult(result.loss * NAN, result.terms) if number > 5 else result
 
     break_steps(monkeypatch, act)
     parts = make(tmp_path / "run", options={"max_skipped": 1, "checkpoint_every": 100, "movement_steps": 1})
@@ -127,11 +127,11 @@ def test_a_stop_is_heard_one_step_later_and_the_run_goes_on_as_if_without(
     on_device(monkeypatch)
     whole = run(make(tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
-        break_steps(patch, lambda n, _, r: StepResult(r.loss * NAN, r.parts) if n == 8 else r)
+        break_steps(patch, lambda n, _, r: StepResult(r.loss * NAN, r.terms) if n == 8 else r)
         spoiled = run(make(tmp_path / "spoiled"))
         assert not same(model_tensors(whole.student), model_tensors(spoiled.student))
     with pytest.MonkeyPatch.context() as patch:
-        break_steps(patch, lambda n, _, r: StepResult(r.loss * NAN, r.parts) if n == 8 else r)
+        break_steps(patch, lambda n, _, r: StepResult(r.loss * NAN, r.terms) if n == 8 else r)
         parts = make(tmp_path / "run", options={"checkpoint_every": 100, "movement_steps": 1})
         # during step 3: heard after step 4, whose own verdict is still open then
         parts.callbacks.append(At(5, lambda module: setattr(module, "_stop_wanted", lambda: True)))

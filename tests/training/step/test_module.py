@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -19,13 +19,15 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import IGNORE, Signals, Stack, surgery
 from iskd.models.capture import capture
+from iskd.models.packing import with_successor
 from iskd.models.signals import next_tokens
 from iskd.plan import Convert, Edit, Record, Remove, Stage
+from iskd.teacher import TeacherCacheSpec
 from iskd.training.step.module import DistillModule
 from iskd.training.step.optimizer import OptimSpec, make_optimizer
 from iskd.training.step.passes import Wanted, wanted
 from iskd.training.step.trainable import regroup
-from tests.factories import hooks, tiny, tiny_teacher, windows
+from tests.factories import VOCAB, hooks, tiny, tiny_teacher, windows
 from tests.runs import MIXER
 
 LAYERS = 5
@@ -112,7 +114,7 @@ def test_a_pass_that_ends_early_gives_the_loss_of_a_whole_one() -> None:
 
 
 def test_a_step_under_bf16_autocast_is_that_of_float32_up_to_rounding() -> None:
-    """Loss, its parts and the gradient, of a model that has learnt something; gradients are float32 in both."""
+    """Loss, its terms and the gradient, of a model that has learnt something; gradients are float32 in both."""
     terms: Terms = {"ce": CE, "kl": DIVERGENCE, "hidden": (HiddenMatch("normalized"), 0.5)}
     teacher = tiny_teacher()
     count = len(Stack(teacher).layers)
@@ -128,7 +130,7 @@ def test_a_step_under_bf16_autocast_is_that_of_float32_up_to_rounding() -> None:
         assert all(gradient.dtype == torch.float32 for gradient in found)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
         results.append(
-            {"loss": float(result.loss.detach()), **{name: float(part) for name, part in result.parts.items()}}
+            {"loss": float(result.loss.detach()), **{name: float(mean) for name, mean in result.terms.items()}}
         )
     assert results[1] == pytest.approx(results[0], rel=2e-2)  # 8 bits a number: each rounding is up to 0.4 % off
     assert results[1] != results[0]
@@ -161,6 +163,8 @@ def test_layers_that_are_gone_are_refused() -> None:
 class Cached:
     """Stands for a teacher cache: zeros for the last hidden states, and what was asked for."""
 
+    spec = TeacherCacheSpec()
+
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
@@ -172,7 +176,7 @@ class Cached:
 def test_training_reads_the_cache_by_window_and_leaves_the_teacher_alone() -> None:
     module, texts = module_of({"kl": DIVERGENCE, "ce": CE}), windows(12).numpy().astype(np.uint16)
     cache = Cached()
-    module.cache = cache  # type: ignore[assignment]
+    module.use_teacher_cache(cast(Any, cache))
     loader = StageLoader(texts, batch_size=2, seed=0, first_step=1, steps=3)
     batches = list(loader)
     assert all(np.array_equal(b["input_ids"], texts[b["index"]].astype(np.int64)) for b in batches)
@@ -204,3 +208,28 @@ def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest
     assert len(made) == 2 * 2  # the losses, and the norm of the gradients, at the second and fourth step
     assert {"train/loss", "train/grad_norm", "tokens"} <= {name for names in made for name in names}
     assert "train/loss" in trainer.callback_metrics
+
+
+def test_documents_apart_train_alike_in_every_layout_of_micro_batches() -> None:
+    """Windows of a step hold documents of very different lengths; loss and gradients are those of the whole step."""
+    length = 24
+    student, teacher, separator = tiny("llama", seed=1), tiny("llama", seed=2), 0
+    module = DistillModule(student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4), separator=separator)
+    windows = torch.randint(1, VOCAB, (4, length), generator=torch.Generator().manual_seed(0))
+    windows[0, ::2] = separator
+    windows[1, length // 2] = separator
+    found = []
+    for size in (4, 2, 1):
+        student.zero_grad()
+        losses = []
+        for batch in windows.split(size):
+            part = module.training_step({"input_ids": batch, "kept": with_successor(batch, separator)}, 0)
+            loss = part * (size / len(windows))
+            loss.backward()
+            losses.append(loss.detach())
+        gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        found.append((torch.stack(losses).sum(), gradients))
+    whole, *others = found
+    for loss, gradients in others:
+        torch.testing.assert_close(loss, whole[0], rtol=1e-6, atol=0)
+        assert (gradients - whole[1]).norm() <= 1e-6 * whole[1].norm()

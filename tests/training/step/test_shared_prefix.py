@@ -70,7 +70,7 @@ def trained(module: DistillModule, steps: int = 2) -> list[dict[str, Tensor]]:
         result = module.step(windows(seed=step))
         result.loss.backward()
         grads = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
-        found.append({"loss": result.loss.detach(), **result.parts, **grads})
+        found.append({"loss": result.loss.detach(), **result.terms, **grads})
         optimizer.step()
         optimizer.zero_grad()
     return found
@@ -199,7 +199,7 @@ def test_a_change_after_the_first_step_is_seen() -> None:
 
 def inner_dropout(module: DistillModule) -> None:
     """A mode that only a module inside a block has."""
-    inner = next(part for part in Stack(module.student).layers[1].modules() if isinstance(part, nn.Dropout))
+    inner = next(module for module in Stack(module.student).layers[1].modules() if isinstance(module, nn.Dropout))
     inner.train()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from iskd.plan.run_folder import MODEL, STAGES_FILE
+from iskd.plan.run_files import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 
 FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
@@ -30,7 +30,7 @@ def student_folder(folder: Path) -> Path:
 def read_facts(folder: Path) -> Json:
     """The `export.json` of a folder; {} where there is none. Raises ValueError when it is not an object."""
     file = folder / FACTS
-    facts = read_json(file) if file.is_file() else {}
+    facts = read_json(file, links=True) if file.is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{file} must hold an object, got {type(facts).__name__}: export the student again")
     return facts

@@ -99,6 +99,17 @@ def test_a_killed_run_resumes_bit_for_bit(strategy: str, tmp_path: Path) -> None
         assert f"rank {victim} died, so rank {1 - victim} stops as well" in other
 
 
+@pytest.mark.parametrize(("missing", "strategy"), [(0, "ddp"), (1, "fsdp")])
+def test_a_rank_that_never_comes_is_not_waited_for(missing: int, strategy: str, folder: Path) -> None:
+    """Torch would wait for as long as for a collective: half an hour."""
+    name = f"absent-{missing}"
+    world = World(2, programs.absent, (folder, name, missing, strategy), folder / "logs" / name)
+    codes = world.wait(60)
+    assert codes == [missing, 1 - missing], world.said()
+    assert f"rank {missing} did not come to 127.0.0.1:" in world.said()
+    assert "ISKD_MEET_SECONDS=SECONDS" in world.said()
+
+
 def test_sharded_checkpoints_resume_and_are_whole(folder: Path, one: dict[str, Any]) -> None:
     options = {"checkpoints": "sharded", "checkpoint_every": 2}
     world = World(
@@ -161,7 +172,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 @pytest.mark.parametrize("strategy", [None, "fsdp"])
 def test_a_fresh_process_for_every_edit(strategy: str | None, folder: Path, one: dict[str, Any]) -> None:
-    """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private part of torch."""
+    """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private name of torch."""
     name, size = f"restart-{strategy}", MANY[strategy]
     codes = []
     for _ in range(8):

@@ -8,6 +8,7 @@ from pathlib import Path
 from iskd.plan.edits import Record
 from iskd.plan.reading import to_json
 from iskd.system import write_whole
+from iskd.system.files import leads_out
 
 CONFIG_FILE = "config.yaml"
 """What the run was started with; there as soon as the folder is claimed."""
@@ -20,7 +21,7 @@ PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.csv"
 """One row per logged step."""
 KEPT_METRICS_FILE = "metrics.kept.csv"
-"""Rows of before, while a resumed run adds to `METRICS_FILE`."""
+"""Rows of before beside those of `METRICS_FILE`, where an earlier version was killed in a resumed run."""
 STAGES_FILE = "stages.json"
 """One result per stage, from the first one on: what makes a folder that of a run."""
 RECORD_FILE = "record.json"
@@ -37,10 +38,30 @@ RUNS_FILE = "runs.html"
 """The page about several runs, in the folder above them."""
 PICTURE_FILE = "run.png"
 """A run in one picture."""
+TRACKING_FILE = "tracking.json"
+"""The W&B run that a run is, also after a resume."""
+FAILURE_FILE = "failure.json"
+"""What ended a run that failed; gone when it is started again."""
+LOCK_FILE = "run.lock"
+"""Locked by the process that runs here, and who that is."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 MODEL = "model"
 """Folder of the exported student."""
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Look at a folder before a run is continued in it: links that lead out of it would have others written to.
+
+    Raises:
+        ValueError: a file or a folder directly in it, or one of its checkpoints, is such a link.
+    """
+    inside = [path for folder in (run_dir, run_dir / CHECKPOINTS) if folder.is_dir() for path in folder.iterdir()]
+    if found := sorted(path for path in inside if leads_out(path)):
+        raise ValueError(
+            f"{found[0]} is a link out of the folder of the run: put the file or folder itself there, or have the "
+            "folder of the run lie elsewhere as a whole"
+        )
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iskd.mixers.ops import Recurrence, fla
-from tests.mixers.test_recurrence import KINDS, arguments, chunk, close, on, patterns, step
+from tests.mixers.ops.test_recurrence import KINDS, arguments, chunk, close, on, patterns, step
 
 NAMES = {
     ("none", False): "chunk_simple_gla",

@@ -68,7 +68,7 @@ def test_the_projections_are_those_of_the_attention_in_every_family() -> None:
         if stack.family.fused == "thirds":
             projected = list(projected[0].split(48, dim=2))
         elif stack.family.fused == "heads":
-            projected = [part.flatten(2) for part in projected[0].view(2, 5, dims.heads, -1).chunk(3, dim=-1)]
+            projected = [x.flatten(2) for x in projected[0].view(2, 5, dims.heads, -1).chunk(3, dim=-1)]
         for own, hosts in zip((copied.q_proj, copied.k_proj, copied.v_proj), projected, strict=True):
             exact(own(x), hosts)
         out = block.get_submodule(stack.family.out)
@@ -123,7 +123,7 @@ def test_random_weights_are_the_ablation_of_copying() -> None:
     assert torch.equal(first["projections.k_norm.weight"], torch.ones(8, dtype=torch.float64))
 
 
-# ---- shared parts ----------------------------------------------------------------------------------------------------
+# ---- shared layers ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -140,15 +140,15 @@ def test_a_short_convolution_starts_as_the_identity_and_stays_in_its_document() 
     exact(split[:1, :4], wanted[:1, :4])
     exact(split[:1, 4:], Context.of(x[:1, 4:], None, None).conv(conv, x[:1, 4:]))
     first = Context.of(x[:, :2], None, None)
-    parts = [first.conv(conv, x[:, :2])]
-    parts.append(Context.of(x[:, 2:], None, None, tuple(first.last)).conv(conv, x[:, 2:]))
-    exact(torch.cat(parts, dim=1), wanted)
+    pieces = [first.conv(conv, x[:, :2])]
+    pieces.append(Context.of(x[:, 2:], None, None, tuple(first.last)).conv(conv, x[:, 2:]))
+    exact(torch.cat(pieces, dim=1), wanted)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gpt2", "opt")])
 @torch.no_grad()
 def test_rotary_positions_are_the_hosts(family: str) -> None:
-    """Softmax over the mixer's own q and k is the attention itself, also where only a part of a head is turned."""
+    """Softmax over the mixer's own q and k is the attention itself, also where not the whole head is turned."""
     model = tiny(family)
     stack, x, positions = Stack(model), torch.randn(2, 7, 48), torch.arange(3, 10)[None]
     block = noisy(stack.layers[0]).float()
@@ -250,7 +250,7 @@ def test_with_the_identity_for_a_map_the_copy_is_attention_without_its_softmax()
     model = tiny("gpt2").double()
     attention: Any = model.get_submodule("transformer.h.0.attn")
     x = randn(2, 9, 48)
-    q, k, v = (part.unflatten(-1, (6, 8)) for part in attention.c_attn(x).split(48, dim=2))
+    q, k, v = (x.unflatten(-1, (6, 8)) for x in attention.c_attn(x).split(48, dim=2))
     weights = (torch.einsum("bthk,bshk->bhts", q, k) / 8**0.5).tril()
     wanted = attention.c_proj(torch.einsum("bhts,bshv->bthv", weights, v).flatten(2))
     spec = Spec(TARGETS["linear"], {"feature_map": "identity", "normalize": False, "conv": 4})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
+from iskd.plan.failure import read_failure
 from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
-from iskd.plan.run_folder import (
+from iskd.plan.run_files import (
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -27,8 +27,12 @@ from iskd.plan.run_folder import (
     STAGES_FILE,
 )
 from iskd.system import read_json
+from iskd.system.files import leads_out, read_plain
+from iskd.system.tables import read_csv
 
 _Read = TypeVar("_Read")
+_LONGEST_TEXT = 1 << 20  # bytes; a config has about 5,000
+_MOST_CURVES = 50
 
 
 @dataclass
@@ -43,6 +47,7 @@ class RunFiles:
     record: Any = None
     data: Any = None
     environment: Any = None
+    failure: str | None = None
     model_bytes: int | None = None
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
@@ -77,6 +82,9 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
         run.stages = read_stages(run_dir)
     else:
         run.notes.append(f"{STAGES_FILE} is missing: no stage table and no plots of stages")
+    run.failure = read_failure(run_dir)
+    if run.failure is not None:
+        run.notes.append(f"the run failed: {run.failure}")
     if run.stages and teacher_of(run.stages) is None:
         run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
     if curves:
@@ -85,7 +93,9 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     run.record, run.data, run.environment = (
         _json(run_dir / name, run) for name in (RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE)
     )
-    if (run_dir / MODEL).is_dir():
+    if leads_out(run_dir / MODEL):
+        _tell_fault(run, f"{MODEL}/ is a link out of the folder: its size is not counted")
+    elif (run_dir / MODEL).is_dir():
         run.model_bytes = sum(path.stat().st_size for path in (run_dir / MODEL).rglob("*") if path.is_file())
     else:
         run.notes.append(f"{MODEL}/ is missing: the student was not exported")
@@ -98,7 +108,7 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
 def _measured(path: Path, parse: Callable[[Any], _Read], run: RunFiles) -> _Read | None:
     try:
         return parse(read_json(path)) if path.exists() else None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         _tell_fault(run, f"{path.name} cannot be shown: {error}")
         return None
 
@@ -112,15 +122,21 @@ def _text(path: Path, run: RunFiles) -> str | None:
     if not path.exists():
         run.notes.append(f"{path.name} is missing")
         return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return read_plain(path, max_bytes=_LONGEST_TEXT).decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        _tell_fault(run, f"{path.name} cannot be shown: {error}")
+        return None
 
 
 def _json(path: Path, run: RunFiles) -> Any:
-    text = _text(path, run)
+    if not path.exists():
+        run.notes.append(f"{path.name} is missing")
+        return None
     try:
-        return None if text is None else read_json(path)
-    except ValueError as error:
-        _tell_fault(run, f"{path.name} is not valid JSON: {error}")
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        _tell_fault(run, f"{path.name} cannot be shown: {error}")
         return None
 
 
@@ -129,28 +145,34 @@ def _read_curves(path: Path, run: RunFiles) -> None:
     if not path.exists():
         run.notes.append(f"{path.name} is missing: no loss curves")
         return
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = [name for name in reader.fieldnames or [] if name]
-        losses = [name for name in columns if name.startswith("train/") and name not in NOT_LOSSES]
-        run.axis = X_AXIS if X_AXIS in columns else "step"
-        if run.axis not in columns or not losses:
-            run.notes.append(f"{path.name} has no column {X_AXIS!r} or no train/ column: no loss curves")
-            return
-        x = 0.0
-        bad = 0
-        for row in reader:
-            x = _cell(row.get(run.axis), x)
-            for name in losses:
-                y = _cell(row.get(name), math.nan)
-                bad += math.isnan(y) and bool(row.get(name))
-                if not math.isnan(y):
-                    run.curves.setdefault(name, []).append((x, y))
+    try:
+        table = read_csv(path)
+    except (OSError, ValueError) as error:
+        _tell_fault(run, f"{path.name} cannot be shown: {error}")
+        return
+    losses = [name for name in table.columns if name.startswith("train/") and name not in NOT_LOSSES]
+    run.axis = X_AXIS if X_AXIS in table.columns else "step"
+    if run.axis not in table.columns or not losses:
+        run.notes.append(f"{path.name} has no column {X_AXIS!r} or no train/ column: no loss curves")
+        return
+    if len(losses) > _MOST_CURVES:
+        run.notes.append(f"{path.name} has {len(losses)} train/ columns: the first {_MOST_CURVES} are drawn")
+    x, bad = 0.0, 0
+    axis, drawn = table.columns.index(run.axis), [(name, table.columns.index(name)) for name in losses[:_MOST_CURVES]]
+    for row in table.rows:
+        x = _cell(row[axis], x)
+        for name, at in drawn:
+            y = _cell(row[at], math.nan)
+            bad += math.isnan(y) and bool(row[at])
+            if not math.isnan(y):
+                run.curves.setdefault(name, []).append((x, y))
+    if table.skipped:
+        run.notes.append(f"{path.name}: {table.skipped} lines are no rows and are left out")
     if bad:
         run.notes.append(f"{path.name}: {bad} cells of loss columns are not numbers and are left out")
 
 
-def _cell(text: str | None, otherwise: float) -> float:
+def _cell(text: str, otherwise: float) -> float:
     try:
         return float(text) if text else otherwise
     except ValueError:

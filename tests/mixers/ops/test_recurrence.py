@@ -67,7 +67,7 @@ def arguments(
     return {name: x.to(dtype).requires_grad_() for name, x in found.items() if wanted.get(name, True)}
 
 
-def part(given: Arguments, where: slice) -> Arguments:
+def piece(given: Arguments, where: slice) -> Arguments:
     """The arguments of some tokens."""
     return {name: x if name in {"state_BGKV", "bonus"} else x[:, where] for name, x in given.items()}
 
@@ -171,7 +171,7 @@ def test_a_state_carries_the_past(decay: str, delta: bool, bonus: bool) -> None:
         (slice(6, 7), step),
         (slice(7, 15), chunk),
     ]:
-        o, state = function(**part(given, where), state_BGKV=state)
+        o, state = function(**piece(given, where), state_BGKV=state)
         outputs.append(o)
     close((torch.cat(outputs, 1), state), (whole, end))
 

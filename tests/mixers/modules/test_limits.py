@@ -153,7 +153,7 @@ def test_a_subclass_needs_streams_of_its_own() -> None:
     attention = stack.layers[0].get_submodule(stack.family.attn)
     with pytest.raises(ValueError, match=r"Empty is no mixer: it has no `streams` of its own"):
         Empty.from_attention(attention, stack)
-    assert Empty(Attention(attention, stack)).report, "parts of one may be looked at"
+    assert Empty(Attention(attention, stack)).report, "what it has of one may be looked at"
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -163,10 +163,10 @@ def test_a_subclass_needs_streams_of_its_own() -> None:
 def test_a_report_says_that_heads_are_regrouped(name: str) -> None:
     """The tiny Llama has 6 query heads for 3 key-value heads."""
     lines = dict(line.split(" ", 1) for line in convert(with_(name, heads=4)).report)
-    for part in "qkv":
-        line = lines[f"{part}_proj"]
+    for name in "qkv":
+        line = lines[f"{name}_proj"]
         if line.startswith("copied"):
-            repeated = "" if part == "q" else ": the attention's 3 heads, each 2 times"
+            repeated = "" if name == "q" else ": the attention's 3 heads, each 2 times"
             assert line == f"copied, regrouped into 4 heads{repeated}"
     assert lines["o_proj"] == "copied"
     assert not any("regrouped" in line for line in convert(SPECS[name]).report)

@@ -1,0 +1,87 @@
+"""Rows of chat data to conversations, in one form: JSON text of the messages, which is what a source calls a document.
+
+A row holds `messages`, or `prompt` and `completion`, each of these a text or a list of messages; rows of one file may
+mix. So the same conversation is the same document, and in the same split, however it was written down.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+ROWS = "\0chat"
+"""In the place of a field's name: the row itself is read, as a conversation."""
+_FIX = "give rows with `messages`, or with `prompt` and `completion` (docs/data.md)"
+
+
+def conversation(row: Any, where: str) -> str:
+    """The document of a row.
+
+    Args:
+        row: a mapping of field names to values.
+        where: names the row in errors.
+
+    Raises:
+        ValueError: the row is no conversation.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {type(row).__name__}, not a row of fields; {_FIX}")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], f"{where}: field 'messages'")
+    elif row.get("prompt") is not None and row.get("completion") is not None:
+        messages = [
+            *_turns(row["prompt"], "user", f"{where}: field 'prompt'"),
+            *_turns(row["completion"], "assistant", f"{where}: field 'completion'"),
+        ]
+    else:
+        known = [key for key, value in row.items() if value is not None]
+        raise ValueError(f"{where} is no chat: it has the fields {known}; {_FIX}")
+    tools = row.get("tools")
+    found = {"messages": messages, **({"tools": tools} if tools else {})}
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def messages_of(document: str) -> tuple[list[dict[str, Any]], Any]:
+    """Messages and tools (or None) of a document that `conversation` made."""
+    found = json.loads(document)
+    return found["messages"], found.get("tools")
+
+
+def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, where)
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):  # columns of csv and parquet files may hold JSON
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{where} is a text and no list of messages; {_FIX}") from None
+    if isinstance(value, dict):  # a list of structs that was stored by column
+        columns = {key: column for key, column in value.items() if isinstance(column, list)}
+        if not columns or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError(f"{where} is one mapping and no list of messages; {_FIX}")
+        value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} is {'empty' if value == [] else type(value).__name__}, not a list of messages")
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {type(message).__name__}, not a mapping with role and content")
+    found = {key: value for key, value in message.items() if value is not None}  # what a table fills up with nulls
+    role = found.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise ValueError(f"{where} has no role, only {sorted(found)}: a message has `role` and `content`")
+    content = found.get("content")
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") if isinstance(part, dict) else type(part).__name__ for part in content}
+        if kinds - {"text"}:
+            raise ValueError(f"{where} holds {', '.join(sorted(kinds - {'text'}))}: only text can be learned from")
+        content = "".join(str(part.get("text") or "") for part in content)
+    if content is None and (found.get("tool_calls") or role == "tool"):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"{where} has no `content` that is text, but {type(content).__name__}")
+    return {**found, "role": role, "content": content}

@@ -1,0 +1,221 @@
+"""Conversations to tokens by the tokenizer's chat template, and which of the tokens are the assistant's.
+
+Where the template marks answers (`{% generation %}`), the marks are taken. Where it does not, an answer is found by
+rendering: it reaches from where the conversation before it, with the prompt for an answer, ends in the whole text, to
+where the conversation up to it ends. The token that ends a turn belongs to the answer, space behind it does not. A turn
+that a template writes otherwise once something follows it (such as one whose reasoning is dropped) has no such place
+in the whole text: it is left out, counted and told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from iskd.data.chat import messages_of
+from iskd.data.framing import BOS, Framing, begin_token, encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOSSES = ("all", "assistant")
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make other tokens every day
+_TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, and what is learned of a conversation.
+
+    Args:
+        tokenizer: the teacher's.
+        loss: `all` tokens or the `assistant`'s (`data.chat.loss`).
+        bos: `data.bos`; None = as the template has it.
+
+    Attributes:
+        framing: what the template puts in front of a conversation, as the framing of documents has it.
+        left_out: answers without a place in the text so far.
+
+    Raises:
+        ValueError: there is no template, an unknown `loss` or `bos`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss: str, bos: str | None = None) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"data.chat.loss={loss!r} is unknown; use all, assistant, or null for rows of text")
+        if bos not in (None, *BOS):
+            raise ValueError(f"data.bos={bos!r} is unknown; use {', '.join(BOS)}, or null for what the template does")
+        try:
+            self.template = str(tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ValueError(
+                f"data.chat.loss={loss} needs a chat template, and {type(tokenizer).__name__} has none that could be "
+                "taken: use an instruct model as the teacher, or put its chat_template.jinja beside tokenizer.json; "
+                "for rows of plain text set data.chat.loss=null"
+            ) from error
+        self.loss, self._tokenizer = loss, tokenizer
+        self._marked = bool(_MARK.search(self.template))
+        self.left_out = self.merged = 0
+        if loss == "assistant" and self._marked and not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} cannot tell where answers are: use a fast tokenizer")
+        self.framing = self._framing(bos)
+
+    @property
+    def marks_targets(self) -> bool:
+        """Whether some tokens are not to be learned."""
+        return self.loss == "assistant"
+
+    def recipe(self) -> dict[str, str]:
+        """What decides tokens and targets, beside the tokenizer."""
+        return {"loss": self.loss, "template": hashlib.sha256(self.template.encode()).hexdigest()}
+
+    def check_apart(self) -> None:
+        """Raise ValueError unless a token of its own begins every conversation (`data.boundaries`)."""
+        head = self.framing.head
+        inside = encoded(self._tokenizer, self._render(_TURNS, None)) if head else []
+        if not head or inside.count(head[0]) > 1:
+            raise ValueError(
+                "data.boundaries=true needs a token that stands at the beginning of a conversation and nowhere in it, "
+                "and this chat template has none: set data.boundaries=false"
+            )
+
+    def encode(self, document: str) -> tuple[list[int], list[bool] | None]:
+        """Tokens of a conversation without its framing, and which are targets; None = all.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        messages, tools = messages_of(document)
+        messages, text = self._rendered(messages, tools)
+        if self.loss == "all":
+            return self._headless(encoded(self._tokenizer, text), None)
+        if self._marked:
+            options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True, "verbose": False}
+            found: Any = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=True, date_string=_DATE, **options
+            )
+            return self._headless(list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]])
+        return self._headless(*self._by_place(text, self._spans(messages, tools, text)))
+
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
+        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, "date_string": _DATE}
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+    def _rendered(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
+        """The conversation as the template takes it, and its text."""
+        from jinja2 import TemplateError
+
+        try:
+            return messages, self._render(messages, tools)
+        except (TemplateError, TypeError, ValueError) as error:
+            refused = error
+        if joined := _system_in_user(messages):
+            try:
+                text = self._render(joined, tools)
+            except (TemplateError, TypeError, ValueError) as error:
+                refused = error
+            else:
+                self.merged += 1
+                return joined, text
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise ValueError(
+            f"the chat template refuses a conversation ({refused!s:.200}): its roles are {roles}, its first message "
+            f"begins {messages[0]['content'][:80]!r}; mend or drop the row, or give the tokenizer another chat template"
+        ) from refused
+
+    def _spans(self, messages: Sequence[Message], tools: Any, text: str) -> list[tuple[int, int]]:
+        """First and last-plus-one character of every answer in the text of the whole conversation."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            span = self._span(messages, number, tools, text) if number else None
+            if span is None:
+                self.left_out += 1
+            else:
+                spans.append(span)
+        return spans
+
+    def _span(self, messages: Sequence[Message], number: int, tools: Any, text: str) -> tuple[int, int] | None:
+        from jinja2 import TemplateError
+
+        try:
+            before, prompted = (self._render(messages[:number], tools, prompt=prompt) for prompt in (False, True))
+            after = text if number == len(messages) - 1 else self._render(messages[: number + 1], tools)
+        except (TemplateError, TypeError, ValueError):  # a template that wants to see the end of a conversation
+            return None
+        # a prompt may say more than the text has there, as the mark that begins reasoning
+        start, end = _shared(prompted, text), len(text[: _shared(after, text)].rstrip())
+        said = str(messages[number]["content"]).strip()
+        found = start >= len(before.rstrip()) and end > start and said[-40:] in text[start:end]
+        return (start, end) if found else None
+
+    # ---- tokens -----------------------------------------------------------------------------------------------------
+
+    def _by_place(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Tokens of a text, and which of them lie within the spans of characters."""
+        if not self._tokenizer.is_fast:
+            return self._by_prefix(text, spans)
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets: Any = found["offset_mapping"]
+        within = [any(start <= a < b <= end for start, end in spans) for a, b in offsets]
+        return list(found["input_ids"]), within
+
+    def _by_prefix(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """The same for a tokenizer that does not tell places: by the number of tokens of what stands before."""
+        ids = encoded(self._tokenizer, text)
+        within = [False] * len(ids)
+        for span in spans:
+            places = []
+            for place in span:
+                before = encoded(self._tokenizer, text[:place])
+                if ids[: len(before)] != before:
+                    raise ValueError(
+                        f"{type(self._tokenizer).__name__} joins an answer to what stands around it, and does not tell "
+                        "where: use a fast tokenizer, or data.chat.loss=all"
+                    )
+                places.append(len(before))
+            within[places[0] : places[1]] = [True] * (places[1] - places[0])
+        return ids, within
+
+    def _framing(self, bos: str | None) -> Framing:
+        token = self._tokenizer.bos_token_id
+        ids = encoded(self._tokenizer, self._rendered(_TURNS[:2], None)[1])
+        own = (token,) if isinstance(token, int) and ids[:1] == [token] and self._begins_alone(ids, token) else ()
+        if bos is None:
+            return Framing(head=own)
+        if bos == "none":
+            return Framing()
+        begin = begin_token(self._tokenizer, bos)
+        return Framing(window=begin) if bos == "window" else Framing(head=begin)
+
+    @staticmethod
+    def _begins_alone(ids: Sequence[int], token: int) -> bool:
+        """Whether the token is a begin token: not one that opens every turn."""
+        return list(ids).count(token) == 1
+
+    def _headless(self, ids: list[int], targets: list[bool] | None) -> tuple[list[int], list[bool] | None]:
+        """Without the begin token that the template wrote, which is the framing's to set."""
+        token = self._tokenizer.bos_token_id
+        alone = bool(ids) and ids[0] == token and (self.framing.head == (token,) or self._begins_alone(ids, token))
+        at = 1 if alone else 0
+        return ids[at:], None if targets is None else targets[at:]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _system_in_user(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its system message at the head of the first user's; empty where there is none to move."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return []
+    joined = f"{messages[0]['content']}\n\n{messages[1]['content']}".strip()
+    return [{**messages[1], "content": joined}, *messages[2:]]

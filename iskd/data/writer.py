@@ -1,0 +1,68 @@
+"""One split's documents on their way to the disk: framed, joined, and where some tokens are no targets, marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from iskd.data.coding import Coded, Coding
+from iskd.system import file_sha256
+
+
+class Writer:
+    """Appends documents to one shard, and to that of its targets where some tokens are none.
+
+    Args:
+        folder: where the shard goes.
+        split: its name.
+        dtype: of its tokens.
+        coding: what frames documents.
+
+    Attributes:
+        path, marks: the files, the second None where every token is a target.
+        tokens, documents: how many are written.
+        max_id: the largest token.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, coding: Coding) -> None:
+        self.path, self.marks, self.dtype, self._coding = folder / f"{split}.bin", None, dtype, coding
+        if coding.marks_targets:
+            self.marks = folder / f"{split}.targets.bin"
+        self.tokens = self.documents = 0
+        self.max_id = -1
+        self._streams: list[IO[bytes]] = []
+
+    def __enter__(self) -> Writer:
+        """Open the files."""
+        self._streams = [path.open("wb") for path in (self.path, self.marks) if path is not None]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close them."""
+        for stream in self._streams:
+            stream.close()
+
+    def add(self, document: Coded) -> None:
+        """Append a document's own tokens and their marks."""
+        ids, targets = document
+        frame, seq_len = self._coding.framing, self._coding.seq_len
+        # a separator stands between documents alone, so that no stream starts or ends with one
+        framed, at = frame.framed(ids, first=not self.documents)
+        written = frame.headed(framed, seq_len, self.tokens)
+        self._streams[0].write(np.asarray(written, dtype=self.dtype).tobytes())
+        if self.marks is not None:
+            own = [1] * len(ids) if targets is None else [int(target) for target in targets]
+            known = [0] * at + own + [0] * (len(framed) - at - len(ids))
+            marks = frame.headed(known, seq_len, self.tokens, filler=0)
+            self._streams[1].write(np.asarray(marks, dtype=np.uint8).tobytes())
+        self.tokens += len(written)
+        self.documents += 1
+        self.max_id = max(self.max_id, *written)
+
+    def entry(self) -> dict[str, Any]:
+        """What `meta.json` says of the shard."""
+        sha256 = file_sha256(self.path)
+        marks = {} if self.marks is None else {"targets": file_sha256(self.marks)}
+        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "sha256": sha256, **marks}

@@ -1,0 +1,92 @@
+"""Models that anybody's config.json describes: bounded by the weights that lie beside it before they are built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iskd.models.weights import WEIGHTS, present_weights
+from iskd.plan.edits import MAX_LAYERS
+from iskd.system import read_json
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
+# file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
+_TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
+
+
+def check_depth(values: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError where a config's depth is none: making the config alone costs memory by the layer."""
+    for key in _DEPTHS:
+        depth = values.get(key)
+        if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
+            raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+
+
+def check_config(folder: Path) -> None:
+    """Check a model's folder: its config.json asks for no more than the weights beside it account for.
+
+    Raises:
+        ValueError: it asks for a far larger model, cannot be read, or is of a kind that transformers does not have.
+    """
+    file = folder / "config.json"
+    values = read_json(file, links=True)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
+    check_depth(values, file)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with within_weights(folder) as check:
+        check(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
+@contextmanager
+def within_weights(folder: Path) -> Iterator[Callable[[nn.Module], None]]:
+    """Inside the context models are built without memory; what is given compares one with the weights in `folder`.
+
+    Raises:
+        ValueError: the weights cannot be read, or a model is built that they do not account for.
+    """
+    shapes = []
+    for file in present_weights(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    if not shapes:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: there is no such file, or nothing in it")
+    most = _TIMES * sum(map(math.prod, shapes)) + _SPARE
+
+    def check(model: nn.Module) -> None:
+        found = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        if found > most:
+            raise ValueError(f"{folder}: config.json describes {found:,} numbers, far more than its weights hold")
+
+    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), folder):
+        yield check
+
+
+@contextmanager
+def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
+    """Stop the building of a model that would never end, such as one with a billion inner layers."""
+    left = count
+
+    def registered(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"{folder}: config.json describes far more parameters than its weights hold")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()

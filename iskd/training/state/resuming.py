@@ -1,0 +1,66 @@
+"""Where a resumed run goes on: at the newest whole checkpoint of its folder, never over work that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iskd.plan.run_files import CHECKPOINTS, CONFIG_FILE, MODEL, RECORD_FILE, STAGES_FILE
+from iskd.system import file_sha256
+from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.state.run_state import RunState
+
+
+def last_position(run_dir: Path, layers: int) -> tuple[RunState, Path] | None:
+    """State and folder of the newest whole checkpoint; None where the run had not come to its first one.
+
+    Args:
+        run_dir: the run's.
+        layers: of the teacher that is there.
+
+    Raises:
+        ValueError: the folder has work but no whole checkpoint, its config was changed, or the teacher is another one.
+    """
+    newest = checkpoint_files.newest(run_dir / CHECKPOINTS)
+    if newest is None:
+        _refuse_lost(run_dir)
+        return None
+    state = checkpoint.read_state(newest)
+    saved = state.identity.get("config")
+    if saved is not None and saved != config_digest(run_dir):
+        raise ValueError(
+            f"{run_dir / CONFIG_FILE} is not the one that the checkpoint {newest} was made with: it was edited, or one "
+            "of them comes from another run. Put it back as it was; what may change when a run is continued is said on "
+            f"the command line (resume={run_dir} KEY=VALUE), and anything else is a new run"
+        )
+    if state.record.num_layers != layers:
+        raise ValueError(
+            f"the run was made from a teacher with {state.record.num_layers} layers, model= gives one with {layers}"
+        )
+    return state, newest
+
+
+def config_digest(run_dir: Path) -> str | None:
+    """SHA-256 of a run's config, in hex; None where the run was put together by hand."""
+    file = run_dir / CONFIG_FILE
+    return file_sha256(file) if file.is_file() else None
+
+
+def _refuse_lost(run_dir: Path) -> None:
+    """Without a checkpoint a run would begin anew, over the files of the one that is there."""
+    root = run_dir / CHECKPOINTS
+    torn = {path: checkpoint_files.problem(path) for path in sorted(root.glob("[0-9]*-*"))}
+    there = [name for name in (STAGES_FILE, RECORD_FILE, MODEL) if (run_dir / name).exists()]
+    if not torn and not there:
+        return
+    why = "; ".join(f"{path.name}: {problem}" for path, problem in torn.items()) or "there is none"
+    student = (
+        f"Its student is whole and needs no checkpoint: {run_dir / MODEL} (iskd verify, iskd evaluate model=DIR)"
+        if MODEL in there
+        else "With a checkpoint put back from a copy, resume= goes on, or writes the student of a finished run "
+        "(export=true)"
+    )
+    raise ValueError(
+        f"resume={run_dir}: no whole checkpoint in {root} ({why}), and starting from the beginning would overwrite "
+        f"what the run left ({', '.join([*there, *(path.name for path in torn)])}). {student}. To start over, give the "
+        f"command without resume= and another hydra.run.dir, or move {run_dir} away first"
+    )

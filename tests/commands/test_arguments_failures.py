@@ -1,0 +1,83 @@
+"""Sweeps in which jobs fail, and folders that several processes want in the same second."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.commands.arguments import listed, noted, told_at_the_end
+from iskd.commands.config import forget_folders, new_folder
+from iskd.plan.failure import read_failure, write_failure
+from iskd.report.read_run import read_run
+from iskd.report.run_list import read_runs
+from tests.factories import CONF
+
+YAML = """
+seed: 0
+hydra: {callbacks: {failures: {_target_: iskd.commands.arguments.SweepFolder}}}
+"""
+
+
+def test_failed_jobs_of_a_sweep_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(YAML)
+
+    @told_at_the_end
+    @hydra.main(config_path=str(tmp_path), config_name="config", version_base="1.3")
+    @noted
+    def job(config: DictConfig) -> None:
+        if config.seed:
+            raise ValueError(f"seed {config.seed} is\nno good")
+
+    sweep = tmp_path / "sweep"
+    monkeypatch.setattr(sys, "argv", ["app", "-m", "seed=0,1,2", f"hydra.sweep.dir={sweep}"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit):
+        job()
+    said = capsys.readouterr().err
+    assert said.endswith(
+        f"2 of 3 jobs failed:\n  {sweep}/1: ValueError: seed 1 is no good\n  {sweep}/2: ValueError: seed 2 is no good\n"
+    )
+    logs = [next((sweep / str(number)).glob("*.log")).read_text() for number in range(3)]
+    assert logs[0] == ""
+    assert "seed 2 is" in logs[2]
+    assert "Traceback" in logs[2]
+    runs, _ = read_runs([sweep])
+    assert [run.marks[0] for run in runs] == [f"failed: ValueError: seed {seed} is no good" for seed in (1, 2)]
+    assert "the run failed: ValueError: seed 1 is no good" in read_run(sweep / "1").notes
+
+
+def test_what_lies_there_is_shown_and_no_more(tmp_path: Path) -> None:
+    assert read_failure(tmp_path) is None
+    assert listed(tmp_path) == ""
+    for content in ("[", "[]", "{}"):
+        (tmp_path / "failure.json").write_text(content)
+        assert read_failure(tmp_path) == "failure.json cannot be read"
+    write_failure(tmp_path, ValueError("\x1b[2J" + "x" * 9000))
+    assert len(read_failure(tmp_path) or "") < 2100
+    assert "\x1b" not in (read_failure(tmp_path) or "")
+
+
+def test_folders_of_one_second_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "runs" / "now")
+    assert new_folder(path) == new_folder(path) == path
+    found = set()
+    for _ in range(3):  # another process, or another run of this one
+        forget_folders()
+        found.add(new_folder(path))
+    assert found == {f"{path}-{number}" for number in (2, 3, 4)}
+    forget_folders()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert new_folder(path) == path, "processes that belong together share one"
+
+
+def test_names_of_runs_and_sweeps_are_taken_once() -> None:
+    hydra_keys = OmegaConf.load(CONF / "config.yaml").hydra
+    for node in (hydra_keys.run, hydra_keys.sweep):
+        assert str(OmegaConf.to_container(node)["dir"]).startswith('${new_folder:"runs/${now:')

@@ -1,0 +1,191 @@
+"""Values of the wrong kind: read as meant where that is plain, else an error that names key, value and fix."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from iskd.__main__ import main
+from iskd.commands.config import as_meant, options, plain
+from iskd.system.typed_values import read_value
+from tests.factories import CONF
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "debug"))
+OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
+
+
+def written(group: str, option: str) -> dict[str, Any]:
+    """What the yaml of an option says, with those that it includes; interpolations and gaps filled."""
+    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+    included = [name for name in values.pop("defaults", []) if name != "_self_"]
+    for name in included:
+        values = {**written(group, name), **values}
+    return {key: "given" if value == "???" else value for key, value in values.items()}
+
+
+def leaves(node: dict[str, Any], place: str) -> Iterator[str]:
+    """Keys below a node; the settings of adapters and of a model's own config are one value."""
+    for key, value in node.items():
+        if isinstance(value, dict) and key not in ("lora", "config"):
+            yield from leaves(value, f"{place}.{key}")
+        else:
+            yield f"{place}.{key}"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_a_value_of_a_wrong_kind_is_refused_for_every_key_of_every_yaml(group: str, option: str) -> None:
+    values = written(group, option)
+    if group == "data" and option == "hf":
+        values["source"]["name"] = "a/b"
+    if group == "data":
+        values["path"] = "a.txt"
+    config = OmegaConf.create({group: values})
+    assert as_meant(as_meant(config)) == as_meant(config), "read once, it stays"
+    for key in leaves(values, group):
+        for wrong in (
+            [[1]],
+            math.nan,
+            {"of": "another kind"} if not key.endswith((".lora", ".config", ".max_time")) else [1],
+        ):
+            changed = OmegaConf.create(plain(config))
+            OmegaConf.update(changed, key, wrong, merge=False)
+            with pytest.raises(ValueError, match=f"{key}="):
+                as_meant(changed)
+
+
+def test_a_value_of_a_wrong_kind_is_refused_for_the_keys_of_no_group() -> None:
+    values = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    for key in leaves({name: values[name] for name in values.keys() - {"defaults", "hydra"}}, "x"):
+        changed = OmegaConf.create({})
+        OmegaConf.update(changed, key.removeprefix("x."), [[1]], force_add=True)
+        with pytest.raises(ValueError, match=rf"{key.removeprefix('x.')}=\[\[1\]\] must be "):
+            as_meant(changed)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "meant"),
+    [
+        *((int, text, 10_000) for text in ("10k", "10K", "10_000", "1e4", "0.01M", 1e4, "10000")),
+        (int, "2M", 2_000_000),
+        (int, "12e9", 12_000_000_000),
+        (int, "-1", -1),
+        (float, "1e-4", 1e-4),
+        (float, 3, 3.0),
+        (float, "2k", 2000.0),
+        *((bool, text, True) for text in ("yes", "True", "on", True)),
+        *((bool, text, False) for text in ("no", "off", False)),
+        (str, 2024, "2024"),
+        (int | str, "10k", "10k"),
+        (int | None, None, None),
+        (list[int], ["1k", 2.0], [1000, 2]),
+    ],
+)
+def test_what_is_plain_is_read_as_meant(hint: Any, value: Any, meant: Any) -> None:
+    read = read_value("key", value, hint)
+    assert read == meant
+    assert type(read) is type(meant)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        *((int, wrong) for wrong in (2.5, "2.5", "abc", "", "10kk", True, None, math.nan, math.inf, [4], {}, "1e999")),
+        *((float, wrong) for wrong in ("abc", True, None, math.nan, "nan", [1.0])),
+        *((bool, wrong) for wrong in (1, 0, "maybe", None, 1.0)),
+        *((str, wrong) for wrong in (True, 2.5, None, ["a"])),
+        (list[str], "copy"),
+        (list[int], 3),
+        (list[int], [1, "x"]),
+    ],
+)
+def test_what_is_not_is_refused_by_name(hint: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^some\.key=.* must be "):
+        read_value("some.key", value, hint)
+
+
+COMMANDS = [
+    # of Hydra: what composes no config, and values
+    (["train", "nokey=3"], "nokey"),
+    (["train", "schedule=backwards"], "backwards"),
+    (["train", "model=5"], "model=5"),
+    (["train", "data.seq_len=[1"], r"data\.seq_len=\[1"),
+    (["train", "data.seq_len"], r"data\.seq_len"),
+    (["train", "loss=[]"], r"loss=\[\]"),
+    (["train", "schedule.count=2.5"], r"schedule\.count=2\.5"),
+    (["train", "trainer.precision=16"], r"trainer\.precision=16"),
+    (["train", "schedule=null"], "schedule=null"),
+    (["train", "name=${nothing}"], "nothing"),
+    (["train", "resume=nowhere"], "nowhere"),
+    (["score", "run.score_tokens=many"], r"run\.score_tokens=many"),
+    (["score", "importance=nobody"], "nobody"),
+    (["evaluate", "eval.limit=some"], r"eval\.limit=some"),
+    (["evaluate", "model=no/such/folder"], "no/such/folder"),
+    (["profile", "profile.steps=x"], r"profile\.steps=x"),
+    # of folders
+    (["report", "nowhere"], "nowhere"),
+    (["report", "a.txt"], r"a\.txt"),
+    (["report", "."], "run"),
+    (["verify", "nowhere"], "nowhere"),
+    (["verify", "a.txt"], r"a\.txt"),
+    (["verify", "."], r"config\.json is missing"),
+    (["generate", "nowhere", "once"], "nowhere"),
+    (["generate", "a.txt", "once"], r"a\.txt"),
+    (["generate", ".", "once", "--tokens", "many"], "many"),
+    (["generate", ".", "once", "--tokens", "-1"], "-1"),
+    (["generate", ".", "once", "--temperature", "nan"], "nan"),
+    (["curve", "a.png", "nowhere"], "nowhere"),
+    (["curve", "a.png", "a.txt"], r"a\.txt"),
+    (["curve", "a.png"], "usage"),
+    (["report"], "usage"),
+    (["verify"], "usage"),
+    (["unheard"], "usage"),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), COMMANDS, ids=[" ".join(argv) for argv, _ in COMMANDS])
+def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(
+    argv: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a.txt").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ISKD_COMMAND", raising=False)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    hydras = argv[0] in ("train", "score", "evaluate", "profile")
+    smoke = ["debug=smoke", "trainer=cpu", "hydra.output_subdir=null", f"hydra.run.dir={tmp_path}/run"]
+    monkeypatch.setattr(sys, "argv", ["iskd", argv[0], *(smoke if hydras else []), *argv[1:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capfd.readouterr().err
+    assert ended.value.code == 2, said
+    assert re.search(named, said), said
+    assert "Traceback" not in said
+
+
+def test_tracebacks_stay_where_they_are_asked_for_and_for_bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ISKD_COMMAND", raising=False)
+    argv = ["iskd", "score", "debug=smoke", "hydra.output_subdir=null", f"hydra.run.dir={tmp_path}/run"]
+    monkeypatch.setattr(sys, "argv", [*argv, "run.score_tokens=x"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=r"run\.score_tokens=x"):
+        main()
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+
+    def broken(_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("iskd.commands.score.importance_rows", broken)
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(KeyError, match="a bug"):
+        main()

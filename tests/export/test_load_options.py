@@ -1,0 +1,96 @@
+"""Laws of students that need iskd: loaders' options taken or refused; copied, pickled, grown."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import iskd
+from iskd.export import IskdForCausalLM
+from iskd.export.student import write
+from iskd.models import surgery
+from iskd.plan import Convert, Edit, Record, Replace, Spec
+from tests.factories import tiny, windows
+
+EDITS: list[Edit] = [
+    Replace(0, Spec("iskd.blocks.linear.Linear", {})),
+    Convert(1, Spec("iskd.mixers.linear_attention.LinearAttention", {})),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("students") / "model"
+    model = tiny("llama", layers=3)
+    config = copy.deepcopy(model.config)
+    record = surgery.apply(model, Record(3), EDITS)
+    before = os.umask(0o022)
+    assert not write(target, model, record, config)
+    os.umask(before)
+    return target
+
+
+TAKEN: list[dict[str, Any]] = [
+    {"subfolder": "", "use_safetensors": True, "low_cpu_mem_usage": True, "use_cache": False, "token": "x"},
+    {"device_map": "auto", "dtype": "float32"},
+    {"device_map": {"": "cpu"}, "torch_dtype": "auto", "force_download": False, "cache_dir": "x"},
+    {"dtype": torch.bfloat16, "attn_implementation": "eager", "revision": "main", "local_files_only": True},
+    {"torch_dtype": "float16", "load_in_8bit": False, "quantization_config": None},
+]
+REFUSED: list[dict[str, Any]] = [
+    {"subfolder": "inner"},
+    {"use_safetensors": False},
+    {"load_in_4bit": True},
+    {"quantization_config": {"load_in_8bit": True}},
+    {"device_map": {"a": "cpu", "b": "cuda:0"}},
+    {"dtype": "int8"},
+]
+
+
+@pytest.mark.parametrize("options", TAKEN)
+def test_options_that_loaders_always_pass_are_taken(options: dict[str, Any], folder: Path) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = loaded
+    assert not any(report.values())
+    asked = str(options.get("dtype", options.get("torch_dtype"))).removeprefix("torch.")
+    assert model.dtype == {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(asked, torch.float32)
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        IskdForCausalLM.from_pretrained(folder, **options)
+
+
+def test_a_student_is_copied_pickled_and_grown(folder: Path, tmp_path: Path) -> None:
+    model: Any = iskd.load(folder)
+    with torch.no_grad():
+        said = model(windows()).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is type(model)
+            assert torch.equal(other(windows()).logits, said)
+    (tmp_path / "pickle").write_bytes(pickle.dumps(model))
+    code = "import pickle; pickle.load(open('pickle', 'rb')).save_pretrained('.')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ})
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(tmp_path / "grown")
+    again: Any = iskd.load(tmp_path / "grown")
+    with torch.no_grad():
+        assert torch.equal(iskd.load(tmp_path)(windows()).logits, said)
+        assert again(windows()).logits.shape[-1] == rows + 8
+        assert torch.equal(again(windows()).logits, model(windows()).logits)
+
+
+def test_files_can_be_read_as_the_umask_says(folder: Path) -> None:
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in folder.iterdir()} == {"0o644"}
