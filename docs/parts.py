@@ -1,6 +1,6 @@
 """Writes docs/parts.md, one row per part, from what the parts say of themselves: `make parts`.
 
-A part is a yaml of conf/{block,mixer,importance,loss,schedule,edit}. What it is stands in the first clause of its
+A part is a yaml of conf/{block,mixer,refit,importance,loss,schedule,edit}. What it is stands in the first clause of its
 class's docstring, and four facts at the end of it:
 
     Source: the paper, or whose idea it is
@@ -29,6 +29,7 @@ PAGE = ROOT / "docs" / "parts.md"
 KINDS = {
     "block": "Compact blocks, in the place of a whole block (`edit=replace`)",
     "mixer": "Mixers, in the place of attention (`edit=convert`)",
+    "refit": "Refits: what is done to the survivors right after an edit",
     "importance": "Importance: which layer goes first",
     "loss": "Losses: what the student is asked to match",
     "schedule": "Schedules: which stage comes next",
@@ -86,7 +87,13 @@ def parts(kind: str) -> list[Part]:
     Raises:
         ValueError: a part does not say all that it must.
     """
-    return [part_of(kind, file) for file in sorted((ROOT / "conf" / kind).glob("[!_]*.yaml"))]
+    return [part_of(kind, file) for file in files(kind)]
+
+
+def files(kind: str) -> list[Path]:
+    """The yamls of a group that name a class; `refit=none` does not."""
+    found = sorted((ROOT / "conf" / kind).glob("[!_]*.yaml"))
+    return [file for file in found if any(targets(yaml.safe_load(file.read_text(encoding="utf-8"))))]
 
 
 def part_of(kind: str, file: Path) -> Part:

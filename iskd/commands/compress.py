@@ -42,6 +42,7 @@ def compress(
     block: str | None = None,
     mixer: str | None = None,
     importance: str | None = None,
+    refit: str | Sequence[str] | None = None,
     loss: str | Sequence[str] | None = None,
     tokens: int | None = None,
     seed: int | None = None,
@@ -72,6 +73,7 @@ def compress(
         block: what `replace` puts in, e.g. `slim`.
         mixer: what `convert` puts in, e.g. `gated_deltanet`.
         importance: which layers go first, e.g. `bi_veto`.
+        refit: what is done to the surviving blocks right after every edit, e.g. `output`, or several in order.
         loss: one loss or several, e.g. `["ce", "kl"]`.
         tokens: training tokens of the whole run, `schedule.tokens`.
         seed: of the order of training and of fresh weights.
@@ -90,8 +92,9 @@ def compress(
     """
     groups = {"experiment": experiment, "schedule": schedule, "edit": edit, "block": block, "mixer": mixer}
     asked = [f"{group}={name}" for group, name in (groups | {"importance": importance}).items() if name is not None]
-    if loss is not None:
-        asked.append(f"loss=[{loss if isinstance(loss, str) else ','.join(loss)}]")
+    for group, names in (("refit", refit), ("loss", loss)):
+        if names is not None:
+            asked.append(f"{group}=[{names if isinstance(names, str) else ','.join(names)}]")
     numbers = {"schedule.tokens": tokens, "seed": seed}
     asked += [f"{key}={value}" for key, value in numbers.items() if value is not None]
     asked.append(f"export={str(export).lower()}")

@@ -17,6 +17,7 @@ from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
 
 _BATCH = 2048  # tokens
+_ROUNDING = 1e-6  # nats
 
 
 def carry_out(
@@ -60,7 +61,7 @@ def carry_out(
             kept = _weights(student)
             told = refit.refit(task)
             after = _kl(task)
-            better = ranks.first(after < before)
+            better = ranks.first(after < before - _ROUNDING)
             if not better:
                 _put_back(student, kept)
             kl = after if better else before

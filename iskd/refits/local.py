@@ -33,6 +33,9 @@ class Local(BlockRefit):
             false = the whole block at once.
 
     Source: sub-module reconstruction of arXiv 2510.14444 (section 3); XMerge (arXiv 2609.02083) for whole blocks
+    Needs: calibration tokens (`refit.local.tokens`)
+    Costs: a pass of the teacher's blocks, and of the student's forward and backward for every epoch; no head
+    Measured: not measured
     """
 
     _: KW_ONLY

@@ -29,6 +29,9 @@ class Magnitude(Refit):
             which a position with a huge norm decides; `norm`: the median over tokens of the ratio of their norms.
 
     Source: Prune&Comp (arXiv 2507.18212, section 3)
+    Needs: calibration tokens (`refit.magnitude.tokens`); removals, and no compact block below them
+    Costs: one pass of the teacher's blocks
+    Measured: not measured
     """
 
     _: KW_ONLY

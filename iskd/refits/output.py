@@ -43,8 +43,11 @@ class Output(BlockRefit):
         folds: of the text; 1 = the streams of the text fitted to are taken as they are, and ridge and share chosen on
             the tokens held out.
 
-    Source: ours; the normal equations of a block's own slimming (iskd/blocks/slim.py), GPTAQ's choice of a target
-        (arXiv 2504.02692): the student's inputs, the teacher's output; cross-fitting as in arXiv 1608.00060
+    Source: ours; the normal equations of `block=slim`, and GPTAQ's choice of a target (arXiv 2504.02692): the student's
+        inputs, the teacher's output
+    Needs: calibration tokens (`refit.output.tokens`)
+    Costs: one pass of the teacher's blocks and one of the student's, gram matrices of C inputs, for all blocks
+    Measured: not measured
     """
 
     _: KW_ONLY
@@ -149,12 +152,9 @@ class Output(BlockRefit):
     ) -> tuple[_Solved, list[Solution]]:
         """Solve a projection and write its weights.
 
-        Args:
-            systems: sums of each fold, and last those of the text held out.
-            shares: how far to go. notes: of what was solved before: where the search for a ridge begins.
-
-        Returns:
-            What was found, and the weights that carry each fold's stream on, those of the student last.
+        `systems` are the sums of each fold, and last those of the text held out; `notes` what was solved before: where
+        the search for a ridge begins. Returns what was found, and the weights that carry each fold's stream on, those
+        of the student last.
         """
         for system in systems:
             task.ranks.add(system.sums)

@@ -23,6 +23,9 @@ class ReplaceMe(Refit):
         ridge: pull towards the identity, in units of the mean of diag(A^T A); the published value is 0.
 
     Source: ReplaceMe (arXiv 2505.02819, section 3, least squares)
+    Needs: calibration tokens (`refit.replaceme.tokens`); removals with a survivor below them
+    Costs: one pass of the teacher's blocks and one of the student's, gram matrices of D inputs below the gaps
+    Measured: not measured
     """
 
     _: KW_ONLY

@@ -27,8 +27,8 @@ class Parts:
     """Everything a run is made of.
 
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
-    `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student is
-    asked at the end, None = nothing.
+    `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student
+    is asked at the end, None = nothing.
     """
 
     teacher: Loaded

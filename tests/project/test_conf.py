@@ -56,7 +56,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def override(group: str, option: str) -> str:
-    return f"loss=[{option}]" if group == "loss" else f"{group}={option}"
+    return f"{group}=[{option}]" if group in ("loss", "refit") else f"{group}={option}"
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -123,15 +123,16 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 # what the parts of a shelf have in common; no yaml names them
 SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
-SHARED |= {"fitting", "slicing", "small_decoder"}  # blocks
+SHARED |= {"fitting", "ridge", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
+SHARED |= {"carrying_out", "projections", "streams"}  # refits
 SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
 SHARED |= {"delta"}  # mixers
 
 
 def test_every_part_has_a_yaml() -> None:
     named = {node["_target_"] for group, option in OPTIONS for node in targets(composed(override(group, option)))}
-    for kind in ("blocks", "mixers", "importance", "losses", "schedules"):
+    for kind in ("blocks", "mixers", "refits", "importance", "losses", "schedules"):
         for file in (CONF.parent / "iskd" / kind).glob("*.py"):
             module = f"iskd.{kind}.{file.stem}"
             assert file.stem in SHARED or any(target.startswith(f"{module}.") for target in named), (

@@ -28,6 +28,7 @@ ROOMS = (
     "mixers/modules",
     "mixers",
     "evaluation",
+    "refits",
     "importance",
     "schedules",
     "report/figures",
@@ -40,11 +41,11 @@ ROOMS = (
     "training/profile",
     "commands",
 )
-SHELVES = ("losses", "blocks", "mixers", "importance", "schedules")
+SHELVES = ("losses", "blocks", "mixers", "refits", "importance", "schedules")
 """Rooms of parts: one file and one yaml are a part. A part never imports another of its kind."""
 TOP = "(top)"
 """iskd/__init__.py and __main__.py, which may import everything."""
-AT_THE_TOP, IN_A_ROOM, LINES = 18, 17, 300
+AT_THE_TOP, IN_A_ROOM, LINES = 19, 17, 300
 
 # A face holds what other rooms need often. Beyond it they may open these files; all others are a room's own business.
 OPEN = {
@@ -75,6 +76,7 @@ OPEN = {
     "plan/stage": "the words of `train` and `shape`, checked where they are used",
     "plan/trainer_settings": "the keys of `trainer:`",
     "plan/summary": "what a sweep is told",
+    "models/block_calls": "refits walk two models block by block",
     "models/cache": "the memory of a cache is measured",
     "models/capture": "alignment, importance and fits read other states than signals hold",
     "models/families": "blocks and exports ask for a family's paths and sizes",
@@ -94,6 +96,7 @@ OPEN = {
     "losses/topk_kl": "a step that reads the teacher's cache",
     "teacher/bundled": "names of bundled teachers",
     "teacher/given": "iskd.compress lends a model in memory",
+    "blocks/ridge": "refits solve the equations that blocks are fitted by",
     "data/loader": "a step pins its batch the way the loader does",
     "data/readers": "eval.text is read as training text is",
     "evaluation/bootstrap": "importance draws windows as evaluation draws items",
