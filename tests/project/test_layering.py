@@ -127,7 +127,7 @@ LONG = {
 }
 
 # Names of faces that only others take: code beside written students, whoever trusts a package, a mixer of one's own.
-FOR_USERS = {("export", "IskdForCausalLM"), ("plan", "allow"), ("mixers", "Attention")}
+FOR_USERS = {("plan", "allow"), ("mixers", "Attention")}
 OUTSIDE = ("tests", "benchmarks", "experiments")
 
 # Where a library may be imported: rooms or files.
