@@ -134,7 +134,6 @@ LIBRARIES = {
         "training/metrics/loggers",
         "training/parts",
         "training/progress_bar",
-        "training/restart",
         "training/runner",
         "training/step/module",
         "training/strategies",
