@@ -17,7 +17,7 @@ from iskd.blocks import Fitted, warm_start
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Record, Stage
 from iskd.system.text import layers_text
-from iskd.training.state import checkpoint
+from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
 from iskd.training.step.trainable import new_parameters
 
@@ -71,6 +71,49 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events)
+
+
+class Editor:
+    """Where the edits of a run are carried out: between two stages of the process that trains them."""
+
+    in_place = True
+    """Whether edits meet a student that the strategy has wrapped."""
+
+    def check(self, *, timed: bool) -> None:
+        """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
+
+    def before_wrapping(
+        self,
+        state: RunState,
+        module: DistillModule,
+        path: Path,
+        device: torch.device,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """A run is taken up from the checkpoint `path`, and nothing is wrapped; whole models have room on `device`."""
+
+    def restore(self, path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, rank: int) -> None:
+        """Weights, optimizer state and random numbers of a checkpoint."""
+        checkpoint.restore(path, module.student, optimizer, rank)
+
+    def carry_out(
+        self,
+        module: DistillModule,
+        optimizer: torch.optim.Optimizer,
+        stage: Stage,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> Edited:
+        """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
+        return carry_out(module, optimizer, stage, batches(), forward_context)
+
+    def leaves_before(self, state: RunState) -> bool:
+        """Whether the process ends where the run stands, because it cannot make the edit that comes next."""
+        return False
+
+    def leave(self, run_dir: Path) -> None:
+        """End a process that `leaves_before` an edit."""
 
 
 def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:

@@ -143,7 +143,6 @@ LIBRARIES = {
         "training/metrics/metrics_file",
         "training/parts",
         "training/progress_bar",
-        "training/restart",
         "training/runner",
         "training/step/module",
         "training/strategies",
