@@ -31,7 +31,7 @@ from iskd.training.finish import finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
-from iskd.training.restart import EditInFreshProcess
+from iskd.training.restart import EditInFreshProcess, StartAgain
 from iskd.training.stages import StageLoop
 from iskd.training.state import RunState
 from iskd.training.state.resuming import config_digest, last_position
