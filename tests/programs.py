@@ -108,7 +108,7 @@ def parts_of(
         folder / "cache",
         **{**defaults, **layout(size, strategy, accelerator, precision), **changes},
     )
-    return replace(parts, cache=answers)
+    return replace(parts, teacher_cache=answers)
 
 
 def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -64,18 +64,21 @@ def parts(
         ValueError: the config cannot be composed, or a part refuses its values.
     """
     config, folder = compose_config(overrides, run_dir)
-    if resume:
-        config.resume = str(folder)
-        config = resumed(config, overrides)
-    if config.schedule.get("restart_at_edit"):
-        raise ValueError(
-            "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in it; "
-            "leave it out here, or use train.py"
-        )
     try:
+        if resume:
+            config.resume = str(folder)
+            config = resumed(config, overrides)
+        if config.schedule.get("restart_at_edit"):
+            raise ValueError(
+                "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in "
+                "it; leave it out here, or use train.py"
+            )
         return build.parts(config, folder, teacher=teacher, source=source)
     except BaseException:
         run_lock.release(folder / LOCK_FILE)  # this process may live on for days
+        for empty in (folder, folder.parent) if run_dir is None else ():
+            with suppress(OSError):  # it was made for this run, and has something in it
+                empty.rmdir()
         raise
 
 

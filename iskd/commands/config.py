@@ -156,6 +156,10 @@ class _Teacher(TypedDict, total=False):
     cache: str | None
 
 
+class _Chat(TypedDict, total=False):
+    loss: Literal["all", "assistant"] | None
+
+
 class _Data(TypedDict, total=False):
     path: str | None
     val_path: str | None
@@ -165,6 +169,7 @@ class _Data(TypedDict, total=False):
 # by name, as a `_target_` is: who reads a folder pays for none of them
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
+    "data.chat": (_Chat,),
     "run": ("iskd.plan.options.RunOptions",),
     "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
     "profile": ("iskd.training.profile.profile_parts",),
@@ -202,7 +207,7 @@ def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
         name = f"{place}{key}"
         if value == _MISSING:
             raise ValueError(f"{name} has to be given: set {name}=VALUE")
-        if isinstance(value, dict) and ("_target_" in value or (not place and key not in taken)):
+        if isinstance(value, dict) and ("_target_" in value or name in _GROUPS or (not place and key not in taken)):
             _read_node(value, f"{name}.", _kinds(name, value))
         elif key in taken:
             node[key] = read_value(name, value, *taken[key])

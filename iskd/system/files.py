@@ -98,10 +98,12 @@ def read_plain(path: Path, *, max_bytes: int, links: bool = False) -> bytes:
     if not links and leads_out(path):
         raise ValueError(f"{path} is a link out of its folder: put the file itself in its place")
     # without waiting: to open a pipe is to wait for whoever writes to it
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} is not a plain file: put the file itself in its place")
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(number)
+        raise ValueError(f"{path} is not a plain file: put the file itself in its place")
+    with open(number, "rb") as file:
         content = file.read(max_bytes + 1) if found.st_size <= max_bytes else b""
         size = max(found.st_size, len(content))
     if size > max_bytes:

@@ -18,11 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from iskd.system import Ranks
 from iskd.system.stop_signals import StopSignals
 from iskd.system.watchdog import Watchdog
-from iskd.training import restart
 from iskd.training.live import Live
 from iskd.training.stages import StageLoop
 from iskd.training.step import DistillModule
-from iskd.training.strategies import ranks_of, rewrap
+from iskd.training.strategies import ranks_of, rewrap, whole_device
 
 
 class CompressionCallback(Callback):
@@ -55,7 +54,8 @@ class CompressionCallback(Callback):
         found = None if self.resume_from is None else self.resume_from.name
         ranks.require_equal("newest whole checkpoint, teacher", [found, loop.state.tokens, loop.teacher])
         if self.resume_from is not None:
-            restart.edit_early(loop, module, trainer, self.resume_from)
+            device, context = whole_device(trainer.strategy), trainer.precision_plugin.forward_context
+            loop.editor.before_wrapping(loop.state, module, self.resume_from, device, loop.fit_windows, context)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the loop and enter its first stage."""

@@ -23,7 +23,7 @@ from iskd.plan import Convert, Record, Stage
 from iskd.refits import Refit
 from iskd.refits import carry_out as refit_survivors
 from iskd.system.text import layers_text
-from iskd.training.state import checkpoint
+from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
 from iskd.training.step.trainable import new_parameters
 
@@ -123,6 +123,59 @@ def _refit(
         refits, student, module.teacher, record, stage.edits, windows,
         ranks=module.ranks, opened=opened, check_stop=check_stop,
     )  # fmt: skip
+
+
+class Editor:
+    """Where the edits of a run are carried out: between two stages of the process that trains them.
+
+    Args:
+        refits: of the surviving blocks after every edit, in order.
+        windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+    """
+
+    in_place = True
+    """Whether edits meet a student that the strategy has wrapped."""
+
+    def __init__(
+        self, refits: Sequence[Refit] = (), windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: ()
+    ) -> None:
+        self.refits, self.windows = refits, windows
+
+    def check(self, *, timed: bool) -> None:
+        """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
+
+    def before_wrapping(
+        self,
+        state: RunState,
+        module: DistillModule,
+        path: Path,
+        device: torch.device,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """A run is taken up from the checkpoint `path`, and nothing is wrapped; whole models have room on `device`."""
+
+    def restore(self, path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, rank: int) -> None:
+        """Weights, optimizer state and random numbers of a checkpoint."""
+        checkpoint.restore(path, module.student, optimizer, rank)
+
+    def carry_out(
+        self,
+        module: DistillModule,
+        optimizer: torch.optim.Optimizer,
+        stage: Stage,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> Edited:
+        """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
+        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits, self.windows)
+
+    def leaves_before(self, state: RunState) -> bool:
+        """Whether the process ends where the run stands, because it cannot make the edit that comes next."""
+        return False
+
+    def leave(self, run_dir: Path) -> None:
+        """End a process that `leaves_before` an edit."""
 
 
 def taken_over(student: PreTrainedModel, record: Record, stage: Stage) -> list[str]:

@@ -7,18 +7,21 @@ stage loop goes on from there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import lightning as L
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from iskd.models import sharding
+from iskd.plan import Stage
+from iskd.refits import Refit
 from iskd.system import global_rank
-from iskd.training.stages import StageLoop
-from iskd.training.state import checkpoint
+from iskd.training.editing import Edited, Editor
+from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, make_optimizer
-from iskd.training.step.optimizer import optimizer_tensors
-from iskd.training.strategies import whole_device
+from iskd.training.step.optimizer import load_optimizer_tensors, optimizer_tensors
 
 
 class StartAgain(SystemExit):
@@ -34,22 +37,70 @@ class StartAgain(SystemExit):
         self.message = f"saved before an edit: start again with resume={run_dir}"
 
 
-def edit_early(loop: StageLoop, module: DistillModule, trainer: L.Trainer, path: Path) -> None:
-    """Make a pending edit of a resumed run now, before the strategy wraps anything; `loop.edit` goes on from it.
+class EditInFreshProcess(Editor):
+    """Edits are made before the strategy wraps anything, by a process that was started for them."""
 
-    Args:
-        loop: its position is at an edit, or nothing happens.
-        module: teacher and student, whole.
-        trainer: gives device and precision.
-        path: the checkpoint right before the edit.
-    """
-    if not loop.schedule.restart_at_edit or loop.state.stage is None or loop.state.edited:
-        return
-    for model in (module.student, module.teacher):
-        nn.Module.to(model, whole_device(trainer.strategy))
-    optimizer = make_optimizer(module.optim)
-    module.regroup(optimizer)
-    checkpoint.restore(path, module.student, optimizer, rng=False)
-    edited = loop.carry_out(module, optimizer, trainer.precision_plugin.forward_context)
-    sharding.from_first_rank(module.student)
-    loop.made_early = (edited, dict(optimizer_tensors(optimizer, module.student)))
+    in_place = False
+
+    def __init__(
+        self, refits: Sequence[Refit] = (), windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: ()
+    ) -> None:
+        super().__init__(refits, windows)
+        self._made: tuple[Edited, dict[str, Tensor]] | None = None  # and moments of the optimizer, by name
+
+    def check(self, *, timed: bool) -> None:
+        """A time limit counts from the start of a process."""
+        if timed:
+            raise ValueError(
+                "trainer.max_time is of one process, and schedule.restart_at_edit=true starts a fresh one at every "
+                "edit: drop it, and have your batch system send SIGTERM or SIGUSR1"
+            )
+
+    def before_wrapping(
+        self,
+        state: RunState,
+        module: DistillModule,
+        path: Path,
+        device: torch.device,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Make a pending edit now, on whole weights; `carry_out` hands it over."""
+        if state.stage is None or state.edited:
+            return
+        for model in (module.student, module.teacher):
+            nn.Module.to(model, device)
+        optimizer = make_optimizer(module.optim)
+        module.regroup(optimizer)
+        checkpoint.restore(path, module.student, optimizer, rng=False)
+        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context)
+        sharding.from_first_rank(module.student)
+        self._made = edited, dict(optimizer_tensors(optimizer, module.student))
+
+    def restore(self, path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, rank: int) -> None:
+        """Of an edited student random numbers alone: it was made from the checkpoint's weights."""
+        checkpoint.restore(path, None if self._made else module.student, optimizer, rank)
+
+    def carry_out(
+        self,
+        module: DistillModule,
+        optimizer: torch.optim.Optimizer,
+        stage: Stage,
+        batches: Callable[[], Sequence[Tensor]],
+        forward_context: Callable[[], AbstractContextManager[None]],
+    ) -> Edited:
+        """Hand over the edit that was made; stages without edits need none."""
+        if self._made is None:
+            return super().carry_out(module, optimizer, stage, batches, forward_context)
+        (edited, moments), self._made = self._made, None
+        load_optimizer_tensors(optimizer, module.student, moments)
+        return edited
+
+    def leaves_before(self, state: RunState) -> bool:
+        """Before every edit that this process has not begun with."""
+        pending = state.stage is not None and not state.edited and bool(state.stage.edits)
+        return pending and self._made is None
+
+    def leave(self, run_dir: Path) -> None:
+        """Raise `StartAgain`."""
+        raise StartAgain(run_dir)

@@ -25,13 +25,13 @@ from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
-from iskd.training.editing import adapt
+from iskd.training.editing import Editor, adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
-from iskd.training.restart import StartAgain
+from iskd.training.restart import EditInFreshProcess, StartAgain
 from iskd.training.stages import StageLoop
 from iskd.training.state import RunState
 from iskd.training.state.resuming import config_digest, last_position
@@ -94,7 +94,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
     module = make_module(parts, state)
     callback = CompressionCallback(_loop(parts, state), resume_from, deadline)
     trainer = _trainer(parts, callback, None if resume_from is None else state.tokens)
-    _check(parts, trainer, state)
+    _check(parts, trainer, callback.loop)
     if trainer.is_global_zero:
         write_facts(parts, trainer)
     try:
@@ -117,21 +117,19 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
 def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
+    editor = (EditInFreshProcess if parts.schedule.restart_at_edit else Editor)(parts.refits, parts.data.calibration)
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), parts.refits,
+        teacher, config_digest(parts.run_dir), editor,
     )  # fmt: skip
 
 
-def _check(parts: Parts, trainer: L.Trainer, state: RunState) -> None:
+def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     """Raise ValueError for a strategy that cannot do what the run asks of it."""
-    adapters = "lora" in (getattr(parts.schedule, "train", None), state.stage and state.stage.train)
-    check_strategy(trainer.strategy, edits=not parts.schedule.restart_at_edit, adapters=adapters)
-    if parts.trainer.get(MAX_TIME) is not None and parts.schedule.restart_at_edit:
-        raise ValueError(
-            "trainer.max_time is of one process, and schedule.restart_at_edit=true starts a fresh one at every edit: "
-            "drop it, and have your batch system send SIGTERM or SIGUSR1"
-        )
+    stage = loop.state.stage
+    adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
+    check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
+    loop.editor.check(timed=parts.trainer.get(MAX_TIME) is not None)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
         raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")
     if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
@@ -147,8 +145,8 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
         raise loop.unfinished()
     trainer.strategy.barrier("leave")  # rank 0 may not come back from handing the signal on
     callback.watchdog.close()
-    if loop.restarting and not loop.preempted:
-        raise StartAgain(parts.run_dir)
+    if not loop.preempted:
+        loop.editor.leave(parts.run_dir)
     signals = callback.stop_signals
     signals.hand_on()
     by_time = callback.late and signals.received is None

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,17 @@ from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
-from iskd.refits import Refit
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
-from iskd.training.editing import BrokenOffError, Edited, back_to, carry_out, merge_adapters
+from iskd.training.editing import BrokenOffError, Editor, back_to, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
-from iskd.training.state import RunState, Saver, Tournament, checkpoint, checkpoint_files
+from iskd.training.state import RunState, Saver, Tournament, checkpoint_files
 from iskd.training.state.run_state import Status
-from iskd.training.step import DistillModule, MfuMeter, check_partition, watched_parameters
-from iskd.training.step.optimizer import load_optimizer_tensors
+from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
 
 _log = logging.getLogger(__name__)
@@ -56,12 +53,10 @@ class StageLoop:
         data: the run's data module. run_dir: where checkpoints and `stages.json` go.
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
-        refits: of the surviving blocks after every edit, in order.
+        editor: where edits are carried out; None = between two stages of this process.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
-        restarting: the process is to end before the next edit (`schedule.restart_at_edit`).
-        made_early: an edit that was carried out before the fit (`iskd.training.restart`); `edit` goes on from there.
     """
 
     def __init__(
@@ -74,15 +69,14 @@ class StageLoop:
         options: RunOptions,
         teacher: str | None = None,
         config: str | None = None,
-        refits: Sequence[Refit] = (),
+        editor: Editor | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
-        self.refits = refits
         self.saver, self.clock = Saver(run_dir, options), StageClock()
-        self.preempted = self.restarting = False
-        self.made_early: tuple[Edited, dict[str, Tensor]] | None = None
+        self.editor = editor or Editor()
+        self.preempted = False
         self._movement = MovementCheck(options.movement_steps)
         self._validated: dict[int, Tensor] = {}  # the teacher's side of validation, which stays the same
         self._live: Live | None = None
@@ -130,8 +124,7 @@ class StageLoop:
     def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
 
-        Every edit of a run begins here; one that `iskd.training.restart` has made early goes on here. Stages without
-        training end here too.
+        Every edit of a run begins here. Stages without training end here too.
         """
         state = self.state
         while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:
@@ -150,7 +143,7 @@ class StageLoop:
     @property
     def leaving(self) -> bool:
         """Whether the process ends here although the run is not complete."""
-        return self.preempted or self.restarting
+        return self.preempted or self.editor.leaves_before(self.state)
 
     # ---- begin ------------------------------------------------------------------------------------------------------
 
@@ -159,9 +152,7 @@ class StageLoop:
         live, state = self.live, self.state
         state.take_up(self._identity())
         live.module.regroup(live.optimizer)
-        # an edit that was made early already holds the checkpoint's weights: random numbers are left to read
-        whole = None if self.made_early else live.module.student
-        checkpoint.restore(path, whole, live.optimizer, live.ranks.rank)
+        self.editor.restore(path, live.module, live.optimizer, live.ranks.rank)
         live.rewrap()  # what trains may differ from what was wrapped at start-up
         self.saver.find_boundary()
         if state.edited and state.stage is not None:
@@ -191,15 +182,11 @@ class StageLoop:
         """Carry out the stage's edits, prove that they took, and measure what they cost before healing."""
         live, state, stage = self.live, self.state, self.stage
         self.clock.lap()
-        if self.made_early is None:
-            try:
-                edited = self.carry_out(live.module, live.optimizer, live.forward_context)
-            except BrokenOffError:
-                self.preempted = True
-                return
-        else:
-            (edited, moments), self.made_early = self.made_early, None
-            load_optimizer_tensors(live.optimizer, live.module.student, moments)
+        try:
+            edited = self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
+        except BrokenOffError:
+            self.preempted = True
+            return
         live.rewrap()
         state.record, state.edited = edited.record, True
         state.events += edited.events
@@ -215,17 +202,10 @@ class StageLoop:
             _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
         self._tick()
 
-    def carry_out(
-        self,
-        module: DistillModule,
-        optimizer: torch.optim.Optimizer,
-        forward_context: Callable[[], AbstractContextManager[None]],
-    ) -> Edited:
-        """Structure, fit and optimizer groups of the stage's edits, before anything is wrapped anew."""
+    def fit_windows(self) -> list[Tensor]:
+        """Calibration windows [B, T] that the stage's compact blocks are fitted to; none = no fit."""
         fits = self.stage.fit and self.stage.edits and self.options.fit_tokens
-        batches = self.data.calibration(self.options.fit_tokens) if fits else []
-        calibration = self.data.calibration
-        return carry_out(module, optimizer, self.stage, batches, forward_context, self.refits, calibration)
+        return self.data.calibration(self.options.fit_tokens) if fits else []
 
     def _watch(self, stage: Stage) -> None:
         student = self.live.module.student
@@ -410,8 +390,6 @@ class StageLoop:
         self.state.seconds += self.clock.lap()
 
     def _save(self) -> None:
-        """Write a checkpoint; with `schedule.restart_at_edit` the process ends at one that an edit follows."""
+        """Write a checkpoint."""
         live, state = self.live, self.state
         self.saver.save(live.module.student, live.optimizer, state, live.ranks, live.loggers)
-        if not state.edited:
-            self.restarting = self.schedule.restart_at_edit and state.stage is not None and bool(state.stage.edits)

@@ -203,9 +203,9 @@ def test_every_term_and_measure_sees_targets_alone() -> None:
     at = [(0, 2), (0, 3), (0, 4), (1, 10)]  # the positions in front of the targets
     nll = [-log_q[b, t, ids[b, t + 1]] for b, t in at]
     kl = [(log_p[b, t].exp() * (log_p[b, t] - log_q[b, t])).sum() for b, t in at]
-    assert float(result.parts["ce"]) == pytest.approx(float(torch.stack(nll).mean()), rel=1e-4)
-    assert float(result.parts["kl"]) == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
-    assert float(result.parts["hidden"]) != pytest.approx(float(module.step(ids).parts["hidden"]), rel=1e-3)
+    assert float(result.terms["ce"]) == pytest.approx(float(torch.stack(nll).mean()), rel=1e-4)
+    assert float(result.terms["kl"]) == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
+    assert float(result.terms["hidden"]) != pytest.approx(float(module.step(ids).terms["hidden"]), rel=1e-3)
     batch = {"input_ids": ids, "targets": targets}
     empty = {"input_ids": ids, "targets": torch.zeros_like(targets)}
     found = measure_quality(student, teacher, [batch, empty])

@@ -92,7 +92,7 @@ def test_only_a_plain_file_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name in ("config.yaml", "endless", "."):
-        with pytest.raises(ValueError, match="is not a plain file"):
+        with pytest.raises(ValueError, match=r"is not a plain file|is a link out of its folder"):
             read_config(tmp_path / name)
 
 

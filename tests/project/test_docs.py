@@ -93,9 +93,9 @@ def test_the_table_of_the_readme_is_that_of_the_example() -> None:
 def iskd_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", ["iskd"])
     monkeypatch.delenv("ISKD_COMMAND", raising=False)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         main()
-    return set(re.findall(r"\w+", str(stop.value).partition("commands:")[2]))
+    return set(re.findall(r"\w+", capsys.readouterr().err.partition("commands:")[2]))
 
 
 def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

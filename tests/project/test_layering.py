@@ -130,7 +130,7 @@ LONG = {
 }
 
 # Names of faces that only others take: code beside written students, whoever trusts a package, a mixer of one's own.
-FOR_USERS = {("export", "IskdForCausalLM"), ("plan", "allow"), ("mixers", "Attention")}
+FOR_USERS = {("plan", "allow"), ("mixers", "Attention")}
 OUTSIDE = ("tests", "benchmarks", "experiments")
 
 # Where a library may be imported: rooms or files.
@@ -146,7 +146,6 @@ LIBRARIES = {
         "training/metrics/metrics_file",
         "training/parts",
         "training/progress_bar",
-        "training/restart",
         "training/runner",
         "training/step/module",
         "training/strategies",

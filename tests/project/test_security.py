@@ -38,7 +38,7 @@ from iskd.importance.task_accuracy import _load as named_tokenizer
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import weight_files
-from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, run_folder, to_json
+from iskd.plan import Record, Remove, Replace, Spec, Stage, edits, run_files, to_json
 from iskd.plan.reading import record_from_json
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
@@ -527,11 +527,11 @@ def test_ten_thousand_hostile_files_are_taken_or_refused(seed: int) -> None:
 
 
 def test_every_file_of_a_run_that_is_read_is_attacked() -> None:
-    named = {value for name, value in vars(run_folder).items() if name.endswith("_FILE")}
-    written_only = {run_folder.PLAN_FILE, run_folder.PROFILE_FILE, run_folder.REPORT_FILE, run_folder.RUNS_FILE}
-    written_only |= {run_folder.PICTURE_FILE}
-    of_other_kinds = {run_folder.RECORD_FILE, run_folder.STAGES_FILE}
-    as_another = {run_folder.KEPT_METRICS_FILE}  # read as METRICS_FILE is
+    named = {value for name, value in vars(run_files).items() if name.endswith("_FILE")}
+    written_only = {run_files.PLAN_FILE, run_files.PROFILE_FILE, run_files.REPORT_FILE, run_files.RUNS_FILE}
+    written_only |= {run_files.PICTURE_FILE}
+    of_other_kinds = {run_files.RECORD_FILE, run_files.STAGES_FILE}
+    as_another = {run_files.KEPT_METRICS_FILE}  # read as METRICS_FILE is
     assert named - written_only - of_other_kinds - as_another == set(RUN_FILES)
 
 

@@ -23,9 +23,8 @@ from iskd.plan.stage import LoraSpec
 from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.system import Preempted
-from iskd.training import stages
+from iskd.training import StartAgain, run, stages
 from iskd.training.parts import Parts
-from iskd.training.runner import StartAgain, run
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import adapters
 from tests import programs

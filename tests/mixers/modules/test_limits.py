@@ -163,10 +163,10 @@ def test_a_subclass_needs_streams_of_its_own() -> None:
 def test_a_report_says_that_heads_are_regrouped(name: str) -> None:
     """The tiny Llama has 6 query heads for 3 key-value heads."""
     lines = dict(line.split(" ", 1) for line in convert(with_(name, heads=4)).report)
-    for name in "qkv":
-        line = lines[f"{name}_proj"]
+    for letter in "qkv":
+        line = lines[f"{letter}_proj"]
         if line.startswith("copied"):
-            repeated = "" if name == "q" else ": the attention's 3 heads, each 2 times"
+            repeated = "" if letter == "q" else ": the attention's 3 heads, each 2 times"
             assert line == f"copied, regrouped into 4 heads{repeated}"
     assert lines["o_proj"] == "copied"
     assert not any("regrouped" in line for line in convert(SPECS[name]).report)

@@ -19,7 +19,7 @@ from iskd.losses.kl import KL
 from iskd.losses.kl_sum import FinalState
 from iskd.models import IGNORE, Signals, Stack, surgery
 from iskd.models.capture import capture
-from iskd.models.packing import with_successor
+from iskd.models.packing import Separator, with_successor
 from iskd.models.signals import next_tokens
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.teacher import TeacherCacheSpec
@@ -214,7 +214,9 @@ def test_documents_apart_train_alike_in_every_layout_of_micro_batches() -> None:
     """Windows of a step hold documents of very different lengths; loss and gradients are those of the whole step."""
     length = 24
     student, teacher, separator = tiny("llama", seed=1), tiny("llama", seed=2), 0
-    module = DistillModule(student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4), separator=separator)
+    module = DistillModule(
+        student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4), separator=Separator(separator)
+    )
     windows = torch.randint(1, VOCAB, (4, length), generator=torch.Generator().manual_seed(0))
     windows[0, ::2] = separator
     windows[1, length // 2] = separator
@@ -223,7 +225,7 @@ def test_documents_apart_train_alike_in_every_layout_of_micro_batches() -> None:
         student.zero_grad()
         losses = []
         for batch in windows.split(size):
-            part = module.training_step({"input_ids": batch, "kept": with_successor(batch, separator)}, 0)
+            part = module.training_step({"input_ids": batch, "kept": with_successor(batch, Separator(separator))}, 0)
             loss = part * (size / len(windows))
             loss.backward()
             losses.append(loss.detach())
