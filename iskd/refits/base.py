@@ -63,6 +63,11 @@ class Refit(ABC):
         """What messages and the config call it."""
         return cls.__name__.lower()
 
+    @property
+    @abstractmethod
+    def passes(self) -> float:
+        """What it costs, in forward passes of one model's blocks over its text; a backward pass counts two."""
+
     @abstractmethod
     def refit(self, task: RefitTask) -> list[str]:
         """Change the student's weights, on every rank alike; sentences worth telling."""

@@ -51,6 +51,11 @@ class Local(BlockRefit):
                 f"refit.local.lr={self.lr} and epochs={self.epochs}: give a positive rate and an epoch or more"
             )
 
+    @property
+    def passes(self) -> float:
+        """One of each model, and forward and backward of the student for every epoch."""
+        return 2.0 + 3.0 * self.epochs
+
     def refit(self, task: RefitTask) -> list[str]:
         """Train; see the class."""
         chosen = self.chosen(task)

@@ -44,6 +44,11 @@ class Magnitude(Refit):
         if self.statistic not in STATISTICS:
             raise ValueError(f"refit.magnitude.statistic={self.statistic!r}: choose {' or '.join(STATISTICS)}")
 
+    @property
+    def passes(self) -> float:
+        """One of the teacher."""
+        return 1.0
+
     def refit(self, task: RefitTask) -> list[str]:
         """Scale; see the class."""
         removed = sorted(edit.layer for edit in task.edits if edit.op == "remove")

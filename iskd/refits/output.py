@@ -80,6 +80,11 @@ class Output(BlockRefit):
         share = self.attention_share
         return (share,) if isinstance(share, (int, float)) else tuple(share)
 
+    @property
+    def passes(self) -> float:
+        """One of each model, and the gram matrices, which are about as many products as a block's own maps."""
+        return 2.0 + len(self.projections) / len(PROJECTIONS)
+
     def refit(self, task: RefitTask) -> list[str]:
         """Re-solve; see the class."""
         chosen, stack = self.chosen(task), Stack(task.student)

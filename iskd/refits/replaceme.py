@@ -38,6 +38,11 @@ class ReplaceMe(Refit):
         if self.ridge < 0:
             raise ValueError(f"refit.replaceme.ridge={self.ridge} is negative; use 0 or more")
 
+    @property
+    def passes(self) -> float:
+        """One of each model."""
+        return 2.0
+
     def refit(self, task: RefitTask) -> list[str]:
         """Bridge; see the class."""
         gaps, told = task.gaps(), []

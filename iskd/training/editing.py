@@ -141,6 +141,11 @@ class Editor:
     ) -> None:
         self.refits, self.windows = refits, windows
 
+    @property
+    def refit_tokens(self) -> float:
+        """Training tokens that take about as long as the refits of one edit: a step is four passes of the blocks."""
+        return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in self.refits) / 4
+
     def check(self, *, timed: bool) -> None:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
 

@@ -84,6 +84,7 @@ def announce(
     windows: Tensor,
     ranks: Ranks,
     run_dir: Path,
+    refit_tokens: float = 0.0,
 ) -> None:
     """Stages, exact parameter counts, steps and the time that one measured step predicts, before the first step.
 
@@ -95,9 +96,13 @@ def announce(
         windows: token windows [B, T] for the measured step.
         ranks: rank 0 writes and prints.
         run_dir: gets `plan.json`.
+        refit_tokens: training tokens that take as long as the refits of one stage's edits.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
-    rows = plan_rows(module.teacher, plan, steps, step_tokens, measured_step(module, windows) / ranks.size)
+    seconds = measured_step(module, windows) / ranks.size
+    rows = plan_rows(module.teacher, plan, steps, step_tokens, seconds)
+    for row, stage in zip(rows[1:], plan, strict=True):
+        row["refit_seconds"] = round(refit_tokens * seconds, 1) if stage.edits else 0.0
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
@@ -124,8 +129,8 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
     for row in rows:
         share = f"{100 * row['block_params'] / max(1, rows[0]['block_params']):.1f} %"
         amounts = (f"{row['params']:,}", share, f"{row['steps']:,}", f"{row['tokens']:,}")
-        table.add_row(row["stage"], row["objective"], *amounts, f"{row['train_seconds']:.0f} s")
-    total = sum(row["train_seconds"] for row in rows)
+        table.add_row(row["stage"], row["objective"], *amounts, f"{_seconds(row):.0f} s")
+    total = sum(_seconds(row) for row in rows)
     table.caption = (
         f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (by one measured step)"
     )
@@ -133,6 +138,11 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
     console.print(table)
     for warning in too_short(rows):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+
+def _seconds(row: Json) -> float:
+    """Of a stage's training and of the refits before it."""
+    return float(row["train_seconds"] + row.get("refit_seconds", 0.0))
 
 
 def too_short(rows: Sequence[Json]) -> list[str]:

@@ -167,7 +167,7 @@ class StageLoop:
         state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         with live.forward_context():
-            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir)
+            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens)
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
