@@ -25,7 +25,7 @@ Placed = tuple[str | None, Path]
 _GROUP_CHARS = 1_000
 _GROUP_CHARS_MAX = 10_000
 _BESIDE = re.compile(
-    r"\.|_SUCCESS$|(readme|licen[cs]e|notice|copying|changelog|authors|citation)\b[^/]*$", re.IGNORECASE
+    r"_success|(readme|licen[cs]e|notice|copying|changelog|authors|citation)(\.(md|rst|txt|cff))?", re.I
 )
 _SPLITS = {"train": None, "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 _SPLITS |= {"test": "test"}
@@ -100,9 +100,9 @@ def _in_folder(folder: Path, key: str) -> list[Path]:
     # a link to a folder is not followed (it may lead around in a circle) and named instead
     entries = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
     beside = [entry for entry in entries if _is_beside(entry.relative_to(folder))]
-    entries = [entry for entry in entries if entry not in {*beside}]
+    entries = sorted({*entries} - {*beside})
     known = [entry for entry in entries if entry.is_file() and suffix_of(entry) in FORMATS]
-    others = [entry for entry in entries if entry not in {*known}]
+    others = sorted({*entries} - {*known})
     if not entries:
         raise ValueError(f"{key}={folder}: the folder has no file of text; name a file or a glob")
     if (known and others) or any(not entry.is_file() for entry in others):
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, key: str) -> list[Path]:
 def _is_beside(path: Path) -> bool:
     """Whether a file says something on a folder instead of being in it."""
     hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-    return hidden or (_BESIDE.match(path.name) is not None and suffix_of(path) in ("", ".md", ".rst", ".txt", ".cff"))
+    return hidden or _BESIDE.fullmatch(path.name) is not None
 
 
 def _saved(folder: Path, key: str) -> list[Path]:

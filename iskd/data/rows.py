@@ -58,7 +58,8 @@ def text_of(row: Any, name: str, where: str, key: str = "data.source") -> str:
     if name not in row:
         raise ValueError(_no_field(name, list(row), where, key))
     if row[name] is None:
-        fix = f"take such rows out (jq -c 'select(.{name} != null)' FILE, or dropna(subset=[{name!r}]) in pandas)"
+        jq, pandas = f"jq -c 'select(.[{json.dumps(name)}] != null)' FILE", f"dropna(subset=[{name!r}])"
+        fix = f"take such rows out: {jq}, in pandas {pandas}, in datasets filter(lambda row: row[{name!r}] is not None)"
         raise ValueError(f"{where}: field {name!r} is null; {fix}")
     if not isinstance(row[name], str):
         texts = [field for field, value in row.items() if isinstance(value, str)]
@@ -139,7 +140,7 @@ def _inside(row: dict[str, Any], name: str, where: str) -> Iterator[Row]:
     if len(lists) > 1:
         raise ValueError(
             f"{where} is one object that holds several lists, {lists}: write the one that is meant to a file of its "
-            f"own (jq -c '.{lists[0]}[]' FILE > FILE.jsonl)"
+            f"own (jq -c '.[{json.dumps(lists[0])}][]' FILE > FILE.jsonl)"
         )
     yield from ((f"{where}, {lists[0]}[{i}]", value) for i, value in enumerate(row[lists[0]]))
 

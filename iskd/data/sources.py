@@ -195,8 +195,8 @@ class HubDataset:
 
     def _texts(self, split: str, limit: int | None) -> Iterator[str]:
         rows = (
-            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}")
-            for row in self._rows(split, limit)
+            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}, row {number} of {split}")
+            for number, row in enumerate(self._rows(split, limit), start=1)
         )
         if self.lines and not self.chat:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import lzma
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,7 +175,11 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.json", b'[{"text": "a"} {"text": "b"}]', "item 1 is not JSON"),
     ("a.json", b'[{"text": "a"}]\n{"text": "b"}', "more follows"),
     ("a.json", b'["a", "b"]', "item 1 is str, not a row of fields"),
-    ("a.json", b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}', r"several lists, \['a', 'b'\].*jq -c '\.a\[\]'"),
+    (
+        "a.json",
+        b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
+        r"several lists, \['a', 'b'\].*jq -c '\.\[\"a\"\]\[\]'",
+    ),
     ("a.json", b'{"rows": [{"text": "x"}, {"text": null}]}', r"rows\[1\]: field 'text' is null"),
     ("a.csv", b"id,body\n1,a\n", r"line 1, has no field 'text', only \['id', 'body'\]; set data\.source\.field"),
     ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 cells where the header has 2"),
@@ -199,6 +204,15 @@ def test_null_rows_of_a_table_are_named_by_row(tmp_path: Path) -> None:
     parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: field 'text' is null.*dropna"):
         list(read_file(tmp_path / "a.parquet", "auto", "text"))
+
+
+def test_what_needs_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"a.parquet": _arrow("parquet"), "a.arrow": _arrow("file"), "a.jsonl.zst": _zstd(_LINES.encode())}
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} .*needs the package pyarrow.*iskd\[data\]"):
+            list(read_file(tmp_path / name, "auto", "text"))
 
 
 def test_what_the_user_says_of_a_text_holds(tmp_path: Path) -> None:
