@@ -124,7 +124,10 @@ def _fault(file: Path, codec: str, reason: str) -> str:
     # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
     guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
     found = f"{place}: {line[at]:#x}"
-    return f"{file} is not UTF-8 text ({found}); if it is {guess}, {_iconv(file, guess)}, else name its own encoding"
+    cut = "; if its end is cut off, fetch it again" if reason == "unexpected end of data" else ""
+    return (
+        f"{file} is not UTF-8 text ({found}); if it is {guess}, {_iconv(file, guess)}, else name its own encoding{cut}"
+    )
 
 
 def _first_fault(line: bytes) -> int:

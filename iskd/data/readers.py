@@ -66,8 +66,12 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
         return [(None, _in_folder(target, key))]
     matches = [Path(name) for name in sorted(glob.glob(str(target), recursive=True))]
     found = [match for match in matches if match.is_file()]
-    if not found and "**" not in path:  # a glob of folders
-        found = [file for match in matches if match.is_dir() for file in find_files(str(match), key)]
+    folders = [match for match in matches if match.is_dir() and "**" not in path]
+    if found and folders:
+        what = f"{len(folders)} folders ({folders[0].name}) are left out"
+        _log.warning("%s=%s matches files, and %s: ** goes into folders too", key, path, what)
+    if not found:
+        found = [file for match in folders for file in find_files(str(match), key)]
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
     return [(None, found)]
@@ -95,12 +99,15 @@ def placed_files(path: str, val_path: str | None, test_path: str | None) -> dict
 
 
 def _in_folder(folder: Path, key: str) -> list[Path]:
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+    if _is_saved(folder):
         return _saved(folder, key)
     # a link to a folder is not followed (it may lead around in a circle) and named instead
     entries = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
     beside = [entry for entry in entries if _is_beside(entry.relative_to(folder))]
     entries = sorted({*entries} - {*beside})
+    saved = sorted({entry.parent for entry in entries if entry.name == "state.json" and _is_saved(entry.parent)})
+    if saved:
+        raise ValueError(f"{key}={folder} holds {len(saved)} saved data sets; name one, as {key}={saved[0]}")
     known = [entry for entry in entries if entry.is_file() and suffix_of(entry) in FORMATS]
     others = sorted({*entries} - {*known})
     if not entries:
@@ -122,6 +129,10 @@ def _is_beside(path: Path) -> bool:
     """Whether a file says something on a folder instead of being in it."""
     hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
     return hidden or _BESIDE.fullmatch(path.name) is not None
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def _saved(folder: Path, key: str) -> list[Path]:

@@ -160,6 +160,7 @@ _REFUSED: list[tuple[str, bytes, str]] = [
         r"byte 25, line 2: 0xe9.*if it is ISO-8859-1, iconv -f ISO-8859-1",
     ),
     ("a.txt", b"\x93quoted\x94", r"byte 0, line 1: 0x93.*iconv -f WINDOWS-1252 -t UTF-8 a\.txt"),
+    ("a.txt", "caf\u00e9".encode()[:-1], "if its end is cut off, fetch it again"),
     ("a.txt.gz", gzip.compress(b"caf\xe9"), r"unpack it, then iconv -f ISO-8859-1 -t UTF-8 a\.txt > a\.txt\.utf8"),
     ("a.txt", b"\xff\xfeo\0n\0e\0\n\0x", "begins as UTF-16 and is not"),
     ("a.txt", _TORN[:69_000].encode(), "item 1 is not JSON|line 1 is not JSON"),
@@ -248,10 +249,12 @@ def test_a_folder_leaves_out_what_lies_beside_text(
     assert find_files(f"{tmp_path.parent}/{tmp_path.name[:-1]}?", "data.path") == files  # a glob of folders
 
 
-def test_a_folder_drops_no_file_in_silence(tmp_path: Path) -> None:
+def test_a_folder_drops_no_file_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _fill(tmp_path, "a.txt b/c.md d.png e.png")
     with pytest.raises(ValueError, match=r"3 of its 4 files .*2 x \.png, 1 x \.md.*by a glob, as data\.path='.*\.txt'"):
         find_files(str(tmp_path), "data.path")
+    assert find_files(f"{tmp_path}/[ab]*", "data.path") == [tmp_path / "a.txt"]
+    assert "1 folders (b) are left out: ** goes into folders too" in caplog.text
     _fill(tmp_path / "linked", "a.txt")
     (tmp_path / "linked" / "more").symlink_to(tmp_path / "b")
     with pytest.raises(ValueError, match=r"the first is .*more"):
@@ -274,6 +277,9 @@ def test_folders_of_saved_data_sets_open(tmp_path: Path) -> None:
         list(HubDataset(str(tmp_path)).documents())
     (tmp_path / "train" / "data-00000-of-00001.arrow").rename(tmp_path / "train" / "data-00000-of-00002.arrow")
     with pytest.raises(ValueError, match=r"no whole saved data set: it has 1 of 2 files"):
+        TextFiles(str(tmp_path)).fingerprint()
+    (tmp_path / "dataset_dict.json").unlink()
+    with pytest.raises(ValueError, match=r"holds 3 saved data sets; name one, as data\.path=.*/test"):
         TextFiles(str(tmp_path)).fingerprint()
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "odd"]}')
     with pytest.raises(ValueError, match=r"\['odd'\]; name one, as data\.path=.*odd"):
