@@ -116,11 +116,14 @@ def _fault(file: Path, codec: str, reason: str) -> str:
             offset += len(line)
         else:  # pragma: no cover - the file changed meanwhile
             return f"{file} is not UTF-8 text ({reason})"
-    if zero >= 0:
-        wide = _wide(first_bytes(file, 4096))
+    head = first_bytes(file, 4096)
+    if zero >= 0 or b"\0" in head:
+        wide = _wide(head)
         if wide:
             return f"{file} is {wide} without a byte order mark ({place}); {_iconv(file, wide)}"
-        return f"{file} is binary (it holds NUL bytes: {place}); give a text, .jsonl or .parquet file"
+        return (
+            f"{file} is binary (it holds NUL bytes or what is no text: {place}); give a text, .jsonl or .parquet file"
+        )
     # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
     guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
     found = f"{place}: {line[at]:#x}"

@@ -151,7 +151,8 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a", b"GGUF\3\0\0\0", "GGUF"),
     ("a.bin", b"\x93NUMPY\1\0", "numpy"),
     ("a.json", b"\x80\4\x95\0", "pickle"),
-    ("a.txt", b"one\nt\0wo", r"binary \(it holds NUL bytes: byte 5, line 2\)"),
+    ("a.txt", b"one\nt\0wo", r"binary \(it holds NUL bytes .*: byte 5, line 2\)"),
+    ("a.mp3", b"ID3\xf1\n\0\0", r"binary \(.*: byte 3, line 1\)"),
     ("a.txt", "one\ntwo".encode("utf-16-le"), r"is UTF-16LE .*iconv -f UTF-16LE -t UTF-8 a\.txt > a\.utf8\.txt"),
     ("a.txt", "one\ntwo".encode("utf-32-be"), "iconv -f UTF-32BE"),
     (
