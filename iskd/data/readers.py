@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iskd.data.chat import ROWS, conversation
+from iskd.system.files import expanded
 
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 # Read as prose these would be markup, columns or noise.
@@ -45,7 +46,7 @@ def find_files(path: str, key: str) -> list[Path]:
     Raises:
         ValueError: there is no such file.
     """
-    target = Path(path).expanduser()
+    target = Path(expanded(path))
     if target.is_file():
         return [target]
     if target.is_dir():
@@ -55,10 +56,16 @@ def find_files(path: str, key: str) -> list[Path]:
                 f"{key}={path}: the folder has no .txt, .json, .jsonl, .ndjson or .parquet file; name a file or a glob"
             )
         return known
-    found = [Path(name) for name in sorted(glob.glob(str(target), recursive=True)) if Path(name).is_file()]
+    found = [Path(name) for name in sorted(glob.glob(_pattern(target), recursive=True)) if Path(name).is_file()]
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
     return found
+
+
+def _pattern(path: Path) -> str:
+    """The path as a glob, of which the folders that are there mean themselves."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return str(Path(glob.escape(str(there)), path.relative_to(there)))
 
 
 def _suffix(file: Path) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from iskd.models import sharding
 from iskd.system import global_rank
+from iskd.system.text import argument
 from iskd.training.stages import StageLoop
 from iskd.training.state import checkpoint
 from iskd.training.step import DistillModule, make_optimizer
@@ -31,7 +32,7 @@ class StartAgain(SystemExit):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(75 if global_rank() == 0 else 0)
         self.run_dir = run_dir
-        self.message = f"saved before an edit: start again with resume={run_dir}"
+        self.message = f"saved before an edit: start again with {argument('resume', run_dir)}"
 
 
 def edit_early(loop: StageLoop, module: DistillModule, trainer: L.Trainer, path: Path) -> None:
