@@ -13,6 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
@@ -195,6 +196,7 @@ def as_meant(config: DictConfig) -> DictConfig:
     if "loss" in config and not values["loss"]:
         raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
     _read_node(values, "", (_Root,))
+    at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
     return final

@@ -19,6 +19,7 @@ from iskd.data.decoding import lines_of
 from iskd.data.kinds import FORMATS, kind_of, read_otherwise, suffix_of
 from iskd.data.rows import rows_of, text_of
 from iskd.system import read_json
+from iskd.system.files import expanded
 
 Placed = tuple[str | None, Path]
 """A file and the split of its documents."""
@@ -57,14 +58,14 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
 
     A folder by `datasets.DatasetDict.save_to_disk` has splits; what else there is has the one split None.
     """
-    target = Path(path).expanduser()
+    target = Path(expanded(path))
     if target.is_file():
         return [(None, [target])]
     if target.is_dir():
         if (target / "dataset_dict.json").is_file():
             return _saved_splits(target, key)
         return [(None, _in_folder(target, key))]
-    matches = [Path(name) for name in sorted(glob.glob(str(target), recursive=True))]
+    matches = [Path(name) for name in sorted(glob.glob(_pattern(target), recursive=True))]
     found = [match for match in matches if match.is_file()]
     folders = [match for match in matches if match.is_dir() and "**" not in path]
     if found and folders:
@@ -75,6 +76,12 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
     return [(None, found)]
+
+
+def _pattern(path: Path) -> str:
+    """The path as a glob, of which the folders that are there mean themselves."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return str(Path(glob.escape(str(there)), path.relative_to(there)))
 
 
 def placed_files(path: str, val_path: str | None, test_path: str | None) -> dict[str, list[Placed]]:

@@ -26,6 +26,7 @@ from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
 from iskd.models.tokenizers import byte_tokenizer
+from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
 
@@ -152,7 +153,7 @@ def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         return place
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            Path(place).expanduser() if Path(place).expanduser().is_dir() else place,
+            expanded(place),
             local_files_only=True,
             trust_remote_code=False,
         )
