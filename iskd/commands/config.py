@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from iskd.losses import Terms
 from iskd.plan import Spec
@@ -104,11 +105,11 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
 
 class _Root(TypedDict, total=False):
     name: str
-    seed: int
+    seed: NonNegativeInt
     resume: str | None
     plan_only: bool
     export: bool | str
-    chunk: int | Literal["auto"] | None
+    chunk: PositiveInt | Literal["auto"] | None
     objectives: str | list[str]
     reference: str | None
     cache_dir: str | None
@@ -118,12 +119,12 @@ class _Trainer(TypedDict, total=False):
     """Of Lightning's keys those that a run has a use for; `iskd.plan.trainer_settings` knows the others."""
 
     accelerator: str
-    devices: int | str | list[int]
-    num_nodes: int
+    devices: PositiveInt | Literal[-1] | str | list[int]
+    num_nodes: PositiveInt
     strategy: str
     precision: str
-    accumulate_grad_batches: int
-    log_every_n_steps: int
+    accumulate_grad_batches: PositiveInt
+    log_every_n_steps: NonNegativeInt
     max_time: str | dict[str, Any] | None
     progress: bool
     deterministic: bool | Literal["warn"] | None
@@ -149,7 +150,7 @@ class _Logger(TypedDict, total=False):
 
 
 class _Term(TypedDict, total=False):
-    weight: float
+    weight: NonNegativeFloat
 
 
 class _Teacher(TypedDict, total=False):
@@ -162,9 +163,14 @@ class _Data(TypedDict, total=False):
     test_path: str | None
 
 
+class _Chat(TypedDict, total=False):
+    loss: Literal["all", "assistant"] | None
+
+
 # by name, as a `_target_` is: who reads a folder pays for none of them
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
+    "data.chat": (_Chat,),
     "run": ("iskd.plan.options.RunOptions",),
     "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
     "profile": ("iskd.training.profile.profile_parts",),
@@ -202,7 +208,7 @@ def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
         name = f"{place}{key}"
         if value == _MISSING:
             raise ValueError(f"{name} has to be given: set {name}=VALUE")
-        if isinstance(value, dict) and ("_target_" in value or (not place and key not in taken)):
+        if isinstance(value, dict) and ("_target_" in value or name in _GROUPS or (not place and key not in taken)):
             _read_node(value, f"{name}.", _kinds(name, value))
         elif key in taken:
             node[key] = read_value(name, value, *taken[key])

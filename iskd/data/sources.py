@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import PositiveInt
+
 from iskd.data.chat import ROWS
 from iskd.data.readers import FORMATS, detokenize_wikitext, find_files, group_lines, read_file, text_of
 from iskd.data.splits import Document
@@ -49,7 +51,7 @@ class Docstrings:
     """
 
     min_chars: int = 80
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yield docstrings in the order of sorted file paths, then the topics by name."""
@@ -166,7 +168,7 @@ class HubDataset:
     val_split: str | None = None
     test_split: str | None = None
     field: str = "text"
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     revision: str | None = None
     detokenize: str | None = None
     lines: bool = False
