@@ -19,6 +19,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import PositiveInt
+
 from iskd.data.chat import ROWS
 from iskd.data.kinds import KINDS
 from iskd.data.readers import Placed, detokenize_wikitext, group_lines, placed_files, read_as, read_file
@@ -51,7 +53,7 @@ class Docstrings:
     """
 
     min_chars: int = 80
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yield docstrings in the order of sorted file paths, then the topics by name."""
@@ -163,7 +165,7 @@ class HubDataset:
     val_split: str | None = None
     test_split: str | None = None
     field: str = "text"
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     revision: str | None = None
     detokenize: str | None = None
     lines: bool = False

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
@@ -65,18 +66,18 @@ class TeacherSpec:
     pretrained: bool = True
     bundled: str | None = None
     config: dict[str, Any] | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    intermediate_size: int | None = None
-    vocab_size: int | None = None
-    max_positions: int | None = None
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    vocab_size: PositiveInt | None = None
+    max_positions: PositiveInt | None = None
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
     trim_vocab: bool = False
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _plain(self.config))
