@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from iskd.commands.arguments import arguments, told
-from iskd.commands.fresh_process import COMMAND
+from iskd.commands.train import COMMAND
 from iskd.system import global_rank
 from iskd.system.allocator import tune
 from iskd.system.stop_signals import INTERRUPTED

@@ -12,6 +12,7 @@ init so that the edit starts as removal and not as noise (`zero_up`), and KV cac
 from __future__ import annotations
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
@@ -60,13 +61,13 @@ class Bottleneck(nn.Module):
         old: nn.Module,
         stack: Stack,
         *,
-        reduction: int = 4,
-        layers: int = 2,
-        heads: int | None = None,
+        reduction: PositiveInt = 4,
+        layers: PositiveInt = 2,
+        heads: PositiveInt | None = None,
         norm: bool = True,
         zero_up: bool = True,
-        fit_steps: int = 60,
-        ridge: float = 1e-2,
+        fit_steps: NonNegativeInt = 60,
+        ridge: NonNegativeFloat = 1e-2,
     ) -> Bottleneck:
         """A fresh block; sizes follow the host divided by `reduction`.
 

@@ -8,6 +8,7 @@ normalising its input is what makes it work. No token mixing, no KV cache.
 from __future__ import annotations
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
@@ -33,14 +34,14 @@ class Linear(nn.Module):
         nn.init.zeros_(self.map.bias)
 
     @classmethod
-    def from_block(cls, old: nn.Module, stack: Stack, ridge: float = 1e-2) -> Linear:
+    def from_block(cls, old: nn.Module, stack: Stack, ridge: NonNegativeFloat = 1e-2) -> Linear:
         """A zero map; `ridge` is used by `fit`."""
         if ridge <= 0:
             raise ValueError(f"block.ridge must be positive, got {ridge}")
         return cls(stack.dims.hidden)
 
     @staticmethod
-    def fit(new: nn.Module, old: nn.Module, data: FitData, ridge: float = 1e-2) -> None:
+    def fit(new: nn.Module, old: nn.Module, data: FitData, ridge: NonNegativeFloat = 1e-2) -> None:
         """Least squares of (teacher's output - student's stream) on the normalised stream, in closed form."""
         block = new.get_submodule("block")
         assert isinstance(block, Linear)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData, fit_error
@@ -47,11 +49,11 @@ class Slim:
         old: nn.Module,
         stack: Stack,
         *,
-        ratio: float | None = None,
-        kv_groups: int | None = None,
-        channels: int | None = None,
+        ratio: Annotated[float, Field(gt=0, le=1)] | None = None,
+        kv_groups: PositiveInt | None = None,
+        channels: PositiveInt | None = None,
         select: str = "activation",
-        ridge: float = 1e-2,
+        ridge: NonNegativeFloat = 1e-2,
     ) -> nn.Module:
         """Keep `ratio` of the block's parameters, or exactly `kv_groups` key-value groups and `channels` MLP channels.
 
@@ -65,7 +67,13 @@ class Slim:
 
     @staticmethod
     def fit(
-        new: nn.Module, old: nn.Module, data: FitData, *, select: str = "activation", ridge: float = 1e-2, **_: object
+        new: nn.Module,
+        old: nn.Module,
+        data: FitData,
+        *,
+        select: str = "activation",
+        ridge: NonNegativeFloat = 1e-2,
+        **_: object,
     ) -> None:
         """Choose heads, then channels, on calibration tokens and re-solve the MLP's output projection.
 

@@ -24,9 +24,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands.config import CONF, options
+from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
+from iskd.system.files import expanded
+from iskd.system.text import argument
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,20 +45,40 @@ _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra read
 
 def arguments(argv: Sequence[str]) -> list[str]:
     """Command-line overrides; a resumed run gets its own folder as Hydra's run directory (`auto` stays in Hydra's)."""
+    several = any(given in ("-m", "--multirun") or given.startswith("hydra.mode=") for given in argv)
     with told():
-        argv = [other for argument in argv for other in _named(argument)]
-    folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
-    if not folders or folders[-1] in ("", "null", AUTO):
-        return list(argv)
-    with told():
-        refuse_links(Path(folders[-1]))  # Hydra adds to the log in there, before anything else is looked at
+        argv = literal_paths(argv, several=several)
+        folders = [given.partition("=")[2] for given in argv if given.startswith("resume=")]
+        if not folders or folders[-1] in ("", "null", AUTO):
+            return argv
+        folder = Path(path_of(folders[-1]))
+        # Hydra writes its log in there, before anything else is looked at
+        if "${" not in folders[-1] and not several and not (folder / CONFIG_FILE).is_file():
+            raise ValueError(f"{argument('resume', folder)}: no {CONFIG_FILE} in there, so it is not a run's folder")
+        refuse_links(folder)
     return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
 
 
-def _named(argument: str) -> list[str]:
-    """`model=` takes a folder and a hub id too: what they stand for; any other argument as it is."""
-    key, _, value = argument.partition("=")
-    return (named_model(value) if key == "model" else []) or [argument]
+def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:
+    """Arguments of which Hydra reads each path as it was given, and `model=` as what it names.
+
+    Args:
+        argv: of the command line, or of a list of overrides.
+        several: of a sweep, where commas part values.
+
+    Raises:
+        ValueError: as `named_model`; a path with `${` in it.
+    """
+    return [other for given in argv for other in _literal(given, several)]
+
+
+def _literal(given: str, several: bool) -> list[str]:
+    key, equal, value = given.partition("=")
+    if key == "model":
+        return named_model(path_of(value)) or [given]
+    if not equal or not takes_path(key.lstrip("+")):
+        return [given]
+    return [literal(key, value, several=several and not key.startswith("hydra."))]
 
 
 def named_model(name: str) -> list[str]:
@@ -70,13 +93,12 @@ def named_model(name: str) -> list[str]:
         return []
     if name in options("model"):
         return [f"model={name}"]
-    quoted = "'" + name.replace("'", "\\'") + "'"  # a folder's name may hold what means something to Hydra
-    if os.path.isdir(os.path.expanduser(name)):  # False for a text too long to be a name, where Path raises
-        return ["model=local", f"model.path={quoted}"]
+    if os.path.isdir(expanded(name)):  # False for a text too long to be a name, where Path raises
+        return ["model=local", assigned("model.path", expanded(name))]
     if _SWEEP.search(name):
         return []
     refuse_missing_folder("model", name)
-    return ["model=hub", f"model.name={quoted}"] if _HUB_ID.fullmatch(name) else []
+    return ["model=hub", assigned("model.name", name)] if _HUB_ID.fullmatch(name) else []
 
 
 @contextmanager

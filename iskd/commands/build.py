@@ -23,7 +23,9 @@ from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
+from iskd.system.files import expanded
 from iskd.system.precision import precision
+from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
@@ -138,7 +140,8 @@ def _claim(run_dir: Path, resuming: bool) -> None:
     run_lock.hold(run_dir / LOCK_FILE)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
-            f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"
+            f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with "
+            f"{argument('resume', run_dir)}"
         )
 
 
@@ -170,7 +173,7 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
     return TextData(
         source,
         tokenizer,
-        cache_dir=Path(config.cache_dir or "~/.cache/iskd").expanduser() / "data",
+        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")) / "data",
         seed=config.seed,
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
+from iskd.commands.arguments import literal_paths
 from iskd.commands.config import CONF, forget_folders, new_folder
 from iskd.commands.resume import resumed
 from iskd.data import Source
@@ -29,6 +30,7 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
     Raises:
         ValueError: an override names a group, an option or a key that does not exist, or cannot be read.
     """
+    overrides = literal_paths(overrides)
     with _alone(), initialize_config_dir(str(CONF), job_name="iskd", version_base="1.3"):
         try:
             config = compose("config", overrides=list(overrides), return_hydra_config=True)

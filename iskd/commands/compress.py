@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.commands.arguments import named_model
 from iskd.commands.compose import parts
 from iskd.commands.config import options
+from iskd.commands.paths import assigned
 from iskd.data import Source, given_texts
 from iskd.system.allocator import tune
+from iskd.system.files import expanded
 from iskd.teacher import Loaded
 from iskd.teacher.given import given_teacher, lent
 from iskd.training import Result, run
@@ -107,7 +109,7 @@ def compress(
     with guard, _without_lightnings_notes():
         built = parts(
             [*asked, *model_keys, *data_keys, *overrides],
-            None if run_dir is None else Path(run_dir),
+            None if run_dir is None else Path(expanded(run_dir)),
             teacher=teacher,
             source=source,
             resume=resume,
@@ -130,7 +132,7 @@ def _teacher(
         raise ValueError(f"model must be a transformers model, a directory or a name, got {type(model).__name__}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a model in memory needs its tokenizer, got {type(tokenizer).__name__}: pass tokenizer=")
-    return given_teacher(model, tokenizer), ["model=local", _assigned("model.path", _MODEL)]
+    return given_teacher(model, tokenizer), ["model=local", assigned("model.path", _MODEL)]
 
 
 def _named_model(name: str) -> list[str]:
@@ -146,23 +148,17 @@ def _source(texts: Iterable[str] | str | Path) -> tuple[Source | None, list[str]
     if not isinstance(texts, Iterable | Path):
         raise ValueError(f"texts must be a list of strings, a path or a name, got {texts!r:.80}")
     if not isinstance(texts, str | Path):
-        return given_texts(texts), ["data=text", _assigned("data.path", _TEXTS)]
+        return given_texts(texts), ["data=text", assigned("data.path", _TEXTS)]
     name = str(texts)
     if name in options("data"):
         return None, [f"data={name}"]
-    if not os.path.exists(os.path.expanduser(name)) and not any(mark in name for mark in "*?["):
+    if not os.path.exists(expanded(name)) and not any(mark in name for mark in "*?["):
         known = ", ".join(options("data"))
         raise ValueError(
             f"texts={name[:80]!r} is no file, folder or glob and no data config ({known}); for a text itself pass a "
             "list: texts=[text]"
         )
-    return None, ["data=text", _assigned("data.path", name)]
-
-
-def _assigned(key: str, value: str) -> str:
-    """An override whose value is this string, whatever is in it."""
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{quoted}'"
+    return None, ["data=text", assigned("data.path", expanded(name))]
 
 
 @contextmanager

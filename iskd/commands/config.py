@@ -12,7 +12,9 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
@@ -104,11 +106,11 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
 
 class _Root(TypedDict, total=False):
     name: str
-    seed: int
+    seed: NonNegativeInt
     resume: str | None
     plan_only: bool
     export: bool | str
-    chunk: int | Literal["auto"] | None
+    chunk: PositiveInt | Literal["auto"] | None
     objectives: str | list[str]
     reference: str | None
     cache_dir: str | None
@@ -118,12 +120,12 @@ class _Trainer(TypedDict, total=False):
     """Of Lightning's keys those that a run has a use for; `iskd.plan.trainer_settings` knows the others."""
 
     accelerator: str
-    devices: int | str | list[int]
-    num_nodes: int
+    devices: PositiveInt | Literal[-1] | str | list[int]
+    num_nodes: PositiveInt
     strategy: str
     precision: str
-    accumulate_grad_batches: int
-    log_every_n_steps: int
+    accumulate_grad_batches: PositiveInt
+    log_every_n_steps: NonNegativeInt
     max_time: str | dict[str, Any] | None
     progress: bool
     deterministic: bool | Literal["warn"] | None
@@ -149,7 +151,7 @@ class _Logger(TypedDict, total=False):
 
 
 class _Term(TypedDict, total=False):
-    weight: float
+    weight: NonNegativeFloat
 
 
 class _Teacher(TypedDict, total=False):
@@ -195,6 +197,7 @@ def as_meant(config: DictConfig) -> DictConfig:
     if "loss" in config and not values["loss"]:
         raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
     _read_node(values, "", (_Root,))
+    at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
     return final

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from iskd.commands.config import RUN_HOLDS
+from iskd.commands.paths import as_folder
 from iskd.report import is_run, read_curve, write_curves
 
 
@@ -13,9 +14,17 @@ def main() -> None:
     """Write the picture and print its name."""
     if len(sys.argv) < 3:
         raise ValueError("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
-    named = [argument.rpartition("=") for argument in sys.argv[2:]]
-    for folder in (Path(folder) for _, _, folder in named):
-        if not is_run(folder):
-            raise ValueError(f"{folder} is {'no run' if folder.is_dir() else 'no such folder'}; {RUN_HOLDS}")
-    write_curves([read_curve(Path(folder), name or None) for name, _, folder in named], Path(sys.argv[1]))
-    print(sys.argv[1])
+    named, out = [_named(argument) for argument in sys.argv[2:]], as_folder(sys.argv[1])
+    for _, run in named:
+        if not is_run(run):
+            raise ValueError(f"{run} is {'no run' if run.is_dir() else 'no such folder'}; {RUN_HOLDS}")
+    write_curves([read_curve(run, name) for name, run in named], out)
+    print(out)
+
+
+def _named(argument: str) -> tuple[str | None, Path]:
+    """Name and folder; an = may be in either."""
+    cuts = [0, *(place + 1 for place, sign in enumerate(argument) if sign == "=")]
+    there = (cut for cut in cuts if as_folder(argument[cut:]).is_dir() and argument[cut:])
+    cut = next(there, cuts[-1])
+    return argument[: max(0, cut - 1)] or None, as_folder(argument[cut:])

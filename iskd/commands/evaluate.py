@@ -114,7 +114,7 @@ def _student(path: str | None) -> Path | None:
     """The folder of the student that is named; None for any other model."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not (folder / STAGES_FILE).is_file() and not (folder / FACTS).is_file():
         return None
     return student_folder(folder)

@@ -12,6 +12,7 @@ from iskd.export import read_facts
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import read_config
+from iskd.system.files import expanded
 from iskd.teacher import TeacherSpec
 from iskd.teacher.bundled import BUNDLES
 
@@ -28,7 +29,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
         ValueError: nothing says it.
     """
     if teacher is not None:
-        if Path(teacher).expanduser().is_dir():
+        if Path(expanded(teacher)).is_dir():
             return TeacherSpec(Path(teacher).name, path=str(teacher))
         refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
@@ -63,7 +64,7 @@ def _of_run(file: Path) -> TeacherSpec:
         spec = TeacherSpec(**values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}); {_NAME_IT}") from error
-    if spec.path is not None and not Path(spec.path).expanduser().is_dir():
+    if spec.path is not None and not Path(expanded(spec.path)).is_dir():
         raise ValueError(
             f"the teacher of this student was {spec.path!r}, as {file} says, and that is no folder here (a model given "
             f"to iskd.compress was in memory); {_NAME_IT}"

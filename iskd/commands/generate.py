@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.find_teacher import find_teacher
+from iskd.commands.paths import as_folder, dashed
 from iskd.data import BOS, framing_of
 from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
@@ -224,7 +225,7 @@ def main() -> None:
 def run(argv: Sequence[str]) -> int:
     """The command line of `iskd generate`; returns its exit code: 0, or 2 after an error that it printed."""
     parser = argparse.ArgumentParser(prog="iskd generate", description="teacher and student continue the same prompt")
-    parser.add_argument("folder", type=Path, help="folder of a run or of an export")
+    parser.add_argument("folder", type=as_folder, help="folder of a run or of an export")
     parser.add_argument("prompt", nargs="?", default=SENTENCE)
     parser.add_argument("--teacher", help="folder or name; default: that of the run which holds the folder")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (64)")
@@ -232,7 +233,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--bos", choices=BOS, help="as data.bos; default: what the tokenizer puts before a text")
-    asked: Any = parser.parse_args(argv)
+    asked: Any = parser.parse_args(dashed(parser, argv))
     how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
     how["bos"] = asked.bos
     try:

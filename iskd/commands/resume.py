@@ -10,12 +10,14 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, plain
+from iskd.commands.paths import at_home
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import literal, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
+from iskd.system.text import argument
 
 # what the command line says, never the saved config
 _OWN = ("logger", "cache_dir", "eval", "objectives")
@@ -40,8 +42,10 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     run_dir = Path(config.resume)
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
-        raise ValueError(f"resume={run_dir}: no {CONFIG_FILE} in there, so it is not the folder of a run")
-    saved = OmegaConf.create(read_config(saved_file))
+        raise ValueError(f"{argument('resume', run_dir)}: no {CONFIG_FILE} in there, so it is not the folder of a run")
+    found = read_config(saved_file)
+    at_home(found)
+    saved = OmegaConf.create(found)
     for key in _OWN:
         saved[key] = config.get(key)
     _refuse_foreign(plain(saved), plain(config), saved_file)
@@ -65,8 +69,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if changed:
         listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
         raise ValueError(
-            f"resume={run_dir} continues the run as it was, but the command line changes {listed}; drop that, or start "
-            "a new run"
+            f"{argument('resume', run_dir)} continues the run as it was, but the command line changes {listed}; drop "
+            "that, or start a new run"
         )
     if "data" in saved and "bos" not in saved.data:  # before there was the key, this is what was done
         saved.data.bos = "none"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from iskd.commands.paths import as_folder, dashed
 from iskd.export import verify
 from iskd.system import Busy
 
@@ -21,10 +21,10 @@ def main() -> None:
 def run(argv: Sequence[str]) -> int:
     """The command line of `iskd verify`; returns its exit code: 0 passed, 1 failed, 2 not a student."""
     parser = argparse.ArgumentParser(prog="iskd verify", description="reopen exported students in a clean process")
-    parser.add_argument("folder", nargs="+", type=Path, help="folder of a run or of an export")
-    parser.add_argument("--reference", type=Path, help="compare with the student in this folder instead")
+    parser.add_argument("folder", nargs="+", type=as_folder, help="folder of a run or of an export")
+    parser.add_argument("--reference", type=as_folder, help="compare with the student in this folder instead")
     parser.add_argument("--no-timing", action="store_true", help="leave prefill and decode unmeasured")
-    asked: Any = parser.parse_args(argv)
+    asked: Any = parser.parse_args(dashed(parser, argv))
     codes = []
     for folder in asked.folder:
         try:

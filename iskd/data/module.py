@@ -16,6 +16,7 @@ from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
 from iskd.data.windows import SplitWindows
 from iskd.models.packing import Separator, with_successor
+from iskd.system.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,9 +85,8 @@ class TextData(L.LightningDataModule):
                 f"data.max_train_tokens={max_train_tokens} is less than one window of data.seq_len={seq_len}; "
                 "raise it, or lower data.seq_len"
             )
-        self.source, self.tokenizer, self.cache_dir = source, tokenizer, Path(cache_dir).expanduser()
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.val_tokens = val_tokens
+        self.source, self.tokenizer, self.cache_dir = source, tokenizer, Path(expanded(cache_dir))
+        self.seq_len, self.batch_size, self.seed, self.val_tokens = seq_len, batch_size, seed, val_tokens
         self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
         self.boundaries, self.bos, self.chat_loss = boundaries, bos, chat_loss
         self.coding = Coding.of(tokenizer, bos=bos, chat_loss=chat_loss, seq_len=seq_len)

@@ -1,107 +1,206 @@
-"""Files to documents: plain text, JSON lines and parquet, the first two also gzipped; every error names the file."""
+"""Paths to documents: which files a path means, and the texts of each; every error names the file.
+
+What kind a file is says `iskd.data.kinds`, how its bytes become lines `iskd.data.decoding`, how its rows become texts
+`iskd.data.rows`.
+"""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
+import hashlib
+import logging
 import re
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from iskd.data.chat import ROWS, conversation
+from iskd.data.chat import ROWS
+from iskd.data.decoding import lines_of
+from iskd.data.kinds import FORMATS, kind_of, read_otherwise, suffix_of
+from iskd.data.rows import rows_of, text_of
+from iskd.system import read_json
+from iskd.system.files import expanded
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-# Read as prose these would be markup, columns or noise.
-_REFUSED = {
-    ".arrow",
-    ".csv",
-    ".tsv",
-    ".html",
-    ".htm",
-    ".xml",
-    ".pdf",
-    ".docx",
-    ".zip",
-    ".tar",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".7z",
-}
+Placed = tuple[str | None, Path]
+"""A file and the split of its documents."""
 _GROUP_CHARS = 1_000
 _GROUP_CHARS_MAX = 10_000
+_BESIDE = re.compile(
+    r"_success|(readme|licen[cs]e|notice|copying|changelog|authors|citation)(\.(md|rst|txt|cff))?", re.I
+)
+_SPLITS = {"train": None, "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+_SPLITS |= {"test": "test"}
+_log = logging.getLogger(__name__)
 
 
 def find_files(path: str, key: str) -> list[Path]:
-    """Files that a path names: itself, the known formats inside a folder, or the matches of a glob.
+    """Files that a path names: itself, all files inside a folder, or the matches of a glob.
+
+    Of a folder, hidden files, readmes and licences are left out, and told. It holds files of known suffixes, or files
+    without any such (code, notes), which are read as text: of a mixture what is meant has to be said.
 
     Args:
         path: file, folder or glob; `~` is the home folder.
         key: the option that holds it, for errors.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or the folder holds others.
     """
-    target = Path(path).expanduser()
+    splits = find_splits(path, key)
+    if len(splits) > 1:
+        folders = sorted(str(files[0].parent) for _, files in splits)
+        raise ValueError(f"{key}={path} holds several splits; name one: {key}={folders[0]} (or {folders[1:]})")
+    return splits[0][1]
+
+
+def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
+    """As `find_files`, by the split that the files are of; of a folder of splits those held out come first.
+
+    A folder by `datasets.DatasetDict.save_to_disk` has splits; what else there is has the one split None.
+    """
+    target = Path(expanded(path))
     if target.is_file():
-        return [target]
+        return [(None, [target])]
     if target.is_dir():
-        known = [file for file in sorted(target.rglob("*")) if file.is_file() and _suffix(file).lower() in FORMATS]
-        if not known:
-            raise ValueError(
-                f"{key}={path}: the folder has no .txt, .json, .jsonl, .ndjson or .parquet file; name a file or a glob"
-            )
-        return known
-    found = [Path(name) for name in sorted(glob.glob(str(target), recursive=True)) if Path(name).is_file()]
+        if (target / "dataset_dict.json").is_file():
+            return _saved_splits(target, key)
+        return [(None, _in_folder(target, key))]
+    matches = [Path(name) for name in sorted(glob.glob(_pattern(target), recursive=True))]
+    found = [match for match in matches if match.is_file()]
+    folders = [match for match in matches if match.is_dir() and "**" not in path]
+    if found and folders:
+        what = f"{len(folders)} folders ({folders[0].name}) are left out"
+        _log.warning("%s=%s matches files, and %s: ** goes into folders too", key, path, what)
+    if not found:
+        found = [file for match in folders for file in find_files(str(match), key)]
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
+    return [(None, found)]
+
+
+def _pattern(path: Path) -> str:
+    """The path as a glob, of which the folders that are there mean themselves."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return str(Path(glob.escape(str(there)), path.relative_to(there)))
+
+
+def placed_files(path: str, val_path: str | None, test_path: str | None) -> dict[str, list[Placed]]:
+    """Files of the three keys of a source, each with the split of its documents.
+
+    Raises:
+        ValueError: as `find_files`; a split is given by its key and by a folder of splits in `path`.
+    """
+    splits = find_splits(path, "data.path")
+    given = {"validation": ("val_path", val_path), "test": ("test_path", test_path)}
+    for split, files in splits:
+        if split and given[split][1]:
+            train = files[0].parent.parent / "train"
+            raise ValueError(
+                f"data.path={path} has a split {split} of its own beside data.{given[split][0]}; set "
+                f"data.path={train}, or leave the other out"
+            )
+    found: dict[str, list[Placed]] = {"path": [(split, file) for split, files in splits for file in files]}
+    for split, (key, value) in given.items():
+        found[key] = [] if value is None else [(split, file) for file in find_files(value, f"data.{key}")]
     return found
 
 
-def _suffix(file: Path) -> str:
-    return (Path(file.stem) if file.suffix == ".gz" else file).suffix
+def _in_folder(folder: Path, key: str) -> list[Path]:
+    if _is_saved(folder):
+        return _saved(folder, key)
+    # a link to a folder is not followed (it may lead around in a circle) and named instead
+    entries = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
+    beside = [entry for entry in entries if _is_beside(entry.relative_to(folder))]
+    entries = sorted({*entries} - {*beside})
+    saved = sorted({entry.parent for entry in entries if entry.name == "state.json" and _is_saved(entry.parent)})
+    if saved:
+        raise ValueError(f"{key}={folder} holds {len(saved)} saved data sets; name one, as {key}={saved[0]}")
+    known = [entry for entry in entries if entry.is_file() and suffix_of(entry) in FORMATS]
+    others = sorted({*entries} - {*known})
+    if not entries:
+        raise ValueError(f"{key}={folder}: the folder has no file of text; name a file or a glob")
+    if (known and others) or any(not entry.is_file() for entry in others):
+        counts = Counter(entry.suffix or entry.name for entry in others)
+        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in counts.most_common(8))
+        suffix = Counter(entry.suffix for entry in known or entries).most_common(1)[0][0]
+        raise ValueError(
+            f"{key}={folder}: {len(others)} of its {len(entries)} files are of kinds that are not read in a folder "
+            f"({kinds}; the first is {others[0]}); say which are meant by a glob, as {key}='{folder}/**/*{suffix}'"
+        )
+    if beside:
+        _log.info("%s: %d files beside the text are left out (%s)", folder, len(beside), beside[0].name)
+    return entries
 
 
-def read_file(file: Path, fmt: str, field: str) -> Iterator[str]:
+def _is_beside(path: Path) -> bool:
+    """Whether a file says something on a folder instead of being in it."""
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    return hidden or _BESIDE.fullmatch(path.name) is not None
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved(folder: Path, key: str) -> list[Path]:
+    """The files of a folder by `datasets.Dataset.save_to_disk`, in its order; others there are caches of its user."""
+    files = sorted(folder.glob("data-*-of-*.arrow")) or sorted(folder.glob("dataset.arrow"))
+    wanted = int(files[0].stem.rpartition("-")[2]) if files and files[0].stem[-5:].isdecimal() else 1
+    if len(files) != wanted:
+        what = f"it has {len(files)} of {wanted} files data-*.arrow"
+        raise ValueError(f"{key}={folder} is no whole saved data set: {what}; copy or save it again")
+    return files
+
+
+def _saved_splits(folder: Path, key: str) -> list[tuple[str | None, list[Path]]]:
+    try:
+        names: list[str] = [str(name) for name in read_json(folder / "dataset_dict.json")["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{key}={folder}: dataset_dict.json is damaged ({error}); save the data set again") from error
+    strange = [name for name in names if name not in _SPLITS and len(names) > 1]
+    if not names or len({_SPLITS.get(name, name) for name in names}) < len(names):
+        raise ValueError(f"{key}={folder} has the splits {names}, not one of each kind; name one: {key}={folder}/SPLIT")
+    if strange:
+        raise ValueError(
+            f"{key}={folder} has splits of other names than {sorted(_SPLITS)}: {strange}; name one, as "
+            f"{key}={folder / strange[0]}"
+        )
+    if len(names) == 1:
+        return [(None, _saved(folder / names[0], key))]
+    found = [(_SPLITS[name], _saved(folder / name, key)) for name in names]
+    return sorted(found, key=lambda entry: entry[0] is None)
+
+
+def read_file(file: Path, fmt: str, field: str, key: str = "data.source") -> Iterator[str]:
     """Yield the documents of one file, without blank ones.
 
     Args:
-        file: the file; one that ends in .gz is unpacked on the way.
-        fmt: a value of `FORMATS`, or `auto`: by suffix, where unknown suffixes are text.
-        field: where a JSON line or a parquet row keeps its text.
+        file: the file; gzip, bz2, xz and zstd are unpacked on the way.
+        fmt: one of `iskd.data.kinds.KINDS`, or `auto`: by suffix and content.
+        field: where a row keeps its text; `iskd.data.chat.ROWS` = the row is a conversation.
+        key: the option that holds `fmt` and `field`, or `eval.text`, which has none; for errors.
 
     Raises:
         ValueError: the content is not of this format, or lacks the field.
     """
-    if fmt == "auto" and _suffix(file).lower() in _REFUSED:
-        fix = "convert it to .jsonl, .parquet or .txt, or say what it is by data.source.fmt"
-        raise ValueError(f"{file}: {_suffix(file)} files are not read; {fix}")
-    fmt = FORMATS.get(_suffix(file).lower(), "text") if fmt == "auto" else fmt
-    if fmt == "parquet":
-        return _parquet(file, field)
-    if field == ROWS and fmt == "text":
-        raise ValueError(f"{file} is read as plain text, and chats are rows: give .jsonl or .parquet (data.source.fmt)")
-    return _jsonl(file, field) if fmt == "jsonl" else group_lines(_lines(file))
+    kind = kind_of(file, fmt, key)
+    if kind == "text":
+        if field == ROWS:
+            raise ValueError(
+                f"{file} is read as plain text, and chats are rows: give .jsonl or .parquet (data.source.fmt)"
+            )
+        yield from group_lines(lines_of(file))
+        return
+    for where, row in rows_of(file, kind, field, key):
+        yield from _nonblank(text_of(row, field, where, key))
 
 
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        codec = "utf-8-sig"
-        with gzip.open(file, "rt", encoding=codec) if file.suffix == ".gz" else file.open(encoding=codec) as lines:
-            for line in lines:
-                if "\0" in line:
-                    raise ValueError(f"{file} is binary (it holds NUL bytes); give a text, .jsonl or .parquet file")
-                yield line
-    except UnicodeDecodeError as error:
-        fix = "give a text file, or convert it to UTF-8 (iconv -t utf-8)"
-        raise ValueError(
-            f"{file} is not UTF-8 text ({error.reason}, byte {error.object[error.start]:#x}); {fix}"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file ({error}); fetch it again") from error
+def read_as(files: Iterable[Placed], fmt: str) -> str:
+    """Give a part of a fingerprint: how files are read, where iskd 0.1 read them otherwise; else empty."""
+    kinds = [(split, kind_of(file, fmt, "data.source"), file) for split, file in files]
+    if not any(split or read_otherwise(file, fmt, kind) for split, kind, file in kinds):
+        return ""
+    return "-" + hashlib.sha256(repr([(split, kind) for split, kind, _ in kinds]).encode()).hexdigest()[:16]
 
 
 def group_lines(lines: Iterable[str]) -> Iterator[str]:
@@ -120,56 +219,6 @@ def group_lines(lines: Iterable[str]) -> Iterator[str]:
 def _nonblank(text: str) -> Iterator[str]:
     if text.strip():
         yield text.strip()
-
-
-def _jsonl(file: Path, name: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        if line.lstrip().startswith("["):
-            fix = "write one object a line (jq -c '.[]' FILE > FILE.jsonl)"
-            raise ValueError(f"{file}, line {number} begins a JSON array, where one JSON object a line is read; {fix}")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            fix = "one JSON object a line is expected; for plain text set data.source.fmt=text"
-            raise ValueError(f"{file}, line {number} is not JSON ({error}); {fix}") from error
-        yield from _nonblank(text_of(row, name, f"{file}, line {number}"))
-
-
-def _parquet(file: Path, name: str) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ValueError(f"{file} needs the package pyarrow; pip install pyarrow, or convert it to .jsonl") from error
-    try:
-        table = ParquetFile(file)
-    except ArrowInvalid as error:
-        raise ValueError(f"{file} is not a parquet file ({error}); set data.source.fmt to what it is") from error
-    if name != ROWS and name not in table.schema_arrow.names:
-        raise ValueError(_no_field(name, table.schema_arrow.names, str(file)))
-    for batch in table.iter_batches(columns=None if name == ROWS else [name]):
-        for row in batch.to_pylist():
-            yield from _nonblank(text_of(row, name, str(file)))
-
-
-def text_of(row: Any, name: str, where: str) -> str:
-    """Return field `name` of a row; `where` names the row in the ValueError of a row without such a text."""
-    if name == ROWS:
-        return conversation(row, where)
-    if not isinstance(row, dict) or name not in row:
-        raise ValueError(_no_field(name, list(row) if isinstance(row, dict) else [], where))
-    if not isinstance(row[name], str):
-        raise ValueError(f"{where}: field {name!r} is {type(row[name]).__name__}, not text; set data.source.field")
-    return str(row[name])
-
-
-def _no_field(name: str, names: list[str], where: str) -> str:
-    fix = "set data.source.field to one of them"
-    if "messages" in names or {"prompt", "completion"} <= {*names}:
-        fix = f"{fix}, or for chats data.chat.loss=assistant (or all)"
-    return f"{where} has no field {name!r}, only {names}; {fix}"
 
 
 def detokenize_wikitext(text: str) -> str:

@@ -15,12 +15,16 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import PositiveInt
+
 from iskd.data.chat import ROWS
-from iskd.data.readers import FORMATS, detokenize_wikitext, find_files, group_lines, read_file, text_of
+from iskd.data.kinds import KINDS
+from iskd.data.readers import Placed, detokenize_wikitext, group_lines, placed_files, read_as, read_file
+from iskd.data.rows import text_of
 from iskd.data.splits import Document
 from iskd.system.files import hash_files
 
@@ -49,7 +53,7 @@ class Docstrings:
     """
 
     min_chars: int = 80
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yield docstrings in the order of sorted file paths, then the topics by name."""
@@ -81,17 +85,17 @@ class Docstrings:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Local files: plain text, JSON lines or parquet, each of the first two also gzipped.
+    """Local files: plain text, JSON, csv, tsv, parquet, arrow, folders by `save_to_disk`; those of text also packed.
 
     Plain text becomes documents at blank lines, in groups of at least about 1,000 characters: small enough for the
     hash splits to be fine-grained, large enough to hold context.
 
     Args:
-        path: a file, a folder (its .txt, .jsonl, .parquet files, also .gz) or a glob.
-        val_path: the same for validation; without it validation is a share of `path`.
+        path: a file, a folder or a glob.
+        val_path: the same for validation; without it validation is the split of that name in `path`, or a share of it.
         test_path: the same for the test split.
-        fmt: `auto` (by suffix; unknown suffixes are text), `text`, `jsonl` or `parquet`.
-        field: where a JSON line or a parquet row keeps its text.
+        fmt: `auto` (by suffix and content; what is not known is text), or one of `iskd.data.kinds.KINDS`.
+        field: where a row keeps its text.
         detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
         chat: rows are conversations (`iskd.data.chat`); `field` is not read.
     """
@@ -108,14 +112,9 @@ class TextFiles:
         """Check that there is a path, and the options that have a fixed set of values."""
         if not self.path:
             raise ValueError("no text file is given: set data.path=FILE (a file, a folder or a glob)")
-        if self.fmt not in ("auto", *FORMATS.values()):
-            raise ValueError(
-                f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(dict.fromkeys(FORMATS.values()))}"
-            )
-        if self.detokenize not in (None, "wikitext"):
-            raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
-        if self.detokenize and self.chat:
-            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
+        if self.fmt not in ("auto", *KINDS):
+            raise ValueError(f"data.source.fmt={self.fmt!r} is unknown; use auto, {', '.join(KINDS)}")
+        _check_detokenize(self.detokenize, self.chat)
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents of `val_path`, `test_path` and `path`, in that order.
@@ -123,8 +122,8 @@ class TextFiles:
         Raises:
             ValueError: a path is missing, empty, not text, or lacks the field.
         """
-        for key, split in (("val_path", "validation"), ("test_path", "test"), ("path", None)):
-            for file in self._files(key):
+        for key, files in sorted(self._files().items(), key=lambda entry: entry[0] == "path"):
+            for split, file in files:
                 empty = True
                 for text in read_file(file, self.fmt, ROWS if self.chat else self.field):
                     empty = False
@@ -133,12 +132,12 @@ class TextFiles:
                     raise ValueError(f"data.{key}: {file} holds no text; remove it or point to another file")
 
     def fingerprint(self) -> str:
-        """Hash the bytes of every file."""
-        return "-".join(hash_files(self._files(key)) for key in ("path", "val_path", "test_path"))
+        """Hash the bytes of every file, and how they are read where that is new."""
+        found = self._files().values()
+        return "-".join(hash_files(file for _, file in files) for files in found) + read_as(chain(*found), self.fmt)
 
-    def _files(self, key: str) -> list[Path]:
-        value: str | None = getattr(self, key)
-        return [] if value is None else find_files(value, f"data.{key}")
+    def _files(self) -> dict[str, list[Placed]]:
+        return placed_files(self.path, self.val_path, self.test_path)
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class HubDataset:
     val_split: str | None = None
     test_split: str | None = None
     field: str = "text"
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     revision: str | None = None
     detokenize: str | None = None
     lines: bool = False
@@ -176,10 +175,7 @@ class HubDataset:
         """Check that there is a name, and the option that has a fixed set of values."""
         if not self.name:
             raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {_OFFLINE}")
-        if self.detokenize not in (None, "wikitext"):
-            raise ValueError(f"data.source.detokenize={self.detokenize!r} is unknown; use wikitext or null")
-        if self.detokenize and self.chat:
-            raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
+        _check_detokenize(self.detokenize, self.chat)
 
     def documents(self) -> Iterator[Document]:
         """Yield rows that are not blank; validation and test rows first.
@@ -201,8 +197,8 @@ class HubDataset:
 
     def _texts(self, split: str, limit: int | None) -> Iterator[str]:
         rows = (
-            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}")
-            for row in self._rows(split, limit)
+            text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}, row {number} of {split}")
+            for number, row in enumerate(self._rows(split, limit), start=1)
         )
         if self.lines and not self.chat:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)
@@ -214,6 +210,8 @@ class HubDataset:
         except ImportError as error:
             fix = f"pip install datasets, or use {_OFFLINE}"
             raise ValueError(f"data.source={self.name} needs the package datasets; {fix}") from error
+        if any(Path(self.name, name).is_file() for name in ("dataset_dict.json", "state.json")):
+            raise ValueError(f"{self.name} was written by save_to_disk: set data=text data.path={self.name}")
         try:
             # Streaming spares the download of the rest; reading whole goes through the cache, which works offline.
             # Where nothing is said, datasets before version 4 asks on the terminal whether to run a data set's script.
@@ -233,6 +231,13 @@ class HubDataset:
         if first is not None:
             yield first
         yield from iterator
+
+
+def _check_detokenize(detokenize: str | None, chat: bool) -> None:
+    if detokenize not in (None, "wikitext"):
+        raise ValueError(f"data.source.detokenize={detokenize!r} is unknown; use wikitext or null")
+    if detokenize and chat:
+        raise ValueError("data.source.detokenize is for running text, not for chats: set it to null")
 
 
 def _docstrings(path: Path) -> Iterator[str]:

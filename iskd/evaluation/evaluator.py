@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, cast
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +60,7 @@ class EvalSpec:
     tasks: Sequence[str] = ()
     limit: int | None = 100
     data_dir: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     batch_size: int = 8
     batch_tokens: int = 4096
     text: str | None = None

@@ -31,6 +31,7 @@ from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
+from iskd.system.files import expanded
 from iskd.system.patches import before_scoring
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def draw(
         if data_dir is None:
             yield _from_hub(manager, name, limit, seed)
         else:
-            yield _from_file(manager, name, Path(data_dir).expanduser(), limit, seed, frozenset(exclude))
+            yield _from_file(manager, name, Path(expanded(data_dir)), limit, seed, frozenset(exclude))
 
 
 def score(

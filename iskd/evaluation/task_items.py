@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iskd.system.files import expanded
+
 COPY = "copy"
 COPY_POOL = 1000
 _GAP = "XXXXX"  # where the word stood
@@ -104,7 +106,7 @@ def read_task(name: str, data_dir: str | Path, limit: int | None = None, seed: i
         ValueError: an unknown task, no such file, or a line that is not an item of the task.
     """
     check_task(name)
-    items = copy_items(COPY_POOL) if name == COPY else list(_read(name, Path(data_dir).expanduser()))
+    items = copy_items(COPY_POOL) if name == COPY else list(_read(name, Path(expanded(data_dir))))
     return items if limit is None else subset(items, limit, seed)
 
 

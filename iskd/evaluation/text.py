@@ -97,7 +97,7 @@ def read_text(path: str | Path, tokens: int) -> list[str]:
     documents: list[str] = []
     wanted = tokens * _CHARACTERS_PER_TOKEN
     for file in find_files(str(path), "eval.text"):
-        for document in read_file(file, "auto", "text"):
+        for document in read_file(file, "auto", "text", "eval.text"):
             documents.append(document)
             wanted -= len(document)
             if wanted <= 0:

@@ -23,6 +23,7 @@ from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
+from iskd.system.files import expanded
 from iskd.system.text import layers_text
 
 UNKNOWN = "not known"
@@ -149,7 +150,7 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
         return str(teacher["license"])
     places: list[str | Path | None] = []
     if teacher.get("path"):
-        places.append(Path(str(teacher["path"])).expanduser() / CARD)
+        places.append(Path(expanded(str(teacher["path"]))) / CARD)
     name = str(teacher.get("name", ""))
     if teacher.get("kind") == "hub" and name.count("/") == 1:
         cached = try_to_load_from_cache(name, CARD, revision=teacher.get("revision"))

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from iskd.plan.run_files import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
+from iskd.system.text import argument
 
 FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
 
@@ -20,7 +21,8 @@ def student_folder(folder: Path) -> Path:
     found = inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
     if not (found / "config.json").is_file() and (folder / STAGES_FILE).is_file():
         raise ValueError(
-            f"{folder} is a run that wrote no student (export=false): resume={folder} export=true writes it"
+            f"{folder} is a run that wrote no student (export=false): {argument('resume', folder)} export=true "
+            "writes it"
         )
     if not (found / "config.json").is_file():
         raise ValueError(f"{folder} is not a model directory: config.json is missing")

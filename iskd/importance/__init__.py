@@ -1,6 +1,6 @@
 """[shelf] One score per layer, higher = keep; rows of scores by calibration window, and how sure they are.
 
-Imports: models, data, evaluation.
+Imports: models, system, data, evaluation.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
 from iskd.models.tokenizers import byte_tokenizer
+from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
 
@@ -65,12 +68,12 @@ class TaskAccuracy(WindowImportance):
         self,
         data_dir: str | Path | None = None,
         tasks: Sequence[str] = ("hellaswag", "piqa", "arc_easy", "lambada", "copy"),
-        items: int = 50,
-        share: float = 0.5,
-        seed: int = 0,
+        items: PositiveInt = 50,
+        share: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+        seed: NonNegativeInt = 0,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         metric: str = "acc",
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: PositiveInt = BATCH_TOKENS,
         bos: str | None = None,
     ) -> None:
         for task in tasks:
@@ -152,7 +155,7 @@ def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         return place
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            Path(place).expanduser() if Path(place).expanduser().is_dir() else place,
+            expanded(place),
             local_files_only=True,
             trust_remote_code=False,
         )

@@ -142,15 +142,17 @@ def values_and_slope(name: str, loss: Any, student: Signals, teacher: Signals) -
 
 
 def masked_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of per-token `values` where `labels` (same shape) are not ignored; looks at them, as the reference may.
+    """Mean of per-token `values` where `labels` (same shape) are not ignored; looks at them, as the reference may."""
+    return mean_of(values[labels != IGNORE])
 
-    Raises:
-        ValueError: Every label is ignored.
+
+def mean_of(values_N: Tensor) -> Tensor:
+    """Mean over tokens; of none of them 0, with a gradient of 0 for whatever they would depend on.
+
+    Where documents are apart or only answers count, a micro-batch may hold no label: its step goes on without it, and
+    DDP waits for a gradient of every parameter all the same.
     """
-    keep = labels != IGNORE
-    if not bool(keep.any()):
-        raise ValueError(_no_tokens(labels))
-    return values[keep].mean()
+    return values_N.mean() if len(values_N) else values_N.sum()
 
 
 @dataclass
@@ -169,18 +171,11 @@ def kept_tokens(signals: Signals) -> Tensor:
     """Numbers [N] of the tokens in the flattened batch whose labels are not ignored.
 
     Where they are not known beforehand (`BatchSignals`) labels are looked at, which on a GPU waits for the device.
-
-    Raises:
-        ValueError: Every label is ignored.
     """
     known = signals.known if isinstance(signals, BatchSignals) else None
     if known is not None and known[0] is signals.labels:
-        kept_N = known[1]
-    else:
-        kept_N = (signals.labels != IGNORE).flatten().nonzero().squeeze(1)
-    if len(kept_N) == 0:
-        raise ValueError(_no_tokens(signals.labels))
-    return kept_N
+        return known[1]
+    return (signals.labels != IGNORE).flatten().nonzero().squeeze(1)
 
 
 def keeping(kept_N: Tensor, tokens: int) -> Callable[[Tensor], Tensor]:
@@ -188,8 +183,3 @@ def keeping(kept_N: Tensor, tokens: int) -> Callable[[Tensor], Tensor]:
     if len(kept_N) == tokens:
         return lambda x: x.flatten(0, 1)
     return lambda x: x.flatten(0, 1).index_select(0, kept_N)
-
-
-def _no_tokens(labels: Tensor) -> str:
-    """Message for a batch without a single target."""
-    return f"all {labels.numel()} labels are {IGNORE} (ignored): there is no token to learn from; check the data"

@@ -65,7 +65,7 @@ class ChunkedMean(torch.autograd.Function):
         """Total and means [K] of the terms."""
         total, means_K, gradients = chunk_walk(tokens, hidden_ND, weight_VD, bias_V, wants=ctx.needs_input_grad[1:])
         ctx.gradients = gradients
-        ctx.tokens = len(tokens.labels_N)
+        ctx.tokens = max(1, len(tokens.labels_N))
         ctx.mark_non_differentiable(means_K)
         return total, means_K
 
@@ -114,7 +114,8 @@ def chunk_walk(
             sink.add(grad_nV, h_nD, head[0], at)
         chunks.append(sums_K.detach())
     # means are for the log; gradients stay sums until `backward` divides them (see there)
-    means_K = torch.stack(chunks).sum(0) / len(hidden_ND)
+    none_K = at_least_fp32(hidden_ND.new_zeros(len(tokens.terms)))  # where every label is ignored
+    means_K = torch.stack(chunks).sum(0) / len(hidden_ND) if chunks else none_K
     weights = [weight for _, weight in tokens.terms.values()]
     return _weighted(weights, means_K), means_K, sink.gradients(weight_VD.dtype)
 

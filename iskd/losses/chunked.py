@@ -25,6 +25,7 @@ from iskd.losses.base import (
     keeping,
     kept_tokens,
     masked_mean,
+    mean_of,
     token_values,
     traits_of,
 )
@@ -61,10 +62,11 @@ def total_loss(
             them; None = as the student's signals say (`iskd.losses.base.kept_tokens`).
 
     Returns:
-        The scalar total with its gradient, and the unweighted, detached mean of every term by name.
+        The scalar total with its gradient, and the unweighted, detached mean of every term by name; without a valid
+        label all of them are 0.
 
     Raises:
-        ValueError: Bad terms (see `check_terms`), a missing signal, or no valid label.
+        ValueError: Bad terms (see `check_terms`) or a missing signal.
     """
     check_terms(terms)
     # a term of weight 0 is not computed at all, so it may ask for signals that nobody captured
@@ -94,7 +96,7 @@ def total_loss(
     for name, (loss, weight) in terms.items():
         if name not in on_logits:
             values = token_values(name, loss, student, teacher or Signals(student.labels))  # [B, T]
-            mean = values.flatten().index_select(0, kept).mean()
+            mean = mean_of(values.flatten().index_select(0, kept))
             means[name] = mean.detach()
             totals.append(weight * mean)
     return torch.stack(totals).sum(), {name: means[name] for name in terms}
@@ -134,7 +136,7 @@ def chunked_vocabulary_loss(
         The scalar total with its gradient, and the unweighted, detached mean of every term over the valid tokens.
 
     Raises:
-        ValueError: Bad terms, shapes that do not belong together, chunk < 1, no teacher, or no valid label.
+        ValueError: Bad terms, shapes that do not belong together, chunk < 1, or no teacher.
     """
     vocabulary = max(len(head[0]) for head in (student_head, teacher_head) if head is not None)
     size = chunk_tokens(chunk, labels_BT.device, vocabulary)

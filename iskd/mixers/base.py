@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,14 +60,14 @@ class Basics(TypedDict, total=False):
     """Keywords that every mixer takes and hands on to `RecurrentMixer`."""
 
     init: str
-    heads: int | None
-    chunk: int
+    heads: PositiveInt | None
+    chunk: PositiveInt
 
 
 class Common(Basics, total=False):
     """These and those to which some mixers give another default or meaning."""
 
-    conv: int
+    conv: NonNegativeInt
     rotary: bool
 
 
@@ -195,9 +196,9 @@ class RecurrentMixer(nn.Module):
         attention: Attention,
         *,
         init: str = "copy",
-        heads: int | None = None,
-        chunk: int = 64,
-        conv: int = 0,
+        heads: PositiveInt | None = None,
+        chunk: PositiveInt = 64,
+        conv: NonNegativeInt = 0,
         rotary: bool = False,
     ) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,7 +49,7 @@ class DeltaMixer(RecurrentMixer):
         attention: Attention,
         *,
         activation: str = "silu",
-        conv: int = 4,
+        conv: NonNegativeInt = 4,
         rotary: bool = False,
         **common: Unpack[Basics],
     ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from iskd.mixers.base import Attention, Basics, Context, Streams
@@ -51,10 +52,10 @@ class GatedDeltaNet(DeltaMixer):
         self,
         attention: Attention,
         *,
-        memory: float = 256.0,
+        memory: PositiveFloat = 256.0,
         gate: bool = True,
         activation: str = "silu",
-        conv: int = 4,
+        conv: NonNegativeInt = 4,
         rotary: bool = False,
         **common: Unpack[Basics],
     ) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,9 +56,9 @@ class GLA(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        rank: int = 16,
-        temper: float = 16.0,
-        memory: float = 256.0,
+        rank: PositiveInt = 16,
+        temper: PositiveFloat = 16.0,
+        memory: PositiveFloat = 256.0,
         gate: bool = True,
         **common: Unpack[Common],
     ) -> None:

@@ -13,9 +13,10 @@ one per head, as in the other mixers here; the published code norms the whole wi
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +56,12 @@ class HGRN2(RecurrentMixer):
     }
 
     def __init__(
-        self, attention: Attention, *, lower_bound: float = 0.5, memory: float = 256.0, **common: Unpack[Common]
+        self,
+        attention: Attention,
+        *,
+        lower_bound: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+        memory: PositiveFloat = 256.0,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)
         if not 0 < lower_bound < 1:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from iskd.mixers.base import Attention, Basics, Context, Streams
@@ -58,10 +59,10 @@ class KDA(DeltaMixer):
         self,
         attention: Attention,
         *,
-        rank: int | None = None,
-        memory: float = 256.0,
+        rank: PositiveInt | None = None,
+        memory: PositiveFloat = 256.0,
         activation: str = "silu",
-        conv: int = 4,
+        conv: NonNegativeInt = 4,
         rotary: bool = False,
         **common: Unpack[Basics],
     ) -> None:

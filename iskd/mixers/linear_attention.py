@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
@@ -64,7 +65,7 @@ class LinearAttention(RecurrentMixer):
         *,
         feature_map: str = "elu1",
         normalize: bool = True,
-        eps: float = 1e-6,
+        eps: PositiveFloat = 1e-6,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)

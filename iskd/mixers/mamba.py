@@ -20,6 +20,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -72,10 +73,10 @@ class Mamba(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        state: int = 16,
-        rank: int | None = None,
+        state: PositiveInt = 16,
+        rank: PositiveInt | None = None,
         activation: str = "silu",
-        conv: int = 4,
+        conv: NonNegativeInt = 4,
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, conv=conv, **common)

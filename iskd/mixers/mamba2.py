@@ -21,6 +21,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,8 +66,8 @@ class Mamba2(RecurrentMixer):
         attention: Attention,
         *,
         activation: str = "silu",
-        memory: float = 256.0,
-        conv: int = 4,
+        memory: PositiveFloat = 256.0,
+        conv: NonNegativeInt = 4,
         rotary: bool = False,
         **common: Unpack[Basics],
     ) -> None:

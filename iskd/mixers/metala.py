@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,9 +65,9 @@ class MetaLA(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        conv: int = 4,
-        temper: float = 16.0,
-        memory: float = 256.0,
+        conv: NonNegativeInt = 4,
+        temper: PositiveFloat = 16.0,
+        memory: PositiveFloat = 256.0,
         augment: bool = True,
         **common: Unpack[Basics],
     ) -> None:

@@ -19,6 +19,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +63,7 @@ class MLSTM(RecurrentMixer):
         "forget_gate": "fresh: attention does not forget; starts near 1",
     }
 
-    def __init__(self, attention: Attention, *, memory: float = 256.0, **common: Unpack[Common]) -> None:
+    def __init__(self, attention: Attention, *, memory: PositiveFloat = 256.0, **common: Unpack[Common]) -> None:
         super().__init__(attention, **common)
         logit = logit_of_memory(memory)
         self.input_gate = gate_proj(self.stream, self.heads, bias=-math.log(2))

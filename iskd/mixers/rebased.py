@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +60,12 @@ class ReBased(RecurrentMixer):
     }
 
     def __init__(
-        self, attention: Attention, *, feature_dim: int = 16, eps: float = 1e-5, **common: Unpack[Common]
+        self,
+        attention: Attention,
+        *,
+        feature_dim: PositiveInt = 16,
+        eps: PositiveFloat = 1e-5,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)
         check_count("feature_dim", feature_dim, 1, MAX_FEATURES)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
@@ -44,7 +45,7 @@ class RetNet(RecurrentMixer):
         *,
         gate: bool = True,
         rotary: bool = True,
-        conv: int = 0,
+        conv: NonNegativeInt = 0,
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, rotary=rotary, conv=conv, **common)

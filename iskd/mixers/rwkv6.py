@@ -20,6 +20,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
@@ -88,10 +89,10 @@ class RWKV6(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        rank: int = 64,
-        memory: float = 256.0,
+        rank: PositiveInt = 64,
+        memory: PositiveFloat = 256.0,
         token_shift: bool = False,
-        shift_rank: int = 32,
+        shift_rank: PositiveInt = 32,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(attention, **common)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,11 +72,11 @@ class Sliding(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        window: int = 64,
+        window: PositiveInt = 64,
         feature_map: str = "hedgehog",
-        gamma: float = 0.9,
+        gamma: Annotated[float, Field(gt=0, lt=1)] = 0.9,
         rotary: bool = True,
-        conv: int = 0,
+        conv: NonNegativeInt = 0,
         **common: Unpack[Basics],
     ) -> None:
         super().__init__(attention, rotary=rotary, conv=conv, **common)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import PositiveInt
+
 UPKEEP = frozenset(
     {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
     | {"gradient_checkpointing", "compile", "max_shard_bytes"}
@@ -55,7 +57,7 @@ class RunOptions:
     share_prefix: bool = True
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool | str = False
-    max_shard_bytes: int | str = "50GB"
+    max_shard_bytes: PositiveInt | str = "50GB"
     plan_only: bool = False
 
     def __post_init__(self) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar
 
+from pydantic import PositiveFloat
+
 from iskd.plan import Stage
 from iskd.plan.stage import SHAPES
 from iskd.schedules.base import Choice, History
@@ -56,9 +58,9 @@ class Align(Layers, Heal):
     count: int | None = -1
     mixers_share: float = 0.026
     hidden_share: float = 0.053
-    mixers_lr: float = 2e-4
-    hidden_lr: float = 2e-3
-    lr: float = 3e-4
+    mixers_lr: PositiveFloat = 2e-4
+    hidden_lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 3e-4
     mixers_shape: str = "wsd"
     hidden_shape: str = "wsd"
     shape: str = "linear"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
+from pydantic import PositiveFloat
+
 from iskd.plan import Stage
 from iskd.plan.edits import describe
 from iskd.schedules.base import Choice, History
@@ -45,7 +47,7 @@ class LayerSchedule(Layers, Heal):
     candidates: int = 1
     trial_tokens: int = 0
     floor: float | None = None
-    lr_new: float = 3e-4
+    lr_new: PositiveFloat = 3e-4
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveFloat
+
 from iskd.plan import Record
 from iskd.plan.stage import LoraSpec, lora_of
 from iskd.schedules.edits import EditKind
@@ -33,9 +35,9 @@ class Heal:
         ValueError: a value that cannot work; the message names its key.
     """
 
-    tokens: int = 32_768
+    tokens: NonNegativeInt = 32_768
     train: str = "all"
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     lora: Mapping[str, Any] | None = field(default_factory=_lora)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from iskd.system.text import argument
+
 # what torch says when the CPU's memory is used up; there is no class of its own for it
 _NO_MEMORY = (
     "can't allocate memory",
@@ -57,7 +59,7 @@ def advice(error: BaseException, where: str, sizes: Mapping[str, int], last_good
             f"{error} {where}. Last good checkpoint: {last_good}. Start a new run with a lower schedule.lr and "
             "schedule.lr_new, or with trainer.precision=32-true"
         )
-    go_on = "start again" if last_good is None else f"go on with resume={last_good.parents[1]}"
+    go_on = "start again" if last_good is None else f"go on with {argument('resume', last_good.parents[1])}"
     values = ", ".join(f"{key}={value}" for key, value in sizes.items())
     return (
         f"{error} {where}, out of memory with {values}: {go_on} and a smaller data.batch_size with "

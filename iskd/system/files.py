@@ -34,6 +34,11 @@ def write_whole(file: Path, content: str | bytes) -> Path:
     return file
 
 
+def expanded(path: str | Path) -> str:
+    """A path with the home folder for a leading `~` or `~user`; a name that only begins so stays as it is."""
+    return os.path.expanduser(path)
+
+
 def clear_place(path: Path) -> None:
     """Remove what lies at `path`: a link itself, never what it leads to, or a folder as a whole; nothing is fine too.
 

@@ -11,7 +11,6 @@ what a shell reports of a process that SIGTERM ended) tells a supervisor: everyt
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from iskd.system.ranks import global_rank
+from iskd.system.text import argument
 
 EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
@@ -50,7 +50,7 @@ class Preempted(SystemExit):
         super().__init__((INTERRUPTED if by_user else EXIT_CODE) if global_rank() == 0 else 0)
         self.message = (
             f"stopped by {asked_by or ('Ctrl-C' if by_user else 'a signal')}, everything is saved: "
-            f"continue with {shlex.quote(f'resume={run_dir}')}"
+            f"continue with {argument('resume', run_dir)}"
         )
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 
 ABSENT = "-"
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+
+
+def argument(key: str, value: object) -> str:
+    """`key=value` as it is pasted into a shell."""
+    return shlex.quote(f"{key}={value}")
 
 
 def number(value: float | None, digits: int = 3) -> str:

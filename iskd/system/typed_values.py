@@ -12,8 +12,8 @@ import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
-from math import isfinite, isnan
+from functools import cache, reduce
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,7 +30,7 @@ _TRUTH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "fal
 def takes(kind: Any) -> dict[str, tuple[Any, Any]]:
     """Type and default by argument of a class, function or TypedDict; blocks are made by `from_block`."""
     if hasattr(kind, "__total__"):
-        return {key: (hint, inspect.Parameter.empty) for key, hint in get_type_hints(kind).items()}
+        return {key: (hint, inspect.Parameter.empty) for key, hint in get_type_hints(kind, include_extras=True).items()}
     makes = kind.from_block if hasattr(kind, "from_block") else kind
     found: dict[str, tuple[Any, Any]] = {}
     for key, argument in inspect.signature(makes).parameters.items():
@@ -63,7 +63,8 @@ def _hint(annotation: Any, makes: Any, key: str) -> Any:
 def read_value(name: str, value: Any, hint: Any, default: Any = inspect.Parameter.empty) -> Any:
     """A plain value as a type takes it.
 
-    Raises ValueError where it is none of that type; NaN is no number.
+    Raises ValueError where it is none of that type or out of the range that the type declares (pydantic's `PositiveInt`
+    and its like); NaN is no number, and an infinity none that a setting can have.
     """
     try:
         read = _adapter(hint).validate_python(value)
@@ -86,6 +87,8 @@ def _lenient(hint: Any) -> Any:
     if hint is Path:
         return Annotated[str, Strict()]
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:  # with the range that the argument declares
+        return reduce(lambda read, bound: Annotated[read, bound], inner[1:], _lenient(inner[0]))
     if origin in (Union, types.UnionType):
         # where a text is taken, 10k is one
         read = [Annotated[each, Strict()] if str in inner and each in _SPELLED else _lenient(each) for each in inner]
@@ -136,7 +139,7 @@ def _number(value: Any) -> Any:
             value = float(value)
         except ValueError:
             value = _count(value)
-    if isinstance(value, float) and isnan(value):
+    if isinstance(value, float) and not isfinite(value):
         raise ValueError("not a number")
     return value
 
@@ -154,7 +157,7 @@ def _text(value: Any) -> Any:
 _SPELLED: Mapping[Any, Any] = {int: _count, float: _number, bool: _truth, str: _text}
 _WORDS = {
     int: "an integer such as 4, 10k or 2e6",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
     str: "a text",
     Path: "a path",
@@ -166,11 +169,23 @@ def _words(hint: Any) -> str:
     return " or ".join(dict.fromkeys(_alternatives(hint)))
 
 
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _range(declared: Iterable[Any]) -> str:
+    """The bounds of a number, for users."""
+    bounds = (bound for each in declared for bound in getattr(each, "metadata", [each]))
+    said = ((word, getattr(bound, sign, None)) for bound in bounds for sign, word in _BOUNDS.items())
+    return " and ".join(f"{word} {limit}" for word, limit in said if limit is not None)
+
+
 def _alternatives(hint: Any) -> Iterator[str]:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for each in inner:
             yield from _alternatives(each)
+    elif origin is Annotated:
+        yield f"{_words(inner[0])}, {_range(inner[1:])}"
     elif origin is Literal:
         yield from map(str, inner)
     elif hint in (None, type(None)):

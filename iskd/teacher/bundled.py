@@ -27,7 +27,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iskd.system import file_sha256, write_whole
-from iskd.system.files import readable_as_umask
+from iskd.system.files import expanded, readable_as_umask
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def bundle(name: str) -> Bundle:
 def cache_dir() -> Path:
     """Where converted teachers are kept: $ISKD_CACHE/teachers, else ~/.cache/iskd/teachers."""
     root = os.environ.get("ISKD_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "iskd") / "teachers"
+    return Path(expanded(root or "~/.cache/iskd")) / "teachers"
 
 
 def find_gguf(source: Bundle) -> Path | None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ class TeacherCacheSpec:
     """
 
     kind: str = "hidden"
-    top_k: int = 64
+    top_k: PositiveInt = 64
     dtype: str = "float16"
     chunk_tokens: int = 1 << 18
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
@@ -25,6 +26,7 @@ from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_
 from iskd.models.skeletons import check_config
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import check_finite, parameters_sha256, weights_sha256
+from iskd.system.files import expanded
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
 from iskd.teacher.trim import trim
@@ -64,18 +66,18 @@ class TeacherSpec:
     pretrained: bool = True
     bundled: str | None = None
     config: dict[str, Any] | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    intermediate_size: int | None = None
-    vocab_size: int | None = None
-    max_positions: int | None = None
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    vocab_size: PositiveInt | None = None
+    max_positions: PositiveInt | None = None
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
     trim_vocab: bool = False
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _plain(self.config))
@@ -182,7 +184,7 @@ def _plain(value: Any) -> Any:
 
 def _locate(spec: TeacherSpec) -> tuple[Path, str]:
     if spec.path is not None:
-        return Path(spec.path).expanduser(), "local"
+        return Path(expanded(spec.path)), "local"
     if spec.bundled is not None:
         prepared = bundled.prepare(bundled.bundle(spec.bundled))
         if prepared is not None:
@@ -231,7 +233,7 @@ def _random(spec: TeacherSpec) -> Loaded:
 
 def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBase, str]:
     """The model's own tokenizer if this machine has it and it fits into `rows`, else the one over bytes."""
-    places: list[str | Path] = [spec.path] if spec.path else []
+    places: list[str | Path] = [expanded(spec.path)] if spec.path else []
     if spec.bundled is not None:
         places.append(bundled.cache_dir() / bundled.bundle(spec.bundled).folder)
     if "/" in spec.name:
@@ -249,7 +251,7 @@ def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBas
 def _config_of(spec: TeacherSpec) -> dict[str, Any]:
     if spec.path is None:
         raise ValueError(f"model.pretrained=false needs a config for {spec.name}: set model.config or model.path")
-    path = Path(spec.path).expanduser() / "config.json"
+    path = Path(expanded(spec.path)) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.pretrained=false reads {path}, which is missing: set model.config or model.path")
     return read_model_config(path.parent)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from iskd.system import Ranks
 from iskd.system.stop_signals import StopSignals
+from iskd.system.text import argument
 from iskd.system.watchdog import Watchdog
 from iskd.training.live import Live
 from iskd.training.stages import StageLoop
@@ -49,7 +50,7 @@ class CompressionCallback(Callback):
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
         ranks, loop, module = ranks_of(trainer), self.loop, cast(DistillModule, pl_module)
         module.join(ranks, self.stop_wanted)
-        self.watchdog = Watchdog(ranks, f"Continue with resume={loop.run_dir}")
+        self.watchdog = Watchdog(ranks, f"Continue with {argument('resume', loop.run_dir)}")
         self.watchdog.start()
         found = None if self.resume_from is None else self.resume_from.name
         ranks.require_equal("newest whole checkpoint, teacher", [found, loop.state.tokens, loop.teacher])

@@ -87,6 +87,11 @@ def _scored(
     else:
         scores = importance(module.student, module.teacher, batches)
         rows = scores[:, None]
+    if bad := [layers[position] for position in positions if scores[position].isnan()]:
+        raise ValueError(
+            f"the importance of layers {bad} is nan, which no order has a place for: take another importance, or other "
+            "calibration text"
+        )
     order = sorted(positions, key=lambda position: (scores[position].item(), position))
     last = order[choice.number - 1]
     ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]

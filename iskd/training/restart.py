@@ -18,6 +18,7 @@ from iskd.models import sharding
 from iskd.plan import Stage
 from iskd.refits import Refit
 from iskd.system import global_rank
+from iskd.system.text import argument
 from iskd.training.editing import Edited, Editor
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, make_optimizer
@@ -34,7 +35,7 @@ class StartAgain(SystemExit):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(75 if global_rank() == 0 else 0)
         self.run_dir = run_dir
-        self.message = f"saved before an edit: start again with resume={run_dir}"
+        self.message = f"saved before an edit: start again with {argument('resume', run_dir)}"
 
 
 class EditInFreshProcess(Editor):

@@ -31,6 +31,7 @@ from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
+from iskd.system.text import argument
 from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
 from iskd.training.editing import BrokenOffError, Editor, back_to, merge_adapters
 from iskd.training.live import Live
@@ -340,7 +341,7 @@ class StageLoop:
             f"INCOMPLETE: training was ended from outside the schedule in stage {steps.stage_number} of "
             f"{state.total_stages} ({self.stage.name}) after {steps.in_stage} of {steps.stage_steps} steps, e.g. by a "
             f"callback that sets trainer.should_stop. Nothing is exported. The newest checkpoint is {kept}; "
-            f"without the callback, resume={self.run_dir} goes on from there"
+            f"without the callback, {argument('resume', self.run_dir)} goes on from there"
         )
 
     def advise(self, error: BaseException) -> None:

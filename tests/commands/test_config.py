@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from iskd.__main__ import main
-from iskd.commands.config import as_meant, options, plain
+from iskd.commands.config import as_meant, object_of, options, plain, terms
+from iskd.data import TextData, TextFiles
+from iskd.losses import check_terms
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.plan.options import RunOptions
+from iskd.plan.trainer_settings import trainer_settings
+from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.system.typed_values import read_value
 from tests.factories import CONF
+from tests.runs import MIXER
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "debug"))
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
@@ -40,25 +49,94 @@ def leaves(node: dict[str, Any], place: str) -> Iterator[str]:
             yield f"{place}.{key}"
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_a_value_of_a_wrong_kind_is_refused_for_every_key_of_every_yaml(group: str, option: str) -> None:
+def resolved(group: str, option: str) -> dict[str, Any]:
+    """The group as a run has it, with what has to be given."""
     values = written(group, option)
     if group == "data" and option == "hf":
         values["source"]["name"] = "a/b"
     if group == "data":
         values["path"] = "a.txt"
-    config = OmegaConf.create({group: values})
-    assert as_meant(as_meant(config)) == as_meant(config), "read once, it stays"
-    for key in leaves(values, group):
-        for wrong in (
-            [[1]],
-            math.nan,
-            {"of": "another kind"} if not key.endswith((".lora", ".config", ".max_time")) else [1],
-        ):
-            changed = OmegaConf.create(plain(config))
-            OmegaConf.update(changed, key, wrong, merge=False)
+    meant = as_meant(OmegaConf.create({group: values}))
+    assert as_meant(meant) == meant, "read once, it stays"
+    return cast(dict[str, Any], plain(meant))
+
+
+def with_value(config: dict[str, Any], key: str, value: Any) -> Any:
+    """A copy with another value at a dotted key, which `as_meant` reads as it reads a config."""
+    changed = copy.deepcopy(config)
+    *above, last = key.split(".")
+    node = changed
+    for name in above:
+        node = node[name]
+    node[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_a_value_of_a_wrong_kind_is_refused_for_every_key_of_every_yaml(group: str, option: str) -> None:
+    config = resolved(group, option)
+    for key in leaves(config[group], group):
+        mapping = key.endswith((".lora", ".config", ".max_time"))
+        for wrong in ([[1]], math.nan, [1] if mapping else {"of": "another kind"}):
             with pytest.raises(ValueError, match=f"{key}="):
-                as_meant(changed)
+                as_meant(with_value(config, key, wrong))
+
+
+# what these say, and which key says so in its yaml or in docs/
+MEANINGFUL = {
+    "schedule.count": {-1},  # every layer that is not protected
+    "trainer.devices": {-1},  # all that there are
+}
+ZERO_IS_NONE = re.compile(
+    r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end)|block\.(fit_steps|ridge)|.*_share"
+    r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|protect_\w+|max_skipped|log_every_n_steps)"
+)
+
+
+def made(group: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """What a run makes of a group before it trains, as far as it needs no model."""
+    node = OmegaConf.create(config)[group]
+    if group == "loss":
+        check_terms(terms(config[group]))
+    elif group == "run":
+        RunOptions(**config[group])
+    elif group == "trainer":
+        trainer_settings(config[group], config[group])
+    elif group == "schedule":
+        takes = getattr(get_object(node["_target_"]), "takes", ())
+        edit: Any = ConvertTo(MIXER) if "Align" in node["_target_"] else RemoveLayers()
+        object_of(node, **{name: {"edit": edit, "seed": 0}[name] for name in takes})
+    elif group == "data":
+        keys = {
+            key: value for key, value in config[group].items() if key not in ("source", "chat") and "path" not in key
+        }
+        TextData(TextFiles("a.txt"), byte_tokenizer(), cache_dir=tmp_path, **keys)
+    elif "_target_" in node and group in ("optim", "importance", "eval"):
+        takes = getattr(get_object(node["_target_"]), "takes", ())
+        object_of(node, **dict.fromkeys(takes))
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group, option in OPTIONS if group != "logger"])
+def test_a_number_that_means_nothing_is_refused_by_name_before_anything_runs(
+    group: str, option: str, tmp_path: Path
+) -> None:
+    config = resolved(group, option)
+    for key in leaves(config[group], group):
+        for wrong in (-1, 0, math.inf):
+            changed = with_value(config, key, wrong)
+            try:
+                read = plain(as_meant(changed))
+                for name in key.split("."):
+                    read = read[name]
+                if type(read) in (str, bool) or wrong in MEANINGFUL.get(key, ()):
+                    continue
+                if wrong == 0 and ZERO_IS_NONE.fullmatch(key):
+                    continue
+                made(group, plain(as_meant(changed)), tmp_path)
+            except ValueError as error:
+                assert key.rpartition(".")[2] in str(error), key  # noqa: PT017 - which of three calls raises is free
+            else:
+                raise AssertionError(f"{key}={wrong} is taken: say what it means, or refuse it")
 
 
 def test_a_value_of_a_wrong_kind_is_refused_for_the_keys_of_no_group() -> None:

@@ -2,36 +2,296 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import logging
+import lzma
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from iskd.data.readers import find_files, read_file
+from iskd.data.sources import HubDataset, TextFiles
+from iskd.evaluation.text import read_text
 
-_LINES = "\n".join(json.dumps({"text": f"Document {i}.", "url": "u"}) for i in range(3))
+_DOCUMENTS = ["Document 0.", 'Document, 1: \u00e9\n\n"quoted"; it\'s', "Document 2." + " long" * 30_000]
+_ROWS = [{"text": text, "url": "u", "n": None} for text in _DOCUMENTS]
+_LINES = "\n".join(json.dumps(row) for row in _ROWS) + "\n"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.JSON", "a.json.gz", "a.jsonl.gz"])
-def test_json_lines_are_read_by_field_under_every_suffix(tmp_path: Path, name: str) -> None:
-    content = _LINES.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    (file,) = find_files(str(tmp_path), "data.path")
-    assert list(read_file(file, "auto", "text")) == ["Document 0.", "Document 1.", "Document 2."]
+def _table(mark: str) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=mark).writerows([["id", "text"], *([i, text] for i, text in enumerate(_DOCUMENTS))])
+    return buffer.getvalue()
+
+
+def _arrow(form: str) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    table, sink = pyarrow.table({"text": _DOCUMENTS, "n": [1, 2, 3]}), io.BytesIO()
+    if form == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, sink)
+    else:
+        with getattr(pyarrow.ipc, f"new_{form}")(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+def _zstd(content: bytes) -> bytes:
+    return bytes(pytest.importorskip("pyarrow").Codec("zstd").compress(content, asbytes=True))
+
+
+_SAME: dict[str, tuple[str, str]] = {
+    "lines": (_LINES, "jsonl json ndjson JSON txt data log"),
+    "array": (json.dumps(_ROWS), "json jsonl txt"),
+    "array, by line": (json.dumps(_ROWS, indent=1), "json txt"),
+    "objects, by line": ("\n".join(json.dumps(row, indent=2) for row in _ROWS), "json jsonl txt"),
+    "object of a list": (json.dumps({"version": 1, "tags": ["a"], "data": _ROWS}), "json txt"),
+    "object of a list, by line": (json.dumps({"version": 1, "data": _ROWS}, indent=1), "json md"),
+    "columns": (json.dumps({"text": _DOCUMENTS}), "json"),
+    "comma": (_table(","), "csv CSV"),
+    "semicolon": (_table(";"), "csv"),
+    "tab": (_table("\t"), "tsv csv"),
+}
+
+
+@pytest.mark.parametrize("name", _SAME)
+def test_every_form_of_rows_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    content, suffixes = _SAME[name]
+    for suffix in suffixes.split():
+        (tmp_path / f"a.{suffix}").write_text(content)
+        assert list(read_file(tmp_path / f"a.{suffix}", "auto", "text")) == _DOCUMENTS, suffix
+
+
+@pytest.mark.parametrize("form", ["parquet", "file", "stream"])
+def test_binary_tables_are_known_by_content(tmp_path: Path, form: str) -> None:
+    for suffix in ("parquet", "arrow", "bin"):
+        (tmp_path / f"a.{suffix}").write_bytes(_arrow(form))
+        assert list(read_file(tmp_path / f"a.{suffix}", "auto", "text")) == _DOCUMENTS
+    (tmp_path / "a.gz").write_bytes(gzip.compress(_arrow(form)))
+    with pytest.raises(ValueError, match=r"a\.gz is packed on top of its own packing .*unpack it"):
+        list(read_file(tmp_path / "a.gz", "auto", "text"))
+    (tmp_path / "torn.parquet").write_bytes(_arrow(form)[:-40])
+    with pytest.raises(ValueError, match=r"torn\.parquet is not .*damaged"):
+        list(read_file(tmp_path / "torn.parquet", "auto", "text"))
 
 
 @pytest.mark.parametrize(
-    "name", ["a.csv", "a.csv.gz", "a.html", "a.XML", "a.pdf", "a.json.zst", "a.json.bz2", "a.arrow"]
+    ("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", _zstd)]
 )
-def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("text,url\nfoo,bar\n")
-    with pytest.raises(ValueError, match=r"files are not read; convert it"):
+def test_packed_files_are_unpacked_by_content(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    packed = pack(_LINES.encode())
+    for name in (f"a.json.{suffix}", f"a.jsonl.{suffix}", f"a.{suffix}", "a.jsonl", "a.txt"):
+        (tmp_path / name).write_bytes(packed)
+        assert list(read_file(tmp_path / name, "auto", "text")) == _DOCUMENTS, name
+    (tmp_path / f"t.csv.{suffix}").write_bytes(pack(_table(",").encode()))
+    assert list(read_file(tmp_path / f"t.csv.{suffix}", "auto", "text")) == _DOCUMENTS
+    for content in (packed[:-20], b"text\n", gzip.compress(b"x") if suffix != "gz" else b"PK\3\4"):
+        (tmp_path / f"bad.txt.{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.txt\.\w+ is not a whole \w+ file"):
+            list(read_file(tmp_path / f"bad.txt.{suffix}", "auto", "text"))
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_tell_the_encoding_and_are_no_text(tmp_path: Path, codec: str) -> None:
+    for name, content in {"a.jsonl": _LINES, "a.csv": _table(","), "a.txt": "d\u00e9j\u00e0\nvu"}.items():
+        (tmp_path / name).write_bytes(content.encode(codec))
+        expected = ["d\u00e9j\u00e0\nvu"] if name == "a.txt" else _DOCUMENTS
+        assert list(read_file(tmp_path / name, "auto", "text")) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Enter Hamlet]\n\nTo be or not to be",
+        "[1] A note.\n[2] Another.",
+        "[1]\nA note.",
+        '["Hello," said he,\nand left.]',
+        '["Hello"] said he',
+        "[[Category:Towns]]\nA town.",
+        "{\\bf bold} text",
+        "{ int x = 1; }",
+        '{"a": foo(), "b": 2}',
+        '{\n    "name": "module",  # python\n    "depends": [],\n}',
+        '{"a": b}',
+        "{}",
+        "[]",
+        "<s> A story.",
+        "<3 you",
+        "BZh is no word",
+        "PAR1 is one",
+        "GIF8 and Rar! too",
+        "Obj\nOrc ORC",
+        '{"Tom" said Ann}',
+    ],
+)
+def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: str) -> None:
+    for name in ("a.txt", "a.md", "a"):
+        (tmp_path / name).write_text(text)
+        assert list(read_file(tmp_path / name, "auto", "text")) == [text]
+
+
+_TORN = json.dumps({"text": "x" * 70_000})
+_REFUSED: list[tuple[str, bytes, str]] = [
+    ("a.html", b"prose", r"\.html files are not read; .*data\.source\.fmt=text"),
+    ("a.PDF", b"prose", r"\.pdf files are not read; convert it to \.jsonl, \.parquet or \.txt$"),
+    ("a.txt", b"%PDF-1.7\n", "is a PDF, which is not read: extract its text"),
+    ("a.txt", b" <!DOCTYPE html><p>", r"is HTML or XML.*fmt=text"),
+    ("a", b"<?xml version='1.0'?>", "is HTML or XML"),
+    ("a.txt", b"{\\rtf1 x}", "is RTF"),
+    ("a.txt", b"PK\3\4\24\0\0\0", "a zip archive.*unpack"),
+    ("a.jsonl.gz", gzip.compress(b"n" * 257 + b"ustar\0" + b"\0" * 250), "a tar archive"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"Git LFS pointer.*git lfs pull"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ("a.txt", b"\x10\0\0\0\0\0\0\0" + b'{"w": {}}', "safetensors"),
+    ("a", b"GGUF\3\0\0\0", "GGUF"),
+    ("a.bin", b"\x93NUMPY\1\0", "numpy"),
+    ("a.json", b"\x80\4\x95\0", "pickle"),
+    ("a.txt", b"one\nt\0wo", r"binary \(it holds NUL bytes .*: byte 5, line 2\)"),
+    ("a.mp3", b"ID3\xf1\n\0\0", r"binary \(.*: byte 3, line 1\)"),
+    ("a.txt", "one\ntwo".encode("utf-16-le"), r"is UTF-16LE .*iconv -f UTF-16LE -t UTF-8 a\.txt > a\.utf8\.txt"),
+    ("a.txt", "one\ntwo".encode("utf-32-be"), "iconv -f UTF-32BE"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "d\xe9"}',
+        r"byte 25, line 2: 0xe9.*if it is ISO-8859-1, iconv -f ISO-8859-1",
+    ),
+    ("a.txt", b"\x93quoted\x94", r"byte 0, line 1: 0x93.*iconv -f WINDOWS-1252 -t UTF-8 a\.txt"),
+    ("a.txt", "caf\u00e9".encode()[:-1], "if its end is cut off, fetch it again"),
+    ("a.txt.gz", gzip.compress(b"caf\xe9"), r"unpack it, then iconv -f ISO-8859-1 -t UTF-8 a\.txt > a\.txt\.utf8"),
+    ("a.txt", b"\xff\xfeo\0n\0e\0\n\0x", "begins as UTF-16 and is not"),
+    ("a.txt", _TORN[:69_000].encode(), "item 1 is not JSON|line 1 is not JSON"),
+    ("a.txt", b'{"text": "a",}\n{"text": "b"}\n', r"line 1 is not JSON.*fmt=text"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": nope}\n', "line 3 is not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2: field 'text' is null; take such rows out"),
+    ("a.jsonl", b'{"text": 3, "body": "a"}', r"line 1: field 'text' is int, not text; .*\['body'\]"),
+    ("a.jsonl", b'{"text": ["a", 1]}\n{"text": "b"}', "line 1: field 'text' is list"),
+    ("a.jsonl", b'{"text": "a"}\n"b"\n', "line 2 is str, not a row"),
+    ("a.json", b'[{"text": "a"}, {"text": null}]', "item 2: field 'text' is null"),
+    ("a.json", b'[{"text": "a"}, {"text": ', "item 2 is not JSON"),
+    ("a.json", b'[{"text": "a"}', "item 1 is not JSON"),
+    ("a.json", b'[{"text": "a"} {"text": "b"}]', "item 1 is not JSON"),
+    ("a.json", b'[{"text": "a"}]\n{"text": "b"}', "more follows"),
+    ("a.json", b'["a", "b"]', "item 1 is str, not a row of fields"),
+    (
+        "a.json",
+        b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
+        r"several lists, \['a', 'b'\].*jq -c '\.\[\"a\"\]\[\]'",
+    ),
+    ("a.json", b'{"rows": [{"text": "x"}, {"text": null}]}', r"rows\[1\]: field 'text' is null"),
+    ("a.csv", b"id,body\n1,a\n", r"line 1, has no field 'text', only \['id', 'body'\]; set data\.source\.field"),
+    ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 cells where the header has 2"),
+    ("a.csv", b'id,text\n1,"a\n2,b\n', "separated .*quotes"),
+    ("a.csv", b"text,text\na,b\n", "stands twice"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), _REFUSED)
+def test_what_is_not_read_is_named_with_a_fix(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
         list(read_file(tmp_path / name, "auto", "text"))
+    assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ValueError, match=r".") as caught:  # of another reader, what is said helps there
+        read_text(tmp_path / name, 1_000_000)
+    assert "data.source" not in str(caught.value)
 
 
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_no_prose(tmp_path: Path, indent: int | None) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "foo"}], indent=indent))
-    with pytest.raises(ValueError, match=r"a\.json, line 1 begins a JSON array"):
-        list(read_file(tmp_path / "a.json", "auto", "text"))
+def test_null_rows_of_a_table_are_named_by_row(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: field 'text' is null.*dropna"):
+        list(read_file(tmp_path / "a.parquet", "auto", "text"))
+
+
+def test_what_needs_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"a.parquet": _arrow("parquet"), "a.arrow": _arrow("file"), "a.jsonl.zst": _zstd(_LINES.encode())}
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} .*needs the package pyarrow.*iskd\[data\]"):
+            list(read_file(tmp_path / name, "auto", "text"))
+
+
+def test_what_the_user_says_of_a_text_holds(tmp_path: Path) -> None:
+    for name, content in {"a.csv": "a,b\n1,2", "a.html": "<html><p>x", "a.json": '{"a": 1}'}.items():
+        (tmp_path / name).write_text(content)
+        assert list(read_file(tmp_path / name, "text", "text")) == [content]
+    (tmp_path / "b.txt").write_text(_table(","))
+    assert list(read_file(tmp_path / "b.txt", "csv", "text")) == _DOCUMENTS
+
+
+def _fill(folder: Path, names: str) -> None:
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("a.txt b/c.jsonl README.md b/LICENSE .hidden .git/x.txt", "a.txt b/c.jsonl"),
+        ("a.py b/c.py Makefile README.md", "Makefile a.py b/c.py"),
+        ("a.csv b.tsv.bz2 c.json.zst d.feather", "a.csv b.tsv.bz2 c.json.zst d.feather"),
+    ],
+)
+def test_a_folder_leaves_out_what_lies_beside_text(
+    tmp_path: Path, names: str, found: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fill(tmp_path, names)
+    caplog.set_level(logging.INFO, "iskd")
+    files = find_files(str(tmp_path), "data.path")
+    assert [str(file.relative_to(tmp_path)) for file in files] == found.split()
+    assert ("are left out" in caplog.text) is ("README" in names)
+    assert find_files(f"{tmp_path.parent}/{tmp_path.name[:-1]}?", "data.path") == files  # a glob of folders
+
+
+def test_a_folder_drops_no_file_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _fill(tmp_path, "a.txt b/c.md d.png e.png")
+    with pytest.raises(ValueError, match=r"3 of its 4 files .*2 x \.png, 1 x \.md.*by a glob, as data\.path='.*\.txt'"):
+        find_files(str(tmp_path), "data.path")
+    assert find_files(f"{tmp_path}/[ab]*", "data.path") == [tmp_path / "a.txt"]
+    assert "1 folders (b) are left out: ** goes into folders too" in caplog.text
+    _fill(tmp_path / "linked", "a.txt")
+    (tmp_path / "linked" / "more").symlink_to(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"the first is .*more"):
+        find_files(str(tmp_path / "linked"), "data.path")
+
+
+def test_folders_of_saved_data_sets_open(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        _fill(tmp_path / split, "dataset_info.json state.json cache-1f.arrow")
+        (tmp_path / split / "data-00000-of-00001.arrow").write_bytes(_arrow("stream"))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    splits = [split for _, split in TextFiles(str(tmp_path)).documents()]
+    assert splits == ["validation"] * 3 + ["test"] * 3 + [None] * 3
+    assert read_text(tmp_path / "test", 1_000_000) == _DOCUMENTS
+    with pytest.raises(ValueError, match=r"holds several splits; name one: eval\.text=.*/test"):
+        read_text(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"has a split validation of its own beside data\.val_path"):
+        list(TextFiles(str(tmp_path), val_path=str(tmp_path / "test")).documents())
+    with pytest.raises(ValueError, match=r"save_to_disk: set data=text data\.path="):
+        list(HubDataset(str(tmp_path)).documents())
+    (tmp_path / "train" / "data-00000-of-00001.arrow").rename(tmp_path / "train" / "data-00000-of-00002.arrow")
+    with pytest.raises(ValueError, match=r"no whole saved data set: it has 1 of 2 files"):
+        TextFiles(str(tmp_path)).fingerprint()
+    (tmp_path / "dataset_dict.json").unlink()
+    with pytest.raises(ValueError, match=r"holds 3 saved data sets; name one, as data\.path=.*/test"):
+        TextFiles(str(tmp_path)).fingerprint()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "odd"]}')
+    with pytest.raises(ValueError, match=r"\['odd'\]; name one, as data\.path=.*odd"):
+        TextFiles(str(tmp_path)).fingerprint()
+
+
+def test_only_what_was_read_otherwise_before_has_a_new_fingerprint(tmp_path: Path) -> None:
+    """Shards of a `.json` file that 0.1 read as prose are not taken up; those of files read as ever are."""
+    for name, same in {"a.txt": True, "a.jsonl": True, "a.md": True, "a.json": False, "b.txt": False}.items():
+        (tmp_path / name).write_text("prose" if name in ("a.txt", "a.md") else _LINES)
+        assert (TextFiles(str(tmp_path / name)).fingerprint().count("-") == 2) is same, name
+    assert TextFiles(str(tmp_path / "a.json"), fmt="jsonl").fingerprint().count("-") == 2
+    prose = TextFiles(str(tmp_path / "a.json"), fmt="text").fingerprint()
+    assert TextFiles(str(tmp_path / "a.json")).fingerprint() != prose

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
-from iskd.commands import fresh_process
+from iskd.commands import train
 from iskd.commands.arguments import arguments
 from iskd.commands.build import parts
 from iskd.commands.evaluate import evaluation
@@ -410,10 +410,10 @@ def test_a_package_of_the_user_here_is_found_by_the_reopened_student(trapped: Pa
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_fresh_process_finds_no_modules_where_it_starts(safe: bool, trapped: Path) -> None:
     """With PYTHONSAFEPATH, which Python 3.10 does not know, and without."""
-    environment = fresh_process._ours(os.environ)
+    environment = train._ours(os.environ)
     if not safe:
         del environment["PYTHONSAFEPATH"]
-    command = [*fresh_process._ENTRY, "--cfg=job", "--package=seed"]
+    command = [*train._ENTRY, "--cfg=job", "--package=seed"]
     done = subprocess.run(command, cwd=trapped, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n", done.stderr
     assert not (trapped.parent / "ran").exists()
@@ -438,7 +438,7 @@ def test_python_m_finds_the_package_where_it_lies(tmp_path: Path) -> None:
 def test_every_process_is_started_where_its_file_says() -> None:
     """A new place that starts processes has to think of the folder they start in."""
     starters = {where.split(":")[0] for where, _, name in calls() if name.startswith(("subprocess.", "os.exec"))}
-    assert starters == {"iskd/commands/fresh_process.py", "iskd/export/probe.py"}
+    assert starters == {"iskd/commands/train.py", "iskd/export/probe.py"}
 
 
 # ---- code beside a model: nobody is asked ----------------------------------------------------------------------------

@@ -59,6 +59,16 @@ def test_ties_are_told_among_those_who_may_go() -> None:
     assert note(Choice((12, 16), 1), [2, 12, 16, 20, 24]).endswith("[16] are within noise of that of layer 12")
 
 
+def test_a_score_that_is_nan_is_refused_by_its_layer_and_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ROWS.clone()
+    rows[3, 0] = math.nan
+    monkeypatch.setattr(Known, "rows", lambda *_: rows)
+    for number in (1, 3, 5):
+        with pytest.raises(ValueError, match=r"importance of layers \[20\] is nan"):
+            note(Choice((2, 12, 16, 20, 24), number), [2, 12, 16, 20, 24])
+    assert note(Choice((2, 12), 1), [2, 12, 16, 20, 24]) is not None, "layers that nobody may choose are not asked"
+
+
 def test_windows_that_were_not_read_say_nothing() -> None:
     rows = torch.tensor([[1.0, 1.2, torch.nan], [1.1, 1.15, torch.nan], [torch.nan] * 3, [1.0, 1.2, 1.0]])
     assert deciding.within_noise(rows, 0, range(4)) == [1, 3]

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import PositiveInt
 
 from iskd.data import StageLoader
 from iskd.plan import Record, Stage
@@ -28,7 +29,7 @@ from iskd.training.step import DistillModule, make_optimizer
 
 def profile_parts(
     parts: Parts,
-    steps: int = 5,
+    steps: PositiveInt = 5,
     *,
     edits: bool = True,
     operators: bool = True,

@@ -30,6 +30,7 @@ from iskd.plan.run_files import CHECKPOINTS
 from iskd.system import Json, Ranks, read_json, write_whole
 from iskd.system.faults import NonFiniteError
 from iskd.system.files import clear_place, readable_as_umask
+from iskd.system.text import argument
 from iskd.training.state.checkpoint_files import (
     _RNG,
     _STATE,
@@ -116,7 +117,7 @@ def together(ranks: Ranks, place: Path, work: Callable[[], T]) -> list[T]:
         run_dir = place.parents[1] if place.parent.name == CHECKPOINTS else place
         raise OSError(
             f"could not write the checkpoint {place}: {failed}. Earlier checkpoints are intact: make room or make the "
-            f"folder writable, and continue with resume={run_dir}"
+            f"folder writable, and continue with {argument('resume', run_dir)}"
         )
     return [cast(T, outcome) for outcome, _ in outcomes]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from iskd.plan.run_files import CHECKPOINTS, CONFIG_FILE, MODEL, RECORD_FILE, STAGES_FILE
 from iskd.system import file_sha256
+from iskd.system.text import argument
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.state.run_state import RunState
 
@@ -30,7 +31,7 @@ def last_position(run_dir: Path, layers: int) -> tuple[RunState, Path] | None:
         raise ValueError(
             f"{run_dir / CONFIG_FILE} is not the one that the checkpoint {newest} was made with: it was edited, or one "
             "of them comes from another run. Put it back as it was; what may change when a run is continued is said on "
-            f"the command line (resume={run_dir} KEY=VALUE), and anything else is a new run"
+            f"the command line ({argument('resume', run_dir)} KEY=VALUE), and anything else is a new run"
         )
     if state.record.num_layers != layers:
         raise ValueError(
@@ -60,7 +61,7 @@ def _refuse_lost(run_dir: Path) -> None:
         "(export=true)"
     )
     raise ValueError(
-        f"resume={run_dir}: no whole checkpoint in {root} ({why}), and starting from the beginning would overwrite "
-        f"what the run left ({', '.join([*there, *(path.name for path in torn)])}). {student}. To start over, give the "
-        f"command without resume= and another hydra.run.dir, or move {run_dir} away first"
+        f"{argument('resume', run_dir)}: no whole checkpoint in {root} ({why}), and starting from the beginning would "
+        f"overwrite what the run left ({', '.join([*there, *(path.name for path in torn)])}). {student}. To start "
+        f"over, give the command without resume= and another hydra.run.dir, or move {run_dir} away first"
     )

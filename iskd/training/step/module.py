@@ -112,6 +112,7 @@ class DistillModule(L.LightningModule):
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
+        self._parts: list[tuple[float, Mapping[str, Tensor]]] = []
         self._row: dict[str, Tensor | float] = {}
 
     @property
@@ -248,13 +249,15 @@ class DistillModule(L.LightningModule):
         return StepResult(aligned.loss, {objective: mean}, aligned.by_layer)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Loss of a micro-batch; logs it with its terms against cumulative tokens."""
+        """Loss of a micro-batch; what it gives to the values of its step is kept for the log."""
         result = self.step(batch["input_ids"], self.cached(batch), batch.get("kept"), batch.get("targets"))
         finite = torch.isfinite(result.loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         self._by_layer = result.by_layer
-        self._log(lambda: self._values(result))
-        return result.loss * self._share(batch)
+        share = self._share(batch)
+        if self._logs():
+            self._parts.append((share, {"loss": result.loss.detach(), **result.terms}))
+        return result.loss * share
 
     def _share(self, batch: Mapping[str, Any]) -> float:
         """What a micro-batch counts for in its step: the share of its tokens that have a label.
@@ -278,16 +281,13 @@ class DistillModule(L.LightningModule):
         rows, device = self.teacher_cache.read(batch["index"]), batch["input_ids"].device
         return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
 
-    def _log(self, values: Callable[[], Mapping[str, Tensor | float]]) -> None:
-        """Log values at the steps that loggers take (trainer.log_every_n_steps), and make them at no other.
+    def _logs(self) -> bool:
+        """Whether the step is one that loggers take (trainer.log_every_n_steps): values are made at no other.
 
         A number is copied to the device, and that copy waits for what the device was asked before. Without a Trainer,
         as in a profile, nothing is logged.
         """
-        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
-            made = dict(values())
-            self._row |= made
-            self.log_dict(made, on_step=True, on_epoch=False, logger=False)
+        return self._trainer is not None and bool(self.trainer._logger_connector.should_update_logs)
 
     def log_row(self, loggers: Iterable[Any]) -> None:
         """Give the values of the step to the loggers, before a checkpoint that is due: Lightning would do so after it.
@@ -302,8 +302,14 @@ class DistillModule(L.LightningModule):
             logger.log_metrics(values, int(values["step"]))
             logger.save()
 
-    def _values(self, result: StepResult) -> dict[str, Tensor | float]:
-        values = {"train/loss": result.loss.detach(), **{f"train/{name}": mean for name, mean in result.terms.items()}}
+    def _values(self) -> dict[str, Tensor | float]:
+        """Loss and terms of the step, means over its labels however they lie in micro-batches, and its place."""
+        parts, self._parts = [part for part in self._parts if part[0]], []
+        whole = sum(share for share, _ in parts)
+        values = {
+            f"train/{name}": torch.stack([share / whole * of_part[name] for share, of_part in parts]).sum()
+            for name in (parts[0][1] if parts else ())
+        }
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         at = self.position
         place = {"tokens": float(at.tokens), "stage": float(at.stage_number), "step": float(at.step)}
@@ -341,4 +347,6 @@ class DistillModule(L.LightningModule):
         self.guard.judge(self.position.step + 1, optimizer, finite, stop=self._stop_wanted())
         if self.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
-        self._log(lambda: {"train/grad_norm": norm})
+        if self._logs():
+            self._row = {**self._values(), "train/grad_norm": norm}
+            self.log_dict(self._row, on_step=True, on_epoch=False, logger=False)

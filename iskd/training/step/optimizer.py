@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from iskd.models.sharding import like
@@ -34,9 +35,9 @@ class OptimSpec:
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    clip: float | None = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = 1.0
     warmup: float = 0.05
     decay: str = "cosine"
     decay_over: str = "run"

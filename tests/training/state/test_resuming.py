@@ -49,7 +49,7 @@ def test_an_edited_config_is_found(run_dir: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(place.checkpoint, "read_state", lambda newest: state)
     assert (last_position(run_dir, 4) or (None,))[0] is state
     config.write_text("seed: 2\n")
-    with pytest.raises(ValueError, match=r"config\.yaml is not the one .*command line \(resume="):
+    with pytest.raises(ValueError, match=r"config\.yaml is not the one .*command line \('resume="):
         last_position(run_dir, 4)
     state.identity = {}  # of a version that did not say
     assert (last_position(run_dir, 4) or (None,))[0] is state

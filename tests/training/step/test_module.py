@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any, cast
 
 import lightning as L
@@ -205,33 +206,83 @@ def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, log_every_n_steps=2, **quiet)
     trainer.fit(module, StageLoader(windows(12).numpy(), batch_size=2, seed=0, first_step=0, steps=5))
-    assert len(made) == 2 * 2  # the losses, and the norm of the gradients, at the second and fourth step
+    assert len(made) == 2  # at the second and fourth step
     assert {"train/loss", "train/grad_norm", "tokens"} <= {name for names in made for name in names}
     assert "train/loss" in trainer.callback_metrics
 
 
-def test_documents_apart_train_alike_in_every_layout_of_micro_batches() -> None:
-    """Windows of a step hold documents of very different lengths; loss and gradients are those of the whole step."""
-    length = 24
-    student, teacher, separator = tiny("llama", seed=1), tiny("llama", seed=2), 0
-    module = DistillModule(
-        student, teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4), separator=Separator(separator)
-    )
+def top_rows(length: int) -> Any:
+    """Stands for a teacher cache of the likeliest tokens: those of a window depend on its number alone."""
+    ids = torch.stack([torch.randperm(VOCAB, generator=torch.Generator().manual_seed(n))[:3] for n in range(4)])
+    log_probs = torch.log_softmax(torch.arange(16.0, dtype=torch.float64).view(4, 4), -1)
+
+    def read(index: list[int]) -> dict[str, Tensor]:
+        rows = {"ids": ids[index], "log_probs": log_probs[index]}
+        return {name: row[:, None].expand(-1, length, -1) for name, row in rows.items()}
+
+    return SimpleNamespace(spec=TeacherCacheSpec("topk", top_k=3), read=read)
+
+
+@pytest.mark.parametrize("path", ["chunks", "whole logits", "top k", "hidden states", "autograd"])
+@pytest.mark.parametrize("length", [2, 3, 24])
+def test_documents_apart_train_alike_in_every_layout_of_micro_batches(length: int, path: str) -> None:
+    """Windows of a step hold documents of very different lengths, one of them no label: all is as of the whole step.
+
+    A micro-batch without a label is a loss of 0 with a gradient of 0 for whatever trains, since DDP waits for it.
+    """
+    student, teacher, separator = tiny("llama", seed=1).double(), tiny("llama", seed=2).double(), Separator(0)
+    teacher = copy.deepcopy(student) if path == "top k" else teacher
+    terms: Terms = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.5)}
+    terms = {"chunks": {**terms, "end": (FinalState(), 1.0)}, "autograd": {"kl": (_NoSlope(), 1.0)}}.get(path, terms)
+    if path == "hidden states":
+        terms = {"a": (HiddenMatch("cosine"), 1.0), "b": (HiddenMatch("normalized"), 1.0)}
+    chunk = None if path == "whole logits" else 5
+    module = DistillModule(student, teacher, terms, OptimSpec(), Record(4), separator=separator, chunk=chunk)
+    if path == "top k":
+        module.use_teacher_cache(top_rows(length))
     windows = torch.randint(1, VOCAB, (4, length), generator=torch.Generator().manual_seed(0))
-    windows[0, ::2] = separator
-    windows[1, length // 2] = separator
+    windows[0, ::2] = separator.token
+    windows[1] = separator.token
+    windows[2, length // 2] = separator.token
+    logs: list[dict[str, Tensor]] = []
+    module.log_dict = lambda values, **_: logs.append(dict(values))  # type: ignore[method-assign,assignment]
+    module._trainer = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=True))  # type: ignore[assignment]
+    optimizer = make_optimizer(module.optim)
+    module.enter(Stage("heal", tokens=64))
+    module.regroup(optimizer)
     found = []
     for size in (4, 2, 1):
         student.zero_grad()
         losses = []
-        for batch in windows.split(size):
-            part = module.training_step({"input_ids": batch, "kept": with_successor(batch, Separator(separator))}, 0)
-            loss = part * (size / len(windows))
+        for index in torch.arange(4).split(size):
+            batch = windows[index]
+            given = {"input_ids": batch, "index": index.tolist(), "kept": with_successor(batch, separator)}
+            before = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+            loss = module.training_step(given, 0) * (size / len(windows))
             loss.backward()
+            trained = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
+            assert all(gradient is not None and gradient.isfinite().all() for gradient in trained.values())
+            if not len(given["kept"]):
+                assert loss == 0
+                assert all(torch.equal(trained[name], gradient) for name, gradient in before.items())
             losses.append(loss.detach())
         gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        module.configure_gradient_clipping(optimizer)
         found.append((torch.stack(losses).sum(), gradients))
-    whole, *others = found
-    for loss, gradients in others:
-        torch.testing.assert_close(loss, whole[0], rtol=1e-6, atol=0)
-        assert (gradients - whole[1]).norm() <= 1e-6 * whole[1].norm()
+    (loss, gradient), *others = found
+    assert (loss > 0) == (length > 1)
+    for other, its in others:
+        torch.testing.assert_close(other, loss, rtol=1e-9, atol=0)
+        assert (its - gradient).norm() <= 1e-9 * gradient.norm()
+    assert ("train/loss" in logs[0]) == (length > 1)
+    for values in logs[1:]:
+        assert values.keys() == logs[0].keys()
+        for name in (name for name in values if name.startswith("train/") and name != "train/grad_norm"):
+            torch.testing.assert_close(values[name], logs[0][name], rtol=1e-9, atol=0)
+
+
+class _NoSlope(KL):
+    """A divergence whose slope autograd finds."""
+
+    def __call__(self, student: Signals, teacher: Signals) -> Tensor:
+        return super().__call__(student, teacher)

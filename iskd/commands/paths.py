@@ -1,0 +1,144 @@
+"""Paths on the command line and in a config: as they are, whatever is in their names, `~` as the home folder.
+
+Hydra's grammar has a use for most of the signs that names of files hold. The value of a key that takes a path is the
+path as it was given, and never grammar where such a file is there. What Hydra has to read is left to it: quotes,
+`${...}`, and in a sweep commas and functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from iskd.system.files import expanded
+
+# by their names, as the parts of anybody have them too
+_PATHS = re.compile(r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer")
+_QUOTES = "'\""
+_OR_NAMES = ("data.source.name",)
+
+
+def takes_path(key: str) -> bool:
+    """Whether the value of a key is the name of a file or a folder, or may be one."""
+    return key in _OR_NAMES or _PATHS.fullmatch(key) is not None
+
+
+def at_home(node: dict[str, Any], place: str = "") -> None:
+    """Put the home folder in the place of a leading `~` in every path of a config, wherever its value came from."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            at_home(value, f"{place}{key}.")
+        elif takes_path(f"{place}{key}"):
+            node[key] = _expanded(value)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return expanded(value) if isinstance(value, str) else value
+
+
+def assigned(key: str, value: str) -> str:
+    """The override by which Hydra sets a key to this text, whatever is in it.
+
+    Raises ValueError where that is `${`: what a run saves may not hold it (`iskd.plan.saved_config`).
+    """
+    if "${" in value:
+        raise ValueError(f"{key}={value}: no file or folder with ${{ in its name can be given; rename it")
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def literal(key: str, value: str, *, several: bool = False) -> str:
+    """The override of a key that takes a path, as Hydra reads it; `several` for a sweep, where commas part values.
+
+    A key whose name is a plural takes a list; what looks like one is a name anywhere else.
+    """
+    override, read = f"{key}={value}", _read(value)
+    meant = None if read is None else read.value()
+    if value in ("", "???") or (read is not None and meant is None):
+        return override
+    if not _is_there(value):
+        if "${" in value:
+            return f"{key}={expanded(value) if _read(expanded(value)) else _quoted(expanded(value))}"
+        if several and read is not None and read.is_sweep_override() and not _is_choice(meant):
+            return override
+        if several and len(parts := _parts(value, read)) > 1:
+            return f"{key}={','.join(literal('', part)[1:] for part in parts)}"
+        if key.endswith("s") and value[0] == "[" and value[-1] == "]":
+            inside = ",".join(literal("", part)[1:] for part in _parts(value[1:-1], None))
+            return override if isinstance(meant, list) else f"{key}=[{inside}]"
+    path = expanded(path_of(value))
+    return override if meant == path and "${" not in path else assigned(key, path)
+
+
+def path_of(value: str) -> str:
+    """The path that a value names: as it is, as Hydra would read it or without its quotes, whichever is there.
+
+    Where none is, that of a quoted value is what the quotes hold, and that of any other the value as it is.
+    """
+    read = _read(value)
+    meant = None if read is None else read.value()
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in _QUOTES
+    found = [value, *([meant] if isinstance(meant, str) else [value[1:-1]] if quoted else [])]
+    # Lightning puts quotes around a path that may hold them: Hydra cannot read that
+    return next((path for path in found if _is_there(path)), found[-1] if quoted else value)
+
+
+def _parts(value: str, read: Override | None) -> list[str]:
+    """The values of a sweep: names that are there, whatever is in them, else what Hydra parts, else at every comma."""
+    pieces, found = value.split(","), list[str]()
+    while pieces:
+        sizes = range(len(pieces), 0, -1)
+        size = next((size for size in sizes if _is_there(",".join(pieces[:size]).strip())), 0)
+        if not size and read is not None and read.is_sweep_override():
+            return list(read.sweep_string_iterator())
+        found.append(",".join(pieces[: size or 1]).strip())
+        pieces = pieces[size or 1 :]
+    return found
+
+
+def _is_choice(meant: object) -> bool:
+    return isinstance(meant, ChoiceSweep) and meant.simple_form
+
+
+def _is_there(path: str) -> bool:
+    return os.path.lexists(expanded(path))
+
+
+def _read(value: str) -> Override | None:
+    """A value by Hydra's grammar, None where it is none."""
+    try:
+        return _parser().parse_override(f"key={value}")
+    except HydraException:
+        return None
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def as_folder(given: str) -> Path:
+    """A path among the arguments of a command that reads no overrides."""
+    return Path(expanded(given))
+
+
+def dashed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Arguments of which a folder whose name begins with - is no option, unless the parser has one of that name."""
+    options = parser.format_help().replace(",", " ").split()
+    return [
+        f"./{given}" if given[:1] == "-" and given not in options and os.path.isdir(given) else given for given in argv
+    ]

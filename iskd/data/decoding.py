@@ -1,0 +1,155 @@
+"""Bytes of a file to lines of text: unpacked by its first bytes, decoded by its byte order mark."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+_PACKED = {  # of bz2 behind the level too: a text may begin with these letters
+    re.compile(rb"\x1f\x8b"): "gzip",
+    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"): "bz2",
+    re.compile(rb"\xfd7zXZ\0"): "xz",
+    re.compile(rb"\x28\xb5\x2f\xfd"): "zstd",
+}
+_SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+_MARKS = (  # longer ones first: a mark of UTF-32 begins with one of UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def packed(suffix: str) -> bool:
+    """Whether a suffix says that a file is packed, in a way that is unpacked here."""
+    return suffix.lower() in _SUFFIXES
+
+
+def codec_of(head: bytes) -> str:
+    """The encoding that the byte order mark at the beginning of a file names; UTF-8 without one."""
+    return next((codec for mark, codec in _MARKS if head.startswith(mark)), "utf-8-sig")
+
+
+def first_bytes(file: Path, count: int, unpack: bool = True) -> bytes:
+    """At most so many bytes at the beginning of a file, or of what is packed in it.
+
+    Raises:
+        ValueError: it cannot be unpacked.
+    """
+    with _opened(file, unpack) as stream:
+        return stream.read(count)
+
+
+def lines_of(file: Path) -> Iterator[str]:
+    r"""Yield the lines of a text file, with `\n` at their ends, without a byte order mark.
+
+    Raises:
+        ValueError: it is binary, in an encoding that it does not tell, or cannot be unpacked; with the place.
+    """
+    codec = codec_of(first_bytes(file, 4))
+    try:
+        with _opened(file) as stream, io.TextIOWrapper(cast(Any, stream), encoding=codec) as lines:
+            for line in lines:
+                if "\0" in line:
+                    raise ValueError(_fault(file, codec, "NUL"))
+                yield line
+    except UnicodeDecodeError as error:
+        raise ValueError(_fault(file, codec, error.reason)) from error
+
+
+@contextmanager
+def _opened(file: Path, unpack: bool = True) -> Iterator[IO[bytes]]:
+    with file.open("rb") as raw:
+        head = raw.read(10)
+        raw.seek(0)
+        how = next((name for magic, name in _PACKED.items() if magic.match(head)), None) if unpack else None
+        said = _SUFFIXES.get(file.suffix.lower()) if unpack and head else None
+        if said not in (None, how):
+            raise ValueError(f"{file} is not a whole {said} file, which its suffix says; rename it or fetch it again")
+        if how is None:
+            yield raw
+            return
+        try:
+            with cast(IO[bytes], _unpacked(file, raw, how)) as stream:
+                yield stream
+        # OSError: what bz2 and pyarrow say of damage
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{file} is not a whole {how} file ({error}); fetch it again") from error
+
+
+def _unpacked(file: Path, raw: IO[bytes], how: str) -> Any:
+    if how == "gzip":
+        return gzip.open(raw)
+    if how == "bz2":
+        return bz2.open(raw)
+    if how == "xz":
+        return lzma.open(raw)
+    try:
+        from pyarrow import CompressedInputStream, PythonFile
+    except ImportError as error:
+        fix = "pip install pyarrow (or iskd[data]), or unpack it (zstd -d FILE)"
+        raise ValueError(f"{file} is packed by zstd, which needs the package pyarrow: {fix}") from error
+    return io.BufferedReader(CompressedInputStream(PythonFile(raw), "zstd"))
+
+
+def _fault(file: Path, codec: str, reason: str) -> str:
+    """Sentence on what no text of this encoding has: where it is, and how to mend it."""
+    if codec != "utf-8-sig":
+        return f"{file} begins as {codec.upper()} and is not ({reason}); write it again as UTF-8"
+    offset = 0
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            at, zero = _first_fault(line), line.find(b"\0")
+            if at >= 0:
+                place = f"byte {offset + at}, line {number}"
+                break
+            offset += len(line)
+        else:  # pragma: no cover - the file changed meanwhile
+            return f"{file} is not UTF-8 text ({reason})"
+    head = first_bytes(file, 4096)
+    if zero >= 0 or b"\0" in head:
+        wide = _wide(head)
+        if wide:
+            return f"{file} is {wide} without a byte order mark ({place}); {_iconv(file, wide)}"
+        return (
+            f"{file} is binary (it holds NUL bytes or what is no text: {place}); give a text, .jsonl or .parquet file"
+        )
+    # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
+    guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
+    found = f"{place}: {line[at]:#x}"
+    cut = "; if its end is cut off, fetch it again" if reason == "unexpected end of data" else ""
+    return (
+        f"{file} is not UTF-8 text ({found}); if it is {guess}, {_iconv(file, guess)}, else name its own encoding{cut}"
+    )
+
+
+def _first_fault(line: bytes) -> int:
+    zero = line.find(b"\0")
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return error.start if zero < 0 else min(zero, error.start)
+    return zero
+
+
+def _wide(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by where the zeros of its ASCII characters are."""
+    zeros = "".join("0" if head[place::4].count(0) * 8 > len(head) else "x" for place in range(4))
+    return {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}.get(zeros)
+
+
+def _iconv(file: Path, encoding: str) -> str:
+    target = file.with_name(f"{file.stem}.utf8{file.suffix}").name
+    if packed(file.suffix):
+        return f"unpack it, then iconv -f {encoding} -t UTF-8 {file.stem} > {file.stem}.utf8"
+    return f"iconv -f {encoding} -t UTF-8 {file.name} > {target}"
