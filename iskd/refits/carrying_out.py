@@ -51,7 +51,7 @@ def carry_out(
     Raises:
         ValueError: there is too little text, or a state is not finite.
     """
-    ranks, events, kl = ranks or Ranks(), [], None
+    ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
         for refit in refits:
             start, name = time.perf_counter(), type(refit).__name__.lower()
@@ -64,13 +64,13 @@ def carry_out(
             better = ranks.first(after < before - _ROUNDING)
             if not better:
                 _put_back(student, kept)
-            kl = after if better else before
             seconds = time.perf_counter() - start
             events += [f"refit {name}: {line}" for line in told]
             events.append(
                 f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
-                + ("" if better else f"; taken back, so it is {kl:.4f} again")
+                + ("" if better else f"; taken back, so it is {before:.4f} again")
             )
+    student.train(training)  # blocks that were opened are other modules than those whose modes were put back
     return events
 
 
@@ -103,7 +103,9 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
 def _kl(task: RefitTask) -> float:
     """Nats per token between teacher and student on the held-out windows of all ranks."""
     batches = [{"input_ids": windows} for windows in task.held]
-    return measure_quality(task.student, task.teacher, batches)["kl"]
+    kl = measure_quality(task.student, task.teacher, batches)["kl"]
+    sharding.reshard(task.student)  # after a pass the root is whole, and its parameters are not those of the optimizer
+    return kl
 
 
 def _weights(student: PreTrainedModel) -> dict[str, Tensor]:

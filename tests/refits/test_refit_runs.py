@@ -6,18 +6,18 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from iskd.plan import Remove, Replace, Stage
 from iskd.refits import base
 from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.training import Parts, Result, run
-from iskd.training.state import checkpoint
 from tests import programs
 from tests.runs import SLIM, TOKENS, Crash, Scripted, crash, largest_difference, make_parts, same, weights, write_text
 from tests.worlds import run_world
@@ -59,15 +59,15 @@ def test_every_edit_is_followed_by_the_refits_in_order(whole: Result) -> None:
 
 
 @pytest.mark.parametrize("act", ["crash", "signal"])
-@pytest.mark.parametrize("call", [1, 11])
+@pytest.mark.parametrize("call", [10, 70])
 def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
     act: str, call: int, make: Callable[..., Parts], whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = base._teacher_block, iter(range(10**6))
-    acts = {"crash": crash, "signal": partial(os.kill, os.getpid(), signal.SIGTERM)}
+    acts: dict[str, Callable[[], None]] = {"crash": crash, "signal": lambda: os.kill(os.getpid(), signal.SIGTERM)}
 
     def wrapped(*args: Any) -> Any:
-        if next(calls) == call * 10:
+        if next(calls) == call:
             acts[act]()
         return original(*args)
 
@@ -75,7 +75,7 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
         patch.setattr(base, "_teacher_block", wrapped)
         with pytest.raises((Crash, SystemExit)) as stop:
             run(make(tmp_path / "run"))
-    assert act == "crash" or stop.value.code == 143
+    assert act == "crash" or stop.value.args == (143,)
     resumed = run(make(tmp_path / "run", resume=True))
     assert same(weights(resumed), weights(whole))
     times = "seconds", "events", "speed"
@@ -86,12 +86,13 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
 def test_processes_add_up(tmp_path: Path) -> None:
     """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process."""
     write_text(tmp_path)
-    changes = {"schedule": Scripted(stages()), "refits": (REFITS[0],)}
+    # a firm ridge: a weak one makes differences of rounding large
+    changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3),)}
     ends = {}
     for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
         run_world(size, programs.train, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
         seen = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
         assert all(len(set(step)) == 1 for one in seen for step in one["digests"]), "ranks differ after a step"
-        ends[name] = dict(checkpoint.load_file(tmp_path / f"{name}.safetensors"))
+        ends[name] = dict(load_file(tmp_path / f"{name}.safetensors"))
     assert largest_difference(ends["one"], ends["ddp"]) < 5e-5
     assert largest_difference(ends["one"], ends["fsdp"]) < 5e-5

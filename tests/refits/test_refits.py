@@ -76,8 +76,9 @@ def test_every_yaml_is_tested_here() -> None:
     assert {f"{type(refit).__module__}.{type(refit).__name__}" for refit in REFITS.values()} == targets
 
 
-@pytest.mark.parametrize("name", REFITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "family"), [*((name, "llama") for name in REFITS), *(("both", family) for family in FAMILIES[:2])]
+)
 def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
     made, teacher, _, told = refitted(REFITS[name], family=family)
     line = told[-1]
@@ -87,8 +88,8 @@ def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
     assert not any(p.grad is not None for p in made.parameters())
 
 
-@pytest.mark.parametrize("name", ["output", "both", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["both", "sublayers"])
 def test_a_cut_is_partly_made_up_for(name: str, family: str) -> None:
     """Judged by the text of the fit, as random models have no other."""
     made, teacher, record = student(family)
@@ -158,7 +159,7 @@ def test_output_is_the_slow_least_squares() -> None:
     expected = solved_slowly(task, 0.1)
     Output(**SIZES, ridge=0.1, folds=1).refit(task)
     for (name, ours), theirs in zip(made.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5, msg=name)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
 
 
 @torch.no_grad()
