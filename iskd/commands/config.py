@@ -107,7 +107,7 @@ class _Root(TypedDict, total=False):
     seed: int
     resume: str | None
     plan_only: bool
-    export: bool | str
+    export: bool | str | dict[str, Any]
     chunk: int | Literal["auto"] | None
     objectives: str | list[str]
     reference: str | None

@@ -27,7 +27,7 @@ _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *(f"run.{key}" for key in sorted(UPKEEP)),
     *(f"trainer.{key}" for key in FREE),
-    *("data.batch_size", "schedule.restart_at_edit", "export"),
+    *("data.batch_size", "schedule.restart_at_edit", "export", "export.dtype"),
 )
 
 
@@ -55,6 +55,10 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             for name in _LAYOUT:
                 saved.trainer.pop(name, None)
             saved.trainer.update({name: config.trainer[name] for name in _LAYOUT if name in config.trainer})
+        if key.split(".")[0] == "export":  # a truth value in the place of a mapping, or the other way round
+            if not (config.export in (True, "hf") and OmegaConf.is_config(saved.get("export"))):
+                saved.export = config.export
+            continue
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
