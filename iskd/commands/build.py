@@ -24,6 +24,7 @@ from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
+from iskd.system.files import sweep
 from iskd.system.precision import precision
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -144,6 +145,7 @@ def _claim(run_dir: Path, resuming: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_links(run_dir)
     run_lock.hold(run_dir / LOCK_FILE)
+    sweep(run_dir)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with resume={run_dir}"

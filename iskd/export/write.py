@@ -28,7 +28,7 @@ from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole
-from iskd.system.files import clear_place
+from iskd.system.files import clear_place, draft_of, sweep
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def export(
     """
     was_training = model.training
     model.eval()
-    draft = target.with_name(f".{target.name}.draft")
-    clear_place(draft)
+    sweep(target.parent)
+    draft = draft_of(target)
     try:
         stored, changed = rounded(model, dtype or model.dtype)
         native = write(draft, stored, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import iskd
 from iskd.commands import build
 from iskd.commands.compose import compose_config
+from iskd.commands.config import as_meant, plain
 from iskd.commands.resume import resumed
 from iskd.export.probe import ask, differences, probe_from_json
 from iskd.export.storage import STORED
@@ -91,7 +92,7 @@ def test_a_weight_beyond_the_type_is_named_and_nothing_is_written(tmp_path: Path
 def test_the_key_takes_what_it_took_and_a_type() -> None:
     for override, kind in (("export=hf", "auto"), ("export.dtype=float16", "float16"), ("export=false", None)):
         config, _ = compose_config(["debug=smoke", override], Path("unused"))
-        assert build._export(build.plain(build.as_meant(config).export)) == kind
+        assert build._export(plain(as_meant(config).export)) == kind
     assert build._export(True) == build._export({"dtype": "auto"}) == "auto"
     with pytest.raises(ValueError, match=r"export\.dtype=int8: choose one of auto, float32"):
         build._export({"dtype": "int8"})
@@ -112,6 +113,6 @@ def test_a_resumed_run_may_choose_again(tmp_path: Path) -> None:
         asked = ["debug=smoke", f"resume={tmp_path}", override]
         config, _ = compose_config(asked, tmp_path)
         for saved, kind in expected:
-            values = build.plain(config) | {"export": saved}
+            values = plain(config) | {"export": saved}
             (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-            assert build._export(build.plain(resumed(config, asked).export)) == kind, (override, saved)
+            assert build._export(plain(resumed(config, asked).export)) == kind, (override, saved)
