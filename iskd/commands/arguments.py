@@ -23,7 +23,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import CONF, options
+from iskd.commands.config import CONF, options, with_export_keys
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
@@ -53,9 +53,9 @@ def arguments(argv: Sequence[str]) -> list[str]:
 
 
 def _named(argument: str) -> list[str]:
-    """`model=` takes a folder and a hub id too: what they stand for; any other argument as it is."""
+    """`model=` takes a folder and a hub id too, `export=` a truth value: what they stand for; others as they are."""
     key, _, value = argument.partition("=")
-    return (named_model(value) if key == "model" else []) or [argument]
+    return (named_model(value) if key == "model" else []) or [with_export_keys(argument)]
 
 
 def named_model(name: str) -> list[str]:

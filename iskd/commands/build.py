@@ -85,8 +85,10 @@ def _options(config: DictConfig) -> RunOptions:
 
 
 def _export(value: Any) -> str | None:
-    """The type in which the student is written; None = it is not. `true` and `hf` are `{dtype: auto}`."""
-    keys = {"dtype": "auto"} if value in (True, "hf") else {} if value is False else value
+    """The type in which the student is written; None = it is not. `true`, `hf` and no keys are `{dtype: auto}`."""
+    if value is False:
+        return None
+    keys = {} if value in (True, "hf") else value
     if not isinstance(keys, dict):
         raise ValueError(
             f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
@@ -94,10 +96,10 @@ def _export(value: Any) -> str | None:
         )
     if unknown := [key for key in keys if key != "dtype"]:
         raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype")
-    kind = keys.get("dtype")
-    if keys and kind not in ("auto", *STORED):
+    kind = keys.get("dtype", "auto")
+    if kind not in ("auto", *STORED):
         raise ValueError(f"export.dtype={kind}: choose one of auto, {', '.join(STORED)}")
-    return kind
+    return str(kind)
 
 
 def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
-from iskd.commands.config import CONF, forget_folders, new_folder
+from iskd.commands.config import CONF, forget_folders, new_folder, with_export_keys
 from iskd.commands.resume import resumed
 from iskd.data import Source
 from iskd.plan.run_files import LOCK_FILE
@@ -31,7 +31,9 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
     """
     with _alone(), initialize_config_dir(str(CONF), job_name="iskd", version_base="1.3"):
         try:
-            config = compose("config", overrides=list(overrides), return_hydra_config=True)
+            config = compose(
+                "config", overrides=[with_export_keys(each) for each in overrides], return_hydra_config=True
+            )
             HydraConfig.instance().set_config(config)  # what `${hydra:...}` reads
             forget_folders()  # another run of this process, perhaps in the same second
             name, folder = str(config.name), run_dir or Path(new_folder(str(config.hydra.run.dir)))

@@ -94,7 +94,7 @@ def compress(
         asked.append(f"loss=[{loss if isinstance(loss, str) else ','.join(loss)}]")
     numbers = {"schedule.tokens": tokens, "seed": seed}
     asked += [f"{key}={value}" for key, value in numbers.items() if value is not None]
-    asked.append("export={dtype:auto}" if export else "export=false")  # a mapping: overrides may set export.dtype
+    asked.append(f"export={str(export).lower()}")
     if resume and run_dir is None:
         raise ValueError("resume=True continues the run in run_dir: pass run_dir too")
     tune()

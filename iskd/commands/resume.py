@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import as_meant, plain
+from iskd.commands.config import as_meant, plain, with_export_keys
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_files import CONFIG_FILE
@@ -56,7 +56,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 saved.trainer.pop(name, None)
             saved.trainer.update({name: config.trainer[name] for name in _LAYOUT if name in config.trainer})
         if key.split(".")[0] == "export":  # a truth value in the place of a mapping, or the other way round
-            if not (config.export in (True, "hf") and OmegaConf.is_config(saved.get("export"))):
+            if with_export_keys(override) != "export={}" or not OmegaConf.is_config(saved.get("export")):
                 saved.export = config.export
             continue
         if key in _CHANGES:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
 from iskd.commands import build
+from iskd.commands.arguments import arguments
 from iskd.commands.compose import compose_config
 from iskd.commands.config import as_meant, plain
 from iskd.commands.resume import resumed
@@ -91,10 +92,16 @@ def test_a_weight_beyond_the_type_is_named_and_nothing_is_written(tmp_path: Path
 
 
 def test_the_key_takes_what_it_took_and_a_type() -> None:
-    for override, kind in (("export=hf", "auto"), ("export.dtype=float16", "float16"), ("export=false", None)):
-        config, _ = compose_config(["debug=smoke", override], Path("unused"))
+    for overrides, kind in (
+        ("export=hf", "auto"),
+        ("export=true export.dtype=float16", "float16"),
+        ("export.dtype=float16 export=true", "float16"),
+        ("export=false", None),
+    ):
+        config, _ = compose_config(["debug=smoke", *overrides.split()], Path("unused"))
         assert build._export(plain(as_meant(config).export)) == kind
-    assert build._export(True) == build._export({"dtype": "auto"}) == "auto"
+    assert arguments(["export=true", "seed=1"]) == ["export={}", "seed=1"], "on the command line too"
+    assert build._export(True) == build._export({}) == build._export({"dtype": "auto"}) == "auto"
     with pytest.raises(ValueError, match=r"export\.dtype=int8: choose one of auto, float32"):
         build._export({"dtype": "int8"})
     with pytest.raises(ValueError, match=r"export has no key 'format': drop it, or use dtype"):
