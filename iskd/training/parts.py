@@ -26,7 +26,8 @@ class Parts:
     """Everything a run is made of.
 
     `trainer` holds keyword arguments of `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on
-    disk, `evaluation` what the student is asked at the end, None = nothing.
+    disk, `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the type of the exported
+    weights, `auto` that in which the teacher's were stored.
     """
 
     teacher: Loaded
@@ -44,6 +45,7 @@ class Parts:
     seed: int = 0
     resume: bool = False
     export: bool = True
+    export_dtype: str = "auto"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
 
