@@ -23,7 +23,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import CONF, options
+from iskd.commands.config import CONF, options, with_export_keys
 from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.names import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
@@ -60,7 +60,7 @@ def arguments(argv: Sequence[str]) -> list[str]:
 
 
 def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:
-    """Arguments of which Hydra reads each path as it was given, and `model=` as what it names.
+    """Arguments of which Hydra reads each path as it was given, `model=` as what it names, `export=` as its keys.
 
     Args:
         argv: of the command line, or of a list of overrides.
@@ -77,7 +77,7 @@ def _literal(given: str, several: bool) -> list[str]:
     if key == "model":
         return named_model(path_of(value)) or [given]
     if not equal or not takes_path(key.lstrip("+")):
-        return [given]
+        return [with_export_keys(given)]
     return [literal(key, value, several=several and not key.startswith("hydra."))]
 
 

@@ -16,6 +16,7 @@ from iskd.commands.config import as_meant, object_of, plain, spec, terms
 from iskd.data import HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
+from iskd.export import STORED
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
@@ -23,7 +24,7 @@ from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
-from iskd.system.files import expanded
+from iskd.system.files import expanded, sweep
 from iskd.system.precision import precision
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
@@ -49,6 +50,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = importance_of(config)
+    asked_export = _export(plain(config.export))
     asked = _evaluation(config, teacher, importance, data)
     settings: dict[str, Any] = plain(config.trainer)
     settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
@@ -69,7 +71,8 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         chunk=config.chunk,
         seed=config.seed,
         resume=resuming,
-        export=_export(config.export),
+        export=bool(asked_export),
+        export_dtype=asked_export or "auto",
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
     )
@@ -83,14 +86,22 @@ def _options(config: DictConfig) -> RunOptions:
     return RunOptions(**values, plan_only=config.plan_only)
 
 
-def _export(value: object) -> bool:
-    """`true` and `hf` write the student as a model directory, `false` does not."""
-    if value not in (True, False, "hf"):
+def _export(value: Any) -> str | None:
+    """The type in which the student is written; None = it is not. `true`, `hf` and no keys are `{dtype: auto}`."""
+    if value is False:
+        return None
+    keys = {} if value in (True, "hf") else value
+    if not isinstance(keys, dict):
         raise ValueError(
             f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
             "docs/loading.md"
         )
-    return bool(value)
+    if unknown := [key for key in keys if key != "dtype"]:
+        raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype")
+    kind = keys.get("dtype", "auto")
+    if kind not in ("auto", *STORED):
+        raise ValueError(f"export.dtype={kind}: choose one of auto, {', '.join(STORED)}")
+    return str(kind)
 
 
 def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
@@ -138,6 +149,7 @@ def _claim(run_dir: Path, resuming: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_links(run_dir)
     run_lock.hold(run_dir / LOCK_FILE)
+    sweep(run_dir)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with "

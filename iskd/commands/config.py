@@ -60,6 +60,11 @@ def forget_folders() -> None:
 OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True, replace=True)
 
 
+def with_export_keys(override: str) -> str:
+    """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
+    return "export={}" if override.lower() in ("export=true", "export=hf") else override
+
+
 def options(group: str) -> list[str]:
     """What can be chosen of a config group, e.g. of `data`, sorted; a file `_name.yaml` is only included by others."""
     return sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
@@ -109,7 +114,7 @@ class _Root(TypedDict, total=False):
     seed: NonNegativeInt
     resume: str | None
     plan_only: bool
-    export: bool | str
+    export: bool | str | dict[str, Any]
     chunk: PositiveInt | Literal["auto"] | None
     objectives: str | list[str]
     reference: str | None

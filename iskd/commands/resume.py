@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import as_meant, plain
+from iskd.commands.config import as_meant, plain, with_export_keys
 from iskd.commands.paths import at_home
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
@@ -29,7 +29,7 @@ _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *(f"run.{key}" for key in sorted(UPKEEP)),
     *(f"trainer.{key}" for key in FREE),
-    *("data.batch_size", "schedule.restart_at_edit", "export"),
+    *("data.batch_size", "schedule.restart_at_edit", "export", "export.dtype"),
 )
 
 
@@ -59,6 +59,10 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             for name in _LAYOUT:
                 saved.trainer.pop(name, None)
             saved.trainer.update({name: config.trainer[name] for name in _LAYOUT if name in config.trainer})
+        if key.split(".")[0] == "export":  # a truth value in the place of a mapping, or the other way round
+            if with_export_keys(override) != "export={}" or not OmegaConf.is_config(saved.get("export")):
+                saved.export = config.export
+            continue
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
 from iskd.data.writer import Writer
 from iskd.system import file_sha256, read_json, write_whole
-from iskd.system.files import MAX_NUMBER
+from iskd.system.files import MAX_NUMBER, scratch, sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,6 +141,7 @@ def open_shards(
         **coding.recipe(),
     }
     folder = cache_dir / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    sweep(cache_dir)
     if not (folder / "meta.json").is_file():  # written last: with it the folder is whole
         _log.info("tokenizing %r into %s", source, folder)
         _build(recipe, source, tokenizer, splitter, folder, coding)
@@ -176,8 +176,8 @@ def _build(
     dtype = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # beside the goal, so on its file system: only there is `os.replace` one step
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        writers = {split: Writer(Path(temporary), split, dtype, coding) for split in SPLITS}
+    with scratch(folder.name, folder.parent) as temporary:
+        writers = {split: Writer(temporary, split, dtype, coding) for split in SPLITS}
         with ExitStack() as open_files:
             for writer in writers.values():
                 open_files.enter_context(writer)
@@ -196,11 +196,11 @@ def _build(
             "dropped": splitter.dropped,
             "splits": {split: writer.entry() for split, writer in writers.items()},
         }
-        write_whole(Path(temporary, "meta.json"), json.dumps(meta, indent=2))
+        write_whole(temporary / "meta.json", json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
         files = [path.name for writer in writers.values() for path in (writer.path, writer.marks) if path is not None]
         for file in [*files, "meta.json"]:  # meta last: it marks the end
-            os.replace(Path(temporary, file), folder / file)
+            os.replace(temporary / file, folder / file)
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -31,7 +30,7 @@ from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
-from iskd.system.files import expanded
+from iskd.system.files import expanded, scratch
 from iskd.system.patches import before_scoring
 
 log = logging.getLogger(__name__)
@@ -168,9 +167,9 @@ def _from_file(manager: Any, name: str, data_dir: Path, limit: int | None, seed:
     chosen = {item.id for item in (free if limit is None else subset(free, limit, seed))}
     file = data_dir / name / "eval.jsonl"
     config: dict[str, Any] = yaml.safe_load((TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as cache, _quiet():
+    with scratch("iskd-tasks") as cache, _quiet():
         # in memory, as the converted copy goes with the folder
-        config["dataset_kwargs"] = {"data_files": {"test": str(file)}, "cache_dir": cache, "keep_in_memory": True}
+        config["dataset_kwargs"] = {"data_files": {"test": str(file)}, "cache_dir": str(cache), "keep_in_memory": True}
         try:
             leaves = manager.load([config])["tasks"]
         except Exception as error:

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
+from iskd.export.storage import Rounding
 from iskd.export.student_files import CARD
 from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
 from iskd.plan.metric_names import METRICS
@@ -80,6 +81,7 @@ def write_card(
     versions: Mapping[str, str],
     teacher: Mapping[str, Any] | None = None,
     run_dir: Path | None = None,
+    rounding: Rounding | None = None,
 ) -> Path:
     """Write the model card into `folder` and return its path.
 
@@ -93,6 +95,7 @@ def write_card(
         teacher: `iskd.teacher.load.Loaded.source`; None reads it from the run.
         run_dir: the run's, for stages.json, data.json, environment.json, config.yaml, evaluation.json and
             efficiency.json; each may be missing. `iskd.export.card_measured.refresh_card` renews what the last two say.
+        rounding: the type of the weights and what it cost; None says nothing of it.
     """
     # at the call: it brings evaluation and with it Lightning, for which nobody who opens a student should wait
     from iskd.export.card_measured import eval_results, measured_section
@@ -113,6 +116,7 @@ def write_card(
         _list(edits_in_words(record)),
         "## How to load it",
         _NATIVE if native else _OWN,
+        *([] if rounding is None else [_stored(rounding)]),
         "`iskd verify DIR` opens it in a clean process and compares what it says with what it said when it was made.",
         "## Numbers",
         *_numbers(stages),
@@ -199,6 +203,17 @@ def _teacher(teacher: Mapping[str, Any], licence: str | None) -> list[str]:
     rows.append(("sha256 of its weights", teacher.get("sha256", UNKNOWN)))
     facts = [f"{key}: {value}" for key, value in rows]
     return [_list([*facts, f"licence of the teacher: {licence or UNKNOWN}"])]
+
+
+def _stored(rounding: Rounding) -> str:
+    said = f"The weights are stored in {rounding.dtype}."
+    if not rounding.rounded:
+        return said
+    return (
+        f"{said} They were trained in a wider type, in which the numbers below were measured; rounding changed "
+        f"{rounding.rounded:,} of them: KL from the student before to the one here {rounding.kl:.3g} nats a token, on "
+        f"{rounding.tokens} tokens ({rounding.text})."
+    )
 
 
 def _numbers(stages: Sequence[StageResult]) -> list[str]:

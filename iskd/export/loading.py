@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
+from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
 from iskd.models.model_folder import check_model_folder, read_model_config
 from iskd.models.skeletons import check_depth, within_weights
-from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer
+from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
 from iskd.system import Json, read_json
@@ -64,11 +65,11 @@ class IskdForCausalLM(PreTrainedModel):
                 f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
                 "load first, then move or wrap the model"
             )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, hub))
+        model = load(_folder_of(pretrained_model_name_or_path, revision, hub), dtype="auto" if dtype is None else dtype)
         model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
         if attention is not None:
             model.set_attn_implementation(attention)
-        nn.Module.to(model, place, dtype)
+        nn.Module.to(model, place)
         return (model, dict(NOTHING_WRONG)) if told else model
 
 
@@ -102,18 +103,27 @@ class Described:
     record: Record
 
 
-def load(directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load an exported student, in float32 and evaluation mode.
+def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Load an exported student, in evaluation mode.
 
     No code that comes with the folder is run, and nothing is built that its weights do not account for.
 
+    Args:
+        directory: the export.
+        dtype: of the parameters. float32, whatever is stored, is what training and comparisons want; "auto" is the
+            type that is stored, as `from_pretrained` of transformers has it. What a mixer keeps in float32 stays so.
+
     Raises:
-        ValueError: the folder is not a student, a weights file is missing or cut short, its record names a class
-            outside the allow-list, or its weights do not fit its record.
+        ValueError: `dtype` is no type that weights have; the folder is not a student, a weights file is missing or cut
+            short, its record names a class outside the allow-list, or its weights do not fit its record.
     """
     found = describe(directory)
+    asked = dtype_of(dtype)
     with _only_value_errors(found.folder):
-        return (_load_native if found.native else _load_edited)(found).eval()
+        model = (_load_native if found.native else _load_edited)(found).eval()
+        cast_parameters(model, STORED[stored_dtype(found.folder)] if asked is None else asked)
+        model.config.dtype = model.dtype
+    return model
 
 
 def describe(directory: str | os.PathLike[str]) -> Described:

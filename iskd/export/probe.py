@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from iskd.plan.edits import allowed
 from iskd.system import Json, write_whole
+from iskd.system.files import scratch
 from iskd.system.reading import Number, read_as
 
 ROWS, TOKENS, PROMPT, NEW, COLUMNS = 2, 16, 4, 8, 64
@@ -230,8 +230,8 @@ def reopen(
     question |= {"ids": probe.ids, "columns": probe.columns, "prompt_tokens": PROMPT, "new_tokens": NEW}
     question |= {"prompt": list(prompt), "spoken_tokens": spoken_tokens if len(prompt) else 0}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": os.pathsep.join(_paths())}
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "probe.json"
+    with scratch("iskd-probe") as place:
+        file = place / "probe.json"
         write_whole(file, json.dumps(question))
         command = [sys.executable, "-c", _CHILD, str(file)]
         run = subprocess.run(

@@ -177,6 +177,7 @@ def _write_own(
         record=to_json(record),
         iskd_version=_versions()["iskd"],
         architectures=["IskdForCausalLM"],
+        dtype=model.dtype,
         auto_map={"AutoConfig": f"{module}.IskdConfig", "AutoModelForCausalLM": f"{module}.IskdForCausalLM"},
     )
     config.save_pretrained(target)

@@ -18,7 +18,7 @@ from iskd.export.card import edits_in_words
 from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
 from iskd.export.student_files import FACTS, read_facts, student_folder, tokenizer_of
-from iskd.models.weights import weight_files
+from iskd.models.weights import stored_dtype, weight_files
 from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
@@ -39,6 +39,7 @@ class Verification:
         notes: what could not be compared, and why.
         parameters: how many numbers the model has; 0 when it did not load.
         weight_files, weight_bytes: of its safetensors.
+        stored: the type that most of its weights have there.
         largest_difference: of logits from the expected ones; None when there was nothing to compare with.
         tolerance: how large it may be.
         text: a prompt and its greedy continuation.
@@ -55,6 +56,7 @@ class Verification:
     parameters: int
     weight_files: int
     weight_bytes: int
+    stored: str
     largest_difference: float | None
     tolerance: float | None
     text: str
@@ -71,9 +73,8 @@ class Verification:
         """The result for a terminal, one fact a line."""
         found = [f"{self.folder}", *(f"  {line}" for line in self.what)]
         files = "file" if self.weight_files == 1 else "files"
-        found.append(
-            f"  {self.parameters:,} parameters, {self.weight_bytes / 1e6:,.1f} MB in {self.weight_files} weight {files}"
-        )
+        size = f"{self.weight_bytes / 1e6:,.1f} MB of {self.stored}"
+        found.append(f"  {self.parameters:,} parameters, {size} in {self.weight_files} weight {files}")
         if self.largest_difference is not None and self.tolerance is not None:
             found.append(f"  logits: largest difference {self.largest_difference:.2g}, allowed {self.tolerance:.2g}")
         if self.text:
@@ -137,6 +138,7 @@ def verify(
         parameters=found.parameters,
         weight_files=len(weights),
         weight_bytes=sum(file.stat().st_size for file in weights),
+        stored=stored_dtype(path),
         largest_difference=largest,
         tolerance=expected.tolerance if expected is not None else None,
         text=_text(tokenizer, found.spoken),

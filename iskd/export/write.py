@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.export.card import write_card
 from iskd.export.probe import Probe, ask, differences, reopen
+from iskd.export.storage import Rounding, rounded, rounding_of
 from iskd.export.student import MAX_SHARD_BYTES, _versions, write
 from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole
-from iskd.system.files import clear_place
+from iskd.system.files import clear_place, draft_of, sweep
 
 
 @torch.no_grad()
@@ -41,6 +43,8 @@ def export(
     teacher: Mapping[str, Any] | None = None,
     run_dir: Path | None = None,
     max_shard_bytes: int | str = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    text: Tensor | None = None,
 ) -> Path:
     """Write a student to `target`, replacing an earlier export, and reopen it in a fresh process.
 
@@ -57,18 +61,26 @@ def export(
         teacher: where the teacher came from, `iskd.teacher.load.Loaded.source`.
         run_dir: folder of the run, from whose files the card is written.
         max_shard_bytes: of one weights file, as a number or as text such as "5GB".
+        dtype: in which weights are stored (`iskd.export.storage`); None = as they are.
+        text: windows [B, T] of the run's validation text, on which rounding is measured; None = random tokens.
 
     Raises:
+        ValueError: a weight is larger than `dtype` holds.
         RuntimeError: the reopened student gives other logits or another greedy text; nothing is left at `target`.
     """
     was_training = model.training
     model.eval()
-    draft = target.with_name(f".{target.name}.draft")
-    clear_place(draft)
+    sweep(target.parent)
+    draft = draft_of(target)
     try:
-        native = write(draft, model, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
-        probe = ask(model)
-        _write_facts(draft, probe, teacher or {}, native=native)
+        stored, changed = rounded(model, dtype or model.dtype)
+        native = write(draft, stored, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
+        probe = ask(stored)
+        words = "random tokens" if text is None else "validation text"
+        windows_BT = torch.tensor(probe.ids) if text is None else text
+        rounding = rounding_of(model, stored, dtype or model.dtype, changed, windows_BT, words)
+        del stored
+        _write_facts(draft, probe, teacher or {}, rounding, native=native)
         write_card(
             draft,
             record,
@@ -78,6 +90,7 @@ def export(
             versions=_versions(),
             teacher=teacher,
             run_dir=run_dir,
+            rounding=rounding,
         )
         if verify:
             _verify(draft, probe, native=native)
@@ -91,7 +104,9 @@ def export(
     return target
 
 
-def _write_facts(folder: Path, probe: Probe, teacher: Mapping[str, Any], *, native: bool) -> None:
+def _write_facts(
+    folder: Path, probe: Probe, teacher: Mapping[str, Any], rounding: Rounding | None = None, *, native: bool
+) -> None:
     facts: Json = {
         "kind": "native" if native else "iskd",
         "versions": _versions(),
@@ -100,6 +115,7 @@ def _write_facts(folder: Path, probe: Probe, teacher: Mapping[str, Any], *, nati
         "weights": {
             file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in weight_files(folder)
         },
+        **({} if rounding is None else {"storage": rounding.to_json()}),
         "probe": probe.to_json(),
     }
     write_whole(folder / FACTS, json.dumps(facts, indent=1))

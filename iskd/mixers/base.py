@@ -189,6 +189,7 @@ class RecurrentMixer(nn.Module):
     inherits: ClassVar[str] = "qkvo"
     expands: ClassVar[bool] = True
     notes: ClassVar[dict[str, str]] = {}
+    keep_float32: ClassVar[tuple[str, ...]] = ()  # parameters of its own that are stored as such in half precision too
     exposes_matrix: ClassVar[bool] = True
 
     def __init__(

@@ -49,6 +49,7 @@ class HGRN2(RecurrentMixer):
     """
 
     inherits: ClassVar[str] = "qvo"
+    keep_float32: ClassVar[tuple[str, ...]] = ("bound",)
     notes: ClassVar[dict[str, str]] = {
         "k_proj": "dropped: the key is 1 - forget gate",
         "forget": "fresh: attention does not forget; starts near 1",

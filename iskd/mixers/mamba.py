@@ -60,6 +60,7 @@ class Mamba(RecurrentMixer):
 
     inherits: ClassVar[str] = "vo"
     exposes_matrix: ClassVar[bool] = False
+    keep_float32: ClassVar[tuple[str, ...]] = ("A_log",)
     notes: ClassVar[dict[str, str]] = {
         "q_proj": "dropped: C is the same for all channels",
         "k_proj": "dropped: B is the same for all channels",

@@ -55,6 +55,7 @@ class Mamba2(RecurrentMixer):
         (experiments/subquadratic-stories/README.md)
     """
 
+    keep_float32: ClassVar[tuple[str, ...]] = ("A_log",)
     notes: ClassVar[dict[str, str]] = {
         "dt": "fresh: attention has no step size; starts near 1",
         "A_log": "fresh: attention does not forget; the decay starts near 1",

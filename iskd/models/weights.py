@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,6 +57,26 @@ def present_weights(directory: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
     return files
+
+
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def stored_dtype(directory: Path) -> str:
+    """The type that most numbers of a model's weights are stored in; float32 where it is none of the three.
+
+    Raises:
+        ValueError: a weights file is missing, or is no safetensors file.
+    """
+    numbers = Counter[str]()
+    for file in present_weights(directory):
+        check_whole(file)
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                part = opened.get_slice(name)
+                numbers[_FLOATS.get(part.get_dtype(), "")] += math.prod(part.get_shape())
+    del numbers[""]
+    return max(numbers, key=lambda kind: (numbers[kind], kind), default="float32")
 
 
 def refuse_pointer(file: Path) -> None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import stat
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+# A draft says who makes it: machine, process, when that began (process numbers come again), and a number of its own.
+_DRAFT = re.compile(r"\..+?(?:\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{12})?\.draft")
+# Temporary folders of token shards as iskd 0.1 named them.
+_SHARDS_0_1 = re.compile(r"\.[0-9a-f]{16}\.[a-z0-9_]{8}")
+ABANDONED_S = 86_400.0
+"""Seconds without a change after which a draft of another machine, or of nobody known, is one that nobody finishes."""
 
 
 def write_whole(file: Path, content: str | bytes) -> Path:
@@ -23,7 +36,7 @@ def write_whole(file: Path, content: str | bytes) -> Path:
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; `file` is as it was.
     """
-    draft = file.with_name(f".{file.name}.{uuid4().hex}.draft")  # process numbers repeat among machines and threads
+    draft = draft_of(file)
     try:
         with draft.open("xb") as opened:
             opened.write(content.encode() if isinstance(content, str) else content)
@@ -37,6 +50,91 @@ def write_whole(file: Path, content: str | bytes) -> Path:
 def expanded(path: str | Path) -> str:
     """A path with the home folder for a leading `~` or `~user`; a name that only begins so stays as it is."""
     return os.path.expanduser(path)
+
+
+def draft_of(path: Path) -> Path:
+    """A new name beside `path` for what is to take its place; `sweep` knows by it whether its process still lives."""
+    process = os.getpid()
+    began = _began(process) or 0
+    return path.with_name(f".{path.name}.{_machine()}-{process}-{began}-{uuid4().hex[:12]}.draft")
+
+
+@contextmanager
+def scratch(name: str, folder: Path | None = None) -> Iterator[Path]:
+    """A folder of this process alone, gone afterwards; one that a killed process left is swept by the next.
+
+    Args:
+        name: what it is for.
+        folder: where it lies; None = where the system keeps temporary files.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    sweep(place)
+    made = draft_of(place / name)
+    made.mkdir(mode=0o700)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts in a folder, files and folders, whose process is dead; links in it are never followed.
+
+    Of a process on another machine, and of a version that did not say whose a draft is, nothing is known: theirs go
+    when nothing in them has changed for a day. What cannot be removed stays.
+    """
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            named = _DRAFT.fullmatch(path.name)
+            if not named and not _SHARDS_0_1.fullmatch(path.name):
+                continue
+            with suppress(OSError):
+                if named and named[1] == _machine():
+                    dead = not _lives(int(named[2]), int(named[3]))
+                else:
+                    dead = _age_s(path) > ABANDONED_S
+                if dead:
+                    clear_place(path)
+
+
+@cache
+def _machine() -> str:
+    """Eight digits of this machine, or of the container whose process numbers are its own."""
+    with suppress(OSError):
+        return _digits(f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}")
+    return _digits(socket.gethostname())
+
+
+def _digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _began(process: int) -> int | None:
+    """When a process began, in ticks since the machine did; None where nothing says it, 0 for one that has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])  # ended, and its parent has not asked yet
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _lives(process: int, began: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # somebody else's
+    return _began(process) in (None, began)
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the last change of a file, or of a folder and what lies directly in it."""
+    inside = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+    return time.time() - max(each.lstat().st_mtime for each in (path, *inside))
 
 
 def clear_place(path: Path) -> None:
@@ -53,7 +151,7 @@ def clear_place(path: Path) -> None:
 
 def readable_as_umask(folder: Path) -> None:
     """Give the files of a folder that was just written the permissions of the umask: safetensors writes them 0600."""
-    probe = write_whole(folder / f".{uuid4().hex}.umask", "")
+    probe = write_whole(folder / f".umask.{uuid4().hex}", "")
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for file in folder.iterdir():

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iskd.system import file_sha256, write_whole
-from iskd.system.files import expanded, readable_as_umask
+from iskd.system.files import expanded, readable_as_umask, scratch, sweep
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +101,7 @@ def prepare(source: Bundle) -> Path | None:
         ValueError: the .gguf file or a cached file is not what it should be, or a package that unpacks it is missing.
     """
     target = cache_dir() / source.folder
+    sweep(target.parent)
     if target.exists():
         verify(target)
         return target
@@ -140,8 +140,8 @@ def verify(directory: Path) -> None:
 def _convert(gguf: Path, source: Bundle, target: Path) -> None:
     _verify_gguf(gguf, source)
     log.info("converting %s to %s (once, about half a minute)", gguf.name, target)
-    with tempfile.TemporaryDirectory(prefix=f".{source.folder}-", dir=target.parent) as scratch:
-        directory = Path(scratch) / source.folder
+    with scratch(source.folder, target.parent) as place:
+        directory = place / source.folder
         _unpack(gguf, directory)
         sums = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
         write_whole(directory / CHECKSUMS, json.dumps(sums, indent=2) + "\n")

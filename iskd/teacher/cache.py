@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_sha256
 from iskd.system import read_json, write_whole
+from iskd.system.files import sweep
 from iskd.teacher.cache_rows import RowFormat, TeacherCacheSpec
 from iskd.teacher.row_store import RowStore
 
@@ -171,6 +172,7 @@ class TeacherCache:
     def _claim(self) -> None:
         """Write `meta.json` into a new folder, or find there what this cache is."""
         path = self.folder / "meta.json"
+        sweep(self.folder)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(self.recipe, indent=1))

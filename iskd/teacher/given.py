@@ -37,6 +37,7 @@ def given_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         "sha256": parameters_sha256(model),
         "tokenizer": "given",
         "dtype": str(model.dtype).removeprefix("torch."),
+        "stored": str(model.dtype).removeprefix("torch."),
         "padding_rows": rows - 1 - largest,
     }
     return Loaded(model, tokenizer, source)

@@ -25,7 +25,7 @@ from iskd.models.head import say_untied
 from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_report, read_model_config
 from iskd.models.skeletons import check_config
 from iskd.models.tokenizers import byte_tokenizer
-from iskd.models.weights import check_finite, parameters_sha256, weights_sha256
+from iskd.models.weights import check_finite, parameters_sha256, stored_dtype, weights_sha256
 from iskd.system.files import expanded
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
@@ -107,9 +107,9 @@ class Loaded:
     Attributes:
         model: in eval mode; whether its parameters require gradients is left to the caller.
         tokenizer: its ids all have a row in the model's embedding.
-        source: JSON-ready: name, kind (local, hub, bundled, random), sha256 of the weights, tokenizer, dtype,
-            padding_rows (embedding rows above the largest token id); path, revision, seed or trimmed_rows (of
-            trim_vocab) where they apply.
+        source: JSON-ready: name, kind (local, hub, bundled, random), sha256 of the weights, tokenizer, dtype, stored
+            (the type of the weights on disk, in which students are exported), padding_rows (embedding rows above the
+            largest token id); path, revision, seed or trimmed_rows (of trim_vocab) where they apply.
     """
 
     model: PreTrainedModel
@@ -128,7 +128,9 @@ def load_teacher(spec: TeacherSpec) -> Loaded:
         return _random(spec)
     directory, kind = _locate(spec)
     model, tokenizer = _read(spec, directory)
-    where: dict[str, str | int] = {"path": str(directory)} if kind == "local" else {}
+    where: dict[str, str | int] = {"stored": stored_dtype(directory)}
+    if kind == "local":
+        where["path"] = str(directory)
     if kind == "hub" and spec.revision:
         where["revision"] = spec.revision
     return _loaded(spec, kind, model, tokenizer, "pretrained", weights_sha256(directory), where)
@@ -290,6 +292,7 @@ def _loaded(
         "sha256": sha256,
         "tokenizer": tokenizer_kind,
         "dtype": spec.dtype,
+        "stored": spec.dtype,
         "padding_rows": rows - 1 - largest,
     }
     return Loaded(model.eval(), tokenizer, source | where)

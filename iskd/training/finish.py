@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from iskd.data import framing_of
 from iskd.evaluation import EvalSpec, efficiency, evaluate
-from iskd.export import export
+from iskd.export import STORED, export
 from iskd.export.card_measured import refresh_card
 from iskd.models import sharding, surgery, weights
 from iskd.models.weights import weights_sha256
@@ -99,11 +99,13 @@ def _report(run_dir: Path) -> Path | None:
 
 
 def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
-    teacher = parts.teacher
+    teacher, asked = parts.teacher, parts.export_dtype
+    kind = str(teacher.source.get("stored", "float32")) if asked == "auto" else asked
     with Busy("writing the student and reopening it in a fresh process"):
         return export(
             parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
+            dtype=STORED[kind], text=parts.data.validation_windows(),
         )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class Parts:
 
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
     `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student
-    is asked at the end, None = nothing.
+    is asked at the end, None = nothing; `export_dtype` is the type of the exported weights, `auto` that in which the
+    teacher's were stored.
     """
 
     teacher: Loaded
@@ -47,6 +48,7 @@ class Parts:
     seed: int = 0
     resume: bool = False
     export: bool = True
+    export_dtype: str = "auto"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
 

@@ -38,6 +38,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = tiny("llama", vocab=257)
         record = surgery.apply(model, Record(4), edits)
         size: dict[str, Any] = {"max_shard_bytes": 60_000} if name == "own" else {}
+        size["dtype"] = torch.bfloat16 if name == "own" else torch.float16
         export(root / name, model, record, tiny("llama", vocab=257).config, byte_tokenizer(), verify=False, **size)
     return root
 

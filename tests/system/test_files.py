@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from iskd.commands import build
+from iskd.export import export
+from iskd.plan import Record
 from iskd.system import files
+from tests.runs import make_parts, write_text
 
 
 @pytest.mark.parametrize("content", ["ends\r\nas they are\n", b"\x89PNG\r\n", "caf\u00e9"])
@@ -33,7 +40,7 @@ def test_a_link_in_the_place_of_the_draft_is_not_followed(tmp_path: Path, monkey
     outside = tmp_path / "outside"
     outside.write_text("theirs")
     monkeypatch.setattr(files, "uuid4", lambda: SimpleNamespace(hex="guessed"))
-    (tmp_path / ".file.guessed.draft").symlink_to(outside)
+    files.draft_of(tmp_path / "file").symlink_to(outside)
     with pytest.raises(FileExistsError):
         files.write_whole(tmp_path / "file", "ours")
     assert outside.read_text() == "theirs"
@@ -98,3 +105,103 @@ def test_a_snapshot_of_the_hub_is_one_folder(tmp_path: Path) -> None:
     (blobs / "4567").write_text("[1]")
     (snapshot / "record.json").symlink_to("../../blobs/4567")
     assert files.read_json(snapshot / "record.json") == [1]
+
+
+# Loads the one file that says how drafts are named, makes a folder and a file of its own, and is killed over them.
+KILLED = """
+import importlib.util, os, signal, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+sys.modules["files"] = files
+spec.loader.exec_module(files)
+root = Path(sys.argv[2])
+def stopped(*_):
+    print("ready", flush=True)
+    time.sleep(600)
+os.replace = stopped
+with files.scratch("shards", root) as folder:
+    (folder / "train.bin").write_bytes(b"tokens")
+    files.write_whole(root / "record.json", "half")
+"""
+
+
+def drafts(folder: Path) -> list[str]:
+    return sorted(path.name.split(".")[1] for path in folder.glob(".*.draft"))
+
+
+def test_what_a_killed_process_left_is_swept_and_not_what_a_living_one_makes(tmp_path: Path) -> None:
+    """Also while the killed one waits for its parent, and where another process has its number by now."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    place = tmp_path / "place"
+    place.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(files.__file__), str(place)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with files.scratch("mine", place) as mine:
+            assert drafts(place) == ["mine", "record", "shards"], "both live"
+            number, began = os.getpid(), files._began(os.getpid())
+            again = mine.with_name(mine.name.replace(f"-{number}-{began}-", f"-{number}-{(began or 0) - 1}-"))
+            again.symlink_to(outside)
+            files.sweep(place)
+            assert drafts(place) == ["mine", "record", "shards"], "the link was of an earlier process"
+            other.kill()
+            while files._began(other.pid):
+                time.sleep(0.001)
+            files.sweep(place)
+            assert drafts(place) == ["mine"]
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert not list(place.iterdir())
+    assert (outside / "kept").is_file()
+
+
+@pytest.mark.parametrize("name", [".run.0f0f0f0f-1-1-0123456789ab.draft", ".model.draft", ".0123456789abcdef.ab_cd012"])
+def test_what_nothing_is_known_of_goes_by_age(name: str, tmp_path: Path) -> None:
+    """Of another machine, or of a version that did not say: a day after the last change of what lies in it."""
+    draft, inside = tmp_path / name, tmp_path / name / "train.bin"
+    draft.mkdir()
+    for kept in (".gitignore", "record.json.draft", ".draft", ".0123456789abcdef.lock", ".draft-000001-stage"):
+        (tmp_path / kept).touch()
+        os.utime(tmp_path / kept, (0, 0))
+    inside.touch()
+    os.utime(draft, (0, 0))
+    files.sweep(tmp_path)
+    assert inside.is_file()
+    os.utime(inside, (0, 0))
+    os.utime(draft, (0, 0))
+    files.sweep(tmp_path)
+    assert not draft.exists()
+    assert len(list(tmp_path.iterdir())) == 5
+    files.sweep(tmp_path / "none")
+
+
+def test_every_start_sweeps_where_it_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a run, token shards, the folder beside an export, the system's temporary files."""
+    run_dir, cache, temporary = (tmp_path / name for name in ("run", "cache", "temporary"))
+    dead = f".x.{files._machine()}-{2**22 + 1}-1-0123456789ab.draft"  # above the largest process number
+
+    def put(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / dead).mkdir()
+
+    for folder in (run_dir, cache, temporary):
+        put(folder)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(temporary))
+    parts = make_parts(run_dir, write_text(tmp_path), cache)
+    build._claim(run_dir, False)
+    parts.data.prepare()
+    with files.scratch("mine"):
+        assert drafts(temporary) == ["mine"]
+    assert drafts(run_dir) == drafts(cache) == []
+    put(run_dir)
+    model = parts.teacher.model
+    export(run_dir / "model", model, Record(4), model.config, verify=False)
+    assert drafts(run_dir) == []

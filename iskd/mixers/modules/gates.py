@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class SoftplusDecay(nn.Module):
     Raises:
         ValueError: a memory out of its range.
     """
+
+    keep_float32: ClassVar[tuple[str, ...]] = ("A_log",)
 
     def __init__(self, stream: int, heads: int, width: int = 1, *, rank: int | None = None, memory: float) -> None:
         super().__init__()

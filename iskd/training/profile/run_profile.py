@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from pydantic import PositiveInt
@@ -15,6 +13,7 @@ from pydantic import PositiveInt
 from iskd.data import StageLoader
 from iskd.plan import Record, Stage
 from iskd.system import Ranks
+from iskd.system.files import scratch
 from iskd.system.precision import ForwardContext, place
 from iskd.teacher import TeacherCache
 from iskd.training.deciding import decide
@@ -88,9 +87,9 @@ def _batches(parts: Parts, module: DistillModule, count: int, context: ForwardCo
         yield iter(data.train_dataloader())
         return
     windows = data.windows("train")[: count * data.batch_size]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("iskd-profile") as folder:
         with context():
-            cache = TeacherCache.open(module.teacher, windows, Path(folder), spec).fill(batch_size=data.batch_size)
+            cache = TeacherCache.open(module.teacher, windows, folder, spec).fill(batch_size=data.batch_size)
         module.use_teacher_cache(cache)
         yield iter(StageLoader(windows, batch_size=data.batch_size, seed=data.seed, first_step=0, steps=count))
 
