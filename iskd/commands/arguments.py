@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands.config import CONF, options, with_export_keys
 from iskd.commands.paths import assigned, literal, path_of, takes_path
-from iskd.models.names import refuse_missing_folder
+from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
 from iskd.system.files import expanded

@@ -9,7 +9,7 @@ import yaml
 
 from iskd.commands.config import CONF, options
 from iskd.export import read_facts
-from iskd.models.names import refuse_missing_folder
+from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system.files import expanded

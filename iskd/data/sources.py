@@ -36,11 +36,9 @@ class Source(Protocol):
 
     def documents(self) -> Iterator[Document]:
         """Yield (text, split or None); documents that carry a split come before those that do not."""
-        ...
 
     def fingerprint(self) -> str:
         """Return a string that changes whenever the documents change; cheap compared with reading them."""
-        ...
 
 
 @dataclass(frozen=True)

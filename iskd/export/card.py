@@ -30,13 +30,8 @@ from iskd.system.text import layers_text
 UNKNOWN = "not known"
 # Teachers whose licence stands in this repository's own README; any other is read off the card beside its weights.
 _LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
-_NUMBERS = (
-    ("perplexity", "ppl"),
-    ("KL from the teacher", "kl"),
-    ("top-1 agreement", "top1"),
-    ("retention", "retention"),
-)
-_SETTINGS = ("schedule", "edit", "importance", "loss", "optim", "seed")
+_NUMBERS = (("perplexity", "ppl"), ("KL from the teacher", "kl"), ("top-1 agreement", "top1"), ("retention",) * 2)
+_SETTINGS = ("schedule", "edit", "importance", "refit", "loss", "optim", "seed")
 # An absolute path but for its last name: a card is published, the folders of a machine are not.
 _FOLDERS = re.compile(r"(?<![\w.~:/-])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\",)]+)+[/\\](?=[^/\\\s'\",)])")
 _NATIVE = """```python

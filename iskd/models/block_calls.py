@@ -49,13 +49,13 @@ class _HandsOn(nn.Module):
 
     def __init__(self, block: nn.Module, calls: list[Call], *, as_tuple: bool) -> None:
         super().__init__()
-        vars(self)["_stands_for"] = block  # not a submodule: hosts ask blocks for attributes, never for parameters
-        vars(self)["_calls"], vars(self)["_as_tuple"] = calls, as_tuple
+        vars(self)["stands_for"] = block  # not a submodule: hosts ask blocks for attributes, never for parameters
+        vars(self)["calls"], vars(self)["as_tuple"] = calls, as_tuple
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_stands_for"], name)
+        return getattr(vars(self)["stands_for"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        calls: list[Call] = vars(self)["_calls"]
+        calls: list[Call] = vars(self)["calls"]
         calls.append(Call(args, kwargs))
-        return (args[0],) if vars(self)["_as_tuple"] else args[0]
+        return (args[0],) if vars(self)["as_tuple"] else args[0]

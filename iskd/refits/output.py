@@ -19,7 +19,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from iskd.blocks.ridge import Ridge, Solution
+from iskd.blocks import Ridge
+from iskd.blocks.ridge import Solution
 from iskd.models import Stack
 from iskd.refits.base import BlockRefit, RefitTask, Site, is_sequential, row_weights, walk
 from iskd.refits.projections import Projection, checked

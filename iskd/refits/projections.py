@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iskd.blocks.ridge import Ridge, Solution
+from iskd.blocks import Ridge
+from iskd.blocks.ridge import Solution
 from iskd.models.projections import weight_of
 from iskd.refits.base import Site
 

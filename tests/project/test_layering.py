@@ -82,7 +82,6 @@ OPEN = {
     "models/families": "blocks and exports ask for a family's paths and sizes",
     "models/head": "the slope of a softcap, for the closed form of a loss",
     "models/hosting": "mixers and alignment know whether they are hosted",
-    "models/names": "folder or hub id, on the command line",
     "models/packing": "documents apart: data, mixers and a step ask",
     "models/projections": "blocks, mixers and adapters read linear maps in every layout",
     "models/sharding": "every room that touches weights must know shards",
@@ -260,7 +259,7 @@ def test_contributing_says_where_parts_live() -> None:
     """A part of each kind is where the table of `Adding a part` would put it."""
     row = re.compile(r"^\| \w+ \| .*`(iskd/\S+\.py)` \| `conf/(\w+)/mine\.yaml` \|", re.MULTILINE)
     homes = {group: path for path, group in row.findall(contributing("Adding a part"))}
-    assert set(homes) == {"importance", "mixer", "block", "loss", "schedule", "edit", "model"}
+    assert set(homes) == {"importance", "mixer", "block", "refit", "loss", "schedule", "edit", "model"}
     target = re.compile(r"_target_: (iskd\.[\w.]+)\.\w+")
     for group, home in homes.items():
         text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "conf" / group).glob("*.yaml"))

@@ -68,7 +68,6 @@ ALLOWED = {
     "training/state/checkpoint: save_file": "safetensors' own writer, in a folder that is moved as a whole",
     "training/state/checkpoint: os.replace": "a checkpoint: the folder as a whole",
     "training/state/checkpoint_files: os.open": "a folder, to have it on the disk",
-    "data/shards: open": "tokens as they come, in a folder of the process",
     "data/shards: os.replace": "shards into their place, the file that names them last",
     "teacher/row_store: open": "rows at their places in a file of the cache, each with its digest",
     "teacher/row_store: os.open": "without following a link",
