@@ -5,7 +5,7 @@ Imports: system, plan, models, blocks, evaluation.
 
 from __future__ import annotations
 
-from iskd.refits.base import Refit
+from iskd.refits.base import Refit, RefitTask
 from iskd.refits.carrying_out import carry_out
 
-__all__ = ["Refit", "carry_out"]
+__all__ = ["Refit", "RefitTask", "carry_out"]

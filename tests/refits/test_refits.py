@@ -14,8 +14,8 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Record, Remove
-from iskd.refits import Refit, carry_out
-from iskd.refits.base import RefitTask, row_weights
+from iskd.refits import Refit, RefitTask, carry_out
+from iskd.refits.base import row_weights
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
