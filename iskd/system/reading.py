@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
 
@@ -79,7 +79,7 @@ def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) ->
         place = _place(what, above, joint)
         if name == "missing":
             return f"{place}: key {last!r} is missing"
-        known = "" if above else f"; known are {', '.join(kind.__dataclass_fields__)}"
+        known = "" if above else f"; known are {', '.join(_keys(kind))}"
         return f"{place}: unknown key {last!r:.80}{known or ': remove it'}"
     place = _place(what, error["loc"], joint)
     if name.startswith("union_tag"):
@@ -93,6 +93,13 @@ def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) ->
     if name in _EXPECTED:
         return f"{place} must be {_EXPECTED[name].format(**context)}, got {value!r:.80}"
     return f"{place}: {error['msg']}, got {value!r:.80}"
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    """Of a dataclass's fields, as they stand in a file."""
+    hints = get_type_hints(kind, include_extras=True)
+    named = ((name, getattr(hints[name], "__metadata__", ())) for name in kind.__dataclass_fields__)
+    return [next((each.alias for each in told if getattr(each, "alias", None)), name) for name, told in named]
 
 
 def _place(what: str, keys: Collection[int | str], joint: str) -> str:

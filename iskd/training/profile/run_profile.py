@@ -111,11 +111,11 @@ def _enter_stage(
         stage = state.stage
         if stage is None:
             raise ValueError("no stage of the schedule trains, so there is no step to profile; set schedule.tokens")
-        carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
+        edited = carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
         if stage.tokens or not edits:
             return
-        state.record = module.record
-        state.finished = (*state.finished, stage)
+        state.edit_made(edited.record, edited.events)
+        state.stage_kept(0, 0)
 
 
 def _bare(stage: Stage) -> Stage:
