@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -17,7 +15,7 @@ from iskd.commands.arguments import hydra_main
 from iskd.commands.config import as_meant, object_of
 from iskd.commands.find_teacher import find_teacher
 from iskd.data import BOS, framing_of
-from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
+from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
@@ -36,7 +34,7 @@ class Found:
     """What `iskd evaluate` found, each None where it was not asked for, and the files that say so."""
 
     evaluation: Evaluation | None
-    efficiency: Mapping[str, Any] | None
+    efficiency: Efficiency | None
     files: list[Path]
 
 
@@ -67,7 +65,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     shown = run if run is not None and _is_its_teacher(run, teacher) else None
     places, files = [folder, *([shown] if shown else [])], list[Path]()
     found: Evaluation | None = None
-    cost: dict[str, Any] | None = None
+    cost: Efficiency | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
         with forward_context():
             found = evaluate(
@@ -102,7 +100,7 @@ def _kept(file: Path, text: str) -> list[Path]:
     return [write_whole(aside, file.read_bytes())]
 
 
-def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
+def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> Efficiency:
     """What both cost in use, as they would be served."""
     models = {} if teacher is None else {"teacher": teacher.model}
     dtype = serving_dtype(model.model.device)
