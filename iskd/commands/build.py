@@ -23,7 +23,6 @@ from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
-from iskd.system.precision import precision
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
@@ -48,8 +47,6 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     losses = terms(plain(config.loss))
     importance = importance_of(config)
     asked = _evaluation(config, teacher, importance, data)
-    settings: dict[str, Any] = plain(config.trainer)
-    settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
     if not resuming and global_rank() == 0:
         _save_config(config, run_dir)
     return Parts(
@@ -61,7 +58,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         importance=importance,
         optim=object_of(config.optim),
         options=_options(config),
-        trainer=settings,
+        trainer=plain(config.trainer),
         loggers=_loggers(config, run_dir),
         chunk=config.chunk,
         seed=config.seed,

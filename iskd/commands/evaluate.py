@@ -22,6 +22,7 @@ from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
 from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
+from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files, read_plain
@@ -59,7 +60,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     with Busy("loading the models"):
         model, teacher = _models(config, student)
-    device, forward_context = place(config.trainer)
+    device, forward_context = place(with_defaults(config.trainer))
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
     shown = run if run is not None and _is_its_teacher(run, teacher) else None

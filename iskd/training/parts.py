@@ -15,6 +15,7 @@ from iskd.evaluation import EvalSpec
 from iskd.losses import Chunk, Terms
 from iskd.plan import Record, StageResult
 from iskd.plan.options import RunOptions
+from iskd.plan.trainer_settings import with_defaults
 from iskd.schedules import Schedule
 from iskd.teacher import Loaded, TeacherCacheSpec
 from iskd.training.deciding import Importance
@@ -25,8 +26,9 @@ from iskd.training.step import OptimSpec
 class Parts:
     """Everything a run is made of.
 
-    `trainer` holds keyword arguments of `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on
-    disk, `evaluation` what the student is asked at the end, None = nothing.
+    `trainer` holds keyword arguments of `lightning.Trainer`; those that are not given are as in `TrainerKeys`.
+    `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student is asked at the end,
+    None = nothing.
     """
 
     teacher: Loaded
@@ -46,6 +48,9 @@ class Parts:
     export: bool = True
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
+
+    def __post_init__(self) -> None:
+        self.trainer = with_defaults(self.trainer)
 
 
 @dataclass(frozen=True)

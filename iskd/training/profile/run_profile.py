@@ -50,7 +50,7 @@ def profile_parts(
         ValueError: no stage trains, the schedule wants scores and there is no importance, or an unknown precision.
     """
     device, context = place(parts.trainer)
-    accumulate = int(parts.trainer.get("accumulate_grad_batches", 1))
+    accumulate = int(parts.trainer["accumulate_grad_batches"])
     parts.data.prepare()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(parts.seed)
