@@ -13,6 +13,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from iskd.system.files import MAX_NUMBER
 
@@ -57,15 +58,25 @@ def read_as(kind: type[_T], data: Any, what: str, *, joint: str = ": ", others: 
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be plain JSON: {error!s:.200}") from None
     try:
-        return _adapter(cast(Any, kind)).validate_json(text, strict=True, extra="ignore" if others else "forbid")
+        return _adapter(cast(Any, kind))[0].validate_json(text, strict=True, extra="ignore" if others else "forbid")
     except ValidationError as error:
         raise ValueError(_sentence(error, kind, what, joint)) from None
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """Made at the first use, as a large schema takes milliseconds."""
-    return TypeAdapter(kind)
+def _adapter(kind: Any) -> tuple[TypeAdapter[Any], list[str]]:
+    """What reads a type, and the keys of a dataclass as they stand in a file: both evaluate its annotations.
+
+    Made at the first use, as a large schema takes milliseconds.
+    """
+    fields = getattr(kind, "__dataclass_fields__", ())
+    hints = get_type_hints(kind, include_extras=True) if fields else {}
+    told = ((name, getattr(hints[name], "__metadata__", ())) for name in fields)
+    keys = [
+        next((each.alias for each in extras if isinstance(each, FieldInfo) and each.alias), name)
+        for name, extras in told
+    ]
+    return TypeAdapter(kind), keys
 
 
 def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) -> str:
@@ -79,7 +90,7 @@ def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) ->
         place = _place(what, above, joint)
         if name == "missing":
             return f"{place}: key {last!r} is missing"
-        known = "" if above else f"; known are {', '.join(_keys(kind))}"
+        known = "" if above else f"; known are {', '.join(_adapter(cast(Any, kind))[1])}"
         return f"{place}: unknown key {last!r:.80}{known or ': remove it'}"
     place = _place(what, error["loc"], joint)
     if name.startswith("union_tag"):
@@ -93,13 +104,6 @@ def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) ->
     if name in _EXPECTED:
         return f"{place} must be {_EXPECTED[name].format(**context)}, got {value!r:.80}"
     return f"{place}: {error['msg']}, got {value!r:.80}"
-
-
-def _keys(kind: type[Any]) -> list[str]:
-    """Of a dataclass's fields, as they stand in a file."""
-    hints = get_type_hints(kind, include_extras=True)
-    named = ((name, getattr(hints[name], "__metadata__", ())) for name in kind.__dataclass_fields__)
-    return [next((each.alias for each in told if getattr(each, "alias", None)), name) for name, told in named]
 
 
 def _place(what: str, keys: Collection[int | str], joint: str) -> str:
