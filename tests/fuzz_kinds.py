@@ -197,7 +197,7 @@ def _shards(folder: Path) -> Kind:
         shards = open_shards(*arguments)
         for split in SPLITS:
             if shards.tokens(split) >= 16:
-                assert int(shards.windows(split, 16).max(initial=0)) <= shards.meta["max_id"]
+                assert int(shards.windows(split, 16).max(initial=0)) <= shards.meta.max_id
         return True
 
     return place, load

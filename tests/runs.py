@@ -107,6 +107,7 @@ def make_parts(
     run_dir.mkdir(exist_ok=True)
     default = Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], tokens=12 * TOKENS, lr=1e-3, lr_new=3e-3)
     settings = {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": accumulate, "progress": False}
+    settings["log_every_n_steps"] = 1
     sizes: dict[str, Any] = {"checkpoint_every": 2, "fit_tokens": 128, "score_tokens": 128, "movement_steps": 3}
     sizes |= {"mfu": False, "efficiency_seconds": 0}  # of the machine, not of the method
     parts = Parts(

@@ -25,7 +25,6 @@ from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, sweep
-from iskd.system.precision import precision
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -52,8 +51,6 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     importance = importance_of(config)
     asked_export = _export(plain(config.export))
     asked = _evaluation(config, teacher, importance, data)
-    settings: dict[str, Any] = plain(config.trainer)
-    settings["precision"] = precision(settings.get("precision", "auto"), settings.get("accelerator", "cpu"))
     if not resuming and global_rank() == 0:
         _save_config(config, run_dir)
     return Parts(
@@ -66,7 +63,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         refits=[object_of(config.refit[name]) for name in config.get("refit") or ()],
         optim=object_of(config.optim),
         options=_options(config),
-        trainer=settings,
+        trainer=plain(config.trainer),
         loggers=_loggers(config, run_dir),
         chunk=config.chunk,
         seed=config.seed,

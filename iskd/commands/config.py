@@ -121,27 +121,6 @@ class _Root(TypedDict, total=False):
     cache_dir: str | None
 
 
-class _Trainer(TypedDict, total=False):
-    """Of Lightning's keys those that a run has a use for; `iskd.plan.trainer_settings` knows the others."""
-
-    accelerator: str
-    devices: PositiveInt | Literal[-1] | str | list[int]
-    num_nodes: PositiveInt
-    strategy: str
-    precision: str
-    accumulate_grad_batches: PositiveInt
-    log_every_n_steps: NonNegativeInt
-    max_time: str | dict[str, Any] | None
-    progress: bool
-    deterministic: bool | Literal["warn"] | None
-    benchmark: bool | None
-    detect_anomaly: bool
-    sync_batchnorm: bool
-    inference_mode: bool
-    enable_model_summary: bool | None
-    profiler: str | None
-
-
 class _Logger(TypedDict, total=False):
     project: str
     entity: str | None
@@ -180,7 +159,7 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "run": ("iskd.plan.options.RunOptions",),
     "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
     "profile": ("iskd.training.profile.profile_parts",),
-    "trainer": (_Trainer,),
+    "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
 _NEEDED = ("model", "data", "edit", "block", "mixer", "importance", "schedule", "loss", "optim", "trainer", "run")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -17,13 +15,14 @@ from iskd.commands.arguments import hydra_main
 from iskd.commands.config import as_meant, object_of
 from iskd.commands.find_teacher import find_teacher
 from iskd.data import BOS, framing_of
-from iskd.evaluation import EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
+from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
 from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
 from iskd.plan.saved_config import read_config
+from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
 from iskd.system import Busy, ProgressLine, read_json, write_whole
 from iskd.system.files import hash_files, read_plain
@@ -36,7 +35,7 @@ class Found:
     """What `iskd evaluate` found, each None where it was not asked for, and the files that say so."""
 
     evaluation: Evaluation | None
-    efficiency: Mapping[str, Any] | None
+    efficiency: Efficiency | None
     files: list[Path]
 
 
@@ -61,13 +60,13 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     with Busy("loading the models"):
         model, teacher = _models(config, student)
-    device, forward_context = place(config.trainer)
+    device, forward_context = place(with_defaults(config.trainer))
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
     shown = run if run is not None and _is_its_teacher(run, teacher) else None
     places, files = [folder, *([shown] if shown else [])], list[Path]()
     found: Evaluation | None = None
-    cost: dict[str, Any] | None = None
+    cost: Efficiency | None = None
     if spec.tasks or spec.text or not spec.efficiency_seconds:
         with forward_context():
             found = evaluate(
@@ -102,7 +101,7 @@ def _kept(file: Path, text: str) -> list[Path]:
     return [write_whole(aside, file.read_bytes())]
 
 
-def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> dict[str, Any]:
+def _cost(model: Loaded, teacher: Loaded | None, seconds: float) -> Efficiency:
     """What both cost in use, as they would be served."""
     models = {} if teacher is None else {"teacher": teacher.model}
     dtype = serving_dtype(model.model.device)

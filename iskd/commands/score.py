@@ -16,6 +16,7 @@ from iskd.commands.config import as_meant, object_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
+from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores
 from iskd.system.precision import place
 from iskd.teacher import load_teacher
@@ -45,7 +46,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     data = text_data(config, teacher.tokenizer, stack)
     stack.keep_apart(data.separator)
     windows = data.calibration(config.run.score_tokens)
-    device, forward_context = place(config.trainer)
+    device, forward_context = place(with_defaults(config.trainer))
     nn.Module.to(teacher.model, device)
     batches = [batch.to(device) for batch in windows]
     with forward_context():

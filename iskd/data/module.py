@@ -108,9 +108,9 @@ class TextData(L.LightningDataModule):
         shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding)
         for split in SPLITS[:3]:
             shards.windows(split, self.seq_len)
-        if self.vocab_size is not None and shards.meta["max_id"] >= self.vocab_size:
+        if self.vocab_size is not None and shards.meta.max_id >= self.vocab_size:
             raise ValueError(
-                f"the tokenizer gave id {shards.meta['max_id']}, but the model has vocab_size={self.vocab_size}; "
+                f"the tokenizer gave id {shards.meta.max_id}, but the model has vocab_size={self.vocab_size}; "
                 "use the model's own tokenizer, or resize the model's embedding"
             )
         self._shards = shards
@@ -250,16 +250,16 @@ class TextData(L.LightningDataModule):
         """Return what identifies the data of this run, as plain JSON values."""
         self.prepare()
         assert self._shards is not None
-        meta = self._shards.meta
+        recipe, meta = self._shards.recipe, self._shards.meta
         return {
-            "source": meta["source"],
-            "content": meta["content"],
-            "tokenizer": meta["tokenizer"],
-            "separator": meta["separator"],
+            "source": recipe["source"],
+            "content": recipe["content"],
+            "tokenizer": recipe["tokenizer"],
+            "separator": meta.separator,
             "cache": self._shards.folder.name,
             "tokens": {split: self._shards.tokens(split) for split in SPLITS},
-            "documents": {split: meta["splits"][split]["documents"] for split in SPLITS},
-            "dropped_duplicates": meta["dropped"],
+            "documents": {split: meta.splits[split].documents for split in SPLITS},
+            "dropped_duplicates": meta.dropped,
             "train_windows": len(self._opened.numbers("train")),
             "validation_sha256": _sha256(self._opened.spread("validation", self.val_tokens)),
             "calibration_sha256": {str(tokens): digest for tokens, digest in sorted(self._calibrations.items())},

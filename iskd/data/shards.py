@@ -16,11 +16,11 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,10 @@ from iskd.data.coding import Coding
 from iskd.data.framing import Framing, separator
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.data.writer import Writer
-from iskd.system import file_sha256, read_json, write_whole
-from iskd.system.files import MAX_NUMBER, scratch, sweep
+from iskd.data.writer import ShardFile, Writer
+from iskd.system import Json, file_sha256, read_json, write_whole
+from iskd.system.files import scratch, sweep
+from iskd.system.reading import Count, between, read_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,32 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.integer[Any]]
 
 _VERSION = 1
-_DTYPES = ("<u2", "<u4")  # never what a file says beyond these: numpy's "O" would be pointers
 _BATCH_DOCUMENTS = 256
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """What `meta.json` says beside the recipe.
+
+    Attributes:
+        separator, separator_id: what stands between documents, `eos`, `bos` or `none`, and its token's id or None.
+        dtype: of the tokens; never another, as numpy's "O" would be pointers.
+        max_id: the largest token, -1 without any.
+        dropped: documents left out of training, as they are held out too.
+        splits: the shard of each split.
+    """
+
+    separator: str
+    separator_id: Any
+    dtype: Literal["<u2", "<u4"]
+    max_id: Annotated[int, between(-1)]
+    dropped: Count
+    splits: dict[str, ShardFile]
+
+    def to_json(self) -> Json:
+        """Plain JSON values."""
+        return asdict(self) | {"splits": {split: entry.to_json() for split, entry in self.splits.items()}}
 
 
 @dataclass(frozen=True)
@@ -50,26 +74,27 @@ class Shards:
 
     Args:
         folder: where the shards and `meta.json` lie.
-        meta: what `meta.json` says: source, tokenizer, separator, dtype, max_id, and per split file, tokens, documents,
-            and where tokens are marked as targets, the hash of the marks.
+        recipe: all that decides a token: tokenizer, source, content, shares, framing.
+        meta: the rest of `meta.json`.
     """
 
     folder: Path
-    meta: dict[str, Any]
+    recipe: Json
+    meta: ShardMeta
 
     def tokens(self, split: str) -> int:
         """Return the number of tokens of a split."""
-        return int(self.meta["splits"][split]["tokens"])
+        return self.meta.splits[split].tokens
 
     def stream(self, split: str) -> Tokens:
         """Return the whole token stream of a split, memory-mapped, [tokens]."""
         if self.tokens(split) == 0:
-            return np.empty(0, dtype=self.meta["dtype"])
-        return np.memmap(self.folder / self.meta["splits"][split]["file"], dtype=self.meta["dtype"], mode="r")
+            return np.empty(0, dtype=self.meta.dtype)
+        return np.memmap(self.folder / self.meta.splits[split].file, dtype=self.meta.dtype, mode="r")
 
     def targets(self, split: str, seq_len: int) -> Tokens | None:
         """Return which tokens of the windows are to be learned, 0 or 1, [windows, seq_len]; None = all of them."""
-        if "targets" not in self.meta["splits"][split]:
+        if self.meta.splits[split].targets is None:
             return None
         count = self.tokens(split) // seq_len
         if count == 0:
@@ -83,23 +108,23 @@ class Shards:
         Raises:
             ValueError: the split has no document, or fewer tokens than one window.
         """
-        tokens, documents = self.tokens(split), int(self.meta["splits"][split]["documents"])
+        tokens, documents = self.tokens(split), self.meta.splits[split].documents
         if documents == 0:
-            total = sum(int(entry["documents"]) for entry in self.meta["splits"].values())
-            if self.meta["dropped"]:  # texts are compared by hash: what reports read, nothing is chosen or trained by
+            total = sum(entry.documents for entry in self.meta.splits.values())
+            if self.meta.dropped:  # texts are compared by hash: what reports read, nothing is chosen or trained by
                 raise ValueError(
-                    f"split {split!r} got none of the {total} documents of {self.meta['source']}: "
-                    f"{self.meta['dropped']} were dropped because the "
+                    f"split {split!r} got none of the {total} documents of {self.recipe['source']}: "
+                    f"{self.meta.dropped} were dropped because the "
                     "same texts are in data.val_path or data.test_path; give other files"
                 )
             raise ValueError(
-                f"split {split!r} got 0 of the {total} documents of {self.meta['source']}; use more text, "
+                f"split {split!r} got 0 of the {total} documents of {self.recipe['source']}; use more text, "
                 + ("lower the held-out shares" if split == "train" else f"raise data.{split}_fraction")
                 + ", or give files of your own (data.path and data.val_path)"
             )
         if tokens < seq_len:
             raise ValueError(
-                f"split {split!r} of {self.meta['source']} has {tokens} tokens, less than one window of "
+                f"split {split!r} of {self.recipe['source']} has {tokens} tokens, less than one window of "
                 f"data.seq_len={seq_len}; lower data.seq_len to at most {tokens}, or use more text (data.path)"
             )
         count = tokens // seq_len
@@ -145,7 +170,7 @@ def open_shards(
     if not (folder / "meta.json").is_file():  # written last: with it the folder is whole
         _log.info("tokenizing %r into %s", source, folder)
         _build(recipe, source, tokenizer, splitter, folder, coding)
-    shards = Shards(folder, _read_meta(folder, recipe))
+    shards = Shards(folder, recipe, _read_meta(folder, recipe))
     _check(shards)
     return shards
 
@@ -173,7 +198,7 @@ def _build(
     if name != "eos" and coding.framing.between:
         _log.warning("the tokenizer has no EOS token; documents are separated by: %s", name)
     # two bytes a token where every id fits; the byte order is written down, for the file may go to another machine
-    dtype = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
+    dtype: Literal["<u2", "<u4"] = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # beside the goal, so on its file system: only there is `os.replace` one step
     with scratch(folder.name, folder.parent) as temporary:
@@ -188,15 +213,10 @@ def _build(
                     if document[0]:  # an empty document would be two separators in a row
                         writers[split].add(document)
         coding.tell()
-        meta = recipe | {
-            "separator": name,
-            "separator_id": between,
-            "dtype": dtype,
-            "max_id": max(writer.max_id for writer in writers.values()),
-            "dropped": splitter.dropped,
-            "splits": {split: writer.entry() for split, writer in writers.items()},
-        }
-        write_whole(temporary / "meta.json", json.dumps(meta, indent=2))
+        max_id = max(writer.max_id for writer in writers.values())
+        splits = {split: writer.entry() for split, writer in writers.items()}
+        meta = ShardMeta(name, between, dtype, max_id, splitter.dropped, splits)
+        write_whole(temporary / "meta.json", json.dumps(recipe | meta.to_json(), indent=2))
         folder.mkdir(exist_ok=True)
         files = [path.name for writer in writers.values() for path in (writer.path, writer.marks) if path is not None]
         for file in [*files, "meta.json"]:  # meta last: it marks the end
@@ -209,60 +229,38 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield batch
 
 
-def _read_meta(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What `meta.json` says, its types checked, so that nothing outside of `folder` is named by it.
+def _read_meta(folder: Path, recipe: Json) -> ShardMeta:
+    """What `meta.json` says, so that nothing outside of `folder` is named by it.
 
     Raises:
         ValueError: it is damaged, or was made by another recipe than the one that the folder is named after.
     """
     try:
-        meta = read_json(folder / "meta.json")
+        told = read_json(folder / "meta.json")
         # the folder's name is a hash of the recipe: another recipe inside is damage or a file put there
-        other = [key for key, value in recipe.items() if meta[key] != value]
-        if other:
+        if other := [key for key, value in recipe.items() if told[key] != value]:
             raise ValueError(f"its {other[0]} is that of other shards")
-        if meta["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype must be one of {_DTYPES}, got {meta['dtype']!r:.80}")
-        counts = {"max_id": _count(meta, "max_id", low=-1), "dropped": _count(meta, "dropped")}
-        splits = {split: _split_entry(meta["splits"][split], split) for split in SPLITS}
-        known = {key: meta[key] for key in (*recipe, "separator", "separator_id", "dtype")}
-        if not isinstance(known["separator"], str):
-            raise ValueError(f"separator must be text, got {known['separator']!r:.80}")
+        splits = {split: told["splits"][split] for split in SPLITS}
+        meta = read_as(ShardMeta, {**told, "splits": splits}, "meta.json", others=True)
+        for split, entry in meta.splits.items():
+            if entry.file != f"{split}.bin":
+                raise ValueError(f"the file of split {split} must be {split}.bin, got {entry.file!r:.80}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); delete the folder {folder}") from error
-    return {**known, **counts, "splits": splits}
-
-
-def _split_entry(entry: Any, split: str) -> dict[str, Any]:
-    if entry["file"] != f"{split}.bin":
-        raise ValueError(f"the file of split {split} must be {split}.bin, got {entry['file']!r:.80}")
-    if not isinstance(entry["sha256"], str):
-        raise ValueError(f"sha256 of split {split} must be text, got {entry['sha256']!r:.80}")
-    marks = {"targets": entry["targets"]} if "targets" in entry else {}
-    if not all(isinstance(digest, str) for digest in marks.values()):
-        raise ValueError(f"the hash of the targets of split {split} must be text, got {entry['targets']!r:.80}")
-    counts = {key: _count(entry, key) for key in ("tokens", "documents")}
-    return {"file": f"{split}.bin", "sha256": entry["sha256"], **counts, **marks}
-
-
-def _count(values: Any, key: str, low: int = 0) -> int:
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
-        raise ValueError(f"{key} must be an integer from {low} to {MAX_NUMBER}, got {value!r:.80}")
-    return value
+    return meta
 
 
 def _check(shards: Shards) -> None:
-    dtype, largest = np.dtype(shards.meta["dtype"]), shards.meta["max_id"]
+    dtype, largest = np.dtype(shards.meta.dtype), shards.meta.max_id
     fix = f"delete the folder {shards.folder} and run again"
     # cheap tests first: size before hash, and one look at the tokens only where the bytes are those that were written
-    for split, entry in shards.meta["splits"].items():
-        path, expected = shards.folder / entry["file"], entry["tokens"] * dtype.itemsize
-        stat = _check_file(path, expected, entry["sha256"], fix)
+    for split, entry in shards.meta.splits.items():
+        path, expected = shards.folder / entry.file, entry.tokens * dtype.itemsize
+        stat = _check_file(path, expected, entry.sha256, fix)
         if expected and (found := _max_once(path, dtype, stat.st_size, stat.st_mtime_ns)) > largest:
             raise ValueError(f"shard {path} holds the token {found}, above the max_id={largest} of meta.json; {fix}")
-        if "targets" in entry:
-            _check_file(shards.folder / f"{split}.targets.bin", entry["tokens"], entry["targets"], fix)
+        if entry.targets is not None:
+            _check_file(shards.folder / f"{split}.targets.bin", entry.tokens, entry.targets, fix)
 
 
 def _check_file(path: Path, size: int, sha256: str, fix: str) -> os.stat_result:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated
 
 import numpy as np
 
 from iskd.data.coding import Coded, Coding
-from iskd.system import file_sha256
+from iskd.system import Json, file_sha256
+from iskd.system.reading import Count, must_be
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What `meta.json` says of a split.
+
+    Attributes:
+        file: the name of its shard.
+        tokens, documents: how many it holds.
+        sha256: of the shard.
+        targets: of the marks that say which tokens are targets; None where every token is one.
+    """
+
+    file: str
+    tokens: Count
+    documents: Count
+    sha256: str
+    targets: Annotated[str | None, must_be("a string", lambda value: isinstance(value, str))] = None
+
+    def to_json(self) -> Json:
+        """Plain JSON values; no key without marks."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Writer:
@@ -61,8 +85,7 @@ class Writer:
         self.documents += 1
         self.max_id = max(self.max_id, *written)
 
-    def entry(self) -> dict[str, Any]:
-        """What `meta.json` says of the shard."""
-        sha256 = file_sha256(self.path)
-        marks = {} if self.marks is None else {"targets": file_sha256(self.marks)}
-        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "sha256": sha256, **marks}
+    def entry(self) -> ShardFile:
+        """What was written."""
+        marks = None if self.marks is None else file_sha256(self.marks)
+        return ShardFile(self.path.name, self.tokens, self.documents, file_sha256(self.path), marks)

@@ -21,14 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from iskd.evaluation.results import MACHINE, AtContext, Measured
+from iskd.evaluation.results import AtContext, Efficiency, Measured
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
 from iskd.plan.run_files import EFFICIENCY_FILE
@@ -52,12 +51,12 @@ def measure(
     seconds: float | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Efficiency:
     """Size, latency and memory of models side by side, where they lie.
 
     Args:
-        models: whole models, not in shards, on one device, by name: `teacher` and `student` for efficiency.json. Modes,
-            weights and random numbers stay as they are.
+        models: `teacher` and `student`, or one of them: whole models, not in shards, on one device. Modes, weights and
+            random numbers stay as they are.
         contexts: lengths of the prompt in tokens.
         decode_tokens: tokens decoded after the prompt, over which the time per token is the mean.
         repeats: of which the median is taken; at least one, the others as far as `seconds` go.
@@ -67,32 +66,29 @@ def measure(
         progress: told how far it is.
 
     Returns:
-        `machine` (`iskd.system.machine.describe`), and by name of each model `params`, `bytes` (of the weights, tied
-        ones once), `dtype`, `peak_memory_bytes` (the weights and what the costliest context takes on top), `contexts`
-        and `left_out`. A context has `context`, `prefill_seconds` (None where the cache was filled and no such prompt
-        read), `decode_seconds_per_token`, `cache_bytes` after the prompt, `cache_held_bytes` (the memory behind these,
-        more where they are views), `peak_memory_bytes` (of decoding alone where no prompt was read) and `repeats`;
-        `left_out` says why, by length: too long for the model (`Stack.limit`), for the time or for the memory.
+        The machine (`iskd.system.machine.describe`), and of each model its size and what it costs by context. A
+        context's `prefill_seconds` is nan where the cache was filled and no such prompt read; `left_out` says why
+        others are missing: too long for the model (`Stack.limit`), for the time or for the memory.
 
     Raises:
         ValueError: a context, `decode_tokens` or `repeats` below 1, a model in shards, models on different devices, or
-            one that is called `machine`.
+            of another name.
     """
     places = {name: _device(model) for name, model in models.items()}
     if len(set(places.values())) > 1:
         where = ", ".join(f"the {name} lies on {place}" for name, place in places.items())
         raise ValueError(f"{where}: put both on one device to compare them")
-    if MACHINE in models:
-        raise ValueError(f"no model may be called {MACHINE!r}, the key of what it was measured on")
+    if other := models.keys() - {"teacher", "student"}:
+        raise ValueError(f"efficiency is that of a teacher and a student, got one named {min(other)!r}")
     facts = machine.describe(next(iter(places.values())))
     passes = _Passes(decode_tokens, repeats, progress)
     copies = {name: _as(model, dtype) for name, model in models.items()}
-    return {MACHINE: facts, **_side_by_side(copies, contexts, passes, seconds)}
+    return Efficiency(facts, **_side_by_side(copies, contexts, passes, seconds))
 
 
-def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
-    """Put what `measure` returned into `run_dir` as efficiency.json."""
-    return write_whole(run_dir / EFFICIENCY_FILE, json.dumps(result, indent=1))
+def write(run_dir: Path, found: Efficiency) -> Path:
+    """Put what `measure` found into `run_dir` as efficiency.json."""
+    return write_whole(run_dir / EFFICIENCY_FILE, json.dumps(found.to_json(), indent=1))
 
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
@@ -169,7 +165,7 @@ def _side_by_side(
     contexts: Sequence[int],
     passes: _Passes,
     seconds: float | None,
-) -> dict[str, Any]:
+) -> dict[str, Measured]:
     asked = {"contexts": min(contexts, default=0), "decode_tokens": passes.decode_tokens, "repeats": passes.repeats}
     for key, least in asked.items():
         if least < 1:
@@ -210,7 +206,7 @@ def _side_by_side(
             peak_memory_bytes=max((at.peak_memory_bytes for at in found[name]), default=known.bytes),
             contexts=tuple(found[name]),
             left_out=left_out[name],
-        ).to_json()
+        )
         for name, known in facts.items()
     }
 

@@ -1,36 +1,24 @@
 """What was measured about a finished student: evaluation.json and efficiency.json of a run, written and read.
 
 A number that is not known is NaN, and null in the file. So is one that a file lacks, or that is no number: a page about
-ten measurements must not fail because of the eleventh. What else a file says is kept in `Evaluation.rest` and
-`Efficiency.machine`.
+ten measurements must not fail because of the eleventh. What else an evaluation.json says is kept in `Evaluation.rest`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator, ValidationError, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator
 
-from iskd.evaluation.text import TextScore
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
 from iskd.system.reading import between, is_number, read_as
 
-MACHINE = "machine"
-"""Key of efficiency.json for what it was measured on; its other keys name models."""
-
-_T = TypeVar("_T")
-
-
-def _or_nothing(value: Any, read: Callable[[Any], _T]) -> _T | None:
-    try:
-        return read(value)
-    except ValidationError:
-        return None
+_HELD = ("text", "models", "settings")
+"""Keys of evaluation.json that are fields, where their values are of the right kind."""
 
 
 def _bounds(value: Any) -> Any:
@@ -113,18 +101,24 @@ class Measured:
         """The measurement at a context length, None where there is none."""
         return next((found for found in self.contexts if found.context == context), None)
 
-    def to_json(self) -> Json:
-        """Plain JSON values."""
-        return _plain(asdict(self))
-
 
 @dataclass(frozen=True)
 class Efficiency:
-    """efficiency.json: the machine, and what both models cost on it."""
+    """efficiency.json: the machine, and what both models, or one of them, cost on it."""
 
     machine: Any = None
     teacher: Annotated[Measured | None, _only(dict, None)] = None
     student: Annotated[Measured | None, _only(dict, None)] = None
+
+    @property
+    def models(self) -> dict[str, Measured]:
+        """What was measured, by name, the teacher first."""
+        both = {"teacher": self.teacher, "student": self.student}
+        return {name: model for name, model in both.items() if model is not None}
+
+    def to_json(self) -> Json:
+        """Plain JSON values."""
+        return {"machine": self.machine} | {name: _plain(asdict(model)) for name, model in self.models.items()}
 
 
 def efficiency_of(value: Any) -> Efficiency:
@@ -184,6 +178,32 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class TextScore:
+    """How well a text is predicted; lower = better.
+
+    Attributes:
+        tokens, bytes: scored; the first token of each window is not, nor what frames documents.
+        windows: how many.
+        sha256: of the windows' token ids, in hex.
+        perplexity, bits_per_byte: the student's.
+        teacher_perplexity, teacher_bits_per_byte: None without a teacher.
+        difference, low, high: student - teacher in nats per token, with a 95 % bootstrap interval over windows.
+    """
+
+    tokens: _Known = math.nan
+    bytes: _Known = math.nan
+    windows: _Known = math.nan
+    sha256: _Word = ""
+    perplexity: _Known = math.nan
+    bits_per_byte: _Known = math.nan
+    teacher_perplexity: _Known | None = None
+    teacher_bits_per_byte: _Known | None = None
+    difference: _Known | None = None
+    low: _Known | None = None
+    high: _Known | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """evaluation.json; equal for equal models, data, settings and machine.
 
@@ -195,13 +215,13 @@ class Evaluation:
         text: perplexity and bits per byte; None when no text was given.
         models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
         settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
-        rest: whatever a file says beside scores and retention, as it stands there; empty where none was read.
+        rest: what a file says that no field does, as it stands there: keys of others, and values of another kind.
     """
 
     tasks: tuple[TaskScore, ...]
     retention: dict[str, Interval]
     mean_retention: _Bounds
-    text: Annotated[TextScore | None, WrapValidator(_or_nothing)]
+    text: Annotated[TextScore | None, _only(dict, None)]
     models: _Facts
     settings: _Facts
     rest: Json = field(default_factory=dict)
@@ -217,6 +237,12 @@ class Evaluation:
         known = [value for value in values if math.isfinite(value)]
         return Interval(sum(known) / len(known) if known else math.nan)
 
+    @property
+    def about(self) -> Json:
+        """All but scores and retention, as plain JSON, keys in order."""
+        told = {key: value for key, value in asdict(self).items() if key in _HELD}
+        return json.loads(json.dumps(_plain({**told, **self.rest}), sort_keys=True))
+
     def to_json(self) -> str:
         """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
         values = asdict(self)
@@ -225,7 +251,7 @@ class Evaluation:
 
 
 def evaluation_of(value: Any) -> Evaluation:
-    """What evaluation.json holds; tasks that are no list of objects and no object of them stay in `rest`.
+    """What evaluation.json holds; tasks that are no list of objects and no object of them are in `rest`.
 
     Raises:
         ValueError: It is no JSON object.
@@ -237,8 +263,16 @@ def evaluation_of(value: Any) -> Evaluation:
         del rest["tasks"]
     if isinstance(by_kind, dict) and all(isinstance(each, dict) for each in by_kind.values()):
         told["retention"] = {kind: {"value": None, **each} for kind, each in rest.pop("retention").items()}
-    told |= {key: rest.get(key) for key in ("text", "models", "settings")}
-    return read_as(Evaluation, {**told, "rest": rest}, EVALUATION_FILE, others=True)
+    told |= {key: rest.get(key) for key in _HELD}
+    found = read_as(Evaluation, told, EVALUATION_FILE, others=True)
+    held = {key: value for key, value in asdict(found).items() if key in _HELD}
+    rest = {key: value for key, value in rest.items() if key not in held or not _same(value, held[key])}
+    return replace(found, rest=rest)
+
+
+def _same(value: Any, held: Any) -> bool:
+    """Whether a field says all that stood in the file."""
+    return json.dumps(_plain(value, 6), sort_keys=True) == json.dumps(_plain(held, 6), sort_keys=True)
 
 
 def _named(value: Any) -> list[Json] | None:

@@ -27,36 +27,11 @@ from iskd.data import Framing
 from iskd.data.readers import find_files, read_file
 from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
 from iskd.evaluation.metrics import Perplexity
+from iskd.evaluation.results import TextScore
 from iskd.models import IGNORE, Stack, autocast_head, cap_logits, project, scoring
 from iskd.system.files import hash_files
 
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """How well a text is predicted; lower = better.
-
-    Attributes:
-        tokens, bytes: scored; the first token of each window is not, nor what frames documents.
-        windows: how many.
-        sha256: of the windows' token ids, in hex.
-        perplexity, bits_per_byte: the student's.
-        teacher_perplexity, teacher_bits_per_byte: None without a teacher.
-        difference, low, high: student - teacher in nats per token, with a 95 % bootstrap interval over windows.
-    """
-
-    tokens: int
-    bytes: int
-    windows: int
-    sha256: str
-    perplexity: float
-    bits_per_byte: float
-    teacher_perplexity: float | None = None
-    teacher_bits_per_byte: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from iskd.evaluation import TASKS, Efficiency, Evaluation, Interval
-from iskd.evaluation.results import efficiency_of, evaluation_of
+from iskd.evaluation.results import TextScore, efficiency_of, evaluation_of
 from iskd.export.student_files import CARD
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import number, read_json, write_whole
@@ -126,25 +125,21 @@ def _scores(evaluation: Evaluation) -> list[str]:
         head = ("task", "metric", "chance %", "teacher %", "student %", "retention % (95 %)", "items")
         sections.append(_table(head, rows))
         sections.append("Retention: the student's score / the teacher's on the same items, with a bootstrap interval.")
-    text = evaluation.rest.get("text")
-    if isinstance(text, dict):
-        sections.append(_table(("text", "teacher", "student"), _text_rows(text)))
-    settings = evaluation.rest.get("settings")
-    if isinstance(settings, dict):
-        asked = {key: settings[key] for key in ("device", "precision", "limit", "seed") if key in settings}
-        versions = settings.get("versions")
-        asked |= {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
-        told = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
-        sections += [f"Measured with {told}."] if told else []
-    return sections
+    if evaluation.text is not None:
+        sections.append(_table(("text", "teacher", "student"), _text_rows(evaluation.text)))
+    settings = evaluation.settings
+    asked = {key: settings[key] for key in ("device", "precision", "limit", "seed") if key in settings}
+    versions = settings.get("versions")
+    asked |= {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
+    told = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
+    return [*sections, *([f"Measured with {told}."] if told else [])]
 
 
-def _text_rows(text: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for name, key in (("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")):
-        values = (text.get(f"teacher_{key}"), text.get(key))
-        rows.append([name, *(number(value, 4) if isinstance(value, (int, float)) else ABSENT for value in values)])
-    return rows
+def _text_rows(text: TextScore) -> list[list[str]]:
+    return [
+        ["perplexity", number(text.teacher_perplexity, 4), number(text.perplexity, 4)],
+        ["bits per byte", number(text.teacher_bits_per_byte, 4), number(text.bits_per_byte, 4)],
+    ]
 
 
 def _efficiency(efficiency: Efficiency) -> list[str]:

@@ -8,8 +8,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True)
+class TrainerKeys:
+    """Those of Lightning's keys that a run has a use for, and its own; they begin as a run of the command line does.
+
+    Attributes:
+        precision: `auto` is bf16 autocast where the machine is fast at it, else float32 (`iskd.system.precision`).
+        max_time: see `seconds`. progress: whether a bar is shown.
+    """
+
+    accelerator: str = "auto"
+    devices: PositiveInt | Literal[-1] | str | list[int] = 1
+    num_nodes: PositiveInt = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    accumulate_grad_batches: PositiveInt = 1
+    log_every_n_steps: NonNegativeInt = 5
+    max_time: str | dict[str, Any] | None = None
+    progress: bool = True
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    sync_batchnorm: bool = False
+    inference_mode: bool = True
+    enable_model_summary: bool | None = False
+    profiler: str | None = None
+
 
 _LENGTH = "a schedule counts tokens: set schedule.tokens"
 _QUALITY = "quality is measured at the end of every stage: set data.val_tokens"
@@ -48,6 +79,11 @@ FREE = (MAX_TIME, *_REFUSED)
 _OWN = ("progress",)
 _COUNTS = {"accumulate_grad_batches": 1, "num_nodes": 1, "log_every_n_steps": 0}
 _TIME = re.compile(r"(\d+):(\d\d?):(\d\d?):(\d\d?)")
+
+
+def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `trainer:` as given, and the others of `TrainerKeys`."""
+    return {**asdict(TrainerKeys()), **given}
 
 
 def trainer_settings(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

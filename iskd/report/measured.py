@@ -38,7 +38,7 @@ def tasks_section(evaluation: Evaluation | None) -> str:
     if math.isfinite(evaluation.mean.value):
         caption += " Dotted: the mean over tasks."
     body = f'<div class="aside">{body}{html.figures([(task_retention(evaluation), caption)])}</div>' if body else ""
-    return html.section("Tasks", body + html.details("How it was evaluated", html.properties("", evaluation.rest)))
+    return html.section("Tasks", body + html.details("How it was evaluated", html.properties("", evaluation.about)))
 
 
 def efficiency_section(measured: Efficiency | None) -> str:

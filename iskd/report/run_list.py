@@ -107,8 +107,7 @@ class Run:
         evaluation = self.files.evaluation
         if evaluation is None:
             return ""
-        settings = evaluation.rest.get("settings")
-        drawn = {key: settings.get(key) for key in _DRAWN_BY} if isinstance(settings, dict) else {}
+        drawn = {key: evaluation.settings.get(key) for key in _DRAWN_BY}
         tasks = sorted([task.task, task.metric, str(task.items)] for task in evaluation.tasks)
         return json.dumps([tasks, drawn], sort_keys=True, default=str)
 

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
-from iskd.evaluation import Evaluation, Interval
-from iskd.evaluation.results import MACHINE
-from iskd.evaluation.text import TextScore
+from iskd.evaluation import Efficiency, Evaluation, Interval
+from iskd.evaluation.results import TextScore
 from iskd.system import number
 from iskd.system.text import ABSENT, percent
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def efficiency_table(result: Mapping[str, Any]) -> Table:
+def efficiency_table(found: Efficiency) -> Table:
     """What `measure` found of teacher and student, and their ratio, or of one of them, for the terminal."""
-    facts, names = result[MACHINE], [name for name in ("teacher", "student") if name in result]
-    models = [result[name] for name in names]
+    facts, models = found.machine, list(found.models.values())
     table = Table(title="efficiency, measured")
-    for head in ("", *names, *(["student / teacher"] if len(names) > 1 else [])):
+    for head in ("", *found.models, *(["student / teacher"] if len(models) > 1 else [])):
         table.add_column(head, justify="right" if head else "left")
 
-    def add(name: str, values: Sequence[float | None], scale: float, digits: int) -> None:
-        cells = ["-" if value is None else f"{value * scale:,.{digits}f}" for value in values]
+    def add(name: str, values: Sequence[float], scale: float, digits: int) -> None:
+        cells = ["-" if math.isnan(value) else f"{value * scale:,.{digits}f}" for value in values]
         if len(values) > 1:
             teacher, student = values
-            cells.append(f"{student / teacher:.2f}" if teacher and student is not None else "-")
+            cells.append(f"{student / teacher:.2f}" if teacher > 0 and not math.isnan(student) else "-")
         table.add_row(name, *cells)
 
     for key, name, scale in (
@@ -37,23 +34,19 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
         ("bytes", "weights (MiB)", 2**-20),
         ("peak_memory_bytes", "peak memory (MiB)", 2**-20),
     ):
-        add(name, [model[key] for model in models], scale, 1)
-    rows = [{row["context"]: row for row in model["contexts"]} for model in models]
-    for context in sorted({length for found in rows for length in found}):
+        add(name, [getattr(model, key) for model in models], scale, 1)
+    for context in sorted({at.context for model in models for at in model.contexts}):
         for key, name, scale in (
             ("prefill_seconds", "prefill of {:,} tokens (ms)", 1e3),
             ("decode_seconds_per_token", "a token after {:,} (ms)", 1e3),
             ("cache_bytes", "cache after {:,} (MiB)", 2**-20),
         ):
-            values = [row[context][key] if context in row else None for row in rows]
-            add(name.format(context), values, scale, 2)
-    left = {f"{context}: {why}" for model in models for context, why in model["left_out"].items()}
-    where = (
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1]['dtype']}; {facts['note']}"
-    )
-    if any(row["prefill_seconds"] is None for found in rows for row in found.values()):
+            add(name.format(context), [getattr(model.at(context), key, math.nan) for model in models], scale, 2)
+    left = {f"{context}: {why}" for model in models for context, why in model.left_out.items()}
+    where = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1].dtype}"
+    if any(math.isnan(at.prefill_seconds) for model in models for at in model.contexts):
         left.add("no prefill where the cache was filled without a prompt of that length")
-    table.caption = "; ".join([where, *sorted(left)])
+    table.caption = "; ".join([where, facts["note"], *sorted(left)])
     return table
 
 

@@ -18,15 +18,14 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
     """Device and precision of a pass outside the trainer, chosen as the trainer chooses them.
 
     Args:
-        settings: keywords of the Trainer, of which `accelerator` and `precision` count; Lightning's own defaults.
+        settings: keywords of the Trainer, of which `accelerator` and `precision` count.
 
     Raises:
         ValueError: as `precision`.
     """
-    accelerator = str(settings.get("accelerator", "auto"))
-    device, chosen = device_of("cpu" if accelerator == "cpu" else "auto"), settings.get("precision", "32-true")
-    chosen = precision(chosen, accelerator)
-    if chosen == "bf16-mixed":
+    accelerator = str(settings["accelerator"])
+    device = device_of("cpu" if accelerator == "cpu" else "auto")
+    if precision(settings["precision"], accelerator) == "bf16-mixed":
         return device, partial(torch.autocast, device.type, torch.bfloat16)
     return device, nullcontext
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from iskd.system.files import MAX_NUMBER
 
@@ -57,15 +58,25 @@ def read_as(kind: type[_T], data: Any, what: str, *, joint: str = ": ", others: 
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be plain JSON: {error!s:.200}") from None
     try:
-        return _adapter(cast(Any, kind)).validate_json(text, strict=True, extra="ignore" if others else "forbid")
+        return _adapter(cast(Any, kind))[0].validate_json(text, strict=True, extra="ignore" if others else "forbid")
     except ValidationError as error:
         raise ValueError(_sentence(error, kind, what, joint)) from None
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """Made at the first use, as a large schema takes milliseconds."""
-    return TypeAdapter(kind)
+def _adapter(kind: Any) -> tuple[TypeAdapter[Any], list[str]]:
+    """What reads a type, and the keys of a dataclass as they stand in a file: both evaluate its annotations.
+
+    Made at the first use, as a large schema takes milliseconds.
+    """
+    fields = getattr(kind, "__dataclass_fields__", ())
+    hints = get_type_hints(kind, include_extras=True) if fields else {}
+    told = ((name, getattr(hints[name], "__metadata__", ())) for name in fields)
+    keys = [
+        next((each.alias for each in extras if isinstance(each, FieldInfo) and each.alias), name)
+        for name, extras in told
+    ]
+    return TypeAdapter(kind), keys
 
 
 def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) -> str:
@@ -79,7 +90,7 @@ def _sentence(found: ValidationError, kind: type[Any], what: str, joint: str) ->
         place = _place(what, above, joint)
         if name == "missing":
             return f"{place}: key {last!r} is missing"
-        known = "" if above else f"; known are {', '.join(kind.__dataclass_fields__)}"
+        known = "" if above else f"; known are {', '.join(_adapter(cast(Any, kind))[1])}"
         return f"{place}: unknown key {last!r:.80}{known or ': remove it'}"
     place = _place(what, error["loc"], joint)
     if name.startswith("union_tag"):

@@ -45,14 +45,14 @@ def halved(parts: Parts) -> Parts | None:
     parts.data.trainer = None  # it holds the failed attempt and its tensors
     data = copy.copy(parts.data)
     data.batch_size = size // 2
-    accumulate = 2 * int(parts.trainer.get("accumulate_grad_batches", 1))
+    accumulate = 2 * int(parts.trainer["accumulate_grad_batches"])
     return replace(parts, data=data, trainer={**parts.trainer, "accumulate_grad_batches": accumulate}, resume=True)
 
 
 def as_halved(parts: Parts, state: RunState) -> Parts:
     """The micro-batch that `run.on_oom=halve` came to before, instead of the configured one that was too large."""
     size, accumulate = (state.identity.get(key, 0) for key in ("batch_size", "accumulate"))
-    now = int(parts.trainer.get("accumulate_grad_batches", 1))
+    now = int(parts.trainer["accumulate_grad_batches"])
     same_step = size * accumulate == parts.data.batch_size * now
     if parts.options.on_oom != "halve" or not same_step or size >= parts.data.batch_size:
         return parts

@@ -14,7 +14,7 @@ from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
 from iskd.schedules import Choice, History, Schedule
 from iskd.system import Ranks
-from iskd.training.state import RunState, Tournament
+from iskd.training.state import RunState
 from iskd.training.step import DistillModule
 
 Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tensor]
@@ -59,7 +59,7 @@ def decide(
         ranks: the processes of the run.
         forward_context: the precision under which training runs.
     """
-    state.events, state.before, state.seconds = [], None, 0.0
+    events: list[str] = []
     stale = schedule.scoring == "each" or state.scores is None
     if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module)):
         assert importance is not None
@@ -67,13 +67,11 @@ def decide(
         choice = schedule.choice(history_of(state, module))
         with forward_context():
             scores, note = _scored(importance, module, batches, state.record.layers, choice)
-        state.scores = ranks.first(by_layer(scores, state.record.layers))
-        state.events += [note] if note else []
+        state.scored(ranks.first(by_layer(scores, state.record.layers)))
+        events = [note] if note else []
     found = schedule.candidates_for(history_of(state, module))
     stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
-    state.tournament = Tournament(tuple(stages), schedule.trial_tokens) if len(stages) > 1 else None
-    state.stage = state.tournament.stage if state.tournament else stages[0] if stages else None
-    state.edited, state.batch = False, 0
+    state.next_stage(stages, schedule.trial_tokens, events)
 
 
 def _scored(

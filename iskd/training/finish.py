@@ -165,7 +165,7 @@ def again(parts: Parts, model_dir: Path | None, spec: EvalSpec | None) -> str:
     """The command that measures a run's student once more: its tasks by `spec`, or with None its efficiency."""
     if model_dir is None:
         keys = [] if spec is None else _keys(spec)
-        sharded = ["trainer=auto"] if "fsdp" in str(parts.trainer.get("strategy", "")).lower() else []
+        sharded = ["trainer=auto"] if "fsdp" in str(parts.trainer["strategy"]).lower() else []
         return shlex.join(["iskd", "train", f"resume={parts.run_dir}", *sharded, *keys])
     keys = _keys(spec) if spec else ["eval.tasks=[]", f"eval.efficiency_seconds={parts.options.efficiency_seconds:g}"]
     in_memory = parts.teacher.source.get("kind") == "memory"

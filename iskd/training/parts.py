@@ -15,6 +15,7 @@ from iskd.evaluation import EvalSpec
 from iskd.losses import Chunk, Terms
 from iskd.plan import Record, StageResult
 from iskd.plan.options import RunOptions
+from iskd.plan.trainer_settings import with_defaults
 from iskd.refits import Refit
 from iskd.schedules import Schedule
 from iskd.teacher import Loaded, TeacherCacheSpec
@@ -27,9 +28,9 @@ class Parts:
     """Everything a run is made of.
 
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
-    `lightning.Trainer`; `teacher_cache` says how the teacher's answers are kept on disk, `evaluation` what the student
-    is asked at the end, None = nothing; `export_dtype` is the type of the exported weights, `auto` that in which the
-    teacher's were stored.
+    `lightning.Trainer`; those that are not given are as in `TrainerKeys`. `teacher_cache` says how the teacher's
+    answers are kept on disk, `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
+    type of the exported weights, `auto` that in which the teacher's were stored.
     """
 
     teacher: Loaded
@@ -51,6 +52,9 @@ class Parts:
     export_dtype: str = "auto"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
+
+    def __post_init__(self) -> None:
+        self.trainer = with_defaults(self.trainer)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import wandb
@@ -23,6 +24,7 @@ from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
+from iskd.system.precision import precision
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import Editor, adapt
@@ -60,7 +62,7 @@ def run(parts: Parts) -> Result:
         ValueError: another process runs in the directory.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
-    limit = seconds(parts.trainer.get(MAX_TIME))
+    limit = seconds(parts.trainer[MAX_TIME])
     deadline = None if limit is None else time.monotonic() + limit
     lock, done = parts.run_dir / LOCK_FILE, True
     run_lock.hold(lock)
@@ -86,7 +88,7 @@ def run(parts: Parts) -> Result:
 
 
 def _run(parts: Parts, deadline: float | None = None) -> Result:
-    trainer_settings(parts.trainer, TRAINER_KEYS)  # refused before text is read
+    _settings(parts)  # refused before text is read
     L.seed_everything(parts.seed, verbose=False)
     parts.data.prepare()
     state, resume_from = _position(parts)
@@ -129,7 +131,7 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     stage = loop.state.stage
     adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
-    loop.editor.check(timed=parts.trainer.get(MAX_TIME) is not None)
+    loop.editor.check(timed=parts.trainer[MAX_TIME] is not None)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
         raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")
     if parts.options.checkpoints == "sharded" and not isinstance(trainer.strategy, FSDP2Strategy):
@@ -182,10 +184,16 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
     )  # fmt: skip
 
 
+def _settings(parts: Parts) -> dict[str, Any]:
+    """What the trainer is made with. Raises ValueError for what a run cannot take, see `trainer_settings`."""
+    settings = trainer_settings(parts.trainer, TRAINER_KEYS)
+    return {**settings, "precision": precision(settings["precision"], str(settings["accelerator"]))}
+
+
 def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
-    settings = strategy_of(trainer_settings(parts.trainer, TRAINER_KEYS))
-    if settings.pop("progress", True):
+    settings = strategy_of(_settings(parts))
+    if settings.pop("progress"):
         callbacks.append(StageProgress(callback.loop))
     trainer = L.Trainer(
         **{
@@ -195,9 +203,7 @@ def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None
             "limit_val_batches": 0,
             "num_sanity_val_steps": 0,
             "enable_checkpointing": False,
-            "enable_model_summary": False,
             "enable_progress_bar": any(isinstance(c, StageProgress) for c in callbacks),
-            "log_every_n_steps": 1,
             "default_root_dir": str(parts.run_dir),
             **settings,
         },

@@ -27,7 +27,6 @@ from iskd.data import TextData
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
-from iskd.plan.metric_names import QUALITY
 from iskd.plan.options import RunOptions
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
@@ -38,8 +37,7 @@ from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
-from iskd.training.state import RunState, Saver, Tournament, checkpoint_files
-from iskd.training.state.run_state import Status
+from iskd.training.state import RunState, Saver, Status, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
 
@@ -114,9 +112,9 @@ class StageLoop:
         if resume_from is not None:
             self._take_up(resume_from)
             return
-        state.identity = self._identity()
-        state.results.append(state.row(module.student, "teacher", self._measure(), None, "kept"))
-        log_row(live.loggers, state.results[-1], state.steps)
+        state.begin(self._identity())
+        row = state.stage_measured(module.student, "teacher", self._measure(), None, "kept")
+        log_row(live.loggers, row, state.first_step)
         self._decide()
         self._announce()
         if not self.options.plan_only:
@@ -165,7 +163,7 @@ class StageLoop:
         plan = forecast(self.schedule, history_of(state, live.module))
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
-        state.total_steps, state.total_stages = max(1, sum(steps)), len(plan)
+        state.plan_ahead(steps)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         with live.forward_context():
             announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens)
@@ -175,7 +173,7 @@ class StageLoop:
         live, start = self.live, time.perf_counter()
         windows = partial(self.data.calibration, self.options.score_tokens)
         decide(self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context)
-        self.state.seconds += time.perf_counter() - start  # scores are part of what the chosen stage costs
+        self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
@@ -189,15 +187,13 @@ class StageLoop:
             self.preempted = True
             return
         live.rewrap()
-        state.record, state.edited = edited.record, True
-        state.events += edited.events
+        state.edit_made(edited.record, edited.events)
         self._enter()
         check_partition(live.optimizer, live.module.student)
         self._watch(stage)
         self.clock.speed, self.clock.refit = None, edited.refit_seconds
         if self.options.measure_before and stage.edits:
-            quality = self._measure()
-            state.before = {key: quality[key] for key in QUALITY}
+            state.measured_before(self._measure())
         if live.ranks.rank == 0:
             size = surgery.parameters(live.module.student)
             _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
@@ -234,8 +230,7 @@ class StageLoop:
             batch: the micro-batch that was trained, `input_ids` [B, T].
         """
         live, state, rate = self.live, self.state, self.live.module.position.rate
-        state.batch += 1
-        state.tokens += batch["input_ids"].numel() * live.ranks.size
+        state.batch_done(batch["input_ids"].numel() * live.ranks.size)
         self._enter()
         if not state.batch % live.accumulate:
             self._stepped(rate)
@@ -280,9 +275,9 @@ class StageLoop:
             values = self.clock.end(live.module, state.tokens)
             log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
         merge_adapters(live.module, live.optimizer)
-        state.events += live.module.alignment()
+        state.note(live.module.alignment())
         if state.tournament is not None:
-            self._judge(state.tournament)
+            self._judge()
             return
         quality = self._measure()
         floor = self.schedule.floor if stage.edits else None
@@ -290,39 +285,37 @@ class StageLoop:
         # asked so that a retention of nan does not pass
         missed = live.ranks.first(floor is not None and (useless != "" or not quality["retention"] >= floor))
         if useless:
-            state.events.append(useless)
+            state.note([useless])
         if missed:
             said = "below" if floor is not None and quality["retention"] < floor else "no quality for"
-            state.events.append(
-                f"retention {quality['retention']:.4f} is {said} schedule.floor={floor}: stage rolled back, "
-                "the run ends with the student before it"
+            state.note(
+                [
+                    f"retention {quality['retention']:.4f} is {said} schedule.floor={floor}: stage rolled back, "
+                    "the run ends with the student before it"
+                ]
             )
         status: Status = "rolled_back" if missed else "kept"
-        state.results.append(state.row(live.module.student, stage.name, quality, self.clock.speed, status))
+        row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status)
         if missed:
             self._back()
-            state.stage = None
+            state.run_complete()
         else:
             steps = self.count.stage_steps
-            state.finished = (*state.finished, stage)
-            state.first_batch += steps * live.accumulate
-            state.steps += steps
-        log_row(live.loggers, state.results[-1], state.steps)
+            state.stage_kept(steps, steps * live.accumulate)
+        log_row(live.loggers, row, state.first_step)
         if not missed:
             self._decide()
         self._save()
         (self.preempted,) = live.ranks.any(live.stop_wanted())
 
-    def _judge(self, trials: Tournament) -> None:
+    def _judge(self) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
-        live, state = self.live, self.state
+        live = self.live
         batches = self.data.calibration_batches(self.data.val_tokens)
         with live.forward_context():
             kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
-        trials = trials.judged(kl)
         self._back()
-        state.tournament = None if trials.over else trials
-        state.stage, state.events = trials.stage, [*state.events, *([trials.verdict()] if trials.over else [])]
+        self.state.trial_judged(kl)
         self._save()
 
     def _back(self) -> None:
@@ -330,9 +323,9 @@ class StageLoop:
         assert self.saver.boundary is not None, "the last boundary is always kept"
         live, state = self.live, self.state
         before = state.finished[-1] if state.finished else Stage("start")
-        state.record = back_to(self.saver.boundary, live.module, live.optimizer, before)
+        record = back_to(self.saver.boundary, live.module, live.optimizer, before)
         live.rewrap()
-        state.edited, state.batch, state.before = False, 0, None
+        state.rolled_back(record)
 
     def unfinished(self) -> UnfinishedError:
         """What to raise where whoever trains came back before the end of a stage, or of the run."""
@@ -388,7 +381,7 @@ class StageLoop:
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""
-        self.state.seconds += self.clock.lap()
+        self.state.spent(self.clock.lap())
 
     def _save(self) -> None:
         """Write a checkpoint."""

@@ -32,7 +32,7 @@ class StepCount:
     @property
     def stage_steps(self) -> int:
         """Optimizer steps that the stage in progress has in all."""
-        return stage_steps(self._stage, self.state.finished, self.state.steps, self.step_tokens)
+        return stage_steps(self._stage, self.state.finished, self.state.first_step, self.step_tokens)
 
     @property
     def in_stage(self) -> int:
@@ -42,7 +42,7 @@ class StepCount:
     @property
     def in_run(self) -> int:
         """Optimizer steps taken in the whole run."""
-        return self.state.steps + self.in_stage
+        return self.state.first_step + self.in_stage
 
     @property
     def batches_left(self) -> int:
@@ -58,5 +58,5 @@ class StepCount:
         """The place of the next micro-batch, with the factor on the learning rates of its step."""
         steps = self.stage_steps
         step = max(min(self.in_stage, steps - 1), 0)  # behind the last step no other comes
-        rate = optim.scale(step, steps, self.state.steps, self.state.total_steps, self._stage.shape)
+        rate = optim.scale(step, steps, self.state.first_step, self.state.total_steps, self._stage.shape)
         return Position(self.state.tokens, self.stage_number, self.in_run, rate)

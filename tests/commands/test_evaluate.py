@@ -154,7 +154,7 @@ def test_efficiency_is_measured_again_without_tasks(
     found = asked(run_dir, tmp_path / "out", "eval.tasks=[]", "eval.efficiency_seconds=1")
     assert found.evaluation is None
     assert found.efficiency is not None
-    assert found.efficiency.keys() == {"machine", "teacher", "student"}
+    assert found.efficiency.models.keys() == {"teacher", "student"}
     assert run_dir / "efficiency.json" in found.files
     assert "## Efficiency" in (run_dir / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="nothing to evaluate"):

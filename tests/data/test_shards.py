@@ -261,7 +261,7 @@ def test_streams_are_the_documents_joined_by_eos(tmp_path: Path) -> None:
         assert isinstance(windows.base, np.memmap)
         assert windows.ravel().tolist() == expected[: len(expected) // 32 * 32]
     assert shards.tokens("test") == shards.stream("test").size == 0
-    assert shards.meta["max_id"] == 256
+    assert shards.meta.max_id == 256
 
 
 def test_shards_are_built_once_and_rebuilt_for_new_content(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     source = Listed((("low high low", "train"),))
     shards = open_shards(source, word_tokenizer({"low": 0, "high": 70_000}), Splitter(), tmp_path)
     assert shards.stream("train").tolist() == [0, 70_000, 0]
-    assert shards.meta["dtype"] == "<u4"
+    assert shards.meta.dtype == "<u4"
 
 
 def test_separator_falls_back_and_is_recorded(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_separator_falls_back_and_is_recorded(tmp_path: Path) -> None:
     for special, name, stream in cases:
         tokenizer = word_tokenizer(vocab, **special)
         shards = open_shards(source, tokenizer, Splitter(), tmp_path)
-        assert shards.meta["separator"] == separator(tokenizer)[0] == name
+        assert shards.meta.separator == separator(tokenizer)[0] == name
         assert shards.stream("train").tolist() == stream
 
 
@@ -355,16 +355,17 @@ def forge(folder: Path, **changes: Any) -> None:
         ({"train_file": "validation.bin"}, "the file of split train must be"),
         ({"dtype": "O"}, "dtype must be one of .* got 'O'"),
         ({"dtype": ["<u2"]}, "dtype must be one of"),
-        ({"train_tokens": -2}, "tokens must be an integer from 0"),
+        ({"train_tokens": -2}, "splits: train: tokens must be between 0 and"),
         ({"train_tokens": 10**12}, "has .* bytes, not 2000000000000"),
         ({"train_tokens": True}, "tokens must be an integer"),
         ({"train_documents": 1.0}, "documents must be an integer"),
-        ({"train_sha256": None}, "sha256 of split train must be text"),
+        ({"train_sha256": None}, "splits: train: sha256 must be a string, got None"),
+        ({"train_targets": None}, "splits: train: targets must be a string, got None"),
         ({"max_id": 99}, "holds the token 256, above the max_id=99"),
         ({"max_id": None}, "max_id must be an integer"),
         ({"tokenizer": "another"}, "its tokenizer is that of other shards"),
         ({"splits": []}, "is damaged"),
-        ({"separator": 3}, "separator must be text"),
+        ({"separator": 3}, "separator must be a string, got 3"),
     ],
 )
 def test_a_forged_meta_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import pytest
 
-from iskd.plan.trainer_settings import FREE, seconds, trainer_settings
+from iskd.plan.trainer_settings import FREE, TrainerKeys, seconds, trainer_settings, with_defaults
 
 KNOWN = inspect.signature(L.Trainer).parameters
 
@@ -69,6 +70,16 @@ def test_every_default_of_the_trainer_asks_for_nothing_or_is_the_runs_own() -> N
     """Lightning's own signature: None everywhere but for a few, so that no default has to be known."""
     none = dict.fromkeys(FREE)
     assert trainer_settings(none, KNOWN) == {}
+
+
+def test_a_key_without_a_value_is_that_of_the_command_line() -> None:
+    given = with_defaults({"devices": 2, "max_steps": -1})
+    assert (given["devices"], given["max_steps"], given["log_every_n_steps"]) == (2, -1, 5)
+    lightning = {key: KNOWN[key].default for key in KNOWN}
+    own = {key: value for key, value in asdict(TrainerKeys()).items() if (key, value) not in lightning.items()}
+    assert own == {
+        "devices": 1, "precision": "auto", "log_every_n_steps": 5, "progress": True, "enable_model_summary": False,
+    }  # fmt: skip
 
 
 def test_time_is_read_as_the_trainer_reads_it() -> None:

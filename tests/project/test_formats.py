@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from iskd.evaluation.results import MACHINE, efficiency_of, evaluation_of
+from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.export.probe import probe_from_json
 from iskd.plan import StageResult, to_json
 from iskd.plan.reading import record_from_json, stage_from_json
 from iskd.training.state import RunState
-from iskd.training.state.tournament import Tournament
 
 RECORD = (
     '{"num_layers": 6, "edits": [{"layer": 1, "block": {"target": "iskd.blocks.slim.Slim", "kwargs": {"ratio": 0.5, '
@@ -66,15 +64,10 @@ EFFICIENCY = (
 
 
 def evaluation(data: Any) -> Any:
-    """Written from the fields alone, without what is kept of the file as it stood there."""
-    return json.loads(dataclasses.replace(evaluation_of(data), rest={}).to_json())
-
-
-def efficiency(data: Any) -> Any:
-    found = efficiency_of(data)
-    assert found.student is not None
-    assert found.teacher is None
-    return {MACHINE: found.machine, "student": found.student.to_json()}
+    """The fields alone hold all of it."""
+    found = evaluation_of(data)
+    assert found.rest == {}
+    return json.loads(found.to_json())
 
 
 @pytest.mark.parametrize(
@@ -83,16 +76,36 @@ def efficiency(data: Any) -> Any:
         (RECORD, lambda data: to_json(record_from_json(data))),
         (STAGE, lambda data: to_json(stage_from_json(data))),
         (ROW, lambda data: StageResult.from_json(data).to_json()),
-        (TRIALS, lambda data: Tournament.from_json(data).to_json()),
         (STATE, lambda data: RunState.from_json(data).to_json()),
         (PROBE, lambda data: probe_from_json(data, Path("export.json")).to_json()),
         (EVALUATION, evaluation),
-        (EFFICIENCY, efficiency),
+        (EFFICIENCY, lambda data: efficiency_of(data).to_json()),
     ],
-    ids=["record", "stage", "row", "trials", "state", "probe", "evaluation", "efficiency"],
+    ids=["record", "stage", "row", "state", "probe", "evaluation", "efficiency"],
 )
 def test_a_file_is_written_as_it_was_read(text: str, again: Callable[[Any], Any]) -> None:
     assert json.dumps(again(json.loads(text))) == text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": 3},
+        {"text": "gone"},
+        {"text": {"perplexity": "low", "bits_per_byte": 2.0}},
+        {"text": {**json.loads(EVALUATION)["text"], "perplexity": None}},
+        {"text": {**json.loads(EVALUATION)["text"], "perplexity": True}},
+        {"text": {**json.loads(EVALUATION)["text"], "later": [1]}},
+        {"models": [1], "settings": None},
+        {"models": {"student": {"layers": "three"}}, "settings": {}},
+        {"rest": {"tasks": 1}, "other": [1.5, {"a": None}], "none": None},
+        {"tasks": 3, "retention": 0.5},
+    ],
+)
+def test_a_damaged_evaluation_is_written_as_it_was_read(change: dict[str, Any]) -> None:
+    damaged = {**json.loads(EVALUATION), **change}
+    assert json.loads(evaluation_of(damaged).to_json()) == damaged
+    assert evaluation_of(damaged).to_json() == json.dumps(damaged, indent=1, sort_keys=True) + "\n"
 
 
 @pytest.mark.parametrize("key", ["record", "stage", "finished", "results", "scores"])

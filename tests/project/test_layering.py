@@ -104,7 +104,6 @@ OPEN = {
     "evaluation/likelihood": "importance=task_accuracy scores the same items the same way",
     "evaluation/results": "names and readers of what was measured, for pages and cards",
     "evaluation/task_items": "importance=task_accuracy draws from the same items",
-    "evaluation/text": "what a text was scored with, for pages",
     "importance/angular": "iskd score draws its runs of layers",
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from iskd.commands.build import _save_config
 from iskd.commands.evaluate import _kept
-from iskd.evaluation import efficiency
+from iskd.evaluation import Efficiency, efficiency
+from iskd.evaluation.results import efficiency_of
 from iskd.export.card import write_card
 from iskd.export.card_measured import refresh_card
 from iskd.export.probe import ask
@@ -198,7 +199,7 @@ def _card(folder: Path, turn: int) -> None:
 
 
 def _new_card(folder: Path, turn: int) -> None:
-    efficiency.write(folder, {**EFFICIENCY, "machine": {"name": f"cpu {turn}"}})
+    efficiency.write(folder, efficiency_of({**EFFICIENCY, "machine": {"name": f"cpu {turn}"}}))
     if (folder / "README.md").is_symlink():
         with pytest.raises(ValueError, match="link out of its folder"):  # what it names is not published either
             refresh_card(folder, folder)
@@ -214,7 +215,7 @@ LAWFUL: dict[str, tuple[Write, tuple[str, ...]]] = {
     "metrics": (_metrics, ("metrics.csv",)),
     "stages": (lambda folder, turn: write_stages(folder, STAGES[: 1 + turn]), ("stages.json",)),
     "record": (lambda folder, turn: write_record(folder, RECORDS[turn]), ("record.json",)),
-    "efficiency": (lambda folder, turn: efficiency.write(folder, {"student": turn}), ("efficiency.json",)),
+    "efficiency": (lambda folder, turn: efficiency.write(folder, Efficiency({"turn": turn})), ("efficiency.json",)),
     "profile": (_profile, ("profile.json",)),
     "report": (lambda folder, turn: write_report(_run(folder, turn)), ("demo/report.html",)),
     "picture": (lambda folder, turn: picture(_run(folder, turn), folder / "run.png"), ("run.png",)),

@@ -230,7 +230,7 @@ def test_both_ways_to_list_tasks_are_read() -> None:
     assert found.tasks[:1] == evaluation_of({"tasks": by_name}).tasks
     assert found.tasks[0].retention == found.mean == Interval(0.9, 0.8, 1.0)
     assert found.tasks[1].retention is None
-    assert found.rest == {"settings": {"seed": 1}}
+    assert (found.settings, found.rest) == ({"seed": 1}, {})
     several = {kind: {"value": value} for kind, value in (("choice", 0.2), ("generation", 0.4))}
     assert evaluation_of({"tasks": listed, "retention": several}).mean.value == 0.9, "over tasks, not over kinds"
     assert evaluation_of({"tasks": listed, "mean_retention": 0.3}).mean.value == 0.3

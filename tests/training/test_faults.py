@@ -285,16 +285,18 @@ def layout(batch_size: int, accumulate: int, processes: int) -> dict[str, Any]:
 def test_positions_are_expressed_in_another_layout() -> None:
     """Windows seen stay seen; inside a stage only what changes no number is allowed."""
     record = surgery.Record(4)
-    state = RunState(record, first_batch=24, batch=6, steps=12, total_steps=24, edited=True, identity=layout(2, 2, 1))
+    state = RunState(
+        record, first_batch=24, batch=6, first_step=12, total_steps=24, edited=True, identity=layout(2, 2, 1)
+    )
     state.take_up(layout(1, 4, 1))
-    assert (state.first_batch, state.batch, state.steps, state.total_steps) == (48, 12, 12, 24)
+    assert (state.first_batch, state.batch, state.first_step, state.total_steps) == (48, 12, 12, 24)
     with pytest.raises(ValueError, match="now there are 2: each has its own windows"):
         state.take_up(layout(1, 2, 2))
     with pytest.raises(ValueError, match=r"keep data\.batch_size x trainer.accumulate_grad_batches"):
         state.take_up(layout(1, 2, 1))
     state.batch, state.edited = 0, False
     state.take_up(layout(3, 2, 4))
-    assert (state.first_batch, state.steps, state.total_steps) == (4, 2, 4), "no window is seen twice"
+    assert (state.first_batch, state.first_step, state.total_steps) == (4, 2, 4), "no window is seen twice"
     with pytest.raises(ValueError, match="made with seed=0, now it is 1"):
         state.take_up({**layout(3, 2, 4), "seed": 1})
     assert json.loads(json.dumps(state.to_json()))["events"]

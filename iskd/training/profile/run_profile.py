@@ -50,7 +50,7 @@ def profile_parts(
         ValueError: no stage trains, the schedule wants scores and there is no importance, or an unknown precision.
     """
     device, context = place(parts.trainer)
-    accumulate = int(parts.trainer.get("accumulate_grad_batches", 1))
+    accumulate = int(parts.trainer["accumulate_grad_batches"])
     parts.data.prepare()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(parts.seed)
@@ -111,11 +111,11 @@ def _enter_stage(
         stage = state.stage
         if stage is None:
             raise ValueError("no stage of the schedule trains, so there is no step to profile; set schedule.tokens")
-        carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
+        edited = carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
         if stage.tokens or not edits:
             return
-        state.record = module.record
-        state.finished = (*state.finished, stage)
+        state.edit_made(edited.record, edited.events)
+        state.stage_kept(0, 0)
 
 
 def _bare(stage: Stage) -> Stage:

@@ -7,8 +7,7 @@ Imports: system, plan, models, training.step.
 
 from __future__ import annotations
 
-from iskd.training.state.run_state import RunState
+from iskd.training.state.run_state import RunState, Status
 from iskd.training.state.saver import Saver
-from iskd.training.state.tournament import Tournament
 
-__all__ = ["RunState", "Saver", "Tournament"]
+__all__ = ["RunState", "Saver", "Status"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel
 
 from iskd.models import surgery
@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 Status = Literal["kept", "rolled_back"]
 # windows per micro-batch and process, micro-batches per optimizer step, processes
 LAYOUT = ("batch_size", "accumulate", "processes")
+_FIRST_STEP = "steps"
+"""Key of `first_step` in the file, as every version has written it."""
 # what every version has written
 _ALWAYS = ("record", "stage", "finished", "results", "scores")
 
@@ -39,7 +41,7 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class RunState:
-    """The position of a run.
+    """The position of a run. Only its own methods change it, each of them at one event of the stage loop.
 
     Attributes:
         record: edits applied to the student.
@@ -47,11 +49,12 @@ class RunState:
         edited: whether the edits of `stage` are already in `record`.
         batch: micro-batches of `stage` that are done.
         first_batch: global micro-batch number at which `stage` begins.
-        steps: optimizer steps of finished stages.
+        first_step: optimizer steps of finished stages, so the number of the first one of `stage`, from 0.
         total_steps, total_stages: optimizer steps and stages of the whole run as planned at its start.
         tokens: training tokens so far, over all ranks.
         seconds: wall time spent in `stage` so far.
         before: quality right after the edits of `stage`, before healing.
+        events: sentences about `stage`, for its row.
         tournament: trials of the candidates for the next stage, while they last.
         finished: finished stages, oldest first.
         results: rows of the stage table, the teacher's first.
@@ -67,7 +70,7 @@ class RunState:
     edited: bool = False
     batch: Count = 0
     first_batch: Count = 0
-    steps: Count = 0
+    first_step: Annotated[Count, Field(alias=_FIRST_STEP)] = 0
     total_steps: Count = 0
     total_stages: Count = 0
     tokens: Count = 0
@@ -82,12 +85,85 @@ class RunState:
     skipped_in_a_row: Count = 0
     identity: Annotated[dict[str, Any], AfterValidator(_identity)] = field(default_factory=dict)
 
-    def row(
+    # ---- what happens to it -----------------------------------------------------------------------------------------
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """The run starts, with this to be found again by a resumed one."""
+        self.identity = dict(identity)
+
+    def plan_ahead(self, steps: Sequence[int]) -> None:
+        """Optimizer steps of every stage ahead."""
+        self.total_steps, self.total_stages = max(1, sum(steps)), len(steps)
+
+    def scored(self, scores: dict[int, float]) -> None:
+        """The student has a new importance by layer."""
+        self.scores = scores
+
+    def next_stage(self, candidates: Sequence[Stage], trial_tokens: int, events: Iterable[str] = ()) -> None:
+        """What comes next was decided.
+
+        Args:
+            candidates: none = the run is complete; of several, trials are to choose.
+            trial_tokens: training tokens of every trial.
+            events: what is worth telling of the decision.
+        """
+        self.tournament = Tournament(tuple(candidates), trial_tokens) if len(candidates) > 1 else None
+        self.stage = self.tournament.stage if self.tournament else candidates[0] if candidates else None
+        self.events, self.before, self.seconds = list(events), None, 0.0
+        self.edited, self.batch = False, 0
+
+    def edit_made(self, record: Record, events: Iterable[str]) -> None:
+        """The edits of `stage` are carried out, and `record` holds them."""
+        self.record, self.edited = record, True
+        self.note(events)
+
+    def measured_before(self, quality: Mapping[str, float]) -> None:
+        """The student was measured after the edits and before healing."""
+        self.before = {key: quality[key] for key in QUALITY}
+
+    def batch_done(self, tokens: int) -> None:
+        """A micro-batch was trained, of so many tokens over all ranks."""
+        self.batch += 1
+        self.tokens += tokens
+
+    def spent(self, seconds: float) -> None:
+        """Wall time went into `stage`."""
+        self.seconds += seconds
+
+    def note(self, events: Iterable[str]) -> None:
+        """Something is worth telling of `stage`."""
+        self.events += events
+
+    def stage_kept(self, steps: int, batches: int) -> None:
+        """`stage` is finished after so many optimizer steps and micro-batches; what comes next is to be decided."""
+        assert self.stage is not None
+        self.finished = (*self.finished, self.stage)
+        self.first_batch += batches
+        self.first_step += steps
+
+    def rolled_back(self, record: Record) -> None:
+        """The student is, with `record`, as it was before the edits of `stage`."""
+        self.record = record
+        self.edited, self.batch, self.before = False, 0, None
+
+    def trial_judged(self, kl: float) -> None:
+        """A trial was rolled back, and left this divergence from the teacher: the next one, or the winner, follows."""
+        assert self.tournament is not None
+        trials = self.tournament.judged(kl)
+        self.stage = trials.stage
+        self.tournament = None if trials.over else trials
+        self.note([trials.verdict()] if trials.over else [])
+
+    def run_complete(self) -> None:
+        """No stage follows."""
+        self.stage = None
+
+    def stage_measured(
         self, model: PreTrainedModel, name: str, quality: Mapping[str, float], train_speed: float | None, status: Status
     ) -> StageResult:
-        """The next row of the stage table, for the stage that just ended."""
+        """A new row of the stage table, for the stage that just ended."""
         edits = () if self.stage is None else to_json(self.stage)["edits"]
-        return StageResult(
+        row = StageResult(
             index=len(self.results),
             name=name,
             edits=[_edit_row(edit) for edit in edits],
@@ -103,6 +179,8 @@ class RunState:
             status=status,
             events=list(self.events),
         )
+        self.results.append(row)
+        return row
 
     def take_up(self, found: Mapping[str, Any]) -> None:
         """Compare with what a resumed run found, and express the position in its layout of batches.
@@ -140,7 +218,7 @@ class RunState:
                 )
         self.batch = self.batch * micro // new_micro
         self.first_batch = -(-self.first_batch * micro // new_micro)
-        self.steps = round(self.steps * step / new_step)
+        self.first_step = round(self.first_step * step / new_step)
         self.total_steps = max(1, round(self.total_steps * step / new_step))
         self.events.append(f"continued with {dict(now)} instead of {dict(before)}")
 
@@ -163,10 +241,13 @@ class RunState:
                     f"(run.max_skipped={most})"
                 )
 
+    # ---- as a file --------------------------------------------------------------------------------------------------
+
     def to_json(self) -> Json:
         """Plain JSON values."""
         nested = {"record", "stage", "tournament", "finished", "results", "scores"}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in nested}
+        names = {f.name: f.name for f in fields(self) if f.name not in nested} | {"first_step": _FIRST_STEP}
+        plain = {key: getattr(self, name) for name, key in names.items()}
         return {
             **plain,
             "record": to_json(self.record),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from iskd.plan import Stage, to_json
 from iskd.system import Json
-from iskd.system.reading import Count, Number, read_as
+from iskd.system.reading import Count, Number
 
 
 def _unfinished(kl: tuple[float, ...], read: ValidationInfo) -> tuple[float, ...]:
@@ -70,8 +70,3 @@ class Tournament:
     def to_json(self) -> Json:
         """Plain JSON values."""
         return {"candidates": [to_json(stage) for stage in self.candidates], "tokens": self.tokens, "kl": list(self.kl)}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Tournament:
-        """Inverse of `to_json`. Raises ValueError when it cannot be read."""
-        return read_as(cls, data, "the saved trials")

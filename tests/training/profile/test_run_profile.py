@@ -56,5 +56,5 @@ def test_runs_that_cannot_be_profiled_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no stage of the schedule trains"):
         profile_parts(nothing, steps=1)
     odd = make_parts(tmp_path / "b", text, cache, trainer={"precision": "64-true"})
-    with pytest.raises(ValueError, match="bf16-mixed and 32-true"):
+    with pytest.raises(ValueError, match="choose auto, bf16-mixed or 32-true"):
         profile_parts(odd, steps=1)

@@ -13,6 +13,7 @@ import pytest
 from iskd.plan import Remove, Stage
 from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.system.reading import read_as
 from iskd.training.parts import Parts
 from iskd.training.runner import run
 from iskd.training.state.tournament import Tournament
@@ -73,14 +74,14 @@ def test_values_and_json() -> None:
     trials = Tournament(stages, 100)
     assert (trials.stage.name, trials.stage.tokens, trials.over) == ("trial: remove 3", 100, False)
     trials = trials.judged(0.5)
-    assert Tournament.from_json(json.loads(json.dumps(trials.to_json()))) == trials
+    assert read_as(Tournament, json.loads(json.dumps(trials.to_json())), "trials") == trials
     trials = trials.judged(0.4)
     assert trials.over
     assert trials.stage == stages[1]
     assert "kept remove 5, instead of remove 3" in trials.verdict()
     for broken in ({}, {**Tournament(stages, 100).to_json(), "tokens": -1}, {"candidates": [], "tokens": 1, "kl": []}):
         with pytest.raises(ValueError, match="trials"):
-            Tournament.from_json(broken)
+            read_as(Tournament, broken, "trials")
 
 
 @pytest.mark.parametrize(("kl", "best"), [((math.nan, 2.0, 1.0), 2), ((math.nan, math.inf), 1), ((math.nan,) * 2, 0)])
