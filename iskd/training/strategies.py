@@ -1,21 +1,33 @@
-"""Many processes: which strategies are supported, and what an edit means for them.
+"""Many processes: which strategies are supported, how they meet, and what an edit means for them.
 
 Decisions are made on rank 0 and broadcast as plain values; faults are agreed on before anybody acts on them, because a
-rank that raises alone leaves the others waiting in a collective for ever.
+rank that raises alone leaves the others waiting in a collective for ever. For the same reason the processes meet within
+a bounded time: one that dies while it loads a teacher or refuses its config never comes to the process group, and
+torch's own wait for it is that of a collective, half an hour. Each leaves its name in a store on rank 0's machine, at
+the address where the process group will be made, and waits for the names of all.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed import DistError, TCPStore
 
 from iskd.models import sharding
 from iskd.system import Ranks
-from iskd.system.meeting import met
 from iskd.training.step.adapters import IN_SHARDS
+
+LIMIT = "ISKD_MEET_SECONDS"
+"""Environment variable: seconds that the first process waits for the last one."""
+_SECONDS = 300.0
+_EACH = 1.0
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -56,6 +68,62 @@ def meet_first(trainer: L.Trainer) -> None:
         met(strategy.global_rank, strategy.world_size, cluster.main_address, cluster.main_port, setup)
 
     setattr(strategy, setup.__name__, meeting)
+
+
+def met(rank: int, size: int, host: str, port: int, join: Callable[[], None]) -> None:
+    """Wait for all processes, then `join` them.
+
+    Args:
+        rank: of this process.
+        size: how many there are.
+        host: address of rank 0's machine.
+        port: where its store listens, the process group's after it.
+        join: makes the process group; the store lives as long.
+
+    Raises:
+        TimeoutError: some did not come, with their ranks.
+        ValueError: `ISKD_MEET_SECONDS` is no number above 0.
+    """
+    if size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        join()  # the agent of torchrun holds the store, and ends who is left
+        return
+    seconds = _limit()
+    deadline = time.monotonic() + seconds
+    try:
+        store = TCPStore(
+            host, port, size, rank == 0, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
+        )
+        store.set(f"iskd/{rank}", "here")
+        missing = set(range(size)) - {rank}
+        while missing:
+            missing = {other for other in missing if not store.check([f"iskd/{other}"])}
+            if missing and time.monotonic() > deadline:
+                raise _late(missing, seconds, host, port)
+            time.sleep(_EACH / 10 if missing else 0)
+    except DistError as error:
+        if rank == 0:  # its own port
+            raise
+        raise _late({0}, seconds, host, port) from error
+    join()
+
+
+def _late(missing: set[int], seconds: float, host: str, port: int) -> TimeoutError:
+    who = f"rank {', '.join(map(str, sorted(missing)))}"
+    return TimeoutError(
+        f"{who} did not come to {host}:{port} within {seconds:g} s: it ended before training began (see its last "
+        f"lines), cannot reach that address, or needs longer to load ({LIMIT}=SECONDS)"
+    )
+
+
+def _limit() -> float:
+    said = os.environ.get(LIMIT, str(_SECONDS))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{LIMIT}={said!r:.40}: set it to a number of seconds, or unset it")
+    return seconds
 
 
 def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = False) -> None:

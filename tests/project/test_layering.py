@@ -53,7 +53,6 @@ OPEN = {
     "system/faults": "what a step, a checkpoint and the end of a run say of the same fault",
     "system/files": "readers of a run's files go by its limits",
     "system/machine": "one clock and one description of the machine for every measurement",
-    "system/meeting": "before the trainer makes its process group",
     "system/patches": "what another library is made to do, in one file, where it is made to",
     "system/ranks": "a process among several starts and names nothing by itself",
     "system/reading": "what a field of a file may hold is said where the field is",
