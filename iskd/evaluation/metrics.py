@@ -1,4 +1,4 @@
-"""Quality of a student on held-out text: perplexity, and agreement with its teacher token by token.
+"""Metrics of torchmetrics for held-out text: perplexity, and agreement with the teacher token by token.
 
 All metrics are ratios of sums over valid tokens (labels != -100), held in float64, so that they do not depend on
 batch size, padding or chunking, and are correct over ranks when the sums are added. Agreement with the teacher

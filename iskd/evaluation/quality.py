@@ -1,4 +1,4 @@
-"""Quality of a student on validation windows: perplexity, and how far it is from its teacher."""
+"""One pass of a student and its teacher over windows, measured by the metrics of `iskd.evaluation.metrics`."""
 
 from __future__ import annotations
 

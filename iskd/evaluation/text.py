@@ -152,8 +152,8 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     with scoring(model):
         head = autocast_head(stack.head)
         size = max(1, batch_tokens // windows.ids.shape[1])
-        parts = (whole.to(model.device).split(size) for whole in (windows.ids, windows.labels))
-        for ids_BT, labels_BT in zip(*parts, strict=True):
+        chunks = (whole.to(model.device).split(size) for whole in (windows.ids, windows.labels))
+        for ids_BT, labels_BT in zip(*chunks, strict=True):
             for h_TD, label_T in zip(stack.last_hidden(ids_BT[:, :-1]), labels_BT, strict=True):
                 before = perplexity.total.clone()
                 for h_tD, label_t in zip(h_TD.split(HEAD_CHUNK), label_T.split(HEAD_CHUNK), strict=True):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from iskd.system.precision import device_of
+
 HUB = ("cache_dir", "token", "force_download", "local_files_only")  # how a snapshot of a hub is had
 # What `output_loading_info` tells: loading a student raises where anything does not fit.
 NOTHING_WRONG: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
@@ -44,7 +46,7 @@ def one_device(value: Any) -> torch.device | None:
     if value is None:
         return None
     if isinstance(value, str) and value in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of("auto")
     try:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: the names of its metrics and one result per stage.
+"""What a run writes down about its stages, and who among them is the teacher, the student, kept.
 
 Every curve of a run is drawn against `X_AXIS`, cumulative training tokens, because stages differ in batch size and a
 step is therefore not a unit of cost. `stages.json` holds the list of `StageResult`; the table, the report and the

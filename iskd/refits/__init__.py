@@ -6,6 +6,6 @@ Imports: system, plan, models, blocks, evaluation.
 from __future__ import annotations
 
 from iskd.refits.base import Refit, RefitTask
-from iskd.refits.carrying_out import carry_out
+from iskd.refits.carrying_out import refit_survivors
 
-__all__ = ["Refit", "RefitTask", "carry_out"]
+__all__ = ["Refit", "RefitTask", "refit_survivors"]

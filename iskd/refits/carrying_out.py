@@ -20,7 +20,7 @@ _BATCH = 2048  # tokens
 _ROUNDING = 1e-6  # nats
 
 
-def carry_out(
+def refit_survivors(
     refits: Sequence[Refit],
     student: PreTrainedModel,
     teacher: PreTrainedModel,

@@ -88,8 +88,8 @@ class Local(BlockRefit):
         with _training(parameters):
             for epoch in range(self.epochs):
                 for step, index in enumerate(torch.randperm(len(task.fit), generator=generator)[:steps].tolist()):
-                    part = (epoch * steps + step) / (self.epochs * steps)
-                    optimizer.param_groups[0]["lr"] = self.lr * (1 - part)
+                    done_share = (epoch * steps + step) / (self.epochs * steps)
+                    optimizer.param_groups[0]["lr"] = self.lr * (1 - done_share)
                     loss = _errors(site, index, attention).mean()
                     gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                     _share(task, parameters, gradients)

@@ -62,6 +62,16 @@ def without_sigterm_broadcast(trainer: Any) -> None:
     vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
 
 
+def before_joining(strategy: Any, name: str, meet: Callable[[Callable[[], None]], None]) -> None:
+    """Have the processes of a Lightning strategy `meet` before its method `name` makes their process group.
+
+    It waits for all of them for half an hour, and has no hook before it; only this strategy is changed. `meet` is given
+    the method, to call.
+    """
+    join = getattr(strategy, name)
+    vars(strategy)[name] = lambda: meet(join)
+
+
 def before_scoring(adapter: Any, look: Callable[[Sequence[Any]], None]) -> None:
     """Show `look` the requests that an adapter of lm-eval is to score, before it cuts them to its context in silence.
 

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from iskd.blocks import Fitted, warm_start
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Record, Stage
-from iskd.refits import Refit
-from iskd.refits import carry_out as refit_survivors
+from iskd.refits import Refit, refit_survivors
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters

@@ -1,4 +1,4 @@
-"""What a run writes down: facts at its start, results, report and the student at its end."""
+"""The end of a run: the student, its evaluation and efficiency, results and report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ from iskd.training.strategies import ranks_of
 log = logging.getLogger(__name__)
 
 
-def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState, signals: StopSignals) -> Result:
+def finish(
+    parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState, stop_signals: StopSignals
+) -> Result:
     """Write what the run leaves, tables, student and report, and measure the student. Called on every rank.
 
     What cannot be had again without training comes first. A measurement that fails is named with the command that
@@ -60,19 +62,19 @@ def finish(parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunSt
         return Result(state.results, student, state.record, run_dir, None, None)
     try:
         try:
-            with signals.at_once(run_dir):
+            with stop_signals.at_once(run_dir):
                 model_dir, failed = _write(parts, student, state)
         finally:
             trainer.strategy.barrier("finish")  # the others are done: measuring may last longer than they would wait
-        with signals.at_once(run_dir):
+        with stop_signals.at_once(run_dir):
             _measure(parts, module, student, model_dir)
-            signals.obey()
+            stop_signals.obey()
             report = _report(run_dir)
             _print_end(state.results, report, model_dir)
             with _guarded("what the logger shows at the end", f"Every file is in {run_dir}"):
                 log_end(parts.loggers, run_dir, state.results)
     except Preempted:
-        signals.hand_on()
+        stop_signals.hand_on()
         raise
     if failed is not None:
         raise failed

@@ -149,10 +149,10 @@ def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> N
     callback.watchdog.close()
     if not loop.preempted:
         loop.editor.leave(parts.run_dir)
-    signals = callback.stop_signals
-    signals.hand_on()
-    by_time = callback.late and signals.received is None
-    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else None, signals.received)
+    stop_signals = callback.stop_signals
+    stop_signals.hand_on()
+    by_time = callback.late and stop_signals.received is None
+    raise Preempted(parts.run_dir, "trainer.max_time" if by_time else None, stop_signals.received)
 
 
 def _position(parts: Parts) -> tuple[RunState, Path | None]:

@@ -83,7 +83,7 @@ class StageLoop:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, live: Live, train: Callable[[Stage], None], resume_from: Path | None = None) -> None:
-        """The whole run.
+        """The whole run, as it reads; the hooks of a Lightning fit call the same pieces in the same order.
 
         Args:
             live: what trains.
@@ -123,7 +123,8 @@ class StageLoop:
     def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
 
-        Every edit of a run begins here. Stages without training end here too.
+        Every edit of a run is taken up here; where edits need a fresh process, it has carried out the first one before
+        (`Editor`). Stages without training end here too.
         """
         state = self.state
         while (stage := state.stage) is not None and not self.leaving and not self.options.plan_only:

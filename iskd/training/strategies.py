@@ -22,6 +22,7 @@ from torch.distributed import DistError, TCPStore
 
 from iskd.models import sharding
 from iskd.system import Ranks
+from iskd.system.patches import before_joining
 from iskd.training.step.adapters import IN_SHARDS
 
 LIMIT = "ISKD_MEET_SECONDS"
@@ -57,17 +58,18 @@ def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
 def meet_first(trainer: L.Trainer) -> None:
     """Have a trainer's processes meet within a bounded time before it makes their process group."""
     strategy = trainer.strategy
-    setup = getattr(strategy, "setup_distributed" if isinstance(strategy, DDPStrategy) else "_setup_distributed", None)
-    if setup is None or not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
+    if not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
         return
 
-    def meeting() -> None:
+    def meeting(join: Callable[[], None]) -> None:
         cluster = strategy.cluster_environment
         assert cluster is not None
         strategy.set_world_ranks()
-        met(strategy.global_rank, strategy.world_size, cluster.main_address, cluster.main_port, setup)
+        met(strategy.global_rank, strategy.world_size, cluster.main_address, cluster.main_port, join)
 
-    setattr(strategy, setup.__name__, meeting)
+    before_joining(
+        strategy, "setup_distributed" if isinstance(strategy, DDPStrategy) else "_setup_distributed", meeting
+    )
 
 
 def met(rank: int, size: int, host: str, port: int, join: Callable[[], None]) -> None:

@@ -290,7 +290,6 @@ def test_imports_point_one_way() -> None:
         for other, _, line in iskd_imports(file)
         if floor(room_of(other)) > floor(room_of(file))
     ]
-    # what the package says of itself (`import iskd`) is asked for by commands and by code beside weights, never below
     assert not wrong, "\n".join(wrong)
 
 

@@ -14,7 +14,7 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Record, Remove
-from iskd.refits import Refit, RefitTask, carry_out
+from iskd.refits import Refit, RefitTask, refit_survivors
 from iskd.refits.base import row_weights
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -46,7 +46,7 @@ def student(family: str = "llama", edits: Sequence[Edit] = (Remove(1),), **confi
 
 def refitted(refit: Refit, edits: Sequence[Edit] = (Remove(1),), family: str = "llama", **config: Any) -> Any:
     made, teacher, record = student(family, edits, **config)
-    told = carry_out([refit], made, teacher, record, edits, text)
+    told = refit_survivors([refit], made, teacher, record, edits, text)
     return made, teacher, record, told
 
 
@@ -107,7 +107,7 @@ def test_a_student_like_its_teacher_stays_so(name: str) -> None:
     made = copy.deepcopy(teacher)
     record = surgery.apply(made, Record(4), [Remove(1)])
     before = digest(made)
-    told = carry_out([REFITS[name]], made, teacher, record, [Remove(1)], text)
+    told = refit_survivors([REFITS[name]], made, teacher, record, [Remove(1)], text)
     assert digest(made) == before or "taken back" in told[-1]
 
 
@@ -120,7 +120,7 @@ def test_a_refit_that_does_not_help_is_taken_back() -> None:
 
     made, teacher, record = student()
     before, training = digest(made), modes(made)
-    told = carry_out([Worse(**SIZES)], made, teacher, record, [Remove(1)], text)
+    told = refit_survivors([Worse(**SIZES)], made, teacher, record, [Remove(1)], text)
     assert "taken back" in told[-1]
     assert digest(made) == before
     assert modes(made) == training

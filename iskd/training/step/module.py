@@ -112,7 +112,7 @@ class DistillModule(L.LightningModule):
         self._stop_wanted: Callable[[], bool] = lambda: False
         self._finite: Tensor | None = None
         self._by_layer: Mapping[int, Tensor] = {}
-        self._parts: list[tuple[float, Mapping[str, Tensor]]] = []
+        self._micro_batches: list[tuple[float, Mapping[str, Tensor]]] = []
         self._row: dict[str, Tensor | float] = {}
 
     @property
@@ -256,7 +256,7 @@ class DistillModule(L.LightningModule):
         self._by_layer = result.by_layer
         share = self._share(batch)
         if self._logs():
-            self._parts.append((share, {"loss": result.loss.detach(), **result.terms}))
+            self._micro_batches.append((share, {"loss": result.loss.detach(), **result.terms}))
         return result.loss * share
 
     def _share(self, batch: Mapping[str, Any]) -> float:
@@ -304,11 +304,11 @@ class DistillModule(L.LightningModule):
 
     def _values(self) -> dict[str, Tensor | float]:
         """Loss and terms of the step, means over its labels however they lie in micro-batches, and its place."""
-        parts, self._parts = [part for part in self._parts if part[0]], []
-        whole = sum(share for share, _ in parts)
+        labelled, self._micro_batches = [each for each in self._micro_batches if each[0]], []
+        whole = sum(share for share, _ in labelled)
         values = {
-            f"train/{name}": torch.stack([share / whole * of_part[name] for share, of_part in parts]).sum()
-            for name in (parts[0][1] if parts else ())
+            f"train/{name}": torch.stack([share / whole * means[name] for share, means in labelled]).sum()
+            for name in (labelled[0][1] if labelled else ())
         }
         # the key "step" is what loggers take for their own counter; Lightning's restarts when a run is resumed
         at = self.position
