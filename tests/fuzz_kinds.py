@@ -350,7 +350,7 @@ def _run(folder: Path) -> Kind:
     def load() -> bool:
         found = read_run(folder)
         measured_section(folder)
-        keep_metrics(folder, below=90)
+        keep_metrics(folder, below=90, results=1)
         card_settings(folder)
         read_config(folder / run_files.CONFIG_FILE)
         return repr(found) == intact

@@ -131,9 +131,9 @@ def _jsonl(file: Path, name: str) -> Iterator[str]:
             raise ValueError(f"{file}, line {number} begins a JSON array, where one JSON object a line is read; {fix}")
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             fix = "one JSON object a line is expected; for plain text set data.source.fmt=text"
-            raise ValueError(f"{file}, line {number} is not JSON ({error}); {fix}") from error
+            raise ValueError(f"{file}, line {number} is not JSON ({error!s:.200}); {fix}") from error
         yield from _nonblank(text_of(row, name, f"{file}, line {number}"))
 
 
