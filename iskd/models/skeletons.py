@@ -50,7 +50,9 @@ def check_config(folder: Path) -> None:
             raise
         except Exception as error:  # transformers fails in any way it likes on values that nobody meant
             fix = "copy the config.json that came with the weights"
-            raise ValueError(f"{file} describes no model that can be built ({error!r:.200}): {fix}") from error
+            raise ValueError(
+                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {fix}"
+            ) from error
         check(model)
 
 
