@@ -171,7 +171,9 @@ class Guard:
             return
         self.active = False  # what follows has events of its own
         try:
-            bad = event.startswith(self.BANNED) or (event == "import" and not self._may_import(str(args[0])))
+            # a lock says which machine holds it
+            bad = event.startswith(self.BANNED) and event != "socket.gethostname"
+            bad = bad or (event == "import" and not self._may_import(str(args[0])))
             bad = bad or (event == "open" and self._writes(args) and not self._inside(args[0], None))
             bad = bad or (event in self.CHANGES and not all(self._inside(*place) for place in self._changed(args)))
             if bad:

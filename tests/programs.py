@@ -10,7 +10,6 @@ import signal
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 from iskd.models import Stack, sharding
 from iskd.models.weights import model_tensors
 from iskd.system import watchdog
-from iskd.teacher import TeacherCacheSpec
 from iskd.training import Parts, run
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, StepGuard
@@ -96,19 +94,17 @@ def parts_of(
     floor: float | None = None,
     accelerator: str = "cpu",
     precision: str = "32-true",
-    answers: TeacherCacheSpec | None = None,
     **changes: Any,
 ) -> Parts:
     if accelerator == "gpu":
         sharding.UNTESTED = None  # tests/training/test_gpu.py is what tells whether the installed torch may be trusted
     defaults = {"schedule": Scripted(every_edit(), restart_at_edit=restart, floor=floor), "dropout": 0.0}
-    parts = make_parts(
+    return make_parts(
         folder / name,
         folder / "text.txt",
         folder / "cache",
         **{**defaults, **layout(size, strategy, accelerator, precision), **changes},
     )
-    return replace(parts, teacher_cache=answers)
 
 
 def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@
     python -m tests.reliability --trials 25 --strategy ddp
     python -m tests.reliability --trials 25 --strategy fsdp
     python -m tests.reliability --trials 6 --kind candidates
+    python -m tests.reliability --trials 4 --kind sweep
 
 The first runs one process, DDP and FSDP2 through every kind of edit and compares losses and final weights. The others
 kill a run with SIGKILL at random places, resume it, and compare its end with that of an uninterrupted one: a process
@@ -35,8 +36,8 @@ from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.teacher import TeacherCacheSpec
 from iskd.training.state import checkpoint, checkpoint_files
-from tests import programs
-from tests.runs import BOTTLENECK, MIXER, TOKENS, largest_difference, write_text
+from tests import programs, sweep_kills
+from tests.runs import BOTTLENECK, MIXER, TOKENS, largest_difference, metric_rows, write_text
 from tests.worlds import World, run_world
 
 TIMED = "any moment"
@@ -49,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adapters": {
         "schedule": Iterative(ReplaceWith(BOTTLENECK), layers=[2, 1], train="lora", lora={"rank": 4}, **_SHORT)
     },
-    "cache": {"answers": TeacherCacheSpec(), "dropout": 0.0, "terms": {"kl": (KL(), 1.0)}},
+    "cache": {"teacher_cache": TeacherCacheSpec(), "dropout": 0.0, "terms": {"kl": (KL(), 1.0)}},
     "sharded": {"options": {"checkpoints": "sharded"}},
 }
 """What a kind of run changes in that of the other tables; sharded checkpoints are of --strategy fsdp."""
@@ -67,6 +68,7 @@ class Trial:
     weights: float
     optimizer: float
     results: bool
+    rows: bool
 
 
 class Bench:
@@ -126,9 +128,10 @@ class Bench:
         resumed = {**self.changes, "resume": True}
         run_world(size, programs.train, *arguments[:4], resumed, folder=logs / f"{name}-resumed")
         weights, optimizer = self._differences(name)
+        rows = metric_rows(self.folder / name) == metric_rows(self.folder / "whole")
         shutil.rmtree(self.folder / name)
         ends = [json.loads((self.folder / f"{run}-0.json").read_text())["stages"] for run in ("whole", name)]
-        return Trial(place, call, victim, seconds, max(0, reached - kept), weights, optimizer, ends[0] == ends[1])
+        return Trial(place, call, victim, seconds, max(0, reached - kept), weights, optimizer, ends[0] == ends[1], rows)
 
     def _differences(self, name: str) -> tuple[float, float]:
         """Largest difference of any weight and of any optimizer state from the uninterrupted run."""
@@ -141,17 +144,25 @@ class Bench:
 
 def table(trials: list[Trial]) -> str:
     """One row per place."""
-    heads = ("killed in", "trials", "same results", "others stopped after", "trained twice", "weights", "optimizer")
+    heads = (
+        "killed in",
+        "trials",
+        "same results",
+        "same metrics",
+        "others stopped after",
+        "trained twice",
+        "weights",
+        "optimizer",
+    )
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for place in dict.fromkeys(trial.place for trial in trials):
         of = [trial for trial in trials if trial.place == place]
-        same = sum(trial.results for trial in of)
+        same, rows_same = (sum(getattr(trial, key) for trial in of) for key in ("results", "rows"))
         waits = max(trial.seconds for trial in of)
         again = max(trial.again for trial in of)
         differ = [max(getattr(trial, key) for trial in of) for key in ("weights", "optimizer")]
-        rows.append(
-            f"| {place} | {len(of)} | {same} | {waits:.2f} s | {again} tokens | {differ[0]:g} | {differ[1]:g} |"
-        )
+        cells = (place, len(of), same, rows_same, f"{waits:.2f} s", f"{again} tokens", *(f"{d:g}" for d in differ))
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 
@@ -181,13 +192,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], help="two processes")
-    parser.add_argument("--kind", choices=sorted(KINDS), help="another kind of run")
+    parser.add_argument("--kind", choices=[*sorted(KINDS), "sweep"], help="another kind of run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--equality", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if asked.equality:
             print(equality(Path(folder)))
+            return
+        if asked.kind == "sweep":
+            print(sweep_kills.table(Path(folder), asked.trials, asked.seed))
             return
         strategy = "fsdp" if asked.kind == "sharded" else asked.strategy
         changes = KINDS.get(asked.kind, {})

@@ -22,9 +22,11 @@ from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Remove, Replace, Spec, Stage
 from iskd.plan.options import RunOptions
+from iskd.plan.run_files import METRICS_FILE
 from iskd.schedules import History
 from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
+from iskd.system.tables import read_csv
 from iskd.teacher import Loaded
 from iskd.training import Parts, Result, callback, editing, stages
 from iskd.training.state import checkpoint, checkpoint_files
@@ -136,6 +138,13 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def metric_rows(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, without what a clock measured."""
+    found, measured = read_csv(run_dir / METRICS_FILE), ("per_s", "share", "mfu")
+    rows = [dict(zip(found.columns, cells, strict=True)) for cells in found.rows]
+    return [{key: cell for key, cell in row.items() if cell and not key.endswith(measured)} for row in rows]
 
 
 class At(Callback):

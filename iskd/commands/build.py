@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
 from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
-from iskd.system.files import expanded, sweep
+from iskd.system.files import expanded, read_plain, sweep
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -227,6 +228,8 @@ def sweep_of(run_dir: Path) -> str | None:
     Hydra writes multirun.yaml there, Optuna's sweeper does not; but a job's own .hydra/hydra.yaml tells its mode.
     """
     folder = Path(run_dir).resolve()
-    note = folder / ".hydra" / "hydra.yaml"
-    several = note.is_file() and re.search(r"^  mode: MULTIRUN$", note.read_text(encoding="utf-8"), re.MULTILINE)
+    several = False
+    with suppress(OSError, ValueError):  # none there, or nothing that Hydra wrote
+        note = read_plain(folder / ".hydra" / "hydra.yaml", max_bytes=1 << 20)
+        several = re.search(rb"^  mode: MULTIRUN\r?$", note, re.MULTILINE) is not None
     return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None

@@ -127,7 +127,7 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
             time.sleep(0.1)
         if child.returncode in (EXIT_CODE, INTERRUPTED):
             stop_signals.hand_on()
-            raise Preempted(run_dir, number=signal.SIGINT if child.returncode == INTERRUPTED else None)
+            raise Preempted(run_dir, number=signal.SIGINT if child.returncode == INTERRUPTED else stop_signals.received)
         if child.returncode and stop_signals.received is not None:  # before there was anything to save
             raise SystemExit(128 + stop_signals.received)
         if child.returncode:

@@ -33,10 +33,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iskd.system.files import expanded
+from iskd.system.files import expanded, read_plain
 
 COPY = "copy"
 COPY_POOL = 1000
+_LONGEST = 1 << 30  # bytes of a file of items
 _GAP = "XXXXX"  # where the word stood
 _WORDS = (
     "apple arrow basket bell bird boat bottle bread bridge brush bucket button cake candle carpet chair cheese church "
@@ -183,7 +184,7 @@ def _read(name: str, data_dir: Path) -> Iterator[Item]:
             f"id, {task.fields} (the hub has them as {task.hub}), or set data_dir to the folder of {name}/eval.jsonl"
         )
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_plain(file, max_bytes=_LONGEST, links=True).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}); convert it, or fetch it again") from error
     ids: set[str] = set()

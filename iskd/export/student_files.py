@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from iskd.models.tokenizers import check_tokenizer_files
 from iskd.plan.run_files import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 from iskd.system.text import argument
@@ -43,6 +44,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
     try:
+        check_tokenizer_files(folder)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )

@@ -27,7 +27,7 @@ from iskd.evaluation.task_items import COPY, Item, check_task, read_task, split_
 from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
-from iskd.models.tokenizers import byte_tokenizer
+from iskd.models.tokenizers import byte_tokenizer, check_tokenizer_files
 from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
@@ -153,9 +153,12 @@ def tokenizer_of(teacher: PreTrainedModel) -> PreTrainedTokenizerBase:
 def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if isinstance(place, PreTrainedTokenizerBase):
         return place
+    folder = Path(expanded(place))
     try:
+        if folder.is_dir():
+            check_tokenizer_files(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            expanded(place),
+            folder if folder.is_dir() else place,
             local_files_only=True,
             trust_remote_code=False,
         )

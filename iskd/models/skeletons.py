@@ -42,9 +42,18 @@ def check_config(folder: Path) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
     check_depth(values, file)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with within_weights(folder) as check:
-        check(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # transformers fails in any way it likes on values that nobody meant
+            fix = "copy the config.json that came with the weights"
+            raise ValueError(
+                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {fix}"
+            ) from error
+        check(model)
 
 
 @contextmanager

@@ -7,11 +7,20 @@ for bytes are those of GPT-2 (Radford et al. 2019, section 2.2), which the `toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from iskd.system.files import read_plain
+
 EOS = "<|eos|>"
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    "config.json",
+)
+_LARGEST = 256 << 20  # bytes
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -29,6 +38,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=EOS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Look at what a tokenizer is read from before a library opens it, which would wait at a pipe.
+
+    Raises:
+        ValueError: a file of it is no plain file, or larger than 256 MiB.
+        OSError: it cannot be read.
+    """
+    for name in _FILES:
+        if (folder / name).exists():
+            read_plain(folder / name, max_bytes=_LARGEST, links=True)
 
 
 # words, spaces, digits, marks, letters beyond ASCII: tokenizers of equal vocabularies may still cut these differently

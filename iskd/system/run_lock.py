@@ -118,7 +118,7 @@ def _owner(opened: int) -> str:
     try:
         said = json.loads(os.pread(opened, _MOST, 0))
         number, machine, since = int(said["process"]), str(said["machine"])[:80], str(said["since"])[:19]
-    except (ValueError, TypeError, KeyError, OSError, RecursionError):
+    except (ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError):
         return "another process"
     shown = "".join(letter for letter in f"process {number} on {machine}, since {since}" if letter.isprintable())
     return f"another run ({shown})"

@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from iskd.models.head import say_untied
 from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_report, read_model_config
 from iskd.models.skeletons import check_config
-from iskd.models.tokenizers import byte_tokenizer
+from iskd.models.tokenizers import byte_tokenizer, check_tokenizer_files
 from iskd.models.weights import check_finite, parameters_sha256, stored_dtype, weights_sha256
 from iskd.system.files import expanded
 from iskd.teacher import bundled
@@ -144,6 +144,7 @@ def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrain
     with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
     with _told(f"{directory} has no tokenizer that can be loaded (tokenizer.json)", "tokenizer"):
+        check_tokenizer_files(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
     with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
         # sizes that differ are reported, and refused below
@@ -242,6 +243,8 @@ def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBas
         places.append(spec.name)
     for place in places:
         try:
+            if Path(place).is_dir():
+                check_tokenizer_files(Path(place))
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             continue

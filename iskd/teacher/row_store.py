@@ -10,8 +10,10 @@ once per row and process, when it is first read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,9 +86,13 @@ class RowStore:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open without following a link: the folder may be one that others can write to."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    """Open a plain file, without following a link and without waiting: others may be able to write to the folder."""
+    opened = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "is not a plain file: delete it", path)
+    return opened
 
 
 def _made(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return _no_link(path, flags | os.O_CREAT)

@@ -163,7 +163,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     if parts.resume and found is None:
         Console().print("no whole checkpoint yet: the run starts from its beginning")
     if parts.resume and global_rank() == 0:  # before the trainer exists, a launcher's variables tell the rank
-        keep_metrics(parts.run_dir, below=None if found is None else state.tokens)
+        keep_metrics(parts.run_dir, below=None if found is None else state.tokens, results=len(state.results))
     return state, newest
 
 

@@ -234,11 +234,11 @@ class StageLoop:
         state.batch_done(batch["input_ids"].numel() * live.ranks.size)
         self._enter()
         if not state.batch % live.accumulate:
-            self._stepped(rate)
+            self._stepped(rate, batch)
         self.clock.batch_ends(batch)
 
-    def _stepped(self, rate: float) -> None:
-        """After an optimizer step with this factor on the learning rates."""
+    def _stepped(self, rate: float, batch: Mapping[str, Any]) -> None:
+        """After an optimizer step with this factor on the learning rates, that `batch` came to last."""
         live, state = self.live, self.state
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
@@ -255,6 +255,9 @@ class StageLoop:
             self.preempted = True
         if self.preempted or due:
             self._tick()
+            if last:  # the process that goes on from here has not trained the stage
+                self.clock.batch_ends(batch)
+                self._log_speed()
             self._save()
 
     # ---- end --------------------------------------------------------------------------------------------------------
@@ -273,8 +276,7 @@ class StageLoop:
             if self.count.batches_left:
                 raise self.unfinished()
             self._tick()
-            values = self.clock.end(live.module, state.tokens)
-            log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
+            self._log_speed()
         merge_adapters(live.module, live.optimizer)
         state.note(live.module.alignment())
         if state.tournament is not None:
@@ -308,6 +310,11 @@ class StageLoop:
             self._decide()
         self._save()
         (self.preempted,) = live.ranks.any(live.stop_wanted())
+
+    def _log_speed(self) -> None:
+        """Log how fast the stage was trained, at its end."""
+        values = self.clock.end(self.live.module, self.state.tokens)
+        log_values(self.live.loggers, values, self.state.tokens, self.count.stage_number, self.count.in_run)
 
     def _judge(self) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""

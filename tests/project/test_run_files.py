@@ -162,7 +162,7 @@ def _facts(folder: Path, turn: int) -> None:
 
 def _metrics(folder: Path, turn: int) -> None:
     if turn:
-        keep_metrics(folder, below=2)
+        keep_metrics(folder, below=2, results=1)
     MetricsFile(folder).log_metrics({"tokens": turn, f"train/{turn}": 0.5}, 0)
 
 

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import iskd
 from iskd.commands import train
 from iskd.commands.arguments import arguments
-from iskd.commands.build import parts
+from iskd.commands.build import parts, sweep_of
 from iskd.commands.evaluate import evaluation
 from iskd.commands.find_teacher import find_teacher
 from iskd.commands.resume import resumed
+from iskd.evaluation.task_items import read_task
 from iskd.export import tokenizer_of
 from iskd.export.card import _settings as card_settings
 from iskd.export.probe import _CHILD, ask, differences, reopen
@@ -43,10 +44,12 @@ from iskd.plan.reading import record_from_json
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
+from iskd.teacher.row_store import RowStore
 from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state.checkpoint_files import newest
 from tests.factories import tiny
 from tests.fuzz_kinds import RUN_FILES, SHARES
+from tests.fuzz_readers import NOTES
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = "lightning.pytorch.loggers"
@@ -532,7 +535,7 @@ def test_every_file_of_a_run_that_is_read_is_attacked() -> None:
     written_only |= {run_files.PICTURE_FILE}
     of_other_kinds = {run_files.RECORD_FILE, run_files.STAGES_FILE}
     as_another = {run_files.KEPT_METRICS_FILE}  # read as METRICS_FILE is
-    assert named - written_only - of_other_kinds - as_another == set(RUN_FILES)
+    assert named - written_only - of_other_kinds - as_another == {*RUN_FILES, *NOTES} - {".hydra/hydra.yaml"}
 
 
 def test_a_config_beyond_its_weights_makes_no_teacher(tmp_path: Path) -> None:
@@ -543,8 +546,27 @@ def test_a_config_beyond_its_weights_makes_no_teacher(tmp_path: Path) -> None:
     valid = json.loads((tmp_path / "config.json").read_text())
     for key, value in (("num_hidden_layers", 200_000), ("num_hidden_layers", 4_000), ("intermediate_size", 10**9)):
         (tmp_path / "config.json").write_text(json.dumps({**valid, key: value, "layer_types": None}))
-        with pytest.raises(ValueError, match=r"must be an integer in|far more"):
+        with pytest.raises(ValueError, match=r"must be an integer in|far more|weights hold 4 layers"):
             load_teacher(TeacherSpec("any", str(tmp_path)))
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_at(tmp_path: Path) -> None:
+    """Task items, a tokenizer, Hydra's note, rows of a teacher cache."""
+    for name in ("piqa/eval.jsonl", "tokenizer.json", ".hydra/hydra.yaml", "00000.rows"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    assert sweep_of(tmp_path) is None
+    assert tokenizer_of(tmp_path) is None
+    store = RowStore(tmp_path, count=2, size=4, per_file=2)
+    for read in (
+        lambda: read_task("piqa", tmp_path),
+        lambda: named_tokenizer(tmp_path),
+        lambda: store.get(0),
+        store.missing,
+        lambda: store.put(0, b"rows"),
+    ):
+        with pytest.raises((ValueError, OSError), match=r"not a plain file|no local file"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "train.log", "tensorboard", "checkpoints/.draft-000001-stage"])

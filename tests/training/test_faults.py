@@ -22,14 +22,25 @@ from iskd.models import surgery
 from iskd.models.weights import model_tensors
 from iskd.plan.options import RunOptions
 from iskd.system.faults import NonFiniteError, advice, is_out_of_memory
-from iskd.training.parts import Parts
+from iskd.training.parts import Parts, Result
 from iskd.training.runner import run
 from iskd.training.state import RunState, checkpoint, checkpoint_files
 from iskd.training.step import DistillModule
 from iskd.training.step.module import StepResult
 from iskd.training.strategies import FSDP2Strategy, check_strategy
 from tests.factories import tiny
-from tests.runs import At, Crash, crash, interrupt, largest_difference, make_parts, same, weights, write_text
+from tests.runs import (
+    At,
+    Crash,
+    crash,
+    interrupt,
+    largest_difference,
+    make_parts,
+    metric_rows,
+    same,
+    weights,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +158,27 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(
     assert ("'batch_size': 1" in events) == (first > 0)
 
 
+EVERY_FOURTH = {"log_every_n_steps": 4}  # of the run's steps, wherever a process began
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(
+        make_parts(folder / "run", text, tmp_path_factory.getbasetemp() / "cache", dropout=0.0, trainer=EVERY_FOURTH)
+    )
+
+
 @pytest.mark.parametrize("place", [1, 11, 12, 23, 24, "validation"])
 def test_a_signal_anywhere_saves_and_the_run_goes_on(
-    place: int | str, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int | str, make: Callable[..., Parts], tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First and last micro-batches of both stages (12 each), and while a stage is measured; bit for bit, as always."""
-    whole = run(make(tmp_path / "whole"))
+    """In and at the ends of both stages (12 micro-batches each), and while one is measured; bit for bit, as always.
+
+    Who goes on at the end of a stage is killed in its midst: after the stage's rows, before the checkpoint.
+    """
+    make = partial(make, trainer=EVERY_FOURTH)
     parts = make(tmp_path / "stopped")
     with monkeypatch.context() as patch:
         if isinstance(place, int):
@@ -162,7 +188,13 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on(
         with pytest.raises(SystemExit) as stop:
             run(parts)
     assert stop.value.code == 143
+    if place in (11, 23):  # before the last micro-batch of a stage: saved at its end
+        with monkeypatch.context() as patch:
+            interrupt(patch.setattr, "save", 0, crash)
+            with pytest.raises(Crash):
+                run(make(tmp_path / "stopped", resume=True))
     resumed = run(make(tmp_path / "stopped", resume=True))
+    assert metric_rows(tmp_path / "stopped") == metric_rows(whole.run_dir)
     assert same(weights(resumed), weights(whole))
     assert [(s.name, s.ppl, s.tokens) for s in resumed.stages] == [(s.name, s.ppl, s.tokens) for s in whole.stages]
 

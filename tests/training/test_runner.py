@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from iskd.training.stages import StageLoop
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import module as step_module
 from tests.factories import tiny
-from tests.runs import SLIM, TOKENS, At, Crash, crash, interrupt, make_parts, same, weights, write_text
+from tests.runs import SLIM, TOKENS, At, Crash, crash, interrupt, make_parts, metric_rows, same, weights, write_text
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,9 @@ def test_resume_after_a_crash_is_bitwise_exact(
         with metrics.open("a") as file:  # one line is foreign, the last is torn
             file.write("7,7\n1,2")
     resumed = run(make(tmp_path / "crashed", resume=True))
-    assert rows(metrics) == rows(uninterrupted.run_dir / "metrics.csv"), "no row is lost and none is there twice"
+    assert metric_rows(tmp_path / "crashed") == metric_rows(uninterrupted.run_dir), (
+        "no row is lost and none is there twice"
+    )
     assert resumed.student.generation_config.to_dict() == uninterrupted.student.generation_config.to_dict()
     assert same(weights(resumed), weights(uninterrupted))
     assert resumed.record == uninterrupted.record
@@ -129,12 +130,6 @@ def test_resume_after_a_crash_is_bitwise_exact(
             b.tokens,
             b.before,
         )
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    """All rows, without what a clock measured."""
-    found, measured = list(csv.DictReader(file.read_text().splitlines())), ("per_s", "share")
-    return [{key: cell for key, cell in row.items() if cell and not key.endswith(measured)} for row in found]
 
 
 def test_resume_of_a_finished_run_changes_nothing(make: Callable[..., Parts], uninterrupted: Result) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from iskd.plan.metric_names import X_AXIS
+from iskd.plan.metric_names import QUALITY, X_AXIS
 from iskd.plan.run_files import KEPT_METRICS_FILE, METRICS_FILE
 from iskd.system.files import clear_place
 from iskd.system.tables import csv_text, read_csv, write_csv
 
 _log = logging.getLogger(__name__)
 _LOSS = "train/loss"
+_RESULT = f"val/{QUALITY[0]}"
 Row = dict[str, str]
 
 
@@ -73,11 +74,12 @@ class MetricsFile(Logger):
         _write(self.path, rows, self._columns)
 
 
-def keep_metrics(run_dir: Path, *, below: int | None) -> None:
-    """Before a run is resumed: drop the rows of `metrics.csv` past the `below` tokens of its checkpoint.
+def keep_metrics(run_dir: Path, *, below: int | None, results: int) -> None:
+    """Before a run is resumed: drop the rows of `metrics.csv` past its checkpoint, at `below` tokens and `results`.
 
-    None: there is no checkpoint, and no row is kept. A line that is no row is dropped with a warning, as is a file that
-    cannot be read: no state of it keeps a run from going on.
+    The results are those of stages, the teacher's among them: at the tokens of the checkpoint a stage may have come to
+    its end after it. `below` None: there is no checkpoint, and no row is kept. A line that is no row is dropped with a
+    warning, as is a file that cannot be read: no state of it keeps a run from going on.
     """
     path, rows, columns = Path(run_dir) / METRICS_FILE, list[Row](), dict[str, None]()
     before = path.with_name(KEPT_METRICS_FILE)
@@ -85,8 +87,7 @@ def keep_metrics(run_dir: Path, *, below: int | None) -> None:
         found, heads = _rows(file)
         rows += found
         columns |= dict.fromkeys(heads)
-    # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
-    kept = [row for row in rows if below is not None and _belongs(row, below)]
+    kept = [row for row in rows if below is not None and _belongs(row, below, results)]
     if not kept or path.is_dir():
         clear_place(path)
     if kept:
@@ -118,9 +119,14 @@ def _is_row(row: Mapping[str, str]) -> bool:
     return math.isfinite(numbers.get(X_AXIS, math.nan))
 
 
-def _belongs(row: Mapping[str, str], below: int) -> bool:
+def _belongs(row: Mapping[str, str], below: int, results: int) -> bool:
     tokens = float(row[X_AXIS])
-    return tokens < below or (tokens == below and not row.get(_LOSS))
+    if tokens != below:
+        return tokens < below
+    if row.get(_RESULT):
+        return float(row.get("stage") or 0) < results
+    # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next
+    return not row.get(_LOSS)
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

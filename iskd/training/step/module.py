@@ -282,12 +282,16 @@ class DistillModule(L.LightningModule):
         return {name: pinned(values, device).to(device, non_blocking=True) for name, values in rows.items()}
 
     def _logs(self) -> bool:
-        """Whether the step is one that loggers take (trainer.log_every_n_steps): values are made at no other.
+        """Whether the step is one that loggers take (trainer.log_every_n_steps, 0 = none): values are made at no other.
 
+        Steps are those of the run: Lightning counts from where a process began, so a resumed run would log others.
         A number is copied to the device, and that copy waits for what the device was asked before. Without a Trainer,
         as in a profile, nothing is logged.
         """
-        return self._trainer is not None and bool(self.trainer._logger_connector.should_update_logs)
+        if self._trainer is None:
+            return False
+        every = int(vars(self.trainer)["log_every_n_steps"])  # set by a part of the Trainer that types do not show
+        return bool(every) and (self.position.step + 1) % every == 0
 
     def log_row(self, loggers: Iterable[Any]) -> None:
         """Give the values of the step to the loggers, before a checkpoint that is due: Lightning would do so after it.

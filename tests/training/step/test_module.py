@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from iskd.data import StageLoader
@@ -193,8 +195,20 @@ def test_training_reads_the_cache_by_window_and_leaves_the_teacher_alone() -> No
         module.training_step({"input_ids": windows()}, 0)
 
 
-def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+class Count(Callback):
+    """Moves the module's position on, as the stage loop does."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        pl_module.enter(pl_module.stage, replace(pl_module.position, step=pl_module.position.step + 1))
+
+
+@pytest.mark.parametrize(("first", "taken"), [(0, 2), (3, 3)])
+def test_values_are_made_only_at_the_steps_that_loggers_take(
+    first: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second step of the run, wherever this process began."""
     module = module_of({"ce": CE})
+    module.enter(module.stage, replace(module.position, step=first))
     log = module.log_dict
     made: list[set[str]] = []
 
@@ -205,8 +219,9 @@ def test_values_are_made_only_at_the_steps_that_loggers_take(monkeypatch: pytest
     monkeypatch.setattr(module, "log_dict", log_dict)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, log_every_n_steps=2, **quiet)
+    trainer.callbacks.append(Count())  # type: ignore[attr-defined]
     trainer.fit(module, StageLoader(windows(12).numpy(), batch_size=2, seed=0, first_step=0, steps=5))
-    assert len(made) == 2  # at the second and fourth step
+    assert len(made) == taken
     assert {"train/loss", "train/grad_norm", "tokens"} <= {name for names in made for name in names}
     assert "train/loss" in trainer.callback_metrics
 
