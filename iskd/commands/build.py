@@ -22,7 +22,6 @@ from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
-from iskd.plan.saved_config import literal
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, read_plain, sweep
@@ -38,9 +37,8 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
 
     `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
     """
-    config = as_meant(config)
+    config = as_meant(config)  # before the folder is claimed
     resuming = config.resume is not None
-    literal(plain(config), "this run")  # before the folder is claimed: a config that cannot be read again
     _claim(run_dir, resuming)
     if teacher is None:
         with Busy("loading the teacher"):

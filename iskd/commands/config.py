@@ -18,6 +18,7 @@ from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
+from iskd.plan.saved_config import literal
 from iskd.system.ranks import one_of_several
 from iskd.system.typed_values import read_value, shown, takes
 
@@ -175,6 +176,7 @@ def as_meant(config: DictConfig) -> DictConfig:
         values = plain(config)
     except OmegaConfBaseException as error:  # an interpolation that names nothing
         raise ValueError(str(error)) from None
+    literal(values, "this run")  # what one look left to resolve would be resolved at the next
     for group in _NEEDED:
         if group in config and not isinstance(values[group], dict):
             raise ValueError(f"{group}={shown(values[group])} is no choice: use one of {', '.join(options(group))}")
