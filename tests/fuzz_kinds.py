@@ -31,6 +31,7 @@ from iskd.export.student import write
 from iskd.models import surgery, weights
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, run_files, to_json
+from iskd.plan.edits import REMOVALS
 from iskd.plan.reading import record_from_json
 from iskd.plan.saved_config import read_config
 from iskd.report.figures.edit_map import layer_states
@@ -113,7 +114,7 @@ def _record(folder: Path) -> Kind:
         record = record_from_json(read_json(file))
         assert record_from_json(to_json(record)) == record
         for edit in record.edits:
-            if not isinstance(edit, Remove):
+            if not isinstance(edit, REMOVALS):
                 (edit.block if isinstance(edit, Replace) else edit.mixer).resolve()
         if record.num_layers == 4:
             surgery.rebuild(teacher, record, "meta")

@@ -448,7 +448,9 @@ def test_removals_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: di
 @pytest.mark.parametrize("edit", [REPLACE, ConvertTo(Spec("iskd.mixers.linear_attention.LinearAttention"))])
 @pytest.mark.parametrize("target", ["target_layers", "target_params"])
 def test_a_depth_or_a_size_is_for_removals(edit: Any, target: str) -> None:
-    with pytest.raises(ValueError, match=rf"schedule.{target}=4 is for edit=remove; .* with schedule.count"):
+    with pytest.raises(
+        ValueError, match=rf"schedule.{target}=4 is for edit=remove and edit=merge; .* with schedule.count"
+    ):
         Iterative(edit, **{target: 4})
 
 
