@@ -26,14 +26,26 @@ from typing import TYPE_CHECKING, Any
 import iskd.system  # noqa: F401 (first: it asks torch for huge pages before that is imported)
 from iskd.export import loading as _loading
 from iskd.export.loading import load, register
-from iskd.plan.edits import Convert, Record, Remove, Replace, Spec
+from iskd.plan.edits import Convert, Merge, Record, Remove, Replace, Spec
 from iskd.plan.stage import Stage
 from iskd.system.version import __version__
 
 if TYPE_CHECKING:
     from iskd.commands.compress import Result, compress
 
-__all__ = ["Convert", "Record", "Remove", "Replace", "Result", "Spec", "Stage", "__version__", "compress", "load"]
+__all__ = [
+    "Convert",
+    "Merge",
+    "Record",
+    "Remove",
+    "Replace",
+    "Result",
+    "Spec",
+    "Stage",
+    "__version__",
+    "compress",
+    "load",
+]
 
 register()
 # students written by 0.1 carry code that imports IskdForCausalLM from iskd.loading

@@ -31,6 +31,7 @@ from iskd.export.student import write
 from iskd.models import surgery, weights
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage, StageResult, run_files, to_json
+from iskd.plan.edits import REMOVALS, Merge
 from iskd.plan.reading import record_from_json
 from iskd.plan.saved_config import read_config
 from iskd.report.figures.edit_map import layer_states
@@ -69,7 +70,7 @@ SLIM = Replace(0, Spec("iskd.blocks.slim.Slim", {"ratio": 0.5, "select": "l1"}))
 LINEAR = Replace(1, Spec("iskd.blocks.linear.Linear", {"ridge": 0.5}), seed=7)
 SMALL = Replace(3, Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 2, "layers": 1}))
 RECORD = Record(4).extended([SLIM, LINEAR, Remove(2), SMALL])
-CONVERTED = Record(4).extended([Convert(0, next(iter(mixer_specs().values()))), Remove(3)])
+CONVERTED = Record(4).extended([Convert(0, next(iter(mixer_specs().values()))), Merge(2), Remove(3)])
 STAGE = Stage("replace 1", (LINEAR,), tokens=64, train=r"layers\.(1|3)\.", lr=1e-3)
 IDENTITY = {"seed": 1, "text": "ab" * 8, "teacher": "cd" * 8, "batch_size": 2, "accumulate": 1, "processes": 1}
 SIZES: dict[str, Any] = {"hidden": 16, "heads": 4, "kv_heads": 2, "mlp": 32, "vocab": 60}
@@ -120,7 +121,7 @@ def _record(folder: Path) -> Kind:
         record = record_from_json(read_json(file))
         assert record_from_json(to_json(record)) == record
         for edit in record.edits:
-            if not isinstance(edit, Remove):
+            if not isinstance(edit, REMOVALS):
                 (edit.block if isinstance(edit, Replace) else edit.mixer).resolve()
         if record.num_layers == 4:
             surgery.rebuild(teacher, record, "meta")

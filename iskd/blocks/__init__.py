@@ -1,6 +1,7 @@
 """[shelf] Compact blocks, which stand where a teacher's block stood.
 
-They inherit from it by `from_block`, or by a ridge fit on calibration text (`fitting`).
+They inherit from it by `from_block`, or by a ridge fit on calibration text (`fitting`). `merge` makes one of the host's
+own blocks out of two.
 
 Imports: plan, models.
 """
@@ -8,7 +9,8 @@ Imports: plan, models.
 from __future__ import annotations
 
 from iskd.blocks.fitting import Fitted, warm_start
+from iskd.blocks.merge import Merged
 from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import inputs_of
 
-__all__ = ["Fitted", "Ridge", "inputs_of", "warm_start"]
+__all__ = ["Fitted", "Merged", "Ridge", "inputs_of", "warm_start"]

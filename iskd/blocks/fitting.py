@@ -1,4 +1,4 @@
-"""Warm start: compact blocks fitted to the blocks they replace, before the first training step.
+"""Warm start: compact blocks fitted to the blocks they replace, and pairs merged, before the first training step.
 
 Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on
 the student's own stream (which already went through the compact blocks below it) towards the teacher's stream.
@@ -6,17 +6,20 @@ the student's own stream (which already went through the compact blocks below it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
+from iskd.blocks.merge import Merged, merged
 from iskd.models import Stack
 from iskd.models.capture import Trace, states_after
 from iskd.plan import Edit, Record, Replace
+from iskd.plan.edits import REMOVALS, Merge
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,35 @@ def warm_start(
     record: Record,
     edits: Iterable[Edit],
     batches: Sequence[Tensor],
-) -> list[Fitted]:
-    """Fit the compact blocks that `edits` put into `student`.
+    judge: Callable[[Sequence[Tensor]], float] | None = None,
+) -> list[Fitted | Merged]:
+    """Fit the compact blocks that `edits` put into `student`, and merge what they merge.
 
     Args:
         student: the model after the edits.
         teacher: the frozen original.
-        old_blocks: the replaced blocks by layer, as they were in the student.
+        old_blocks: the replaced and merged blocks by layer, as they were in the student.
         record: the student's record (after the edits).
-        edits: this stage's edits; only replacements by blocks with a `fit` are touched.
+        edits: this stage's edits; only merges, and replacements by blocks with a `fit`, are touched.
         batches: calibration windows, each [B, T].
+        judge: says how far the student is from its teacher on windows held out of them (nats per token), which decides
+            whether a pair is merged or its upper block only removed. To be given where something is merged.
 
     Returns:
-        One `Fitted` per fitted block, in stack order.
+        One `Fitted` per fitted block and one `Merged` per merge, in stack order.
+
+    Raises:
+        ValueError: there is no calibration text to merge on, or two blocks cannot be merged.
     """
+    edits = tuple(edits)
     fits = {e.layer: e for e in edits if isinstance(e, Replace) and hasattr(e.block.resolve(), "fit")}
-    if not fits or not batches:
+    pairs = _pairs(edits, old_blocks, record)
+    judged: Callable[[], float] | None = None
+    if pairs:
+        assert judge is not None
+        batches, held = _held_out(batches)
+        judged = partial(judge, held)
+    if not (fits or pairs) or not batches:
         return []
     models = (student, teacher, *old_blocks.values())
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -65,7 +81,7 @@ def warm_start(
     try:
         for model in models:
             model.eval()  # dropout would make fits noisy and draw from the run's random numbers
-        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, batches)
+        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged)
     finally:
         torch.set_autocast_cache_enabled(cached)
         for module, mode in modes:
@@ -78,16 +94,19 @@ def _walk(
     old_blocks: dict[int, nn.Module],
     record: Record,
     fits: dict[int, Replace],
+    pairs: dict[int, list[Merge]],
     batches: Sequence[Tensor],
-) -> list[Fitted]:
+    judge: Callable[[], float] | None,
+) -> list[Fitted | Merged]:
     device = next(student.model.parameters()).device
-    positions = [record.layers.index(layer) for layer in fits]
+    positions = [record.layers.index(layer) for layer in (*fits, *pairs)]
     batches = [batch.to(device) for batch in batches]
     traces = [Trace(student, batch, min(positions), max(positions)) for batch in batches]
-    wanted = {record.state_after(layer) for layer in fits}
+    wanted = {record.state_after(layer) for layer in (*fits, *pairs)}
+    wanted |= {merge.layer for merges in pairs.values() for merge in merges}
     targets = [states_after(teacher, range(record.num_layers), wanted, batch) for batch in batches]
     streams = [trace.input for trace in traces]
-    done: list[Fitted] = []
+    done: list[Fitted | Merged] = []
     for position in range(min(positions), max(positions) + 1):
         layer, block = record.layers[position], student.layers[position]
 
@@ -101,5 +120,59 @@ def _walk(
             spec = fits[layer].block
             spec.resolve().fit(block, old_blocks[layer], data, **spec.kwargs)  # type: ignore[attr-defined]
             done.append(Fitted(layer, before, fit_error(block, data)))
+        for merge in pairs.get(layer, ()):
+            # all but the last stand for what is merged so far, the last for the whole gap
+            after = record.state_after(layer) if merge is pairs[layer][-1] else merge.layer
+            data = FitData(streams, [target[after].float() for target in targets], run, student)
+            assert judge is not None
+            done.append(_merge(block, old_blocks[merge.layer], data, merge, layer, judge))
         streams = [run(block, stream, index) for index, stream in enumerate(streams)]
     return done
+
+
+def _merge(
+    block: nn.Module, upper: nn.Module, data: FitData, merge: Merge, layer: int, judge: Callable[[], float]
+) -> Merged:
+    """Merge `upper` into the block of the stack, and take it back where that is no nearer to the teacher."""
+    kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    removed = judge()
+    block.load_state_dict(merged(block, upper, data, merge.ridge).state_dict())
+    found = Merged(merge.layer, layer, removed, judge())
+    if not found.better:
+        block.load_state_dict(kept)
+    return found
+
+
+def _pairs(edits: Sequence[Edit], old_blocks: dict[int, nn.Module], record: Record) -> dict[int, list[Merge]]:
+    """By surviving layer the merges into it, from below to above. Raises ValueError where two blocks do not fit."""
+    changed = {edit.layer for edit in edits if not isinstance(edit, REMOVALS)}
+    found: dict[int, list[Merge]] = {}
+    for merge in sorted((edit for edit in edits if isinstance(edit, Merge)), key=lambda edit: edit.layer):
+        below = record.below(merge.layer)
+        if below is None:
+            raise ValueError(f"merge {merge.layer}: all layers below it were removed; remove it too (edit=remove)")
+        if below in changed or _shapes(old_blocks[below]) != _shapes(old_blocks[merge.layer]):
+            raise ValueError(
+                f"merge {merge.layer} into {below}: the block at layer {below} is another kind of block; merge in a "
+                "stage before it is replaced or converted, or remove the layer (edit=remove)"
+            )
+        found.setdefault(below, []).append(merge)
+    return found
+
+
+def _shapes(block: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in block.named_parameters()}
+
+
+def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Windows to merge on, and every fourth one to judge by, in batches as large as they were."""
+    every = torch.cat(list(batches)) if batches else torch.empty(0, 0)
+    if len(every) < 2:
+        raise ValueError(
+            f"a merge needs two calibration windows at least, one to fit to and one held out, and has {len(every)}: "
+            "raise run.fit_tokens, or use edit=remove"
+        )
+    step = min(4, len(every))
+    held = torch.arange(len(every)) % step == step - 1
+    rows = len(batches[0])
+    return list(every[~held].split(rows)), list(every[held].split(rows))

@@ -122,8 +122,8 @@ class Ridge:
         if failed.item() or not solved.isfinite().all():
             raise ValueError(
                 f"a least-squares fit of {len(gram)} unknowns on {self.rows} rows is singular or not finite; raise its "
-                "ridge (block.ridge, refit.output.ridge, refit.replaceme.ridge) or use more calibration tokens "
-                "(run.fit_tokens, refit.output.tokens)"
+                "ridge (block.ridge, edit.ridge, refit.output.ridge, refit.replaceme.ridge) or use more calibration "
+                "tokens (run.fit_tokens, refit.output.tokens)"
             )
         return gram, solved
 

@@ -40,19 +40,24 @@ def cut(old: nn.Module, stack: Stack, groups: Tensor, channels: Tensor) -> nn.Mo
     queries = _expand(groups, group_width(stack))
     keys = _expand(groups, dims.head_dim)
     new = copy.deepcopy(old)
-    for path, index in zip(
-        family.qkv, _qkv_rows(family, dims.hidden, dims.head_dim, groups, queries, keys), strict=True
-    ):
+    third = weight_of(old.get_submodule(family.qkv[0])).shape[0] // 3
+    for path, index in zip(family.qkv, _qkv_rows(family, third, dims.head_dim, groups, queries, keys), strict=True):
         set_submodule(new, path, take(new.get_submodule(path), index, dim=0))
     set_submodule(new, family.out, take(new.get_submodule(family.out), queries, dim=1))
     for path in family.ups:
         set_submodule(new, path, take(new.get_submodule(path), channels, dim=0))
     set_submodule(new, family.down, take(new.get_submodule(family.down), channels, dim=1))
-    attention = new.get_submodule(family.attn)
-    for name, value in (("num_heads", len(queries) // dims.head_dim), ("split_size", len(queries))):
+    set_width(new, stack)
+    return new
+
+
+def set_width(block: nn.Module, stack: Stack) -> None:
+    """Tell an attention that knows its own width how many heads it has now."""
+    attention = block.get_submodule(stack.family.attn)
+    width = inputs_of(block.get_submodule(stack.family.out))
+    for name, value in (("num_heads", width // stack.dims.head_dim), ("split_size", width)):
         if hasattr(attention, name):
             setattr(attention, name, value)
-    return new
 
 
 def _expand(units: Tensor, width: int) -> Tensor:
@@ -61,10 +66,10 @@ def _expand(units: Tensor, width: int) -> Tensor:
 
 
 def _qkv_rows(
-    family: Family, hidden: int, head_dim: int, groups: Tensor, queries: Tensor, keys: Tensor
+    family: Family, third: int, head_dim: int, groups: Tensor, queries: Tensor, keys: Tensor
 ) -> Sequence[Tensor]:
     if family.fused == "thirds":
-        return [torch.cat([queries, queries + hidden, queries + 2 * hidden])]
+        return [torch.cat([queries, queries + third, queries + 2 * third])]
     if family.fused == "heads":
         return [_expand(groups, 3 * head_dim)]
     return [queries, keys, keys]
@@ -72,12 +77,16 @@ def _qkv_rows(
 
 def take(projection: nn.Module, index: Tensor, *, dim: int) -> nn.Module:
     """A projection with only some outputs (`dim=0`) or inputs (`dim=1`); index [n] counts features."""
+    weight, bias = weight_of(projection).index_select(dim, index), getattr(projection, "bias", None)
+    return resized(projection, weight, bias.index_select(0, index) if bias is not None and dim == 0 else bias)
+
+
+def resized(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A projection of the same kind with weight [out, in] and bias [out]."""
     new = copy.deepcopy(projection)
-    weight = weight_of(projection).index_select(dim, index)
     new.weight = nn.Parameter((weight.T if transposed(projection) else weight).contiguous())
-    bias = getattr(projection, "bias", None)
-    if bias is not None and dim == 0:
-        new.bias = nn.Parameter(bias.index_select(0, index))
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone())
     if isinstance(new, nn.Linear):
         new.out_features, new.in_features = weight.shape
     elif hasattr(new, "nf"):

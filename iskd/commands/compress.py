@@ -71,7 +71,7 @@ def compress(
             validation and calibration by the hash of their text, 92, 4 and 4 % of them: a hundred or more are needed.
         experiment: a preset of conf/experiment, e.g. `ild` or `subquadratic`.
         schedule: `iterative`, `oneshot`, `align` or `none`.
-        edit: `replace`, `remove` or `convert`.
+        edit: `replace`, `remove`, `merge` or `convert`.
         block: what `replace` puts in, e.g. `slim`.
         mixer: what `convert` puts in, e.g. `gated_deltanet`.
         importance: which layers go first, e.g. `bi_veto`.

@@ -18,7 +18,8 @@ from huggingface_hub.repocard import metadata_load
 
 from iskd.export.storage import Rounding
 from iskd.export.student_files import CARD
-from iskd.plan import Convert, Record, Remove, Replace, Spec, StageResult
+from iskd.plan import Convert, Record, Replace, Spec, StageResult
+from iskd.plan.edits import REMOVALS, Merge
 from iskd.plan.metric_names import METRICS
 from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES_FILE
@@ -126,7 +127,8 @@ def write_card(
 
 def edits_in_words(record: Record) -> list[str]:
     """One sentence per kind of edit; of layers that were edited and then removed only the removal counts."""
-    removed = [edit.layer for edit in record.edits if isinstance(edit, Remove)]
+    removed = [edit.layer for edit in record.edits if isinstance(edit, REMOVALS)]
+    merged = [edit.layer for edit in record.edits if isinstance(edit, Merge)]
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for edit in record.edits:
         if isinstance(edit, Replace) and edit.layer not in removed:
@@ -136,6 +138,8 @@ def edits_in_words(record: Record) -> list[str]:
     found = []
     if removed:
         found.append(f"Removed {len(removed)} of {record.num_layers} layers: {layers_text(removed)}.")
+    if merged:
+        found.append(f"Merged into the block below where that was nearer to the teacher: {layers_text(merged)}.")
     for (verb, spec), layers in groups.items():
         noun = "layer" if len(layers) == 1 else "layers"
         by = "by" if verb.startswith("Replaced") else "to"

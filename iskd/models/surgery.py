@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from iskd.models.hosting import HostedBlock, HostedMixer
 from iskd.models.projections import with_submodule
 from iskd.models.stack import Stack, class_of
-from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
+from iskd.plan import Convert, Edit, Record, Replace, Spec
+from iskd.plan.edits import REMOVALS
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def apply(model: PreTrainedModel, record: Record, edits: Iterable[Edit]) -> Reco
         raise ValueError(f"the model has {len(stack.layers)} blocks but its record says {len(record.layers)}")
     new: dict[int, nn.Module] = {}
     for edit in edits:
-        if isinstance(edit, Remove):
+        if isinstance(edit, REMOVALS):
             continue
         # a block may be replaced and then converted: the second edit starts from what the first one built
         old = new[edit.layer] if edit.layer in new else stack.layers[record.layers.index(edit.layer)]
@@ -102,7 +103,7 @@ def apply(model: PreTrainedModel, record: Record, edits: Iterable[Edit]) -> Reco
     for edit in edits:
         position = record.layers.index(edit.layer)
         blocks = list(stack.layers)
-        if not isinstance(edit, Remove):
+        if not isinstance(edit, REMOVALS):
             blocks[position] = new[edit.layer]
             stack.set_layers(blocks)
         else:

@@ -118,6 +118,18 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Take the block at `layer` (teacher's numbering) out; the nearest block below takes over the best of both.
+
+    To the structure it is a removal. `ridge`: how strongly the fit of the merged block holds on to inherited weights.
+    """
+
+    layer: Layer
+    ridge: Annotated[float, Field(ge=0, le=_MAX_SIZE, allow_inf_nan=False)] = 0.1
+    op: Literal["merge"] = "merge"
+
+
+@dataclass(frozen=True)
 class Convert:
     """Exchange the mixer of the block at `layer` (teacher's numbering) and keep the rest of the block."""
 
@@ -127,7 +139,11 @@ class Convert:
     op: Literal["convert"] = "convert"
 
 
-Edit = Annotated[Replace | Remove | Convert, Field(discriminator="op")]
+Edit = Annotated[Replace | Remove | Merge | Convert, Field(discriminator="op")]
+
+# the edits that leave fewer layers
+REMOVALS = (Remove, Merge)
+REMOVAL_OPS = tuple(kind.op for kind in REMOVALS)
 
 
 @dataclass(frozen=True)
@@ -148,14 +164,14 @@ class Record:
         done = set[tuple[str, int]]()
         for edit in self.edits:
             self._check(edit, left, done)
-            if isinstance(edit, Remove):
+            if isinstance(edit, REMOVALS):
                 del left[edit.layer]
             done.add((edit.op, edit.layer))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Surviving layers in stack order, in the teacher's numbering."""
-        gone = {edit.layer for edit in self.edits if isinstance(edit, Remove)}
+        gone = {edit.layer for edit in self.edits if isinstance(edit, REMOVALS)}
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
 
     @property
@@ -174,6 +190,10 @@ class Record:
             layer += 1
         return layer
 
+    def below(self, layer: int) -> int | None:
+        """The nearest surviving layer below `layer`; None = there is none."""
+        return max((found for found in self.layers if found < layer), default=None)
+
     def extended(self, edits: Iterable[Edit]) -> Record:
         """This record with `edits` appended, after checking that each can be applied."""
         return dataclasses.replace(self, edits=(*self.edits, *edits))
@@ -183,12 +203,29 @@ class Record:
             raise ValueError(f"{edit.op} {edit.layer}: the teacher has layers 0..{self.num_layers - 1}")
         if edit.layer not in left:
             raise ValueError(f"{edit.op} {edit.layer}: that layer was removed by an earlier edit; left are {[*left]}")
-        if isinstance(edit, Remove) and len(left) == 1:
-            raise ValueError(f"remove {edit.layer}: it is the last layer; a student needs at least one")
+        if isinstance(edit, REMOVALS) and len(left) == 1:
+            raise ValueError(f"{edit.op} {edit.layer}: it is the last layer; a student needs at least one")
+        if isinstance(edit, Merge):
+            _check_pair(edit.layer, max((layer for layer in left if layer < edit.layer), default=None), done)
         if isinstance(edit, Convert) and ("convert", edit.layer) in done:
             raise ValueError(f"convert {edit.layer}: its mixer was converted by an earlier edit; drop the second one")
         if isinstance(edit, Replace) and ("replace", edit.layer) in done:
             raise ValueError(f"replace {edit.layer}: it was replaced by an earlier edit; drop the second one")
+
+
+def _check_pair(layer: int, below: int | None, done: Collection[tuple[str, int]]) -> None:
+    """Raise ValueError unless the block at `layer` and the one below it can be merged."""
+    if below is None:
+        raise ValueError(
+            f"merge {layer}: no layer is left below it that could take it over; remove it (edit=remove), or protect it "
+            "(schedule.protect_first=1)"
+        )
+    for op, edited in sorted(done):
+        if op in ("replace", "convert") and edited in (layer, below):
+            raise ValueError(
+                f"merge {layer} into {below}: only blocks of the teacher's own make can be merged, and there was "
+                f"{op} {edited} before; remove the layer (edit=remove), or merge first"
+            )
 
 
 def describe(edits: Iterable[Edit]) -> str:

@@ -21,7 +21,7 @@ class RunOptions:
     Attributes:
         checkpoint_every: optimizer steps between checkpoints inside a stage; stage ends always write one.
         keep: how many checkpoints are kept.
-        fit_tokens: calibration tokens for fitting compact blocks; 0 = no fit.
+        fit_tokens: calibration tokens for fitting compact blocks and merging; 0 = no fit.
         score_tokens: calibration tokens for importance scores.
         measure_before: measure quality between edit and healing as well.
         movement_steps: optimizer steps after which every new parameter must have got a gradient and moved.

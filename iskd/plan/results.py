@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
-from iskd.plan.edits import MAX_LAYERS
+from iskd.plan.edits import MAX_LAYERS, REMOVAL_OPS
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.run_files import STAGES_FILE
 from iskd.system import read_json, write_whole
 from iskd.system.reading import Count, Number, is_integer, read_as
 
-_OPS = ("replace", "remove", "convert")
+_OPS = ("replace", *REMOVAL_OPS, "convert")
 
 
 def _from_word(value: Any) -> Any:

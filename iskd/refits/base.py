@@ -21,6 +21,7 @@ from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import state_of
 from iskd.plan import Edit, Record
+from iskd.plan.edits import REMOVALS
 from iskd.refits.streams import PLACES, Streams
 from iskd.system import Ranks
 
@@ -122,7 +123,7 @@ class RefitTask:
 
     def gaps(self) -> list[int]:
         """Surviving layers right below a gap that this stage's edits have made or widened, ascending."""
-        removed = {edit.layer for edit in self.edits if edit.op == "remove"}
+        removed = {edit.layer for edit in self.edits if isinstance(edit, REMOVALS)}
         return [
             layer for layer in self.record.layers if removed & set(range(layer + 1, self.record.state_after(layer) + 1))
         ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
+from iskd.plan.edits import REMOVALS
 from iskd.refits.base import Refit, RefitTask
 
 STATISTICS = ("mean_abs", "norm")
@@ -51,7 +52,7 @@ class Magnitude(Refit):
 
     def refit(self, task: RefitTask) -> list[str]:
         """Scale; see the class."""
-        removed = sorted(edit.layer for edit in task.edits if edit.op == "remove")
+        removed = sorted(edit.layer for edit in task.edits if isinstance(edit, REMOVALS))
         if not removed:
             return ["no layer was removed: nothing to scale"]
         stack = Stack(task.student)

@@ -8,6 +8,7 @@ import torch
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
+from iskd.plan.edits import REMOVALS
 from iskd.refits.base import Refit, RefitTask, Site, walk
 from iskd.refits.projections import Projection, checked
 
@@ -46,7 +47,7 @@ class ReplaceMe(Refit):
     def refit(self, task: RefitTask) -> list[str]:
         """Bridge; see the class."""
         gaps, told = task.gaps(), []
-        removed = [edit.layer for edit in task.edits if edit.op == "remove"]
+        removed = [edit.layer for edit in task.edits if isinstance(edit, REMOVALS)]
         if not gaps:
             return [
                 "nothing to bridge: no removed layer has a survivor below it" if removed else "no layer was removed"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from iskd.plan import StageResult
+from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
 from iskd.report.figures.depth_curves import _LOOKS, Curve, _draw
 from iskd.report.read_run import read_run
@@ -17,7 +18,7 @@ def read_curve(run_dir: Path, name: str | None = None) -> Curve:
     files = read_run(run_dir)
     layers, points = files.num_layers, []
     for stage in kept_of(files.stages):
-        layers -= sum(edit["op"] == "remove" for edit in stage.edits)
+        layers -= sum(edit["op"] in REMOVAL_OPS for edit in stage.edits)
         points.append((layers, stage))
     if not points or layers < 1:
         raise ValueError(f"{run_dir} has no finished stage to draw; is it the folder of a run?")

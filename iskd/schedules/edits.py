@@ -1,4 +1,4 @@
-"""What is done to a layer: replace its block, remove it, convert its attention. Group `edit` of the config.
+"""What is done to a layer: replace its block, remove it, merge it, convert its attention. Group `edit` of the config.
 
 Each kind makes the edit of one layer, a frozen value. `takes` names the groups of the config whose choice it puts in
 (`block`, `mixer`); that choice is passed as data.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import NonNegativeFloat
+
 from iskd.plan import Convert, Edit, Remove, Replace, Spec
+from iskd.plan.edits import Merge
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ReplaceWith:
     """
 
     takes: ClassVar[tuple[str, ...]] = ("block",)
+    removes: ClassVar[bool] = False
     block: Spec
     fit: bool = True
 
@@ -43,11 +47,40 @@ class RemoveLayers:
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
+    removes: ClassVar[bool] = True
     fit: bool = False
 
     def make(self, layer: int, seed: int) -> Edit:
         """The edit of one layer."""
         return Remove(layer)
+
+
+@dataclass(frozen=True)
+class MergeLayers:
+    """Edits that take a layer out, whose best heads and channels the block below takes over where that is better.
+
+    The two are put side by side and pruned back to one block of the teacher's own sizes; by held-out KL that or plain
+    removal stays. `ridge`: how strongly the fit holds on to inherited weights. Layer 0 is never edited.
+
+    Source: FlattenGPT (arXiv 2602.08858), CoMe (arXiv 2510.15304); channels leave as in ZipLM (arXiv 2302.04089)
+    Needs: an importance, or an order; calibration tokens (`run.fit_tokens`)
+    Costs: a fit for every layer, on twice the channels of a block; the cache of the layer goes with it
+    Measured: not measured
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    removes: ClassVar[bool] = True
+    ridge: NonNegativeFloat = 0.1
+    fit: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what would silently be a removal."""
+        if not self.fit:
+            raise ValueError("edit.fit=false: layers are merged by a fit; use edit=remove")
+
+    def make(self, layer: int, seed: int) -> Edit:
+        """The edit of one layer."""
+        return Merge(layer, self.ridge)
 
 
 @dataclass(frozen=True)
@@ -62,6 +95,7 @@ class ConvertTo:
     """
 
     takes: ClassVar[tuple[str, ...]] = ("mixer",)
+    removes: ClassVar[bool] = False
     mixer: Spec
     fit: bool = False
 
@@ -75,4 +109,4 @@ class ConvertTo:
         return Convert(layer, self.mixer, seed=seed * 10_007 + layer)
 
 
-EditKind = ReplaceWith | RemoveLayers | ConvertTo
+EditKind = ReplaceWith | RemoveLayers | MergeLayers | ConvertTo

@@ -11,7 +11,6 @@ from pydantic import PositiveFloat
 from iskd.plan import Stage
 from iskd.plan.edits import describe
 from iskd.schedules.base import Choice, History
-from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.orders import first_available
 from iskd.schedules.settings import Heal, Layers
 from iskd.schedules.target import Target
@@ -53,7 +52,9 @@ class LayerSchedule(Layers, Heal):
         """Check the values."""
         Layers.__post_init__(self)
         if self.target.count is None and not self.removes:
-            raise ValueError(f"{self.target} is for edit=remove; say how many layers are edited with schedule.count")
+            raise ValueError(
+                f"{self.target} is for edit=remove and edit=merge; say how many layers are edited with schedule.count"
+            )
         if self.tokens < 0 or not 0 <= self.final_share < 1:
             raise ValueError(
                 "schedule.tokens must be >= 0 and schedule.final_share in [0, 1), got "
@@ -85,7 +86,7 @@ class LayerSchedule(Layers, Heal):
     @property
     def removes(self) -> bool:
         """Whether edits leave fewer layers."""
-        return isinstance(self.edit, RemoveLayers)
+        return self.edit.removes
 
     @property
     def scoring(self) -> str:

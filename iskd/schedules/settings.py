@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from iskd.plan import Record
 from iskd.plan.stage import LoraSpec, lora_of
-from iskd.schedules.edits import EditKind
+from iskd.schedules.edits import EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
 
 # by name of a choice of layers, the first one and the step to the next
@@ -115,6 +115,8 @@ class Layers:
         ends = [*range(depth)[: self.protect_first], *range(depth)[max(0, depth - self.protect_last) :]]
         first, step = NAMED[self.layers if isinstance(self.layers, str) else "all"]
         others = set(range(depth)) - set(range(first, depth, step))
+        if isinstance(self.edit, MergeLayers):
+            others.add(0)  # no block below could take it over
         return sorted({*check_layers(sorted(set(self.protect)), record, "protect"), *ends, *others})
 
 

@@ -11,15 +11,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks import Fitted, warm_start
+from iskd.blocks import Fitted, Merged, warm_start
+from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
-from iskd.plan import Convert, Record, Stage
+from iskd.plan import Convert, Edit, Record, Remove, Stage
+from iskd.plan.edits import Merge
 from iskd.refits import Refit, refit_survivors
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
@@ -72,14 +75,15 @@ def carry_out(
         BrokenOffError: a process was asked to stop between two blocks of a refit.
     """
     student, before = module.student, module.record
-    touched = [edit.layer for edit in stage.edits if edit.op != "remove"]
+    touched = _opened(before, stage.edits)
     origin = sharding.thaw(student, module.teacher, before, touched)
     old = dict(zip(before.layers, Stack(student).layers, strict=True))
     record = surgery.apply(student, before, stage.edits)
-    fitted: list[Fitted] = []
-    if batches:
+    fitted: list[Fitted | Merged] = []
+    if batches or any(isinstance(edit, Merge) for edit in stage.edits):
         with forward_context():
-            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches)
+            judge = partial(_distance, module)
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
     if stage.edits and refits:
@@ -94,6 +98,20 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events, seconds if refitted else 0.0)
+
+
+def _opened(before: Record, edits: Sequence[Edit]) -> list[int]:
+    """Layers whose blocks are read or changed: edited ones that are not just removed, and those that merges go into."""
+    after = before.extended(edits)
+    below = [after.below(edit.layer) for edit in edits if isinstance(edit, Merge)]
+    return [*(edit.layer for edit in edits if not isinstance(edit, Remove)), *(x for x in below if x is not None)]
+
+
+def _distance(module: DistillModule, windows: Sequence[Tensor]) -> float:
+    """KL of the student to its teacher on windows [B, T], in nats per token; rank 0's on every rank."""
+    quality = measure_quality(module.student, module.teacher, [{"input_ids": batch} for batch in windows])
+    sharding.reshard(module.student)
+    return float(module.ranks.first(quality["kl"]))
 
 
 def _refit(

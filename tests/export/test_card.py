@@ -13,12 +13,15 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from iskd.export.card import licence_of, write_card
 from iskd.export.card_measured import refresh_card
 from iskd.plan import Record, Remove, Replace, Spec, StageResult
+from iskd.plan.edits import Merge
 from iskd.plan.results import write_stages
 from tests.run_folders import EFFICIENCY
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
 HUB = {"name": "some/teacher", "kind": "hub", "sha256": "ab" * 32, "revision": "v2"}
-RECORD = Record(8).extended([Replace(1, SLIM), Remove(2), Remove(1), Remove(4), *(Replace(i, SLIM) for i in (5, 6))])
+RECORD = Record(8).extended(
+    [Replace(1, SLIM), Remove(2), Remove(1), Remove(4), Merge(7), *(Replace(i, SLIM) for i in (5, 6))]
+)
 
 
 def card(folder: Path, **facts: Any) -> tuple[dict[str, Any], str]:
@@ -61,14 +64,15 @@ def test_card_says_what_the_files_say(tmp_path: Path) -> None:
         HUB["sha256"],
         "v2",
         "12,345 parameters",
-        "5 of 8 layers",
+        "4 of 8 layers",
         "c0ffee",
         "feed",
         "beef",
         "items of piqa that layers were chosen by: 1",
     ):
         assert said in body
-    assert "Removed 3 of 8 layers: 1, 2, 4." in body
+    assert "Removed 4 of 8 layers: 1, 2, 4, 7." in body
+    assert "Merged into the block below where that was nearer to the teacher: 7." in body
     assert "Replaced the block of layers 5, 6 by `iskd.blocks.slim.Slim` (ratio=0.5)." in body
     assert "| perplexity | 10 | 12.5 |" in body, "the last stage that was kept"
     assert "| remove 3 | 99 | 99 | 0.1 | undone |" in body

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from iskd.plan import edits
-from iskd.plan.edits import Convert, Edit, Record, Remove, Replace, Spec, describe
+from iskd.plan.edits import Convert, Edit, Merge, Record, Remove, Replace, Spec, describe
 from iskd.plan.reading import record_from_json, stage_from_json, to_json
 from iskd.plan.stage import Stage
 from iskd.system import read_json
@@ -20,6 +20,7 @@ from iskd.system.reading import read_as
 
 SPEC = Spec("iskd.blocks.linear.Linear", {"ridge": 0.5, "deep": {"list": [1, None, True]}})
 RECORD = Record(6).extended([Replace(1, SPEC, seed=7), Remove(3), Convert(4, SPEC, seed=2), Remove(1)])
+MERGED = Record(6).extended([Merge(2), Merge(3, ridge=0.5), Remove(1), Replace(0, SPEC)])
 STAGE = Stage("two", (Replace(0, SPEC), Remove(2)), tokens=64, train="new", lr=1e-3, lr_new=2e-3, fit=False)
 
 
@@ -31,6 +32,7 @@ def test_every_value_survives_json() -> None:
     assert read_as(Spec, through_json(SPEC), "spec") == SPEC
     assert [read_as(Edit, through_json(edit), "edit") for edit in RECORD.edits] == list(RECORD.edits)
     assert record_from_json(through_json(RECORD)) == RECORD
+    assert record_from_json(through_json(MERGED)) == MERGED
     assert stage_from_json(through_json(STAGE)) == STAGE
     assert record_from_json({"num_layers": 3}) == Record(3)
     assert stage_from_json({"name": "heal"}) == Stage("heal")
@@ -42,13 +44,16 @@ REPLACE = to_json(Replace(1, SPEC))
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"op": "explode", "layer": 1}, "unknown op 'explode'; known are .'convert', 'remove', 'replace'"),
+        ({"op": "explode", "layer": 1}, "unknown op 'explode'; known are .'convert', 'merge', 'remove', 'replace'"),
         ({"layer": 1}, "unknown op None"),
         ({"op": ["remove"], "layer": 1}, "unknown op"),
         ({"op": {}, "layer": 1}, "unknown op"),
         ("remove", r"edits\[0\] must be an object, got 'remove'"),
         (None, r"edits\[0\] must be an object, got None"),
         ({"op": "remove", "layer": 1, "force": True}, "remove: unknown key 'force'"),
+        ({"op": "merge", "layer": 1, "ridge": -1}, "merge: ridge"),
+        ({"op": "merge", "layer": 1, "ridge": math.nan}, "merge: ridge"),
+        ({"op": "merge", "layer": 0}, "merge 0: no layer is left below it"),
         ({"op": "remove"}, "remove: key 'layer' is missing"),
         ({"op": "remove", "layer": True}, "remove: layer must be an integer, got True"),
         ({"op": "remove", "layer": 1.0}, "remove: layer must be an integer, got 1.0"),
@@ -185,6 +190,13 @@ def test_shipped_blocks_resolve() -> None:
         ([Replace(1, SPEC), Replace(1, SPEC)], "replace 1: it was replaced by an earlier edit"),
         ([Convert(1, SPEC), Convert(1, SPEC)], "convert 1: its mixer was converted by an earlier edit"),
         ([Remove(0), Remove(2), Remove(1)], "remove 1: it is the last layer; a student needs at least one"),
+        ([Merge(1), Remove(1)], r"remove 1: that layer was removed by an earlier edit; left are \[0, 2\]"),
+        ([Remove(0), Merge(1)], r"merge 1: no layer is left below it that could take it over; remove it"),
+        (
+            [Replace(0, SPEC), Remove(1), Merge(2)],
+            r"merge 2 into 0: only blocks of the teacher's own .* replace 0 before",
+        ),
+        ([Convert(2, SPEC), Merge(2)], r"merge 2 into 1: only blocks of the teacher's own .* convert 2 before"),
         ([Remove(3)], r"remove 3: the teacher has layers 0\.\.2"),
         ([Replace(-1, SPEC)], r"replace -1: the teacher has layers 0\.\.2"),
     ],

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from iskd.plan import Record, Remove, Replace, Spec, Stage
+from iskd.plan.edits import Merge
 from iskd.schedules import History, Schedule, next_stage
-from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
+from iskd.schedules.edits import ConvertTo, MergeLayers, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
@@ -445,10 +446,23 @@ def test_removals_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: di
         schedule(REMOVE, **kwargs)
 
 
+def test_merges_are_removals_that_spare_the_lowest_layer() -> None:
+    schedule = Iterative(MergeLayers(ridge=0.5), target_layers=6, layers=[2, 1, 3], tokens=0)
+    assert schedule.removes
+    assert [stage.edits for stage in play(schedule)] == [(Merge(2, 0.5),), (Merge(1, 0.5),)]
+    assert all(stage.fit for stage in play(schedule))
+    with pytest.raises(ValueError, match=r"only 2 layers may be edited \(protected: \[0\]\)"):
+        play(Iterative(MergeLayers(), layers=[1, 0, 2], tokens=0))
+    with pytest.raises(ValueError, match=r"edit.fit=false: layers are merged by a fit; use edit=remove"):
+        MergeLayers(fit=False)
+
+
 @pytest.mark.parametrize("edit", [REPLACE, ConvertTo(Spec("iskd.mixers.linear_attention.LinearAttention"))])
 @pytest.mark.parametrize("target", ["target_layers", "target_params"])
 def test_a_depth_or_a_size_is_for_removals(edit: Any, target: str) -> None:
-    with pytest.raises(ValueError, match=rf"schedule.{target}=4 is for edit=remove; .* with schedule.count"):
+    with pytest.raises(
+        ValueError, match=rf"schedule.{target}=4 is for edit=remove and edit=merge; .* with schedule.count"
+    ):
         Iterative(edit, **{target: 4})
 
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from iskd.importance.bi_veto import BlockInfluenceVeto
 from iskd.models import sharding
 from iskd.models.weights import model_tensors
-from iskd.schedules.edits import ReplaceWith
+from iskd.schedules.edits import MergeLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.state import checkpoint, checkpoint_files
 from tests import programs
 from tests.factories import tiny
 from tests.reliability import Bench
-from tests.runs import SLIM, TOKENS, largest_difference, write_text
+from tests.runs import TOKENS, largest_difference, write_text
 from tests.worlds import World, run_world
 
 STRATEGIES = ("ddp", "fsdp")
@@ -202,8 +202,8 @@ def test_a_missed_floor_rolls_back_on_all_ranks(strategy: str | None, folder: Pa
 
 
 def test_scores_and_choices_are_the_same_in_shards(folder: Path) -> None:
-    """Leave-one-out sweeps, cosine scores and rescoring on a student in shards."""
-    choose = Iterative(ReplaceWith(SLIM), count=2, tokens=4 * TOKENS, lr=1e-3, rescore=True)
+    """Leave-one-out sweeps, cosine scores, rescoring and merges, which are judged, on a student in shards."""
+    choose = Iterative(MergeLayers(), count=2, tokens=4 * TOKENS, lr=1e-3, rescore=True)
     changes = {"schedule": choose, "importance": BlockInfluenceVeto()}
     alone, split = (trained(folder, f"scores-{s}", s, **changes)[0]["stages"] for s in (None, "fsdp"))
     assert [stage[0] for stage in alone] == [stage[0] for stage in split]

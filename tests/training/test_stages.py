@@ -16,6 +16,7 @@ import torch
 import iskd
 from iskd.models.weights import model_tensors
 from iskd.plan import Record, Remove, Replace, Stage, StageResult
+from iskd.plan.edits import Merge
 from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.live import Live
@@ -78,9 +79,7 @@ def numbers(row: StageResult) -> dict[str, Any]:
 
 SCHEDULES: dict[str, Callable[[], Any]] = {
     "every edit": lambda: Scripted(every_edit(steps=3)),
-    "no training": lambda: Scripted(
-        [Stage("one", (Remove(1),)), Stage("two", (Replace(2, SLIM),), tokens=0, fit=True)]
-    ),
+    "no training": lambda: Scripted([Stage("one", (Merge(1),)), Stage("two", (Replace(2, SLIM),), tokens=0, fit=True)]),
     "trials": lambda: Iterative(
         RemoveLayers(), count=1, tokens=TOKENS * 2, rescore=True, candidates=2, trial_tokens=TOKENS
     ),
@@ -102,7 +101,9 @@ def test_the_loop_alone_is_the_run(name: str, make: Callable[..., Parts], tmp_pa
 
 
 def test_it_goes_on_from_any_checkpoint(make: Callable[..., Parts], tmp_path: Path) -> None:
-    make_run = partial(make, schedule=Scripted(every_edit(steps=3)), options={"checkpoint_every": 1, "keep": 3})
+    merge = Stage("merge 1", (Merge(1),), tokens=3 * TOKENS, lr=1e-3)
+    stages = [merge, *(stage for stage in every_edit(steps=3) if stage.name != "remove 1")]
+    make_run = partial(make, schedule=Scripted(stages), options={"checkpoint_every": 1, "keep": 3})
     whole = Plain(make_run(tmp_path / "whole"))
     whole.run()
     for stop_after in (2, 3, 7):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from iskd.plan import StageResult
+from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.run_files import RECORD_FILE, STAGES_FILE
 from iskd.report.figures.style import PALETTE, SQUARES, figure_of, short_label, to_svg
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("original", "compact", "removed", "converted")
-_KIND_OF_OP = {"replace": "compact", "remove": "removed", "convert": "converted"}
+_KIND_OF_OP = {"replace": "compact", "convert": "converted"} | dict.fromkeys(REMOVAL_OPS, "removed")
 KIND_COLOUR = {
     "original": PALETTE["cell"],
     "compact": PALETTE["blue"],

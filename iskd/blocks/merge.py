@@ -1,0 +1,167 @@
+"""Two blocks as one of the same sizes: put side by side, the best heads and channels kept, outputs re-solved.
+
+Side by side both read the stream that enters the lower one, so the merged block is what the pair would be if the upper
+one did not read what the lower one writes. Half of its heads and channels then leave as in `slim`, and the
+MLP's output projection is re-solved towards the teacher's state after the upper block. The result is one of the host's
+own blocks: a model of such blocks loads anywhere.
+
+One entrance norm serves both: with gains g and biases b of the norms, a projection of the upper block that read
+g_u n + b_u reads g_l n + b_l with W' = W diag(g_u / g_l) and W b_u - W' b_l more bias. What that cannot carry is left
+out and shows in the fit: a constant where the projection has no bias, and norms of queries and keys (Qwen3), which
+stay those of the lower block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iskd.blocks.base import FitData
+from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down
+from iskd.blocks.slicing import cut, resized, set_width
+from iskd.models.projections import set_submodule, weight_of
+
+# a gain this much smaller than the largest one of its norm lets nothing through that could be scaled up again
+_NO_GAIN = 1e-6
+_ROUNDING = 1e-6  # nats
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge was worth: nats per token to the teacher on held-out windows, removed alone and merged."""
+
+    layer: int
+    into: int
+    removed: float
+    merged: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the merged block stays."""
+        return self.merged < self.removed - _ROUNDING
+
+    def __str__(self) -> str:
+        """For the run's record."""
+        kept = "merged" if self.better else "removed, as that is no farther"
+        return (
+            f"layer {self.layer} into {self.into}: held-out KL {self.removed:.4f} removed, {self.merged:.4f} merged; "
+            f"{kept}"
+        )
+
+
+@torch.no_grad()
+def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float) -> nn.Module:
+    """The pair as one block of the lower one's class and sizes; both stay as they are.
+
+    Args:
+        lower: the block that stays in the stack.
+        upper: the block that leaves.
+        data: what enters the lower one, and the teacher's states after the upper one.
+        ridge: of every fit, towards the inherited weights.
+
+    Raises:
+        ValueError: a projection of the blocks reads something else than a norm's output, or a fit is singular.
+    """
+    stack = data.stack
+    wide = side_by_side(lower, upper, data)
+    heads, narrow = choose_heads(wide, data, stack.dims.kv_heads, ridge)
+    path = stack.family.down
+    channels = eliminate(down_system(narrow, path, data), narrow.get_submodule(path), stack.dims.mlp, ridge)
+    new = cut(wide, stack, heads, channels)
+    solve_down(new, path, down_system(new, path, data), ridge)
+    return new
+
+
+@torch.no_grad()
+def side_by_side(lower: nn.Module, upper: nn.Module, data: FitData) -> nn.Module:
+    """A block with the heads and channels of both, which reads one stream."""
+    stack, family = data.stack, data.stack.family
+    wide = copy.deepcopy(lower)
+    norms = _entrances(lower, data)
+    for path in (*family.qkv, *family.ups):
+        first, second = lower.get_submodule(path), upper.get_submodule(path)
+        weight, bias = _behind(
+            second, lower.get_submodule(norms[path]), upper.get_submodule(norms[path]), stack.dims.hidden
+        )
+        parts = 3 if family.fused == "thirds" and path in family.qkv else 1
+        both = _interleaved(weight_of(first), weight, parts)
+        old_bias = getattr(first, "bias", None)
+        both_bias = None if old_bias is None or bias is None else _interleaved(old_bias, bias, parts)
+        set_submodule(wide, path, resized(first, both, both_bias))
+    for path in (family.out, family.down):
+        first, second = lower.get_submodule(path), upper.get_submodule(path)
+        bias = (
+            None if getattr(first, "bias", None) is None else first.get_parameter("bias") + second.get_parameter("bias")
+        )
+        set_submodule(wide, path, resized(first, torch.cat([weight_of(first), weight_of(second)], dim=1), bias))
+    set_width(wide, stack)
+    return wide
+
+
+def _interleaved(first: Tensor, second: Tensor, parts: int) -> Tensor:
+    """Rows of two projections one behind the other, within each of `parts` equal parts (queries, keys, values)."""
+    pairs = zip(first.chunk(parts), second.chunk(parts), strict=True)
+    return torch.cat([part for pair in pairs for part in pair])
+
+
+def _behind(projection: nn.Module, norm: nn.Module, own: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a projection that reads `norm` and gives what it gave behind its `own` norm."""
+    weight, bias = weight_of(projection), getattr(projection, "bias", None)
+    (gain, shift), (own_gain, own_shift) = (_affine(module, width, weight) for module in (norm, own))
+    ratio = torch.where(gain.abs() > _NO_GAIN * gain.abs().max(), own_gain / gain, torch.zeros_like(gain))
+    moved = weight.double() * ratio
+    if bias is not None:
+        bias = (bias.double() + weight.double() @ own_shift - moved @ shift).to(bias.dtype)
+    return moved.to(weight.dtype), bias
+
+
+def _affine(norm: nn.Module, width: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain [D] and bias [D] of a norm, up to one factor that all norms of a model share.
+
+    Read off what it does to a probe of the kind of `weight`: families write gains in different ways (Gemma adds one).
+    """
+    probe = torch.ones(1, 1, width, device=weight.device, dtype=weight.dtype)
+    probe[..., ::2] = -1.0
+    probe -= probe.mean()  # no number is 0, and whether a norm takes the mean off makes no difference
+    with torch.autocast(weight.device.type, enabled=False):
+        shift = norm(torch.zeros_like(probe)).double().flatten()
+        gain = (norm(probe).double().flatten() - shift) / probe.double().flatten()
+    return gain, shift
+
+
+def _entrances(block: nn.Module, data: FitData) -> dict[str, str]:
+    """By path of a projection that reads the stream, the path of the norm between the two.
+
+    Raises ValueError where there is none.
+    """
+    family = data.stack.family
+    outputs: list[tuple[str, Tensor]] = []
+    found: dict[str, str] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, output: outputs.append((name, output))
+
+    def find(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: found.update((path, name) for name, output in outputs if output is args[0])
+
+    norms = [(name, module) for name, module in block.named_modules() if "norm" in type(module).__name__.lower()]
+    paths = (*family.qkv, *family.ups)
+    handles = [module.register_forward_hook(note(name)) for name, module in norms]
+    handles += [block.get_submodule(path).register_forward_pre_hook(find(path)) for path in paths]
+    try:
+        data.run(block, data.inputs[0], 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [path for path in paths if path not in found]
+    if missing:
+        raise ValueError(
+            f"blocks cannot be merged: what enters {missing[0]} is not a norm's output, because norms stand behind "
+            "the sums of this model; use edit=remove"
+        )
+    return found
