@@ -40,6 +40,7 @@ AUTO = "auto"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Hydra's variable: 1 = every error with its traceback."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_UNKNOWN = re.compile(r"Could not load '(\w+)/([^']+)'")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
 
@@ -139,7 +140,7 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 if composed and isinstance(error, ValueError):  # of the task, in its own words
                     raise
-                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {_sentence(error)}") from error
+                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
 
     return main
 
@@ -162,8 +163,10 @@ def _write(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def _sentence(error: BaseException) -> str:
-    """What Hydra found, with the reason below it."""
+def sentence(error: BaseException) -> str:
+    """What Hydra found, with the reason below it; of a list such as `refit=[...]`, what could be in it."""
+    if (unknown := _UNKNOWN.search(str(error))) and (known := options(unknown[1])):
+        return f"{unknown[1]} has no {unknown[2]!r}; choose {', '.join(known)}"
     cause = error.__cause__
     reason = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error) else ""
     return f"{str(error).strip()}{reason}"

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
-from iskd.commands.arguments import literal_paths
+from iskd.commands.arguments import literal_paths, sentence
 from iskd.commands.config import CONF, forget_folders, new_folder
 from iskd.commands.resume import resumed
 from iskd.data import Source
@@ -38,7 +38,7 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
             forget_folders()  # another run of this process, perhaps in the same second
             name, folder = str(config.name), run_dir or Path(new_folder(str(config.hydra.run.dir)))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(f"overrides {list(overrides)}: {error}") from error
+            raise ValueError(f"overrides {list(overrides)}: {sentence(error)}") from error
     with open_dict(config):
         config.name = name
         del config["hydra"]

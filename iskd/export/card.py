@@ -78,6 +78,7 @@ def write_card(
     teacher: Mapping[str, Any] | None = None,
     run_dir: Path | None = None,
     rounding: Rounding | None = None,
+    why: str = "",
 ) -> Path:
     """Write the model card into `folder` and return its path.
 
@@ -92,6 +93,7 @@ def write_card(
         run_dir: the run's, for stages.json, data.json, environment.json, config.yaml, evaluation.json and
             efficiency.json; each may be missing. `iskd.export.card_measured.refresh_card` renews what the last two say.
         rounding: the type of the weights and what it cost; None says nothing of it.
+        why: why plain transformers does not load it.
     """
     # at the call: it brings evaluation and with it Lightning, for which nobody who opens a student should wait
     from iskd.export.card_measured import eval_results, measured_section
@@ -112,6 +114,7 @@ def write_card(
         _list(edits_in_words(record)),
         "## How to load it",
         _NATIVE if native else _OWN,
+        *([f"Why: {why}."] if why else []),
         *([] if rounding is None else [_stored(rounding)]),
         "`iskd verify DIR` opens it in a clean process and compares what it says with what it said when it was made.",
         "## Numbers",

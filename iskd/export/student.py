@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
@@ -104,7 +105,7 @@ def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     dims, family, block = stack.dims, stack.family, stack.layers[0]
     config = copy.deepcopy(model.config)
     try:
-        heads = inputs_of(block.get_submodule(family.out)) // dims.head_dim
+        heads = _heads(stack, block)
         channels = inputs_of(block.get_submodule(family.down))
         if channels != dims.mlp:
             setattr(config, family.mlp_size, channels)
@@ -119,6 +120,29 @@ def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     except (AttributeError, ValueError, StrictDataclassError):
         return None  # the block has no such modules, or the family no such sizes
     return config if _build_of(stock) == _build_of(model) else None
+
+
+def why_not_native(model: PreTrainedModel) -> str:
+    """Why `native_config` has found nothing, in a clause for people."""
+    stack = Stack(model)
+    dims, family, kind = stack.dims, stack.family, model.config.model_type
+    try:
+        sizes = {(_heads(stack, block), inputs_of(block.get_submodule(family.down))) for block in stack.layers}
+    except AttributeError:
+        return "it has compact blocks or mixers of iskd's own"
+    if len(sizes) > 1:
+        return f"its layers have different sizes, {len(sizes)} kinds of (heads, MLP channels); slim every layer alike"
+    heads = sizes.pop()[0]
+    if heads != dims.heads:
+        return (
+            f"a config of {kind} cannot say {heads} heads of width {dims.head_dim} in a stream of {dims.hidden}; keep "
+            f"all heads (block.ratio=null block.kv_groups={dims.kv_heads} block.channels=...)"
+        )
+    return f"its attention depends on a layer's number in a way that a config of {kind} cannot say once layers are gone"
+
+
+def _heads(stack: Stack, block: nn.Module) -> int:
+    return inputs_of(block.get_submodule(stack.family.out)) // stack.dims.head_dim
 
 
 def _build_of(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:

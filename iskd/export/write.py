@@ -10,6 +10,7 @@ lines of `modeling_iskd.py` beside the weights that import iskd.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,12 +24,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from iskd.export.card import write_card
 from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.storage import Rounding, rounded, rounding_of
-from iskd.export.student import MAX_SHARD_BYTES, _versions, write
+from iskd.export.student import MAX_SHARD_BYTES, _versions, why_not_native, write
 from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole
 from iskd.system.files import clear_place, draft_of, sweep
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -75,6 +78,9 @@ def export(
     try:
         stored, changed = rounded(model, dtype or model.dtype)
         native = write(draft, stored, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
+        why = "" if native else why_not_native(stored)
+        if why:
+            _log.info("transformers alone cannot load the student, iskd does: %s", why)
         probe = ask(stored)
         words = "random tokens" if text is None else "validation text"
         windows_BT = torch.tensor(probe.ids) if text is None else text
@@ -85,6 +91,7 @@ def export(
             draft,
             record,
             native=native,
+            why=why,
             model_type=teacher_config.model_type,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             versions=_versions(),

@@ -178,7 +178,9 @@ class Stack:
         `kept` are the positions (in the present stack) that survive; needed when the depth changes.
         """
         depth = len(self.layers)
-        setattr(self.base, self.family.layers, nn.ModuleList(blocks))
+        layers = nn.ModuleList(blocks)
+        layers.training = self.layers.training  # train() would change the blocks' own
+        setattr(self.base, self.family.layers, layers)
         if kept is not None:
             # the config describes layers by position too (full or sliding attention): keep the survivors' entries
             for key in PER_LAYER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,7 +50,7 @@ def refit_survivors(
         Sentences for the run's record: what each refit did, and what it was worth.
 
     Raises:
-        ValueError: there is too little text, or a state is not finite.
+        ValueError: there is too little text, or a state is not finite, of the teacher or of the student.
     """
     ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
@@ -58,6 +59,12 @@ def refit_survivors(
             fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
             task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop)
             before = _kl(task)
+            if not ranks.first(math.isfinite(before)):
+                raise ValueError(
+                    f"refit.{name}: the KL between teacher and student is not finite on held-out calibration text, "
+                    "before anything is refitted; check the weights of both, or train in float32 "
+                    "(trainer.precision=32-true)"
+                )
             kept = _weights(student)
             told = refit.refit(task)
             after = _kl(task)
@@ -81,11 +88,15 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
 
     Raises ValueError where a rank would have no window of one of the two.
     """
-    every = torch.cat(list(windows))
+    every = torch.cat(list(windows)) if windows else torch.empty(0, 2)
     share = refit.held_tokens / (refit.tokens + refit.held_tokens)
     number = min(len(every) - 1, max(ranks.size, round(len(every) * share)))
+    name = refit.name()
+    if every.shape[1] < 2:
+        raise ValueError(
+            f"refit.{name}: calibration windows of one token have no next token: raise data.seq_len to 2 or more"
+        )
     if number < ranks.size or len(every) - number < ranks.size:
-        name = refit.name()
         raise ValueError(
             f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
             f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "

@@ -6,6 +6,7 @@ buys many more updates, and each block hears of its own error alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -46,7 +47,7 @@ class Local(BlockRefit):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if not self.lr > 0 or self.epochs < 1:
+        if not 0 < self.lr < math.inf or self.epochs < 1:
             raise ValueError(
                 f"refit.local.lr={self.lr} and epochs={self.epochs}: give a positive rate and an epoch or more"
             )

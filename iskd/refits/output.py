@@ -13,6 +13,7 @@ the error on the fold left out; where no choice has a lower one than the old wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -60,12 +61,13 @@ class Output(BlockRefit):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        unknown = [name for name in self.projections if name not in PROJECTIONS]
-        if unknown or not self.projections:
+        given = self.projections
+        if isinstance(given, str) or not given or set(given) - set(PROJECTIONS):
+            shown = given if isinstance(given, str) else list(given)
             raise ValueError(
-                f"refit.output.projections={list(self.projections)}: choose one or both of {', '.join(PROJECTIONS)}"
+                f"refit.output.projections={shown}: give a list of one or both of {', '.join(PROJECTIONS)}"
             )
-        if not self._ridges or min(self._ridges) <= 0:
+        if not self._ridges or not all(0 < ridge < math.inf for ridge in self._ridges):
             raise ValueError(f"refit.output.ridge={self.ridge}: give a positive number, or a list of them")
         if not self._shares or not all(0 < share <= 1 for share in self._shares):
             raise ValueError(f"refit.output.attention_share={self.attention_share}: give numbers in (0, 1]")
@@ -279,6 +281,7 @@ def _summary(notes: Sequence[_Solved]) -> list[str]:
     if short:
         lines.append(
             f"{short[0].rows} calibration tokens for {short[0].features} inputs of {short[0].path}: the ridge keeps "
-            f"this harmless, but give refit.output.tokens={8 * short[0].features} or more"
+            f"this harmless, but give refit.output.tokens={8 * short[0].features} or more, of as much calibration text "
+            "(data.calibration_fraction)"
         )
     return lines

@@ -101,6 +101,8 @@ class Projection:
             moved = self._site.run(index)
         finally:
             handle.remove()
+        if not bool(moved.isfinite().all()):
+            return  # `checked` says so
         if not torch.allclose((moved - plain).float(), nudge.expand_as(plain), rtol=0.05):
             raise ValueError(
                 f"{self.path} of layer {self._site.layer}: what it returns is not added to the stream as it is (a norm "

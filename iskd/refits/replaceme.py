@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -36,8 +37,8 @@ class ReplaceMe(Refit):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if self.ridge < 0:
-            raise ValueError(f"refit.replaceme.ridge={self.ridge} is negative; use 0 or more")
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"refit.replaceme.ridge={self.ridge}: give a number, 0 or more")
 
     @property
     def passes(self) -> float:

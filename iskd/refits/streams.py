@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +24,14 @@ class Streams:
     def __init__(self, place: str, device: torch.device) -> None:
         self._place, self._device = place, device
         self._kept: dict[int, Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="iskd-streams-") if place == "disk" else None
+        self._folder = Path(tempfile.mkdtemp(prefix="iskd-streams-")) if place == "disk" else None
+        if self._folder is not None:
+            # a refit that is broken off leaves none; TemporaryDirectory would warn of a folder that nobody has closed
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         if self._folder is not None:
-            file = Path(self._folder.name) / str(index)
+            file = self._folder / str(index)
             if index not in self._kept:
                 kept = torch.from_file(str(file), shared=True, size=value.numel(), dtype=value.dtype)
                 self._kept[index] = kept.view(value.shape)

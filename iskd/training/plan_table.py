@@ -107,6 +107,8 @@ def announce(
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
         print_plan(rows)
+        if refit_tokens and not any(stage.edits for stage in plan):
+            Console().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
 
 
 def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 import iskd
 from iskd.export import loading
 from iskd.export import student as student_module
-from iskd.export.student import MAX_SHARD_BYTES, write
+from iskd.export.student import MAX_SHARD_BYTES, why_not_native, write
 from iskd.export.write import export
 from iskd.models import Stack, surgery
 from iskd.models.families import dims_of
@@ -233,26 +234,28 @@ def test_every_list_of_one_value_per_layer_is_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "keys", "edits"),
+    ("family", "keys", "edits", "why"),
     [
-        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, channels=48)]),
-        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, kv_groups=1)]),
-        ("llama", {}, slimmed(0, 1, 2)),
-        ("llama", {"heads": 8, "kv_heads": 8}, slimmed(0, 1, 2, 3, kv_groups=5)),
-        ("gpt2", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
-        ("gpt_neox", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
-        ("opt", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
-        ("phi", {"qk_layernorm": True}, slimmed(0, 1, 2, 3, kv_groups=4)),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [Remove(1)]),
+        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, channels=48)], "different sizes, 2 kinds"),
+        ("llama", {}, [*slimmed(0, 1, 2), *slimmed(3, kv_groups=1)], "different sizes"),
+        ("llama", {}, slimmed(0, 1, 2), "different sizes"),
+        ("llama", {}, [Replace(1, Spec("iskd.blocks.linear.Linear", {}))], "compact blocks or mixers"),
+        ("llama", {"heads": 8, "kv_heads": 8}, slimmed(0, 1, 2, 3, kv_groups=5), "llama cannot say 5 heads of width 6"),
+        ("gpt2", {}, slimmed(0, 1, 2, 3, kv_groups=4), "gpt2 cannot say 4 heads .*block.kv_groups=6"),
+        ("gpt_neox", {}, slimmed(0, 1, 2, 3, kv_groups=4), "gpt_neox cannot say 4 heads"),
+        ("opt", {}, slimmed(0, 1, 2, 3, kv_groups=4), "opt cannot say 4 heads"),
+        ("phi", {"qk_layernorm": True}, slimmed(0, 1, 2, 3, kv_groups=4), "phi cannot say 4 heads"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [Remove(1)], "depends on a layer's number"),
     ],
 )
 @torch.no_grad()
 def test_what_no_config_of_the_family_says_is_left_to_iskd(
-    family: str, keys: dict[str, Any], edits: list[Any], tmp_path: Path
+    family: str, keys: dict[str, Any], edits: list[Any], why: str, tmp_path: Path
 ) -> None:
     """Sizes that differ, heads that do not divide the width, attention scaled by the layer's number."""
     model, record, teacher = student(family, *edits, **keys)
     assert not write(tmp_path, model, record, teacher.config)
+    assert re.search(why, why_not_native(model))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "iskd"
     assert torch.equal(iskd.load(tmp_path)(windows()).logits, model(windows()).logits)
 
