@@ -122,6 +122,10 @@ class _Root(TypedDict, total=False):
     cache_dir: str | None
 
 
+class _Export(TypedDict, total=False):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class _Logger(TypedDict, total=False):
     project: str
     entity: str | None
@@ -157,6 +161,7 @@ class _Data(TypedDict, total=False):
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
     "data.chat": (_Chat,),
+    "export": (_Export,),
     "run": ("iskd.plan.options.RunOptions",),
     "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
     "profile": ("iskd.training.profile.profile_parts",),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,8 +43,8 @@ class Refit(ABC):
         ValueError: a value that cannot work; the message names its key.
     """
 
-    tokens: int = 32_768
-    held_tokens: int = 8_192
+    tokens: PositiveInt = 32_768
+    held_tokens: PositiveInt = 8_192
     streams: str = "device"
     folds: ClassVar[int] = 1
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from iskd.models import Stack
@@ -40,8 +41,8 @@ class Local(BlockRefit):
     """
 
     _: KW_ONLY
-    lr: float = 2e-4
-    epochs: int = 4
+    lr: PositiveFloat = 2e-4
+    epochs: PositiveInt = 4
     sublayers: bool = False
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from iskd.models import Stack
@@ -36,7 +37,7 @@ class Magnitude(Refit):
     """
 
     _: KW_ONLY
-    tokens: int = 8_192
+    tokens: PositiveInt = 8_192
     statistic: str = "mean_abs"
 
     def __post_init__(self) -> None:

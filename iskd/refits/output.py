@@ -17,7 +17,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
 
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from iskd.blocks import Ridge
@@ -30,6 +32,7 @@ from iskd.refits.streams import Streams
 PROJECTIONS = ("attention", "mlp")
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
+Share = Annotated[float, Field(gt=0, le=1)]
 MIXER_OUT = "mixer.projections.o_proj"
 
 
@@ -54,9 +57,9 @@ class Output(BlockRefit):
 
     _: KW_ONLY
     projections: Sequence[str] = ("mlp",)
-    ridge: Sequence[float] | float = RIDGES
-    attention_share: Sequence[float] | float = SHARES
-    folds: int = 4  # type: ignore[misc]
+    ridge: Sequence[PositiveFloat] | PositiveFloat = RIDGES
+    attention_share: Sequence[Share] | Share = SHARES
+    folds: PositiveInt = 4  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check the values."""

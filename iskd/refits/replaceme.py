@@ -6,6 +6,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
@@ -31,8 +32,8 @@ class ReplaceMe(Refit):
     """
 
     _: KW_ONLY
-    tokens: int = 16_384
-    ridge: float = 0.0
+    tokens: PositiveInt = 16_384
+    ridge: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""

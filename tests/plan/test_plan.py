@@ -141,7 +141,7 @@ def test_names_outside_the_allow_list_are_refused(target: str) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        "iskd.blocks.slim.torch.hub.load",
+        "iskd.blocks.slicing.torch.hub.load",
         "iskd.blocks..x",
         "iskd.blocks.",
         "iskd.blocks.linear",
@@ -155,7 +155,7 @@ def test_names_that_lead_to_no_class_are_refused(target: str) -> None:
         Spec(target).resolve()
 
 
-@pytest.mark.parametrize("target", ["iskd.blocks.slim.torch", "iskd.blocks.slim.cut", "iskd.blocks.slim.__name__"])
+@pytest.mark.parametrize("target", ["iskd.blocks.slicing.torch", "iskd.blocks.slim.cut", "iskd.blocks.slim.__name__"])
 def test_what_is_no_class_is_refused(target: str) -> None:
     with pytest.raises(ValueError, match="not a class"):
         Spec(target).resolve()

@@ -123,7 +123,7 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 # what the parts of a shelf have in common; no yaml names them
 SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
-SHARED |= {"fitting", "ridge", "slicing", "small_decoder"}  # blocks
+SHARED |= {"choosing", "fitting", "merge", "ridge", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
 SHARED |= {"carrying_out", "projections", "streams"}  # refits
 SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
