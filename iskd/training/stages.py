@@ -195,7 +195,8 @@ class StageLoop:
         check_partition(live.optimizer, live.module.student)
         self._watch(stage)
         self.clock.speed, self.clock.refit = None, edited.refit_seconds
-        if self.options.measure_before and stage.edits:
+        # without training it is the quality at the end of the stage, which is measured then
+        if self.options.measure_before and stage.edits and self.count.batches_left:
             quality = self._measure()
             state.before = {key: quality[key] for key in QUALITY}
         if live.ranks.rank == 0:
@@ -278,6 +279,9 @@ class StageLoop:
                 raise self.unfinished()
             self._tick()
             values = self.clock.end(live.module, state.tokens)
+        else:
+            values = self.clock.edits()
+        if values:
             log_values(live.loggers, values, state.tokens, self.count.stage_number, self.count.in_run)
         merge_adapters(live.module, live.optimizer)
         state.events += live.module.alignment()
@@ -285,6 +289,8 @@ class StageLoop:
             self._judge(state.tournament)
             return
         quality = self._measure()
+        if self.options.measure_before and stage.edits and not self.count.stage_steps:
+            state.before = {key: quality[key] for key in QUALITY}
         floor = self.schedule.floor if stage.edits else None
         useless = no_better_than_guessing(quality, int(Stack(live.module.student).config.vocab_size))
         # asked so that a retention of nan does not pass
