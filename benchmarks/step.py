@@ -61,8 +61,8 @@ def half(timed: int) -> int:
     return max(1, timed // 2)
 
 
-def in_a_process(name: str, model: str, timed: int) -> dict[str, Any]:
-    """What `measure` returns in a fresh process, or {"error": why there is nothing}."""
+def in_a_process(name: str, model: str, timed: int, module: str = "benchmarks.step") -> dict[str, Any]:
+    """What `measure` of a module returns in a fresh process, or {"error": why there is nothing}."""
     environment = {
         "WANDB_MODE": "disabled",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -71,7 +71,7 @@ def in_a_process(name: str, model: str, timed: int) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.step", "--only", name, "--model", model, "--timed", str(timed)]
+        command = [sys.executable, "-m", module, "--only", name, "--model", model, "--timed", str(timed)]
         try:
             done = subprocess.run(
                 [*command, "--out", str(result)], env=environment, capture_output=True, text=True, timeout=TIMEOUT

@@ -18,6 +18,7 @@ runs with ISKD_ALLOCATOR=stock).
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from collections.abc import Callable
 from itertools import islice
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import low
-from benchmarks.step_setup import DEVICE, LR, Outcome, Recorder, Setup, Task, configured, prepared
+from benchmarks.step_setup import DEVICE, Outcome, Recorder, Setup, Task, configured, prepared
 from iskd.models import Stack
 from iskd.training import run
 
@@ -43,12 +44,12 @@ def kl_per_token(student: Tensor, teacher: Tensor) -> Tensor:
 # ---- loops by hand ---------------------------------------------------------------------------------------------------
 
 
-def loop(student: nn.Module, batches: Tensor, loss_of: Callable[[int, Tensor], Tensor]) -> Recorder:
+def loop(student: nn.Module, batches: Tensor, lr: float, loss_of: Callable[[int, Tensor], Tensor]) -> Recorder:
     """Forward, backward, clip and step; `loss_of` gives the loss of a step on its ids [B, T]."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0, fused=True)
     found = Recorder()
     for step, batch in enumerate(batches):
-        found.start()
+        found.start(student)
         loss = loss_of(step, batch.to(DEVICE))
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -56,7 +57,7 @@ def loop(student: nn.Module, batches: Tensor, loss_of: Callable[[int, Tensor], T
         optimizer.zero_grad()
         found.losses.append(loss.detach())
         found.batches.append(batch)
-        found.end()
+        found.end(student)
     return found
 
 
@@ -88,7 +89,7 @@ def run_padded(task: Task, steps: int) -> Outcome:
                 first.append((kl.detach() * given["attention_mask"]).sum() / given["attention_mask"].sum())
             return kl.sum() / 100 + sum(F.mse_loss(ours.hidden_states[a], theirs.hidden_states[b]) for a, b in states)
 
-        found = loop(setup.student, ids, loss_of)
+        found = loop(setup.student, ids, task.lr, loss_of)
         return found.outcome(tokens=mask.sum((1, 2)).tolist(), first_kl=float(first[0]))
 
 
@@ -101,7 +102,7 @@ def run_plain(task: Task, steps: int) -> Outcome:
                     theirs = setup.teacher(batch).logits
                 return kl_per_token(setup.student(batch).logits[:, :-1], theirs[:, :-1]).mean()
 
-        return loop(setup.student, setup.ids_NBT, loss_of).outcome()
+        return loop(setup.student, setup.ids_NBT, task.lr, loss_of).outcome()
 
 
 def run_liger(task: Task, steps: int) -> Outcome:
@@ -120,7 +121,7 @@ def run_liger(task: Task, steps: int) -> Outcome:
                 ours = student.last_hidden(batch)[:, :-1].flatten(0, 1)
                 return fused(ours, student.head[0], theirs, teacher.head[0], batch[:, 1:].flatten())
 
-        return loop(setup.student, setup.ids_NBT, loss_of).outcome()
+        return loop(setup.student, setup.ids_NBT, task.lr, loss_of).outcome()
 
 
 # ---- trainers that build on that of transformers ---------------------------------------------------------------------
@@ -141,10 +142,10 @@ def through_trainer(make: Callable[[Setup, dict[str, Any], dict[str, Any]], Any]
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            found.start()
+            found.start(setup.student)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            found.end()
+            found.end(setup.student)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = torch.tensor([row["input_ids"] for row in rows])
@@ -152,7 +153,12 @@ def through_trainer(make: Callable[[Setup, dict[str, Any], dict[str, Any]], Any]
 
     with prepared(task, steps) as setup, tempfile.TemporaryDirectory() as folder:
         settings = {
-            **{"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": task.rows, "learning_rate": LR},
+            **{
+                "output_dir": folder,
+                "max_steps": steps,
+                "per_device_train_batch_size": task.rows,
+                "learning_rate": task.lr,
+            },
             **{"weight_decay": 0.0, "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "save_strategy": "no"},
             **{"optim": "adamw_torch_fused", "bf16": task.mixed, "use_cpu": DEVICE.type == "cpu"},
             **{"train_sampling_strategy": "sequential", "gradient_checkpointing": False, "report_to": "none"},
@@ -204,13 +210,13 @@ class Watch(Callback):
     def __init__(self, found: Recorder) -> None:
         self.found = found
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.found.start()
+    def on_train_batch_start(self, _: Any, module: Any, *__: Any) -> None:
+        self.found.start(module.student)
 
-    def on_train_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, ___: int) -> None:
+    def on_train_batch_end(self, _: Any, module: Any, outputs: Any, batch: Any, ___: int) -> None:
         self.found.losses.append(outputs["loss"].detach().clone())
         self.found.batches.append(batch["input_ids"])
-        self.found.end()
+        self.found.end(module.student)
 
 
 def run_ours(task: Task, steps: int, *options: str) -> Outcome:
@@ -220,7 +226,10 @@ def run_ours(task: Task, steps: int, *options: str) -> Outcome:
         parts.callbacks.append(Watch(found))
         result = run(parts)
         assert not set(task.removed) & set(result.record.layers)
-    return found.outcome()
+        outcome = found.outcome()
+        with (parts.run_dir / "metrics.csv").open() as file:
+            outcome.before = sum(float(row.get("train/refit_seconds") or 0) for row in csv.DictReader(file))
+    return outcome
 
 
 OPTIONS = {

@@ -25,7 +25,9 @@ class LayerSchedule(Layers, Heal):
     Attributes:
         target_layers: remove until so many layers are left.
         target_params: remove until the student has at most so many parameters, embeddings included.
-        final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1).
+        final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1]. At 1
+            the stages before it only edit (and refit), and one curve of the rates covers all training; `floor` then
+            judges students that were not trained, and blocks that earlier stages put in train at `lr`.
         rescore: with `order=importance`, score again before every stage.
         candidates: how many choices of a stage's last layer `candidates_for` lists; 1 = only the best.
         trial_tokens: training tokens, on top of `tokens`, for which each of several candidates is healed before one is
@@ -55,10 +57,15 @@ class LayerSchedule(Layers, Heal):
             raise ValueError(
                 f"{self.target} is for edit=remove and edit=merge; say how many layers are edited with schedule.count"
             )
-        if self.tokens < 0 or not 0 <= self.final_share < 1:
+        if self.tokens < 0 or not 0 <= self.final_share <= 1:
             raise ValueError(
-                "schedule.tokens must be >= 0 and schedule.final_share in [0, 1), got "
+                "schedule.tokens must be >= 0 and schedule.final_share in [0, 1], got "
                 f"{self.tokens} and {self.final_share}"
+            )
+        if self.final_share == 1 and self.train in ("new", "adjacent") and self.edits_per_stage is not None:
+            raise ValueError(
+                f"schedule.final_share=1 trains in the last stage alone, where schedule.train={self.train} reaches "
+                "only what that stage edits: choose all or edited, or a smaller share"
             )
         if self.candidates < 1 or self.trial_tokens < 0 or (self.candidates > 1) != (self.trial_tokens > 0):
             raise ValueError(

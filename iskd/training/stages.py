@@ -193,7 +193,8 @@ class StageLoop:
         check_partition(live.optimizer, live.module.student)
         self._watch(stage)
         self.clock.speed, self.clock.refit = None, edited.refit_seconds
-        if self.options.measure_before and stage.edits:
+        # without training it is the quality at the end of the stage, which is measured then
+        if self.options.measure_before and stage.edits and self.count.batches_left:
             state.measured_before(self._measure())
         if live.ranks.rank == 0:
             size = surgery.parameters(live.module.student)
@@ -277,12 +278,16 @@ class StageLoop:
                 raise self.unfinished()
             self._tick()
             self._log_speed()
+        else:
+            self._log(self.clock.edits())
         merge_adapters(live.module, live.optimizer)
         state.note(live.module.alignment())
         if state.tournament is not None:
             self._judge()
             return
         quality = self._measure()
+        if self.options.measure_before and stage.edits and not self.count.stage_steps:
+            state.measured_before(quality)
         floor = self.schedule.floor if stage.edits else None
         useless = no_better_than_guessing(quality, int(Stack(live.module.student).config.vocab_size))
         # asked so that a retention of nan does not pass
@@ -313,8 +318,12 @@ class StageLoop:
 
     def _log_speed(self) -> None:
         """Log how fast the stage was trained, at its end."""
-        values = self.clock.end(self.live.module, self.state.tokens)
-        log_values(self.live.loggers, values, self.state.tokens, self.count.stage_number, self.count.in_run)
+        self._log(self.clock.end(self.live.module, self.state.tokens))
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        """Log values of the stage where it stands."""
+        if values:
+            log_values(self.live.loggers, values, self.state.tokens, self.count.stage_number, self.count.in_run)
 
     def _judge(self) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""

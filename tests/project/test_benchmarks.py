@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import mixers, step
+from benchmarks import mixers, step, time_to_quality
 from benchmarks.common import in_turns, rotated, spread
 from benchmarks.step_setup import TASKS
 from benchmarks.step_tables import notes, step_table
@@ -95,6 +95,30 @@ def test_plain_and_ours_see_the_same_batches_and_find_the_same_losses() -> None:
     assert plain.batches == ours.batches
     assert len(ours.seconds) == len(ours.losses) == len(ours.gaps) + 1 == 3
     assert ours.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+def test_time_to_a_quality_and_quality_at_a_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    points = [(1.0, 0.8), (3.0, 0.4), (5.0, 0.5)]
+    reached = [time_to_quality.time_to(points, goal) for goal in (0.9, 0.6, 0.1)]
+    assert reached == [1.0, pytest.approx(2.0), None]
+    assert [time_to_quality.kl_at(points, at) for at in (0.5, 2.0, 4.0, 9.0)] == pytest.approx([0.8, 0.6, 0.45, 0.5])
+    rows = step.Rows(tmp_path / "rows.json", {"model": "tiny", "timed": 8, "device": step.DEVICE.type})
+    for name in ("plain", "refit"):
+        rows.add(name, 0, time_to_quality.measure(name, "tiny", 8))
+    rows.add("trl", 0, {"error": "No module named 'trl'"})
+    plain, refit = rows.rows[:2]
+    assert plain["batches"] == refit["batches"]
+    assert [at for at, _ in refit["kl"]] == list(range(9))
+    assert plain["before"] == 0 < refit["before"] == time_to_quality.curve(refit)[0][0]
+    # what is in the file is not run again, and what is missing can't be run here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_to_quality, "in_a_process", lambda *_: {"error": "No module named 'trl'"})
+        options = ["--repeats", "1", "--timed", "8", "--ways", "plain", "trl", "refit", "--out", str(rows.file)]
+        time_to_quality.main(["--tiny", *options])
+    printed = capsys.readouterr().out
+    assert "| trl | No module named 'trl' |" in printed
+    assert f"| plain | {plain['kl'][0][1]:.3f} | {plain['kl'][-1][1]:.3f} | " in printed
+    assert "Batches: the same for all." in printed
 
 
 @pytest.mark.parametrize("kind", mixers.KINDS)

@@ -59,7 +59,7 @@ def test_stages_cover_the_target_exactly_once(edit: Any, count: int, per_stage: 
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 100, 61_440])
-@pytest.mark.parametrize("final_share", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("final_share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("count", "per_stage"), [(1, 1), (5, 1), (7, 2), (6, 3)])
 def test_budgets_sum_to_the_tokens(tokens: int, final_share: float, count: int, per_stage: int) -> None:
     schedule = Iterative(
@@ -201,8 +201,9 @@ def test_values_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: dict
     ("kwargs", "message"),
     [
         ({"count": 1, "per_stage": 0}, "schedule.per_stage must be at least 1, got 0"),
-        ({"count": 1, "final_share": 1.0}, r"schedule.final_share in \[0, 1\), got"),
-        ({"count": 1, "final_share": -0.1}, r"schedule.final_share in \[0, 1\), got"),
+        ({"count": 1, "final_share": 1.1}, r"schedule.final_share in \[0, 1\], got"),
+        ({"count": 1, "final_share": -0.1}, r"schedule.final_share in \[0, 1\], got"),
+        ({"count": 2, "final_share": 1.0, "train": "new"}, "final_share=1 trains in the last stage alone, where"),
     ],
 )
 def test_values_of_iterative_alone(kwargs: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from iskd.models.weights import model_tensors
 from iskd.schedules.edits import MergeLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training.state import checkpoint, checkpoint_files
+from iskd.training.step.muon import MuonSpec
 from tests import programs
 from tests.factories import tiny
 from tests.reliability import Bench
@@ -202,9 +203,9 @@ def test_a_missed_floor_rolls_back_on_all_ranks(strategy: str | None, folder: Pa
 
 
 def test_scores_and_choices_are_the_same_in_shards(folder: Path) -> None:
-    """Leave-one-out sweeps, cosine scores, rescoring and merges, which are judged, on a student in shards."""
+    """Leave-one-out sweeps, cosine scores, rescoring, judged merges and steps of Muon on a student in shards."""
     choose = Iterative(MergeLayers(), count=2, tokens=4 * TOKENS, lr=1e-3, rescore=True)
-    changes = {"schedule": choose, "importance": BlockInfluenceVeto()}
+    changes = {"schedule": choose, "importance": BlockInfluenceVeto(), "optim": MuonSpec()}
     alone, split = (trained(folder, f"scores-{s}", s, **changes)[0]["stages"] for s in (None, "fsdp"))
     assert [stage[0] for stage in alone] == [stage[0] for stage in split]
     assert [stage[1] for stage in split] == pytest.approx([stage[1] for stage in alone], rel=1e-5)

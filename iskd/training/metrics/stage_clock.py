@@ -51,13 +51,15 @@ class StageClock:
         self._trained += self._ended - last
         return self._ended - last
 
+    def edits(self) -> dict[str, float]:
+        """Metrics of a stage's edits: the time of refits, where there were any."""
+        return {"train/refit_seconds": self.refit} if self.refit else {}
+
     def end(self, module: DistillModule, tokens: int) -> dict[str, float]:
         """Metrics of a stage's training, `tokens` now behind the run; before its adapters merge."""
         trained = max(self._trained, 1e-9)
         self.speed = (tokens - self._tokens) / trained
-        values = {"train/data_share": self._waited / trained}
-        if self.refit:
-            values["train/refit_seconds"] = self.refit
+        values = {"train/data_share": self._waited / trained, **self.edits()}
         if self.meter is None or self._batch is None:
             return values
         return {**values, **self.meter.stage(module, self._batch, self.speed)}

@@ -190,7 +190,7 @@ class DistillModule(L.LightningModule):
         return regroup(optimizer, self.student, self.record, self.stage, self.terms)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with the standing groups `base` and `new`; its rates are set before every step."""
+        """The optimizer with the standing groups `base` and `new`; its rates are set before every step."""
         optimizer = make_optimizer(self.optim)
         self.regroup(optimizer)
         return optimizer

@@ -1,8 +1,9 @@
 """Optimizer groups that survive edits, and the learning rate as a pure function.
 
-Two standing kinds of groups: `base` and `new`, each once with weight decay and once without; any may be empty. An edit
-rewrites the groups' lists in place and keeps the AdamW state of every surviving parameter; the optimizer object never
-changes. Groups are always in the module's own order, so that a resumed process builds the same lists.
+Two standing kinds of groups: `base` and `new`, each once with weight decay and once without, and with Muon once for
+what it steps (`iskd.training.step.muon`); any may be empty. An edit rewrites the groups' lists in place and keeps the
+optimizer's state of every surviving parameter; the optimizer object never changes. Groups are always in the module's
+own order, so that a resumed process builds the same lists.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -34,6 +35,8 @@ class OptimSpec:
         fused: update all parameters in one kernel; False = torch's loop over them, for comparison.
     """
 
+    kinds: ClassVar[tuple[tuple[bool, bool], ...]] = ((True, False), (False, False))
+    """Of standing groups: whether weights decay, and whether steps are orthogonal."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     eps: PositiveFloat = 1e-8
@@ -56,6 +59,10 @@ class OptimSpec:
             )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"optim.clip must be positive or null, got {self.clip}")
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """The optimizer of these groups."""
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=self.fused)
 
     def scale(self, step: int, stage_steps: int, before: int, total: int, shape: str = "") -> float:
         """Factor on a stage's learning rates, in (0, 1].
@@ -81,14 +88,14 @@ class OptimSpec:
 
 
 def make_optimizer(spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW with empty standing groups; `regroup` fills them."""
-    groups: list[dict[str, Any]] = [
-        {"params": [], "name": name, "decays": decays, "weight_decay": spec.weight_decay if decays else 0.0}
-        for name in ("base", "new")
-        for decays in (True, False)
-    ]
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=spec.fused
+    """The optimizer with empty standing groups; `regroup` fills them."""
+    return spec.make(
+        [
+            {"params": [], "name": name, "decays": decays, "orthogonal": orthogonal}
+            | {"weight_decay": spec.weight_decay if decays else 0.0}
+            for name in ("base", "new")
+            for decays, orthogonal in spec.kinds
+        ]
     )
 
 
@@ -103,18 +110,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+_SLOTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+
+def _kinds_of_state(optimizer: torch.optim.Optimizer) -> dict[bool, frozenset[str]]:
+    """Names of a parameter's state, by whether its steps are orthogonal."""
+    orthogonal: frozenset[str] | None = getattr(optimizer, "slots", None)
+    return {False: _SLOTS} | ({True: orthogonal} if orthogonal else {})
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`. Raises ValueError when a name or a shape does not fit the student."""
-    parameters = dict(model.named_parameters())
+    parameters, kinds = dict(model.named_parameters()), _kinds_of_state(optimizer)
+    known = frozenset[str]().union(*kinds.values())
     optimizer.state.clear()
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
-        if slot not in _SLOTS or not value.is_floating_point() or (value.dim() == 0) != (slot == "step"):
+        if slot not in known or not value.is_floating_point() or (value.dim() == 0) != (slot == "step"):
             raise ValueError(
-                f"optimizer state {key!r:.80} is none of AdamW's; the checkpoint was changed after it was written"
+                f"optimizer state {key!r:.80} is none of {type(optimizer).__name__}'s; the checkpoint was changed "
+                "after it was written"
             )
         if name not in parameters:
             raise ValueError(
@@ -130,7 +145,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         optimizer.state[parameter][slot] = (
             like(value, parameter) if value.dim() else value.to(parameter.device, torch.float32)
         )
-    torn = [name for name, p in parameters.items() if p in optimizer.state and len(optimizer.state[p]) != len(_SLOTS)]
+    # of what is frozen in this stage the kind is not known
+    held = {p: [kinds[group["orthogonal"]]] for group in optimizer.param_groups for p in group["params"]}
+    states = [(name, p, optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state]
+    torn = [name for name, p, state in states if state.keys() not in held.get(p, list(kinds.values()))]
     if torn:
         raise ValueError(
             f"the optimizer state of {torn[0]!r} is not whole; the checkpoint was changed after it was written"

@@ -24,6 +24,7 @@ from iskd.plan import Convert, Record, Replace, Stage
 from iskd.plan.stage import TRAIN
 from iskd.training.step import adapters
 from iskd.training.step.alignment import check_whole, matrix_of, mixers_of
+from iskd.training.step.muon import matrices
 from iskd.training.step.passes import Wanted, wanted
 from iskd.training.step.shared_prefix import entrance
 
@@ -58,14 +59,16 @@ def regroup(
     # the state of what is frozen is kept, as a later stage may train it again
     alive = {id(p) for p in (chosen if stage.train == "lora" else student.parameters())}
     decaying = {id(p) for p in maps(student)}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    orthogonal = matrices(student) if any(group["orthogonal"] for group in optimizer.param_groups) else set()
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter in student.parameters():
         parameter.grad = None
         parameter.requires_grad_(id(parameter) in held)
         if id(parameter) in held:
-            groups["new" if id(parameter) in new else "base", id(parameter) in decaying].append(parameter)
+            name, key = "new" if id(parameter) in new else "base", id(parameter)
+            groups[name, key in decaying, key in orthogonal].append(parameter)
     for group in optimizer.param_groups:
-        group["params"] = groups[group["name"], group["decays"]]
+        group["params"] = groups[group["name"], group["decays"], group["orthogonal"]]
     for gone in [p for p in optimizer.state if id(p) not in alive]:
         del optimizer.state[gone]
     check_partition(optimizer, student)
