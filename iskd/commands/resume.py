@@ -38,7 +38,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises ValueError when the command line changes a key of it, or when it asks for what its folder may not ask for.
     """
-    asked, config = config, as_meant(config)
+    asked, config = OmegaConf.to_container(config, resolve=False), as_meant(config)
+    assert isinstance(asked, dict)
     run_dir = Path(config.resume)
     saved_file = run_dir / CONFIG_FILE
     if not saved_file.is_file():
@@ -47,7 +48,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     at_home(found)
     saved = OmegaConf.create(found)
     for key in _OWN:
-        saved[key] = asked._get_node(key)  # as it was written: names in it are those of the run
+        saved[key] = asked.get(key)  # as it was written: names in it are those of the run
     _refuse_foreign(plain(saved), plain(config), saved_file)
     saved.trainer.progress = config.trainer.progress
     changed: dict[str, tuple[Any, Any]] = {}

@@ -218,7 +218,10 @@ def test_directory_of_another_run_is_refused(tmp_path: Path) -> None:
         build.parts(composed("debug=smoke"), tmp_path)
 
 
-def test_resume_writes_into_its_own_folder() -> None:
+def test_resume_writes_into_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "config.yaml").touch()
     assert arguments(["seed=1"]) == ["seed=1"]
     assert arguments(["resume=runs/x"])[1:] == ["hydra.run.dir=runs/x", "hydra.output_subdir=null"]
 
@@ -231,7 +234,7 @@ def test_resume_writes_into_its_own_folder() -> None:
         (["schedule.layers=[9]"], r"layers 0\.\.3"),
         (["+schedule.flor=2"], r"iterative.Iterative has no key 'flor': drop it, or use one of .*count, .*floor"),
         (["schedule.floor=2"], r"schedule\.floor must be in \(0, 1\]"),
-        (["block.ratio=1.5"], r"block\.ratio must be in \(0, 1\]"),
+        (["block.ratio=1.5"], r"block\.ratio=1\.5 must be .*at most 1"),
         (["block=bottleneck", "block.reduction=7"], r"block\.reduction=7 does not divide"),
         (["data.seq_len=4096"], "longer than the model's context"),
         (["loss.kl.weight=-1"], r"loss\.kl\.weight"),
