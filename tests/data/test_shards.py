@@ -183,7 +183,7 @@ def test_detokenize_wikitext() -> None:
         ("plain.txt.gz", b"text", "not a whole gzip file"),
         ("bad.jsonl", b"not json\n", "line 1 is not JSON"),
         ("field.jsonl", b'{"body": "x"}\n', r"no field 'text', only \['body'\]"),
-        ("list.jsonl", b"[1]\n", "begins a JSON array"),
+        ("list.jsonl", b"[1]\n", "item 1 is int, not a row of fields"),
         ("number.jsonl", b'{"text": 1}\n', "is int, not text"),
         ("bad.parquet", b"no magic bytes here", "not a parquet file"),
     ],

@@ -37,6 +37,7 @@ from tests.factories import CONF
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = ROOT / "docs" / "example-report"
+RUN = ROOT / "tests" / "files" / "0.1" / "finished"
 OUTSIDE = ("wandb", "tensorboard")  # programs of others: shown, never run
 UNMEASURED = ("run.efficiency_seconds=0", "run.mfu=false")
 CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "trainer", "logger")
@@ -139,7 +140,8 @@ def test_every_configuration_composes(file: Path) -> None:
         for block in BLOCKS[file]:
             for words in calls(block):
                 # a placeholder is a folder, and a folder is what stands for itself here
-                overrides = overrides_of([re.sub(r"^model=(RUN_)?DIR$", "model=.", word) for word in words])
+                stands = [re.sub(r"^model=(RUN_)?DIR$", "model=.", word) for word in words]
+                overrides = overrides_of([re.sub(r"^resume=RUN_DIR$", f"resume={RUN}", word) for word in stands])
                 if overrides is not None:
                     # what the reader types, and what is run
                     for given in {tuple(overrides), (*overrides, *block.extra(words))}:

@@ -573,6 +573,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_at(tmp_path: Path) -> None:
 def test_nothing_is_written_through_a_link_of_a_run(name: str, tmp_path: Path, capsys: Any) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     (run / name).parent.mkdir(parents=True)
+    (run / run_files.CONFIG_FILE).touch()
     outside.mkdir()
     (run / name).symlink_to(outside)
     with pytest.raises(SystemExit):

@@ -261,7 +261,7 @@ def test_documents_apart_train_alike_in_every_layout_of_micro_batches(length: in
     windows[2, length // 2] = separator.token
     logs: list[dict[str, Tensor]] = []
     module.log_dict = lambda values, **_: logs.append(dict(values))  # type: ignore[method-assign,assignment]
-    module._trainer = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=True))  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(log_every_n_steps=1)  # type: ignore[assignment]
     optimizer = make_optimizer(module.optim)
     module.enter(Stage("heal", tokens=64))
     module.regroup(optimizer)
