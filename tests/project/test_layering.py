@@ -118,10 +118,12 @@ LONG = {
     "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
     "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
     "evaluation/task_items": "one table of file formats, a few lines for each task",
+    "export/card": "one page, section after section",
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
     "report/runs_page": "one page, section after section",
+    "teacher/load": "one way from what a config names to a teacher in memory",
     "training/stages": "one loop, to be read from top to bottom",
     "training/step/module": "one step, and what Lightning asks of whoever makes it",
 }
