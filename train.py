@@ -2,7 +2,10 @@
 
 import sys
 
-from iskd.__main__ import main
+try:
+    from iskd.__main__ import main
+except KeyboardInterrupt:  # seconds of imports; from there on iskd says itself what was saved
+    sys.exit(130)
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         with told():
             raise ValueError(f"usage: iskd COMMAND ...; commands: {', '.join(COMMANDS)}")
-    if name in HYDRA:
-        sys.argv[1:] = arguments(sys.argv[1:])
     try:
+        if name in HYDRA:
+            sys.argv[1:] = arguments(sys.argv[1:])
         with told():
             import_module(f"iskd.commands.{name}").main()
     except KeyboardInterrupt:  # a run that trains saves first, and says so
