@@ -32,6 +32,13 @@ def _logging() -> Iterator[None]:
     logging.disable(disabled)
 
 
+@pytest.fixture(autouse=True)
+def _command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is called in this process leaves its name in the environment, for processes that it starts."""
+    monkeypatch.setenv("ISKD_COMMAND", "")
+    monkeypatch.delenv("ISKD_COMMAND")
+
+
 @pytest.fixture(scope="session")
 def teacher() -> PreTrainedModel:
     """A model that has learnt something, made once; tests must not change it."""

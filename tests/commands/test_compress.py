@@ -147,7 +147,7 @@ def test_a_run_directory_is_never_shared(tmp_path: Path, monkeypatch: pytest.Mon
         ({"texts": [" ", "\n"]}, "holds no document"),
         ({"texts": ["broken \ud800"], "overrides": ["data.seq_len=32"]}, "half a character"),
         ({"schedule": "sometimes"}, "(?s)schedule/sometimes.*oneshot"),
-        ({"loss": ["kl", "guess"]}, "loss/guess"),
+        ({"loss": ["kl", "guess"]}, "loss has no 'guess'; choose ce"),
         ({"overrides": ["schedule.cout=3"]}, "schedule.cout"),
         ({"overrides": ["schedule.count=["]}, "schedule.count"),
         ({"overrides": ["schedule.restart_at_edit=true"]}, "replaces the process at every edit"),

@@ -20,7 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def autocast_dtype(settings: dict[str, object]) -> tuple[str, torch.dtype | None]:
     """Kind of device, and what autocast makes of float32 there; None = no autocast."""
-    device, forward_context = precision.place(settings)
+    device, forward_context = precision.place({"accelerator": "cpu", **settings})
     with forward_context():
         on = torch.is_autocast_enabled(device.type)
         return device.type, torch.get_autocast_dtype(device.type) if on else None
@@ -50,9 +50,9 @@ def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer.precision=16-mixed: fp16 overflows"):
-        precision.place({"precision": "16-mixed"})
+        precision.place({"accelerator": "cpu", "precision": "16-mixed"})
     with pytest.raises(ValueError, match="fp16 overflows"):
-        precision.place({"precision": 16})
+        precision.place({"accelerator": "cpu", "precision": 16})
     for name in {str(name) for name in (*get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS))}:
         if name in ("bf16-mixed", "bf16", "32-true", "32"):
             assert precision.precision(name, "cpu") == {"bf16": "bf16-mixed", "32": "32-true"}.get(name, name)
