@@ -20,7 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def autocast_dtype(settings: dict[str, object]) -> tuple[str, torch.dtype | None]:
     """Kind of device, and what autocast makes of float32 there; None = no autocast."""
-    device, forward_context = precision.place({"accelerator": "cpu", **settings})
+    device, forward_context = precision.place({"accelerator": "cpu", "precision": "auto", **settings})
     with forward_context():
         on = torch.is_autocast_enabled(device.type)
         return device.type, torch.get_autocast_dtype(device.type) if on else None
