@@ -30,7 +30,8 @@ KINDS = tuple(dict.fromkeys(FORMATS.values()))
 # What 0.1 did not read as text, by suffix: shards that it made of other files in another way are not taken up.
 _OF_0_1 = {".jsonl": "jsonl", ".parquet": "parquet"}
 # Read as prose these would be markup or noise, whatever bytes they begin with.
-_MARKUP = {".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf"}
+_MARKUP = {".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf", ".bib"}
+_MARKUP |= {".yaml", ".yml", ".toml", ".sql", ".srt", ".vtt", ".psv", ".tab"}
 _OTHER = {
     ".pdf",
     ".doc",
@@ -73,7 +74,11 @@ _TABLES = {
     re.compile(rb"ARROW1\0\0|\xff{4}.{2}\0\0", re.S): "arrow",
 }
 _LFS = b"version https://git-lfs"
-_XML = re.compile(r"<(\?xml|!doctype|html\b|mediawiki\b|doc id=)", re.IGNORECASE)
+# by name; or an element that holds another, or all of the text
+_XML = re.compile(
+    r"<(\?xml|!doctype|!--|html\b|mediawiki\b|doc id=|([a-z][\w.:-]*)(\s[^<>]*)?>\s*(<[a-z!]|.*</\2\s*>\s*\Z))",
+    re.I | re.S,
+)
 _LOOK = 64 << 10
 
 
@@ -153,7 +158,8 @@ def _decoded(head: bytes) -> str:
 def _is_json(look: str, whole: bool) -> bool:
     """Whether text that is of no JSON suffix begins with a JSON object, or an array of more than numbers."""
     if look[:1] not in ("{", "["):
-        return False
+        # rows below a line of something else: whoever reads rows names that line
+        return all(map(_is_row, look.split("\n")[1:3])) and look.count("\n") > 2
     if _begins_json(look, whole):
         return True
     # a first line that is broken makes no prose of the others
@@ -182,4 +188,6 @@ def _begins_json(look: str, whole: bool) -> bool:
 
 
 def _has_rows(value: Any) -> bool:
-    return bool(value) and (isinstance(value, dict) or any(isinstance(item, dict | str) for item in value))
+    if not isinstance(value, list):
+        return bool(value)
+    return any(_has_rows(item) if isinstance(item, list) else isinstance(item, dict | str) for item in value)
