@@ -163,6 +163,10 @@ def _told(finding: str, file: str) -> Iterator[None]:
     """Libraries fail in any way they like on a file that nobody meant."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise ValueError(f"{finding} without a package that is missing: {error!s:.600}") from error
     except Exception as error:
         raise ValueError(f"{finding}: {error!s:.600}: copy the {file} that came with the weights") from error
 
