@@ -7,9 +7,10 @@ the projection has. So every survivor, and not only the block below a gap, makes
 The text may be fitted to in folds: weights solved on all folds but one carry that one's stream on, and the weights of
 the student are solved on all of them, so that no block is fitted to streams on which the blocks below it look better
 than they are. That is the honest error, but not the better student: on SmolLM2-135M, seven of 30 layers removed and
-16,384 tokens of text, four folds ended at a KL of 0.67 and one at 0.62 (a single run each), so one is the default. Ridge
-and damping are chosen for each projection on text that was not fitted to; where no choice has a lower error there than
-the old weights, those stay.
+16,384 tokens of text, four folds ended at a KL of 0.67 and one at 0.62 (a single run each), so one is the default.
+
+Ridge and damping are chosen for each projection on text that was not fitted to; where no choice has a lower error there
+than the old weights, those stay.
 """
 
 from __future__ import annotations
