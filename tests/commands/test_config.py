@@ -88,7 +88,7 @@ MEANINGFUL = {
     "trainer.devices": {-1},  # all that there are
 }
 ZERO_IS_NONE = re.compile(
-    r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
+    r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
     r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|protect_\w+|max_skipped|log_every_n_steps)"
 )
 

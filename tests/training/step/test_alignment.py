@@ -40,7 +40,9 @@ def converted(teacher: PreTrainedModel, spec: Spec = GLA, layers: tuple[int, ...
 
 def training(student: PreTrainedModel, record: Record, objective: str, train: str = "all") -> list[nn.Parameter]:
     """What a stage trains; everything else is frozen, as in a run."""
-    optimizer = torch.optim.AdamW([{"params": [], "name": n, "decays": d} for n in ("base", "new") for d in (0, 1)])
+    optimizer = torch.optim.AdamW(
+        [{"params": [], "name": n, "decays": d, "orthogonal": False} for n in ("base", "new") for d in (0, 1)]
+    )
     stage = Stage("test", objective=objective, train=train)
     regroup(optimizer, student, record, stage, {})
     return trainable(student, record, stage)
