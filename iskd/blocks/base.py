@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 
 
@@ -37,13 +38,9 @@ class FitData:
     stack: Stack
 
     def rows(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Per batch: index, input [B, T, D], target [B, T, D] and row weight [B, T, 1].
-
-        The weight is 1 / |target|: without it position 0, whose norm is 20 to 200 times that of other positions in
-        models with an attention sink, would decide every least-squares fit.
-        """
+        """Per batch: index, input [B, T, D], target [B, T, D] and row weight [B, T, 1] (`row_weights`)."""
         for index, (h, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
-            yield index, h, target, 1.0 / target.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            yield index, h, target, row_weights(target)
 
 
 def fit_error(new: nn.Module, data: FitData) -> float:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import Merged, merged
-from iskd.models import Stack
-from iskd.models.capture import Trace, states_after
+from iskd.models import Stack, scoring
+from iskd.models.capture import Trace, states_after, without_autocast_cache
 from iskd.plan import Edit, Record, Replace
 from iskd.plan.edits import REMOVALS, Merge
 
@@ -34,7 +34,6 @@ class Fitted:
         return f"block {self.layer} fitted: relative squared error {self.before:.4f} -> {self.after:.4f}"
 
 
-@torch.no_grad()
 def warm_start(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -72,20 +71,9 @@ def warm_start(
         judged = partial(judge, held)
     if not (fits or pairs) or not batches:
         return []
-    models = (student, teacher, *old_blocks.values())
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    cached = torch.is_autocast_cache_enabled()
-    # autocast keeps low-precision copies of weights and does not see that a fit has changed the originals
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        for model in models:
-            model.eval()  # dropout would make fits noisy and draw from the run's random numbers
+    # dropout would make fits noisy and draw from the run's random numbers
+    with scoring(student, teacher, *old_blocks.values()), without_autocast_cache():
         return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged)
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _walk(

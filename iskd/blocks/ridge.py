@@ -35,6 +35,15 @@ class Solution:
         return Solution(torch.lerp(start.weight, self.weight, share), bias)
 
 
+def row_weights(target: Tensor) -> Tensor:
+    """1 / |target| [B, T, 1] for targets [B, T, D].
+
+    Without it position 0, whose norm is 20 to 200 times that of others in models with an attention sink, would decide
+    every least-squares fit.
+    """
+    return 1.0 / target.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
 class Ridge:
     """Accumulates weighted normal equations of `targets ~ features @ W.T + b` and solves them.
 

@@ -239,3 +239,15 @@ def scoring(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps low-precision copies of weights, and does not see that a fit has changed the originals."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -65,6 +65,11 @@ class Stack:
         return head.weight, head.bias
 
     @property
+    def sequential(self) -> bool:
+        """Whether MLPs read what the attention of their block has added (Phi's, and often GPT-NeoX's, do not)."""
+        return not (self.config.model_type == "phi" or getattr(self.config, "use_parallel_residual", False))
+
+    @property
     def softcap(self) -> float | None:
         """Soft cap that the model puts on its logits, if it has one."""
         cap = getattr(self.config, "final_logit_softcapping", None)

@@ -198,15 +198,6 @@ class Site:
             return None
 
 
-def row_weights(target: Tensor) -> Tensor:
-    """1 / |target| [B, T, 1] for targets [B, T, D].
-
-    Without it position 0, whose norm is 20 to 200 times that of others in models with an attention sink, would decide
-    every least-squares fit.
-    """
-    return 1.0 / target.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-
-
 def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Iterator[Site]:
     """Both models side by side through all of a rank's windows: each block of either runs once.
 
@@ -224,7 +215,7 @@ def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Ite
     student, teacher = Streams(place, device), Streams(place, device)
     for index, (own, original) in enumerate(calls):
         student[index], teacher[index] = own.embedded, original.embedded
-    between = Streams(place, device) if middle and is_sequential(theirs) else None
+    between = Streams(place, device) if middle and theirs.sequential else None
     below = 0  # the teacher's next layer
     for position, layer in enumerate(task.record.layers):
         task.check_stop()
@@ -262,10 +253,3 @@ def _teacher_block(
         handle.remove()
     middle[index] = h_BTD + added[0]
     return after
-
-
-def is_sequential(stack: Stack) -> bool:
-    """Whether MLPs read what the attention of their block has added (Phi's, and often GPT-NeoX's, do not)."""
-    if stack.config.model_type == "gpt_neox":
-        return not stack.config.use_parallel_residual
-    return bool(stack.config.model_type != "phi")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from iskd.evaluation import measure_quality
 from iskd.models import scoring, sharding
+from iskd.models.capture import without_autocast_cache
 from iskd.plan import Edit, Record
 from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
@@ -55,7 +56,7 @@ def refit_survivors(
     ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
         for refit in refits:
-            start, name = time.perf_counter(), type(refit).__name__.lower()
+            start, name = time.perf_counter(), refit.name()
             fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
             task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop)
             before = _kl(task)
@@ -126,15 +127,3 @@ def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
 def _put_back(student: PreTrainedModel, kept: dict[str, Tensor]) -> None:
     for name, parameter in student.named_parameters():
         sharding.local(parameter.detach()).copy_(kept[name])
-
-
-@contextmanager
-def without_autocast_cache() -> Iterator[None]:
-    """Autocast keeps low-precision copies of weights, and does not see that a refit has changed the originals."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)

@@ -1,7 +1,6 @@
 """Surviving blocks trained one by one towards the teacher's states, without the model around them.
 
-A step costs one block forward and backward, a fiftieth of a step of distillation for a small model, so the same time
-buys many more updates, and each block hears of its own error alone.
+A step costs one block forward and backward and no head, and each block hears of its own error alone.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
-from iskd.refits.base import BlockRefit, RefitTask, Site, is_sequential, row_weights, walk
+from iskd.refits.base import BlockRefit, RefitTask, Site, walk
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Local(BlockRefit):
     def refit(self, task: RefitTask) -> list[str]:
         """Train; see the class."""
         chosen = self.chosen(task)
-        apart = self.sublayers and is_sequential(Stack(task.student))
+        apart = self.sublayers and Stack(task.student).sequential
         before, after, epochs = [], [], []
         for site in walk(task, self.streams, middle=apart):
             if site.layer not in chosen:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from iskd.system.files import draft_of, sweep
+
 PLACES = ("device", "host", "disk")
 
 
@@ -24,8 +26,10 @@ class Streams:
     def __init__(self, place: str, device: torch.device) -> None:
         self._place, self._device = place, device
         self._kept: dict[int, Tensor] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="iskd-streams-")) if place == "disk" else None
+        self._folder = draft_of(Path(tempfile.gettempdir()) / "streams") if place == "disk" else None
         if self._folder is not None:
+            sweep(self._folder.parent)  # those of killed processes
+            self._folder.mkdir(mode=0o700)
             # a refit that is broken off leaves none; TemporaryDirectory would warn of a folder that nobody has closed
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 

@@ -89,9 +89,9 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
         run.notes.append(f"{STAGES_FILE} has no stage 0 (the teacher): nothing to compare the student with")
     if curves:
         _read_curves(run_dir / METRICS_FILE, run)
-    run.config = _text(run_dir / CONFIG_FILE, run)
+    run.config = _read(run_dir / CONFIG_FILE, _text, run)
     run.record, run.data, run.environment = (
-        _json(run_dir / name, run) for name in (RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE)
+        _read(run_dir / name, read_json, run) for name in (RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE)
     )
     if leads_out(run_dir / MODEL):
         _tell_fault(run, f"{MODEL}/ is a link out of the folder: its size is not counted")
@@ -100,14 +100,18 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     else:
         run.notes.append(f"{MODEL}/ is missing: the student was not exported")
     # Made by commands of their own after the run, so their absence is nothing to tell.
-    run.efficiency = _measured(run_dir / EFFICIENCY_FILE, efficiency_of, run)
-    run.evaluation = _measured(run_dir / EVALUATION_FILE, evaluation_of, run)
+    run.efficiency = _read(run_dir / EFFICIENCY_FILE, lambda path: efficiency_of(read_json(path)), run, expected=False)
+    run.evaluation = _read(run_dir / EVALUATION_FILE, lambda path: evaluation_of(read_json(path)), run, expected=False)
     return run
 
 
-def _measured(path: Path, parse: Callable[[Any], _Read], run: RunFiles) -> _Read | None:
+def _read(path: Path, reader: Callable[[Path], _Read], run: RunFiles, *, expected: bool = True) -> _Read | None:
+    """What a file holds; None where it is missing, told if it was `expected`, or cannot be read, always told."""
+    if not path.exists():
+        run.notes += [f"{path.name} is missing"] if expected else []
+        return None
     try:
-        return parse(read_json(path)) if path.exists() else None
+        return reader(path)
     except (OSError, ValueError) as error:
         _tell_fault(run, f"{path.name} cannot be shown: {error}")
         return None
@@ -118,26 +122,8 @@ def _tell_fault(run: RunFiles, text: str) -> None:
     run.faults.append(text)
 
 
-def _text(path: Path, run: RunFiles) -> str | None:
-    if not path.exists():
-        run.notes.append(f"{path.name} is missing")
-        return None
-    try:
-        return read_plain(path, max_bytes=_LONGEST_TEXT).decode("utf-8", errors="replace")
-    except (OSError, ValueError) as error:
-        _tell_fault(run, f"{path.name} cannot be shown: {error}")
-        return None
-
-
-def _json(path: Path, run: RunFiles) -> Any:
-    if not path.exists():
-        run.notes.append(f"{path.name} is missing")
-        return None
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        _tell_fault(run, f"{path.name} cannot be shown: {error}")
-        return None
+def _text(path: Path) -> str:
+    return read_plain(path, max_bytes=_LONGEST_TEXT).decode("utf-8", errors="replace")
 
 
 def _read_curves(path: Path, run: RunFiles) -> None:

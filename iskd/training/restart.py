@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from iskd.models import sharding
 from iskd.plan import Stage
-from iskd.refits import Refit
 from iskd.system import global_rank
 from iskd.system.text import argument
 from iskd.training.editing import Edited, Editor
@@ -43,11 +42,7 @@ class EditInFreshProcess(Editor):
 
     in_place = False
 
-    def __init__(
-        self, refits: Sequence[Refit] = (), windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: ()
-    ) -> None:
-        super().__init__(refits, windows)
-        self._made: tuple[Edited, dict[str, Tensor]] | None = None  # and moments of the optimizer, by name
+    _made: tuple[Edited, dict[str, Tensor]] | None = None  # and moments of the optimizer, by name
 
     def check(self, *, timed: bool) -> None:
         """A time limit counts from the start of a process."""

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from iskd.blocks.ridge import row_weights
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Record, Remove
 from iskd.refits import Refit, RefitTask, refit_survivors
-from iskd.refits.base import row_weights
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output

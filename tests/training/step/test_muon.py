@@ -14,8 +14,9 @@ from iskd.plan import Record, Remove, Replace, Stage
 from iskd.training.step import OptimSpec, make_optimizer, regroup
 from iskd.training.step.muon import QUINTIC, MuonSpec, matrices, orthogonal
 from iskd.training.step.optimizer import load_optimizer_tensors, optimizer_tensors
-from tests.factories import tiny, windows
+from tests.factories import tiny
 from tests.runs import BOTTLENECK, SLIM
+from tests.training.step.test_optimizer import step
 
 FIRST = Stage("one", (Replace(1, BOTTLENECK, seed=1),))
 SPEC = MuonSpec(weight_decay=0.1)
@@ -24,15 +25,6 @@ SPEC = MuonSpec(weight_decay=0.1)
 def student(family: str = "llama") -> tuple[PreTrainedModel, Record]:
     model = tiny(family)
     return model, surgery.apply(model, Record(4), FIRST.edits)
-
-
-def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
-    optimizer.zero_grad()
-    ids = windows(seed=seed)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 9), (7, 64), (1, 5)])
