@@ -1,6 +1,6 @@
 """[shelf] Refits: survivors re-solved after an edit, on calibration text, before any training token.
 
-Imports: system, plan, models, blocks, evaluation.
+Imports: system, plan, models, teacher, blocks, evaluation.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from iskd.plan import Edit, Record
 from iskd.plan.edits import REMOVALS
 from iskd.refits.streams import PLACES, Streams
 from iskd.system import Ranks
+from iskd.teacher import TeacherStates
 
 BLOCKS = ("gaps", "above", "all")
 
@@ -90,6 +91,7 @@ class RefitTask:
         ranks: the processes of the run.
         opened: puts the block of a layer in with whole weights while a context lasts (`iskd.models.sharding`).
         check_stop: called between blocks; raises where the run is to end.
+        states: where the teacher's states are read from and kept; None = its blocks run.
     """
 
     student: PreTrainedModel
@@ -102,6 +104,7 @@ class RefitTask:
     ranks: Ranks = field(default_factory=Ranks)
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext()
     check_stop: Callable[[], None] = lambda: None
+    states: TeacherStates | None = None
 
     @property
     def batches(self) -> list[Tensor]:
@@ -198,7 +201,7 @@ class Site:
             return None
 
 
-def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Iterator[Site]:
+def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> Iterator[Site]:
     """Both models side by side through all of a rank's windows: each block of either runs once.
 
     Yields the surviving blocks in stack order. Whoever takes one may change its weights; the student's stream goes on
@@ -207,7 +210,7 @@ def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Ite
     Args:
         task: student, teacher and text.
         place: where streams lie, one of `PLACES`.
-        middle: whether the teacher's states before its MLPs are wanted.
+        attention: whether the teacher's states before its MLPs are wanted.
     """
     ours, theirs = Stack(task.student), Stack(task.teacher)
     batches, device = task.batches, task.device
@@ -215,17 +218,31 @@ def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Ite
     student, teacher = Streams(place, device), Streams(place, device)
     for index, (own, original) in enumerate(calls):
         student[index], teacher[index] = own.embedded, original.embedded
-    between = Streams(place, device) if middle and theirs.sequential else None
+    between = Streams(place, device) if attention and theirs.sequential else None
+    kept = [
+        None if task.states is None else task.states.of(batch, original.embedded)
+        for batch, (_, original) in zip(batches, calls, strict=True)
+    ]
     below = 0  # the teacher's next layer
     for position, layer in enumerate(task.record.layers):
         task.check_stop()
         above = task.record.state_after(layer) + 1
         for index, (_, original) in enumerate(calls):
-            stream = teacher[index]
-            for number in range(below, above):
-                wanted = between if number == layer else None
-                stream = _teacher_block(theirs, number, original, stream, wanted, index)
-            teacher[index] = stream
+            states = kept[index]
+            found = None if states is None else states.get(above - 1)
+            middle = None if states is None or between is None else states.get(layer, between=True)
+            if found is None or (between is not None and middle is None):
+                found = teacher[index]
+                for number in range(below, above):
+                    found, added = _teacher_block(theirs, number, original, found, apart=between is not None)
+                    middle = added if number == layer else middle
+                if states is not None:
+                    states.put(above - 1, found)
+                    if middle is not None:
+                        states.put(layer, middle, between=True)
+            teacher[index] = found
+            if between is not None and middle is not None:
+                between[index] = middle
         below = above
         with task.opened(layer):
             block = ours.layers[position]
@@ -239,11 +256,12 @@ def walk(task: RefitTask, place: str = "device", *, middle: bool = False) -> Ite
 
 
 def _teacher_block(
-    stack: Stack, layer: int, calls: BlockCalls, h_BTD: Tensor, middle: Streams | None, index: int
-) -> Tensor:
-    block, added = stack.layers[layer], []
-    if middle is None:
-        return calls.run(layer, block, h_BTD)
+    stack: Stack, layer: int, calls: BlockCalls, h_BTD: Tensor, *, apart: bool
+) -> tuple[Tensor, Tensor | None]:
+    """State after a block, and where it is wanted the one between its attention and its MLP."""
+    if not apart:
+        return calls.run(layer, stack.layers[layer], h_BTD), None
+    block, added = stack.layers[layer], list[Tensor]()
     handle = block.get_submodule(stack.family.attn).register_forward_hook(
         lambda _module, _args, output: added.append(state_of(output))
     )
@@ -251,5 +269,4 @@ def _teacher_block(
         after = calls.run(layer, block, h_BTD)
     finally:
         handle.remove()
-    middle[index] = h_BTD + added[0]
-    return after
+    return after, h_BTD + added[0]

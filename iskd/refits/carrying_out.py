@@ -17,6 +17,7 @@ from iskd.models.capture import without_autocast_cache
 from iskd.plan import Edit, Record
 from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
+from iskd.teacher import TeacherStates
 
 _BATCH = 2048  # tokens
 _ROUNDING = 1e-6  # nats
@@ -33,6 +34,7 @@ def refit_survivors(
     ranks: Ranks | None = None,
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext(),
     check_stop: Callable[[], None] = lambda: None,
+    states: TeacherStates | None = None,
 ) -> list[str]:
     """Refit the surviving blocks of `student` after `edits`; a collective.
 
@@ -46,6 +48,7 @@ def refit_survivors(
         ranks: the processes of the run; each takes its share of the windows.
         opened: see `RefitTask`.
         check_stop: see `RefitTask`.
+        states: see `RefitTask`.
 
     Returns:
         Sentences for the run's record: what each refit did, and what it was worth.
@@ -58,7 +61,7 @@ def refit_survivors(
         for refit in refits:
             start, name = time.perf_counter(), refit.name()
             fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
-            task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop)
+            task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states)
             before = _kl(task)
             if not ranks.first(math.isfinite(before)):
                 raise ValueError(

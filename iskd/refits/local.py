@@ -63,7 +63,7 @@ class Local(BlockRefit):
         chosen = self.chosen(task)
         apart = self.sublayers and Stack(task.student).sequential
         before, after, epochs = [], [], []
-        for site in walk(task, self.streams, middle=apart):
+        for site in walk(task, self.streams, attention=apart):
             if site.layer not in chosen:
                 continue
             found = [self._train(task, site, *share) for share in _shares(site, apart)]

@@ -98,7 +98,7 @@ class Output(BlockRefit):
         folds = task.folds
         notes: list[_Solved] = []
         skipped: list[int] = []
-        for site in walk(task, self.streams, middle=attention and stack.sequential):
+        for site in walk(task, self.streams, attention=attention and stack.sequential):
             if site.layer not in chosen:
                 continue
             found = []

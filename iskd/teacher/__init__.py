@@ -1,4 +1,4 @@
-"""The frozen original: where it comes from, and what it said about the training windows (`cache`).
+"""The frozen original: where it comes from, and what it said: about training windows (`cache`), inside (`states`).
 
 Imports: system, models, losses.
 """
@@ -8,5 +8,14 @@ from __future__ import annotations
 from iskd.teacher.cache import TeacherCache
 from iskd.teacher.cache_rows import TeacherCacheSpec, check_terms_cached
 from iskd.teacher.load import Loaded, TeacherSpec, load_teacher
+from iskd.teacher.states import TeacherStates
 
-__all__ = ["Loaded", "TeacherCache", "TeacherCacheSpec", "TeacherSpec", "check_terms_cached", "load_teacher"]
+__all__ = [
+    "Loaded",
+    "TeacherCache",
+    "TeacherCacheSpec",
+    "TeacherSpec",
+    "TeacherStates",
+    "check_terms_cached",
+    "load_teacher",
+]

@@ -62,8 +62,7 @@ class TeacherCache:
         self._format = RowFormat(spec, self._stack)
         self.count, self.seq_len = (int(size) for size in windows.shape)
         self._per_file = max(1, spec.chunk_tokens // self.seq_len)
-        device = model.device.type
-        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._autocast = autocast_of(model)
         self.recipe = self._recipe(model, windows, tokenizer)
         self.folder = folder / hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
         self._store = RowStore(self.folder, self.count, self.nbytes_per_token * self.seq_len, self._per_file)
@@ -159,13 +158,7 @@ class TeacherCache:
             "seq_len": self.seq_len,
             "content": windows_sha256(windows),
             "tokenizer": tokenizer,
-            "teacher": model_sha256(model),
-            "attention": str(model.config._attn_implementation),
-            "autocast": str(self._autocast),
-            "float32_matmul": torch.get_float32_matmul_precision(),
-            "device": model.device.type,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
+            **answering(model, self._autocast),
             "windows_per_file": self._per_file,
         }
 
@@ -217,6 +210,25 @@ class TeacherCache:
             for window, row in self._ask(left[first : first + batch_size]).items():
                 self._store.put(window, row.tobytes())
         _log.info("teacher cache %s: %d windows written, %.2f GB", self.folder, len(left), needed / 1e9)
+
+
+def autocast_of(model: PreTrainedModel) -> torch.dtype | None:
+    """The type that products of the model have under the caller's autocast."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def answering(model: PreTrainedModel, autocast: torch.dtype | None) -> dict[str, Any]:
+    """All that decides what a teacher says about given tokens, to the last bit."""
+    return {
+        "teacher": model_sha256(model),
+        "attention": str(model.config._attn_implementation),
+        "autocast": str(autocast),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "device": model.device.type,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
 
 
 @contextmanager

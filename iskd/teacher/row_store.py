@@ -38,7 +38,7 @@ class RowStore:
     def get(self, number: int) -> bytes | None:
         """A row, or None when it is not there or not what was written."""
         path, row_at, digest_at = self._place(number)
-        with suppress(FileNotFoundError), open(path, "rb", opener=_no_link) as file:
+        with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb", opener=_no_link) as file:
             file.seek(row_at)
             row = file.read(self.size)
             if len(row) == self.size and self._sound[number]:
@@ -68,7 +68,7 @@ class RowStore:
         for first in range(0, self.count, self.per_file):
             path, _, digest_at = self._place(first)
             digests = b""
-            with suppress(FileNotFoundError), open(path, "rb", opener=_no_link) as file:
+            with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb", opener=_no_link) as file:
                 file.seek(digest_at)
                 digests = file.read(self._in_file(first) * _DIGEST)
             pieces = (digests[at : at + _DIGEST] for at in range(0, self._in_file(first) * _DIGEST, _DIGEST))

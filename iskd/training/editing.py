@@ -138,7 +138,7 @@ def _refit(
 
     return refit_survivors(
         refits, student, module.teacher, record, stage.edits, windows,
-        ranks=module.ranks, opened=opened, check_stop=check_stop,
+        ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
+from iskd.teacher import TeacherStates
 from tests.factories import FAMILIES, conf_group, digest, hooks, louder, modes, silence, tiny, windows
 
 SIZES: dict[str, Any] = {"tokens": 320, "held_tokens": 96}
@@ -184,3 +186,46 @@ def test_streams_may_lie_elsewhere(place: str) -> None:
     here, *_ = refitted(Output(**SIZES))
     there, *_ = refitted(Output(**SIZES, streams=place))
     assert digest(here) == digest(there)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["output", "both", "sublayers", "replaceme"])
+def test_kept_states_of_the_teacher_give_the_same_student(name: str, tmp_path: Path) -> None:
+    held = list(windows(4, 16, seed=9).split(4))
+
+    def refit(states: TeacherStates | None, edits: Sequence[Edit] = (Remove(1),)) -> tuple[str, int]:
+        made, teacher, record = student(edits=edits)
+        ran: list[int] = []
+        for block in Stack(teacher).layers[1:]:
+            block.register_forward_hook(lambda *_: ran.append(0))
+        REFITS[name].refit(RefitTask(made, teacher, record, edits, text(320), held, states=states))
+        return digest(made), len(ran)
+
+    def kept() -> TeacherStates:
+        return TeacherStates(student()[1], tmp_path)
+
+    expected, passes = refit(None)
+    assert refit(kept()) == (expected, passes)
+    assert refit(kept()) == (expected, 0)
+    # other layers go: what is there is read, the rest is computed
+    further = (Remove(1), Remove(2))
+    assert refit(kept(), further)[0] == refit(None, further)[0]
+    # damaged, in another precision, or of another teacher: computed again
+    for file in tmp_path.rglob("*.rows"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert refit(kept()) == (expected, passes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept().folder != TeacherStates(student()[1], tmp_path / "other").folder
+        assert refit(kept()) == refit(None)
+    other = TeacherStates(tiny("llama", seed=3), tmp_path)
+    assert other.folder.parent == tmp_path
+    assert other.folder != kept().folder
+
+
+def test_states_that_cannot_be_kept_are_computed(tmp_path: Path) -> None:
+    made, teacher, record = student()
+    states = TeacherStates(teacher, tmp_path / "file")
+    (tmp_path / "file").write_text("in the way")
+    expected, *_ = refitted(REFITS["output"])
+    refit_survivors([REFITS["output"]], made, teacher, record, [Remove(1)], text, states=states)
+    assert digest(made) == digest(expected)

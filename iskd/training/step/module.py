@@ -24,7 +24,7 @@ from iskd.models import Signals, Stack, sharding
 from iskd.models.packing import Separator
 from iskd.plan import Record, Stage
 from iskd.system import Ranks
-from iskd.teacher import TeacherCache, TeacherCacheSpec, check_terms_cached
+from iskd.teacher import TeacherCache, TeacherCacheSpec, TeacherStates, check_terms_cached
 from iskd.training.step.alignment import align
 from iskd.training.step.block_runner import BlockRunner, Recompute
 from iskd.training.step.guard import StepGuard
@@ -102,6 +102,7 @@ class DistillModule(L.LightningModule):
         Stack(teacher).keep_apart(separator)
         Stack(student).keep_apart(separator, check=False)  # blocks and mixers can what the teacher can
         self.teacher_cache: TeacherCache | None = None
+        self.teacher_states: TeacherStates | None = None
         self.teacher_cache_spec: TeacherCacheSpec | None = None
         if isinstance(teacher_cache, TeacherCacheSpec):
             check_terms_cached(terms, teacher_cache.kind)
@@ -172,6 +173,7 @@ class DistillModule(L.LightningModule):
         self.use_teacher_cache(
             TeacherCache.open(self.teacher, windows, folder, self.teacher_cache_spec, tokenizer=tokenizer)
         )
+        self.teacher_states = TeacherStates(self.teacher, folder)
 
     def teardown(self, stage: str) -> None:
         """After the fit both models read a window as one text again; nothing of it is in an export."""
