@@ -111,7 +111,7 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
         chosen = [sha for items in selected(importance).values() for sha in items]
-        check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos))
+        check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos), seen=data.seen_share)
     return spec
 
 

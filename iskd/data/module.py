@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +12,21 @@ import torch
 
 from iskd.data.coding import Coding
 from iskd.data.loader import Batch, StageLoader, batches_of, pinned, to_tensor
+from iskd.data.overlap import seen_share
 from iskd.data.shards import Shards, Tokens, open_shards
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
 from iskd.data.windows import SplitWindows
 from iskd.models.packing import Separator, with_successor
+from iskd.system import global_rank
 from iskd.system.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_BATCH = 1024  # tokens
+_NOTICED = 0.1  # of a text's passages, as boilerplate is in every corpus
+_log = logging.getLogger(__name__)
 
 
 class TextData(L.LightningDataModule):
@@ -117,6 +122,9 @@ class TextData(L.LightningDataModule):
         self._splits = SplitWindows(shards, self.seq_len, self.max_train_tokens)
         for split in SPLITS[:3]:
             self._splits.numbers(split)
+        if global_rank() == 0 and (share := self.seen_share(self.validation_windows())) >= _NOTICED:
+            told = "%.0f %% of the passages of the validation text are in what is trained or calibrated on: %s"
+            _log.warning(told, 100 * share, "scores on it flatter the student; take such documents out, or data.val_path")
 
     @property
     def _opened(self) -> SplitWindows:
@@ -175,6 +183,10 @@ class TextData(L.LightningDataModule):
         windows = self._opened.spread("calibration", tokens)
         self._calibrations[tokens] = _sha256(windows)
         return list(to_tensor(windows).split(max(1, _CALIBRATION_BATCH // self.seq_len)))
+
+    def seen_share(self, windows: torch.Tensor) -> float:
+        """Share of the passages of `windows` [W, T] that are in training or calibration text (`iskd.data.overlap`)."""
+        return seen_share(windows.numpy(), [self.windows("train"), self.windows("calibration")])
 
     def validation(self) -> list[Batch]:
         """Return this rank's validation batches: each window is on one rank, every rank has as many batches.

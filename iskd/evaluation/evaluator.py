@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from iskd.models.tokenizers import check_same_tokenizer
 from iskd.system import Busy, ProgressLine
 from iskd.teacher import Loaded
 
+_log = logging.getLogger(__name__)
+_NOTICED, _MOSTLY = 0.02, 0.5  # shares of a report text that a run has seen: told, refused
 _PACKAGES = ("lm_eval", "torch", "transformers")
 _NOTHING = "there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE"
 
@@ -145,20 +148,41 @@ def evaluate(
     return Evaluation(found, retention, mean, scored_text, named, settings)
 
 
-def check(spec: EvalSpec, teacher: Loaded, *, exclude: Collection[str] = (), frame: Framing | None = None) -> None:
+def check(
+    spec: EvalSpec,
+    teacher: Loaded,
+    *,
+    exclude: Collection[str] = (),
+    frame: Framing | None = None,
+    seen: Callable[[Tensor], float] = lambda _ids: 0.0,
+) -> None:
     """Find out at the start of a run what would keep `evaluate` from working at its end.
 
     Tasks are read and their items drawn, from the hub too, which keeps a copy on this machine; text is read and cut.
 
+    Args:
+        spec, teacher, exclude, frame: as of `evaluate`.
+        seen: which share of windows of text [W, T] the run trains or calibrates on.
+
     Raises:
-        ValueError: as `evaluate`, but for what only the scores of a model can tell.
+        ValueError: as `evaluate`, but for what only the scores of a model can tell; or most of the text is the run's.
     """
     frame = framing_of(teacher.tokenizer) if frame is None else frame
     windows = _windows(spec, None, teacher.tokenizer, [teacher.model], frame)
     if not spec.tasks and windows is None:
         raise ValueError(_NOTHING)
+    if windows is not None:
+        _check_unseen(spec, seen(windows.ids))
     _check_rows("teacher", teacher.model, teacher.tokenizer)
     _questions(spec, exclude)
+
+
+def _check_unseen(spec: EvalSpec, share: float) -> None:
+    told = f"{100 * share:.1f} % of the passages of eval.text={spec.text} are in what the run trains or calibrates on"
+    if share >= _MOSTLY:
+        raise ValueError(f"{told}; report on text that it never sees")
+    if share >= _NOTICED:
+        _log.warning("%s: scores on it flatter the student", told)
 
 
 def _check_rows(who: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

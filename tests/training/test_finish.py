@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import signal
+import string
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +183,33 @@ def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(
     with pytest.raises(ValueError, match=message):
         build.parts(config, tmp_path / "run")
     assert not (tmp_path / "run" / CONFIG_FILE).exists(), "the folder is free for the next try"
+
+
+def test_a_report_on_text_that_the_run_sees_is_refused_or_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the file is called and however it is packed: passages are compared, not files."""
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(string.ascii_lowercase, k=120)) for _ in range(400)]
+    (tmp_path / "train.txt").write_text("\n\n".join(documents))
+    seen = "\n\n".join(documents[40:60])
+    new = [" ".join(rng.choices(string.ascii_lowercase, k=120)) for _ in range(20)]
+    (tmp_path / "all.jsonl").write_text(json.dumps({"text": seen}))
+    (tmp_path / "some.txt").write_text("\n\n".join([*new, *documents[40:42]]))
+    (tmp_path / "new.txt").write_text("\n\n".join(new))
+
+    def built(name: str) -> None:
+        keys = ["debug=smoke", "data=text", f"data.path={tmp_path}/train.txt", f"cache_dir={tmp_path}/cache"]
+        config, _ = compose_config([*keys, "eval=quick", "eval.tasks=[]", f"eval.text={tmp_path}/{name}"], Path("x"))
+        build.parts(config, tmp_path / name.partition(".")[0])
+
+    with pytest.raises(ValueError, match=r"of the passages of eval\.text=.*all\.jsonl are in what the run trains"):
+        built("all.jsonl")
+    built("some.txt")
+    assert "scores on it flatter the student" in caplog.text
+    caplog.clear()
+    built("new.txt")
+    assert "flatter" not in caplog.text
 
 
 def test_items_that_chose_layers_are_known() -> None:

@@ -1,0 +1,57 @@
+"""How much of a text is in another one: passages of 13 tokens, as contamination of benchmarks is counted.
+
+Source: GPT-3 (arXiv 2005.14165, appendix C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PASSAGE = 13  # tokens
+MOST = 1 << 25  # tokens that are searched in each text
+_PIECE = 1 << 20  # tokens at a time
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+Windows = NDArray[np.integer[Any]]
+
+
+def seen_share(windows: Windows, others: Iterable[Windows]) -> float:
+    """Share of the passages inside `windows` [W, T] that are inside some window of `others` too, each [W', T'].
+
+    A passage is `PASSAGE` tokens, or a whole window where that is shorter. Of each of `others`, the first `MOST` tokens
+    are searched.
+    """
+    length = min(PASSAGE, windows.shape[1])
+    wanted = _hashes(windows, length)
+    if not len(wanted):
+        return 0.0
+    values = np.unique(wanted)
+    seen = np.zeros(len(values), bool)
+    for other in others:
+        for piece in _pieces(other):
+            if piece.shape[1] >= length:
+                found = _hashes(piece, length)
+                at = np.searchsorted(values, found).clip(max=len(values) - 1)
+                seen[at[values[at] == found]] = True
+    return float(seen[np.searchsorted(values, wanted)].mean())
+
+
+def _pieces(windows: Windows) -> Iterator[Windows]:
+    rows = max(1, _PIECE // windows.shape[1])
+    for first in range(0, min(len(windows), MOST // windows.shape[1] + 1), rows):
+        yield windows[first : first + rows]
+
+
+def _hashes(windows: Windows, length: int) -> NDArray[np.uint64]:
+    """One number for each passage that lies inside one window, flat."""
+    ids = np.asarray(windows).astype(np.uint64) + np.uint64(1)
+    count = ids.shape[1] - length + 1
+    found = np.zeros((len(ids), count), np.uint64)
+    for offset in range(length):
+        found = found * _BASE + ids[:, offset : offset + count]
+        found ^= found >> np.uint64(29)
+    return found.ravel()
