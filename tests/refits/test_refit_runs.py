@@ -66,10 +66,10 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
     original, calls = base._teacher_block, iter(range(10**6))
     acts: dict[str, Callable[[], None]] = {"crash": crash, "signal": lambda: os.kill(os.getpid(), signal.SIGTERM)}
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **keys: Any) -> Any:
         if next(calls) == call:
             acts[act]()
-        return original(*args)
+        return original(*args, **keys)
 
     with monkeypatch.context() as patch:
         patch.setattr(base, "_teacher_block", wrapped)
