@@ -14,6 +14,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -60,8 +61,10 @@ COLUMNS = (
 class Scorer(ild.Scorer):  # type: ignore[misc, name-defined]
     """With stories, which are of the kind of half of the calibration text and not in it."""
 
-    def __init__(self, data: Path, items: int, tokens: int) -> None:
+    def __init__(self, data: Path, items: int, tokens: int, tasks: list[str] | None = None) -> None:
         super().__init__(data, items, tokens)
+        if tasks is not None:
+            self.tasks = {name: found for name, found in self.tasks.items() if name in tasks}
         with gzip.open(data / "tinystories" / "valid.txt.gz", "rt", encoding="utf-8") as file:
             self.texts["stories"] = ild.windows(self.teacher.tokenizer, file.read(), tokens)
         with ild.autocast():
@@ -114,8 +117,8 @@ def summary(method: str, facts: dict[str, Any], row: dict[str, Any]) -> dict[str
     fixed = {"depth": 0, "budget": 0, "seed": 0, "refit_seconds": 0, "refit_tflop": 0, "tflop": 0} | facts
     taken = {key: row[key] for key in ("layers", "params", "tokens", "seconds")}
     texts = {key: round(row[key], 4) for key in TEXTS}
-    tasks = {key: round(100 * mean(row[key]), 1) for key in ild.METRICS}
-    average = round(100 * ild.average(row), 2)
+    tasks = {key: round(100 * mean(row[key]), 1) if key in row else math.nan for key in ild.METRICS}
+    average = round(100 * ild.average(row), 2) if all(key in row for key in ild.AVERAGED) else math.nan
     return {"method": method, **fixed, **taken, **texts, **tasks, "average": average}
 
 
@@ -178,6 +181,7 @@ def main() -> None:
     scoring.add_argument("runs", nargs="+", type=Path)
     scoring.add_argument("--data", type=Path, required=True)
     scoring.add_argument("--items", type=int, default=300)
+    scoring.add_argument("--tasks", nargs="+", help="only these, lambada among them; the others of the table are nan")
     scoring.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table")
     arguments = parser.parse_args()
@@ -185,7 +189,7 @@ def main() -> None:
         table()
         return
     torch.manual_seed(0)
-    scorer = Scorer(arguments.data, arguments.items, arguments.tokens)
+    scorer = Scorer(arguments.data, arguments.items, arguments.tokens, arguments.tasks)
     for run in arguments.runs:
         score(run, scorer)
 

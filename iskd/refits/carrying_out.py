@@ -77,9 +77,10 @@ def refit_survivors(
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
             events += [f"refit {name}: {line}" for line in told]
+            undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
             events.append(
                 f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
-                + ("" if better else f"; taken back, so it is {before:.4f} again")
+                + ("" if better else f"; {undone}")
             )
     student.train(training)  # blocks that were opened are other modules than those whose modes were put back
     return events

@@ -85,7 +85,7 @@ def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
     made, teacher, _, told = refitted(REFITS[name], family=family)
     line = told[-1]
     before, after = (float(word) for word in (line.split("KL ")[1].split(" ->")[0], line.split("-> ")[1].split(" ")[0]))
-    assert after < before or "taken back" in line
+    assert after <= before or "taken back" in line
     assert hooks(made) == hooks(teacher) == 0
     assert not any(p.grad is not None for p in made.parameters())
 
@@ -110,7 +110,7 @@ def test_a_student_like_its_teacher_stays_so(name: str) -> None:
     record = surgery.apply(made, Record(4), [Remove(1)])
     before = digest(made)
     told = refit_survivors([REFITS[name]], made, teacher, record, [Remove(1)], text)
-    assert digest(made) == before or "taken back" in told[-1]
+    assert digest(made) == before or told[-1].endswith(("again", "changed nothing"))
 
 
 def test_a_refit_that_does_not_help_is_taken_back() -> None:
