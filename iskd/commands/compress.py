@@ -90,7 +90,7 @@ def compress(
 
     Raises:
         ValueError: an argument names nothing, model and tokenizer do not belong together, or a part refuses its values.
-        RuntimeError, OSError: as `iskd.training.runner.run`.
+        RunError, OSError: as `iskd.training.runner.run`.
     """
     groups = {"experiment": experiment, "schedule": schedule, "edit": edit, "block": block, "mixer": mixer}
     asked = [f"{group}={name}" for group, name in (groups | {"importance": importance}).items() if name is not None]

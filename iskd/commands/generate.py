@@ -218,12 +218,11 @@ def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:
 
 def main() -> None:
     """The command of this process."""
-    if code := run(sys.argv[1:]):
-        sys.exit(code)
+    run(sys.argv[1:])
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line of `iskd generate`; returns its exit code: 0, or 2 after an error that it printed."""
+def run(argv: Sequence[str]) -> None:
+    """The command line of `iskd generate`. Raises as `generate`."""
     parser = argparse.ArgumentParser(prog="iskd generate", description="teacher and student continue the same prompt")
     parser.add_argument("folder", type=as_folder, help="folder of a run or of an export")
     parser.add_argument("prompt", nargs="?", default=SENTENCE)
@@ -236,14 +235,9 @@ def run(argv: Sequence[str]) -> int:
     asked: Any = parser.parse_args(dashed(parser, argv))
     how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
     how["bos"] = asked.bos
-    try:
-        with Busy("loading teacher and student"):
-            found = generate(asked.folder, asked.teacher, asked.prompt, **how)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with Busy("loading teacher and student"):
+        found = generate(asked.folder, asked.teacher, asked.prompt, **how)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(found.table())
     for note in found.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return 0

@@ -27,6 +27,7 @@ from iskd.plan import StageResult
 from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
 from iskd.system import Preempted, global_rank, run_lock
+from iskd.system.faults import RunError
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
@@ -131,7 +132,7 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
         if child.returncode and stop_signals.received is not None:  # before there was anything to save
             raise SystemExit(128 + stop_signals.received)
         if child.returncode:
-            raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
+            raise RunError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:
         stop_signals.uninstall()
     return read_stages(run_dir)
