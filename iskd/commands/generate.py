@@ -197,14 +197,23 @@ def _speak(
     nn.Module.to(model.eval(), ids.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding}
-    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-        cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
-        new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
-        seconds = time.perf_counter() - start
-    model.train(was_training)
+
+    def finite(_: Tensor, logits_BV: Tensor) -> Tensor:  # the largest of what is nan is any token
+        if bool(logits_BV.isnan().any()):
+            raise ValueError(f"{name} gives nan for the next token: its weights are broken")
+        return logits_BV
+
+    call["logits_processor"] = [finite]
+    try:
+        with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+            cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
+            new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
+            seconds = time.perf_counter() - start
+    finally:
+        model.train(was_training)
     return Spoken(name, new, str(tokenizer.decode(list(new), skip_special_tokens=True)), seconds)
 
 

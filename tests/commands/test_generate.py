@@ -98,6 +98,12 @@ def test_models_and_training_mode_are_taken_as_they_are(run_dir: Path) -> None:
     found = generate(student, loaded, PROMPT, max_new_tokens=4)
     assert found.teacher.ids == found.student.ids
     assert student.training
+    with torch.no_grad():
+        next(student.parameters()).fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="this model gives nan for the next token"):
+            generate(student, loaded, PROMPT, max_new_tokens=4, temperature=temperature)
+    assert student.training
 
 
 def test_the_teacher_is_found(run_dir: Path, tmp_path: Path) -> None:
