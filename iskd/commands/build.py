@@ -172,12 +172,15 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
     loss = None if chat is None else chat.get("loss")
     if loss is not None:
-        if not isinstance(source, TextFiles | HubDataset):
+        if isinstance(source, TextFiles | HubDataset):
+            source = replace(source, chat=True)
+        elif not getattr(source, "chat", False):
             raise ValueError(
                 f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
-                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME"
+                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME; in Python pass texts=[{'messages': ...}]"
             )
-        source = replace(source, chat=True)
+    elif getattr(source, "chat", False):
+        raise ValueError("texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all")
     return TextData(
         source,
         tokenizer,

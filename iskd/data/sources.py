@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from pydantic import PositiveInt
 
-from iskd.data.chat import ROWS
+from iskd.data.chat import ROWS, conversation
 from iskd.data.kinds import KINDS
 from iskd.data.readers import Placed, detokenize_wikitext, group_lines, placed_files, read_as, read_file
 from iskd.data.rows import text_of
@@ -98,7 +98,7 @@ class TextFiles:
         chat: rows are conversations (`iskd.data.chat`); `field` is not read.
     """
 
-    path: str
+    path: str | None  # None, which a config says of a path that nobody gave, is refused in our own words
     val_path: str | None = None
     test_path: str | None = None
     fmt: str = "auto"
@@ -135,6 +135,7 @@ class TextFiles:
         return "-".join(hash_files(file for _, file in files) for files in found) + read_as(chain(*found), self.fmt)
 
     def _files(self) -> dict[str, list[Placed]]:
+        assert self.path is not None
         return placed_files(self.path, self.val_path, self.test_path)
 
 
@@ -258,10 +259,12 @@ class GivenTexts:
 
     Attributes:
         texts: one document each, none of them blank.
+        chat: the documents are conversations (`iskd.data.chat`).
         sha256: of all documents in their order; the only thing that is written down about them.
     """
 
     texts: tuple[str, ...] = dataclass_field(repr=False)
+    chat: bool = dataclass_field(default=False, repr=False)
     sha256: str = dataclass_field(init=False)
 
     def __post_init__(self) -> None:
@@ -280,21 +283,27 @@ class GivenTexts:
         return self.sha256
 
 
-def given_texts(texts: Iterable[str]) -> GivenTexts:
-    """Read all documents of an iterable as those of files are read: stripped, without blank ones.
+def given_texts(texts: Iterable[str | Mapping[str, Any]]) -> GivenTexts:
+    """Read all documents of an iterable as those of files are read: texts stripped, without blank ones, or rows of chats.
 
     Raises:
-        ValueError: an item is no string, or nothing is left.
+        ValueError: an item is neither, both are there, or nothing is left.
     """
     kept: list[str] = []
+    chats = 0
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
+        if isinstance(text, Mapping) and {"messages", "completion"} & text.keys():
+            kept.append(conversation(dict(text), f"texts[{number}]"))
+            chats += 1
+        elif not isinstance(text, str):
             raise ValueError(
-                f"texts[{number}] is {type(text).__name__}, not a string; for rows of a data set pass "
-                "texts=[row['text'] for row in rows]"
+                f"texts[{number}] is {type(text).__name__}, not a string and no chat (`messages`, or `prompt` and "
+                "`completion`); for rows of a data set pass texts=[row['text'] for row in rows]"
             )
-        if text.strip():
+        elif text.strip():
             kept.append(text.strip())
+        if 0 < chats < len(kept):
+            raise ValueError(f"texts mixes texts and chats, up to texts[{number}]: pass all of one kind")
     if not kept:
         raise ValueError("texts holds no document that is not blank; pass strings, a file or the name of a data config")
-    return GivenTexts(tuple(kept))
+    return GivenTexts(tuple(kept), bool(chats))

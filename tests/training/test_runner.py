@@ -463,6 +463,9 @@ def test_limits_of_the_trainer_are_refused_before_anything_is_read(make: Callabl
     with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches"):
         run(make(tmp_path / "b", callbacks=[scheduler]))
     assert not (tmp_path / "a" / "stages.json").exists()
+    for key, value in {"devices": "x", "profiler": "nothing", "strategy": "nothing"}.items():
+        with pytest.raises(ValueError, match=f"trainer.{key}={value}.*: Lightning refuses that here: .*"):
+            run(make(tmp_path / key, trainer={key: value}))
 
 
 def test_max_time_saves_and_stops_as_a_signal_does(
