@@ -136,18 +136,28 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def as_it_was(config: DictConfig) -> Any:
             composed.append(True)
             single = HydraConfig.get().mode == RunMode.RUN
-            with _set(FULL_ERROR, before), told() if single else nullcontext():
+            with _set(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
                 return task(config)
 
-        with _set(FULL_ERROR, "1"):
-            try:
-                hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if composed and isinstance(error, ValueError):  # of the task, in its own words
-                    raise
-                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
+        with _set(FULL_ERROR, "1"), _in_words(composed):
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
 
     return main
+
+
+@contextmanager
+def _in_words(composed: Sequence[bool] = (True,)) -> Iterator[None]:
+    """What Hydra and OmegaConf raise as a ValueError that begins with the command line.
+
+    Args:
+        composed: empty until there is a config: before, a ValueError is Hydra's too, then in the task's own words.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise
+        raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
 
 
 @contextmanager

@@ -284,7 +284,7 @@ class GivenTexts:
 
 
 def given_texts(texts: Iterable[str | Mapping[str, Any]]) -> GivenTexts:
-    """Read all documents of an iterable as those of files are read: texts stripped, without blank ones, or rows of chats.
+    """Read all documents of an iterable as those of files: texts stripped, without blank ones, or rows of chats.
 
     Raises:
         ValueError: an item is neither, both are there, or nothing is left.

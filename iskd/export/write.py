@@ -139,6 +139,6 @@ def _verify(draft: Path, target: Path, probe: Probe, *, native: bool) -> None:
         problems = [str(error)]
     if problems:
         raise RunError(
-            f"the exported student cannot be trusted, so nothing was written to {target}: {problems[0]}. Nothing else is "
-            "lost: resume=DIR of its run tries again"
+            f"the exported student cannot be trusted, so nothing was written to {target}: {problems[0]}. Nothing "
+            "else is lost: resume=DIR of its run tries again"
         )

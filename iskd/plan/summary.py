@@ -70,8 +70,8 @@ def objectives(names: str | Sequence[str]) -> Callable[[Sequence[StageResult]], 
         found = [values[f"final/{name}"] for name in asked]
         if bad := [f"{name}={value}" for name, value in zip(asked, found, strict=True) if not math.isfinite(value)]:
             raise RunError(
-                f"objectives: the run ended with {', '.join(bad)}, which a sweep cannot compare; narrow what it tries, or "
-                "have it go on without such runs (hydra.sweeper.max_failure_rate of Optuna's)"
+                f"objectives: the run ended with {', '.join(bad)}, which a sweep cannot compare; narrow what it tries, "
+                "or have it go on without such runs (hydra.sweeper.max_failure_rate of Optuna's)"
             )
         return found[0] if len(found) == 1 else found
 

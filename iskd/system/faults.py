@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def mendable(error: BaseException) -> bool:
-    """Whether an error is its user's to mend, in its own words: values, files, memory, a `RunError`; else it is ours."""
+    """Whether an error is its user's to mend, in its own words: values, files, memory, a `RunError`; else ours."""
     return isinstance(error, OSError | ValueError | RunError) or is_out_of_memory(error)
 
 

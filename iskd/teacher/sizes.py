@@ -42,7 +42,7 @@ def sized_config(values: Mapping[str, Any], sizes: Mapping[str, int]) -> PreTrai
         default = AutoConfig.for_model(model_type)
     except ValueError:  # which lists all that there are
         raise ValueError(
-            f"model.config.model_type={model_type!s:.80} is no model type of transformers: give e.g. llama, qwen3 or gpt2"
+            f"model.config.model_type={model_type!s:.80} is no model type of transformers: give e.g. llama or gpt2"
         ) from None
     names: dict[str, str] = default.attribute_map or {}
     values = {names.get(key, key): value for key, value in values.items()}

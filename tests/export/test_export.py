@@ -309,7 +309,7 @@ def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pyte
     before = (target / "model.safetensors").read_bytes()
     original = student_module.model_tensors
     monkeypatch.setattr(student_module, "model_tensors", lambda m: {k: v + 0.1 for k, v in original(m).items()})
-    with pytest.raises(RunError, match="other logits.*resume=DIR"):
+    with pytest.raises(RunError, match=r"other logits.*resume=DIR"):
         export(target, model, record, teacher.config)
     assert (target / "model.safetensors").read_bytes() == before, "a failed export leaves the earlier one"
 

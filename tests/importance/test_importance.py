@@ -500,7 +500,7 @@ def test_a_model_that_breaks_on_the_way_gives_no_order(name: str) -> None:
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         next(Stack(student).layers[2].parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="the importance of .* is not finite"):
+    with pytest.raises(ValueError, match=r"the importance of .* is not finite"):
         by_layer(make(name)(student, teacher, BATCHES), range(4))
 
 

@@ -149,7 +149,10 @@ def test_keys_that_cannot_work_are_refused_when_the_spec_is_made(changes: dict[s
         ({"config": LLAMA | {"num_attention_heads": 0}}, r"no valid llama config"),
         ({"config": LLAMA | {"model_type": "lama"}}, r"model\.config\.model_type=lama is no model type.*e\.g\. llama"),
         ({"config": LLAMA | {"num_hidden_layer": 3}}, r"model\.config\.num_hidden_layer is no key of a llama config"),
-        ({"config": LLAMA | {"hidden_act": "foo"}}, r"no llama that can be built: KeyError.*correct it in model\.config"),
+        (
+            {"config": LLAMA | {"hidden_act": "foo"}},
+            r"no llama that can be built: KeyError.*correct it in model\.config",
+        ),
         ({"config": LLAMA | {"rope_parameters": {"rope_type": "foo"}}}, r"no llama that can be built: KeyError"),
         ({"num_heads": 3}, r"model\.hidden_size=16 is not a multiple of model\.num_heads=3"),
         ({"num_kv_heads": 3}, r"model\.num_heads=4 is not a multiple of model\.num_kv_heads=3"),

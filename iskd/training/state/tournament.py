@@ -59,7 +59,7 @@ class Tournament:
         return (math.isnan(kl), 0.0 if math.isnan(kl) else kl, index)
 
     def judged(self, kl: float) -> Tournament:
-        """With the result of the trial that just ended. Raises NonFiniteError when it was the last, and none has a KL."""
+        """With the result of the trial that just ended. Raises NonFiniteError when all are over and none has a KL."""
         judged = dataclasses.replace(self, kl=(*self.kl, kl))
         if judged.over and not any(map(math.isfinite, judged.kl)):
             tried = ", ".join(stage.name for stage in self.candidates)
