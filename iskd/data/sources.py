@@ -1,4 +1,4 @@
-"""Sources of documents: local files, data sets of the hub, texts that the caller has, the interpreter's docstrings.
+"""Sources of documents: local files, data sets of the hub, the interpreter's docstrings (and `iskd.data.given`).
 
 A source is a frozen dataclass with `documents()`, which yields (text, split) pairs, and `fingerprint()`, which changes
 when its content does. A document with split None is placed by `iskd.data.splits.Splitter`.
@@ -7,12 +7,11 @@ when its content does. A document with split None is placed by `iskd.data.splits
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from itertools import chain, islice
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from pydantic import PositiveInt
 
-from iskd.data.chat import ROWS, conversation
+from iskd.data.chat import ROWS
 from iskd.data.kinds import KINDS
 from iskd.data.readers import Placed, detokenize_wikitext, group_lines, placed_files, read_as, read_file
 from iskd.data.rows import text_of
@@ -251,59 +250,3 @@ def _docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 yield text
-
-
-@dataclass(frozen=True)
-class GivenTexts:
-    """Documents held in memory; an `iskd.data.sources.Source`.
-
-    Attributes:
-        texts: one document each, none of them blank.
-        chat: the documents are conversations (`iskd.data.chat`).
-        sha256: of all documents in their order; the only thing that is written down about them.
-    """
-
-    texts: tuple[str, ...] = dataclass_field(repr=False)
-    chat: bool = dataclass_field(default=False, repr=False)
-    sha256: str = dataclass_field(init=False)
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for text in self.texts:
-            data = text.encode("utf-8", "surrogatepass")  # half a character is refused when it is read, with its place
-            digest.update(len(data).to_bytes(8, "little") + data)
-        object.__setattr__(self, "sha256", digest.hexdigest())
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents in their order, none with a split of its own."""
-        return ((text, None) for text in self.texts)
-
-    def fingerprint(self) -> str:
-        """Return the hash of the documents."""
-        return self.sha256
-
-
-def given_texts(texts: Iterable[str | Mapping[str, Any]]) -> GivenTexts:
-    """Read all documents of an iterable as those of files: texts stripped, without blank ones, or rows of chats.
-
-    Raises:
-        ValueError: an item is neither, both are there, or nothing is left.
-    """
-    kept: list[str] = []
-    chats = 0
-    for number, text in enumerate(texts):
-        if isinstance(text, Mapping) and {"messages", "completion"} & text.keys():
-            kept.append(conversation(dict(text), f"texts[{number}]"))
-            chats += 1
-        elif not isinstance(text, str):
-            raise ValueError(
-                f"texts[{number}] is {type(text).__name__}, not a string and no chat (`messages`, or `prompt` and "
-                "`completion`); for rows of a data set pass texts=[row['text'] for row in rows]"
-            )
-        elif text.strip():
-            kept.append(text.strip())
-        if 0 < chats < len(kept):
-            raise ValueError(f"texts mixes texts and chats, up to texts[{number}]: pass all of one kind")
-    if not kept:
-        raise ValueError("texts holds no document that is not blank; pass strings, a file or the name of a data config")
-    return GivenTexts(tuple(kept), bool(chats))

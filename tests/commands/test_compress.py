@@ -23,7 +23,8 @@ from iskd.commands import build
 from iskd.commands.compose import compose_config
 from iskd.commands.resume import resumed
 from iskd.data import given_texts
-from iskd.data.sources import GivenTexts, TextFiles
+from iskd.data.given import GivenTexts
+from iskd.data.sources import TextFiles
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_tensors
 from iskd.teacher.given import given_teacher
