@@ -16,9 +16,17 @@ from iskd.models.projections import weight_of
 
 
 def top(score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending; ties go to the lower index on every machine."""
+    """Indices of the `count` highest scores, ascending; ties go to the lower index on every machine.
+
+    Raises ValueError for a score that is not finite, which would stay or go by chance.
+    """
     if score.is_meta:
         return torch.arange(count, device=score.device)
+    if not bool(score.isfinite().all()):
+        raise ValueError(
+            "heads and channels of a block cannot be ordered: what they give on calibration text is not finite; check "
+            "the weights of teacher and student, or train in float32 (trainer.precision=32-true)"
+        )
     return torch.sort(score.float(), descending=True, stable=True).indices[:count].sort().values
 
 

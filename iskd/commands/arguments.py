@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +29,7 @@ from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
+from iskd.system.faults import mendable
 from iskd.system.files import expanded
 from iskd.system.text import argument
 
@@ -107,8 +109,8 @@ def told() -> Iterator[None]:
     """What a user can mend is said in a line, without a traceback, unless `FULL_ERROR` asks for it; exit code 2."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if os.environ.get(FULL_ERROR) == "1":
+    except Exception as error:
+        if not mendable(error) or os.environ.get(FULL_ERROR) == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -118,10 +120,12 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """A command's `main`: compose the config of the command line and call `task` with it.
 
     Hydra prints a traceback for anything that goes wrong and exits with 1, unless its own variable has it raise. It is
-    set here, but not while `task` runs, whose child processes take over the environment.
+    set here, but not while `task` runs, whose child processes take over the environment. A single run is told here;
+    Hydra has to see that a job of a sweep failed.
 
     Raises:
         ValueError: of `main`, where the command line composes no config; else whatever `task` raises.
+        SystemExit: what is told.
     """
 
     @wraps(task)
@@ -131,18 +135,29 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(task)
         def as_it_was(config: DictConfig) -> Any:
             composed.append(True)
-            with _set(FULL_ERROR, before):
+            single = HydraConfig.get().mode == RunMode.RUN
+            with _set(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
                 return task(config)
 
-        with _set(FULL_ERROR, "1"):
-            try:
-                hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if composed and isinstance(error, ValueError):  # of the task, in its own words
-                    raise
-                raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
+        with _set(FULL_ERROR, "1"), _in_words(composed):
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
 
     return main
+
+
+@contextmanager
+def _in_words(composed: Sequence[bool] = (True,)) -> Iterator[None]:
+    """What Hydra and OmegaConf raise as a ValueError that begins with the command line.
+
+    Args:
+        composed: empty until there is a config: before, a ValueError is Hydra's too, then in the task's own words.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise
+        raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
 
 
 @contextmanager

@@ -31,6 +31,9 @@ from iskd.training import Parts
 from iskd.training.facts import selected
 from iskd.training.metrics import tracked_as
 
+# of the config of every run, from the first version on
+_NEEDED = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run", "seed")
+
 
 def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
     """All objects of a run, and the resolved config beside its results.
@@ -39,6 +42,9 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     """
     config = as_meant(config)  # before the folder is claimed
     resuming = config.resume is not None
+    if lost := [key for key in _NEEDED if key not in config]:
+        where = run_dir / CONFIG_FILE if resuming else "the config"
+        raise ValueError(f"{where} has no {', '.join(lost)}, without which there is no run: restore it from a copy")
     _claim(run_dir, resuming)
     if teacher is None:
         with Busy("loading the teacher"):
@@ -172,12 +178,17 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
     loss = None if chat is None else chat.get("loss")
     if loss is not None:
-        if not isinstance(source, TextFiles | HubDataset):
+        if isinstance(source, TextFiles | HubDataset):
+            source = replace(source, chat=True)
+        elif not getattr(source, "chat", False):
             raise ValueError(
                 f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
-                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME"
+                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME; in Python pass texts=[{'messages': ...}]"
             )
-        source = replace(source, chat=True)
+    elif getattr(source, "chat", False):
+        raise ValueError(
+            "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
+        )
     return TextData(
         source,
         tokenizer,

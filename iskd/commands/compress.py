@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +37,7 @@ _TEXTS = "the texts given to iskd.compress"
 def compress(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    texts: Iterable[str] | str | Path = "docstrings",
+    texts: Iterable[str | Mapping[str, Any]] | str | Path = "docstrings",
     *,
     experiment: str | None = None,
     schedule: str | None = None,
@@ -66,8 +67,9 @@ def compress(
             model on the hub (`OWNER/NAME`). A model in memory is only read: it gets back its modes, gradient flags and
             device.
         tokenizer: of a model in memory; a model by name comes with its own.
-        texts: what to train, choose and measure on: one document per string; or a file, a folder or a glob (.txt,
-            .jsonl, .parquet); or the name of a data config (`docstrings`, `wikitext2`, ...). Documents go to training,
+        texts: what to train, choose and measure on: one document per string, or one conversation per row of `messages`
+            or of `prompt` and `completion` (as `data=chat`); or a file, a folder or a glob (.txt, .jsonl, .parquet); or
+            the name of a data config (`docstrings`, `wikitext2`, ...). Documents go to training,
             validation and calibration by the hash of their text, 92, 4 and 4 % of them: a hundred or more are needed.
         experiment: a preset of conf/experiment, e.g. `ild` or `subquadratic`.
         schedule: `iterative`, `oneshot`, `align` or `none`.
@@ -90,7 +92,7 @@ def compress(
 
     Raises:
         ValueError: an argument names nothing, model and tokenizer do not belong together, or a part refuses its values.
-        RuntimeError, OSError: as `iskd.training.runner.run`.
+        RunError, OSError: as `iskd.training.runner.run`.
     """
     groups = {"experiment": experiment, "schedule": schedule, "edit": edit, "block": block, "mixer": mixer}
     asked = [f"{group}={name}" for group, name in (groups | {"importance": importance}).items() if name is not None]
@@ -143,12 +145,13 @@ def _named_model(name: str) -> list[str]:
     return found
 
 
-def _source(texts: Iterable[str] | str | Path) -> tuple[Source | None, list[str]]:
+def _source(texts: Iterable[str | Mapping[str, Any]] | str | Path) -> tuple[Source | None, list[str]]:
     """Documents in memory with what the config says of them, or none and the keys that name them."""
     if not isinstance(texts, Iterable | Path):
         raise ValueError(f"texts must be a list of strings, a path or a name, got {texts!r:.80}")
     if not isinstance(texts, str | Path):
-        return given_texts(texts), ["data=text", assigned("data.path", _TEXTS)]
+        given = given_texts(texts)
+        return given, [f"data={'chat' if given.chat else 'text'}", assigned("data.path", _TEXTS)]
     name = str(texts)
     if name in options("data"):
         return None, [f"data={name}"]

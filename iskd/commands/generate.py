@@ -197,14 +197,23 @@ def _speak(
     nn.Module.to(model.eval(), ids.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding}
-    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-        cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
-        new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
-        seconds = time.perf_counter() - start
-    model.train(was_training)
+
+    def finite(_: Tensor, logits_BV: Tensor) -> Tensor:  # the largest of what is nan is any token
+        if bool(logits_BV.isnan().any()):
+            raise ValueError(f"{name} gives nan for the next token: its weights are broken")
+        return logits_BV
+
+    call["logits_processor"] = [finite]
+    try:
+        with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+            cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
+            new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
+            seconds = time.perf_counter() - start
+    finally:
+        model.train(was_training)
     return Spoken(name, new, str(tokenizer.decode(list(new), skip_special_tokens=True)), seconds)
 
 
@@ -218,12 +227,11 @@ def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:
 
 def main() -> None:
     """The command of this process."""
-    if code := run(sys.argv[1:]):
-        sys.exit(code)
+    run(sys.argv[1:])
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line of `iskd generate`; returns its exit code: 0, or 2 after an error that it printed."""
+def run(argv: Sequence[str]) -> None:
+    """The command line of `iskd generate`. Raises as `generate`."""
     parser = argparse.ArgumentParser(prog="iskd generate", description="teacher and student continue the same prompt")
     parser.add_argument("folder", type=as_folder, help="folder of a run or of an export")
     parser.add_argument("prompt", nargs="?", default=SENTENCE)
@@ -236,14 +244,9 @@ def run(argv: Sequence[str]) -> int:
     asked: Any = parser.parse_args(dashed(parser, argv))
     how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
     how["bos"] = asked.bos
-    try:
-        with Busy("loading teacher and student"):
-            found = generate(asked.folder, asked.teacher, asked.prompt, **how)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with Busy("loading teacher and student"):
+        found = generate(asked.folder, asked.teacher, asked.prompt, **how)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(found.table())
     for note in found.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return 0

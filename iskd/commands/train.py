@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,9 +24,11 @@ from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
 from iskd.commands.config import PACKAGE, plain
 from iskd.commands.paths import assigned
 from iskd.plan import StageResult
+from iskd.plan.failure import write_failure
 from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
 from iskd.system import Preempted, global_rank, run_lock
+from iskd.system.faults import RunError
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
@@ -47,8 +49,8 @@ _ENTRY = (sys.executable, "-c", _START)
 @told_at_the_end
 @hydra_main
 @noted
-def main(config: DictConfig) -> float | list[float]:
-    """Compose, build, run; what `objectives` names is returned to a sweep."""
+def main(config: DictConfig) -> float | list[float] | None:
+    """Compose, build, run; what `objectives` names is returned to a sweep, and nothing where there is none."""
     from iskd.commands import build, resume
     from iskd.plan.summary import objectives
     from iskd.training import StartAgain, run
@@ -59,19 +61,31 @@ def main(config: DictConfig) -> float | list[float]:
     environment, hydra_config = dict(os.environ), HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     config.resume = resume_folder(config.resume, run_dir, hydra_config)
-    result_of = objectives(plain(config.objectives))
-    if hydra_config.mode == RunMode.MULTIRUN and config.schedule.get("restart_at_edit"):
-        return result_of(in_a_child(run_dir, config.resume, hydra_config.overrides.task))
+    result_of, several = objectives(plain(config.objectives)), hydra_config.mode == RunMode.MULTIRUN
+    if several and config.schedule.get("restart_at_edit"):
+        return answer(run_dir, result_of, in_a_child(run_dir, config.resume, hydra_config.overrides.task))
     if config.resume is not None:
         config = resume.resumed(config, hydra_config.overrides.task)
     try:
-        return result_of(run(build.parts(config, run_dir)).stages)
+        stages = run(build.parts(config, run_dir)).stages
+        return answer(run_dir, result_of, stages) if several else None
     except (Preempted, StartAgain) as stop:
         if global_rank() == 0:  # Python prints nothing for an exit with a code
             print(stop.message, file=sys.stderr)
         if isinstance(stop, Preempted) or one_of_several(environment):
             raise
     go_on(run_dir, hydra_config, environment)
+
+
+def answer(
+    run_dir: Path, result_of: Callable[[Sequence[StageResult]], float | list[float]], stages: Sequence[StageResult]
+) -> float | list[float]:
+    """What a job tells its sweep; of a run that has no such answer, its folder says why."""
+    try:
+        return result_of(stages)
+    except RunError as error:
+        write_failure(run_dir, error)
+        raise
 
 
 def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> str | None:
@@ -131,7 +145,7 @@ def in_a_child(run_dir: Path, resume: str | None, overrides: Sequence[str]) -> l
         if child.returncode and stop_signals.received is not None:  # before there was anything to save
             raise SystemExit(128 + stop_signals.received)
         if child.returncode:
-            raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
+            raise RunError(f"the run in {run_dir} ended with code {child.returncode}; see its last lines above")
     finally:
         stop_signals.uninstall()
     return read_stages(run_dir)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from iskd.commands.arguments import told
 from iskd.commands.paths import as_folder, dashed
 from iskd.export import verify
 from iskd.system import Busy
@@ -28,10 +29,9 @@ def run(argv: Sequence[str]) -> int:
     codes = []
     for folder in asked.folder:
         try:
-            with Busy(f"opening {folder} in a clean process"):
+            with told(), Busy(f"opening {folder} in a clean process"):
                 found = verify(folder, asked.reference, timed=not asked.no_timing)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except SystemExit:  # the other folders are looked at all the same
             codes.append(2)
         else:
             print("\n".join(found.lines()))

@@ -6,9 +6,10 @@ Imports: system, models.
 from __future__ import annotations
 
 from iskd.data.framing import BOS, Framing, framing_of
+from iskd.data.given import given_texts
 from iskd.data.loader import StageLoader
 from iskd.data.module import TextData
-from iskd.data.sources import HubDataset, Source, TextFiles, given_texts
+from iskd.data.sources import HubDataset, Source, TextFiles
 
 __all__ = [
     "BOS",

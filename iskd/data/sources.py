@@ -1,4 +1,4 @@
-"""Sources of documents: local files, data sets of the hub, texts that the caller has, the interpreter's docstrings.
+"""Sources of documents: local files, data sets of the hub, the interpreter's docstrings (and `iskd.data.given`).
 
 A source is a frozen dataclass with `documents()`, which yields (text, split) pairs, and `fingerprint()`, which changes
 when its content does. A document with split None is placed by `iskd.data.splits.Splitter`.
@@ -7,12 +7,11 @@ when its content does. A document with split None is placed by `iskd.data.splits
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from itertools import chain, islice
@@ -98,7 +97,7 @@ class TextFiles:
         chat: rows are conversations (`iskd.data.chat`); `field` is not read.
     """
 
-    path: str
+    path: str | None  # None, which a config says of a path that nobody gave, is refused in our own words
     val_path: str | None = None
     test_path: str | None = None
     fmt: str = "auto"
@@ -135,6 +134,7 @@ class TextFiles:
         return "-".join(hash_files(file for _, file in files) for files in found) + read_as(chain(*found), self.fmt)
 
     def _files(self) -> dict[str, list[Placed]]:
+        assert self.path is not None
         return placed_files(self.path, self.val_path, self.test_path)
 
 
@@ -250,51 +250,3 @@ def _docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 yield text
-
-
-@dataclass(frozen=True)
-class GivenTexts:
-    """Documents held in memory; an `iskd.data.sources.Source`.
-
-    Attributes:
-        texts: one document each, none of them blank.
-        sha256: of all documents in their order; the only thing that is written down about them.
-    """
-
-    texts: tuple[str, ...] = dataclass_field(repr=False)
-    sha256: str = dataclass_field(init=False)
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for text in self.texts:
-            data = text.encode("utf-8", "surrogatepass")  # half a character is refused when it is read, with its place
-            digest.update(len(data).to_bytes(8, "little") + data)
-        object.__setattr__(self, "sha256", digest.hexdigest())
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents in their order, none with a split of its own."""
-        return ((text, None) for text in self.texts)
-
-    def fingerprint(self) -> str:
-        """Return the hash of the documents."""
-        return self.sha256
-
-
-def given_texts(texts: Iterable[str]) -> GivenTexts:
-    """Read all documents of an iterable as those of files are read: stripped, without blank ones.
-
-    Raises:
-        ValueError: an item is no string, or nothing is left.
-    """
-    kept: list[str] = []
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"texts[{number}] is {type(text).__name__}, not a string; for rows of a data set pass "
-                "texts=[row['text'] for row in rows]"
-            )
-        if text.strip():
-            kept.append(text.strip())
-    if not kept:
-        raise ValueError("texts holds no document that is not blank; pass strings, a file or the name of a data config")
-    return GivenTexts(tuple(kept))

@@ -12,6 +12,7 @@ very tokens that scoring feeds. So scores of the generation type, which lose mos
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -134,13 +135,22 @@ def pairs_of(items: Sequence[Item]) -> list[tuple[str, str]]:
 
 
 def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
-    """Scores that follow from the likelihoods of `pairs_of(items)`; of equal choices the first counts."""
+    """Scores that follow from the likelihoods of `pairs_of(items)`; of equal choices the first counts.
+
+    Raises:
+        ValueError: an item has a choice whose likelihood is nan, or none that is possible at all.
+    """
     log_p = found.log_p.tolist()
     norm = (found.log_p / found.characters).tolist()
     greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
     rows, start = [], 0
     for item in items:  # its choices are start..end-1
         end, gold = start + len(item.pairs), start + item.gold
+        if any(map(math.isnan, log_p[start:end])) or not math.isfinite(max(log_p[start:end])):
+            raise ValueError(
+                f"item {item.id}: the model gives {', '.join(f'{value:g}' for value in log_p[start:end])} for its "
+                "choices, among which none is best: its weights are broken"
+            )
         if end - start == 1:  # nothing to choose from: right is what greedy decoding gives
             right = [greedy[start], greedy[start]]
         else:

@@ -74,7 +74,7 @@ class TokenKL(_TokenMean):
 
 
 class Top1Agreement(_TokenMean):
-    """Share of tokens at which student and teacher predict the same next token, in [0, 1]."""
+    """Share of tokens at which student and teacher predict the same next token, in [0, 1]; nan where a logit is."""
 
     higher_is_better = True
 
@@ -86,14 +86,16 @@ class Top1Agreement(_TokenMean):
             ValueError: No teacher logits.
         """
         teacher_logits = _required(self, teacher_logits)
-        self._add(student_logits.argmax(-1) == teacher_logits.argmax(-1), labels)
+        student, teacher = _preferred(student_logits), _preferred(teacher_logits)
+        self._add(torch.where((student + teacher).isnan(), torch.nan, (student == teacher).double()), labels)
 
 
 class Retention(Metric):
     """Student's next-token accuracy divided by the teacher's on the same tokens.
 
     1 = nothing lost; above 1 = the student is better. A ratio of sums: correct tokens of one over correct tokens of
-    the other. nan when the teacher got no token right, as there is then nothing to retain.
+    the other. nan when the teacher got no token right, as there is then nothing to retain, and where a logit of either
+    is nan.
     """
 
     is_differentiable = False
@@ -115,9 +117,10 @@ class Retention(Metric):
             ValueError: No teacher logits.
         """
         teacher_logits = _required(self, teacher_logits)
-        # An ignored label is negative, so that no prediction can equal it.
-        self.student_correct += (student_logits.argmax(-1) == labels).sum()
-        self.teacher_correct += (teacher_logits.argmax(-1) == labels).sum()
+        for correct, logits in ((self.student_correct, student_logits), (self.teacher_correct, teacher_logits)):
+            token = _preferred(logits)
+            right = torch.where(token.isnan(), torch.nan, (token == labels).double())
+            correct += right.masked_fill(labels == IGNORE, 0).sum()
 
     def compute(self) -> Tensor:
         """Retention, or nan if the teacher has no correct token."""
@@ -205,6 +208,12 @@ class QualityMetrics(nn.Module):
         """Forget all tokens, e.g. between two validations."""
         for metric in (self.ppl, self.teacher_ppl, self.kl, self.top1, self.retention):
             metric.reset()
+
+
+def _preferred(logits: Tensor) -> Tensor:
+    """Most likely token of each row [...], float64; nan where a logit is: argmax would name the place of the nan."""
+    token = logits.argmax(-1, keepdim=True)
+    return torch.where(logits.gather(-1, token).isnan(), torch.nan, token.double()).squeeze(-1)
 
 
 def _required(metric: Metric, teacher_logits: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from iskd.plan.edits import allowed
 from iskd.system import Json, write_whole
+from iskd.system.faults import RunError
 from iskd.system.files import scratch
 from iskd.system.reading import Number, read_as
 
@@ -224,7 +225,7 @@ def reopen(
         timed: also measure prefill and decode: the median of three.
 
     Raises:
-        RuntimeError: the folder does not load, or the model cannot be run; with the last line of what was said.
+        RunError: the folder does not load, or the model cannot be run in time; with the last line of what was said.
     """
     question = {"folder": str(folder.resolve()), "native": native, "allowed": allowed(), "timed": timed}
     question |= {"ids": probe.ids, "columns": probe.columns, "prompt_tokens": PROMPT, "new_tokens": NEW}
@@ -234,19 +235,22 @@ def reopen(
         file = place / "probe.json"
         write_whole(file, json.dumps(question))
         command = [sys.executable, "-c", _CHILD, str(file)]
-        run = subprocess.run(
-            command,
-            # a process finds modules in its working directory first, and the one here may be a downloaded folder
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env={**os.environ, **quiet},
-            check=False,
-        )
+        try:
+            run = subprocess.run(
+                command,
+                # a process finds modules in its working directory first, and the one here may be a downloaded folder
+                cwd=place,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+                env={**os.environ, **quiet},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(f"it gave no answer in a fresh process within {_TIMEOUT_S} seconds") from None
         if run.returncode:
             said = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
-            raise RuntimeError(f"it does not load in a fresh process: {said[0]:.500}")
+            raise RunError(f"it does not load in a fresh process: {said[0]:.500}")
         found = json.loads(file.read_text())
     answer = {**asdict(probe), **{key: found.pop(key) for key in ("logits", "logsumexp", "text", "margin")}}
     return Reopened(probe=Probe(**answer), **found)

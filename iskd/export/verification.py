@@ -22,6 +22,7 @@ from iskd.models.weights import stored_dtype, weight_files
 from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
+from iskd.system.faults import RunError
 
 SENTENCE = "Once upon a time"
 _SPOKEN = 24
@@ -120,7 +121,7 @@ def verify(
     found, largest = Reopened(question), None
     try:
         found = reopen(path, question, native=described.native, prompt=prompt, spoken_tokens=_SPOKEN, timed=timed)
-    except RuntimeError as error:
+    except RunError as error:
         problems.append(str(error))
     else:
         problems += [f"the weights lack {name}" for name in found.missing]

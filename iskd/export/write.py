@@ -29,6 +29,7 @@ from iskd.export.student_files import FACTS
 from iskd.models.weights import weight_files
 from iskd.plan import Record
 from iskd.system import Json, file_sha256, write_whole
+from iskd.system.faults import RunError
 from iskd.system.files import clear_place, draft_of, sweep
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def export(
 
     Raises:
         ValueError: a weight is larger than `dtype` holds.
-        RuntimeError: the reopened student gives other logits or another greedy text; nothing is left at `target`.
+        RunError: the reopened student does not load, or gives other logits or another greedy text; `target` stays as
+            it was.
     """
     was_training = model.training
     model.eval()
@@ -100,7 +102,7 @@ def export(
             rounding=rounding,
         )
         if verify:
-            _verify(draft, probe, native=native)
+            _verify(draft, target, probe, native=native)
     except Exception:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -128,9 +130,15 @@ def _write_facts(
     write_whole(folder / FACTS, json.dumps(facts, indent=1))
 
 
-def _verify(folder: Path, probe: Probe, *, native: bool) -> None:
+def _verify(draft: Path, target: Path, probe: Probe, *, native: bool) -> None:
     """Equal logits and equal greedy text in a process that knows nothing of this one."""
-    found = reopen(folder, probe, native=native)
-    problems = [*(f"the weights lack {name}" for name in found.missing), *differences(probe, found.probe)[0]]
+    try:
+        found = reopen(draft, probe, native=native)
+        problems = [*(f"the weights lack {name}" for name in found.missing), *differences(probe, found.probe)[0]]
+    except RunError as error:
+        problems = [str(error)]
     if problems:
-        raise RuntimeError(f"the exported student cannot be trusted: {problems[0]}")
+        raise RunError(
+            f"the exported student cannot be trusted, so nothing was written to {target}: {problems[0]}. Nothing "
+            "else is lost: resume=DIR of its run tries again"
+        )

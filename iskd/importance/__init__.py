@@ -5,8 +5,17 @@ Imports: models, system, data, evaluation.
 
 from __future__ import annotations
 
-from iskd.importance.base import WindowImportance, by_layer, rows_of
+from iskd.importance.base import WindowImportance, by_layer, refuse_not_finite, rows_of
 from iskd.importance.fixed import Fixed
 from iskd.importance.noise import LayerScore, layer_scores, within_noise
 
-__all__ = ["Fixed", "LayerScore", "WindowImportance", "by_layer", "layer_scores", "rows_of", "within_noise"]
+__all__ = [
+    "Fixed",
+    "LayerScore",
+    "WindowImportance",
+    "by_layer",
+    "layer_scores",
+    "refuse_not_finite",
+    "rows_of",
+    "within_noise",
+]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.importance.base import WindowImportance, stream
+from iskd.importance.base import WindowImportance, refuse_not_finite, stream
 from iskd.models import Stack, scoring
 
 
@@ -49,6 +49,8 @@ class Angular(WindowImportance):
         if self.window > blocks:
             raise ValueError(f"importance.window={self.window} does not fit into a student of {blocks} blocks")
         runs = _run_rows(student, batches, [self.window], self.tokens)[0]
+        starts = range(blocks - self.window + 1)  # behind them no run fits
+        refuse_not_finite(runs[: len(starts)], starts, f"runs of {self.window} blocks from")
         means = runs.mean(1).tolist()
         # which run a block stands for is decided once, on all windows: rows of one score must measure one thing
         best = [

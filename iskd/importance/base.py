@@ -85,7 +85,9 @@ def block_rows(
     for batch in batches:
         states = (h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
         columns.append(torch.stack([measure(*pair) for pair in itertools.pairwise(states)]).cpu())
-    return torch.cat(columns, dim=1)
+    rows = torch.cat(columns, dim=1)
+    refuse_not_finite(rows, range(len(rows)), "blocks")
+    return rows
 
 
 def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
@@ -96,8 +98,26 @@ def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
     return block_rows(student, batches, lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1))
 
 
+def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str = "layers") -> None:
+    """Raise ValueError naming what has a value that is not finite.
+
+    NaN compares false with everything: whatever sorts it, takes the least of it or holds it against a bound goes on in
+    silence with an order that means nothing.
+
+    Args:
+        values: one row per block [L, ...].
+        numbers: their numbers [L].
+        what: is numbered; positions in the stack are those of `blocks`.
+    """
+    bad = [number for number, row in zip(numbers, values, strict=True) if not row.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"the importance of {what} {bad} is not finite, which no order has a place for: take another importance, "
+            "other calibration text, or trainer.precision=32-true"
+        )
+
+
 def by_layer(scores: Tensor, layers: Sequence[int]) -> dict[int, float]:
     """Scores [L] of the blocks of a stack by layer number. Raises ValueError when one is not finite."""
-    if not scores.isfinite().all():
-        raise ValueError(f"importance gave a score that is not finite: {scores.tolist()}")
+    refuse_not_finite(scores, layers)
     return dict(zip(layers, scores.tolist(), strict=True))

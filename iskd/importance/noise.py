@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iskd.evaluation.bootstrap import interval, resampled_means
+from iskd.importance.base import refuse_not_finite
 
 _RESAMPLES = 2000
 
@@ -35,9 +36,7 @@ class LayerScore:
 
 def layer_scores(rows: Tensor, layers: Sequence[int], seed: int = 0) -> list[LayerScore]:
     """Summary of an importance's rows [L, W] for the layers of a stack. Raises ValueError when a row is not finite."""
-    if not rows.isfinite().all():
-        bad = [layer for layer, row in zip(layers, rows, strict=True) if not row.isfinite().all()]
-        raise ValueError(f"importance gave scores that are not finite for layers {bad}")
+    refuse_not_finite(rows, layers)
     low, high = bootstrap(rows, seed)
     means, errors = rows.mean(1), standard_error(rows)
     lowest = int(means.argmin())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from iskd.importance.base import refuse_not_finite
 from iskd.models import Head, Stack, autocast_head, cap_logits, project
 from iskd.models.capture import Trace
 
@@ -100,7 +101,9 @@ def leave_one_out_values(
         # the whole student, where it equals the teacher, is what the others are compared with
         goal_ND = finals.pop() if untouched else _in_head_dtype(goal.last_hidden(batch)[:, at].flatten(0, 1))
         values = _divergences(finals, stack, goal_ND, goal, chunk)
-    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
+    found = values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
+    refuse_not_finite(found, wanted, "blocks")
+    return found
 
 
 class Trunk(Trace):

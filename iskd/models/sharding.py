@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from iskd.models import surgery
 from iskd.models.stack import SHARDED_TRUNK, Stack
 from iskd.plan import Record
+from iskd.system.faults import RunError
 
 # minors of torch that `reset_roots` was tested with; tests/training/test_ranks.py shows whether another may be added
 TESTED = ("2.13",)
@@ -149,7 +150,7 @@ def reset_roots(model: nn.Module) -> None:
     """Let torch decide again, at the next forward pass, that `model` is the root of every FSDP module in it.
 
     Raises:
-        RuntimeError: the installed torch has other private attributes.
+        RunError: the installed torch has other private attributes.
     """
     for module in model.modules():
         if not isinstance(module, FSDPModule):
@@ -158,20 +159,20 @@ def reset_roots(model: nn.Module) -> None:
         state = _state(module)
         wanted = [name for name in ("_is_root", "_state_ctx", "_comm_ctx") if not hasattr(state, name)]
         if wanted:
-            raise RuntimeError(f"torch {torch.__version__} has no {wanted[0]}; use schedule.restart_at_edit=true")
+            raise RunError(f"torch {torch.__version__} has no {wanted[0]}; use schedule.restart_at_edit=true")
         state._is_root, state._state_ctx, state._comm_ctx = None, type(state._state_ctx)(), type(state._comm_ctx)()
         for group in _groups(state):
             group._module_fqn = None
 
 
 def check_roots(model: nn.Module) -> None:
-    """Raise RuntimeError when torch takes another module than `model` for a root: it would keep its weights whole.
+    """Raise RunError when torch takes another module than `model` for a root: it would keep its weights whole.
 
     To be called after a forward pass; nothing for a model that is not in shards.
     """
     roots = [name for name, m in model.named_modules() if isinstance(m, FSDPModule) and _state(m)._is_root]
     if is_sharded(model) and roots != [""]:
-        raise RuntimeError(
+        raise RunError(
             f"torch {torch.__version__} takes {roots or 'nothing'} for roots of the student in shards, not only the "
             "student itself: use schedule.restart_at_edit=true"
         )

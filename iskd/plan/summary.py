@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from iskd.plan.results import StageResult
+from iskd.system.faults import RunError
 
 #: The numbers that stand for a whole run, with their units; `final` is the last stage that was kept.
 SUMMARY: Mapping[str, str] = {
@@ -53,7 +54,8 @@ def objectives(names: str | Sequence[str]) -> Callable[[Sequence[StageResult]], 
         names: among `OBJECTIVES`: one, or several in the order of the sweeper's directions.
 
     Returns:
-        From a run's results to one number for one name, to a list of numbers for several.
+        From a run's results to one number for one name, to a list of numbers for several. It raises RunError for one
+        that is not finite: a sweep would take nan for a value, or end with words that name no run.
 
     Raises:
         ValueError: a name is unknown, or there is none.
@@ -66,6 +68,11 @@ def objectives(names: str | Sequence[str]) -> Callable[[Sequence[StageResult]], 
     def read(results: Sequence[StageResult]) -> float | list[float]:
         values = summary(results)
         found = [values[f"final/{name}"] for name in asked]
+        if bad := [f"{name}={value}" for name, value in zip(asked, found, strict=True) if not math.isfinite(value)]:
+            raise RunError(
+                f"objectives: the run ended with {', '.join(bad)}, which a sweep cannot compare; narrow what it tries, "
+                "or have it go on without such runs (hydra.sweeper.max_failure_rate of Optuna's)"
+            )
         return found[0] if len(found) == 1 else found
 
     return read

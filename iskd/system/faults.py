@@ -1,4 +1,7 @@
-"""Faults of a running run (numbers that are not finite, memory, disk), and what is said about each."""
+"""Faults of a running run (numbers that are not finite, memory, disk), and what is said about each.
+
+What a user can mend is told in a sentence, and everything else with its traceback: `mendable` is where that is decided.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,15 @@ class Verdict:
     stopping: bool
 
 
-class NonFiniteError(RuntimeError):
+class RunError(RuntimeError):
+    """A run, or what it made, came to a stop for a reason that its user can mend; the message says how."""
+
+
+class NonFiniteError(RunError):
     """The loss, a gradient or a weight is not finite, and skipping steps did not help."""
 
 
-class UnfinishedError(RuntimeError):
+class UnfinishedError(RunError):
     """Training came to an end before the schedule did."""
 
 
@@ -43,6 +50,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def mendable(error: BaseException) -> bool:
+    """Whether an error is its user's to mend, in its own words: values, files, memory, a `RunError`; else ours."""
+    return isinstance(error, OSError | ValueError | RunError) or is_out_of_memory(error)
 
 
 def advice(error: BaseException, where: str, sizes: Mapping[str, int], last_good: Path | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 _KNOWN = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "32-true": "32-true", "32": "32-true"}
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Opens what forward passes run in: autocast, or nothing."""
 
@@ -21,9 +22,11 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
         settings: keywords of the Trainer, of which `accelerator` and `precision` count.
 
     Raises:
-        ValueError: as `precision`.
+        ValueError: there is no such accelerator; or as `precision`.
     """
     accelerator = str(settings["accelerator"])
+    if accelerator not in _ACCELERATORS:
+        raise ValueError(f"trainer.accelerator={accelerator:.80}: choose {', '.join(_ACCELERATORS[:-1])} or tpu")
     device = device_of("cpu" if accelerator == "cpu" else "auto")
     if precision(settings["precision"], accelerator) == "bf16-mixed":
         return device, partial(torch.autocast, device.type, torch.bfloat16)

@@ -115,12 +115,14 @@ class RowFormat:
         """Run the teacher on windows [B, T] on its device; rows [B, T] of `layout`.
 
         Raises:
-            ValueError: a hidden state is not finite in half precision.
+            ValueError: a hidden state is not finite in half precision, or a log-probability is not.
         """
         hidden = stack.last_hidden(input_ids)
         rows: NDArray[Any] = np.empty(tuple(input_ids.shape), self.layout)
         if self.spec.kind == "topk":
             found = [self._likeliest(stack, piece) for piece in hidden.flatten(0, 1).split(_TOKENS)]
+            if not all(bool(part.isfinite().all()) for piece in found for part in piece):
+                raise ValueError("the teacher gives log-probabilities that are not finite: check its weights")
             for name, values in zip(("ids", "log_probs", "rest"), zip(*found, strict=True), strict=True):
                 rows[name] = torch.cat(values).cpu().numpy().reshape(rows[name].shape)
             return rows

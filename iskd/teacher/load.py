@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ETAG_TIMEOUT_S = 10  # seconds until a hub that does not answer counts as absent
+_COPY = "copy the {} that came with the weights"
 HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -141,12 +142,12 @@ def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrain
     if not spec.trust_remote_code:
         check_config(directory)
     options: dict[str, Any] = {"local_files_only": True}
-    with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY.format("config.json")):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
-    with _told(f"{directory} has no tokenizer that can be loaded (tokenizer.json)", "tokenizer"):
+    with _told(f"{directory} has no tokenizer that can be loaded (tokenizer.json)", _COPY.format("tokenizer")):
         check_tokenizer_files(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
-    with _told(f"{directory / CONFIG} describes no {kind} that can be built", "config.json"):
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY.format("config.json")):
         # sizes that differ are reported, and refused below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -159,8 +160,8 @@ def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrain
 
 
 @contextmanager
-def _told(finding: str, file: str) -> Iterator[None]:
-    """Libraries fail in any way they like on a file that nobody meant."""
+def _told(finding: str, fix: str) -> Iterator[None]:
+    """Libraries fail in any way they like on a file, or on keys, that nobody meant."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -168,16 +169,23 @@ def _told(finding: str, file: str) -> Iterator[None]:
     except ImportError as error:
         raise ValueError(f"{finding} without a package that is missing: {error!s:.600}") from error
     except Exception as error:
-        raise ValueError(f"{finding}: {error!s:.600}: copy the {file} that came with the weights") from error
+        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(f"{finding}: {said:.600}: {fix}") from error
 
 
 def build_config(spec: TeacherSpec) -> PreTrainedConfig:
     """The transformers config of a random model: `config`, or that of `path`, with the size overrides.
 
     Raises:
-        ValueError: there is no config, or `sized_config` refuses it.
+        ValueError: there is no config, `sized_config` refuses it, or `config` has a key that nothing reads.
     """
-    return sized_config(spec.config or _config_of(spec), spec.sizes)
+    config = sized_config(spec.config or _config_of(spec), spec.sizes)
+    default = AutoConfig.for_model(config.model_type)
+    # what a class translates, such as rope_theta, is gone afterwards; what it does not know it keeps and never reads
+    unread = [key for key in spec.config or {} if not hasattr(default, key) and key in config.to_dict()]
+    if unread:
+        raise ValueError(f"model.config.{unread[0]} is no key of a {config.model_type} config: drop or correct it")
+    return config
 
 
 def _plain(value: Any) -> Any:
@@ -234,7 +242,9 @@ def _random(spec: TeacherSpec) -> Loaded:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)
+        fix = "correct it in model.config, or in the config.json of model.path"
+        with _told(f"the config of {spec.name} describes no {config.model_type} that can be built", fix):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)
     return _loaded(spec, "random", model, tokenizer, origin, parameters_sha256(model), {"seed": spec.seed})
 
 

@@ -38,7 +38,12 @@ def sized_config(values: Mapping[str, Any], sizes: Mapping[str, int]) -> PreTrai
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"model.config has no model_type among {sorted(values)}: add e.g. model_type: llama")
-    default = AutoConfig.for_model(model_type)
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:  # which lists all that there are
+        raise ValueError(
+            f"model.config.model_type={model_type!s:.80} is no model type of transformers: give e.g. llama or gpt2"
+        ) from None
     names: dict[str, str] = default.attribute_map or {}
     values = {names.get(key, key): value for key, value in values.items()}
     for key, value in sizes.items():
@@ -48,8 +53,9 @@ def sized_config(values: Mapping[str, Any], sizes: Mapping[str, int]) -> PreTrai
     _check_heads(lambda key: values.get(names.get(SIZES[key], SIZES[key])))
     try:
         return AutoConfig.for_model(model_type, **values)
-    except StrictDataclassError as error:
-        raise ValueError(f"model.config is no valid {model_type} config: {error}") from error
+    except (StrictDataclassError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"model.config is no valid {model_type} config: {said:.400}") from error
 
 
 def _native_name(key: str, value: int, default: PreTrainedConfig) -> str:
@@ -64,6 +70,8 @@ def _native_name(key: str, value: int, default: PreTrainedConfig) -> str:
 def _check_heads(size: Callable[[str], int | None]) -> None:
     """Before the config is built: some config classes refuse such sizes too, without our names in the message."""
     width, heads, groups = size("hidden_size"), size("num_heads"), size("num_kv_heads")
+    if not all(each is None or isinstance(each, int) for each in (width, heads, groups)):
+        return  # which the config class refuses, by the name of the key
     if width and heads and width % heads:
         raise ValueError(f"model.hidden_size={width} is not a multiple of model.num_heads={heads}: change one of them")
     if heads and groups and heads % groups:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance import Fixed, WindowImportance, by_layer, within_noise
+from iskd.importance import Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import surgery
 from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
@@ -85,11 +85,7 @@ def _scored(
     else:
         scores = importance(module.student, module.teacher, batches)
         rows = scores[:, None]
-    if bad := [layers[position] for position in positions if scores[position].isnan()]:
-        raise ValueError(
-            f"the importance of layers {bad} is nan, which no order has a place for: take another importance, or other "
-            "calibration text"
-        )
+    refuse_not_finite(scores[positions], choice.layers)
     order = sorted(positions, key=lambda position: (scores[position].item(), position))
     last = order[choice.number - 1]
     ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]

@@ -29,7 +29,7 @@ from iskd.plan.results import write_stages
 from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
 from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
-from iskd.system.faults import is_out_of_memory
+from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
 from iskd.training.facts import selected, write_data
@@ -153,11 +153,10 @@ def _guarded(what: str, then: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
         log.error(
             "FAILED: %s (%s: %s). Nothing else of the run is lost. %s",
             *(what, type(error).__name__, error, then),
-            exc_info=not known,
+            exc_info=not mendable(error),
         )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iskd.models.sharding import local
+from iskd.system.faults import RunError
 
 
 class MovementCheck:
@@ -33,10 +34,10 @@ class MovementCheck:
         return bool(self._watched)
 
     def check_gradients(self) -> None:
-        """Raise RuntimeError when a watched parameter has no gradient; call before an optimizer step."""
+        """Raise RunError when a watched parameter has no gradient; call before an optimizer step."""
         missing = [name for name, (parameter, _) in self._watched.items() if parameter.grad is None]
         if missing:
-            raise RuntimeError(
+            raise RunError(
                 f"new parameter {missing[0]} got no gradient in the first steps after its edit ({len(missing)} such): "
                 "it takes no part in the forward pass"
             )
@@ -65,7 +66,7 @@ class MovementCheck:
 
 
 def require_moved(still: Sequence[Sequence[str]], *, split: bool) -> None:
-    """Raise RuntimeError when a new parameter stood still although its learning rate was positive.
+    """Raise RunError when a new parameter stood still although its learning rate was positive.
 
     Args:
         still: each rank's names.
@@ -75,7 +76,7 @@ def require_moved(still: Sequence[Sequence[str]], *, split: bool) -> None:
     if split:
         stuck = [name for name in stuck if all(name in names for names in still)]
     if stuck:
-        raise RuntimeError(
+        raise RunError(
             f"new parameter {stuck[0]} did not move in the first steps after its edit ({len(stuck)} such): "
             "is it in the optimizer, and does the loss depend on it? The feature maps of mixer=sliding do nothing "
             "where mixer.window is not below data.seq_len"

@@ -15,13 +15,14 @@ import lightning as L
 import wandb
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
 from iskd.plan.failure import write_failure
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
-from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings
+from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_sigterm_broadcast
 from iskd.system.precision import precision
@@ -195,21 +196,28 @@ def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None
     settings = strategy_of(_settings(parts))
     if settings.pop("progress"):
         callbacks.append(StageProgress(callback.loop))
-    trainer = L.Trainer(
-        **{
-            "max_epochs": -1,
-            "reload_dataloaders_every_n_epochs": 1,
-            "use_distributed_sampler": False,
-            "limit_val_batches": 0,
-            "num_sanity_val_steps": 0,
-            "enable_checkpointing": False,
-            "enable_progress_bar": any(isinstance(c, StageProgress) for c in callbacks),
-            "default_root_dir": str(parts.run_dir),
-            **settings,
-        },
-        callbacks=callbacks,
-        logger=_loggers(parts, resumed_at),
-    )
+    loggers = _loggers(parts, resumed_at)
+    try:
+        trainer = L.Trainer(
+            **{
+                "max_epochs": -1,
+                "reload_dataloaders_every_n_epochs": 1,
+                "use_distributed_sampler": False,
+                "limit_val_batches": 0,
+                "num_sanity_val_steps": 0,
+                "enable_checkpointing": False,
+                "enable_progress_bar": any(isinstance(c, StageProgress) for c in callbacks),
+                "default_root_dir": str(parts.run_dir),
+                **settings,
+            },
+            callbacks=callbacks,
+            logger=loggers,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        default, given = with_defaults({}), {key: parts.trainer[key] for key in settings if key in parts.trainer}
+        keys = [f"trainer.{key}={value!s:.80}" for key, value in given.items() if value != default.get(key)]
+        said = " ".join(str(error).split())
+        raise ValueError(f"{', '.join(keys) or 'trainer'}: Lightning refuses that here: {said:.400}") from error
     without_sigterm_broadcast(trainer)
     meet_first(trainer)
     return trainer

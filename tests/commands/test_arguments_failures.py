@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from torch import OutOfMemoryError, nn
 
-from iskd.commands.arguments import listed, noted, told_at_the_end
+from iskd.__main__ import main
+from iskd.commands import arguments, train
+from iskd.commands.arguments import FULL_ERROR, listed, noted, told_at_the_end
 from iskd.commands.config import forget_folders, new_folder
+from iskd.models import sharding
 from iskd.plan.failure import read_failure, write_failure
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
+from iskd.system.faults import RunError
+from iskd.training.movement import MovementCheck, require_moved
 from tests.factories import CONF
 
 YAML = """
@@ -51,6 +58,75 @@ def test_failed_jobs_of_a_sweep_say_why(
     runs, _ = read_runs([sweep])
     assert [run.marks[0] for run in runs] == [f"failed: ValueError: seed {seed} is no good" for seed in (1, 2)]
     assert "the run failed: ValueError: seed 1 is no good" in read_run(sweep / "1").notes
+
+
+def no_gradient() -> None:
+    model, check = nn.Linear(2, 2), MovementCheck(2)
+    check.watch(model, model.parameters())
+    check.check_gradients()
+
+
+def wrong_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    sharding.check_roots(nn.Linear(2, 2))
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+MENDABLE = {
+    "a value": raising(ValueError("run.keep=0 is too few")),
+    "a file": raising(FileNotFoundError(2, "no such file", "text.jsonl")),
+    "a device's memory": raising(OutOfMemoryError("CUDA out of memory")),
+    "memory in words": raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    "an edit without a gradient": no_gradient,
+    "an edit that stands still": lambda: require_moved([["layers.1.up"]], split=False),
+}
+
+
+@pytest.fixture
+def said_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Callable[[], None], Path], str]:
+    """What the `iskd` command prints of an error inside its task, which it has to tell; its config holds nothing."""
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("{}")
+    monkeypatch.setattr(arguments, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(sys, "argv", ["iskd"])
+
+    def said(fail: Callable[[], None], folder: Path) -> str:
+        monkeypatch.setattr(train, "main", arguments.hydra_main(arguments.noted(lambda config: fail())))
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as stop:
+            main(["train", f"hydra.run.dir={folder}"])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return said
+
+
+def test_what_a_user_can_mend_is_one_sentence_and_a_fault_of_ours_a_traceback(
+    said_by: Callable[[Callable[[], None], Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(FULL_ERROR, raising=False)
+    cases = {**MENDABLE, "shards": lambda: wrong_root(monkeypatch)}
+    cases |= {kind.__name__: raising(kind("it stopped")) for kind in RunError.__subclasses__()}
+    for number, (case, fail) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        said = said_by(fail, folder)
+        assert said.startswith("error: "), case
+        assert said.count("\n") == 1, f"one line and nothing of Hydra's: {said}"
+        assert said[len("error: ") : -1] in str(read_failure(folder)), case
+    for ours in (RuntimeError("a parameter is in two optimizer groups"), KeyError("x")):
+        with pytest.raises(type(ours)):
+            said_by(raising(ours), tmp_path / "ours")
+    monkeypatch.setenv(FULL_ERROR, "1")
+    with pytest.raises(RunError):
+        said_by(no_gradient, tmp_path / "full")
 
 
 def test_what_lies_there_is_shown_and_no_more(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from iskd.commands import build
 from iskd.commands.compose import compose_config
 from iskd.commands.resume import resumed
 from iskd.data import given_texts
-from iskd.data.sources import GivenTexts
+from iskd.data.given import GivenTexts
+from iskd.data.sources import TextFiles
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.models.weights import model_tensors
 from iskd.teacher.given import given_teacher
@@ -37,6 +38,9 @@ KEYS = (
 )
 CALL: dict[str, Any] = {"schedule": "iterative", "edit": "replace", "block": "linear", "importance": "block_influence"}
 CALL |= {"loss": ["kl", "ce"], "tokens": 512, "seed": 3, "export": False}
+
+
+CHAT = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
 
 
 def model() -> PreTrainedModel:
@@ -143,7 +147,12 @@ def test_a_run_directory_is_never_shared(tmp_path: Path, monkeypatch: pytest.Mon
         ({"model": "tiny"}, "comes with its own tokenizer"),
         ({"tokenizer": None}, "needs its tokenizer, got NoneType"),
         ({"texts": "nowhere.txt"}, r"no data config .*docstrings.*texts=\[text\]"),
-        ({"texts": ["a", 3]}, r"texts\[1\] is int, not a string"),
+        ({"texts": ["a", 3]}, r"texts\[1\] is int, not a string and no chat"),
+        ({"texts": [{"text": "a"}]}, r"texts\[0\] is dict, .*row\['text'\] for row in rows"),
+        ({"texts": ["a", {"messages": CHAT}]}, r"texts mixes texts and chats, up to texts\[1\]"),
+        ({"texts": [{"messages": [{"content": "a"}]}]}, r"texts\[0\]: field 'messages', message 1 has no role"),
+        ({"texts": [{"messages": CHAT}], "overrides": ["data.chat.loss=null"]}, "set it to assistant or all"),
+        ({"overrides": ["data.chat.loss=all"]}, "wants rows of chats, and GivenTexts has texts"),
         ({"texts": [" ", "\n"]}, "holds no document"),
         ({"texts": ["broken \ud800"], "overrides": ["data.seq_len=32"]}, "half a character"),
         ({"schedule": "sometimes"}, "(?s)schedule/sometimes.*oneshot"),
@@ -162,7 +171,23 @@ def test_bad_arguments_are_refused_with_the_fix(
     arguments = {"model": model(), "tokenizer": byte_tokenizer(), "texts": documents(), **changes}
     with pytest.raises(ValueError, match=message):
         iskd.compress(**arguments)
-    assert not (tmp_path / "runs").exists() or "half" in message
+    late = ("half", "assistant or all", "rows of chats")  # said when the run's folder is there
+    assert not (tmp_path / "runs").exists() or any(words in message for words in late)
+
+
+def test_rows_of_chats_are_those_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same documents, under the keys of data=chat."""
+    rows = [{"messages": CHAT}, {"prompt": "Is it?", "completion": "It is not."}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = given_texts(rows)
+    assert list(given.documents()) == list(TextFiles(str(tmp_path / "chats.jsonl"), chat=True).documents())
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    asked: list[Any] = []
+    monkeypatch.setattr(sys.modules[iskd.compress.__module__], "run", asked.append)
+    monkeypatch.setenv("ISKD_CACHE", str(tmp_path / "cache"))
+    iskd.compress(model(), tokenizer, rows, run_dir=tmp_path / "run", **CALL, overrides=KEYS)
+    assert (asked[0].data.chat_loss, asked[0].data.source) == ("assistant", given)
 
 
 def test_texts_are_known_by_their_content() -> None:

@@ -202,6 +202,7 @@ COMMANDS = [
     (["train", "schedule=null"], "schedule=null"),
     (["train", "name=${nothing}"], "nothing"),
     (["train", "resume=nowhere"], "nowhere"),
+    (["train", "data=text"], r"set data\.path=FILE"),
     (["score", "run.score_tokens=many"], r"run\.score_tokens=many"),
     (["score", "importance=nobody"], "nobody"),
     (["evaluate", "eval.limit=some"], r"eval\.limit=some"),
@@ -249,6 +250,7 @@ def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(
     assert ended.value.code == 2, said
     assert re.search(named, said), said
     assert "Traceback" not in said
+    assert "Error executing job" not in said, "Hydra says the same in its own way"
 
 
 def test_tracebacks_stay_where_they_are_asked_for_and_for_bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

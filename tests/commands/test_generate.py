@@ -98,6 +98,12 @@ def test_models_and_training_mode_are_taken_as_they_are(run_dir: Path) -> None:
     found = generate(student, loaded, PROMPT, max_new_tokens=4)
     assert found.teacher.ids == found.student.ids
     assert student.training
+    with torch.no_grad():
+        next(student.parameters()).fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="this model gives nan for the next token"):
+            generate(student, loaded, PROMPT, max_new_tokens=4, temperature=temperature)
+    assert student.training
 
 
 def test_the_teacher_is_found(run_dir: Path, tmp_path: Path) -> None:
@@ -193,12 +199,12 @@ def test_each_goes_as_far_as_it_can(run_dir: Path) -> None:
 
 def test_the_command_prints_two_columns(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text that looks like markup is printed as it is."""
-    assert run([str(run_dir), "[bold]x = [1]", "--tokens", "3", "--device", "cpu"]) == 0
+    run([str(run_dir), "[bold]x = [1]", "--tokens", "3", "--device", "cpu"])
     printed = capsys.readouterr().out
     for said in ("teacher: mine", "student: ", "[bold]x = [1]", "tokens/s", "greedy, cpu", "times as fast"):
         assert said in printed
-    assert run([str(run_dir / "model"), "x", "--teacher", str(run_dir)]) == 2
-    assert "error: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is not a model directory"):
+        run([str(run_dir / "model"), "x", "--teacher", str(run_dir)])
     narrow = io.StringIO()
     Console(width=40, file=narrow).print(generate(run_dir / "model", prompt=PROMPT, max_new_tokens=2).table())
     assert max(map(len, narrow.getvalue().splitlines())) <= 40

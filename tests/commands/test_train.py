@@ -10,6 +10,7 @@ import pytest
 
 from iskd.commands import train as fresh_process
 from iskd.system import Preempted
+from iskd.system.faults import RunError
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED
 
 # {1} is sent to the waiting process, if any; the child ends with {0}, or with 143 once it was asked to stop.
@@ -46,5 +47,5 @@ def test_a_job_that_was_stopped_stops_its_sweep(
 
 def test_a_job_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fresh_process, "_ENTRY", (sys.executable, "-S", "-c", CHILD.format(3, 0)))
-    with pytest.raises(RuntimeError, match=f"the run in {tmp_path} ended with code 3"):
+    with pytest.raises(RunError, match=f"the run in {tmp_path} ended with code 3"):
         fresh_process.in_a_child(tmp_path, None, [])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -415,6 +417,10 @@ def test_accuracy_by_sum_by_character_and_by_greedy_decoding() -> None:
     assert result.of("led").tolist() == [0, 0.5, 0.75]
     assert result.mean() == pytest.approx(1 / 3)
     assert result.stderr() == pytest.approx((1 / 3 * 2 / 3 / 2) ** 0.5)
+    for bad in ([math.nan, -3.0], [-3.0, math.nan], [-math.inf] * 2):
+        broken = dataclasses.replace(found, log_p=torch.tensor([-1.0, -2.0, *bad, -4.0], dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"item b: the model gives .* for its choices, among which none is best"):
+            judge(items, broken)
     with pytest.raises(ValueError, match=r"unknown metric 'f1': choose one of acc, acc_norm, log_p, led"):
         result.mean("f1")
 

@@ -135,6 +135,19 @@ def test_nothing_is_recorded_for_autograd_or_saved(batch: Batch) -> None:
     assert not metrics.state_dict()
 
 
+def test_a_model_that_says_nan_has_no_quality(batch: Batch) -> None:
+    """In one logit of one token; not a share of tokens at which it seems to be right."""
+    for broken in (0, 1):
+        logits = [F.linear(states, *head) for states, head in (batch[:2], batch[2:4])]
+        logits[broken][0, 0, 3] = torch.nan
+        logits[broken][3] = torch.nan  # without a label
+        metrics = QualityMetrics()
+        metrics.update(logits[0], logits[1], batch[4])
+        found = metrics.compute()
+        assert math.isfinite(found[("teacher_ppl", "ppl")[broken]])
+        assert all(math.isnan(found[name]) for name in ("kl", "top1", "retention", ("ppl", "teacher_ppl")[broken]))
+
+
 def test_retention_without_a_correct_teacher_token_is_nan() -> None:
     metric, labels = Retention(), torch.zeros(3, dtype=torch.int64)
     right, wrong = torch.tensor([[1.0, 0.0]]).expand(3, 2), torch.tensor([[0.0, 1.0]]).expand(3, 2)

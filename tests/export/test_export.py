@@ -25,6 +25,7 @@ from iskd.models import Stack, surgery
 from iskd.models.families import dims_of
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
+from iskd.system.faults import RunError
 from tests.factories import FAMILIES, block_specs, mixer_specs, tiny, windows
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
@@ -308,7 +309,7 @@ def test_export_is_reopened_in_a_fresh_process(tmp_path: Path, monkeypatch: pyte
     before = (target / "model.safetensors").read_bytes()
     original = student_module.model_tensors
     monkeypatch.setattr(student_module, "model_tensors", lambda m: {k: v + 0.1 for k, v in original(m).items()})
-    with pytest.raises(RuntimeError, match="other logits"):
+    with pytest.raises(RunError, match=r"other logits.*resume=DIR"):
         export(target, model, record, teacher.config)
     assert (target / "model.safetensors").read_bytes() == before, "a failed export leaves the earlier one"
 

@@ -488,9 +488,20 @@ def test_choices_within_noise_are_told() -> None:
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"importance gave a score that is not finite: \[1.0, nan\]"):
+    with pytest.raises(ValueError, match=r"the importance of layers \[2\] is not finite"):
         by_layer(torch.tensor([1.0, torch.nan]), [0, 2])
     assert by_layer(torch.tensor([1.0, 0.5]), [0, 2]) == {0: 1.0, 2: 0.5}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_breaks_on_the_way_gives_no_order(name: str) -> None:
+    """Also where scores decide inside: a race, the best run of blocks, a veto."""
+    teacher = tiny("llama", vocab=257)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(Stack(student).layers[2].parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"the importance of .* is not finite"):
+        by_layer(make(name)(student, teacher, BATCHES), range(4))
 
 
 @pytest.mark.parametrize("importance", [BlockInfluence(), HiddenMSE(), Angular(), Taylor()])

@@ -50,7 +50,7 @@ def test_one_window_has_no_noise_and_bad_scores_are_named() -> None:
     (column,) = [column for column in score_table(scores, "random").columns if column.header == "95 % interval"]
     assert list(column.cells) == ["", ""]
     assert [entry.tied for entry in scores] == [True, False]
-    with pytest.raises(ValueError, match=r"not finite for layers \[1\]"):
+    with pytest.raises(ValueError, match=r"importance of layers \[1\] is not finite"):
         layer_scores(torch.tensor([[1.0], [float("nan")]]), [0, 1])
 
 

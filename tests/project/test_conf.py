@@ -185,6 +185,10 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
     assert resumed(later, ["export=false"]).export is False, "a run may write its student later, or not"
     with pytest.raises(ValueError, match=r"no config\.yaml in there"):
         resumed(composed(f"resume={tmp_path}/none"), [])
+    lost = {key: value for key, value in plain(saved).items() if key != "schedule"}
+    OmegaConf.save(OmegaConf.create(lost), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"config\.yaml has no schedule, without which there is no run"):
+        build.parts(resumed(again, []), tmp_path)
 
 
 @pytest.mark.parametrize("value", ["gguf", "none", "off"])

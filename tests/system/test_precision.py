@@ -53,6 +53,8 @@ def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None
         precision.place({"accelerator": "cpu", "precision": "16-mixed"})
     with pytest.raises(ValueError, match="fp16 overflows"):
         precision.place({"accelerator": "cpu", "precision": 16})
+    with pytest.raises(ValueError, match=r"trainer\.accelerator=quantum: choose auto, cpu"):
+        precision.place({"accelerator": "quantum", "precision": "auto"})
     for name in {str(name) for name in (*get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS))}:
         if name in ("bf16-mixed", "bf16", "32-true", "32"):
             assert precision.precision(name, "cpu") == {"bf16": "bf16-mixed", "32": "32-true"}.get(name, name)

@@ -124,6 +124,15 @@ def test_losses_on_hidden_states_are_the_live_teachers(dtype: str, tolerance: fl
         assert (ours - reference).norm() <= tolerance * reference.norm()
 
 
+@SPECS
+def test_what_is_not_finite_is_never_kept(spec: TeacherCacheSpec, tmp_path: Path) -> None:
+    model = teacher()
+    with torch.no_grad():
+        next(Stack(model).layers[-1].parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        TeacherCache.open(model, TEXTS, tmp_path, spec).fill()
+
+
 def test_losses_on_the_likeliest_tokens_lie_below_the_live_teachers(tmp_path: Path) -> None:
     terms, model = {"kl": (KL(), 1.0), "ce": (CrossEntropy(), 0.1)}, teacher()
     live, live_grads = loss_and_gradients(terms, model, None)

@@ -64,7 +64,7 @@ def test_a_score_that_is_nan_is_refused_by_its_layer_and_never_wins(monkeypatch:
     rows[3, 0] = math.nan
     monkeypatch.setattr(Known, "rows", lambda *_: rows)
     for number in (1, 3, 5):
-        with pytest.raises(ValueError, match=r"importance of layers \[20\] is nan"):
+        with pytest.raises(ValueError, match=r"importance of layers \[20\] is not finite"):
             note(Choice((2, 12, 16, 20, 24), number), [2, 12, 16, 20, 24])
     assert note(Choice((2, 12), 1), [2, 12, 16, 20, 24]) is not None, "layers that nobody may choose are not asked"
 

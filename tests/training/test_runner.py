@@ -202,6 +202,13 @@ def test_floor_rolls_back_weights_record_and_optimizer(
     assert checkpoint.read_state(newest).stage is None
     again = run(make(tmp_path / "floor", schedule=schedule, teacher=learnt, resume=True))
     assert same(weights(again), weights(result))
+    # a floor far below what the stage has, and the last step leaves weights that are nan: no quality passes no floor
+    parts = make(tmp_path / "nan", schedule=replace(schedule, floor=1e-9), teacher=learnt)
+    parts.callbacks.append(At(8, poison))
+    broken = run(parts)
+    assert [stage.status for stage in broken.stages] == ["kept", "kept", "rolled_back"]
+    assert "retention nan is no quality for schedule.floor" in " ".join(broken.stages[-1].events)
+    assert same(weights(broken), weights(result))
 
 
 def test_floor_missed_after_a_resume_inside_the_stage(
@@ -456,6 +463,9 @@ def test_limits_of_the_trainer_are_refused_before_anything_is_read(make: Callabl
     with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches"):
         run(make(tmp_path / "b", callbacks=[scheduler]))
     assert not (tmp_path / "a" / "stages.json").exists()
+    for key, value in {"devices": "x", "profiler": "nothing", "strategy": "nothing"}.items():
+        with pytest.raises(ValueError, match=f"trainer.{key}={value}.*: Lightning refuses that here: .*"):
+            run(make(tmp_path / key, trainer={key: value}))
 
 
 def test_max_time_saves_and_stops_as_a_signal_does(

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationInfo
 
 from iskd.plan import Stage, to_json
 from iskd.system import Json
+from iskd.system.faults import NonFiniteError
 from iskd.system.reading import Count, Number
 
 
@@ -58,8 +59,12 @@ class Tournament:
         return (math.isnan(kl), 0.0 if math.isnan(kl) else kl, index)
 
     def judged(self, kl: float) -> Tournament:
-        """With the result of the trial that just ended."""
-        return dataclasses.replace(self, kl=(*self.kl, kl))
+        """With the result of the trial that just ended. Raises NonFiniteError when all are over and none has a KL."""
+        judged = dataclasses.replace(self, kl=(*self.kl, kl))
+        if judged.over and not any(map(math.isfinite, judged.kl)):
+            tried = ", ".join(stage.name for stage in self.candidates)
+            raise NonFiniteError(f"the KL from the teacher is not finite after any of the trials {tried}")
+        return judged
 
     def verdict(self) -> str:
         """What was compared and who won, for the stage table."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
+from iskd.system.faults import RunError
 from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start, tracked_as
 from tests.factories import CONF
 
@@ -95,6 +97,8 @@ def test_a_sweep_is_told_what_it_asks_for() -> None:
     assert objectives(["kl"])(RESULTS) == pytest.approx(0.2)
     assert objectives(["retention", "params"])(RESULTS) == [0.9, 800.0]
     assert set(OBJECTIVES) >= {*QUALITY, "params"}
+    with pytest.raises(RunError, match="the run ended with kl=nan, which a sweep cannot compare"):
+        objectives(["params", "kl"])([*RESULTS[:2], dataclasses.replace(RESULTS[2], kl=math.nan)])
     for names in (["retention", "size"], [], "loss"):
         with pytest.raises(ValueError, match="choose among retention, params"):
             objectives(names)

@@ -13,6 +13,7 @@ import pytest
 from iskd.plan import Remove, Stage
 from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.system.faults import NonFiniteError
 from iskd.system.reading import read_as
 from iskd.training.parts import Parts
 from iskd.training.runner import run
@@ -88,3 +89,9 @@ def test_values_and_json() -> None:
 def test_a_trial_without_a_number_wins_against_none(kl: tuple[float, ...], best: int) -> None:
     stages = tuple(Stage(f"remove {layer}", (Remove(layer),)) for layer in range(len(kl)))
     assert Tournament(stages, 8, kl).stage == stages[best]
+    before = Tournament(stages, 8, kl[:-1])
+    if any(map(math.isfinite, kl)):
+        assert before.judged(kl[-1]).stage == stages[best]
+    else:
+        with pytest.raises(NonFiniteError, match="not finite after any of the trials remove 0, remove 1"):
+            before.judged(kl[-1])
