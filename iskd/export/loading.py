@@ -27,7 +27,7 @@ from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
-from iskd.models.model_folder import check_model_folder, read_model_config
+from iskd.models.model_folder import check_model_folder, read_generation_config, read_model_config
 from iskd.models.skeletons import check_depth, within_weights
 from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
@@ -176,7 +176,10 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
     except (OSError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error!s:.300}") from error
+        what = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(
+            f"{folder} cannot be loaded, as its config.json says nothing that can be built: {what}"
+        ) from error
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
@@ -213,10 +216,9 @@ def _load_edited(found: Described) -> PreTrainedModel:
     folder, record, config = found.folder, found.record, found.config
     model: Any = _build(config, record)
     load_model_tensors(model, _tensors(folder))
-    generation = folder / "generation_config.json"
-    if generation.is_file() and model.generation_config is not None:
-        read_json(generation, links=True)
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    generation = read_generation_config(folder)
+    if generation is not None and model.generation_config is not None:
+        model.generation_config = generation
     model.__class__ = student_class(cast(Any, type(model)))
     model.iskd_record, model.iskd_teacher_config = record, config
     return model
