@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
+from iskd.export.load_options import HUB, NOTHING_WRONG, asked_by_config, changes_nothing, dtype_of, one_device, refusal
 from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
@@ -52,6 +52,12 @@ class IskdForCausalLM(PreTrainedModel):
 
     config_class = IskdConfig
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Refuse to be made without weights: the record alone makes no student."""
+        raise ValueError(
+            "a student is loaded with its weights: iskd.load(DIR) or from_pretrained(DIR), not from_config"
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a student; options that change nothing are taken, and those refused that would be ignored."""
@@ -59,16 +65,18 @@ class IskdForCausalLM(PreTrainedModel):
         revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
         place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
         hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
-        unknown = [key for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)]
-        if args or unknown:
-            raise ValueError(
-                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
-                "load first, then move or wrap the model"
-            )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, hub), dtype="auto" if dtype is None else dtype)
-        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
-        if attention is not None:
+        unknown = {key: value for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)}
+        unknown |= {"args": args} if args else {}
+        if unknown:
+            raise ValueError(refusal(*next(iter(unknown.items()))))
+        folder = _folder_of(pretrained_model_name_or_path, revision, hub)
+        other, keys = asked_by_config(kwargs.get("config"), IskdConfig.from_pretrained(folder))
+        model = load(folder, dtype="auto" if dtype is None else dtype)
+        if (attention := attention or other) is not None:
             model.set_attn_implementation(attention)
+        for key, value in keys.items():
+            setattr(model.config, key, value)
+        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
         nn.Module.to(model, place)
         return (model, dict(NOTHING_WRONG)) if told else model
 
