@@ -102,6 +102,7 @@ class Coding:
         if self.chat.left_out:
             _log.warning(
                 "%d answers are not learned: they open a conversation, or the chat template writes them otherwise once "
-                "something follows, so that they have no place in the text; a template with {%% generation %%} marks would tell",
+                "something follows, so that they have no place in the text; a template with {%% generation %%} "
+                "marks would tell",
                 self.chat.left_out,
             )

@@ -37,7 +37,7 @@ def changes_nothing(key: str, value: Any) -> bool:
 
 
 _OF_CONFIG = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
-_OF_FILES = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "_attn_implementation_internal"}
+_OF_FILES = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
 _INSTEAD = {
     "subfolder": "give the folder itself, DIR/SUBFOLDER",
     "max_memory": "all of it goes to one device: device_map='cpu' or 'cuda:0'",
@@ -60,15 +60,11 @@ def asked_by_config(given: Any, own: PreTrainedConfig) -> tuple[Any, dict[str, A
     """
     if not isinstance(given, PreTrainedConfig) or given.model_type != own.model_type:
         return None, {}
-    mine = vars(own)
-    changed = {
-        key.removeprefix("_"): value
-        for key, value in vars(given).items()
-        if key not in _OF_FILES and mine.get(key) != value
-    }
-    if other := sorted(changed.keys() - {*_OF_CONFIG}):
+    mine = own.to_dict()
+    changed = {key.removeprefix("_"): value for key, value in given.to_dict().items() if mine.get(key) != value}
+    if other := sorted(changed.keys() - {*_OF_CONFIG, *_OF_FILES}):
         raise ValueError(refusal("config", {other[0]: changed[other[0]]}))
-    return given._attn_implementation, changed
+    return given._attn_implementation, {key: changed[key] for key in _OF_CONFIG if key in changed}
 
 
 def dtype_of(value: Any, other: Any = None) -> torch.dtype | None:

@@ -27,8 +27,8 @@ from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
-from iskd.models.model_folder import check_model_folder, read_generation_config, read_model_config
-from iskd.models.skeletons import check_depth, within_weights
+from iskd.models.model_folder import check_model_folder, read_model_config
+from iskd.models.skeletons import check_depth, read_generation_config, within_weights
 from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json

@@ -83,8 +83,8 @@ class Student:
         """
         if refused := [key for key in ("push_to_hub", "variant", "save_original_format") if options.get(key)]:
             raise ValueError(
-                f"iskd students do not take {refused[0]}={options[refused[0]]!r} when they are saved: save to a folder, "
-                "then rename or upload it (hf upload OWNER/NAME DIR)"
+                f"iskd students do not take {refused[0]}={options[refused[0]]!r} when they are saved: save to a "
+                "folder, then rename or upload it (hf upload OWNER/NAME DIR)"
             )
         if not is_main_process:
             return

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import GenerationConfig
 
 from iskd.models.families import FAMILIES
+from iskd.models.skeletons import read_generation_config, refuse_kernels
 from iskd.models.weights import INDEX, WEIGHTS, check_whole, refuse_pointer, weight_files
 from iskd.system import Json, read_json
 
-CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MAX_LAYERS = 10_000
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
@@ -128,36 +128,6 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
         if key.endswith("layer_types") and isinstance(values, list) and {len(values)} != set(depths.values()) != set():
             said = " and ".join(f"{name} is {depth}" for name, depth in depths.items())
             raise ValueError(f"{file}: {key} lists {len(values)} layers, {said}: make the two agree")
-
-
-def refuse_kernels(config: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError where a config names a kernel on the hub: code, that would be fetched and run."""
-    for key, value in config.items():
-        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise ValueError(
-                f"{what}: {key} {str(value)!r:.80} names code on the hub, which is not run: remove the key"
-            )
-
-
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """What a model's folder says on generating; None where it says nothing.
-
-    Raises:
-        ValueError: it cannot be used; with the file and the fix.
-    """
-    file = folder / GENERATION
-    refuse_pointer(file)
-    if not file.is_file():
-        return None
-    values = read_json(file, links=True)
-    try:
-        if not isinstance(values, dict):
-            raise TypeError(f"it must hold an object, got {type(values).__name__}")
-        found = GenerationConfig.from_dict(values)
-        found.validate()
-    except Exception as error:  # transformers fails in any way it likes on values that nobody meant
-        raise ValueError(f"{file} says nothing that can be used ({error!s:.300}): mend or remove it") from error
-    return found
 
 
 def check_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from iskd.models.model_folder import refuse_kernels
+from iskd.models.skeletons import refuse_kernels
 
 # Our name of a size: transformers' name. A config class may translate further (GPT-2: num_hidden_layers -> n_layer).
 SIZES = {
