@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from iskd.system import read_json
 from iskd.system.precision import device_of
 
 HUB = ("cache_dir", "token", "force_download", "local_files_only")  # how a snapshot of a hub is had
@@ -45,12 +47,12 @@ _INSTEAD = {
 }
 
 
-def asked_by_config(given: Any, own: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+def asked_by_config(given: Any, file: Path) -> tuple[Any, dict[str, Any]]:
     """What a caller's config asks for beyond that of the folder: Auto classes put options of loading into it.
 
     Args:
         given: what the caller passed, if anything.
-        own: as the folder has it.
+        file: the config.json of the student.
 
     Returns:
         The attention and the keys of the model's config that are set.
@@ -58,9 +60,9 @@ def asked_by_config(given: Any, own: PreTrainedConfig) -> tuple[Any, dict[str, A
     Raises:
         ValueError: it differs in anything else, which would be ignored.
     """
-    if not isinstance(given, PreTrainedConfig) or given.model_type != own.model_type:
+    if not isinstance(given, PreTrainedConfig) or not file.is_file():
         return None, {}
-    mine = own.to_dict()
+    mine = type(given).from_dict(read_json(file, links=True)).to_dict()
     changed = {key.removeprefix("_"): value for key, value in given.to_dict().items() if mine.get(key) != value}
     if other := sorted(changed.keys() - {*_OF_CONFIG, *_OF_FILES}):
         raise ValueError(refusal("config", {other[0]: changed[other[0]]}))

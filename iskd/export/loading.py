@@ -70,7 +70,7 @@ class IskdForCausalLM(PreTrainedModel):
         if unknown:
             raise ValueError(refusal(*next(iter(unknown.items()))))
         folder = _folder_of(pretrained_model_name_or_path, revision, hub)
-        other, keys = asked_by_config(kwargs.get("config"), IskdConfig.from_pretrained(folder))
+        other, keys = asked_by_config(kwargs.get("config"), folder / "config.json")
         model = load(folder, dtype="auto" if dtype is None else dtype)
         if (attention := attention or other) is not None:
             model.set_attn_implementation(attention)

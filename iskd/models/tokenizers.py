@@ -59,12 +59,12 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _OWN)
 
 
-def load_tokenizer(place: str | Path, *, code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(place: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or of a name that was downloaded before; nothing is fetched.
 
     Args:
         place: a folder of anybody, or a name on the hub.
-        code: whether code that comes with it may run.
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         ValueError: it cannot be loaded, or has no tokens. The message names the file that is at fault, and the fix.
@@ -75,7 +75,7 @@ def load_tokenizer(place: str | Path, *, code: bool = False) -> PreTrainedTokeni
         if folder.is_dir():
             check_tokenizer_files(folder)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, local_files_only=True, trust_remote_code=code
+            place, local_files_only=True, trust_remote_code=trust_remote_code
         )
         if not loaded.get_vocab():
             raise ValueError("it has no tokens")

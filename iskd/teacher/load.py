@@ -144,7 +144,7 @@ def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrain
     options: dict[str, Any] = {"local_files_only": True}
     with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
-    tokenizer = load_tokenizer(directory, code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
     with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY):
         # sizes that differ are reported, and refused below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
