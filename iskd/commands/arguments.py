@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str]) -> list[str]:
         if "${" not in folders[-1] and not several and not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{argument('resume', folder)}: no {CONFIG_FILE} in there, so it is not a run's folder")
         refuse_links(folder)
-    return [*argv, f"hydra.run.dir={folders[-1]}", "hydra.output_subdir=null"]
+    return [*argv, literal("hydra.run.dir", folders[-1]), "hydra.output_subdir=null"]
 
 
 def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:

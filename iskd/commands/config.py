@@ -19,6 +19,7 @@ from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
 from iskd.plan.saved_config import literal
+from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.typed_values import read_value, shown, takes
 
@@ -39,6 +40,7 @@ def new_folder(path: str) -> str:
     Hydra's names go by the second. A process gets the same folder for the same path again, and one of several that
     belong together the name itself: they have to be told a folder (`hydra.run.dir`).
     """
+    path = expanded(path)
     if path in _made.values() or (path not in _made and one_of_several(os.environ)):
         return path
     number = 1
@@ -59,6 +61,8 @@ def forget_folders() -> None:
 
 
 OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True, replace=True)
+# what an interpolation leads to may begin with ~ as well, and Hydra makes its folders before a config is read
+OmegaConf.register_new_resolver("at_home", expanded, replace=True)
 
 
 def with_export_keys(override: str) -> str:

@@ -24,6 +24,8 @@ from iskd.system.files import expanded
 # by their names, as the parts of anybody have them too
 _PATHS = re.compile(r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer")
 _QUOTES = "'\""
+_AT_HOME = '${{at_home:"{}"}}'
+_OWN = re.compile(r"\$\{(at_home|new_folder|hydra):")
 _OR_NAMES = ("data.source.name",)
 
 
@@ -72,6 +74,8 @@ def literal(key: str, value: str, *, several: bool = False) -> str:
         return override
     if not _is_there(value):
         if "${" in value:
+            if key.startswith("hydra.") and not _OWN.search(value) and '"' not in path_of(value):
+                return f"{key}={_quoted(_AT_HOME.format(path_of(value)))}"
             return f"{key}={expanded(value) if _read(expanded(value)) else _quoted(expanded(value))}"
         if several and read is not None and read.is_sweep_override() and not _is_choice(meant):
             return override

@@ -36,9 +36,18 @@ def conversation(row: Any, where: str) -> str:
     else:
         known = [key for key, value in row.items() if value is not None]
         raise ValueError(f"{where} is no chat: it has the fields {known}; {_FIX}")
-    tools = row.get("tools")
+    tools = _tools(row.get("tools"), where)
     found = {"messages": messages, **({"tools": tools} if tools else {})}
     return json.dumps(found, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _tools(value: Any, where: str) -> Any:
+    if not isinstance(value, str) or not value.strip():  # columns of csv and parquet files may hold JSON
+        return value or None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: field 'tools' is a text and no JSON ({error}); write a list of schemas") from None
 
 
 def messages_of(document: str) -> tuple[list[dict[str, Any]], Any]:
@@ -76,12 +85,15 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no role, only {sorted(found)}: a message has `role` and `content`")
     content = found.get("content")
     if isinstance(content, list):
-        kinds = {part.get("type", "text") if isinstance(part, dict) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            raise ValueError(f"{where} holds {', '.join(sorted(kinds - {'text'}))}: only text can be learned from")
-        content = "".join(str(part.get("text") or "") for part in content)
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        kinds = {str(part.get("type", "text")) if isinstance(part, dict) else type(part).__name__ for part in parts}
+        if other := sorted(kinds - {"text", "input_text", "output_text"}):
+            raise ValueError(f"{where} holds {', '.join(other)}: only text can be learned from; drop the row")
+        content = "".join(str(part.get("text") or "") for part in parts)
     if content is None and (found.get("tool_calls") or role == "tool"):
         content = ""
     if not isinstance(content, str):
-        raise ValueError(f"{where} has no `content` that is text, but {type(content).__name__}")
+        raise ValueError(
+            f"{where} has no `content` that is text, but {type(content).__name__}; write it as text, or drop the row"
+        )
     return {**found, "role": role, "content": content}

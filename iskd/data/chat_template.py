@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 
 LOSSES = ("all", "assistant")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make other tokens every day
+# what Llama's templates say where no date is given; today's would make other tokens every day
+_DATE = "26 Jul 2024"
+_DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_SAME_DAY = (  # in the place of the function of that name, as a template takes none from outside
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DAY.items())
+    + " }}{% endmacro %}"
+)
 _TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
 
 Message = dict[str, Any]
@@ -39,6 +47,8 @@ class ChatTemplate:
     Attributes:
         framing: what the template puts in front of a conversation, as the framing of documents has it.
         left_out: answers without a place in the text so far.
+        merged: conversations whose system message went to the user so far.
+        dropped: roles of messages that the template does not write, with how many conversations hold one so far.
 
     Raises:
         ValueError: there is no template, an unknown `loss` or `bos`.
@@ -57,9 +67,12 @@ class ChatTemplate:
                 "taken: use an instruct model as the teacher, or put its chat_template.jinja beside tokenizer.json; "
                 "for rows of plain text set data.chat.loss=null"
             ) from error
+        if "strftime_now" in self.template:
+            self.template = _SAME_DAY + self.template
         self.loss, self._tokenizer = loss, tokenizer
         self._marked = bool(_MARK.search(self.template))
         self.left_out = self.merged = 0
+        self.dropped: Counter[str] = Counter()
         if loss == "assistant" and self._marked and not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot tell where answers are: use a fast tokenizer")
         self.framing = self._framing(bos)
@@ -91,12 +104,13 @@ class ChatTemplate:
         """
         messages, tools = messages_of(document)
         messages, text = self._rendered(messages, tools)
+        self.dropped.update({str(message["role"]) for message in messages if not _is_written(message, text)})
         if self.loss == "all":
             return self._headless(encoded(self._tokenizer, text), None)
         if self._marked:
             options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True, "verbose": False}
             found: Any = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=True, date_string=_DATE, **options
+                messages, tools=tools, tokenize=True, chat_template=self.template, date_string=_DATE, **options
             )
             return self._headless(list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]])
         return self._headless(*self._by_place(text, self._spans(messages, tools, text)))
@@ -105,20 +119,20 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
         options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, "date_string": _DATE}
-        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        return str(
+            self._tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=self.template, **options)
+        )
 
     def _rendered(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
         """The conversation as the template takes it, and its text."""
-        from jinja2 import TemplateError
-
         try:
             return messages, self._render(messages, tools)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template computes, and fails in any way it likes
             refused = error
         if joined := _system_in_user(messages):
             try:
                 text = self._render(joined, tools)
-            except (TemplateError, TypeError, ValueError) as error:
+            except Exception as error:
                 refused = error
             else:
                 self.merged += 1
@@ -143,17 +157,16 @@ class ChatTemplate:
         return spans
 
     def _span(self, messages: Sequence[Message], number: int, tools: Any, text: str) -> tuple[int, int] | None:
-        from jinja2 import TemplateError
-
         try:
             before, prompted = (self._render(messages[:number], tools, prompt=prompt) for prompt in (False, True))
             after = text if number == len(messages) - 1 else self._render(messages[: number + 1], tools)
-        except (TemplateError, TypeError, ValueError):  # a template that wants to see the end of a conversation
+        except Exception:  # a template that wants to see the end of a conversation
             return None
         # a prompt may say more than the text has there, as the mark that begins reasoning
         start, end = _shared(prompted, text), len(text[: _shared(after, text)].rstrip())
         said = str(messages[number]["content"]).strip()
         found = start >= len(before.rstrip()) and end > start and said[-40:] in text[start:end]
+        found = found and _is_written({**messages[number], "content": ""}, text[start:end])  # its tool calls
         return (start, end) if found else None
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ class ChatTemplate:
     def _framing(self, bos: str | None) -> Framing:
         token = self._tokenizer.bos_token_id
         ids = encoded(self._tokenizer, self._rendered(_TURNS[:2], None)[1])
-        own = (token,) if isinstance(token, int) and ids[:1] == [token] and self._begins_alone(ids, token) else ()
+        own = (token,) * _opening(ids, token) if isinstance(token, int) else ()
         if bos is None:
             return Framing(head=own)
         if bos == "none":
@@ -195,17 +208,26 @@ class ChatTemplate:
         begin = begin_token(self._tokenizer, bos)
         return Framing(window=begin) if bos == "window" else Framing(head=begin)
 
-    @staticmethod
-    def _begins_alone(ids: Sequence[int], token: int) -> bool:
-        """Whether the token is a begin token: not one that opens every turn."""
-        return list(ids).count(token) == 1
-
     def _headless(self, ids: list[int], targets: list[bool] | None) -> tuple[list[int], list[bool] | None]:
-        """Without the begin token that the template wrote, which is the framing's to set."""
-        token = self._tokenizer.bos_token_id
-        alone = bool(ids) and ids[0] == token and (self.framing.head == (token,) or self._begins_alone(ids, token))
-        at = 1 if alone else 0
+        """Without the begin tokens that the template wrote, which are the framing's to set."""
+        head = self.framing.head
+        at = len(head) if head and tuple(ids[: len(head)]) == head else 0
+        at = max(at, _opening(ids, self._tokenizer.bos_token_id))
         return ids[at:], None if targets is None else targets[at:]
+
+
+def _opening(ids: Sequence[int], token: Any) -> int:
+    """How many begin tokens open a conversation: none where the token stands elsewhere too, as one of every turn."""
+    count = next((at for at, each in enumerate(ids) if each != token), len(ids))
+    return count if list(ids).count(token) == count else 0
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether a message is in the text: the longest word of its end, and the names of the tools that it calls."""
+    words = re.findall(r"[A-Za-z0-9]+", str(message["content"])[-200:])
+    calls = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    names = [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
+    return all(word in text for word in (max(words, key=len, default=""), *names))
 
 
 def _shared(one: str, other: str) -> int:

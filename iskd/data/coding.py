@@ -92,9 +92,17 @@ class Coding:
                 "user's message",
                 self.chat.merged,
             )
+        for role, count in self.chat.dropped.items():
+            _log.warning(
+                "the chat template does not write what the role %r says, or the tools that it calls, in %d "
+                "conversations: these are learned without; name roles as the template does, or give another template",
+                role,
+                count,
+            )
         if self.chat.left_out:
             _log.warning(
-                "%d answers are not learned: the chat template writes them otherwise once something follows, so that "
-                "they have no place in the text; a template with {%% generation %%} marks would tell",
+                "%d answers are not learned: they open a conversation, or the chat template writes them otherwise once "
+                "something follows, so that they have no place in the text; a template with {%% generation %%} "
+                "marks would tell",
                 self.chat.left_out,
             )

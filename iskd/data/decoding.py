@@ -21,6 +21,7 @@ _PACKED = {  # of bz2 behind the level too: a text may begin with these letters
     re.compile(rb"\x28\xb5\x2f\xfd"): "zstd",
 }
 _SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
+_OTHER_SCRIPTS = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "WINDOWS-1251", "KOI8-R", "UTF-16LE", "UTF-16BE")
 _MARKS = (  # longer ones first: a mark of UTF-32 begins with one of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -33,6 +34,11 @@ _MARKS = (  # longer ones first: a mark of UTF-32 begins with one of UTF-16
 def packed(suffix: str) -> bool:
     """Whether a suffix says that a file is packed, in a way that is unpacked here."""
     return suffix.lower() in _SUFFIXES
+
+
+def packing_of(head: bytes) -> str | None:
+    """What a file is packed by, of its first bytes."""
+    return next((name for magic, name in _PACKED.items() if magic.match(head)), None)
 
 
 def codec_of(head: bytes) -> str:
@@ -72,7 +78,7 @@ def _opened(file: Path, unpack: bool = True) -> Iterator[IO[bytes]]:
     with file.open("rb") as raw:
         head = raw.read(10)
         raw.seek(0)
-        how = next((name for magic, name in _PACKED.items() if magic.match(head)), None) if unpack else None
+        how = packing_of(head) if unpack else None
         said = _SUFFIXES.get(file.suffix.lower()) if unpack and head else None
         if said not in (None, how):
             raise ValueError(f"{file} is not a whole {said} file, which its suffix says; rename it or fetch it again")
@@ -118,16 +124,23 @@ def _fault(file: Path, codec: str, reason: str) -> str:
             return f"{file} is not UTF-8 text ({reason})"
     head = first_bytes(file, 4096)
     if zero >= 0 or b"\0" in head:
-        wide = _wide(head)
-        if wide:
+        if _text_in("UTF-8", head.replace(b"\0", b"")) and 4 * head.count(0) < len(head):
+            fix = _unpacked_first(file, "tr -d '\\000' <")
+            return f"{file} holds NUL bytes ({place}), which no text has; take them out: {fix}"
+        if wide := _wide(head):
             return f"{file} is {wide} without a byte order mark ({place}); {_iconv(file, wide)}"
         return (
             f"{file} is binary (it holds NUL bytes or what is no text: {place}); give a text, .jsonl or .parquet file"
         )
-    # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
-    guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
     found = f"{place}: {line[at]:#x}"
     cut = "; if its end is cut off, fetch it again" if reason == "unexpected end of data" else ""
+    foreign = [byte for byte in head if byte > 0x7F]
+    if 2 * len(foreign) > len(head):  # no text in Latin letters has as many
+        fits = [name for name in _OTHER_SCRIPTS if _text_in(name, head)]
+        those = f" (these fit: {', '.join(fits)})" if fits else ""
+        return f"{file} is not UTF-8 text ({found}); {_iconv(file, 'ENCODING')}, with the name of its own{those}{cut}"
+    # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
+    guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
     return (
         f"{file} is not UTF-8 text ({found}); if it is {guess}, {_iconv(file, guess)}, else name its own encoding{cut}"
     )
@@ -143,13 +156,26 @@ def _first_fault(line: bytes) -> int:
 
 
 def _wide(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 by where the zeros of its ASCII characters are."""
-    zeros = "".join("0" if head[place::4].count(0) * 8 > len(head) else "x" for place in range(4))
-    return {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}.get(zeros)
+    """UTF-16 or UTF-32, by whether it makes a text of all bytes; of two byte orders the one of fewer alphabets."""
+    fits = [name for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE") if _text_in(name, head)]
+    return min(fits, key=lambda name: len({ord(char) >> 8 for char in head.decode(name, "replace")}), default=None)
+
+
+def _text_in(encoding: str, head: bytes) -> bool:
+    """Whether the beginning of a file is text in an encoding; a character that is cut off at its end may be so."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(char.isprintable() or char in "\n\r\t\f\u3000\xa0" for char in text)
 
 
 def _iconv(file: Path, encoding: str) -> str:
-    target = file.with_name(f"{file.stem}.utf8{file.suffix}").name
+    return _unpacked_first(file, f"iconv -f {encoding} -t UTF-8")
+
+
+def _unpacked_first(file: Path, command: str) -> str:
+    """A command that reads a file and writes another, with what has to be done before it."""
     if packed(file.suffix):
-        return f"unpack it, then iconv -f {encoding} -t UTF-8 {file.stem} > {file.stem}.utf8"
-    return f"iconv -f {encoding} -t UTF-8 {file.name} > {target}"
+        return f"unpack it, then {command} {file.stem} > {file.stem}.utf8"
+    return f"{command} {file.name} > {file.with_name(f'{file.stem}.utf8{file.suffix}').name}"

@@ -1,18 +1,13 @@
-"""What kind of text a file holds: by its suffix and its first bytes, so that no structured text is read as prose.
-
-A text that merely begins as JSON does (a poem, LaTeX, code) stays text: it is JSON only where it is so as far as the
-look goes.
-"""
+"""What kind of text a file holds: by its suffix and its first bytes, so that no structured text is read as prose."""
 
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from iskd.data.decoding import codec_of, first_bytes, packed
+from iskd.data.decoding import codec_of, first_bytes, packed, packing_of
+from iskd.data.structure import markup_in, rows_in
 
 FORMATS = {
     ".txt": "text",
@@ -32,22 +27,8 @@ _OF_0_1 = {".jsonl": "jsonl", ".parquet": "parquet"}
 # Read as prose these would be markup or noise, whatever bytes they begin with.
 _MARKUP = {".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf", ".bib"}
 _MARKUP |= {".yaml", ".yml", ".toml", ".sql", ".srt", ".vtt", ".psv", ".tab"}
-_OTHER = {
-    ".pdf",
-    ".doc",
-    ".docx",
-    ".odt",
-    ".epub",
-    ".xls",
-    ".xlsx",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".rar",
-    ".lz4",
-    ".br",
-}
+_DOCUMENTS = {".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx", ".ps", ".eps", ".djvu"}
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzma", ".sz", ".z", ".warc"}
 _UNPACK = "unpack it and give the files in it"
 _CONVERT = "convert it to .txt or .jsonl"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -56,6 +37,12 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "a rar archive", _UNPACK),
     (b"\x04\x22\x4d\x18", "packed by lz4", "unpack it (lz4 -d FILE)"),
     (b"\x1f\x9d", "packed by compress", "unpack it (uncompress FILE)"),
+    (b"\x5d\0\0", "packed by lzma", "unpack it (unlzma FILE)"),
+    (b"\x78\x9c", "packed by zlib", "unpack it (zlib-flate -uncompress < FILE)"),
+    (b"\x78\xda", "packed by zlib", "unpack it (zlib-flate -uncompress < FILE)"),
+    (b"\xff\x06\0\0sNaPpY", "packed by snappy", "unpack it (snzip -d FILE)"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a document of an office program", "save it as .txt or .csv"),
+    (b"AT&TFORM", "a DjVu document", "extract its text (djvutxt FILE FILE.txt)"),
     (b"%PDF-", "a PDF", "extract its text (pdftotext FILE FILE.txt)"),
     (b"GGUF", "a model in GGUF form", "give a text"),
     (b"\x93NUMPY", "a numpy array", _CONVERT),
@@ -74,11 +61,6 @@ _TABLES = {
     re.compile(rb"ARROW1\0\0|\xff{4}.{2}\0\0", re.S): "arrow",
 }
 _LFS = b"version https://git-lfs"
-# by name; or an element that holds another, or all of the text
-_XML = re.compile(
-    r"<(\?xml|!doctype|!--|html\b|mediawiki\b|doc id=|([a-z][\w.:-]*)(\s[^<>]*)?>\s*(<[a-z!]|.*</\2\s*>\s*\Z))",
-    re.I | re.S,
-)
 _LOOK = 64 << 10
 
 
@@ -110,15 +92,21 @@ def kind_of(file: Path, fmt: str, key: str) -> str:
     if fmt != "auto":
         return fmt
     fix = as_text(key)
-    if suffix in _OTHER or suffix in _MARKUP:
+    if suffix in _ARCHIVES:
+        raise ValueError(f"{file}: {suffix} files are not read; {_UNPACK}")
+    if suffix in _DOCUMENTS or suffix in _MARKUP:
         fix = fix if suffix in _MARKUP else ""
         raise ValueError(f"{file}: {suffix} files are not read; convert it to .jsonl, .parquet or .txt{fix}")
     kind = FORMATS.get(suffix, "text")
+    if kind in _TABLES.values() and head:
+        again = "fetch it again, or give it the suffix of what it is"
+        raise ValueError(f"{file} is not {kind}, which its suffix says, or damaged at its beginning; {again}{fix}")
     look = _decoded(head)
-    if kind in ("text", "csv", "tsv") and _is_json(look, whole=len(head) < _LOOK):
-        return "jsonl"
-    if kind == "text" and (_XML.match(look) or look.startswith("{\\rtf")):
-        name = "RTF" if look.startswith("{") else "HTML or XML"
+    whole = len(head) < _LOOK
+    rows = rows_in(look, whole) if kind in ("text", "csv", "tsv") else None
+    if rows is not None and (rows == "jsonl" or kind == "text"):
+        return rows
+    if kind == "text" and (name := markup_in(look, whole)):
         raise ValueError(f"{file} is {name}, which is not read: take its text out to .txt or .jsonl{fix}")
     return kind
 
@@ -138,6 +126,8 @@ def _refuse_binary(file: Path, head: bytes, fmt: str) -> None:
     if head.startswith(_LFS):
         raise ValueError(f"{file} is a Git LFS pointer and not the file: fetch it (git lfs pull), or download it again")
     what = next(((name, fix) for magic, name, fix in _MAGIC if head.startswith(magic)), None)
+    if what is None and (again := packing_of(head)):
+        what = f"packed twice (by {again} inside)", "unpack it once and give what comes out"
     if what is None and head[257:262] == b"ustar":
         what = "a tar archive", _UNPACK
     if what is None and head[8:10] in (b'{"', b"{ ") and head[4:8] == b"\0\0\0\0":
@@ -145,7 +135,7 @@ def _refuse_binary(file: Path, head: bytes, fmt: str) -> None:
     if what is None and head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
         what = "a pickle", _CONVERT
     # four printable letters may begin a text: it is binary where bytes follow that no text has
-    if what and (not head[:4].isascii() or head.startswith(b"%PDF-") or b"\0" in head):
+    if what and (not head[:4].isascii() or min(head[:4]) < 9 or head.startswith(b"%PDF-") or b"\0" in head):
         raise ValueError(f"{file} is {what[0]}, which is not read: {what[1]}")
 
 
@@ -153,41 +143,3 @@ def _decoded(head: bytes) -> str:
     codec = codec_of(head)
     # a character that is cut at the end of the look is left out
     return codecs.getincrementaldecoder(codec)(errors="replace").decode(head).lstrip()
-
-
-def _is_json(look: str, whole: bool) -> bool:
-    """Whether text that is of no JSON suffix begins with a JSON object, or an array of more than numbers."""
-    if look[:1] not in ("{", "["):
-        # rows below a line of something else: whoever reads rows names that line
-        return all(map(_is_row, look.split("\n")[1:3])) and look.count("\n") > 2
-    if _begins_json(look, whole):
-        return True
-    # a first line that is broken makes no prose of the others
-    lines = look.split("\n")[1:] if look.startswith("{") else []
-    return any(_is_row(line) for line in lines[: 20 if whole else len(lines) - 1][:20])
-
-
-def _is_row(line: str) -> bool:
-    try:
-        return line.startswith("{") and bool(json.loads(line))
-    except (ValueError, RecursionError):
-        return False
-
-
-def _begins_json(look: str, whole: bool) -> bool:
-    try:
-        value, end = json.JSONDecoder().raw_decode(look)
-    except RecursionError:
-        return False
-    except json.JSONDecodeError as error:
-        # as far as the look goes it is JSON: what is missing lies behind it, or was torn off
-        open_end = error.msg.startswith("Unterminated string") or error.pos >= len(look.rstrip()) - (0 if whole else 8)
-        return open_end and re.match(r'\{\s*"|\[\s*[{\["]', look) is not None and (not whole or '":' in look)
-    rest = look[end:].lstrip(" \t\r")
-    return _has_rows(value) and (not rest or rest[0] in "\n{[")
-
-
-def _has_rows(value: Any) -> bool:
-    if not isinstance(value, list):
-        return bool(value)
-    return any(_has_rows(item) if isinstance(item, list) else isinstance(item, dict | str) for item in value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,9 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
         _log.warning("%s=%s matches files, and %s: ** goes into folders too", key, path, what)
     if not found:
         found = [file for match in folders for file in find_files(str(match), key)]
+    if not found and os.path.lexists(target):
+        what = f"a link to {os.readlink(target)}, where nothing is" if target.is_symlink() else "no plain file"
+        raise ValueError(f"{key}={path} is {what}; give a file, a folder or a glob")
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
     return [(None, found)]

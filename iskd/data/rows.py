@@ -54,7 +54,8 @@ def text_of(row: Any, name: str, where: str, key: str = "data.source") -> str:
     if name == ROWS:
         return conversation(row, where)
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {type(row).__name__}, not a row of fields, so it has no field {name!r}")
+        fix = f'write each as {{{json.dumps(name)}: "..."}}, one a line'
+        raise ValueError(f"{where} is {type(row).__name__}, not a row of fields, so it has no field {name!r}; {fix}")
     if name not in row:
         raise ValueError(_no_field(name, list(row), where, key))
     if row[name] is None:
@@ -215,10 +216,11 @@ def _csv(file: Path, name: str, key: str, marks: str) -> Iterator[Row]:
             return
         if not names:
             names = [cell.strip() for cell in cells]
-            if len({*names}) < len(names):
-                raise ValueError(f"{file}: a name stands twice in its header {names}; rename one")
+            fix = f", put the names of its columns in a line above it if these are none{as_text(key)}"
             if name != ROWS and name not in names:
-                raise ValueError(_no_field(name, names, f"{file}, line {reader.line_num},", key))
+                raise ValueError(_no_field(name, names, f"{file}, line {reader.line_num},", key) + fix)
+            if len({*names}) < len(names):
+                raise ValueError(f"{file}: a name stands twice in its header {names}; rename one{fix}")
             continue
         where = f"{file}, line {reader.line_num}"
         if cells and len(cells) != len(names):

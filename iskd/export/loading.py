@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from iskd.export.load_options import HUB, NOTHING_WRONG, changes_nothing, dtype_of, one_device
+from iskd.export.load_options import HUB, NOTHING_WRONG, asked_by_config, changes_nothing, dtype_of, one_device, refusal
 from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
 from iskd.models.model_folder import check_model_folder, read_model_config
-from iskd.models.skeletons import check_depth, within_weights
+from iskd.models.skeletons import check_depth, read_generation_config, within_weights
 from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
@@ -52,6 +52,12 @@ class IskdForCausalLM(PreTrainedModel):
 
     config_class = IskdConfig
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Refuse to be made without weights: the record alone makes no student."""
+        raise ValueError(
+            "a student is loaded with its weights: iskd.load(DIR) or from_pretrained(DIR), not from_config"
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a student; options that change nothing are taken, and those refused that would be ignored."""
@@ -59,16 +65,18 @@ class IskdForCausalLM(PreTrainedModel):
         revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
         place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
         hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
-        unknown = [key for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)]
-        if args or unknown:
-            raise ValueError(
-                f"iskd students do not take the loading option {unknown[0] if unknown else args[0]!r}; "
-                "load first, then move or wrap the model"
-            )
-        model = load(_folder_of(pretrained_model_name_or_path, revision, hub), dtype="auto" if dtype is None else dtype)
-        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
-        if attention is not None:
+        unknown = {key: value for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)}
+        unknown |= {"args": args} if args else {}
+        if unknown:
+            raise ValueError(refusal(*next(iter(unknown.items()))))
+        folder = _folder_of(pretrained_model_name_or_path, revision, hub)
+        other, keys = asked_by_config(kwargs.get("config"), folder / "config.json")
+        model = load(folder, dtype="auto" if dtype is None else dtype)
+        if (attention := attention or other) is not None:
             model.set_attn_implementation(attention)
+        for key, value in keys.items():
+            setattr(model.config, key, value)
+        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
         nn.Module.to(model, place)
         return (model, dict(NOTHING_WRONG)) if told else model
 
@@ -176,7 +184,10 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
     except (OSError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error!s:.300}") from error
+        what = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(
+            f"{folder} cannot be loaded, as its config.json says nothing that can be built: {what}"
+        ) from error
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:
@@ -213,10 +224,9 @@ def _load_edited(found: Described) -> PreTrainedModel:
     folder, record, config = found.folder, found.record, found.config
     model: Any = _build(config, record)
     load_model_tensors(model, _tensors(folder))
-    generation = folder / "generation_config.json"
-    if generation.is_file() and model.generation_config is not None:
-        read_json(generation, links=True)
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    generation = read_generation_config(folder)
+    if generation is not None and model.generation_config is not None:
+        model.generation_config = generation
     model.__class__ = student_class(cast(Any, type(model)))
     model.iskd_record, model.iskd_teacher_config = record, config
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -15,13 +16,13 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
 from iskd.export.student_files import CODE, FACTS
 from iskd.models import Stack
-from iskd.models.weights import INDEX, model_tensors
+from iskd.models.weights import INDEX, load_model_tensors, model_tensors
 from iskd.plan import Record, to_json
 from iskd.plan.run_files import write_record
 from iskd.system import Json, read_json, write_whole
@@ -62,13 +63,38 @@ class Student:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *_: Any,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = MAX_SHARD_BYTES,
-        **__: Any,
+        **options: Any,
     ) -> None:
-        """Write the student with its record, in shards of at most `max_shard_size` (bytes, or text as "5GB")."""
+        """Write the student with its record, always as safetensors.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process writes, of several that call.
+            state_dict: in the place of the student's own weights, where those are held elsewhere (shards).
+            max_shard_size: of a file: bytes, or text as "5GB".
+            options: of transformers; those that would change what is written are refused.
+
+        Raises:
+            ValueError: such an option, or weights that are not the student's.
+        """
+        if refused := [key for key in ("push_to_hub", "variant", "save_original_format") if options.get(key)]:
+            raise ValueError(
+                f"iskd students do not take {refused[0]}={options[refused[0]]!r} when they are saved: save to a "
+                "folder, then rename or upload it (hf upload OWNER/NAME DIR)"
+            )
+        if not is_main_process:
+            return
         student, teacher_config = cast(PreTrainedModel, self), copy.deepcopy(self.iskd_teacher_config)
         teacher_config.vocab_size = student.config.vocab_size  # of resize_token_embeddings
+        if state_dict is not None:
+            student = copy.deepcopy(student)
+            load_model_tensors(
+                student, {name: state_dict[name] for name in model_tensors(student) if name in state_dict}
+            )
         write(Path(save_directory), student, self.iskd_record, teacher_config, max_shard_bytes=max_shard_size)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

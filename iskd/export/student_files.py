@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from iskd.models.tokenizers import check_tokenizer_files
+from iskd.models.tokenizers import has_tokenizer, load_tokenizer
 from iskd.plan.run_files import MODEL, STAGES_FILE
 from iskd.system import Json, read_json
 from iskd.system.text import argument
@@ -40,14 +40,5 @@ def read_facts(folder: Path) -> Json:
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder, None where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        return None
-    try:
-        check_tokenizer_files(folder)
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the parser of tokenizer.json raises nothing narrower
-        raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {error!s:.300}") from error
-    return loaded
+    """The tokenizer in a model's folder, None where there is none. Raises ValueError where it cannot be loaded."""
+    return load_tokenizer(folder) if has_tokenizer(folder) else None

@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import framing_of
 from iskd.evaluation import TASKS
@@ -27,7 +27,7 @@ from iskd.evaluation.task_items import COPY, Item, check_task, read_task, split_
 from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
-from iskd.models.tokenizers import byte_tokenizer, check_tokenizer_files
+from iskd.models.tokenizers import byte_tokenizer, load_tokenizer
 from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
@@ -153,18 +153,10 @@ def tokenizer_of(teacher: PreTrainedModel) -> PreTrainedTokenizerBase:
 def _load(place: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if isinstance(place, PreTrainedTokenizerBase):
         return place
-    folder = Path(expanded(place))
     try:
-        if folder.is_dir():
-            check_tokenizer_files(folder)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else place,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        return load_tokenizer(expanded(place))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer in {place} ({str(error).splitlines()[0]}): set importance.tokenizer to the directory that "
             "holds the teacher's tokenizer.json"
         ) from error
-    return tokenizer

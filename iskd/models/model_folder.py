@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from iskd.models.families import FAMILIES
+from iskd.models.skeletons import read_generation_config, refuse_kernels
 from iskd.models.weights import INDEX, WEIGHTS, check_whole, refuse_pointer, weight_files
 from iskd.system import Json, read_json
 
@@ -68,6 +69,7 @@ def check_model_folder(folder: Path, *, code: bool = False) -> Json:
     _check_depth(folder / CONFIG, config, stored)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"):
         refuse_pointer(folder / name)
+    read_generation_config(folder)
     return config
 
 
@@ -115,6 +117,7 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
         if (found := config.get(key)) is not None:
             method = found.get("quant_method", key) if isinstance(found, dict) else key
             raise ValueError(_quantised(file, str(method)[:40]))
+    refuse_kernels(config, str(file))
     depths = {key: config[key] for key in _DEPTHS if config.get(key) is not None}
     for key, depth in depths.items():
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= _MAX_LAYERS:

@@ -1,4 +1,4 @@
-"""Models that anybody's config.json describes: bounded by the weights that lie beside it before they are built."""
+"""Models that anybody's config files describe: bounded by the weights beside them, and no code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from iskd.models.weights import WEIGHTS, present_weights
+from iskd.models.weights import WEIGHTS, present_weights, refuse_pointer
 from iskd.plan.edits import MAX_LAYERS
 from iskd.system import read_json
 
+GENERATION = "generation_config.json"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
 # file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
@@ -29,6 +30,36 @@ def check_depth(values: Mapping[str, Any], file: Path) -> None:
         depth = values.get(key)
         if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
             raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+
+
+def refuse_kernels(config: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where a config names a kernel on the hub: code, that would be fetched and run."""
+    for key, value in config.items():
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise ValueError(
+                f"{what}: {key} {str(value)!r:.80} names code on the hub, which is not run: remove the key"
+            )
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model's folder says on generating; None where it says nothing.
+
+    Raises:
+        ValueError: it cannot be used; with the file and the fix.
+    """
+    file = folder / GENERATION
+    refuse_pointer(file)
+    if not file.is_file():
+        return None
+    values = read_json(file, links=True)
+    try:
+        if not isinstance(values, dict):
+            raise TypeError(f"it must hold an object, got {type(values).__name__}")
+        found = GenerationConfig.from_dict(values)
+        found.validate()
+    except Exception as error:  # transformers fails in any way it likes on values that nobody meant
+        raise ValueError(f"{file} says nothing that can be used ({error!s:.300}): mend or remove it") from error
+    return found
 
 
 def check_config(folder: Path) -> None:

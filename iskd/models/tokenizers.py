@@ -1,4 +1,4 @@
-"""A byte-level tokenizer for models made from a config, where no pretrained tokenizer exists.
+"""Tokenizers: of anybody's folder, and over bytes for models made from a config, where no pretrained one exists.
 
 256 byte symbols and one end-of-text symbol: any UTF-8 text round-trips, nothing is downloaded. The printable stand-ins
 for bytes are those of GPT-2 (Radford et al. 2019, section 2.2), which the `tokenizers` library calls `ByteLevel`.
@@ -6,11 +6,12 @@ for bytes are those of GPT-2 (Radford et al. 2019, section 2.2), which the `toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from iskd.system.files import read_plain
 
@@ -20,6 +21,7 @@ _FILES = (
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
     "config.json",
 )
+_OWN = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _LARGEST = 256 << 20  # bytes
 
 
@@ -50,6 +52,67 @@ def check_tokenizer_files(folder: Path) -> None:
     for name in _FILES:
         if (folder / name).exists():
             read_plain(folder / name, max_bytes=_LARGEST, links=True)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder, whatever is in them."""
+    return any((folder / name).exists() for name in _OWN)
+
+
+def load_tokenizer(place: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a name that was downloaded before; nothing is fetched.
+
+    Args:
+        place: a folder of anybody, or a name on the hub.
+        trust_remote_code: whether code that comes with it may run.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no tokens. The message names the file that is at fault, and the fix.
+        OSError: there is none of this name on this machine.
+    """
+    folder = Path(place)
+    try:
+        if folder.is_dir():
+            check_tokenizer_files(folder)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        if not loaded.get_vocab():
+            raise ValueError("it has no tokens")
+    except MemoryError:
+        raise
+    except ImportError as error:
+        raise ValueError(f"{place}: the tokenizer needs a package that is missing: {error!s:.600}") from error
+    except Exception as error:  # the parser of tokenizer.json raises nothing narrower
+        if isinstance(error, OSError) and not folder.is_dir():
+            raise
+        file, reason = _at_fault(folder, error)
+        if not has_tokenizer(folder):
+            file, reason = "tokenizer.json", "it is missing"
+        raise ValueError(
+            f"{place} has no tokenizer that can be loaded ({file}: {reason!s:.400}): copy the tokenizer's files that "
+            "came with the weights"
+        ) from error
+    return loaded
+
+
+def _at_fault(folder: Path, error: Exception) -> tuple[str, object]:
+    """The file of a tokenizer that cannot be read by itself, and why; else all that there are."""
+    files = [folder / name for name in _FILES if name != "config.json" and (folder / name).is_file()]
+    for file in files:
+        if file.suffix == ".json":
+            try:
+                value = json.loads(file.read_bytes())
+            except (OSError, ValueError, RecursionError) as broken:
+                return file.name, f"not valid JSON, {broken}"
+            if not isinstance(value, dict):
+                return file.name, f"must hold an object, got {type(value).__name__}"
+        if file.name == "tokenizer.json":
+            try:
+                Tokenizer.from_file(str(file))
+            except Exception as broken:
+                return file.name, broken
+    return " or ".join(file.name for file in files), error
 
 
 # words, spaces, digits, marks, letters beyond ASCII: tokenizers of equal vocabularies may still cut these differently

@@ -18,13 +18,13 @@ import torch
 from huggingface_hub import snapshot_download
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
 from iskd.models.head import say_untied
 from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_report, read_model_config
 from iskd.models.skeletons import check_config
-from iskd.models.tokenizers import byte_tokenizer, check_tokenizer_files
+from iskd.models.tokenizers import byte_tokenizer, has_tokenizer, load_tokenizer
 from iskd.models.weights import check_finite, parameters_sha256, stored_dtype, weights_sha256
 from iskd.system.files import expanded
 from iskd.teacher import bundled
@@ -34,8 +34,8 @@ from iskd.teacher.trim import trim
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COPY = "copy the config.json that came with the weights"
 ETAG_TIMEOUT_S = 10  # seconds until a hub that does not answer counts as absent
-_COPY = "copy the {} that came with the weights"
 HUB_FILES = ["README.md", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -142,12 +142,10 @@ def _read(spec: TeacherSpec, directory: Path) -> tuple[PreTrainedModel, PreTrain
     if not spec.trust_remote_code:
         check_config(directory)
     options: dict[str, Any] = {"local_files_only": True}
-    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY.format("config.json")):
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
-    with _told(f"{directory} has no tokenizer that can be loaded (tokenizer.json)", _COPY.format("tokenizer")):
-        check_tokenizer_files(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code, **options)
-    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY.format("config.json")):
+    tokenizer = load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
+    with _told(f"{directory / CONFIG} describes no {kind} that can be built", _COPY):
         # sizes that differ are reported, and refused below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -179,13 +177,17 @@ def build_config(spec: TeacherSpec) -> PreTrainedConfig:
     Raises:
         ValueError: there is no config, `sized_config` refuses it, or `config` has a key that nothing reads.
     """
-    config = sized_config(spec.config or _config_of(spec), spec.sizes)
+    config = sized_config(spec.config or _config_of(spec), spec.sizes, _config_named(spec))
     default = AutoConfig.for_model(config.model_type)
     # what a class translates, such as rope_theta, is gone afterwards; what it does not know it keeps and never reads
     unread = [key for key in spec.config or {} if not hasattr(default, key) and key in config.to_dict()]
     if unread:
         raise ValueError(f"model.config.{unread[0]} is no key of a {config.model_type} config: drop or correct it")
     return config
+
+
+def _config_named(spec: TeacherSpec) -> str:
+    return "model.config" if spec.config or spec.path is None else str(Path(expanded(spec.path)) / CONFIG)
 
 
 def _plain(value: Any) -> Any:
@@ -240,27 +242,28 @@ def _random(spec: TeacherSpec) -> Loaded:
     tokenizer, origin = _tokenizer_for(spec, config.vocab_size)
     # Not the padding id: an embedding keeps the row of its padding id at zero.
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    with torch.random.fork_rng(devices=[]):
+    finding = f"{_config_named(spec)} describes no {config.model_type} that can be built"
+    with _told(finding, "mend the value"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        fix = "correct it in model.config, or in the config.json of model.path"
-        with _told(f"the config of {spec.name} describes no {config.model_type} that can be built", fix):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)
     return _loaded(spec, "random", model, tokenizer, origin, parameters_sha256(model), {"seed": spec.seed})
 
 
 def _tokenizer_for(spec: TeacherSpec, rows: int) -> tuple[PreTrainedTokenizerBase, str]:
-    """The model's own tokenizer if this machine has it and it fits into `rows`, else the one over bytes."""
-    places: list[str | Path] = [expanded(spec.path)] if spec.path else []
+    """The model's own tokenizer if this machine has it and it fits into `rows`, else the one over bytes.
+
+    Raises ValueError where it is there and cannot be loaded: over bytes the run would be another one.
+    """
+    places = [Path(expanded(spec.path))] if spec.path else []
     if spec.bundled is not None:
         places.append(bundled.cache_dir() / bundled.bundle(spec.bundled).folder)
+    names: list[str | Path] = [place for place in places if has_tokenizer(place)]
     if "/" in spec.name:
-        places.append(spec.name)
-    for place in places:
+        names.append(spec.name)
+    for place in names:
         try:
-            if Path(place).is_dir():
-                check_tokenizer_files(Path(place))
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError):
+            tokenizer = load_tokenizer(place)
+        except OSError:  # never downloaded
             continue
         if _max_id(tokenizer) < rows:
             return tokenizer, "pretrained"

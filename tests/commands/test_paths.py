@@ -129,6 +129,14 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"{home}/cache", f"{home}/texts/é.txt", f"{home}/texts/é.txt"
     )  # fmt: skip
     assert (meant.importance.files, meant.name) == ([f"{home}/a", "b"], "~x")
+    for given, folder in {  # Hydra makes these before a config is read
+        "hydra.run.dir=${oc.env:TEXTS}/a b (1)": f"{home}/texts/a b (1)",
+        "hydra.run.dir='${cache_dir}/x'": f"{home}/cache/x",
+        "hydra.run.dir=${oc.env:HOME}/it's": f"{home}/it's",
+        'hydra.run.dir=${new_folder:"${oc.env:TEXTS}/n"}': f"{home}/texts/n",
+    }.items():
+        assert literal_paths(once := literal_paths([given])) == once
+        assert compose_config([given])[1] == Path(folder), given
 
 
 def test_a_composed_config_holds_the_paths(tmp_path: Path) -> None:

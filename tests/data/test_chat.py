@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from iskd.data import TextData, TextFiles
 from iskd.data.chat import conversation, messages_of
 from iskd.data.chat_template import ChatTemplate
+from iskd.data.coding import Coding
 from iskd.evaluation import measure_quality
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch
@@ -85,6 +86,46 @@ def test_a_system_message_that_a_template_refuses_goes_to_the_user() -> None:
         learned(NO_SYSTEM, [{"role": "system", "content": "be kind"}, HI[1]])
 
 
+LOOK = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "x"}}}
+USERS = "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}.\n{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "roles"),
+    [
+        (PLAIN, LONG, []),
+        (USERS, [HI[0], {"role": "gpt", "content": "yes indeed"}], ["gpt"]),
+        (USERS, [{"role": "system", "content": "be kind"}, HI[0]], ["system"]),
+        (PLAIN, [HI[0], {"role": "assistant", "content": "", "tool_calls": [LOOK]}], ["assistant"]),
+        (PLAIN.replace(".\n", "{{ m.tool_calls }}.\n"), [HI[0], {**HI[1], "tool_calls": [LOOK]}], []),
+        (THINKING, LONG, []),
+    ],
+)
+def test_what_a_template_does_not_write_is_told(
+    template: str, messages: list[dict[str, Any]], roles: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    coding = Coding.of(tokenizer_of(template), chat_loss="assistant", seq_len=8)
+    assert coding.chat is not None
+    ((_, targets),) = coding.encode([document(messages)], tokenizer_of(template))
+    coding.tell()
+    assert list(coding.chat.dropped) == roles
+    assert [
+        role for role in ("gpt", "system", "assistant") if f"does not write what the role {role!r}" in caplog.text
+    ] == roles
+    assert any(targets or ()) is (not roles), "no empty answer is learned in the place of a call"
+
+
+def test_a_template_that_cannot_be_computed_is_one_sentence() -> None:
+    for template in ("{% if %}", "{{ 1 // 0 }}", "{{ range(99999999) | list }}", "{{ messages[0].content.x() }}"):
+        with pytest.raises(ValueError, match="the chat template refuses a conversation"):
+            ChatTemplate(tokenizer_of(template), "assistant")
+
+
+def test_a_date_in_a_template_is_the_same_every_day() -> None:
+    dated = "{{ date_string }}; {{ strftime_now('%d %B %Y') }}" + PLAIN
+    assert learned(dated, HI)[0].startswith("26 Jul 2024; 26 July 2024[user]hi.")
+
+
 def test_a_model_without_a_template_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"data\.chat\.loss=all needs a chat template.*chat_template\.jinja"):
         ChatTemplate(tokenizer_of(None), "all")
@@ -98,7 +139,8 @@ def test_rows_of_every_shape_are_one_document() -> None:
         {"messages": [{**message, "name": None} for message in HI], "prompt": None},
         {"messages": json.dumps(HI)},
         {"messages": {"role": ["user", "assistant"], "content": ["hi", "yes"]}},
-        {"messages": [HI[0], {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]},
+        {"messages": [HI[0], {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}], "tools": "[]"},
+        {"messages": [{"role": "user", "content": ["h", {"type": "input_text", "text": "i"}]}, HI[1]]},
         {"prompt": "hi", "completion": "yes"},
         {"prompt": HI[:1], "completion": HI[1:]},
         {"prompt": "hi", "completion": HI[1:], "other": 3},
@@ -120,6 +162,7 @@ def test_rows_of_every_shape_are_one_document() -> None:
             "message 2 has no `content` that is text, but int",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 holds image: only text"),
+        ({"messages": HI, "tools": "look"}, "field 'tools' is a text and no JSON"),
         ([1], "is list, not a row of fields"),
     ],
 )
@@ -137,6 +180,11 @@ def test_the_begin_token_of_a_template_is_the_framings() -> None:
     with pytest.raises(ValueError, match=r"data\.boundaries=true needs a token that stands at the beginning of a conv"):
         ChatTemplate(tokenizer_of(PLAIN), "all").check_apart()
     assert ChatTemplate(tokenizer_of(PLAIN), "all", "document").framing.head == (256,)
+    twice = tokenizer_of("{{ bos_token }}{{ bos_token }}" + PLAIN, eos_token="a")
+    for bos, count in {None: 2, "document": 1, "none": 0}.items():
+        chat = ChatTemplate(twice, "all", bos)
+        assert chat.framing.head == (256,) * count
+        assert 256 not in chat.encode(document(HI))[0]
 
 
 def test_labels_are_the_next_tokens_that_are_targets() -> None:

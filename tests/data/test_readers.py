@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,9 @@ _SAME: dict[str, tuple[str, str]] = {
     "object of a list": (json.dumps({"version": 1, "tags": ["a"], "data": _ROWS}), "json txt"),
     "object of a list, by line": (json.dumps({"version": 1, "data": _ROWS}, indent=1), "json md"),
     "columns": (json.dumps({"text": _DOCUMENTS}), "json"),
-    "comma": (_table(","), "csv CSV"),
-    "semicolon": (_table(";"), "csv"),
-    "tab": (_table("\t"), "tsv csv"),
+    "comma": (_table(","), "csv CSV txt data"),
+    "semicolon": (_table(";"), "csv txt"),
+    "tab": (_table("\t"), "tsv csv txt"),
 }
 
 
@@ -129,6 +130,19 @@ def test_byte_order_marks_tell_the_encoding_and_are_no_text(tmp_path: Path, code
         "GIF8 and Rar! too",
         "Obj\nOrc ORC",
         '{"Tom" said Ann}',
+        "O Captain, my Captain,\nour trip is done,\nthe port is near,",
+        "Apples, pears\nBeans, peas\nCorn, wheat",
+        "int x;\nint y;\nreturn x;",
+        "def f(a):\n\treturn a\ndef g(b):\n\treturn b",
+        "a\tb\nc\td",
+        "1,5 kg\n2,5 kg and more\nno more",
+        '"One, two."\n"Three, four."\n"Five, six."',
+        "---\ntitle: x\n---\nA text.",
+        "- one: two\n- three\n- four: five",
+        "[Scene]\nANN = BOB\nLeave me.",
+        "From: Ann\nTo: Bob\n\nDear Bob",
+        "Create table and chairs\nINSERT COIN",
+        "1\n2\n3",
     ],
 )
 def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: str) -> None:
@@ -158,7 +172,35 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a", b"GGUF\3\0\0\0", "GGUF"),
     ("a.bin", b"\x93NUMPY\1\0", "numpy"),
     ("a.json", b"\x80\4\x95\0", "pickle"),
-    ("a.txt", b"one\nt\0wo", r"binary \(it holds NUL bytes .*: byte 5, line 2\)"),
+    ("a.txt", b"one\nt\0wo", r"holds NUL bytes \(byte 5, line 2\).*: tr -d '.000' < a\.txt > a\.utf8\.txt"),
+    ("a.bin", bytes(range(64)), r"binary \(it holds NUL bytes .*: byte 0, line 1\)"),
+    ("a.txt", b"0,one\n1,two\n2,three\n", r"line 1, has no field 'text', only \['0', 'one'\].*line above it.*fmt=text"),
+    ("a.txt", b'0\tit\'s, "\n1\ttwo\n2\t"three\n', r"only \['0', 'it\\'s, .*line above it"),
+    ("a", b"1|1|1\n2|2|2\n3|3|3\n", r"only \['1', '1', '1'\].*line above it"),
+    ("a.txt", b"The\tDT\ndog\tNN\n\na\tDT\n", r"only \['The', 'DT'\]"),
+    ("a.txt", b"- text: one\n  id: 1\n- text: two\n", "is YAML, .*fmt=text"),
+    ("a.txt", b'[a]\ntext = "one"\nid = 1\n', "is settings"),
+    ("a.txt", b"WEBVTT\n\n00:01.000", "is subtitles"),
+    ("a.txt", b"1\n00:00:01,000 --> 00:00:02,000\nHi\n", "is subtitles"),
+    ("a.txt", b"-- a dump\n\nINSERT INTO t VALUES (1);", "is SQL"),
+    ("a.txt", b"@article{key,\n  title = {X},\n}", "BibTeX"),
+    ("a.txt", b"WARC/1.0\r\nWARC-Type: response", "web archive"),
+    ("a.warc.gz", gzip.compress(b"WARC/1.0\r\n", mtime=0), r"\.warc files are not read; unpack it"),
+    ("a.txt", b"From a@b.c Mon Jan  1 00:00:00 2001\n", "is a mail box"),
+    ("a.txt", b'data: {"text": "one"}\n\ndata: {}', "is events"),
+    ("a.txt", b"{'text': 'one'}\n{'text': 'two'}", r"is Python's notation .*json\.dumps"),
+    ("a.br", b"x", r"\.br files are not read; unpack it and give the files in it$"),
+    ("a.gz", gzip.compress(bz2.compress(b"one"), mtime=0), "packed twice .*bz2"),
+    ("a.lzma", lzma.compress(b"one", format=lzma.FORMAT_ALONE), "packed by lzma, .*unlzma FILE"),
+    ("a.parquet", b"prose", r"is not parquet, which its suffix says.*fmt=text"),
+    ("a.json", b'["one"]', r"not a row of fields.*write each as \{\"text\": \"\.\.\.\"\}, one a line"),
+    (
+        "a.txt",
+        "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440".encode("utf-16-le"),
+        "is UTF-16LE .*iconv -f UTF-16LE",
+    ),
+    ("a.txt", "\u4f60\u597d\u4e16\n\u754c".encode("utf-16-be"), "is UTF-16BE .*iconv -f UTF-16BE"),
+    ("a.txt", "\u4f60\u597d\u4e16\u754c".encode("gb18030"), "iconv -f ENCODING .*these fit: GB18030"),
     ("a.mp3", b"ID3\xf1\n\0\0", r"binary \(.*: byte 3, line 1\)"),
     ("a.txt", "one\ntwo".encode("utf-16-le"), r"is UTF-16LE .*iconv -f UTF-16LE -t UTF-8 a\.txt > a\.utf8\.txt"),
     ("a.txt", "one\ntwo".encode("utf-32-be"), "iconv -f UTF-32BE"),
@@ -210,6 +252,14 @@ def test_what_is_not_read_is_named_with_a_fix(tmp_path: Path, name: str, content
     with pytest.raises(ValueError, match=r".") as caught:  # of another reader, what is said helps there
         read_text(tmp_path / name, 1_000_000)
     assert "data.source" not in str(caught.value)
+
+
+def test_what_is_there_and_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "b.txt")
+    for name, message in {"a.txt": "is a link to .*gone, where nothing is", "b.txt": "is no plain file"}.items():
+        with pytest.raises(ValueError, match=rf"data\.path={tmp_path / name} {message}"):
+            find_files(str(tmp_path / name), "data.path")
 
 
 def test_null_rows_of_a_table_are_named_by_row(tmp_path: Path) -> None:

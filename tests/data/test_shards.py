@@ -177,7 +177,7 @@ def test_detokenize_wikitext() -> None:
         ("gone.txt", None, "does not exist"),
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n \n", "holds no text"),
-        ("nul.txt", b"text\0text", "binary"),
+        ("nul.txt", b"text\0text", "holds NUL bytes"),
         ("latin.txt", "d\u00e9j\u00e0".encode("latin-1"), "not UTF-8"),
         ("cut.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "not a whole gzip file"),
         ("plain.txt.gz", b"text", "not a whole gzip file"),
@@ -185,7 +185,7 @@ def test_detokenize_wikitext() -> None:
         ("field.jsonl", b'{"body": "x"}\n', r"no field 'text', only \['body'\]"),
         ("list.jsonl", b"[1]\n", "item 1 is int, not a row of fields"),
         ("number.jsonl", b'{"text": 1}\n', "is int, not text"),
-        ("bad.parquet", b"no magic bytes here", "not a parquet file"),
+        ("bad.parquet", b"no magic bytes here", "is not parquet, which its suffix says"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

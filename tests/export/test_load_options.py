@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import iskd
 from iskd.export import IskdForCausalLM
@@ -54,6 +54,10 @@ REFUSED: list[dict[str, Any]] = [
     {"quantization_config": {"load_in_8bit": True}},
     {"device_map": {"a": "cpu", "b": "cuda:0"}},
     {"dtype": "int8"},
+    {"dtype": torch.int8},
+    {"device_map": "cuda:99"},
+    {"max_memory": {"cpu": "1GB"}},
+    {"attn_implementation": "nope"},
 ]
 
 
@@ -70,6 +74,40 @@ def test_options_that_loaders_always_pass_are_taken(options: dict[str, Any], fol
 def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], folder: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         IskdForCausalLM.from_pretrained(folder, **options)
+
+
+def test_what_an_auto_class_puts_into_a_config_is_heard(folder: Path) -> None:
+    """`AutoModelForCausalLM` with remote code makes a config of options, and hands on that."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    options: dict[str, Any] = {"attn_implementation": "eager", "use_cache": False, "output_hidden_states": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    assert plain.config._attn_implementation != "eager"
+    assert model.config._attn_implementation == "eager"
+    assert (model.config.use_cache, model.config.output_hidden_states) == (False, True)
+    assert plain.config.use_cache
+    with pytest.raises(ValueError, match="nope"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="nope")
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(ValueError, match="not from_config"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    config.teacher = {**config.teacher, "hidden_size": 8}
+    with pytest.raises(ValueError, match=r"config=\{'teacher'.*in model\.config"):
+        IskdForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_options_of_saving_are_heard_or_refused(folder: Path, tmp_path: Path) -> None:
+    model: Any = iskd.load(folder)
+    elsewhere = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=elsewhere, safe_serialization=True)
+    assert all(bool((value == 0.5).all()) for value in iskd.load(tmp_path / "given").parameters())
+    assert not all(bool((value == 0.5).all()) for value in model.parameters())
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    for option in ({"push_to_hub": True}, {"variant": "fp16"}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            model.save_pretrained(tmp_path / "other", **option)
+    with pytest.raises(ValueError, match="is missing"):
+        model.save_pretrained(tmp_path / "other", state_dict={})
 
 
 def test_a_student_is_copied_pickled_and_grown(folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "broken index": (indexed({}), r"index\.json must map tensors"),
     "no tokenizer": (
         lambda d: list(map(Path.unlink, d.glob("token*"))),
-        r"no tokenizer that can be loaded \(tokenizer\.json\)",
+        r"no tokenizer that can be loaded \(tokenizer\.json: it is missing\)",
     ),
     "broken tokenizer": (text("tokenizer.json", "{"), r"no tokenizer that can be loaded"),
 }

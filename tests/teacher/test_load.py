@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import iskd
+from iskd.export import tokenizer_of
+from iskd.importance.task_accuracy import _load
 from iskd.models.weights import weight_files, weights_sha256
 from iskd.system import file_sha256
 from iskd.teacher import bundled
@@ -266,8 +270,79 @@ def test_an_incomplete_directory_is_refused_by_the_name_of_what_it_lacks(saved: 
 
 def test_a_directory_without_tokenizer_is_refused(saved: tuple[Loaded, Path]) -> None:
     (saved[1] / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded \(tokenizer\.json\)"):
+    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded \(tokenizer_config\.json"):
         load_teacher(TeacherSpec(name="local", path=str(saved[1])))
+    (saved[1] / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded \(tokenizer\.json: it is missing\)"):
+        load_teacher(TeacherSpec(name="local", path=str(saved[1])))
+    assert load_teacher(TeacherSpec(name="local", path=str(saved[1]), pretrained=False)).source["tokenizer"] == "bytes"
+
+
+_BROKEN_TOKENIZERS = {
+    "tokenizer.json": ["{", "[]", '{"version": "9"}', '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'],
+    "tokenizer_config.json": ["null", '{"tokenizer_class": 3}', '{"eos_token": 5}'],
+    "special_tokens_map.json": ["[]", '{"eos_token": 4}'],
+    "added_tokens.json": ['{"a": "b"}'],
+}
+
+
+@pytest.mark.parametrize("name", _BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_named_by_every_reader(saved: tuple[Loaded, Path], name: str) -> None:
+    """Random weights too: over bytes instead, the run would be another one without a word."""
+    folder = saved[1]
+    readers: list[Callable[[], object]] = [
+        lambda: load_teacher(TeacherSpec("local", path=str(folder))),
+        lambda: load_teacher(TeacherSpec("local", path=str(folder), pretrained=False)),
+        lambda: tokenizer_of(folder),
+        lambda: _load(folder),
+    ]
+    for content in _BROKEN_TOKENIZERS[name]:
+        (folder / name).write_text(content)
+        for read in readers:
+            with pytest.raises(ValueError, match=r"\w+\.json") as caught:
+                read()
+            assert name in str(caught.value), content
+            assert "no tokenizer" in str(caught.value)
+            assert str(folder) in str(caught.value)
+
+
+_BROKEN_CONFIGS: list[dict[str, object]] = [
+    {"hidden_size": "16"},
+    {"rope_parameters": {"rope_type": "nope"}},
+    {"hidden_act": "nope"},
+    {"num_attention_heads": 0},
+    {"head_dim": -1},
+    {"dtype": "nope"},
+    {"id2label": 3},
+    {"attn_implementation": "somebody/kernel"},
+]
+
+
+@pytest.mark.parametrize("change", _BROKEN_CONFIGS, ids=str)
+def test_a_broken_config_is_named_by_every_reader(saved: tuple[Loaded, Path], change: dict[str, object]) -> None:
+    folder = saved[1]
+    values = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(values))
+    readers: list[Callable[[], object]] = [
+        lambda: load_teacher(TeacherSpec("local", path=str(folder))),
+        lambda: load_teacher(TeacherSpec("local", path=str(folder), pretrained=False)),
+        lambda: iskd.load(folder),
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=r"config\.json") as caught:
+            read()
+        assert str(folder) in str(caught.value)
+    if "attn_implementation" in change:  # one in a config of a run, which may be anybody's
+        with pytest.raises(ValueError, match=r"model\.config: attn_implementation .*code on the hub"):
+            load_teacher(tiny(config=LLAMA | change))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"cache_implementation": "nope"}', '{"watermarking_config": 3}'])
+def test_what_says_how_to_generate_is_named_where_it_is_broken(saved: tuple[Loaded, Path], content: str) -> None:
+    (saved[1] / "generation_config.json").write_text(content)
+    for read in (lambda: load_teacher(TeacherSpec("local", path=str(saved[1]))), lambda: iskd.load(saved[1])):
+        with pytest.raises(ValueError, match=r"generation_config\.json"):
+            read()
 
 
 def test_the_hash_of_shards_depends_on_each_of_them(tmp_path: Path) -> None:
