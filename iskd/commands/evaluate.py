@@ -20,7 +20,7 @@ from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_links
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
@@ -58,6 +58,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         refuse_training_text(spec.text, str(read_json(run / DATA_FILE).get("content", "")))
     if run is not None and (run / CONFIG_FILE).is_file():
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
+    if run is not None:
+        refuse_links(run)
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(with_defaults(config.trainer))
