@@ -40,7 +40,17 @@ NASTY: tuple[Any, ...] = (
     *("../../x", "/etc/passwd", "~/.ssh/id", "file:///etc/passwd", "(a+)+$", "(.|.)" * 40, "all", "\u0663"),
     *("os.system", "builtins.exec", "subprocess.Popen", "iskd.blocks.slim.torch.hub.load", "iskd.blocks.ridge.Ridge"),
     *("iskd.blocks.slim.cut", "iskd.blocks.bottleneck.Bottleneck", "__import__('os').system('touch owned')"),
-    *([], {}, [[]], {"": {}}, [None], {"a": 1}, {"op": "remove", "layer": 1}, {"layers": 10**6}, [[0] * 50 for _ in range(50)]),
+    *(
+        [],
+        {},
+        [[]],
+        {"": {}},
+        [None],
+        {"a": 1},
+        {"op": "remove", "layer": 1},
+        {"layers": 10**6},
+        [[0] * 50 for _ in range(50)],
+    ),
 )
 
 
@@ -83,7 +93,7 @@ def turned(rng: random.Random, value: Any) -> Any:
         )
     if isinstance(value, list):
         # none of them twice in it: a later change to one would be one to all, and the whole in each of its own parts
-        again = [copy.deepcopy(item) for item in (value * 39 if rng.random() < 0.5 else value[:1])]
+        again = [copy.deepcopy(item) for item in rng.choice((value * 39, value[:1]))]
         return rng.choice((value + again, value[::-1], value[1:], [value], dict(enumerate(value))))
     if isinstance(value, dict):
         return rng.choice((list(value.values()), {**value, "code": "x"}, {"a": value}, {}, [value], list(value)))

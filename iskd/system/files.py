@@ -242,6 +242,20 @@ def read_json(path: Path, *, max_bytes: int = 16 << 20, links: bool = False) -> 
     raise ValueError(f"{path} is nested deeper than {_MAX_DEPTH} levels: it is not a file that iskd wrote")
 
 
+def read_object(file: Path, *, links: bool = False) -> Json:
+    """Read a JSON object as `read_json` does; {} where there is no such file.
+
+    Raises:
+        OSError, ValueError: as `read_json`; it holds something else.
+    """
+    if not file.is_file():
+        return {}
+    found = read_json(file, links=links)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold an object, got {type(found).__name__}: restore it from a copy")
+    return found
+
+
 def _once_each(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) != len(pairs):
