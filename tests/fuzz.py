@@ -4,9 +4,9 @@
 
 Each case is a valid document that was changed: values of other types and sizes, keys gone, doubled or foreign, paths
 that climb out, bytes flipped, lengths that lie. A reader must take it or refuse it with ValueError or OSError. Every
-other exception fails, as do five seconds of work, two more GiB of memory, and whatever the audit hook sees: code made
-or imported, a process or a socket, a file changed outside of the run directory. A case depends on the seed, its kind
-and its number alone; `--kind state --first 17 --cases 1` runs one again.
+other exception fails, as do five seconds of work, a minute of waiting, two more GiB of memory, and whatever the audit
+hook sees: code made or imported, a process or a socket, a file changed outside of the run directory. A case depends on
+the seed, its kind and its number alone; `--kind state --first 17 --cases 1` runs one again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS, MORE_MEMORY = 5.0, 2 << 30
+# Of work, of work and waiting together (other programs want the machine too), bytes, and characters of a document.
+SECONDS, PATIENCE, MORE_MEMORY, LARGEST = 5.0, 60.0, 2 << 30, 1 << 18
 # Written into a document, these stand for text that json.dumps does not write.
 TEXTS = {"@deep": "[" * 100_000, "@nested": '{"a":' * 60 + "1" + "}" * 60, "@long": "9" * 5_000, "@inf": "1e999"}
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e308, 10**6, 10**9, 10**12, 2**31, 2**63, -(2**63) - 1, 10**400)
@@ -39,7 +40,17 @@ NASTY: tuple[Any, ...] = (
     *("../../x", "/etc/passwd", "~/.ssh/id", "file:///etc/passwd", "(a+)+$", "(.|.)" * 40, "all", "\u0663"),
     *("os.system", "builtins.exec", "subprocess.Popen", "iskd.blocks.slim.torch.hub.load", "iskd.blocks.ridge.Ridge"),
     *("iskd.blocks.slim.cut", "iskd.blocks.bottleneck.Bottleneck", "__import__('os').system('touch owned')"),
-    *([], {}, [[]], {"": {}}, [None], {"a": 1}, {"op": "remove", "layer": 1}, {"layers": 10**6}, [[0] * 50] * 50),
+    *(
+        [],
+        {},
+        [[]],
+        {"": {}},
+        [None],
+        {"a": 1},
+        {"op": "remove", "layer": 1},
+        {"layers": 10**6},
+        [[0] * 50 for _ in range(50)],
+    ),
 )
 
 
@@ -53,6 +64,12 @@ def places(value: Any) -> list[tuple[Any, Any]]:
             found += [(item, key) for key in keys]
             level += [item[key] for key in keys]
     return found
+
+
+def large(document: Any) -> bool:
+    """Whether a document has more than `LARGEST` characters and values: repeated once more it might fill the memory."""
+    found = places(document)
+    return len(found) + sum(len(item[key]) for item, key in found if isinstance(item[key], str)) > LARGEST
 
 
 def turned(rng: random.Random, value: Any) -> Any:
@@ -75,7 +92,9 @@ def turned(rng: random.Random, value: Any) -> Any:
             (f"../{value}", f"/{value}", value * 30, value.upper(), value[:-1], f"{value}.x", value + "\0")
         )
     if isinstance(value, list):
-        return rng.choice((value * 40, value[::-1], value[1:], [value], dict(enumerate(value)), value + value[:1]))
+        # none of them twice in it: a later change to one would be one to all, and the whole in each of its own parts
+        again = [copy.deepcopy(item) for item in rng.choice((value * 39, value[:1]))]
+        return rng.choice((value + again, value[::-1], value[1:], [value], dict(enumerate(value))))
     if isinstance(value, dict):
         return rng.choice((list(value.values()), {**value, "code": "x"}, {"a": value}, {}, [value], list(value)))
     return rng.choice(NASTY)
@@ -85,6 +104,8 @@ def changed(rng: random.Random, document: Any) -> bytes:
     """The JSON text of a document with one to four changes."""
     document = {"root": copy.deepcopy(document)}
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        if large(document):
+            break
         container, key = rng.choice(places(document))
         kind = rng.randrange(6)
         if kind == 0 and container is not document:
@@ -164,6 +185,8 @@ class Guard:
     def __init__(self, root: Path) -> None:
         self.root, self.active = root.resolve(), False
         self.seen: list[str] = []
+        for number in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(number, self._interrupt)
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -207,18 +230,25 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch, and interrupt after `SECONDS`."""
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        """Watch, and interrupt after `SECONDS` of work or `PATIENCE` seconds."""
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         self.active = True
         try:
             yield
         finally:
             self.active = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @staticmethod
+    def _interrupt(number: int, _: Any) -> None:
+        working = number == signal.SIGPROF
+        raise Slow(f"more than {SECONDS:g} s of work" if working else f"more than {PATIENCE:g} s")
 
 
 class Slow(BaseException):
-    """A case took longer than `SECONDS`; no reader catches this."""
+    """A case took longer than it may; no reader catches this."""
 
 
 @dataclass
@@ -266,10 +296,6 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     warnings.simplefilter("ignore")
 
-    def slow(*_: Any) -> None:
-        raise Slow(f"more than {SECONDS:.0f} s")
-
-    signal.signal(signal.SIGALRM, slow)
     tallies: dict[str, Tally] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="iskd-fuzz-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -23,9 +24,11 @@ from transformers.utils.logging import disable_progress_bar
 import iskd
 import iskd.blocks
 import iskd.mixers
+from iskd.data.coding import Coding
 from iskd.data.shards import open_shards
 from iskd.data.splits import SPLITS, Document, Splitter
 from iskd.export.card import _settings as card_settings
+from iskd.export.card import write_card
 from iskd.export.card_measured import measured_section
 from iskd.export.student import write
 from iskd.models import surgery, weights
@@ -41,20 +44,25 @@ from iskd.system import read_json
 from iskd.system.files import clear_place
 from iskd.training.metrics import keep_metrics
 from iskd.training.state import RunState, checkpoint, checkpoint_files, random_numbers
+from iskd.training.state.tournament import Tournament
 from iskd.training.step import OptimSpec, make_optimizer, regroup
 from iskd.training.step.optimizer import optimizer_tensors
 from tests.factories import mixer_specs, tiny
 from tests.fuzz import Place, hostile, hostile_tensors, torn
+from tests.fuzz_folders import KINDS as FOLDERS
 from tests.fuzz_readers import KINDS as READERS
+from tests.fuzz_readers import PLAIN, odd
 from tests.run_folders import EFFICIENCY, EVALUATION, write_run
 
 # Shares of all cases. `config` is the config.json of an export with its record inside, loaded as a student.
 SHARES = {
-    "record": 0.16,
-    "config": 0.10,
-    "state": 0.15,
-    "shards": 0.12,
-    "tensors": 0.12,
+    "record": 0.12,
+    "config": 0.06,
+    "weights": 0.03,
+    "state": 0.14,
+    "shards": 0.08,
+    "marks": 0.04,
+    "tensors": 0.10,
     "manifest": 0.08,
     "stages": 0.07,
     "notes": 0.04,
@@ -63,6 +71,9 @@ SHARES = {
     "tokenizer": 0.02,
     "answers": 0.01,
     "run": 0.08,
+    "student": 0.02,
+    "evaluated": 0.03,
+    "texts": 0.03,
 }
 Kind = tuple[Place, Callable[[], bool]]
 
@@ -99,11 +110,12 @@ def kinds(root: Path) -> dict[str, Kind]:
         "config": _config(root / "config"),
         "state": _state(root / "state"),
         "shards": _shards(root / "shards"),
+        "marks": _marks(root / "marks"),
         "tensors": _tensors(root / "tensors"),
         "manifest": _manifest(root / "manifest"),
         "stages": _stages(root / "stages"),
         "run": _run(root / "run"),
-        **{name: make(root / name) for name, make in READERS.items()},
+        **{name: make(root / name) for name, make in (READERS | FOLDERS).items()},
     }
     for name, (_, load) in made.items():
         assert load(), f"the valid {name} is refused"
@@ -155,7 +167,7 @@ def _config(folder: Path) -> Kind:
 
 
 def _state(folder: Path) -> Kind:
-    """state.json, as a resumed run takes it up."""
+    """state.json, as a resumed run takes it up: inside a stage, or among the trials of candidates."""
     folder.mkdir()
     teacher = tiny("llama", **SIZES)
     row = _row(0, "teacher")
@@ -163,34 +175,61 @@ def _state(folder: Path) -> Kind:
     state.before, state.events, state.results = {"ppl": 9.0, "kl": 0.1}, ["fitted"], [row]
     state.scores = dict.fromkeys(range(4), 0.5)
     document = state.to_json()
+    race = Tournament((STAGE, Stage("remove 2", (Remove(2),), tokens=64), STAGE), 32, (0.5, float("nan")))
+    racing = dataclasses.replace(state, tournament=race, stage=race.stage).to_json()
     _put(folder / "state.json", json.dumps(document).encode())
 
     def load() -> bool:
         found = checkpoint.read_state(folder)
         found.take_up(IDENTITY)
         found.to_json()
+        if found.tournament is not None and found.stage is not None:
+            found.trial_judged(0.1)
         if found.record.num_layers == 4:
             surgery.rebuild(teacher, found.record, "meta")
         return True
 
-    return lambda rng: _put(folder / "state.json", hostile(rng, document)), load
+    return lambda rng: _put(folder / "state.json", hostile(rng, rng.choice((document, racing)))), load
 
 
-def _shards(folder: Path) -> Kind:
+@dataclass(frozen=True)
+class Chats(Numbered):
+    """Conversations of two turns."""
+
+    def documents(self) -> Iterator[Document]:
+        for text, split in super().documents():
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "so"}]
+            yield json.dumps({"messages": turns}), split
+
+
+def _marks(folder: Path) -> Kind:
+    """The shards of chats: beside each token file one that says which tokens are learned."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    coding = Coding.of(tokenizer, chat_loss="assistant", seq_len=16)
+    return _shards(folder, Chats(), tokenizer, coding)
+
+
+def _shards(folder: Path, source: Any = None, tokenizer: Any = None, coding: Coding | None = None) -> Kind:
     """meta.json and the token files beside it."""
-    arguments = (Numbered(), byte_tokenizer(), Splitter(), folder)
+    arguments = (source or Numbered(), tokenizer or byte_tokenizer(), Splitter(), folder, coding)
     opened = open_shards(*arguments)
     meta, train = opened.folder / "meta.json", opened.folder / "train.bin"
     document, stream = json.loads(meta.read_text()), train.read_bytes()
+    marks = b"" if coding is None else (opened.folder / "train.targets.bin").read_bytes()
 
     def place(rng: random.Random) -> None:
         shutil.rmtree(opened.folder)
         opened.folder.mkdir()
         for split in SPLITS:
             _put(opened.folder / f"{split}.bin", stream if split == "train" else b"")
+            if marks:
+                _put(opened.folder / f"{split}.targets.bin", marks if split == "train" else b"")
         changed = json.loads(json.dumps(document))
         for split in SPLITS[1:]:
             changed["splits"][split] |= {"tokens": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+            if marks:
+                changed["splits"][split]["targets"] = hashlib.sha256(b"").hexdigest()
         kind = rng.random()
         if kind < 0.15:
             forged = torn(rng, stream)
@@ -199,6 +238,12 @@ def _shards(folder: Path) -> Kind:
         elif kind < 0.2:
             train.unlink()
             train.symlink_to(rng.choice(("/dev/zero", "/etc/passwd", "..", "train.bin", meta)))
+        elif marks and kind < 0.4:
+            file = opened.folder / "train.targets.bin"
+            if not odd(rng, file):
+                forged = torn(rng, marks)
+                _put(file, forged)
+                changed["splits"]["train"]["targets"] = hashlib.sha256(forged).hexdigest()
         _put(meta, json.dumps(changed).encode() if kind < 0.15 else hostile(rng, changed))
 
     def load() -> bool:
@@ -206,6 +251,8 @@ def _shards(folder: Path) -> Kind:
         for split in SPLITS:
             if shards.tokens(split) >= 16:
                 assert int(shards.windows(split, 16).max(initial=0)) <= shards.meta.max_id
+                learned = shards.targets(split, 16)
+                assert learned is None or int(learned.max(initial=0)) <= 1
         return True
 
     return place, load
@@ -333,6 +380,7 @@ def _run(folder: Path) -> Kind:
     A page shows what is left of a file, so a case counts as accepted where all is there as it was.
     """
     write_run(folder)
+    (folder / "card").mkdir()
     valid = {name: text if isinstance(text, str) else json.dumps(text) for name, text in RUN_FILES.items()}
 
     def fresh() -> None:
@@ -360,6 +408,7 @@ def _run(folder: Path) -> Kind:
         measured_section(folder)
         keep_metrics(folder, below=90, results=1)
         card_settings(folder)
+        write_card(folder / "card", RECORD, native=False, parameters=1, model_type="llama", versions={}, run_dir=folder)
         read_config(folder / run_files.CONFIG_FILE)
         return repr(found) == intact
 

@@ -16,6 +16,7 @@ from iskd.data import TextFiles
 from iskd.data.chat_template import ChatTemplate
 from iskd.evaluation.task_items import read_task
 from iskd.export.student_files import tokenizer_of
+from iskd.importance.task_accuracy import _load as named_tokenizer
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import run_files
 from iskd.plan.failure import read_failure, write_failure
@@ -152,6 +153,7 @@ def tokenizers(folder: Path) -> Kind:
 
     def load() -> bool:
         tokenizer_of(folder)
+        named_tokenizer(folder)
         load_teacher(TeacherSpec("any", str(folder)))
         return True
 

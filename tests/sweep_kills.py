@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from iskd.plan.run_files import CHECKPOINTS, LOCK_FILE, MODEL
+from iskd.plan.run_files import CHECKPOINTS, LOCK_FILE, METRICS_FILE, RECORD_FILE, STAGES_FILE
 from iskd.system.files import file_sha256
 from iskd.training.state import checkpoint_files
 from tests.runs import largest_difference, metric_rows
@@ -21,7 +21,9 @@ from tests.runs import largest_difference, metric_rows
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("0", "1", "2")
 SWEEP = ("-m", "debug=smoke", "run.checkpoint_every=2", "trainer.progress=false", "schedule.tokens=2048")
-SWEEP += ("seed=0,1,2", "resume=auto")
+SWEEP += ("seed=0,1,2", "resume=auto", "export=false", "run.efficiency_seconds=0")  # each would start a process more
+PATIENCE_S = 1_200.0
+"""For one sweep: with `schedule.restart_at_edit` a dozen processes, one after the other, each with its imports."""
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -33,15 +35,15 @@ def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def contents(job: Path) -> dict[str, str]:
-    """Digests of what a finished job made: weights, metrics, the model."""
-    files = [path for place in (CHECKPOINTS, MODEL) for path in (job / place).rglob("*.safetensors")]
+    """Digests of what a finished job made: the files of its checkpoints, its stages and its metrics."""
+    files = [*(job / CHECKPOINTS).rglob("*.safetensors"), job / STAGES_FILE, job / METRICS_FILE]
     return {str(path.relative_to(job)): file_sha256(path) for path in sorted(files)}
 
 
 def table(folder: Path, trials: int, seed: int) -> str:
     """One row per process that was killed."""
     draw = random.Random(seed)
-    assert start(folder / "whole").wait(600) == 0, (folder / "whole.log").read_text()[-3000:]
+    assert start(folder / "whole").wait(PATIENCE_S) == 0, (folder / "whole.log").read_text()[-3000:]
     found = dict[str, list[tuple[bool, bool, bool, float]]]()
     for number in range(trials):
         who = ("the sweep", "a job of its own process")[number % 2]
@@ -58,21 +60,21 @@ def _trial(folder: Path, name: str, job: str, *, own: bool) -> tuple[bool, bool,
     """Kill while a job has its second checkpoint, start again; own: with `schedule.restart_at_edit`, its process."""
     sweep, whole = folder / name, folder / "whole"
     more = ("schedule.restart_at_edit=true",) if own else ()
-    victim, deadline = start(sweep, *more), time.monotonic() + 300
+    victim, deadline = start(sweep, *more), time.monotonic() + PATIENCE_S
     while len(list((sweep / job / CHECKPOINTS).glob("[0-9]*"))) < 2:
         assert victim.poll() is None, sweep.with_suffix(".log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if own:
         os.kill(_holder(sweep / job), signal.SIGKILL)
-        assert victim.wait(300) == 1, "a job that was killed fails its sweep"
+        assert victim.wait(PATIENCE_S) == 1, "a job that was killed fails its sweep"
     else:
         victim.kill()
         victim.wait()
-    before = {each: contents(sweep / each) for each in JOBS if each != job and (sweep / each / MODEL).is_dir()}
-    assert start(sweep, *more).wait(300) == 0, sweep.with_suffix(".log").read_text()[-3000:]
+    before = {each: contents(sweep / each) for each in JOBS if each != job and (sweep / each / RECORD_FILE).is_file()}
+    assert start(sweep, *more).wait(PATIENCE_S) == 0, sweep.with_suffix(".log").read_text()[-3000:]
     once = sorted(path.name for path in sweep.iterdir() if path.is_dir() and path.name[0] != ".") == [*JOBS]
-    once = once and all((sweep / each / MODEL).is_dir() for each in JOBS)
+    once = once and all((sweep / each / RECORD_FILE).is_file() for each in JOBS)
     untouched = all(contents(sweep / each) == digests for each, digests in before.items())
     rows = all(metric_rows(sweep / each) == metric_rows(whole / each) for each in JOBS)
     return once, untouched, rows, max(_difference(sweep / each, whole / each) for each in JOBS)

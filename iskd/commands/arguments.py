@@ -51,15 +51,19 @@ def arguments(argv: Sequence[str]) -> list[str]:
     several = any(given in ("-m", "--multirun") or given.startswith("hydra.mode=") for given in argv)
     with told():
         argv = literal_paths(argv, several=several)
-        folders = [given.partition("=")[2] for given in argv if given.startswith("resume=")]
-        if not folders or folders[-1] in ("", "null", AUTO):
+        last = dict(given.partition("=")[::2] for given in argv)
+        resumed = last.get("resume", "")
+        # Hydra writes into its folder before anything else is looked at
+        if resumed in ("", "null", AUTO):
+            for key in ("hydra.run.dir", "hydra.sweep.dir"):
+                if key in last:
+                    refuse_links(Path(path_of(last[key])))
             return argv
-        folder = Path(path_of(folders[-1]))
-        # Hydra writes its log in there, before anything else is looked at
-        if "${" not in folders[-1] and not several and not (folder / CONFIG_FILE).is_file():
+        folder = Path(path_of(resumed))
+        if "${" not in resumed and not several and not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{argument('resume', folder)}: no {CONFIG_FILE} in there, so it is not a run's folder")
         refuse_links(folder)
-    return [*argv, literal("hydra.run.dir", folders[-1]), "hydra.output_subdir=null"]
+    return [*argv, literal("hydra.run.dir", resumed), "hydra.output_subdir=null"]
 
 
 def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:

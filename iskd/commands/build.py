@@ -21,7 +21,7 @@ from iskd.export import STORED
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_links
+from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_links
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, read_plain, sweep
@@ -239,6 +239,6 @@ def sweep_of(run_dir: Path) -> str | None:
     folder = Path(run_dir).resolve()
     several = False
     with suppress(OSError, ValueError):  # none there, or nothing that Hydra wrote
-        note = read_plain(folder / ".hydra" / "hydra.yaml", max_bytes=1 << 20)
+        note = read_plain(folder / HYDRA / "hydra.yaml", max_bytes=1 << 20, within=folder)
         several = re.search(rb"^  mode: MULTIRUN\r?$", note, re.MULTILINE) is not None
     return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None

@@ -20,12 +20,12 @@ from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
 from iskd.models.weights import weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_links
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
-from iskd.system import Busy, ProgressLine, read_json, write_whole
-from iskd.system.files import hash_files, read_plain
+from iskd.system import Busy, ProgressLine, write_whole
+from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
 
@@ -54,10 +54,13 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     spec: EvalSpec = object_of(config.eval)
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    if spec.text is not None and run is not None and (run / DATA_FILE).is_file():
-        refuse_training_text(spec.text, str(read_json(run / DATA_FILE).get("content", "")))
+    chosen_by = _chosen_by(run)
+    if spec.text is not None and run is not None:
+        refuse_training_text(spec.text, str(read_object(run / DATA_FILE).get("content", "")))
     if run is not None and (run / CONFIG_FILE).is_file():
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
+    if run is not None:
+        refuse_links(run)
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(with_defaults(config.trainer))
@@ -71,7 +74,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
         with forward_context():
             found = evaluate(
                 model.model, model.tokenizer, spec, teacher,
-                exclude=_chosen_by(run), source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
+                exclude=chosen_by, source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
             )  # fmt: skip
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]
@@ -87,9 +90,9 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
 def _bos(config: DictConfig, run: Path | None) -> str | None:
     """`data.bos` of the command line, else of the student's run."""
     asked: str | None = config.data.get("bos")
-    if asked is not None or run is None or not (run / DATA_FILE).is_file():
+    if asked is not None or run is None:
         return asked
-    told = read_json(run / DATA_FILE).get("bos")
+    told = read_object(run / DATA_FILE).get("bos")
     return told if told in BOS else None
 
 
@@ -140,17 +143,18 @@ def _opened(student: Path, teacher: Loaded | None) -> Loaded:
 
 def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
     """Whether the weights are those of the run's own teacher, as far as the run says whose they are."""
-    file = run / ENVIRONMENT_FILE
-    told = read_json(file).get("teacher", {}).get("sha256") if file.is_file() else None
-    return teacher is not None and told in (None, teacher.source.get("sha256"))
+    told = read_object(run / ENVIRONMENT_FILE).get("teacher")
+    sha256 = told.get("sha256") if isinstance(told, dict) else None
+    return teacher is not None and sha256 in (None, teacher.source.get("sha256"))
 
 
 def _chosen_by(run: Path | None) -> list[str]:
-    """Hashes of the items that the run chose layers by."""
-    if run is None or not (run / DATA_FILE).is_file():
-        return []
-    chosen = read_json(run / DATA_FILE).get("selection_sha256", {})
-    return [sha for items in chosen.values() for sha in items]
+    """Hashes of the items that the run chose layers by. Raises ValueError where its file holds something else."""
+    chosen = {} if run is None else read_object(run / DATA_FILE).get("selection_sha256", {})
+    lists = list(chosen.values()) if isinstance(chosen, dict) else [None]
+    if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists):
+        raise ValueError(f"{run}/{DATA_FILE}: selection_sha256 must be an object of lists of hashes: restore the file")
+    return [sha for items in lists for sha in items]
 
 
 def main() -> None:

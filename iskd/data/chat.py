@@ -64,7 +64,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):  # columns of csv and parquet files may hold JSON
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{where} is a text and no list of messages; {_FIX}") from None
     if isinstance(value, dict):  # a list of structs that was stored by column
         columns = {key: column for key, column in value.items() if isinstance(column, list)}

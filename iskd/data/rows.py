@@ -113,6 +113,8 @@ def _goes_on(line: str) -> bool:
         json.loads(line)
     except json.JSONDecodeError as error:
         return line.lstrip().startswith("{") and error.pos >= len(line.rstrip())
+    except RecursionError:
+        pass  # deeper than any row
     return False
 
 
@@ -271,6 +273,7 @@ def _arrow(file: Path, name: str, key: str) -> Iterator[Row]:
 def _numbered(file: Path, batches: Any) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # else Arrow believes what a damaged file tells, and reads beyond its end
         for row in batch.to_pylist():
             number += 1
             yield f"{file}, row {number}", row

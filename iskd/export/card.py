@@ -26,6 +26,7 @@ from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, STAGES
 from iskd.plan.saved_config import read_config
 from iskd.system import Json, read_json, write_whole
 from iskd.system.files import expanded
+from iskd.system.reading import is_integer
 from iskd.system.text import layers_text
 
 UNKNOWN = "not known"
@@ -185,7 +186,7 @@ def _header(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") else None,
+        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") and "name" in teacher else None,
         license=licence or None,
         tags=["iskd", "compression", "distillation", *([] if native else ["custom_code"])],
         model_name=title if results else None,
@@ -237,12 +238,15 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     if not data:
         return [f"The run's {DATA_FILE} is not there: which text it was trained on is not known here."]
     facts = [f"{key}: `{_public(str(data[key]))}`" for key in ("source", "content", "tokenizer") if key in data]
-    facts += [f"tokens of the {split} split: {count:,}" for split, count in _mapping(data.get("tokens")).items()]
+    for split, count in _mapping(data.get("tokens")).items():
+        facts.append(f"tokens of the {split} split: {f'{count:,}' if is_integer(count) else UNKNOWN}")
     if "validation_sha256" in data:
         facts.append(f"validation windows, sha256: `{data['validation_sha256']}`")
     for tokens, digest in _mapping(data.get("calibration_sha256")).items():
         facts.append(f"calibration windows ({tokens} tokens), sha256: `{digest}`")
     for task, digests in _mapping(data.get("selection_sha256")).items():
+        if not isinstance(digests, list):
+            continue
         whole = hashlib.sha256("\n".join(map(str, digests)).encode()).hexdigest()
         facts.append(f"items of {task} that layers were chosen by: {len(digests)}, sha256 of their hashes: `{whole}`")
     return [_list(facts)]

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from iskd.models.tokenizers import has_tokenizer, load_tokenizer
 from iskd.plan.run_files import MODEL, STAGES_FILE
-from iskd.system import Json, read_json
+from iskd.system import Json
+from iskd.system.files import read_object
 from iskd.system.text import argument
 
 FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
@@ -32,11 +33,7 @@ def student_folder(folder: Path) -> Path:
 
 def read_facts(folder: Path) -> Json:
     """The `export.json` of a folder; {} where there is none. Raises ValueError when it is not an object."""
-    file = folder / FACTS
-    facts = read_json(file, links=True) if file.is_file() else {}
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file} must hold an object, got {type(facts).__name__}: export the student again")
-    return facts
+    return read_object(folder / FACTS, links=True)
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -120,7 +120,7 @@ def _described_bytes(file: Path) -> int:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(length) if length <= _HEADER else b""
     try:
-        entries = json.loads(header)
+        entries = json.loads(header.decode())
         return 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         return 8 + length if len(header) < length <= _HEADER else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from iskd.plan.edits import Record
@@ -50,18 +51,31 @@ MODEL = "model"
 """Folder of the exported student."""
 
 
+HYDRA = ".hydra"
+"""Folder of what Hydra notes of a run."""
+_WANDB = "wandb"
+
+
 def refuse_links(run_dir: Path) -> None:
-    """Look at a folder before a run is continued in it: links that lead out of it would have others written to.
+    """Look at a folder before it is written to: links in it that lead out of it would have others written to.
+
+    Nobody writes into what lies in hidden folders, Hydra's apart: those are not looked into. Files below `wandb/` may
+    be such links: W&B puts one to its own log there, and replaces them all.
 
     Raises:
-        ValueError: a file or a folder directly in it, or one of its checkpoints, is such a link.
+        ValueError: a file or a folder is such a link, at any depth.
     """
-    inside = [path for folder in (run_dir, run_dir / CHECKPOINTS) if folder.is_dir() for path in folder.iterdir()]
-    if found := sorted(path for path in inside if leads_out(path)):
-        raise ValueError(
-            f"{found[0]} is a link out of the folder of the run: put the file or folder itself there, or have the "
-            "folder of the run lie elsewhere as a whole"
-        )
+    for place, folders, names in os.walk(run_dir):  # which follows no link
+        folder = Path(place)
+        wandbs = _WANDB in folder.relative_to(run_dir).parts
+        found = [*folders, *([] if wandbs else names)]
+        folders[:] = [name for name in folders if name[0] != "." or name == HYDRA]
+        for path in (folder / name for name in sorted(found)):
+            if path.is_symlink() and leads_out(path, run_dir):
+                raise ValueError(
+                    f"{path} is a link out of the folder of the run: put the file or folder itself there, or have the "
+                    "folder of the run lie elsewhere as a whole"
+                )
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -173,32 +173,38 @@ MAX_NUMBER = 2**63 - 1
 _MAX_DEPTH = 32
 
 
-def leads_out(path: Path) -> bool:
-    """Whether a path is a link to something outside of the folder that it lies in.
+def leads_out(path: Path, folder: Path | None = None) -> bool:
+    """Whether a path leads out of a folder by a link: its own, or that of a folder on the way.
 
     What it says may be shown on a page that is published, so that a stranger's folder could ask for a file of whoever
-    opens it. A snapshot of the hub, whose files are links into the `blobs` beside `snapshots`, stays inside.
+    opens it. A snapshot of the hub, whose files are links into the `blobs` beside `snapshots`, stays inside. Links
+    that `folder` itself or those above it are don't count: where a user keeps a folder is the user's business.
+
+    Args:
+        path: the file or folder.
+        folder: one above it, to stay in; None = the one that it lies in.
     """
-    if not path.is_symlink():
+    if folder is None and not path.is_symlink():
         return False
-    target, folder = Path(os.path.realpath(path)), path.parent.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    return not (target.is_relative_to(folder) or target.is_relative_to(blobs))
+    target, inside = Path(os.path.realpath(path)), (folder or path.parent).resolve()
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    return not (target.is_relative_to(inside) or target.is_relative_to(blobs))
 
 
-def read_plain(path: Path, *, max_bytes: int, links: bool = False) -> bytes:
+def read_plain(path: Path, *, max_bytes: int, links: bool = False, within: Path | None = None) -> bytes:
     """The content of a file that anybody may have put there.
 
     Args:
         path: the file.
         max_bytes: the most that it may have; no more is read.
         links: whether it may be a link out of its folder, as the files of a model that the user keeps elsewhere.
+        within: the folder that it may not lead out of; None = the one that it lies in.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: it is no plain file, a link out of its folder, or larger than `max_bytes`.
     """
-    if not links and leads_out(path):
+    if not links and leads_out(path, within):
         raise ValueError(f"{path} is a link out of its folder: put the file itself in its place")
     # without waiting: to open a pipe is to wait for whoever writes to it
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -234,6 +240,20 @@ def read_json(path: Path, *, max_bytes: int = 16 << 20, links: bool = False) -> 
         if not level:
             return value
     raise ValueError(f"{path} is nested deeper than {_MAX_DEPTH} levels: it is not a file that iskd wrote")
+
+
+def read_object(file: Path, *, links: bool = False) -> Json:
+    """Read a JSON object as `read_json` does; {} where there is no such file.
+
+    Raises:
+        OSError, ValueError: as `read_json`; it holds something else.
+    """
+    if not file.is_file():
+        return {}
+    found = read_json(file, links=links)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold an object, got {type(found).__name__}: restore it from a copy")
+    return found
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> Json:

@@ -116,7 +116,7 @@ def _lock(opened: int, file: Path) -> bool:
 def _owner(opened: int) -> str:
     """Who holds a lock, from what anybody may have written into its file."""
     try:
-        said = json.loads(os.pread(opened, _MOST, 0))
+        said = json.loads(os.pread(opened, _MOST, 0).decode())
         number, machine, since = int(said["process"]), str(said["machine"])[:80], str(said["since"])[:19]
     except (ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError):
         return "another process"

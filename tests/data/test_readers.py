@@ -10,12 +10,14 @@ import json
 import logging
 import lzma
 import os
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from iskd.data.chat import ROWS
 from iskd.data.readers import find_files, read_file
 from iskd.data.sources import HubDataset, TextFiles
 from iskd.evaluation.text import read_text
@@ -79,6 +81,28 @@ def test_binary_tables_are_known_by_content(tmp_path: Path, form: str) -> None:
     (tmp_path / "torn.parquet").write_bytes(_arrow(form)[:-40])
     with pytest.raises(ValueError, match=r"torn\.parquet is not .*damaged"):
         list(read_file(tmp_path / "torn.parquet", "auto", "text"))
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+@pytest.mark.parametrize("end", [-1, 2**31 - 1])
+def test_a_table_whose_texts_lie_elsewhere_is_refused(tmp_path: Path, form: str, end: int) -> None:
+    """Arrow alone would read beyond the end of the file, and end the process."""
+    content = _arrow(form)
+    first = len(_DOCUMENTS[0].encode())
+    starts = struct.pack("<2i", 0, first)
+    assert content.count(starts) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(starts, struct.pack("<2i", 0, end)))
+    with pytest.raises(ValueError, match=r"a\.arrow is not an arrow file, or damaged"):
+        list(read_file(tmp_path / "a.arrow", "auto", "text"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_row_that_is_nested_without_end_is_refused(tmp_path: Path, name: str) -> None:
+    deep = '{"a":' * 100_000
+    cell = deep.replace('"', '""')
+    (tmp_path / name).write_text(f'messages\n"{cell}"\n' if name == "a.csv" else f"{deep}\n")
+    with pytest.raises(ValueError, match=name):
+        list(read_file(tmp_path / name, "auto", ROWS))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from iskd.training.state.checkpoint_files import newest
 from tests.factories import tiny
 from tests.fuzz_kinds import RUN_FILES, SHARES
 from tests.fuzz_readers import NOTES
+from tests.run_folders import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = "lightning.pytorch.loggers"
@@ -571,18 +572,50 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_at(tmp_path: Path) -> None:
             read()
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "train.log", "tensorboard", "checkpoints/.draft-000001-stage"])
+WAYS_OUT = ("checkpoints", "train.log", "tensorboard", "checkpoints/.draft-000001-stage", "model/inner/deep")
+
+
+@pytest.mark.parametrize("name", [*WAYS_OUT, "tensorboard/version_0", ".hydra/config.yaml", "wandb/run-1"])
 def test_nothing_is_written_through_a_link_of_a_run(name: str, tmp_path: Path, capsys: Any) -> None:
-    run, outside = tmp_path / "run", tmp_path / "outside"
+    """Nor while Hydra starts; the folder of the run, or one above it, may be a link."""
+    run, outside = tmp_path / "above" / "run", tmp_path / "outside"
     (run / name).parent.mkdir(parents=True)
     (run / run_files.CONFIG_FILE).touch()
     outside.mkdir()
     (run / name).symlink_to(outside)
-    with pytest.raises(SystemExit):
-        arguments([f"resume={run}"])
-    assert "link out of the folder of the run" in capsys.readouterr().err
+    again = ("resume=auto", f"hydra.run.dir={run}"), ("-m", "resume=auto", f"hydra.sweep.dir={run.parent}")
+    for asked in ((f"resume={run}",), *again):
+        with pytest.raises(SystemExit):
+            arguments(asked)
+        assert f"{run / name} is a link out of the folder of the run" in capsys.readouterr().err
     (run / name).unlink()
-    assert arguments([f"resume={run}"])[1] == f"hydra.run.dir={run}"
+    (run / name).symlink_to(run / run_files.CONFIG_FILE)
+    for link, target in ((tmp_path / "linked", run), (tmp_path / "higher", run.parent)):
+        link.symlink_to(target)
+    for place in (run, tmp_path / "linked", tmp_path / "higher" / "run"):
+        assert arguments([f"resume={place}"])[1] == f"hydra.run.dir={place}"
+
+
+def test_nothing_is_read_or_written_through_a_linked_folder(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    write_run(run)
+    for name in (".hydra", "wandb/logs"):
+        (run / name).mkdir(parents=True)
+    (run / ".hydra" / "hydra.yaml").write_text("hydra:\n  mode: MULTIRUN\n")
+    for name in ("config.json", "export.json"):
+        (run / run_files.MODEL / name).write_text("{}")
+    (run / "wandb" / "logs" / "debug-core.log").symlink_to(tmp_path / "log of its own")
+    assert sweep_of(run) == tmp_path.name
+    run_files.refuse_links(run)
+    for name in (".hydra", run_files.MODEL):
+        (run / name).rename(outside)
+        (run / name).symlink_to(outside)
+        assert (sweep_of(run) is None) == (name == ".hydra")
+        config = OmegaConf.create({"eval": EVAL, "model": {"path": str(run)}, "reference": None})
+        with pytest.raises(ValueError, match=rf"{name} is a link out of the folder of the run"):
+            evaluation(config, tmp_path)
+        (run / name).unlink()
+        outside.rename(run / name)
 
 
 def test_a_draft_that_is_a_link_is_replaced(tmp_path: Path) -> None:
@@ -596,14 +629,12 @@ def test_a_draft_that_is_a_link_is_replaced(tmp_path: Path) -> None:
 
 
 CANARIES = """
-import os, pickle, signal, sys, time
+import os, pickle, sys, time
 from pathlib import Path
 from tests import fuzz
 root = Path(sys.argv[1])
 (root / "run").mkdir()
-def slow(*_): raise fuzz.Slow("slow")
-signal.signal(signal.SIGALRM, slow)
-fuzz.SECONDS = 0.2
+fuzz.SECONDS, fuzz.PATIENCE = 0.2, 0.5
 guard = fuzz.Guard(root / "run")
 (root / "run" / "link").symlink_to(root)
 class Evil:
@@ -617,6 +648,7 @@ deeds = dict(
     imports=lambda: __import__("antigravity"), write=lambda: open(root / "outside", "w"),
     climb=lambda: open(root / "run" / ".." / "outside", "a"), link=lambda: open(root / "run" / "link" / "outside", "w"),
     remove=lambda: os.remove(root / "outside"), make=lambda: os.mkdir(root / "outside"), spin=spin,
+    wait=lambda: time.sleep(9),
     memory=lambda: bytearray(4 << 30), error=lambda: {}["missing"], swallowed=lambda: swallow(),
 )
 def swallow():
@@ -629,6 +661,9 @@ def refuse(): raise ValueError("no")
 assert fuzz.run_case(guard, refuse) is False
 assert fuzz.run_case(guard, lambda: (root / "run" / "inside").write_text("x") == 1) is True
 assert not (root / "outside").exists()
+fuzz.NASTY = ("x" * 20_000, [[0] * 50 for _ in range(50)])
+for number in range(300):  # what is repeated again and again would fill the memory of whoever makes the case
+    assert len(fuzz.changed(fuzz.random.Random(number), [[[0]]])) < 40 * fuzz.LARGEST
 print("all noticed")
 """
 

@@ -94,7 +94,7 @@ def test_whatever_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "said", ["", "[", "[]", '{"process": "x"}', '{"process": 1, "machine": "\\u001b[2J", "since": 3}']
+    "said", ["", "[", "[]", '{"process": "x"}', '{"process": 1, "machine": "\\u001b[2J", "since": 3}', "{\0}\0"]
 )
 def test_an_owner_that_cannot_be_read_is_another_process(said: str, tmp_path: Path) -> None:
     lock = tmp_path / "run.lock"

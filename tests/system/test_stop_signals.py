@@ -24,14 +24,15 @@ from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompo
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from iskd.commands import build
+from iskd.commands import build, verify
 from iskd.commands.arguments import arguments
 from iskd.commands.train import resume_folder
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.system.ranks import global_rank
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, Handler, Preempted, StopSignals, stop_signals
+from iskd.system.text import argument
 from iskd.training.state import checkpoint, checkpoint_files
-from tests.commands.test_cli import ROOT, command
+from tests.commands.test_cli import NAME, ROOT, command
 from tests.factories import CONF
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SUBMITIT_EXECUTOR", "SUBMITIT_PREEMPT_SIGNAL")
@@ -252,7 +253,7 @@ STEP_TOKENS = 256
 def start(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
     """`python train.py` in a process of its own; tokens are cached beside the runs."""
     env = {**os.environ, "ISKD_CACHE": str(cwd / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = command(*overrides, *TINY, EACH_STEP)
+    call = command(*TINY, EACH_STEP, *overrides)
     return subprocess.Popen(call, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -292,31 +293,36 @@ def assert_same_end(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `whole`, a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("preemption")
+    folder = tmp_path_factory.mktemp("stopped") / NAME
+    folder.mkdir()
     code, output = end(start(f"hydra.run.dir={folder}/whole", cwd=folder))
     assert code == 0, output
     return folder
 
 
-def test_stopped_runs_save_and_continue_bit_for_bit(place: Path) -> None:
-    """Ctrl-C in the first stage, SIGUSR1 after the resume, then the same command line to the end."""
+def test_stopped_and_killed_runs_continue_bit_for_bit(place: Path) -> None:
+    """Ctrl-C in the first stage, then SIGUSR1, then kill -9, then to the end, until its student is verified."""
     run_dir = place / "stopped"
     before = 0
-    for number, expected in ((signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, EXIT_CODE)):
+    for number, expected in ((signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, EXIT_CODE), (signal.SIGKILL, -9)):
         process = start("resume=auto", f"hydra.run.dir={run_dir}", cwd=place)
         wait_for(process, lambda: any(run_dir.glob("checkpoints/*-stage")) and trained(run_dir) > before)  # noqa: B023
         process.send_signal(number)
         code, output = end(process)
         assert code == expected, output
-        assert output.splitlines()[-1].endswith(f"everything is saved: continue with resume={run_dir}")
         assert "Traceback" not in output
+        if number == signal.SIGKILL:
+            break
+        assert output.splitlines()[-1].endswith(f"everything is saved: continue with {argument('resume', run_dir)}")
         logged = [float(row.split(",")[column]) for column, row in rows_of(run_dir / "metrics.csv")]
         assert 0 <= trained(run_dir) - max(logged) <= STEP_TOKENS
         assert trained(run_dir) > before
         before = trained(run_dir)
-    code, output = end(start(f"resume={run_dir}", cwd=place))
+    code, output = end(start(f"resume={run_dir}", "export=true", cwd=place))
     assert code == 0, output
     assert_same_end(place / "whole", run_dir)
+    assert verify.run([str(run_dir), "--no-timing"]) == 0
+    assert (place / "cache" / "data").is_dir()
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,139 @@
+"""Every place that reads a file is attacked by a kind of `tests.fuzz`, or says here why nobody else writes its file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from tests.fuzz_kinds import SHARES
+from tests.project.test_layering import FILES, tree
+
+READERS = {
+    *("read_plain", "read_json", "read_object", "read_csv", "read_text", "read_bytes", "json.load", "first_bytes"),
+    *("safe_open", "load_file", "memmap", "fromfile", "from_file", "memory_map", "ParquetFile", "imread", "os.pread"),
+    *("from_pretrained", "load_dataset", "load_from_disk", "safe_load", "metadata_load", "os.open", "OmegaConf.load"),
+}
+"""Calls that read a file; `open` counts too, where its mode does not make a new one."""
+ATTACKED = {
+    "commands/build: read_plain": "notes",
+    "commands/evaluate: read_bytes": "evaluated",
+    "commands/evaluate: read_object": "evaluated",
+    "commands/evaluate: read_plain": "evaluated",
+    "data/decoding: bz2.open": "texts",
+    "data/decoding: file.open": "texts",
+    "data/decoding: first_bytes": "texts",
+    "data/decoding: gzip.open": "texts",
+    "data/decoding: lzma.open": "texts",
+    "data/kinds: first_bytes": "texts",
+    "data/readers: read_json": "texts",
+    "data/rows: ParquetFile": "texts",
+    "data/rows: memory_map": "texts",
+    "data/shards: memmap": "marks",
+    "data/shards: read_json": "shards",
+    "evaluation/evaluator: read_text": "texts",
+    "evaluation/task_items: read_plain": "items",
+    "export/card: metadata_load": "student",
+    "export/card: read_json": "run",
+    "export/card_measured: metadata_load": "student",
+    "export/card_measured: read_json": "run",
+    "export/card_measured: read_plain": "student",
+    "export/loading: from_pretrained": "config",
+    "export/loading: load_file": "weights",
+    "export/loading: read_json": "config",
+    "export/student_files: from_pretrained": "tokenizer",
+    "export/student_files: read_object": "student",
+    "export/verification: read_json": "student",
+    "importance/task_accuracy: from_pretrained": "tokenizer",
+    "models/model_folder: read_json": "weights",
+    "models/model_folder: safe_open": "weights",
+    "models/skeletons: from_pretrained": "tokenizer",
+    "models/skeletons: read_json": "tokenizer",
+    "models/skeletons: safe_open": "weights",
+    "models/tokenizers: read_plain": "tokenizer",
+    "models/weights: file.open": "weights",
+    "models/weights: read_json": "weights",
+    "models/weights: safe_open": "weights",
+    "plan/failure: read_json": "notes",
+    "plan/results: read_json": "stages",
+    "plan/saved_config: read_plain": "run",
+    "report/read_run: read_csv": "run",
+    "report/read_run: read_json": "stages",
+    "report/read_run: read_plain": "run",
+    "system/run_lock: os.open": "notes",
+    "system/run_lock: os.pread": "notes",
+    "teacher/cache: read_json": "answers",
+    "teacher/load: from_pretrained": "tokenizer",
+    "teacher/row_store: open": "answers",
+    "teacher/row_store: os.open": "answers",
+    "training/metrics/loggers: read_json": "notes",
+    "training/metrics/metrics_file: read_csv": "run",
+    "training/state/checkpoint: load_file": "tensors",
+    "training/state/checkpoint: read_json": "state",
+    "training/state/checkpoint: safe_open": "tensors",
+    "training/state/checkpoint_files: read_json": "manifest",
+}
+"""Kind of case by file and call."""
+NOBODY_ELSES = {
+    "commands/find_teacher: read_text": "the package's own yaml",
+    "commands/find_teacher: safe_load": "the package's own yaml",
+    "data/sources: load_dataset": "the library's own cache; its rows go the way of the texts",
+    "data/sources: read_bytes": "the modules of this Python, parsed and not run",
+    "evaluation/harness: read_text": "the package's own yaml",
+    "evaluation/harness: safe_load": "the package's own yaml",
+    "export/probe: read_text": "the answer of a process of this one, in a scratch folder",
+    "export/student: read_json": "the config that was written a moment ago",
+    "refits/streams: from_file": "a scratch file of this process",
+    "system/files: open": "what `read_plain` is",
+    "system/files: os.open": "what `read_plain` is",
+    "system/files: path.open": "digests: no byte is understood",
+    "system/files: read_json": "what `read_object` is",
+    "system/files: read_plain": "what `read_json` is",
+    "system/files: read_text": "the kernel's /proc",
+    "system/machine: read_text": "the kernel's /proc",
+    "system/tables: read_plain": "what `read_csv` is",
+    "teacher/bundled: from_pretrained": "a file of an installed package, held against the digests of this one",
+    "teacher/bundled: read_text": "digests of the package, and a config written a moment ago",
+    "training/metrics/loggers: imread": "the picture that was drawn a moment ago",
+    "training/metrics/metrics_file: os.open": "to write at the end",
+    "training/state/checkpoint_files: os.open": "a folder, to have it on the disk",
+    "training/state/checkpoint_files: path.open": "to have it on the disk",
+}
+
+
+def reads(node: ast.Call) -> Iterator[str]:
+    """The reader that a call is, by the name it is called by here."""
+    name = ast.unparse(node.func)
+    last = name.rpartition(".")[2]
+    if name in READERS or last in READERS:
+        yield name if name in READERS else last
+    elif last == "open" and not name[0].isupper():
+        given = (*node.args, *(word.value for word in node.keywords))
+        said = [each.value for each in given if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        if not any(set(mode) & set("wax") and len(mode) < 4 for mode in said):
+            yield name
+
+
+def test_every_file_that_is_read_is_attacked() -> None:
+    found: dict[str, int] = {}
+    for file, path in FILES.items():
+        for node in ast.walk(tree(path)):
+            for call in reads(node) if isinstance(node, ast.Call) else ():
+                found.setdefault(f"{file}: {call}", node.lineno)
+    told = ATTACKED | NOBODY_ELSES
+    wrong = {place: line for place, line in found.items() if place not in told}
+    assert not wrong, f"attack it by a kind of tests.fuzz, or say here whose file it is: {wrong}"
+    assert not told.keys() - found, "nothing is read there any more"
+    assert not ATTACKED.keys() & NOBODY_ELSES
+    assert set(ATTACKED.values()) <= set(SHARES)
+    assert set(SHARES) - set(ATTACKED.values()) == {"record", "chats"}, "what is read, not how"
+
+
+def test_the_scan_sees_what_it_is_for() -> None:
+    source = """
+read_json(path); path.open(); open(path, "rb"); np.memmap(path, mode="r"); AutoModel.from_pretrained(x)
+file.open("r+b"); open(path, "w"); path.open("xb"); Cache.open(model); files.write_whole(path, text); json.loads(text)
+"""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert [(node.lineno, name) for node in calls for name in reads(node)] == [
+        *((2, "read_json"), (2, "path.open"), (2, "open"), (2, "memmap"), (2, "from_pretrained"), (3, "file.open"))
+    ]
