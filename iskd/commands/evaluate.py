@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -151,7 +152,7 @@ def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
 def _chosen_by(run: Path | None) -> list[str]:
     """Hashes of the items that the run chose layers by. Raises ValueError where its file holds something else."""
     chosen = {} if run is None else read_object(run / DATA_FILE).get("selection_sha256", {})
-    lists = list(chosen.values()) if isinstance(chosen, dict) else [None]
+    lists: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [None]
     if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists):
         raise ValueError(f"{run}/{DATA_FILE}: selection_sha256 must be an object of lists of hashes: restore the file")
     return [sha for items in lists for sha in items]

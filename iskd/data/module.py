@@ -124,7 +124,9 @@ class TextData(L.LightningDataModule):
             self._splits.numbers(split)
         if global_rank() == 0 and (share := self.seen_share(self.validation_windows())) >= _NOTICED:
             told = "%.0f %% of the passages of the validation text are in what is trained or calibrated on: %s"
-            _log.warning(told, 100 * share, "scores on it flatter the student; take such documents out, or data.val_path")
+            _log.warning(
+                told, 100 * share, "scores on it flatter the student; take such documents out, or data.val_path"
+            )
 
     @property
     def _opened(self) -> SplitWindows:

@@ -161,7 +161,10 @@ def check(
     Tasks are read and their items drawn, from the hub too, which keeps a copy on this machine; text is read and cut.
 
     Args:
-        spec, teacher, exclude, frame: as of `evaluate`.
+        spec: as of `evaluate`, like the next three.
+        teacher: whose tokenizer and context count.
+        exclude: items that are not asked.
+        frame: how documents are framed.
         seen: which share of windows of text [W, T] the run trains or calibrates on.
 
     Raises:
