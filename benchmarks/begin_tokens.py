@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iskd.data import BOS, Framing, framing_of
+from iskd.data.files.readers import read_file
 from iskd.data.framing import separator
-from iskd.data.readers import read_file
 from iskd.evaluation.text import text_loss, text_windows
 
 

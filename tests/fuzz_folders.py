@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 import iskd
 from iskd.commands import evaluate
 from iskd.commands.find_teacher import find_teacher
-from iskd.data.decoding import codec_of
-from iskd.data.readers import find_splits
+from iskd.data.files.decoding import codec_of
+from iskd.data.files.readers import find_splits
 from iskd.evaluation.text import read_text
 from iskd.export.card import _front_matter, write_card
 from iskd.export.card_measured import refresh_card

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.data.sources import Docstrings  # noqa: E402
 from iskd.evaluation.likelihood import evaluate  # noqa: E402
 from iskd.evaluation.metrics import QualityMetrics  # noqa: E402

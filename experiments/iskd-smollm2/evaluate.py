@@ -24,7 +24,7 @@ tune()
 import torch  # noqa: E402
 
 import iskd  # noqa: E402
-from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.data.sources import Docstrings  # noqa: E402
 from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402

@@ -21,7 +21,7 @@ from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 from iskd.blocks import warm_start  # noqa: E402
-from iskd.data.readers import detokenize_wikitext  # noqa: E402
+from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.models import (  # noqa: E402
     Stack,
     surgery,

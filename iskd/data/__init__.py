@@ -1,6 +1,6 @@
 """Text to token windows: sources, readers, splits, shards on disk, the loader of a stage.
 
-Imports: system, models.
+Imports: system, models, data/files.
 """
 
 from __future__ import annotations

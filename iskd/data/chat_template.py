@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from iskd.data.chat import messages_of
+from iskd.data.files.chat import messages_of
 from iskd.data.framing import BOS, Framing, begin_token, encoded
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ class Coding:
     Attributes:
         framing: what stands around documents.
         seq_len: tokens per window, for what stands at the head of each.
-        chat: documents are conversations (`iskd.data.chat`); None = they are text.
+        chat: documents are conversations (`iskd.data.files.chat`); None = they are text.
     """
 
     framing: Framing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from iskd.data.chat import conversation
+from iskd.data.files.chat import conversation
 from iskd.data.splits import Document
 
 
@@ -18,7 +18,7 @@ class GivenTexts:
 
     Attributes:
         texts: one document each, none of them blank.
-        chat: the documents are conversations (`iskd.data.chat`).
+        chat: the documents are conversations (`iskd.data.files.chat`).
         sha256: of all documents in their order; the only thing that is written down about them.
     """
 

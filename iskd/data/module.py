@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 
 from iskd.data.coding import Coding
 from iskd.data.loader import Batch, StageLoader, batches_of, pinned, to_tensor
-from iskd.data.overlap import seen_share
+from iskd.data.overlap import seen_share, tell_seen
 from iskd.data.shards import Shards, Tokens, open_shards
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_BATCH = 1024  # tokens
-_NOTICED = 0.1  # of a text's passages, as boilerplate is in every corpus
-_log = logging.getLogger(__name__)
 
 
 class TextData(L.LightningDataModule):
@@ -49,8 +46,8 @@ class TextData(L.LightningDataModule):
         boundaries: keep the documents of a window apart (`iskd.models.packing`): no token sees another document, and
             the first one of a document is no target. Attention then takes a mask, which is slower than none.
         bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`; None = as the tokenizer does.
-        chat_loss: documents are conversations (`iskd.data.chat`) and `all` tokens or the `assistant`'s are learned;
-            None = they are text.
+        chat_loss: documents are conversations (`iskd.data.files.chat`), of which `all` is learned, or what the
+            `assistant` says; None = they are text.
     """
 
     def __init__(
@@ -122,11 +119,8 @@ class TextData(L.LightningDataModule):
         self._splits = SplitWindows(shards, self.seq_len, self.max_train_tokens)
         for split in SPLITS[:3]:
             self._splits.numbers(split)
-        if global_rank() == 0 and (share := self.seen_share(self.validation_windows())) >= _NOTICED:
-            told = "%.0f %% of the passages of the validation text are in what is trained or calibrated on: %s"
-            _log.warning(
-                told, 100 * share, "scores on it flatter the student; take such documents out, or data.val_path"
-            )
+        if global_rank() == 0:
+            tell_seen(self.seen_share(self.validation_windows()))
 
     @property
     def _opened(self) -> SplitWindows:
@@ -290,19 +284,9 @@ class TextData(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return what the training data and their order depend on: a resumed run must find it unchanged."""
         manifest = self.manifest()
-        keys = (
-            "content",
-            "tokenizer",
-            "train_windows",
-            "validation_sha256",
-            "seq_len",
-            "boundaries",
-            "batch_size",
-            "seed",
-            "framing",
-            "chat",
-        )
-        return {key: manifest[key] for key in keys}
+        text = ("content", "tokenizer", "train_windows", "validation_sha256", "framing", "chat")
+        order = ("seq_len", "boundaries", "batch_size", "seed")
+        return {key: manifest[key] for key in (*text, *order)}
 
     def _ranks(self) -> tuple[int, int]:
         """Return (rank, world size) among the processes that see different data."""

@@ -5,6 +5,7 @@ Source: GPT-3 (arXiv 2005.14165, appendix C).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 PASSAGE = 13  # tokens
 MOST = 1 << 25  # tokens that are searched in each text
+_NOTICED = 0.1  # of the passages, as boilerplate is in every corpus
 _PIECE = 1 << 20  # tokens at a time
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
+_log = logging.getLogger(__name__)
 Windows = NDArray[np.integer[Any]]
 
 
@@ -38,6 +41,14 @@ def seen_share(windows: Windows, others: Iterable[Windows]) -> float:
                 at = np.searchsorted(values, found).clip(max=len(values) - 1)
                 seen[at[values[at] == found]] = True
     return float(seen[np.searchsorted(values, wanted)].mean())
+
+
+def tell_seen(share: float) -> None:
+    """Warn where much of the validation text is what a run trains or calibrates on."""
+    if share >= _NOTICED:
+        told = "%.0f %% of the passages of the validation text are in what is trained or calibrated on: %s"
+        advice = "scores on it flatter the student; take such documents out, or set data.val_path"
+        _log.warning(told, 100 * share, advice)
 
 
 def _pieces(windows: Windows) -> Iterator[Windows]:

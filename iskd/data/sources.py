@@ -20,10 +20,17 @@ from typing import Any, Protocol
 
 from pydantic import PositiveInt
 
-from iskd.data.chat import ROWS
-from iskd.data.kinds import KINDS
-from iskd.data.readers import Placed, detokenize_wikitext, group_lines, placed_files, read_as, read_file
-from iskd.data.rows import text_of
+from iskd.data.files import (
+    KINDS,
+    Placed,
+    detokenize_wikitext,
+    group_lines,
+    placed_files,
+    read_as,
+    read_file,
+    text_of,
+)
+from iskd.data.files.chat import ROWS
 from iskd.data.splits import Document
 from iskd.system.files import hash_files
 
@@ -91,10 +98,10 @@ class TextFiles:
         path: a file, a folder or a glob.
         val_path: the same for validation; without it validation is the split of that name in `path`, or a share of it.
         test_path: the same for the test split.
-        fmt: `auto` (by suffix and content; what is not known is text), or one of `iskd.data.kinds.KINDS`.
+        fmt: `auto` (by suffix and content; what is not known is text), or one of `iskd.data.files.kinds.KINDS`.
         field: where a row keeps its text.
         detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
-        chat: rows are conversations (`iskd.data.chat`); `field` is not read.
+        chat: rows are conversations (`iskd.data.files.chat`); `field` is not read.
     """
 
     path: str | None  # None, which a config says of a path that nobody gave, is refused in our own words

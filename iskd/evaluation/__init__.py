@@ -1,6 +1,6 @@
 """Tasks, text, quality and cost of a model, beside its teacher on the same items.
 
-Imports: system, plan, models, teacher, data.
+Imports: system, plan, models, teacher, data/files, data.
 """
 
 from __future__ import annotations

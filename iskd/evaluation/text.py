@@ -24,7 +24,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
-from iskd.data.readers import find_files, read_file
+from iskd.data.files import find_files, read_file
 from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
 from iskd.evaluation.metrics import Perplexity
 from iskd.evaluation.results import TextScore

@@ -53,7 +53,6 @@ MODEL = "model"
 
 HYDRA = ".hydra"
 """Folder of what Hydra notes of a run."""
-_WANDB = "wandb"
 
 
 def refuse_links(run_dir: Path) -> None:
@@ -67,7 +66,7 @@ def refuse_links(run_dir: Path) -> None:
     """
     for place, folders, names in os.walk(run_dir):  # which follows no link
         folder = Path(place)
-        wandbs = _WANDB in folder.relative_to(run_dir).parts
+        wandbs = "wandb" in folder.relative_to(run_dir).parts
         found = [*folders, *([] if wandbs else names)]
         folders[:] = [name for name in folders if name[0] != "." or name == HYDRA]
         for path in (folder / name for name in sorted(found)):

@@ -1,4 +1,4 @@
-"""The frozen original: where it comes from, and what it said: about training windows (`cache`), inside (`states`).
+"""The frozen original: where it comes from, and what it said about the training windows (`cache`).
 
 Imports: system, models, losses.
 """

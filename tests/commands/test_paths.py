@@ -19,7 +19,7 @@ from iskd.commands.compress import _source
 from iskd.commands.config import as_meant, options
 from iskd.commands.paths import as_folder, assigned, dashed, takes_path
 from iskd.commands.resume import resumed
-from iskd.data.readers import find_files
+from iskd.data.files.readers import find_files
 from iskd.system.text import argument
 from iskd.system.typed_values import takes
 from tests.factories import CONF

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from iskd.data import TextData, TextFiles
-from iskd.data.chat import conversation, messages_of
 from iskd.data.chat_template import ChatTemplate
 from iskd.data.coding import Coding
+from iskd.data.files.chat import conversation, messages_of
 from iskd.evaluation import measure_quality
 from iskd.losses.ce import CrossEntropy
 from iskd.losses.hidden import HiddenMatch

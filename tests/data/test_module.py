@@ -203,7 +203,8 @@ def test_short_split_is_told_once(text: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, logger="iskd.data.windows"):
         for _ in range(3):
             module.calibration(10**9)
-    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+    said = [record for record in caplog.records if record.name == "iskd.data.windows"]
+    assert [(record.levelno, record.getMessage()) for record in said] == [
         (logging.INFO, f"calibration: 62500000 windows wanted, the split has {len(module.windows('calibration'))}")
     ]
 

@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from iskd.data.files.readers import detokenize_wikitext
 from iskd.data.framing import separator
-from iskd.data.readers import detokenize_wikitext
 from iskd.data.shards import Shards, open_shards, tokenizer_hash
 from iskd.data.sources import Docstrings, HubDataset, TextFiles
 from iskd.data.splits import SPLITS, Document, Splitter

@@ -151,11 +151,11 @@ def test_keys_that_cannot_work_are_refused_when_the_spec_is_made(changes: dict[s
         ({"config": LLAMA | {"vocab_size": "many"}}, r"no valid llama config.*vocab_size"),
         ({"config": LLAMA | {"hidden_size": "wide"}}, r"no valid llama config.*hidden_size"),
         ({"config": LLAMA | {"num_attention_heads": 0}}, r"no valid llama config"),
-        ({"config": LLAMA | {"model_type": "lama"}}, r"model\.config\.model_type=lama is no model type.*e\.g\. llama"),
+        ({"config": LLAMA | {"model_type": "lama"}}, r"model\.config: model_type=lama is no model type.*e\.g\. llama"),
         ({"config": LLAMA | {"num_hidden_layer": 3}}, r"model\.config\.num_hidden_layer is no key of a llama config"),
         (
             {"config": LLAMA | {"hidden_act": "foo"}},
-            r"no llama that can be built: KeyError.*correct it in model\.config",
+            rr"model\.config describes no llama that can be built: KeyError.*mend the value",
         ),
         ({"config": LLAMA | {"rope_parameters": {"rope_type": "foo"}}}, r"no llama that can be built: KeyError"),
         ({"num_heads": 3}, r"model\.hidden_size=16 is not a multiple of model\.num_heads=3"),

@@ -1,4 +1,4 @@
-"""`iskd.data.readers`: structured files are read by field or refused by name, never as prose."""
+"""`iskd.data.files.readers`: structured files are read by field or refused by name, never as prose."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from iskd.data.chat import ROWS
-from iskd.data.readers import find_files, read_file
+from iskd.data.files.chat import ROWS
+from iskd.data.files.readers import find_files, read_file
 from iskd.data.sources import HubDataset, TextFiles
 from iskd.evaluation.text import read_text
 

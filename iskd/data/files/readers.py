@@ -1,7 +1,6 @@
 """Paths to documents: which files a path means, and the texts of each; every error names the file.
 
-What kind a file is says `iskd.data.kinds`, how its bytes become lines `iskd.data.decoding`, how its rows become texts
-`iskd.data.rows`.
+What kind a file is says `kinds`, how its bytes become lines `decoding`, how its rows become texts `rows`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from iskd.data.chat import ROWS
-from iskd.data.decoding import lines_of
-from iskd.data.kinds import FORMATS, kind_of, read_otherwise, suffix_of
-from iskd.data.rows import rows_of, text_of
+from iskd.data.files.chat import ROWS
+from iskd.data.files.decoding import lines_of
+from iskd.data.files.kinds import FORMATS, kind_of, read_otherwise, suffix_of
+from iskd.data.files.rows import rows_of, text_of
 from iskd.system import read_json
 from iskd.system.files import expanded
 
@@ -180,8 +179,8 @@ def read_file(file: Path, fmt: str, field: str, key: str = "data.source") -> Ite
 
     Args:
         file: the file; gzip, bz2, xz and zstd are unpacked on the way.
-        fmt: one of `iskd.data.kinds.KINDS`, or `auto`: by suffix and content.
-        field: where a row keeps its text; `iskd.data.chat.ROWS` = the row is a conversation.
+        fmt: one of `iskd.data.files.kinds.KINDS`, or `auto`: by suffix and content.
+        field: where a row keeps its text; `iskd.data.files.chat.ROWS` = the row is a conversation.
         key: the option that holds `fmt` and `field`, or `eval.text`, which has none; for errors.
 
     Raises:

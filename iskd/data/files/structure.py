@@ -41,7 +41,7 @@ _MARKUP_LINES = 3
 
 
 def rows_in(look: str, whole: bool) -> str | None:
-    """The kind of rows that a text of no such suffix holds, of `iskd.data.kinds.KINDS`; None = it is no rows.
+    """The kind of rows that a text of no such suffix holds, of `iskd.data.files.kinds.KINDS`; None = it is no rows.
 
     Args:
         look: its beginning, without space in front.

@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from iskd.data.chat import ROWS, conversation
-from iskd.data.decoding import lines_of
-from iskd.data.kinds import as_text
+from iskd.data.files.chat import ROWS, conversation
+from iskd.data.files.decoding import lines_of
+from iskd.data.files.kinds import as_text
 
 Row = tuple[str, Any]
 """Where it is, in words, and what it holds."""
@@ -32,7 +32,7 @@ def rows_of(file: Path, kind: str, name: str, key: str) -> Iterator[Row]:
 
     Args:
         file: the file.
-        kind: of `iskd.data.kinds.KINDS`, but `text`.
+        kind: of `iskd.data.files.kinds.KINDS`, but `text`.
         name: the field that will be asked for; `ROWS` = all.
         key: the option that holds `fmt` and `field` (`data.source`), or one without them (`eval.text`); for errors.
 

@@ -6,8 +6,8 @@ import codecs
 import re
 from pathlib import Path
 
-from iskd.data.decoding import codec_of, first_bytes, packed, packing_of
-from iskd.data.structure import markup_in, rows_in
+from iskd.data.files.decoding import codec_of, first_bytes, packed, packing_of
+from iskd.data.files.structure import markup_in, rows_in
 
 FORMATS = {
     ".txt": "text",
