@@ -105,7 +105,7 @@ def nothing_opened(*_: Any, **__: Any) -> Reopened:
         ("version", r"unknown key 'from_the_future'.*written by iskd 9\.9 \(here .*transformers 99\.0"),
         ("list", r"export\.json must hold an object"),
         ("probe", r"export\.json: the probe cannot be read"),
-        ("tokenizer", "has a tokenizer that cannot be loaded"),
+        ("tokenizer", "has no tokenizer that can be loaded"),
     ],
 )
 def test_bad_folders_are_named(

@@ -155,7 +155,7 @@ def test_keys_that_cannot_work_are_refused_when_the_spec_is_made(changes: dict[s
         ({"config": LLAMA | {"num_hidden_layer": 3}}, r"model\.config\.num_hidden_layer is no key of a llama config"),
         (
             {"config": LLAMA | {"hidden_act": "foo"}},
-            rr"model\.config describes no llama that can be built: KeyError.*mend the value",
+            r"model\.config describes no llama that can be built: KeyError.*mend the value",
         ),
         ({"config": LLAMA | {"rope_parameters": {"rope_type": "foo"}}}, r"no llama that can be built: KeyError"),
         ({"num_heads": 3}, r"model\.hidden_size=16 is not a multiple of model\.num_heads=3"),
