@@ -178,6 +178,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "prune": (checkpoint_files, "prune"),
     "validation": (stages, "measure_quality"),
     "step": (callback.DistillModule, "step"),
+    "loader": (TextData, "train_dataloader"),
 }
 
 

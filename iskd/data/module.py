@@ -73,8 +73,9 @@ class TextData(L.LightningDataModule):
         super().__init__()
         sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
         for key, value in {"seq_len": seq_len, **sizes}.items():
-            if value < (2 if key == "seq_len" else 1):
-                raise ValueError(f"data.{key}={value} is too small; seq_len is at least 2, the others at least 1")
+            if value < (2 + boundaries if key == "seq_len" else 1):  # apart, a token alone has nothing before it
+                least = "seq_len is at least 2, with data.boundaries=true 3, the others at least 1"
+                raise ValueError(f"data.{key}={value} is too small; {least}")
         if seed < 0:
             raise ValueError(f"data.seed={seed} is negative; use 0 or more")
         if max_context is not None and seq_len > max_context:

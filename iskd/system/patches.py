@@ -62,6 +62,19 @@ def without_sigterm_broadcast(trainer: Any) -> None:
     vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
 
 
+def without_signal_handlers(trainer: Any) -> None:
+    """Keep a Lightning trainer from handlers of its own for stop signals.
+
+    They would stand in the place of `iskd.system.stop_signals` from the sanity check on: one does collectives inside a
+    signal handler, and what it noted ends a fit after the next micro-batch with exit code 0 and nothing saved.
+    Lightning has no switch for them.
+    """
+    connector = trainer._signal_connector
+    if not callable(connector.register_signal_handlers):
+        raise AttributeError("register_signal_handlers")
+    vars(connector)["register_signal_handlers"] = lambda: None
+
+
 def before_joining(strategy: Any, name: str, meet: Callable[[Callable[[], None]], None]) -> None:
     """Have the processes of a Lightning strategy `meet` before its method `name` makes their process group.
 

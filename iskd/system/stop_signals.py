@@ -70,9 +70,8 @@ class StopSignals:
     def install(self) -> None:
         """Take over the signals; does nothing outside the main thread, where Python allows no handlers.
 
-        To be called again after Lightning has installed its handlers: those do collectives inside a signal handler,
-        save files that iskd does not read, and queue the job again before anything is saved. What is remembered for
-        `hand_on` and `uninstall` stays what was there at the first call.
+        Lightning's own are kept out (`iskd.system.patches.without_signal_handlers`). What is remembered for `hand_on`
+        and `uninstall` stays what was there at the first call.
         """
         if threading.current_thread() is not threading.main_thread():
             return

@@ -74,10 +74,6 @@ class CompressionCallback(Callback):
         self.loop.begin(live, self.resume_from)
         trainer.should_stop = self.loop.advance() is None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals back from Lightning, whose handlers were installed since the run's own were."""
-        self.stop_signals.install()
-
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The stage's edits are made; its training begins."""
         self.loop.before_training()

@@ -24,7 +24,7 @@ from iskd.plan.failure import write_failure
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
 from iskd.system import Preempted, global_rank, run_lock
-from iskd.system.patches import without_sigterm_broadcast
+from iskd.system.patches import without_signal_handlers, without_sigterm_broadcast
 from iskd.system.precision import precision
 from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
@@ -104,6 +104,10 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
         callback.stop_signals.install()
         try:
             trainer.fit(module, datamodule=parts.data)
+        except SystemExit as error:
+            if error.code in (None, 0) and state.stage is not None:  # else it would look like the end of the schedule
+                raise callback.loop.unfinished() from error
+            raise
         finally:
             module.teardown("fit")  # Lightning calls it only where nothing was raised, and models may be the caller's
             for logger in trainer.loggers:
@@ -219,6 +223,7 @@ def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None
         said = " ".join(str(error).split())
         raise ValueError(f"{', '.join(keys) or 'trainer'}: Lightning refuses that here: {said:.400}") from error
     without_sigterm_broadcast(trainer)
+    without_signal_handlers(trainer)
     meet_first(trainer)
     return trainer
 

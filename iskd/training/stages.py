@@ -14,6 +14,7 @@ trainer is `Live`. All of it happens on every rank alike; what one rank decides,
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -294,6 +295,12 @@ class StageLoop:
         missed = live.ranks.first(floor is not None and (useless != "" or not quality["retention"] >= floor))
         if useless:
             state.note([useless])
+            _log.warning("stage %s: %s", stage.name, useless)
+        if not missed and not live.ranks.first(math.isfinite(quality["ppl"]) and math.isfinite(quality["kl"])):
+            raise NonFiniteError(
+                f"stage {stage.name}: the student broke (perplexity {quality['ppl']:.4g}, KL {quality['kl']:.4g}): "
+                "lower schedule.lr, edit less in a stage, or set schedule.floor to end with the student before it"
+            )
         if missed:
             said = "below" if floor is not None and quality["retention"] < floor else "no quality for"
             state.note(

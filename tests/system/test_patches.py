@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as Tr
 from torch import Tensor
 from transformers import masking_utils
 
-from iskd.system.patches import before_scoring, one_text, without_sigterm_broadcast
+from iskd.system.patches import before_scoring, one_text, without_signal_handlers, without_sigterm_broadcast
 
 
 def asked(positions: Tensor) -> Tensor | None:
@@ -78,6 +79,19 @@ def test_lightning_asks_nobody_for_a_sigterm_in_this_trainer_alone(monkeypatch: 
     assert len(asked_for) == 2
     monkeypatch.delattr(TrainingEpochLoop, "_broadcast_sigterm_tensor")
     without_sigterm_broadcast(ours)  # leaves an attribute that nobody asks for
+
+
+def test_lightning_has_no_handlers_of_its_own_in_this_trainer_alone() -> None:
+    ours, other = (L.Trainer(logger=False, accelerator="cpu", barebones=True) for _ in range(2))
+    without_signal_handlers(ours)
+    before = signal.getsignal(signal.SIGTERM)
+    ours._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
+    ours._signal_connector.teardown()
+    other._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    other._signal_connector.teardown()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Adapter:

@@ -170,7 +170,7 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     )
 
 
-@pytest.mark.parametrize("place", [1, 11, 12, 23, 24, "validation"])
+@pytest.mark.parametrize("place", ["loader", 1, 11, 12, 23, 24, "validation"])
 def test_a_signal_anywhere_saves_and_the_run_goes_on(
     place: int | str, make: Callable[..., Parts], tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on(
         if isinstance(place, int):
             parts.callbacks.append(At(place, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
         else:
-            interrupt(patch.setattr, place, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            interrupt(patch.setattr, place, 2 * (place == "validation"), lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
             run(parts)
     assert stop.value.code == 143

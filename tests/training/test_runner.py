@@ -209,6 +209,10 @@ def test_floor_rolls_back_weights_record_and_optimizer(
     assert [stage.status for stage in broken.stages] == ["kept", "kept", "rolled_back"]
     assert "retention nan is no quality for schedule.floor" in " ".join(broken.stages[-1].events)
     assert same(weights(broken), weights(result))
+    parts = make(tmp_path / "broken", schedule=replace(schedule, floor=None), teacher=learnt)
+    parts.callbacks.append(At(8, poison))
+    with pytest.raises(NonFiniteError, match=r"the student broke \(perplexity nan.*lower schedule\.lr"):
+        run(parts)
 
 
 def test_floor_missed_after_a_resume_inside_the_stage(
@@ -418,11 +422,13 @@ class Stop(Callback):
     """Ends the fit from a hook, as EarlyStopping and Timer do."""
 
     def __init__(self, hook: str, call: int) -> None:
-        self.left = call
+        self.left, self.exits = call, hook == "on_train_batch_start"
         setattr(self, hook, self.stop)
 
     def stop(self, trainer: Any, *_: Any, **__: Any) -> None:
         self.left -= 1
+        if not self.left and self.exits:
+            raise SystemExit  # as Lightning's own handler of SIGTERM has it: code 0
         if not self.left:
             trainer.should_stop = True
 
@@ -433,6 +439,7 @@ class Stop(Callback):
         ("on_train_batch_end", 4, "stage 1 of 2 .* after 2 of 6 steps"),
         ("on_train_epoch_end", 1, "stage 2 of 2 .* after 0 of 6 steps"),
         ("on_train_batch_end", 16, "stage 2 of 2 .* after 2 of 6 steps"),
+        ("on_train_batch_start", 4, "stage 1 of 2 .* after 1 of 6 steps"),
     ],
 )
 def test_a_fit_that_ends_inside_the_schedule_is_an_error_and_resumes(
