@@ -77,8 +77,8 @@ def require_moved(still: Sequence[Sequence[str]], *, split: bool) -> None:
         stuck = [name for name in stuck if all(name in names for names in still)]
     if stuck:
         raise RunError(
-            f"new parameter {stuck[0]} did not move in the first steps after its edit ({len(stuck)} such): its "
-            "gradient is zero, or no group of the optimizer has it. Gradients are zero where the loss does not depend on it: of "
-            "queries and keys in windows of two tokens (data.seq_len), of feature maps of mixer=sliding where "
-            "mixer.window is not below data.seq_len, of everything in a student that broke before (lower schedule.lr)"
+            f"new parameter {stuck[0]} did not move in the first steps after its edit ({len(stuck)} such). Either no "
+            "group of the optimizer has it, or its gradient is zero as the loss does not depend on it: so it is with "
+            "queries and keys in windows of two tokens (data.seq_len), with feature maps of mixer=sliding where "
+            "mixer.window is not below data.seq_len, and in a student that broke before (lower schedule.lr)"
         )
