@@ -31,7 +31,7 @@ from iskd.refits.projections import Projection, checked
 from iskd.refits.streams import Streams
 
 PROJECTIONS = ("attention", "mlp")
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # with one layer out and little text, the larger ones
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Share = Annotated[float, Field(gt=0, le=1)]
 MIXER_OUT = "mixer.projections.o_proj"
