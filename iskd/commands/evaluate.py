@@ -9,7 +9,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import nn
 
 from iskd.commands.arguments import hydra_main
@@ -25,6 +24,7 @@ from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUA
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
+from iskd.report.terminal import terminal
 from iskd.system import Busy, ProgressLine, write_whole
 from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
@@ -168,10 +168,10 @@ def main() -> None:
 @hydra_main
 def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     if found.evaluation is not None:
         console.print(evaluation_table(found.evaluation))
     if found.efficiency is not None:
         console.print(efficiency_table(found.efficiency))
     for file in found.files:
-        console.print(f"written: {file}", highlight=False, soft_wrap=True)
+        console.print(f"written: {file}", soft_wrap=True)
