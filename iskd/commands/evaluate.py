@@ -19,8 +19,8 @@ from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evalua
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
-from iskd.models.weights import weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_links
+from iskd.models.weights import present_weights, weights_sha256
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_strange
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
@@ -61,7 +61,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     if run is not None and (run / CONFIG_FILE).is_file():
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     if run is not None:
-        refuse_links(run)
+        refuse_strange(run)
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(with_defaults(config.trainer))
@@ -129,7 +129,13 @@ def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | 
     if other is not None:
         teacher: Loaded | None = _opened(other, None)
     else:
-        teacher = None if alone else load_teacher(find_teacher(student, config.reference))
+        teacher = (
+            None
+            if alone
+            else load_teacher(
+                find_teacher(student, config.reference), [] if student is None else present_weights(student)
+            )
+        )
     model = load_teacher(object_of(config.model)) if student is None else _opened(student, teacher)
     return model, teacher
 

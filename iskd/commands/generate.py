@@ -23,6 +23,7 @@ from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
+from iskd.models.weights import present_weights
 from iskd.report.terminal import terminal, title
 from iskd.system import Busy
 from iskd.system.precision import device_of
@@ -127,7 +128,10 @@ def generate(
     """
     _check(prompt, max_new_tokens, temperature)
     folder = None if isinstance(student, PreTrainedModel) else student_folder(Path(student))
-    loaded = teacher if isinstance(teacher, Loaded) else load_teacher(find_teacher(folder, teacher))
+    if isinstance(teacher, Loaded):
+        loaded = teacher
+    else:
+        loaded = load_teacher(find_teacher(folder, teacher), present_weights(folder) if folder else [])
     own = tokenizer or (tokenizer_of(folder) if folder else None) or loaded.tokenizer
     check_same_tokenizer(own, loaded.tokenizer, [prompt])
     # what frames a text behind it would tell the model that it is over

@@ -271,7 +271,7 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
 
 def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
     """Build the student without memory first, and compare its size with that of the weights."""
-    with within_weights(folder) as check:
+    with within_weights(present_weights(folder), folder / "config.json") as check:
         model = _build(config, Record(record.num_layers))
         check(model)
         surgery.apply(model, Record(record.num_layers), record.edits)

@@ -110,6 +110,7 @@ OPEN = {
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
     "export/student_files": "the file by which a folder is known to be an export",
     "export/verification": "iskd generate speaks the same sentence",
+    "training/state/resuming": "a resumed config is bounded by its checkpoint before a teacher is made of it",
     "training/facts": "what layers were selected by is known before a run",
 }
 
