@@ -18,18 +18,39 @@ from iskd.plan.edits import MAX_LAYERS
 from iskd.system import read_json
 
 GENERATION = "generation_config.json"
+_COPY = "copy the config.json that came with the weights"
+_CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx")
+_ROTARY = (
+    *("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "attention_factor", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+)
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
 # file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
 _TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
 
 
-def check_depth(values: Mapping[str, Any], what: str | Path) -> None:
-    """Raise ValueError where a config's depth is none: making the config alone costs memory by the layer."""
+def check_numbers(values: Mapping[str, Any], what: str | Path) -> None:
+    """Raise ValueError where a config's depth, context or rotary angles are none.
+
+    Making the config alone costs memory by the layer; of the others no weight tells, and transformers computes with
+    whatever stands there.
+    """
     for key in _DEPTHS:
         depth = values.get(key)
         if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
             raise ValueError(f"{what}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+    for key in _CONTEXTS:
+        if (length := values.get(key)) is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"{what}: {key} must be a number of tokens, 1 or more, got {length!r:.80}: {_COPY}")
+    inside = [values.get(key) for key in ("rope_scaling", "rope_parameters")]
+    ropes = [values, *(rope for rope in inside if isinstance(rope, dict))]
+    ropes += [rope for outer in ropes[1:] for rope in outer.values() if isinstance(rope, dict)]  # one by kind of layer
+    for rope in ropes:
+        for key in _ROTARY if rope is not values else ("rope_theta", "rotary_emb_base"):
+            number = rope.get(key)
+            if number is not None and not (type(number) in (int, float) and 0 < number < math.inf):
+                raise ValueError(f"{what}: {key} must be a number above 0, got {number!r:.80}: {_COPY}")
 
 
 def refuse_kernels(config: Mapping[str, Any], what: str) -> None:
@@ -72,7 +93,7 @@ def check_config(folder: Path) -> None:
     values = read_json(file, links=True)
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
-    check_depth(values, file)
+    check_numbers(values, file)
     with within_weights(present_weights(folder), file) as check:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -80,9 +101,8 @@ def check_config(folder: Path) -> None:
         except (ValueError, OSError):
             raise
         except Exception as error:  # transformers fails in any way it likes on values that nobody meant
-            fix = "copy the config.json that came with the weights"
             raise ValueError(
-                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {fix}"
+                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {_COPY}"
             ) from error
         check(model)
 
