@@ -44,7 +44,9 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     config = as_meant(config)  # before the folder is claimed
     resuming = config.resume is not None
     if lost := [key for key in _NEEDED if key not in config]:
-        where = run_dir / CONFIG_FILE if resuming else "the config"
+        if not resuming:
+            raise ValueError(f"{lost[0]}=[] chooses nothing, and without it there is no run: choose one, or drop that")
+        where = run_dir / CONFIG_FILE
         raise ValueError(f"{where} has no {', '.join(lost)}, without which there is no run: restore it from a copy")
     _claim(run_dir, resuming)
     within = student_weights(run_dir) if resuming else []

@@ -139,7 +139,9 @@ def refuse_other_class(config: Mapping[str, Any], file: Path) -> None:
     Weights of several families have the same names and shapes, and other numbers come out.
     """
     own, named = config["model_type"], config.get("architectures")
-    for kind in FAMILIES.keys() - {own} if own in FAMILIES and isinstance(named, list) else ():
+    if own not in FAMILIES or not isinstance(named, list):
+        return
+    for kind in FAMILIES.keys() - {own}:
         if (name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]) in named:
             raise ValueError(
                 f"{file}: model_type is {own!r} and architectures names {name}, which is of {kind!r}: set model_type "

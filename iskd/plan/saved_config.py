@@ -100,8 +100,8 @@ def _inside(place: str, value: Any, where: str) -> list[tuple[str, Any]]:
             _plain(f"{place}.{key}".lstrip("."), key, where)
         if not isinstance(target := value.get("_target_", ""), str):
             raise ValueError(
-                f"{where}: {f'{place}._target_'.lstrip('.'):.200} must be the dotted path of a class, got "
-                f"{target!r:.80}: write it as text"
+                f"{where}: {f'{place}._target_'.lstrip('.'):.200}={target!r:.80} must be the dotted path of a class: "
+                "write it as text"
             )
         return [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
     if isinstance(value, list):
