@@ -12,6 +12,7 @@ the seed, its kind and its number alone; `--kind state --first 17 --cases 1` run
 from __future__ import annotations
 
 import argparse
+import codecs
 import copy
 import json
 import os
@@ -52,6 +53,8 @@ NASTY: tuple[Any, ...] = (
         [[0] * 50 for _ in range(50)],
     ),
 )
+# Python imports a codec where it is first used. These are what json.loads takes bytes for.
+OF_JSON = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -286,7 +289,8 @@ def limit_memory() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases, print the table; the exit status is 0 when none of them failed."""
-    from tests.fuzz_kinds import SHARES, kinds  # imports the whole stack: not before the arguments are read
+    from iskd.data.files.decoding import _MARKS, _OTHER_SCRIPTS  # with the whole stack: not before there is an argument
+    from tests.fuzz_kinds import SHARES, kinds
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="hostile files against every reader")
     parser.add_argument("--cases", type=int, default=10_000, help="over all kinds, in fixed shares")
@@ -299,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     tallies: dict[str, Tally] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="iskd-fuzz-") as folder:
+        for codec in (*OF_JSON, *_OTHER_SCRIPTS, *(codec for _, codec in _MARKS)):
+            codecs.lookup(codec)
         guard = Guard(Path(folder))
         readers = kinds(Path(folder))
         limit_memory()

@@ -28,7 +28,7 @@ from iskd.commands.config import CONF, options, with_export_keys
 from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import read_failure, write_failure
-from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_links
+from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange
 from iskd.system.faults import mendable
 from iskd.system.files import expanded
 from iskd.system.text import argument
@@ -57,12 +57,12 @@ def arguments(argv: Sequence[str]) -> list[str]:
         if resumed in ("", "null", AUTO):
             for key in ("hydra.run.dir", "hydra.sweep.dir"):
                 if key in last:
-                    refuse_links(Path(path_of(last[key])))
+                    refuse_strange(Path(path_of(last[key])))
             return argv
         folder = Path(path_of(resumed))
         if "${" not in resumed and not several and not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{argument('resume', folder)}: no {CONFIG_FILE} in there, so it is not a run's folder")
-        refuse_links(folder)
+        refuse_strange(folder)
     return [*argv, literal("hydra.run.dir", resumed), "hydra.output_subdir=null"]
 
 

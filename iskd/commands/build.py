@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import as_meant, object_of, plain, spec, terms
+from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
 from iskd.data import HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
@@ -21,7 +21,7 @@ from iskd.export import STORED
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_links
+from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_strange
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, read_plain, sweep
@@ -30,6 +30,7 @@ from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teac
 from iskd.training import Parts
 from iskd.training.facts import selected
 from iskd.training.metrics import tracked_as
+from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
 _NEEDED = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run", "seed")
@@ -43,12 +44,15 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     config = as_meant(config)  # before the folder is claimed
     resuming = config.resume is not None
     if lost := [key for key in _NEEDED if key not in config]:
-        where = run_dir / CONFIG_FILE if resuming else "the config"
+        if not resuming:
+            raise ValueError(f"{lost[0]}=[] chooses nothing, and without it there is no run: choose one, or drop that")
+        where = run_dir / CONFIG_FILE
         raise ValueError(f"{where} has no {', '.join(lost)}, without which there is no run: restore it from a copy")
     _claim(run_dir, resuming)
+    within = student_weights(run_dir) if resuming else []
     if teacher is None:
         with Busy("loading the teacher"):
-            teacher = load_teacher(object_of(config.model))
+            teacher = load_teacher(object_of(config.model), within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     schedule = _schedule(config)
@@ -133,7 +137,7 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> TeacherCacheSpec | None
 
 def _schedule(config: DictConfig) -> Schedule:
     """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
-    takes = getattr(get_object(config.schedule._target_), "takes", ("edit", "seed"))
+    takes = getattr(class_of(config.schedule), "takes", ("edit", "seed"))
     values = {"edit": _edit(config), "seed": config.seed} if takes else {}
     schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
@@ -141,7 +145,7 @@ def _schedule(config: DictConfig) -> Schedule:
 
 def _edit(config: DictConfig) -> EditKind:
     """What is done to a layer, with the block or mixer that its class takes as data."""
-    takes = getattr(get_object(config.edit._target_), "takes", ())
+    takes = getattr(class_of(config.edit), "takes", ())
     edit: EditKind = object_of(config.edit, **{group: spec(config[group]) for group in takes})
     return edit
 
@@ -149,7 +153,7 @@ def _edit(config: DictConfig) -> EditKind:
 def _claim(run_dir: Path, resuming: bool) -> None:
     """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    refuse_links(run_dir)
+    refuse_strange(run_dir)
     run_lock.hold(run_dir / LOCK_FILE)
     sweep(run_dir)
     if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
@@ -167,7 +171,7 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
     """The data module that `data` names; `given` stands for where it would read."""
     values: dict[str, Any] = dict(config.data)
-    described, chat = values.pop("source"), values.pop("chat", None)
+    described, chat = values.pop("source", None), values.pop("chat", None)
     source = object_of(described) if given is None else given
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
     if given is None and files["path"] is not None:
@@ -203,7 +207,7 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
 
 def importance_of(config: DictConfig) -> Any:
     """The importance, with what its class takes beside its keys."""
-    takes = getattr(get_object(config.importance._target_), "takes", ())
+    takes = getattr(class_of(config.importance), "takes", ())
     return object_of(config.importance, **{name: config.data[name] for name in takes})
 
 

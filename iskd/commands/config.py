@@ -18,7 +18,7 @@ from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
-from iskd.plan.saved_config import literal
+from iskd.plan.saved_config import OPTIONAL, literal, no_mappings
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.typed_values import read_value, shown, takes
@@ -80,13 +80,20 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
+def class_of(config: Any) -> Any:
+    """What the `_target_` of a node names. Raises ValueError where it has none."""
+    if not OmegaConf.is_dict(config) or config.get("_target_") is None:
+        raise ValueError(f"{shown(plain(config))} stands where a part has to be named: give it a _target_")
+    return get_object(config["_target_"])
+
+
 def object_of(config: DictConfig, **runtime: Any) -> Any:
     """Build the object of a node with `_target_`.
 
     Runtime objects are passed by a call of our own: Hydra would turn dataclasses among its arguments into configs.
-    Raises ValueError for a key that the target does not take.
+    Raises ValueError for a key that the target does not take, and as `class_of`.
     """
-    takes = inspect.signature(get_object(config["_target_"])).parameters
+    takes = inspect.signature(class_of(config)).parameters
     unknown = [key for key in config if key not in takes and not str(key).startswith("_")]
     if unknown and not any(taken.kind is inspect.Parameter.VAR_KEYWORD for taken in takes.values()):
         keys = ", ".join(key for key in takes if key not in runtime)
@@ -96,6 +103,7 @@ def object_of(config: DictConfig, **runtime: Any) -> Any:
 
 def spec(config: DictConfig) -> Spec:
     """A part that is stamped once per layer, as data."""
+    class_of(config)
     values = plain(config)
     return Spec(values.pop("_target_"), values)
 
@@ -106,6 +114,7 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> Terms:
     for name, values in losses.items():
         kwargs = dict(values)
         weight = kwargs.pop("weight", 1.0)
+        class_of(OmegaConf.create(kwargs))
         # called here and not by Hydra, which would tell a ValueError its own way
         built[name] = (instantiate(kwargs, _partial_=True, _convert_="all")(), weight)
     return built
@@ -172,7 +181,6 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
-_NEEDED = ("model", "data", "edit", "block", "mixer", "importance", "schedule", "loss", "optim", "trainer", "run")
 
 
 def as_meant(config: DictConfig) -> DictConfig:
@@ -186,9 +194,10 @@ def as_meant(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:  # an interpolation that names nothing
         raise ValueError(str(error)) from None
     literal(values, "this run")  # what one look left to resolve would be resolved at the next
-    for group in _NEEDED:
-        if group in config and not isinstance(values[group], dict):
-            raise ValueError(f"{group}={shown(values[group])} is no choice: use one of {', '.join(options(group))}")
+    for group in no_mappings(values):
+        takes_keys = group in OPTIONAL and group != "refit"
+        fix = "it takes keys" if takes_keys else f"use one of {', '.join(options(group))}"
+        raise ValueError(f"{group}={shown(values[group])} is no choice: {fix}")
     if "loss" in config and not values["loss"]:
         raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
     _read_node(values, "", (_Root,))

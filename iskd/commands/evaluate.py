@@ -9,7 +9,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import nn
 
 from iskd.commands.arguments import hydra_main
@@ -20,11 +19,12 @@ from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evalua
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
 from iskd.export.student_files import FACTS
-from iskd.models.weights import weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_links
+from iskd.models.weights import present_weights, weights_sha256
+from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_strange
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
+from iskd.report.terminal import terminal
 from iskd.system import Busy, ProgressLine, write_whole
 from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
@@ -61,7 +61,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     if run is not None and (run / CONFIG_FILE).is_file():
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     if run is not None:
-        refuse_links(run)
+        refuse_strange(run)
     with Busy("loading the models"):
         model, teacher = _models(config, student)
     device, forward_context = place(with_defaults(config.trainer))
@@ -129,7 +129,13 @@ def _models(config: DictConfig, student: Path | None) -> tuple[Loaded, Loaded | 
     if other is not None:
         teacher: Loaded | None = _opened(other, None)
     else:
-        teacher = None if alone else load_teacher(find_teacher(student, config.reference))
+        teacher = (
+            None
+            if alone
+            else load_teacher(
+                find_teacher(student, config.reference), [] if student is None else present_weights(student)
+            )
+        )
     model = load_teacher(object_of(config.model)) if student is None else _opened(student, teacher)
     return model, teacher
 
@@ -168,10 +174,10 @@ def main() -> None:
 @hydra_main
 def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     if found.evaluation is not None:
         console.print(evaluation_table(found.evaluation))
     if found.efficiency is not None:
         console.print(efficiency_table(found.efficiency))
     for file in found.files:
-        console.print(f"written: {file}", highlight=False, soft_wrap=True)
+        console.print(f"written: {file}", soft_wrap=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
+from iskd.models.weights import present_weights
+from iskd.report.terminal import terminal, title
 from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
@@ -78,7 +79,7 @@ class SideBySide:
 
     def table(self) -> Table:
         """Both texts in two columns."""
-        table = Table(title=Text(f"{self.how}, {self.prompt_tokens} tokens of prompt"), expand=True, padding=(0, 1))
+        table = Table(title=title(f"{self.how}, {self.prompt_tokens} tokens of prompt"), expand=True, padding=(0, 1))
         for role, spoken in (("teacher", self.teacher), ("student", self.student)):
             table.add_column(Text(f"{role}: {spoken.name}"), ratio=1, overflow="fold")
         table.add_row(*(Text.assemble((self.prompt, "dim"), said.text) for said in (self.teacher, self.student)))
@@ -127,7 +128,10 @@ def generate(
     """
     _check(prompt, max_new_tokens, temperature)
     folder = None if isinstance(student, PreTrainedModel) else student_folder(Path(student))
-    loaded = teacher if isinstance(teacher, Loaded) else load_teacher(find_teacher(folder, teacher))
+    if isinstance(teacher, Loaded):
+        loaded = teacher
+    else:
+        loaded = load_teacher(find_teacher(folder, teacher), present_weights(folder) if folder else [])
     own = tokenizer or (tokenizer_of(folder) if folder else None) or loaded.tokenizer
     check_same_tokenizer(own, loaded.tokenizer, [prompt])
     # what frames a text behind it would tell the model that it is over
@@ -246,7 +250,7 @@ def run(argv: Sequence[str]) -> None:
     how["bos"] = asked.bos
     with Busy("loading teacher and student"):
         found = generate(asked.folder, asked.teacher, asked.prompt, **how)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     console.print(found.table())
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)

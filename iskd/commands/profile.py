@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 
 from iskd.commands.arguments import hydra_main
 from iskd.commands.build import parts
 from iskd.commands.config import as_meant, plain
+from iskd.report.terminal import terminal
 from iskd.system import ProgressLine
 from iskd.training.profile import profile_parts, profile_table, write_profile
 
@@ -23,6 +22,6 @@ def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with ProgressLine() as line:
         found = profile_parts(parts(config, folder), **plain(config.profile), progress=line)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     console.print(profile_table(found))
-    console.print(f"written: {write_profile(folder, found)}", highlight=False, soft_wrap=True)
+    console.print(f"written: {write_profile(folder, found)}", soft_wrap=True)

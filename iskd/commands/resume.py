@@ -14,7 +14,7 @@ from iskd.commands.paths import at_home
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_files import CONFIG_FILE
-from iskd.plan.saved_config import literal, read_config
+from iskd.plan.saved_config import literal, no_mappings, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
 from iskd.system.text import argument
@@ -36,7 +36,8 @@ _CHANGES = (
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config of a run to continue, all values resolved.
 
-    Raises ValueError when the command line changes a key of it, or when it asks for what its folder may not ask for.
+    Raises ValueError when the command line changes a key of it, when it asks for what its folder may not ask for, or
+    when its file holds something else than a config.
     """
     asked, config = OmegaConf.to_container(config, resolve=False), as_meant(config)
     assert isinstance(asked, dict)
@@ -45,12 +46,17 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not saved_file.is_file():
         raise ValueError(f"{argument('resume', run_dir)}: no {CONFIG_FILE} in there, so it is not the folder of a run")
     found = read_config(saved_file)
+    for group in no_mappings(found):
+        raise ValueError(
+            f"{saved_file}: {group} must hold keys and values, got {found[group]!r:.80}: restore the file from a copy"
+        )
     at_home(found)
     saved = OmegaConf.create(found)
     for key in _OWN:
         saved[key] = asked.get(key)  # as it was written: names in it are those of the run
     _refuse_foreign(plain(saved), plain(config), saved_file)
-    saved.trainer.progress = config.trainer.progress
+    if "trainer" in saved:  # that one is needed is said where the run is made
+        saved.trainer.progress = config.trainer.progress
     changed: dict[str, tuple[Any, Any]] = {}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")

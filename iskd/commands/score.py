@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import Tensor, nn
 
 from iskd.commands.arguments import hydra_main
@@ -18,6 +16,7 @@ from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores
+from iskd.report.terminal import terminal
 from iskd.system.precision import place
 from iskd.teacher import load_teacher
 
@@ -28,10 +27,10 @@ def main(config: DictConfig) -> None:
     folder, name = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices["importance"]
     rows, layers, runs = importance_rows(config)
     scores = layer_scores(rows, layers, config.seed)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     console.print(score_table(scores, name))
     for file in write_scores(folder, scores, rows, name, runs):
-        console.print(str(file), highlight=False, soft_wrap=True)
+        console.print(str(file), soft_wrap=True)
 
 
 def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor | None]:

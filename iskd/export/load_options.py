@@ -24,6 +24,8 @@ _TAKEN = {
 _IDLE = {
     "subfolder": ("",), "use_safetensors": (True,), "ignore_mismatched_sizes": (False,), "load_in_8bit": (False,),
     "load_in_4bit": (False,), "from_tf": (False,), "from_flax": (False,), "weights_only": (True,),
+    "use_auth_token": (False,), "use_kernels": (False,), "_fast_init": (True,), "disable_mmap": (False,),
+    "key_mapping": ({},), "use_flash_attention_2": (False,), "max_memory": ({},),
 }  # fmt: skip
 
 

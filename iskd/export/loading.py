@@ -27,8 +27,8 @@ from iskd.export.storage import STORED, cast_parameters
 from iskd.export.student import IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
-from iskd.models.model_folder import check_model_folder, read_model_config
-from iskd.models.skeletons import check_depth, read_generation_config, within_weights
+from iskd.models.model_folder import check_model_folder, read_model_config, refuse_other_class
+from iskd.models.skeletons import check_numbers, read_generation_config, within_weights
 from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
@@ -263,7 +263,8 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
     foreign = [key for key in _FOREIGN if values.get(key) is not None]
     if foreign:
         raise ValueError(f"{file}: a student has no {foreign[0]}; remove the key if you trust the rest of the file")
-    check_depth(values, file)
+    check_numbers(values, file)
+    refuse_other_class(values, file)
     # the family's own class is used, whatever modelling code the hub has for it as well
     plain = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
     return AutoConfig.for_model(kind, **plain)
@@ -271,7 +272,7 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
 
 def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
     """Build the student without memory first, and compare its size with that of the weights."""
-    with within_weights(folder) as check:
+    with within_weights(present_weights(folder), folder / "config.json") as check:
         model = _build(config, Record(record.num_layers))
         check(model)
         surgery.apply(model, Record(record.num_layers), record.edits)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from iskd.blocks import inputs_of
 from iskd.export.student_files import CODE, FACTS
 from iskd.models import Stack
+from iskd.models.head import say_untied
 from iskd.models.weights import INDEX, load_model_tensors, model_tensors
 from iskd.plan import Record, to_json
 from iskd.plan.run_files import write_record
@@ -198,6 +199,7 @@ def write(
     target.mkdir(parents=True, exist_ok=True)
     for stale in (*target.glob("model*.safetensors"), target / INDEX, target / FACTS, target / CODE):
         stale.unlink(missing_ok=True)
+    say_untied(model)  # a caller may have given it another head
     native = native_config(model)
     if native is not None:
         PreTrainedModel.save_pretrained(model, target, max_shard_size=max_shard_bytes)
@@ -221,6 +223,7 @@ def _write_own(
     max_shard_bytes: int | str,
 ) -> None:
     teacher = {key: value for key, value in teacher_config.to_dict().items() if key != "_name_or_path"}
+    teacher["tie_word_embeddings"] = model.config.tie_word_embeddings
     module = CODE.removesuffix(".py")
     config = IskdConfig(
         teacher=teacher,

@@ -16,15 +16,19 @@ Head = tuple[Tensor, Tensor | None]
 
 
 def say_untied(model: PreTrainedModel) -> None:
-    """Set `tie_word_embeddings` to false where the head has weights of its own all the same.
+    """Set `tie_word_embeddings` to what the head is: the embedding's own tensor, or weights of its own.
 
-    transformers loads a head that is stored beside the embedding as it is, whatever the config says, and only warns;
-    copies, resizing and exports go by the config.
+    transformers loads a head that is stored beside the embedding as it is, whatever the config says, and only warns,
+    and callers give a model another head; copies, resizing and exports go by the config.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
-        log.info("the head has weights of its own, so tie_word_embeddings is false from here on, in the export too")
-        model.config.tie_word_embeddings = False
+    if head is None:
+        return
+    tied = head.weight is embedding.weight
+    if tied != bool(getattr(model.config, "tie_word_embeddings", False)):
+        has = "is the embedding" if tied else "has weights of its own"
+        log.info("the head %s, so tie_word_embeddings is %s from here on, in the export too", has, str(tied).lower())
+        model.config.tie_word_embeddings = tied
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from iskd.models.families import FAMILIES
-from iskd.models.skeletons import read_generation_config, refuse_kernels
+from iskd.models.skeletons import check_numbers, read_generation_config, refuse_kernels
 from iskd.models.weights import INDEX, WEIGHTS, check_whole, refuse_pointer, weight_files
 from iskd.system import Json, read_json
 
@@ -118,6 +119,8 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
             method = found.get("quant_method", key) if isinstance(found, dict) else key
             raise ValueError(_quantised(file, str(method)[:40]))
     refuse_kernels(config, str(file))
+    check_numbers(config, file)
+    refuse_other_class(config, file)
     depths = {key: config[key] for key in _DEPTHS if config.get(key) is not None}
     for key, depth in depths.items():
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= _MAX_LAYERS:
@@ -128,6 +131,22 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
         if key.endswith("layer_types") and isinstance(values, list) and {len(values)} != set(depths.values()) != set():
             said = " and ".join(f"{name} is {depth}" for name, depth in depths.items())
             raise ValueError(f"{file}: {key} lists {len(values)} layers, {said}: make the two agree")
+
+
+def refuse_other_class(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError where `architectures` names the class of another family than `model_type`.
+
+    Weights of several families have the same names and shapes, and other numbers come out.
+    """
+    own, named = config["model_type"], config.get("architectures")
+    if own not in FAMILIES or not isinstance(named, list):
+        return
+    for kind in FAMILIES.keys() - {own}:
+        if (name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]) in named:
+            raise ValueError(
+                f"{file}: model_type is {own!r} and architectures names {name}, which is of {kind!r}: set model_type "
+                "to the family that the weights are of"
+            )
 
 
 def check_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,39 @@ from iskd.plan.edits import MAX_LAYERS
 from iskd.system import read_json
 
 GENERATION = "generation_config.json"
+_COPY = "copy the config.json that came with the weights"
+_CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx")
+_ROTARY = (
+    *("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "attention_factor", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+)
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # A skeleton may have this many times the numbers of the weights file, and this many more: removed blocks are not in the
 # file, masks and tables of position neither. What a config can cost is so bounded by what comes with it.
 _TIMES, _SPARE, _SPARE_TENSORS = 64, 1 << 24, 100
 
 
-def check_depth(values: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError where a config's depth is none: making the config alone costs memory by the layer."""
+def check_numbers(values: Mapping[str, Any], what: str | Path) -> None:
+    """Raise ValueError where a config's depth, context or rotary angles are none.
+
+    Making the config alone costs memory by the layer; of the others no weight tells, and transformers computes with
+    whatever stands there.
+    """
     for key in _DEPTHS:
         depth = values.get(key)
         if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= MAX_LAYERS):
-            raise ValueError(f"{file}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+            raise ValueError(f"{what}: {key} must be an integer in 1..{MAX_LAYERS}, got {depth!r:.80}")
+    for key in _CONTEXTS:
+        if (length := values.get(key)) is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"{what}: {key} must be a number of tokens, 1 or more, got {length!r:.80}: {_COPY}")
+    inside = [values.get(key) for key in ("rope_scaling", "rope_parameters")]
+    ropes = [values, *(rope for rope in inside if isinstance(rope, dict))]
+    ropes += [rope for outer in ropes[1:] for rope in outer.values() if isinstance(rope, dict)]  # one by kind of layer
+    for rope in ropes:
+        for key in _ROTARY if rope is not values else ("rope_theta", "rotary_emb_base"):
+            number = rope.get(key)
+            if number is not None and not (type(number) in (int, float) and 0 < number < math.inf):
+                raise ValueError(f"{what}: {key} must be a number above 0, got {number!r:.80}: {_COPY}")
 
 
 def refuse_kernels(config: Mapping[str, Any], what: str) -> None:
@@ -72,50 +93,53 @@ def check_config(folder: Path) -> None:
     values = read_json(file, links=True)
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
-    check_depth(values, file)
-    with within_weights(folder) as check:
+    check_numbers(values, file)
+    with within_weights(present_weights(folder), file) as check:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, OSError):
             raise
         except Exception as error:  # transformers fails in any way it likes on values that nobody meant
-            fix = "copy the config.json that came with the weights"
             raise ValueError(
-                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {fix}"
+                f"{file} describes no {values.get('model_type')!s:.40} that can be built ({error!r:.200}): {_COPY}"
             ) from error
         check(model)
 
 
 @contextmanager
-def within_weights(folder: Path) -> Iterator[Callable[[nn.Module], None]]:
-    """Inside the context models are built without memory; what is given compares one with the weights in `folder`.
+def within_weights(files: Sequence[Path], what: str | Path) -> Iterator[Callable[[nn.Module], None]]:
+    """Inside the context models are built without memory; what is given compares one with the weights in `files`.
+
+    Args:
+        files: safetensors, of that model or of one that was made from it.
+        what: where the model is described, for errors.
 
     Raises:
         ValueError: the weights cannot be read, or a model is built that they do not account for.
     """
     shapes = []
-    for file in present_weights(folder):
+    for file in files:
         try:
             with safe_open(file, "pt") as weights:
                 shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
     if not shapes:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: there is no such file, or nothing in it")
+        raise ValueError(f"{what} describes a model without weights: {WEIGHTS} is missing beside it, or holds nothing")
     most = _TIMES * sum(map(math.prod, shapes)) + _SPARE
 
     def check(model: nn.Module) -> None:
         found = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if found > most:
-            raise ValueError(f"{folder}: config.json describes {found:,} numbers, far more than its weights hold")
+            raise ValueError(f"{what} describes {found:,} numbers, far more than its weights hold")
 
-    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), folder):
+    with torch.device("meta"), _registering_at_most(_TIMES * (len(shapes) + _SPARE_TENSORS), what):
         yield check
 
 
 @contextmanager
-def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
+def _registering_at_most(count: int, what: str | Path) -> Iterator[None]:
     """Stop the building of a model that would never end, such as one with a billion inner layers."""
     left = count
 
@@ -123,7 +147,7 @@ def _registering_at_most(count: int, folder: Path) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"{folder}: config.json describes far more parameters than its weights hold")
+            raise ValueError(f"{what} describes far more parameters than its weights hold")
 
     handle = nn.modules.module.register_module_parameter_registration_hook(registered)
     try:

@@ -55,26 +55,30 @@ HYDRA = ".hydra"
 """Folder of what Hydra notes of a run."""
 
 
-def refuse_links(run_dir: Path) -> None:
+def refuse_strange(run_dir: Path) -> None:
     """Look at a folder before it is written to: links in it that lead out of it would have others written to.
+
+    Whoever opens a pipe waits for its other end, and what goes into a device or a socket is no file of the run.
 
     Nobody writes into what lies in hidden folders, Hydra's apart: those are not looked into. Files below `wandb/` may
     be such links: W&B puts one to its own log there, and replaces them all.
 
     Raises:
-        ValueError: a file or a folder is such a link, at any depth.
+        ValueError: at any depth something is such a link, or neither a plain file nor a folder.
     """
     for place, folders, names in os.walk(run_dir):  # which follows no link
         folder = Path(place)
         wandbs = "wandb" in folder.relative_to(run_dir).parts
-        found = [*folders, *([] if wandbs else names)]
+        inner = sorted(folders)
         folders[:] = [name for name in folders if name[0] != "." or name == HYDRA]
-        for path in (folder / name for name in sorted(found)):
-            if path.is_symlink() and leads_out(path, run_dir):
+        for path in (folder / name for name in (*inner, *sorted(names))):
+            if path.is_symlink() and not (wandbs and path.name in names) and leads_out(path, run_dir):
                 raise ValueError(
                     f"{path} is a link out of the folder of the run: put the file or folder itself there, or have the "
                     "folder of the run lie elsewhere as a whole"
                 )
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is a pipe, a socket or a device, which no run leaves behind: remove it")
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -16,6 +16,10 @@ from iskd.plan.renamed import renamed
 from iskd.system import Json
 from iskd.system.files import read_plain
 
+GROUPS = ("model", "data", "edit", "block", "mixer", "importance", "schedule", "loss", "optim", "trainer", "run")
+"""What every run of today chooses, each a mapping; one that an earlier version did not have may be missing."""
+OPTIONAL = ("refit", "teacher", "profile")
+"""Mappings that may be null as well."""
 _LONGEST = 1 << 18  # bytes; a run writes about 5,000
 _DEEPEST = 32  # levels
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -51,7 +55,7 @@ def read_config(file: Path) -> Json:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no plain file, too long, no YAML of plain values, or holds `${`.
+        ValueError: it is no plain file, too long, no YAML of plain values, or as `literal`.
     """
     text = read_plain(file, max_bytes=_LONGEST)
     try:
@@ -69,11 +73,17 @@ def read_config(file: Path) -> Json:
     return found
 
 
+def no_mappings(values: Json) -> list[str]:
+    """Groups of a config that are there and hold no keys and values."""
+    wrong = [group for group in (*GROUPS, *OPTIONAL) if not isinstance(values.get(group, {}), dict)]
+    return [group for group in wrong if group in GROUPS or values[group] is not None]
+
+
 def literal(values: Any, where: str) -> Any:
     """Nested containers whose every value means itself; `where` says whose they are.
 
     Raises:
-        ValueError: a key or a value holds `${`, or is of a kind that no config has.
+        ValueError: a key or a value holds `${`, or is of a kind that no config has, or a `_target_` is no text.
     """
     level = [("", values)]
     for _ in range(_DEEPEST):
@@ -88,6 +98,11 @@ def _inside(place: str, value: Any, where: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         for key in value:
             _plain(f"{place}.{key}".lstrip("."), key, where)
+        if not isinstance(target := value.get("_target_", ""), str):
+            raise ValueError(
+                f"{where}: {f'{place}._target_'.lstrip('.'):.200}={target!r:.80} must be the dotted path of a class: "
+                "write it as text"
+            )
         return [(f"{place}.{key}".lstrip("."), item) for key, item in value.items()]
     if isinstance(value, list):
         return [(f"{place}[{index}]", item) for index, item in enumerate(value)]

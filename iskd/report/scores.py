@@ -12,13 +12,14 @@ from torch import Tensor
 from iskd.importance import LayerScore
 from iskd.report.figures import figure_of
 from iskd.report.figures.style import PALETTE, integer_x, set_heading, write_figure
+from iskd.report.terminal import title
 from iskd.system import number
 from iskd.system.tables import write_csv
 
 
 def score_table(scores: Sequence[LayerScore], name: str) -> Table:
     """Layers from the least important on."""
-    table = Table(title=f"importance: {name} (higher = keep)")
+    table = Table(title=title(f"importance: {name} (higher = keep)"))
     for head in ("layer", "score", "standard error", "95 % interval", ""):
         table.add_column(head, justify="left" if not head else "right")
     for place, entry in enumerate(sorted(scores, key=lambda entry: (entry.score, entry.layer))):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from iskd.plan import StageResult
 from iskd.plan.results import teacher_of
@@ -116,5 +116,5 @@ def stage_table(results: Sequence[StageResult]) -> Table:
             overflow="fold",
         )
     for result, row in zip(results, stage_rows(results), strict=True):
-        table.add_row(*map(escape, row), style="dim" if result.status == "rolled_back" else None)
+        table.add_row(*map(Text, row), style="dim" if result.status == "rolled_back" else None)
     return table

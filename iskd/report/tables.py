@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from iskd.evaluation import Efficiency, Evaluation, Interval
 from iskd.evaluation.results import TextScore
+from iskd.report.terminal import caption
 from iskd.system import number
 from iskd.system.text import ABSENT, percent
 
@@ -20,7 +22,7 @@ def efficiency_table(found: Efficiency) -> Table:
     facts, models = found.machine, list(found.models.values())
     table = Table(title="efficiency, measured")
     for head in ("", *found.models, *(["student / teacher"] if len(models) > 1 else [])):
-        table.add_column(head, justify="right" if head else "left")
+        table.add_column(Text(head), justify="right" if head else "left")
 
     def add(name: str, values: Sequence[float], scale: float, digits: int) -> None:
         cells = ["-" if math.isnan(value) else f"{value * scale:,.{digits}f}" for value in values]
@@ -46,7 +48,7 @@ def efficiency_table(found: Efficiency) -> Table:
     where = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {models[-1].dtype}"
     if any(math.isnan(at.prefill_seconds) for model in models for at in model.contexts):
         left.add("no prefill where the cache was filled without a prompt of that length")
-    table.caption = "; ".join([where, facts["note"], *sorted(left)])
+    table.caption = caption("; ".join([where, facts["note"], *sorted(left)]))
     return table
 
 
@@ -69,14 +71,14 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             ]
         else:
             cells += [percent(score.student), percent(score.student_error)]
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     if evaluation.retention:
         table.add_section()
     means = {f"mean, {kind}": mean for kind, mean in evaluation.retention.items()}
     if len(means) > 1 and evaluation.mean_retention is not None:
         means["mean, all"] = evaluation.mean_retention
     for name, mean in means.items():
-        table.add_row(name, "", "", "", "", "", "", _interval(mean))
+        table.add_row(Text(name), "", "", "", "", "", "", _interval(mean))
     return table
 
 

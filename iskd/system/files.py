@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -229,6 +230,10 @@ def read_json(path: Path, *, max_bytes: int = 16 << 20, links: bool = False) -> 
             levels.
     """
     content = read_plain(path, max_bytes=max_bytes, links=links)
+    if content.startswith(codecs.BOM_UTF8):  # transformers and others, who read the same files, refuse it
+        raise ValueError(
+            f"{path} begins with a byte order mark, which JSON does not have: save it as UTF-8 without one"
+        )
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from iskd.models.head import say_untied
 from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_report, read_model_config
-from iskd.models.skeletons import check_config
+from iskd.models.skeletons import check_config, within_weights
 from iskd.models.tokenizers import byte_tokenizer, has_tokenizer, load_tokenizer
 from iskd.models.weights import check_finite, parameters_sha256, stored_dtype, weights_sha256
 from iskd.system.files import expanded
@@ -118,15 +118,20 @@ class Loaded:
     source: dict[str, str | int]
 
 
-def load_teacher(spec: TeacherSpec) -> Loaded:
+def load_teacher(spec: TeacherSpec, within: Sequence[Path] = ()) -> Loaded:
     """Load model and tokenizer.
+
+    Args:
+        spec: which.
+        within: weights of a student of it where the spec comes with them, from anywhere: random weights are made only
+            for a teacher that they account for. Others are bounded by their own.
 
     Raises:
         ValueError: the model cannot be had, its directory is incomplete, its weights do not fit its config, or the
             tokenizer has ids without an embedding row, or rows to be trimmed are in use. The message names the fix.
     """
     if not spec.pretrained:
-        return _random(spec)
+        return _random(spec, within)
     directory, kind = _locate(spec)
     model, tokenizer = _read(spec, directory)
     where: dict[str, str | int] = {"stored": stored_dtype(directory)}
@@ -237,12 +242,15 @@ def _snapshot(spec: TeacherSpec, files: list[str]) -> Path:
     return Path(folder)
 
 
-def _random(spec: TeacherSpec) -> Loaded:
+def _random(spec: TeacherSpec, within: Sequence[Path]) -> Loaded:
     config = build_config(spec)
     tokenizer, origin = _tokenizer_for(spec, config.vocab_size)
     # Not the padding id: an embedding keeps the row of its padding id at zero.
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     finding = f"{_config_named(spec)} describes no {config.model_type} that can be built"
+    if within:
+        with _told(finding, "mend the value"), within_weights(within, _config_named(spec)) as check:
+            check(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     with _told(finding, "mend the value"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], trust_remote_code=False)

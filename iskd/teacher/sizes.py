@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from iskd.models.skeletons import refuse_kernels
+from iskd.models.skeletons import check_numbers, refuse_kernels
 
 # Our name of a size: transformers' name. A config class may translate further (GPT-2: num_hidden_layers -> n_layer).
 SIZES = {
@@ -54,6 +54,7 @@ def sized_config(values: Mapping[str, Any], sizes: Mapping[str, int], what: str 
             values.pop(stale, None)
     _check_heads(lambda key: values.get(names.get(SIZES[key], SIZES[key])), what)
     refuse_kernels(values, what)
+    check_numbers(values, what)
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers fails in any way it likes on values that nobody meant

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from rich.console import Console
 from torch import distributed as dist
 
+from iskd.report.terminal import terminal
 from iskd.system.faults import is_out_of_memory
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState
@@ -25,7 +25,8 @@ def with_smaller_batches(parts: Parts, run: Callable[[Parts], Result]) -> Result
             smaller = halved(parts) if is_out_of_memory(error) else None
             if smaller is None:
                 raise
-            Console().print(f"{error}\nrun.on_oom=halve: going on with data.batch_size={smaller.data.batch_size}")
+            going_on = f"run.on_oom=halve: going on with data.batch_size={smaller.data.batch_size}"
+            terminal().print(f"{error}\n{going_on}", soft_wrap=True)
         # the frames of the failed attempt are gone with its exception, and with them its tensors
         gc.collect()
         if torch.cuda.is_available():

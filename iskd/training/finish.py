@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,6 +27,7 @@ from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
 from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
+from iskd.report.terminal import terminal
 from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
@@ -197,10 +197,10 @@ def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
 
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     console.print(stage_table(results))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
-    console.print(f"peak memory {peak:.2f} GiB", highlight=False)
+    console.print(f"peak memory {peak:.2f} GiB")
     for name, place in (("report: ", report), ("model:  ", model_dir)):
         if place is not None:
-            console.print(f"{name}{place}", highlight=False, soft_wrap=True)
+            console.print(f"{name}{place}", soft_wrap=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage, to_json
 from iskd.plan.run_files import PLAN_FILE
+from iskd.report.terminal import terminal
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import clock
@@ -108,7 +109,7 @@ def announce(
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
         print_plan(rows)
         if refit_tokens and not any(stage.edits for stage in plan):
-            Console().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
+            terminal().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
 
 
 def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
@@ -131,12 +132,12 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
     for row in rows:
         share = f"{100 * row['block_params'] / max(1, rows[0]['block_params']):.1f} %"
         amounts = (f"{row['params']:,}", share, f"{row['steps']:,}", f"{row['tokens']:,}")
-        table.add_row(row["stage"], row["objective"], *amounts, f"{_seconds(row):.0f} s")
+        table.add_row(Text(row["stage"]), row["objective"], *amounts, f"{_seconds(row):.0f} s")
     total = sum(_seconds(row) for row in rows)
     table.caption = (
         f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (by one measured step)"
     )
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     console.print(table)
     for warning in too_short(rows):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)

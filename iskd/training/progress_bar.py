@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from iskd.report.terminal import terminal
 from iskd.training.stages import StageLoop
 
 _READ_EVERY = 1.0  # seconds
@@ -27,7 +27,7 @@ class StageProgress(ProgressBar):
         super().__init__()
         self._run, self._every, self._last = run, every, 0.0
         self._started, self._first = time.monotonic(), 0
-        self._console = Console()
+        self._console = terminal()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._on, self._loss = True, ""
@@ -44,10 +44,8 @@ class StageProgress(ProgressBar):
         """Open the bar."""
         self._started, self._first = time.monotonic(), self._run.count.in_run
         if self._on and self._console.is_terminal:
-            text = TextColumn("{task.description}")
-            self._bar = Progress(
-                text, BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=self._console
-            )
+            words = [TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[text]}")]
+            self._bar = Progress(words[0], BarColumn(), words[1], TimeRemainingColumn(), console=self._console)
             self._bar.start()
             self._task = self._bar.add_task("", total=self._run.state.total_steps, text="")
 
@@ -72,7 +70,7 @@ class StageProgress(ProgressBar):
             done, total = self._run.count.in_run, state.total_steps
             left = (now - self._started) / max(done - self._first, 1) * (total - done)
             text = f"step {done}/{total}, {state.tokens:,} tokens, loss {float(loss):.3f}, {left / 60:.0f} min left"
-            self._console.print(f"{where}: {text}", highlight=False)
+            self._console.print(f"{where}: {text}", soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

@@ -16,13 +16,13 @@ import wandb
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
 from iskd.plan.failure import write_failure
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
+from iskd.report.terminal import terminal
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_signal_handlers, without_sigterm_broadcast
 from iskd.system.precision import precision
@@ -166,7 +166,7 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     found = last_position(parts.run_dir, layers) if parts.resume else None
     state, newest = (RunState(record=Record(layers)), None) if found is None else found
     if parts.resume and found is None:
-        Console().print("no whole checkpoint yet: the run starts from its beginning")
+        terminal().print("no whole checkpoint yet: the run starts from its beginning")
     if parts.resume and global_rank() == 0:  # before the trainer exists, a launcher's variables tell the rank
         keep_metrics(parts.run_dir, below=None if found is None else state.tokens, results=len(state.results))
     return state, newest

@@ -43,12 +43,13 @@ def place(tmp_path: Path) -> Path:
 
 def test_sweep_plan_and_report(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = train(
-        "-m", *SMOKE, "schedule.count=1,2", "schedule.tokens=1024", f"hydra.sweep.dir={place}/a [sweep]", cwd=place
+        "-m", *SMOKE, "schedule.count=1,2", "schedule.tokens=1024", f"hydra.sweep.dir={place}/a [/b] [x]", cwd=place
     )
     assert "replace" in out
-    jobs = sorted(path.parent for path in (place / "a [sweep]").rglob("stages.json"))
+    jobs = sorted(path.parent for path in (place / "a [/b] [x]").rglob("stages.json"))
     assert len(jobs) == 2
     assert sorted(len(json.loads((job / "record.json").read_text())["edits"]) for job in jobs) == [1, 2]
+    assert all(f"report: {job}/report.html" in out for job in jobs)
     (jobs[0] / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["iskd"])
     monkeypatch.setenv(COMMAND, "")

@@ -19,7 +19,7 @@ import iskd
 from iskd.export import IskdForCausalLM
 from iskd.export.student import write
 from iskd.models import surgery
-from iskd.plan import Convert, Edit, Record, Replace, Spec
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from tests.factories import tiny, windows
 
 EDITS: list[Edit] = [
@@ -46,6 +46,8 @@ TAKEN: list[dict[str, Any]] = [
     {"device_map": {"": "cpu"}, "torch_dtype": "auto", "force_download": False, "cache_dir": "x"},
     {"dtype": torch.bfloat16, "attn_implementation": "eager", "revision": "main", "local_files_only": True},
     {"torch_dtype": "float16", "load_in_8bit": False, "quantization_config": None},
+    {"use_auth_token": False, "use_kernels": False, "_fast_init": True, "disable_mmap": False, "key_mapping": {}},
+    {"key_mapping": None, "max_memory": {}, "use_flash_attention_2": False},
 ]
 REFUSED: list[dict[str, Any]] = [
     {"subfolder": "inner"},
@@ -58,6 +60,8 @@ REFUSED: list[dict[str, Any]] = [
     {"device_map": "cuda:99"},
     {"max_memory": {"cpu": "1GB"}},
     {"attn_implementation": "nope"},
+    {"key_mapping": {"a": "b"}},
+    {"use_kernels": True},
 ]
 
 
@@ -93,6 +97,27 @@ def test_what_an_auto_class_puts_into_a_config_is_heard(folder: Path) -> None:
     config.teacher = {**config.teacher, "hidden_size": 8}
     with pytest.raises(ValueError, match=r"config=\{'teacher'.*in model\.config"):
         IskdForCausalLM.from_pretrained(folder, config=config)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_head_of_another_kind_is_saved_as_it_is(said: bool, folder: Path, tmp_path: Path) -> None:
+    """Whatever the config says of it; a student that needs iskd, and a removal alone, that an export writes."""
+    ids = torch.arange(6).view(1, -1)
+    for native in (False, True):
+        for tied in (False, True):
+            target = tmp_path / f"{native}{tied}"
+            model: Any = tiny("llama", layers=3) if native else iskd.load(folder)
+            own = model.get_input_embeddings().weight
+            model.lm_head.weight = own if tied else torch.nn.Parameter(own.detach().clone() * 2)
+            model.config.tie_word_embeddings = said
+            if native:
+                assert write(target, model, surgery.apply(model, Record(3), [Remove(1)]), model.config)
+            else:
+                model.save_pretrained(target)
+            again: Any = AutoModelForCausalLM.from_pretrained(target)
+            assert again.config.tie_word_embeddings == tied
+            assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+            assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
 def test_options_of_saving_are_heard_or_refused(folder: Path, tmp_path: Path) -> None:

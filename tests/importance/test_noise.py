@@ -76,16 +76,18 @@ def test_runs_of_layers_by_length_the_best_first(rows: torch.Tensor, tmp_path: P
 
 def test_the_command(tmp_path: Path) -> None:
     code = "import sys; sys.argv[0] = 'iskd'; from iskd.__main__ import main; main()"
+    folder = tmp_path / "s[/b] [x]"
     arguments = [
         "score",
         "debug=smoke",
         "importance=ablation",
         f"cache_dir={tmp_path}/c",
-        f"hydra.run.dir={tmp_path}/s",
+        f"hydra.run.dir={folder}",
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "importance: ablation" in done.stdout
-    assert len((tmp_path / "s" / "scores.csv").read_text().splitlines()) == 5
+    assert str(folder / "scores.csv") in done.stdout.splitlines()
+    assert len((folder / "scores.csv").read_text().splitlines()) == 5

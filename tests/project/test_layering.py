@@ -93,6 +93,7 @@ OPEN = {
     "models/model_folder": "what is no model, for teachers and exports alike",
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
+    "report/terminal": "one console for whatever is printed",
     "teacher/bundled": "names of bundled teachers",
     "teacher/given": "iskd.compress lends a model in memory",
     "blocks/ridge": "refits solve the equations that blocks are fitted by",
@@ -109,6 +110,7 @@ OPEN = {
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
     "export/student_files": "the file by which a folder is known to be an export",
     "export/verification": "iskd generate speaks the same sentence",
+    "training/state/resuming": "a resumed config is bounded by its checkpoint before a teacher is made of it",
     "training/facts": "what layers were selected by is known before a run",
 }
 

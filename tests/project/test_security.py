@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
-from iskd.commands import train
+from iskd.commands import build, train
 from iskd.commands.arguments import arguments
 from iskd.commands.build import parts, sweep_of
 from iskd.commands.evaluate import evaluation
@@ -47,7 +48,9 @@ from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
 from iskd.teacher.row_store import RowStore
 from iskd.training.metrics.loggers import _config as logged_config
+from iskd.training.state import RunState, resuming
 from iskd.training.state.checkpoint_files import newest
+from iskd.training.state.resuming import config_digest
 from tests.factories import tiny
 from tests.fuzz_kinds import RUN_FILES, SHARES
 from tests.fuzz_readers import NOTES
@@ -125,7 +128,7 @@ def test_a_safetensors_file_is_the_only_kind_of_weights(tmp_path: Path) -> None:
     write(tmp_path, model, record, tiny("llama").config)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing beside it"):
         iskd.load(tmp_path)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle and never loaded"):
         load_teacher(TeacherSpec("local", path=str(tmp_path)))
@@ -290,11 +293,11 @@ def test_a_checkpoint_that_leads_elsewhere_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "iskd.training.state.checkpoint.os.remove", "iskd.training.state.checkpoint_files.prune", 3]
+    "target", ["os.system", "iskd.training.state.checkpoint.os.remove", "iskd.training.state.checkpoint_files.prune"]
 )
 def test_a_resumed_config_names_classes_of_this_package_only(target: Any, tmp_path: Path) -> None:
     asked = OmegaConf.create({"resume": str(tmp_path), "model": {"_target_": "iskd.teacher.load.TeacherSpec"}})
-    OmegaConf.save({"model": asked.model, "loss": [{"_target_": target}]}, tmp_path / "config.yaml")
+    OmegaConf.save({"model": asked.model, "loss": {"kl": {"_target_": target}}}, tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="which is no part of iskd"):
         resumed(asked, [])
 
@@ -308,8 +311,11 @@ def test_a_resumed_config_does_not_ask_for_remote_code_itself(tmp_path: Path) ->
 
 FOREIGN = {
     "true after it was checked": ({"model": {"trust_remote_code": "${trainer.progress}"}}, "holds no interpolation"),
-    "a class after it was checked": ({"loss": [{"_target_": "${oc.select:logger.x,iskd.plan.Spec}"}]}, "interpolation"),
-    "resolved twice": ({"loss": [{"_target_": "\\${logger.x}"}]}, "no escaped one either"),
+    "a class after it was checked": (
+        {"loss": {"x": {"_target_": "${oc.select:logger.x,iskd.plan.Spec}"}}},
+        "interpolation",
+    ),
+    "resolved twice": ({"loss": {"x": {"_target_": "\\${logger.x}"}}}, "no escaped one either"),
     "the caller's secret": ({"name": "${oc.env:WANDB_API_KEY}"}, r"name holds '\$\{oc\.env:WANDB_API_KEY\}'"),
     "in a key": ({"loss": {"${name}": 1}}, "holds no interpolation"),
     "a logger of the caller's for something else": (
@@ -317,7 +323,16 @@ FOREIGN = {
         "no part of iskd",
     ),
     "a logger for something else": ({"block": {"_target_": f"{LOGGERS}.CSVLogger"}}, "no part of iskd"),
-    "nothing": ({"loss": [{"_target_": "iskd.no.such.Class"}]}, "no part of iskd"),
+    "nothing": ({"loss": {"x": {"_target_": "iskd.no.such.Class"}}}, "no part of iskd"),
+    "a number for a group": ({"trainer": 5}, r"config\.yaml: trainer must hold keys and values, got 5: restore"),
+    "nothing for a group": ({"model": None}, "model must hold keys and values, got None"),
+    "text for a group": ({"data": "x"}, "data must hold keys and values, got 'x'"),
+    "a list for a group": ({"loss": ["iskd.losses.kl.KL"]}, r"loss must hold keys and values, got \['iskd"),
+    "text for one that may be null": ({"teacher": "x"}, "teacher must hold keys and values"),
+    "a list of classes": (
+        {"loss": {"x": {"_target_": ["iskd.losses.kl.KL"]}}},
+        r"loss\.x\._target_=\['iskd.*must be",
+    ),
     "a truth in words": ({"model": {"trust_remote_code": "no"}}, r"add model\.trust_remote_code=true"),
 }
 
@@ -553,6 +568,44 @@ def test_a_config_beyond_its_weights_makes_no_teacher(tmp_path: Path) -> None:
             load_teacher(TeacherSpec("any", str(tmp_path)))
 
 
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+GIANTS = ({"hidden_size": 16_000}, {"intermediate_size": 10**9}, {"num_layers": 10_000}, {"num_layers": 10**9})
+
+
+@pytest.mark.parametrize("sizes", GIANTS)
+def test_random_weights_come_with_no_more_than_the_students(sizes: dict[str, int], tmp_path: Path) -> None:
+    """A few bytes of a run's config name the sizes; a resumed run has a checkpoint, an export its weights."""
+    model = tiny("llama", vocab=257)
+    model.save_pretrained(tmp_path)
+    within, config = weight_files(tmp_path), model.config.to_dict()
+    spec = TeacherSpec("any", pretrained=False, config={key: config[key] for key in SHAPE})
+    assert load_teacher(spec, within).source == load_teacher(spec).source
+    with pytest.raises(ValueError, match=r"model\.config.*(far more|must be an integer in)"):
+        load_teacher(dataclasses.replace(spec, **{**{"num_heads": 4, "num_kv_heads": 4}, **sizes}), within)
+
+
+def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(build, "load_teacher", lambda *given: asked.append(given))
+    monkeypatch.setattr(build, "object_of", lambda config: config)
+    newest = tmp_path / "checkpoints" / "000001-boundary"
+    (tmp_path / run_files.CONFIG_FILE).write_text("seed: 1\n")
+    state = RunState(record=Record(4), identity={"config": config_digest(tmp_path)})
+    monkeypatch.setattr(resuming.checkpoint_files, "newest", lambda root, **_: newest)
+    monkeypatch.setattr(resuming.checkpoint, "read_state", lambda path: state)
+    newest.mkdir(parents=True)
+    (newest / "student.safetensors").touch()
+    groups = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run")
+    config = OmegaConf.create({"resume": str(tmp_path), "seed": 1, **{group: {"x": {}} for group in groups}})
+    with pytest.raises(AttributeError):  # of what stands for the teacher
+        parts(config, tmp_path)
+    assert [within for _, within in asked] == [[newest / "student.safetensors"]]
+    (tmp_path / run_files.CONFIG_FILE).write_text("seed: 2\n")
+    with pytest.raises(ValueError, match=r"config\.yaml is not the one"):
+        parts(config, tmp_path)
+    assert len(asked) == 1
+
+
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_at(tmp_path: Path) -> None:
     """Task items, a tokenizer, Hydra's note, rows of a teacher cache."""
     for name in ("piqa/eval.jsonl", "tokenizer.json", ".hydra/hydra.yaml", "00000.rows"):
@@ -596,6 +649,26 @@ def test_nothing_is_written_through_a_link_of_a_run(name: str, tmp_path: Path, c
         assert arguments([f"resume={place}"])[1] == f"hydra.run.dir={place}"
 
 
+@pytest.mark.parametrize("name", ["train.log", "tensorboard/version_0/events", "run.lock", "wandb/run-1/x"])
+def test_a_pipe_or_a_socket_in_a_run_is_refused_before_anybody_opens_it(name: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / run_files.CONFIG_FILE).touch()
+    for make in (os.mkfifo, lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)):
+        make(tmp_path / name)
+        for asked in (f"resume={tmp_path}",), ("resume=auto", f"hydra.run.dir={tmp_path}"):
+            with pytest.raises(SystemExit):
+                arguments(asked)
+            assert f"{tmp_path / name} is a pipe, a socket or a device" in capsys.readouterr().err
+        (tmp_path / name).unlink()
+    (tmp_path / ".hidden").mkdir()
+    os.mkfifo(tmp_path / ".hidden" / "pipe")
+    arguments([f"resume={tmp_path}"])
+    if "/" not in name:
+        (tmp_path / name).symlink_to(".hidden/pipe")
+        with pytest.raises(SystemExit):
+            arguments([f"resume={tmp_path}"])
+
+
 def test_nothing_is_read_or_written_through_a_linked_folder(tmp_path: Path) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     write_run(run)
@@ -606,7 +679,7 @@ def test_nothing_is_read_or_written_through_a_linked_folder(tmp_path: Path) -> N
         (run / run_files.MODEL / name).write_text("{}")
     (run / "wandb" / "logs" / "debug-core.log").symlink_to(tmp_path / "log of its own")
     assert sweep_of(run) == tmp_path.name
-    run_files.refuse_links(run)
+    run_files.refuse_strange(run)
     for name in (".hydra", run_files.MODEL):
         (run / name).rename(outside)
         (run / name).symlink_to(outside)

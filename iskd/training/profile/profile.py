@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from iskd.plan.run_files import PROFILE_FILE
+from iskd.report.terminal import caption, title
 from iskd.system import write_whole
 from iskd.training.step.flops import mfu
 from iskd.training.step.spans import StepSpan
@@ -77,7 +78,7 @@ def write_profile(folder: Path, profile: Profile) -> Path:
 
 def profile_table(profile: Profile) -> Table:
     """Seconds, share, FLOPs and MFU by span, then the operators by kind; tokens per second and memory below."""
-    table = Table(title=f"one optimizer step of {profile.tokens:,} tokens: {profile.stage}")
+    table = Table(title=title(f"one optimizer step of {profile.tokens:,} tokens: {profile.stage}"))
     for head in ("", "ms", "% of the step", "TFLOP", "% of the peak"):
         table.add_column(head, justify="right" if head else "left")
 
@@ -97,7 +98,7 @@ def profile_table(profile: Profile) -> Table:
         for group, seconds in profile.operators.items():
             add(f"operators: {group}", seconds, whole, None)
     facts, share = profile.machine, "HFU (with what is recomputed)" if profile.recomputed else "MFU"
-    table.caption = (
+    table.caption = caption(
         f"{profile.tokens_per_second:,.0f} tokens/s, {share} {100 * profile.mfu:.1f} % of "
         f"{profile.peak_flops / 1e12:.3g} TFLOP/s ({profile.dtype} matmul in this run), "
         f"peak memory {profile.memory_bytes / 2**30:.2f} GiB; {facts.get('device', 'unnamed machine')}, "

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from iskd.models.weights import check_whole
 from iskd.system import Json, file_sha256, read_json
 
 STAGE, BOUNDARY = "stage", "boundary"
-_OWNERS, _RNG, _STATE = ("student", "optimizer"), "rng.safetensors", "state.json"
+STUDENT = "student"
+_OWNERS, _RNG, _STATE = (STUDENT, "optimizer"), "rng.safetensors", "state.json"
 _FILE = re.compile(r"(student|optimizer)(-\d{5}-of-\d{5})?\.safetensors|rng\.safetensors|state\.json")
 _NAME = re.compile(rf"[0-9]{{1,9}}-({STAGE}|{BOUNDARY})")
 
@@ -72,14 +74,19 @@ def _right_sizes(path: Path) -> bool:
         return False
 
 
-def problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None when every file has the size and digest of its manifest."""
+def problem(path: Path, *, digests: bool = True) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file has the size and digest of its manifest.
+
+    Without `digests` the large files are not read, but for the heads of the student's.
+    """
     try:
         for name, entry in _manifest(path).items():
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
-            if file_sha256(path / name) != entry["sha256"]:
+            if (digests or name == _STATE) and file_sha256(path / name) != entry["sha256"]:
                 return f"{name} was changed after it was written"
+            if not digests and name.startswith(STUDENT):
+                check_whole(path / name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"it is not complete ({error})"
     return None
@@ -88,12 +95,15 @@ def problem(path: Path) -> str | None:
 _log = logging.getLogger(__name__)
 
 
-def newest(root: Path, kind: str = "") -> Path | None:
-    """The newest whole checkpoint below `root` (of one `kind`), or None; torn ones are skipped with a warning."""
+def newest(root: Path, kind: str = "", *, digests: bool = True) -> Path | None:
+    """The newest whole checkpoint below `root` (of one `kind`), or None; torn ones are skipped with a warning.
+
+    `digests` are those of `problem`.
+    """
     for path in reversed(_folders(root)):
         if not path.name.endswith(kind):
             continue
-        trouble = problem(path)
+        trouble = problem(path, digests=digests)
         if trouble is None:
             return path
         _log.warning("checkpoint %s is skipped: %s; using the one before it", path, trouble)

@@ -25,6 +25,31 @@ def last_position(run_dir: Path, layers: int) -> tuple[RunState, Path] | None:
     if newest is None:
         _refuse_lost(run_dir)
         return None
+    state = _state(run_dir, newest)
+    if state.record.num_layers != layers:
+        raise ValueError(
+            f"the run was made from a teacher with {state.record.num_layers} layers, model= gives one with {layers}"
+        )
+    return state, newest
+
+
+def student_weights(run_dir: Path) -> list[Path]:
+    """Files of the student's weights at the newest checkpoint, none before the first; no large file is read.
+
+    Asked before anything is made that the config names: its sizes may be anybody's.
+
+    Raises:
+        ValueError: the config was changed since.
+    """
+    newest = checkpoint_files.newest(run_dir / CHECKPOINTS, digests=False)
+    if newest is None:
+        return []
+    _state(run_dir, newest)
+    return sorted(newest.glob(f"{checkpoint_files.STUDENT}*.safetensors"))
+
+
+def _state(run_dir: Path, newest: Path) -> RunState:
+    """The position at a checkpoint that was made with the config that is there."""
     state = checkpoint.read_state(newest)
     saved = state.identity.get("config")
     if saved is not None and saved != config_digest(run_dir):
@@ -33,11 +58,7 @@ def last_position(run_dir: Path, layers: int) -> tuple[RunState, Path] | None:
             "of them comes from another run. Put it back as it was; what may change when a run is continued is said on "
             f"the command line ({argument('resume', run_dir)} KEY=VALUE), and anything else is a new run"
         )
-    if state.record.num_layers != layers:
-        raise ValueError(
-            f"the run was made from a teacher with {state.record.num_layers} layers, model= gives one with {layers}"
-        )
-    return state, newest
+    return state
 
 
 def config_digest(run_dir: Path) -> str | None:

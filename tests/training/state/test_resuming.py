@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from iskd.plan import Record
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.training.state import RunState
 from iskd.training.state import resuming as place
-from iskd.training.state.resuming import config_digest, last_position
+from iskd.training.state.resuming import config_digest, last_position, student_weights
 
 
 @pytest.fixture
@@ -45,11 +46,12 @@ def test_an_edited_config_is_found(run_dir: Path, tmp_path: Path, monkeypatch: p
     config = run_dir / CONFIG_FILE
     config.write_text("seed: 1\n")
     state = RunState(record=Record(4), identity={"config": config_digest(run_dir)})
-    monkeypatch.setattr(place.checkpoint_files, "newest", lambda root: tmp_path / "000001-stage")
+    monkeypatch.setattr(place.checkpoint_files, "newest", lambda root, **_: tmp_path / "000001-stage")
     monkeypatch.setattr(place.checkpoint, "read_state", lambda newest: state)
     assert (last_position(run_dir, 4) or (None,))[0] is state
     config.write_text("seed: 2\n")
-    with pytest.raises(ValueError, match=r"config\.yaml is not the one .*command line \('resume="):
-        last_position(run_dir, 4)
+    for read in (student_weights, partial(last_position, layers=4)):
+        with pytest.raises(ValueError, match=r"config\.yaml is not the one .*command line \('resume="):
+            read(run_dir)
     state.identity = {}  # of a version that did not say
     assert (last_position(run_dir, 4) or (None,))[0] is state
