@@ -172,7 +172,21 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
-_NEEDED = ("model", "data", "edit", "block", "mixer", "importance", "schedule", "loss", "optim", "trainer", "run")
+NEEDED = (
+    "model",
+    "data",
+    "edit",
+    "block",
+    "mixer",
+    "importance",
+    "schedule",
+    "loss",
+    "optim",
+    "trainer",
+    "run",
+    "logger",
+)
+"""Groups of which a run takes one choice, of `loss` one or more."""
 
 
 def as_meant(config: DictConfig) -> DictConfig:
@@ -186,7 +200,7 @@ def as_meant(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:  # an interpolation that names nothing
         raise ValueError(str(error)) from None
     literal(values, "this run")  # what one look left to resolve would be resolved at the next
-    for group in _NEEDED:
+    for group in NEEDED:
         if group in config and not isinstance(values[group], dict):
             raise ValueError(f"{group}={shown(values[group])} is no choice: use one of {', '.join(options(group))}")
     if "loss" in config and not values["loss"]:
