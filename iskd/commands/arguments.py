@@ -1,7 +1,8 @@
 """What the command line may say beyond Hydra's overrides, and how an error is told there.
 
 Hydra keeps the error of a sweep's job to itself, raises that of the first one when all have run, and writes none into a
-log: a job that fails says so in its own log and folder (`noted`), and the end lists them (`told_at_the_end`).
+log: a job that fails says so in its own log and, where that is its own, its folder (`noted`), and the end lists them
+(`told_at_the_end`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import hydra
@@ -24,18 +26,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import CONF, options, with_export_keys
+from iskd.commands.config import CONF, NEEDED, options, with_export_keys
 from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
-from iskd.plan.failure import read_failure, write_failure
+from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange
 from iskd.system.faults import mendable
 from iskd.system.files import expanded
+from iskd.system.run_lock import InUseError
 from iskd.system.text import argument
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _sweeps: list[Path] = []
+_failed: dict[Path, str] = {}  # jobs of this process that failed, by their resolved folders
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
@@ -43,6 +47,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 """Hydra's variable: 1 = every error with its traceback."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNKNOWN = re.compile(r"Could not load '(\w+)/([^']+)'")
+_LIST = re.compile(r"\[([^\[\]]*)\]")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
 
@@ -74,18 +79,30 @@ def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:
         several: of a sweep, where commas part values.
 
     Raises:
-        ValueError: as `named_model`; a path with `${` in it.
+        ValueError: as `named_model`; a path with `${` in it; null in the place of a choice, or a choice made twice.
     """
     return [other for given in argv for other in _literal(given, several)]
 
 
 def _literal(given: str, several: bool) -> list[str]:
     key, equal, value = given.partition("=")
+    _refuse_no_choice(key, value)
     if key == "model":
         return named_model(path_of(value)) or [given]
     if not equal or not takes_path(key.lstrip("+")):
         return [with_export_keys(given)]
     return [literal(key, value, several=several and not key.startswith("hydra."))]
+
+
+def _refuse_no_choice(group: str, value: str) -> None:
+    """Hydra refuses no choice without saying of which group, if at all, and makes one part of a name given twice."""
+    known = options(group) if value == "null" or "[" in value else []
+    if known and (value == "null" or (value == "[]" and group in NEEDED)):
+        raise ValueError(f"{group}={value} is no choice: use one of {', '.join(known)}, or leave {group}= out")
+    for found in _LIST.findall(value) if known else ():
+        names = [name.strip() for name in found.split(",")]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{group}={value:.80}: {twice[0]} stands twice, and would count once; name it once")
 
 
 def named_model(name: str) -> list[str]:
@@ -200,10 +217,16 @@ class SweepFolder(Callback):
 
 
 def noted(job: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A job whose error goes into its log too, and into its folder where it did not come to be that of a run."""
+    """A job whose error goes into its log, is remembered for the list at the end, and stands in a folder of its own.
+
+    Whoever claims a folder writes there what fails later (`told_in`). An error from before is written where nobody has
+    claimed it; a run that is there did not fail because somebody asked for it in vain.
+    """
 
     @wraps(job)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        before = _written(folder)
         try:
             return job(*args, **kwargs)
         except Exception as error:
@@ -212,12 +235,22 @@ def noted(job: Callable[_P, _R]) -> Callable[_P, _R]:
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.FileHandler):  # Hydra prints it
                     handler.handle(record)
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            if not any((folder / name).exists() for name in (CONFIG_FILE, FAILURE_FILE)):
+            told = _written(folder) != before  # by this process, or by the job's own
+            if not told and not isinstance(error, InUseError) and not (folder / CONFIG_FILE).exists():
                 write_failure(folder, error)
+            said = read_failure(folder) if told else None
+            _failed[folder.resolve()] = said or in_a_line(type(error).__name__, str(error))
             raise
 
     return wrapped
+
+
+def _written(folder: Path) -> int | None:
+    """When a failure was written into a folder, in ns; None where none was."""
+    try:
+        return (folder / FAILURE_FILE).lstat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def told_at_the_end(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -229,16 +262,22 @@ def told_at_the_end(command: Callable[_P, _R]) -> Callable[_P, _R]:
             return command(*args, **kwargs)
         finally:
             for folder in _sweeps:
-                sys.stderr.write(listed(folder))
+                sys.stderr.write(listed(folder, _failed))
             _sweeps.clear()
+            _failed.clear()
 
     return wrapped
 
 
-def listed(sweep: Path) -> str:
-    """One line for every job of a sweep that failed; empty when none did."""
+def listed(sweep: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
+    """One line for every job of a sweep that failed; empty when none did.
+
+    Args:
+        sweep: folder of the sweep.
+        known: why jobs of this process failed, by their resolved folders; of others their folders tell.
+    """
     jobs = sorted((path for path in sweep.glob("*") if path.is_dir() and path.name[:1] != "."), key=_number)
-    failed = {job: read_failure(job) for job in jobs}
+    failed = {job: known.get(job.resolve()) or read_failure(job) for job in jobs}
     lines = [f"  {job}: {why}\n" for job, why in failed.items() if why is not None]
     return f"{len(lines)} of {len(jobs)} jobs failed:\n{''.join(lines)}" if lines else ""
 

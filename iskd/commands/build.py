@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from iskd.evaluation.evaluator import check
 from iskd.export import STORED
 from iskd.losses import Terms
 from iskd.models import Stack
+from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_strange
+from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_strange, work_in
+from iskd.plan.saved_config import read_config
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, read_plain, sweep
@@ -40,6 +43,10 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     """All objects of a run, and the resolved config beside its results.
 
     `teacher` and `source` stand for what `model` and `data` name, where a caller has them in memory.
+
+    Raises:
+        ValueError: a value that its part refuses, or a folder that is not this run's. What is raised once the folder
+            is claimed stands in its failure.json.
     """
     config = as_meant(config)  # before the folder is claimed
     resuming = config.resume is not None
@@ -48,8 +55,22 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
             raise ValueError(f"{lost[0]}=[] chooses nothing, and without it there is no run: choose one, or drop that")
         where = run_dir / CONFIG_FILE
         raise ValueError(f"{where} has no {', '.join(lost)}, without which there is no run: restore it from a copy")
-    _claim(run_dir, resuming)
-    within = student_weights(run_dir) if resuming else []
+    try:
+        _claim(run_dir, resuming)
+        with told_in(run_dir):
+            made = _made(config, run_dir, teacher, source, student_weights(run_dir) if resuming else [])
+            if not resuming and global_rank() == 0:
+                _save_config(config, run_dir)
+    except BaseException:
+        run_lock.release(run_dir / LOCK_FILE)  # this process may live on for days
+        raise
+    return made
+
+
+def _made(
+    config: DictConfig, run_dir: Path, teacher: Loaded | None, source: Source | None, within: Sequence[Path]
+) -> Parts:
+    """All objects of a run, of a config whose values are as meant; nothing of the run is written."""
     if teacher is None:
         with Busy("loading the teacher"):
             teacher = load_teacher(object_of(config.model), within)
@@ -60,8 +81,6 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     importance = importance_of(config)
     asked_export = _export(plain(config.export))
     asked = _evaluation(config, teacher, importance, data)
-    if not resuming and global_rank() == 0:
-        _save_config(config, run_dir)
     return Parts(
         teacher=teacher,
         data=data,
@@ -76,7 +95,7 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
         loggers=_loggers(config, run_dir),
         chunk=config.chunk,
         seed=config.seed,
-        resume=resuming,
+        resume=config.resume is not None,
         export=bool(asked_export),
         export_dtype=asked_export or "auto",
         evaluation=asked,
@@ -151,16 +170,29 @@ def _edit(config: DictConfig) -> EditKind:
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:
-    """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it."""
+    """A directory belongs to one run, and a run to one process: the lock comes before the look, not after it.
+
+    A start that came to nothing, by a mistyped value or a plan, has left no run: its config is replaced.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     refuse_strange(run_dir)
-    run_lock.hold(run_dir / LOCK_FILE)
+    alone = run_lock.hold(run_dir / LOCK_FILE)
     sweep(run_dir)
-    if not resuming and (run_dir / CONFIG_FILE).exists() and global_rank() == 0:
+    if resuming or global_rank() != 0 or not (run_dir / CONFIG_FILE).exists():
+        return
+    if not alone or work_in(run_dir) or not _of_a_run(run_dir / CONFIG_FILE):
         raise ValueError(
             f"{run_dir} holds another run; choose another hydra.run.dir, or continue that run with "
             f"{argument('resume', run_dir)}"
         )
+
+
+def _of_a_run(config_file: Path) -> bool:
+    """Whether a run of ours saved it; what somebody else keeps under that name is never replaced."""
+    try:
+        return all(key in read_config(config_file) for key in _NEEDED)
+    except (OSError, ValueError):
+        return False
 
 
 def _save_config(config: DictConfig, run_dir: Path) -> None:

@@ -18,8 +18,6 @@ from iskd.commands.arguments import literal_paths, sentence
 from iskd.commands.config import CONF, forget_folders, new_folder
 from iskd.commands.resume import resumed
 from iskd.data import Source
-from iskd.plan.run_files import LOCK_FILE
-from iskd.system import run_lock
 from iskd.teacher import Loaded
 from iskd.training import Parts
 
@@ -77,7 +75,6 @@ def parts(
             )
         return build.parts(config, folder, teacher=teacher, source=source)
     except BaseException:
-        run_lock.release(folder / LOCK_FILE)  # this process may live on for days
         for empty in (folder, folder.parent) if run_dir is None else ():
             with suppress(OSError):  # it was made for this run, and has something in it
                 empty.rmdir()

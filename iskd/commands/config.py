@@ -181,6 +181,21 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
+NEEDED = (
+    "model",
+    "data",
+    "edit",
+    "block",
+    "mixer",
+    "importance",
+    "schedule",
+    "loss",
+    "optim",
+    "trainer",
+    "run",
+    "logger",
+)
+"""Groups of which a run takes one choice, of `loss` one or more."""
 
 
 def as_meant(config: DictConfig) -> DictConfig:

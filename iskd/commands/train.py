@@ -26,7 +26,7 @@ from iskd.commands.paths import assigned
 from iskd.plan import StageResult
 from iskd.plan.failure import write_failure
 from iskd.plan.results import read_stages
-from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, work_in
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.faults import RunError
 from iskd.system.files import expanded
@@ -92,7 +92,7 @@ def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> 
     """The folder to continue, or None to start a run; `auto` continues the run in Hydra's output directory, if any.
 
     A batch system starts a job again with the arguments it had; `auto` makes these mean start the first time and
-    continue afterwards. A run that died before its config was saved starts again.
+    continue afterwards. A run that came to no checkpoint starts again, with what the command says now.
     Raises ValueError when `auto` could never find anything.
     """
     asked = asked or os.environ.get(RESUME) or None
@@ -104,7 +104,7 @@ def resume_folder(asked: str | None, run_dir: Path, hydra_config: HydraConf) -> 
             "resume=auto continues the run in hydra.run.dir, but that folder is named after the time and new at every "
             "start: set hydra.run.dir=DIR (or, for a launcher preset, add -m)"
         )
-    return str(run_dir) if (run_dir / CONFIG_FILE).is_file() else None
+    return str(run_dir) if (run_dir / CONFIG_FILE).is_file() and work_in(run_dir) else None
 
 
 def go_on(run_dir: Path, hydra_config: HydraConf, environment: Mapping[str, str]) -> NoReturn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from iskd.plan.run_files import FAILURE_FILE
@@ -17,14 +19,30 @@ def write_failure(folder: Path, error: BaseException) -> Path:
     return write_whole(folder / FAILURE_FILE, json.dumps(said, indent=1))
 
 
+@contextmanager
+def told_in(folder: Path) -> Iterator[None]:
+    """Say in the folder of a run what ended it, where an error does; for whoever holds the run's lock."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # a full disk
+            write_failure(folder, error)
+        raise
+
+
+def in_a_line(kind: str, message: str) -> str:
+    """An error as a line of a list, as `read_failure` tells it."""
+    said = f"{kind[:80]}: {' '.join(message.split())[:_LONGEST]}"
+    return "".join(letter for letter in said if letter.isprintable())
+
+
 def read_failure(folder: Path) -> str | None:
     """What ended a run, in one line, or None; anybody may have written the file."""
     file = folder / FAILURE_FILE
     try:
         found = read_json(file, max_bytes=1 << 16)
-        kind, message = str(found["error"]), " ".join(str(found["message"]).split())
+        return in_a_line(str(found["error"]), str(found["message"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         return f"{FAILURE_FILE} cannot be read"
-    return "".join(letter for letter in f"{kind[:80]}: {message[:_LONGEST]}" if letter.isprintable())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import PositiveInt
 
+# what huggingface_hub, which cuts the files, reads and is no nonsense: no sign, no word
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
 UPKEEP = frozenset(
     {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
     | {"gradient_checkpointing", "compile", "max_shard_bytes"}
@@ -74,6 +77,12 @@ class RunOptions:
         if not isinstance(self.gradient_checkpointing, bool) and self.gradient_checkpointing != "selective":
             raise ValueError(
                 f"run.gradient_checkpointing={self.gradient_checkpointing!r}: choose true, selective or false"
+            )
+        size = self.max_shard_bytes
+        text = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+        if isinstance(size, bool) or not (float(text[1]) > 0 if text else isinstance(size, int) and size > 0):
+            raise ValueError(
+                f"run.max_shard_bytes={size!r:.80}: give bytes, or a number with KB, MB, GB or TB behind it, e.g. 5GB"
             )
         if isinstance(self.compile, bool):
             return

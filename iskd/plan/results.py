@@ -22,6 +22,8 @@ from iskd.plan.run_files import STAGES_FILE
 from iskd.system import read_json, write_whole
 from iskd.system.reading import Count, Number, is_integer, read_as
 
+GUESSING = "of guessing among all tokens"
+"""In the event of a stage whose student says no more than that would: how it is known again."""
 _OPS = ("replace", *REMOVAL_OPS, "convert")
 
 
@@ -93,6 +95,11 @@ class StageResult:
     scores: Annotated[dict[str, Metric], AfterValidator(_layers)] | None = None
     status: Literal["kept", "rolled_back"] = "kept"
     events: list[str] = field(default_factory=list)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the student said no more than a guess among all tokens would, as an event tells."""
+        return any(GUESSING in event for event in self.events)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; non-finite floats become the strings "Infinity", "-Infinity", "NaN" (strict JSON)."""

@@ -12,7 +12,7 @@ from iskd.system import write_whole
 from iskd.system.files import leads_out
 
 CONFIG_FILE = "config.yaml"
-"""What the run was started with; there as soon as the folder is claimed."""
+"""What the run was started with; there as soon as all its parts are made, and replaced until there is work of it."""
 ENVIRONMENT_FILE = "environment.json"
 """Teacher, machine and versions, from the start."""
 DATA_FILE = "data.json"
@@ -53,6 +53,15 @@ MODEL = "model"
 
 HYDRA = ".hydra"
 """Folder of what Hydra notes of a run."""
+
+
+def work_in(run_dir: Path) -> list[str]:
+    """What a run has come to that starting anew would overwrite, by name; empty where there is no more than settings.
+
+    Checkpoints count as they are, torn ones too.
+    """
+    there = [name for name in (STAGES_FILE, RECORD_FILE, MODEL) if (run_dir / name).exists()]
+    return [*there, *(path.name for path in sorted((run_dir / CHECKPOINTS).glob("[0-9]*-*")))]
 
 
 def refuse_strange(run_dir: Path) -> None:

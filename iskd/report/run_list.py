@@ -16,16 +16,17 @@ from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
-from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, STAGES_FILE
+from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, MODEL, STAGES_FILE, work_in
 from iskd.plan.saved_config import read_config
 from iskd.report.read_run import RunFiles, read_run
 
+_GO_ON = "(resume= goes on)"
 _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
-_INCIDENTAL = frozenset({"resume", "cache_dir", "export", "objectives", "plan_only", "trainer.progress"})
-_INCIDENTAL_GROUPS = ("logger", "run")
+_INCIDENTAL = frozenset({"resume", "cache_dir", "objectives", "plan_only", "trainer.progress"})
+_INCIDENTAL_GROUPS = ("logger", "run", "export")
 # of an evaluation's settings: which items of its tasks were drawn
 _DRAWN_BY = ("seed", "limit", "data", "excluded")
 
@@ -59,8 +60,14 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: the record is the last thing it writes about its stages."""
+        """Whether the stages came to their end: the record is the last thing that is written about them."""
         return self.files.record is not None and self.student is not None
+
+    @property
+    def exported(self) -> bool:
+        """Whether the student lies where the run was to write it; True for a run without an export."""
+        asked = any(key.split(".")[0] == "export" and value != "false" for key, value in self.config.items())
+        return not asked or (self.folder / MODEL).is_dir()
 
     @property
     def undone(self) -> list[StageResult]:
@@ -69,17 +76,24 @@ class Run:
 
     @property
     def marks(self) -> list[str]:
-        """What went wrong, in words; empty for a run that finished with all its edits."""
+        """What went wrong, in words; empty for a run that finished with all its edits, and is exported if it was to."""
         failed = [] if self.files.failure is None else [f"failed: {self.files.failure:.200}"]
+        if self.student is None and work_in(self.folder):
+            return [*failed, f"stopped before the end of its first stage {_GO_ON}"]
         if self.student is None:
-            return [*failed, "planned only" if self.config.get("plan_only") == "true" else "no stage finished"]
-        marks = failed + ([] if self.finished else [f"stopped after stage {self.files.stages[-1].index}"])
+            planned = self.config.get("plan_only") == "true" and not failed
+            return [*failed, "planned only" if planned else "no stage finished"]
+        marks = failed + ([] if self.finished else [f"stopped after stage {self.files.stages[-1].index} {_GO_ON}"])
+        if self.finished and not self.exported:
+            marks.append(f"not exported {_GO_ON}")
         if self.undone:
             marks.append(f"{len(self.undone)} rolled back")
         if self.student is self.teacher:
             marks.append("no edit kept")
         if not all(map(math.isfinite, (self.student.ppl, self.student.retention))):
             marks.append("diverged")
+        elif self.student.guesses:
+            marks.append("no better than guessing")
         return marks
 
     @property

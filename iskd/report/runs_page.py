@@ -81,7 +81,11 @@ def _lead(runs: Sequence[Run], numbered: Numbered) -> str:
     text = (
         f"<b>{len(runs)} run{'s' * (len(runs) != 1)}</b> of {len(numbered)} configuration{'s' * (len(numbered) != 1)}"
     )
-    text += f"; {setbacks} did not finish or had edits rolled back." if setbacks else ", all finished."
+    text += (
+        f"; {setbacks} did not finish, had edits rolled back or ended otherwise than asked."
+        if setbacks
+        else ", all finished."
+    )
     smaller = [
         (_mean([_retention(run) for run in done]), _mean([_params(run) for run in done]), label)
         for label, group in numbered.items()

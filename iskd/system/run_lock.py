@@ -28,19 +28,29 @@ _held: dict[Path, int] = {}
 _log = logging.getLogger(__name__)
 
 
-def hold(file: Path) -> None:
+class InUseError(ValueError):
+    """Another process works in the folder, whose files are not this one's to write."""
+
+
+def hold(file: Path) -> bool:
     """Hold a lock file until `release`, or as long as this process lives. Once held, it may be held again.
 
     On a file system without locks a warning is all.
 
+    Returns:
+        Whether this call took it, so that no run is under way in the folder; False where this process held it, or
+        leaves it to another.
+
     Raises:
-        ValueError: another process holds it; with its number, its machine and what to do.
+        InUseError: another process holds it; with its number, its machine and what to do.
+        ValueError: it is no plain file.
         OSError: the file cannot be made.
     """
     place = file.resolve()
     if global_rank() != 0 or place in _held:
-        return
+        return False
     opened = _handed_on(file)
+    taken = opened is None
     if opened is None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -50,11 +60,12 @@ def hold(file: Path) -> None:
                 raise ValueError(f"{file} is not a plain file: delete it") from None
             raise
         if not _lock(opened, file):
-            return
+            return True
     me = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.ftruncate(opened, 0)
     os.pwrite(opened, json.dumps(me).encode(), 0)
     _held[place] = opened
+    return taken
 
 
 def release(file: Path) -> None:
@@ -94,7 +105,7 @@ def _lock(opened: int, file: Path) -> bool:
     except BlockingIOError:
         owner = _owner(opened)
         os.close(opened)
-        raise ValueError(
+        raise InUseError(
             f"{file.parent} is in use by {owner}: two processes would spoil each other's files. Wait until that one "
             "has ended, or end it (SIGTERM saves first), and give the same command again"
         ) from None

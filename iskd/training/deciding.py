@@ -12,6 +12,7 @@ from iskd.importance import Fixed, WindowImportance, by_layer, refuse_not_finite
 from iskd.models import surgery
 from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
+from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, History, Schedule
 from iskd.system import Ranks
 from iskd.training.state import RunState
@@ -101,6 +102,6 @@ def no_better_than_guessing(quality: Mapping[str, float], rows: int) -> str:
     if quality["ppl"] < rows or not quality["teacher_ppl"] < rows:
         return ""
     return (
-        f"perplexity {quality['ppl']:.4g} is not below the {rows} of guessing among all tokens: the student says "
+        f"perplexity {quality['ppl']:.4g} is not below the {rows} {GUESSING}: the student says "
         "nothing of the text; edit less, or train it for more tokens"
     )

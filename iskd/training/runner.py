@@ -6,7 +6,6 @@ import copy
 import inspect
 import time
 import warnings
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from iskd.models import surgery
 from iskd.plan import Record, Stage
-from iskd.plan.failure import write_failure
+from iskd.plan.failure import told_in
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
 from iskd.report.terminal import terminal
@@ -63,21 +62,17 @@ def run(parts: Parts) -> Result:
         ValueError: another process runs in the directory.
         NonFiniteError, OSError, ValueError: with what happened, the last good checkpoint and what helps.
     """
-    limit = seconds(parts.trainer[MAX_TIME])
-    deadline = None if limit is None else time.monotonic() + limit
+    began = time.monotonic()
     lock, done = parts.run_dir / LOCK_FILE, True
     run_lock.hold(lock)
     if global_rank() == 0:
         (parts.run_dir / FAILURE_FILE).unlink(missing_ok=True)
     try:
-        with warnings.catch_warnings():
+        with told_in(parts.run_dir), warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
-            return with_smaller_batches(parts, partial(_run, deadline=deadline))
-    except Exception as error:
-        with suppress(OSError):  # a full disk
-            write_failure(parts.run_dir, error)
-        raise
+            limit = seconds(parts.trainer[MAX_TIME])
+            return with_smaller_batches(parts, partial(_run, deadline=None if limit is None else began + limit))
     except StartAgain:
         done = False  # the process in the place of this one goes on with the lock
         raise
@@ -167,7 +162,8 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     state, newest = (RunState(record=Record(layers)), None) if found is None else found
     if parts.resume and found is None:
         terminal().print("no whole checkpoint yet: the run starts from its beginning")
-    if parts.resume and global_rank() == 0:  # before the trainer exists, a launcher's variables tell the rank
+    # before the trainer exists, a launcher's variables tell the rank
+    if global_rank() == 0:  # of a run that starts too: an earlier start may have come to nothing
         keep_metrics(parts.run_dir, below=None if found is None else state.tokens, results=len(state.results))
     return state, newest
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from iskd.__main__ import main
 from iskd.commands import build
 from iskd.commands.arguments import arguments, named_model
+from iskd.commands.config import NEEDED, options
 from iskd.system import Busy
 from tests.factories import CONF
 
@@ -55,6 +56,28 @@ def test_a_folder_of_any_name_is_read_by_hydra(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("argument", ["model=smollm2,gpt2", "model=typo", "model.seed=1", "mixer=gla"])
 def test_anything_else_is_left_to_hydra(argument: str) -> None:
     assert arguments([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("loss=null", "loss=null is no choice: use one of ce, "),
+        ("optim=null", "optim=null is no choice: use one of "),
+        *((f"{group}=[]", f"{group}=[] is no choice: use one of {options(group)[0]}") for group in NEEDED),
+        ("loss=[kl,kl]", "loss=[kl,kl]: kl stands twice"),
+        ("loss=[ce],[ce, kl ,kl]", "kl stands twice"),
+        ("refit=[output,local,output]", "output stands twice"),
+    ],
+)
+def test_no_choice_and_a_double_one_are_refused(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments([argument])
+    assert f"error: {argument.partition('=')[0]}=" in (said := capsys.readouterr().err)
+    assert message in said
+    same = ["loss=[ce,kl],[kl]", "refit=[]", "trainer.devices=[0,0]", "resume=null"]
+    assert arguments(same) == same
 
 
 @pytest.mark.parametrize("name", ["runs/x", "./x", "../nowhere", "/no/where", "~/no/where/at/all", "a/b/c"])

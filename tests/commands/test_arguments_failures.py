@@ -18,6 +18,7 @@ from iskd.commands.arguments import FULL_ERROR, listed, noted, told_at_the_end
 from iskd.commands.config import forget_folders, new_folder
 from iskd.models import sharding
 from iskd.plan.failure import read_failure, write_failure
+from iskd.plan.run_files import FAILURE_FILE, STAGES_FILE
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.system.faults import RunError
@@ -58,6 +59,35 @@ def test_failed_jobs_of_a_sweep_say_why(
     runs, _ = read_runs([sweep])
     assert [run.marks[0] for run in runs] == [f"failed: ValueError: seed {seed} is no good" for seed in (1, 2)]
     assert "the run failed: ValueError: seed 1 is no good" in read_run(sweep / "1").notes
+
+
+def test_every_job_that_fails_is_listed_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it fails of: a setting that is refused after its config is saved, a run that it may not continue so."""
+    sweep = tmp_path / "sweep"
+    keys = ["model=tiny", "debug=smoke", "trainer=cpu", "trainer.progress=false", "run.mfu=false", "plan_only=true"]
+    keys += [f"cache_dir={tmp_path}/cache", f"hydra.sweep.dir={sweep}", "data.val_tokens=256"]
+
+    def said(*given: str) -> str:
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "-m", *keys, *given])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"1 of 2 jobs failed:\n  {sweep}/0: ValueError: trainer.pre" in said("trainer.precision=bf16-true,32-true")
+    assert [run.marks[0].split(":")[0] for run in read_runs([sweep])[0]] == ["failed", "planned only"]
+    before = (sweep / "0" / FAILURE_FILE).read_bytes()
+    for job in "01":  # as if both had come to their first checkpoint
+        (sweep / job / STAGES_FILE).write_text("[]")
+    found = said("resume=auto", "seed=7,8")
+    assert "2 of 2 jobs failed:" in found
+    for job in "01":
+        assert f"  {sweep}/{job}: ValueError: " in found
+        assert f"changes seed: 0 -> {7 + int(job)}" in found
+    assert (sweep / "0" / FAILURE_FILE).read_bytes() == before, "no run fails of what was asked of it in vain"
+    assert read_failure(sweep / "1") is None
 
 
 def no_gradient() -> None:

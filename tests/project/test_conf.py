@@ -19,13 +19,14 @@ from iskd.commands import build
 from iskd.commands.arguments import arguments
 from iskd.commands.config import object_of, options, plain, spec
 from iskd.commands.resume import resumed
+from iskd.plan.failure import read_failure
 from iskd.plan.options import RunOptions
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
-from iskd.system import precision
+from iskd.system import precision, run_lock
 from iskd.teacher import load_teacher
 from iskd.training import run
 from iskd.training.step import OptimSpec
@@ -220,6 +221,36 @@ def test_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):
         build.parts(composed("debug=smoke"), tmp_path)
+    assert not (tmp_path / "failure.json").exists(), "it is not this run's to write in"
+
+
+def test_a_mistyped_value_takes_no_folder(tmp_path: Path) -> None:
+    """A part that is refused leaves no config; what is refused later leaves one that the corrected command replaces."""
+    file, lock = tmp_path / "config.yaml", tmp_path / "run.lock"
+    asked = ["debug=smoke", "model=tiny", "export=false"]
+    with pytest.raises(ValueError, match=r"the config has no edit, .* set edit="):
+        build.parts(composed(*asked, "edit=[]"), tmp_path)
+    for wrong in ("optim.decay_over=epoch", "teacher.cache=nope", "run.max_shard_bytes=5XB"):
+        with pytest.raises(ValueError, match=wrong.split(".")[1].split("=")[0]):
+            build.parts(composed(*asked, wrong), tmp_path)
+        assert not file.exists()
+        assert (read_failure(tmp_path) or "").startswith("ValueError: "), wrong
+        assert run_lock.hold(lock), "this process lives on"
+        run_lock.release(lock)
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(plain(composed(*asked, "seed=5")))))
+    for work in ("stages.json", "record.json", "model", "checkpoints/000001-stage"):
+        (tmp_path / work).mkdir(parents=True)
+        with pytest.raises(ValueError, match="holds another run"):
+            build._claim(tmp_path, resuming=False)
+        run_lock.release(lock)
+        (tmp_path / work).rmdir()
+    build._claim(tmp_path, resuming=False)
+    with pytest.raises(ValueError, match="holds another run"):
+        build._claim(tmp_path, resuming=False)  # by a run of this process that has come to no checkpoint yet
+    run_lock.release(lock)
+    run(build.parts(composed(*asked, "plan_only=true", f"cache_dir={tmp_path}/cache"), tmp_path))
+    assert OmegaConf.load(file).seed == 0
+    assert read_failure(tmp_path) is None
 
 
 def test_resume_writes_into_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from iskd.report.figures import pareto_front
 from iskd.report.figures.context import Line, against_context, look_of
 from iskd.report.run_list import differing, find_runs, flatten, read_runs, telling
 from iskd.report.runs_page import runs_file, write_runs_report
+from iskd.training.deciding import no_better_than_guessing
 from tests.run_folders import EFFICIENCY, EVALUATION, STAGES, Balanced, measured, stage, write_run
 
 HOSTILE = "</pre><script>alert('$x$')</script><img src=https://example.org/a.png>-->&"
@@ -46,6 +48,12 @@ def write_many(folder: Path) -> Path:
     write_run(folder / "lost-0", ending(0.5, 3_500_000, status="rolled_back"), config=config(lr=3.0))
     write_run(folder / "stopped-0", ending(0.8), config=config(lr=4.0), finished=False)
     write_run(folder / "nan-0", ending(math.nan, ppl=math.inf), config=config(lr=5.0))
+    unsaid = ending(0.01, ppl=7.7e135, events=[no_better_than_guessing({"ppl": 7.7e135, "teacher_ppl": 9.0}, 257)])
+    write_run(folder / "guess-0", unsaid, config=config(lr=8.0))
+    for name, export in (("unsaved-0", "export:\n  dtype: auto\n"), ("unasked-0", "export: false\n")):
+        write_run(folder / name, ending(0.6), config=config(lr=9.0) + export)
+        shutil.rmtree(folder / name / "model")
+    write_run(folder / "begun-0", [stage(0)], config=config(lr=10.0), finished=False)
     (folder / "dead-0").mkdir()
     (folder / "dead-0" / "config.yaml").write_text(config(lr=6.0))
     return folder
@@ -83,7 +91,10 @@ def test_runs_are_found_in_sweeps_and_once(tmp_path: Path) -> None:
     (many / "teacher.json").write_text("{}")
     (many / "empty").mkdir()
     names = [path.name for path in find_runs([many])[0]]
-    assert names == ["dead-0", "fixed-0", "good-0", "good-1", "lost-0", "nan-0", "stopped-0", "0", "1"]
+    assert names == [
+        *("begun-0", "dead-0", "fixed-0", "good-0", "good-1", "guess-0", "lost-0", "nan-0", "stopped-0", "0", "1"),
+        *("unasked-0", "unsaved-0"),
+    ]
     paths, problems = find_runs([*sorted(many.iterdir()), many / "good-0" / ".." / "good-0"])
     assert [path.name for path in paths] == names
     assert len(problems) == 2
@@ -96,15 +107,19 @@ def test_runs_are_found_in_sweeps_and_once(tmp_path: Path) -> None:
 def test_every_run_has_its_fate(tmp_path: Path) -> None:
     runs, problems = read_runs([write_many(tmp_path / "runs")])
     assert {run.name: run.marks for run in runs} == {
+        "begun-0": ["stopped before the end of its first stage (resume= goes on)"],
         "dead-0": ["no stage finished"],
         "fixed-0": ["1 rolled back"],
         "good-0": [],
         "good-1": [],
+        "guess-0": ["no better than guessing"],
         "lost-0": ["1 rolled back", "no edit kept"],
         "nan-0": ["diverged"],
-        "stopped-0": ["stopped after stage 1"],
+        "stopped-0": ["stopped after stage 1 (resume= goes on)"],
         "sweep/0": [],
         "sweep/1": [],
+        "unasked-0": [],
+        "unsaved-0": ["not exported (resume= goes on)"],
     }
     assert not problems
     good = [run for run in runs if run.name.startswith("good")]
@@ -129,7 +144,7 @@ def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
         "efficiency.json must hold a JSON object",
     ):
         assert text in parsed.text
-    for text in ("10 runs of 9 configurations", "92.0 (90.0 to 94.0)", "mean of 2", "Ablation", "Fixed", "diverged"):
+    for text in ("14 runs of 12 configurations", "92.0 (90.0 to 94.0)", "mean of 2", "Ablation", "Fixed", "diverged"):
         assert text in parsed.text
     assert page.count("<svg") == 4, "parameters, decoding and contexts of the one measured, scoring speed of all"
     assert not {"script", "img"} & parsed.tags
@@ -137,7 +152,7 @@ def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert "importance.order" in parsed.text
     assert page.index("importance.order") > page.index("<details>"), "it comes with its part, so only the list has it"
-    assert "resume" not in parsed.text
+    assert "resume" not in parsed.text.replace("(resume= goes on)", ""), "no setting of a run"
     assert write_runs_report([many], out).read_text(encoding="utf-8") == page
     inside = Balanced(write_runs_report([many], many / "runs.html").read_text(encoding="utf-8"))
     assert [target for target in inside.targets if not target.startswith("#")] == ["good-0/report.html"]

@@ -47,8 +47,8 @@ def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path: P
     finally:
         other.kill()
         other.communicate()
-    run_lock.hold(lock)
-    run_lock.hold(lock)  # a process that holds it may hold it again
+    assert run_lock.hold(lock)
+    assert not run_lock.hold(lock)  # a process that holds it may hold it again
     assert json.loads(lock.read_text())["process"] == os.getpid()
     with lock.open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,6 +113,6 @@ def test_a_file_system_without_locks_is_told(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(run_lock.fcntl, "flock", none)
-    run_lock.hold(tmp_path / "run.lock")
+    assert run_lock.hold(tmp_path / "run.lock")
     assert "has no locks" in caplog.text
     assert not run_lock._held

@@ -212,6 +212,8 @@ def test_auto_continues_what_is_there(
     (tmp_path / "checkpoints").mkdir()
     assert resume_folder("auto", tmp_path, config) is None, "died before its config was saved"
     (tmp_path / CONFIG_FILE).write_text("seed: 1")
+    assert resume_folder("auto", tmp_path, config) is None, "no run yet: a corrected command starts it"
+    (tmp_path / "checkpoints" / "000000-start").mkdir()
     assert resume_folder("auto", tmp_path, config) == str(tmp_path)
     assert resume_folder(None, tmp_path, config) is None
     assert resume_folder("elsewhere", tmp_path, config) == "elsewhere"

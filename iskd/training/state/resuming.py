@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from iskd.plan.run_files import CHECKPOINTS, CONFIG_FILE, MODEL, RECORD_FILE, STAGES_FILE
+from iskd.plan.run_files import CHECKPOINTS, CONFIG_FILE, MODEL, work_in
 from iskd.system import file_sha256
 from iskd.system.text import argument
 from iskd.training.state import checkpoint, checkpoint_files
@@ -71,8 +71,8 @@ def _refuse_lost(run_dir: Path) -> None:
     """Without a checkpoint a run would begin anew, over the files of the one that is there."""
     root = run_dir / CHECKPOINTS
     torn = {path: checkpoint_files.problem(path) for path in sorted(root.glob("[0-9]*-*"))}
-    there = [name for name in (STAGES_FILE, RECORD_FILE, MODEL) if (run_dir / name).exists()]
-    if not torn and not there:
+    there = work_in(run_dir)
+    if not there:
         return
     why = "; ".join(f"{path.name}: {problem}" for path, problem in torn.items()) or "there is none"
     student = (
@@ -83,6 +83,6 @@ def _refuse_lost(run_dir: Path) -> None:
     )
     raise ValueError(
         f"{argument('resume', run_dir)}: no whole checkpoint in {root} ({why}), and starting from the beginning would "
-        f"overwrite what the run left ({', '.join([*there, *(path.name for path in torn)])}). {student}. To start "
+        f"overwrite what the run left ({', '.join(there)}). {student}. To start "
         f"over, give the command without resume= and another hydra.run.dir, or move {run_dir} away first"
     )

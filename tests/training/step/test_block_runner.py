@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -268,6 +269,9 @@ def test_bad_options_are_refused() -> None:
     assert RunOptions(gradient_checkpointing="selective").gradient_checkpointing == "selective"
     with pytest.raises(ValueError, match="do not go together"):
         BlockRunner(recompute="selective", compile=True)
-    for key, value in (("compile", ""), ("compile", 3), ("gradient_checkpointing", "sometimes")):
+    for size in (1, "5GB", "0.5 mb", "1TB"):
+        split_torch_state_dict_into_shards({}, max_shard_size=RunOptions(max_shard_bytes=size).max_shard_bytes)
+    sizes = [("max_shard_bytes", size) for size in ("5XB", "GB", "0GB", "-5GB", "nanGB", "infGB", "500", 0, True)]
+    for key, value in (("compile", ""), ("compile", 3), ("gradient_checkpointing", "sometimes"), *sizes):
         with pytest.raises(ValueError, match=rf"run\.{key}={value!r}"):
             RunOptions(**{key: value})  # type: ignore[arg-type]
