@@ -9,7 +9,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -96,16 +96,47 @@ def _opened(file: Path, unpack: bool = True) -> Iterator[IO[bytes]]:
 def _unpacked(file: Path, raw: IO[bytes], how: str) -> Any:
     if how == "gzip":
         return gzip.open(raw)
-    if how == "bz2":
-        return bz2.open(raw)
-    if how == "xz":
-        return lzma.open(raw)
+    if how in ("bz2", "xz"):
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if how == "bz2" else lzma.LZMADecompressor))
     try:
         from pyarrow import CompressedInputStream, PythonFile
     except ImportError as error:
         fix = "pip install pyarrow (or iskd[data]), or unpack it (zstd -d FILE)"
         raise ValueError(f"{file} is packed by zstd, which needs the package pyarrow: {fix}") from error
     return io.BufferedReader(CompressedInputStream(PythonFile(raw), "zstd"))
+
+
+class _Streams(io.RawIOBase):
+    """What the packed streams of a file hold, one after another.
+
+    `bz2.open` and `lzma.open` pass over anything behind the first one that is no stream, as in a file that was written
+    over in part.
+    """
+
+    def __init__(self, raw: IO[bytes], make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._make, self._stream, self._rest = raw, make, make(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if not self._rest and (self._stream.eof or self._stream.needs_input):
+                self._rest = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._rest and self._stream.eof:
+                    return 0
+                if not self._rest:
+                    raise EOFError("it ends within its packing")
+            if self._stream.eof:
+                self._rest = self._rest.lstrip(b"\0")  # xz fills up with zeros
+                if not self._rest:
+                    continue
+                self._stream = self._make()
+            found = self._stream.decompress(self._rest, len(buffer))
+            self._rest = self._stream.unused_data
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
 
 
 def _fault(file: Path, codec: str, reason: str) -> str:

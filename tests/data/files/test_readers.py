@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from iskd.data.files.chat import ROWS
-from iskd.data.files.readers import find_files, read_file
+from iskd.data.files.readers import find_files, find_splits, placed_files, read_file
 from iskd.data.sources import HubDataset, TextFiles
 from iskd.evaluation.text import read_text
 
@@ -115,7 +115,10 @@ def test_packed_files_are_unpacked_by_content(tmp_path: Path, suffix: str, pack:
         assert list(read_file(tmp_path / name, "auto", "text")) == _DOCUMENTS, name
     (tmp_path / f"t.csv.{suffix}").write_bytes(pack(_table(",").encode()))
     assert list(read_file(tmp_path / f"t.csv.{suffix}", "auto", "text")) == _DOCUMENTS
-    for content in (packed[:-20], b"text\n", gzip.compress(b"x") if suffix != "gz" else b"PK\3\4"):
+    (tmp_path / f"two.jsonl.{suffix}").write_bytes(packed + packed + b"\0" * 8 * (suffix in ("gz", "xz")))
+    assert list(read_file(tmp_path / f"two.jsonl.{suffix}", "auto", "text")) == _DOCUMENTS * 2
+    damaged = (packed[:-20], packed + b"garbage that is no stream", packed + packed[: len(packed) // 2])
+    for content in (*damaged, b"text\n", gzip.compress(b"x") if suffix != "gz" else b"PK\3\4"):
         (tmp_path / f"bad.txt.{suffix}").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.txt\.\w+ is not a whole \w+ file"):
             list(read_file(tmp_path / f"bad.txt.{suffix}", "auto", "text"))
@@ -176,6 +179,7 @@ def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: s
 
 
 _TORN = json.dumps({"text": "x" * 70_000})
+_QUOTES = b'id\ttext\n1\t"Well, he said\n2\tfoo bar\n3\tand so on"\n4\tmore\n'
 _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.html", b"prose", r"\.html files are not read; .*data\.source\.fmt=text"),
     ("a.PDF", b"prose", r"\.pdf files are not read; convert it to \.jsonl, \.parquet or \.txt$"),
@@ -264,6 +268,17 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 cells where the header has 2"),
     ("a.csv", b'id,text\n1,"a\n2,b\n', "separated .*quotes"),
     ("a.csv", b"text,text\na,b\n", "stands twice"),
+    ("a.tsv", _QUOTES, r"lines 2 to 4 are one row by their quotes and 3 rows without; .*quoting=3"),
+    ("a.txt", _QUOTES, "lines 2 to 4 are one row by their quotes"),
+    ("a.csv", _QUOTES.replace(b"\t", b"|").replace(b"2|", b"\n2|"), r"lines 2 to 5 are .*sep='\|', quoting=3"),
+    ("a.tsv", b'id\ttext\n1\t"a" b\n', r"line 2 is not '\\t'-separated .*quoting=3"),
+    (
+        "a.json",
+        b'{"info": [{"id": 1}], "docs": [{"text": "x"}]}',
+        r"several lists, \['info', 'docs'\].*jq -c '\.\[\"docs\"\]\[\]'",
+    ),
+    ("a.json", b'{"info": [{"id": 1}], "in": {"docs": [{"text": "x"}]}}', r"jq -c '\.\[\"in\"\]\[\"docs\"\]\[\]'"),
+    ("a.json", b'{"in": {"docs": [{"text": "x"}]}}', r"a list further inside.*jq -c '\.\[\"in\"\]\[\"docs\"\]\[\]'"),
 ]
 
 
@@ -288,9 +303,11 @@ def test_what_is_there_and_no_file_is_named(tmp_path: Path) -> None:
 
 def test_null_rows_of_a_table_are_named_by_row(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row 2: field 'text' is null.*dropna"):
-        list(read_file(tmp_path / "a.parquet", "auto", "text"))
+    bad = {r"row 2: field 'text' is null.*dropna": ["a", None], r"row 1: .* is bytes.*\.str\.decode\('utf-8'\)": [b"a"]}
+    for message, texts in bad.items():
+        parquet.write_table(pytest.importorskip("pyarrow").table({"text": texts}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=rf"a\.parquet, {message}"):
+            list(read_file(tmp_path / "a.parquet", "auto", "text"))
 
 
 def test_what_needs_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +362,50 @@ def test_a_folder_drops_no_file_in_silence(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "linked" / "more").symlink_to(tmp_path / "b")
     with pytest.raises(ValueError, match=r"the first is .*more"):
         find_files(str(tmp_path / "linked"), "data.path")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (
+            "train-00000-of-00001.jsonl test-00000-of-00001.jsonl",
+            "test-00000-of-00001.jsonl train-00000-of-00001.jsonl",
+        ),
+        ("data/train.txt.gz data/validation.txt data/Test_1.txt", "Test_1.txt validation.txt train.txt.gz"),
+        ("train/a.txt dev/a.txt", "dev/a.txt train/a.txt"),
+        ("train.csv trainers.csv", None),
+        ("test.txt valid.txt", None),
+        ("train.py test.py", None),
+        ("trains.txt testament.txt train.txt", None),
+    ],
+)
+def test_names_of_files_are_splits(
+    tmp_path: Path, names: str, found: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fill(tmp_path, names)
+    caplog.set_level(logging.INFO, "iskd")
+    for path in (str(tmp_path), f"{tmp_path}/**/*.*"):
+        splits = find_splits(path, "data.path")
+        assert ("splits by the names of files: train 1 files" in caplog.text) is (found is not None)
+        if found is None:
+            assert [split for split, _ in splits] == [None]
+            continue
+        assert splits[-1][0] is None
+        files = [file for _, files in splits for file in files]
+        assert [str(file)[-len(name) :] for file, name in zip(files, found.split(), strict=True)] == found.split()
+        with pytest.raises(ValueError, match=rf"holds several splits; name one: eval\.text={files[-1].parent}"):
+            find_files(path, "eval.text")
+        with pytest.raises(ValueError, match=rf"of its own beside .*data\.path={files[-1].parent}"):
+            placed_files(path, str(files[0]), str(files[0]))
+        assert placed_files(str(files[-1]), str(files[0]), None)["val_path"]
+
+
+def test_files_of_no_split_beside_splits_are_named(tmp_path: Path) -> None:
+    _fill(tmp_path, "train-0.csv train-1.csv test.csv sample_submission.csv")
+    fix = rf"data\.path={tmp_path}/train\* data\.test_path={tmp_path}/test\.csv"
+    with pytest.raises(ValueError, match=rf"1 of none \(the first is sample_submission\.csv\): .* {fix}"):
+        find_files(str(tmp_path), "data.path")
+    assert len(find_files(f"{tmp_path}/train*", "data.path")) == 2
 
 
 def test_folders_of_saved_data_sets_open(tmp_path: Path) -> None:
