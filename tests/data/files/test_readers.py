@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import pickle
 import struct
 import sys
 from collections.abc import Callable
@@ -57,6 +58,7 @@ _SAME: dict[str, tuple[str, str]] = {
     "object of a list, by line": (json.dumps({"version": 1, "data": _ROWS}, indent=1), "json md"),
     "columns": (json.dumps({"text": _DOCUMENTS}), "json"),
     "comma": (_table(","), "csv CSV txt data"),
+    "comma and space": ("id, text\n" + _table(",").partition("\n")[2], "csv txt"),
     "semicolon": (_table(";"), "csv txt"),
     "tab": (_table("\t"), "tsv csv txt"),
 }
@@ -170,6 +172,28 @@ def test_byte_order_marks_tell_the_encoding_and_are_no_text(tmp_path: Path, code
         "From: Ann\nTo: Bob\n\nDear Bob",
         "Create table and chairs\nINSERT COIN",
         "1\n2\n3",
+        "<s>One</s> and more words",
+        "a.b = [1, 2]\nc = 3",
+        'x = {"a": 1}\nprint(x)',
+        '// adds\nint add(int a);\n{"a"}',
+        'An example:\n\n{"text": "a"}\n\nis a row. So is\n\n{"text": "b"}\n\nand no other.',
+        'An example:\n\n{"text": "a"}\n\nis a row.',
+        '12:00 INFO {"text": "a"}\n12:01 started\n12:02 stopped',
+        "# Title\n\nFirst, second\nThird, fourth\nFifth, sixth",
+        "title, body\nand soul",
+        "x ^ y\nis a power\nof x ^ y",
+        "# Title\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nA table.",
+        "To be or not\nO what a NO\nsay I",
+        "['tis one,\n 'tis two,\n 'tis three]",
+        "('One', he said)\n('Two', said she)",
+        "---\ntitle: |\n  two lines\n---\nA text.",
+        "Ann: one\nBob: two\n  (aside)",
+        "[00:12] Ann: hi\n[00:13] Bob: ho",
+        "(format t ~{~a~}) ~{test~} ~{ ~A~}",
+        "a+bcd-e and x+abc-y +ABC- is +1-2",
+        "Call +12065550170, +12065550168 or +1206 555",
+        "MIIC+AAOS/8a+HX4pq+Zk0d9+3vA/x+Q0dh+4Ab",
+        "\x1b[31mred\x1b[0m and black",
     ],
 )
 def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: str) -> None:
@@ -179,6 +203,44 @@ def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: s
 
 
 _TORN = json.dumps({"text": "x" * 70_000})
+_WORDS = "words and more of them\n" * 4_000
+_GERMAN = "\u00dcber den D\u00e4chern ist es sch\u00f6n\n" * 3
+_CHINESE = "\u4f60\u597d\u4e16\u754c\n" * 3
+_STRUCTURED: list[tuple[bytes, str]] = [  # read as prose without a word, these were learned with all their signs
+    ((b"<p>words</p>\n" * 6_000), "is HTML or XML"),
+    (f"<doc>\nwords\n</doc>\n<doc>\n{_WORDS}</doc>".encode(), "is HTML or XML"),
+    (b"<s> a b </s>\n<s> c d </s>\n" * 4_000, "is HTML or XML"),
+    (b'window.YTD.tweets.part0 = [ {"tweet": {"id": "1"}}, {"tweet": {}} ]', "is JSON in a script"),
+    (b'var data = [{"text": "' + b"x" * 70_000, "is JSON in a script"),
+    (b'// of 2024\n[{"text": "a"}]', "line 1 is not JSON"),
+    (b'/* a\n b */ {"text": "a"}\n{"text": "b"}', "line 1 is not JSON"),
+    (b'Export of 2024\n\n{"text": "a"}\n{"text": "b"}\n', "line 1 is not JSON"),
+    (b'Export of 2024\n[\n {"text": "a"},\n {"text": "b"}\n]\n', "line 1 is not JSON"),
+    (b"A line of prose.\n" * 500 + b'{"text": "a"}\n' * 9_000, "line 1 is not JSON"),
+    (b'12:00 INFO {"text": "a"}\n12:01 INFO {"text": "b"}\n12:02 {"text": "c"}\n', "is lines that end in JSON"),
+    (b"# a comment\nid,text\n1,a\n2,b\n", "no field 'text', only"),
+    (b"id ^ text\n1 ^ a\n2 ^ b\n", r"is a table whose cells '\^' parts"),
+    (b"id\x01text\n1\x01a\n2\x01b\n", "is a table whose cells"),
+    (b"one ||| eins\ntwo ||| zwei\nthree ||| drei\n", "is a table whose cells"),
+    (b"| id | text |\n|---|---|\n| 1 | a |\n", "is a table of Markdown"),
+    (b"id | text\n---|---\n1 | a\n", "is a table of Markdown"),
+    (b"# sent_id = 1\n1\tThe\tDET\n2\tdog\tNOUN\n\n# sent_id = 2\n1\tA\tDET\n", "no field 'text', only"),
+    (b"-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n", "is tagged words"),
+    (b"['one',\n 'it\\'s two',\n 'three']\n", "is Python's notation"),
+    (b"['one',\n" + b" 'another one',\n" * 6_000, "is a list in Python's notation"),
+    (b"['one', 'two']\n['three']\n", "is Python's notation"),
+    (pickle.dumps([{"text": "one"}, {"text": "two"}], 0), "is a pickle"),
+    (b"---\ntext: |\n  words\n  more\n---\ntext: |\n  words\n", "is YAML"),
+    (b"- text: >-\n    words and\n    more: of them\n", "is YAML"),
+    (b'# a\nmsgid ""\nmsgstr ""\n', "is translations"),
+    (b"[Script Info]\nTitle: x\n", "is subtitles"),
+    (b"[ar:Ann]\n[00:12.00]La la\n", "is subtitles"),
+    (b"0:00:01.000,0:00:02.000\nHi\n", "is subtitles"),
+    (_GERMAN.encode("utf-7"), "is UTF-7.*iconv -f UTF-7 -t UTF-8 a"),
+    (_CHINESE.encode("utf-7"), "is UTF-7"),
+    (_CHINESE.encode("hz"), "is HZ"),
+    ("\u3053\u3093\u306b\u3061\u306f".encode("iso2022_jp"), "is ISO-2022-JP.*iconv -f ISO-2022-JP"),
+]
 _QUOTES = b'id\ttext\n1\t"Well, he said\n2\tfoo bar\n3\tand so on"\n4\tmore\n'
 _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.html", b"prose", r"\.html files are not read; .*data\.source\.fmt=text"),
@@ -221,6 +283,7 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.gz", gzip.compress(bz2.compress(b"one"), mtime=0), "packed twice .*bz2"),
     ("a.lzma", lzma.compress(b"one", format=lzma.FORMAT_ALONE), "packed by lzma, .*unlzma FILE"),
     ("a.parquet", b"prose", r"is not parquet, which its suffix says.*fmt=text"),
+    ("a.txt", b'"doc 1\\nmore"\n"doc 2"\n', "line 1 is str, not a row of fields"),
     ("a.json", b'["one"]', r"not a row of fields.*write each as \{\"text\": \"\.\.\.\"\}, one a line"),
     (
         "a.txt",
@@ -264,6 +327,11 @@ _REFUSED: list[tuple[str, bytes, str]] = [
         r"several lists, \['a', 'b'\].*jq -c '\.\[\"a\"\]\[\]'",
     ),
     ("a.json", b'{"rows": [{"text": "x"}, {"text": null}]}', r"rows\[1\]: field 'text' is null"),
+    *[("a.txt", content, f"{message}.*fmt=text") for content, message in _STRUCTURED],
+    *[
+        (f"a{suffix}", b"prose", f"{suffix} files are not read")
+        for suffix in (".po", ".ass", ".lrc", ".sbv", ".properties")
+    ],
     ("a.csv", b"id,body\n1,a\n", r"line 1, has no field 'text', only \['id', 'body'\]; set data\.source\.field"),
     ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 cells where the header has 2"),
     ("a.csv", b'id,text\n1,"a\n2,b\n', "separated .*quotes"),
@@ -323,6 +391,8 @@ def test_what_the_user_says_of_a_text_holds(tmp_path: Path) -> None:
     for name, content in {"a.csv": "a,b\n1,2", "a.html": "<html><p>x", "a.json": '{"a": 1}'}.items():
         (tmp_path / name).write_text(content)
         assert list(read_file(tmp_path / name, "text", "text")) == [content]
+    (tmp_path / "c.csv").write_text('"text"\n"C:\\new"\n')
+    assert list(read_file(tmp_path / "c.csv", "auto", "text")) == ["C:\\new"]
     (tmp_path / "b.txt").write_text(_table(","))
     assert list(read_file(tmp_path / "b.txt", "csv", "text")) == _DOCUMENTS
 
