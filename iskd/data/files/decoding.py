@@ -38,7 +38,7 @@ _SPELLED = {  # and how much of a text is spelled so: almost all of Chinese, a l
 _SPELLED_LEAST = 2
 # Base64 would be letters of all at once
 _SCRIPTS = [
-    re.compile(rf"[{own}\u2010-\u20ac]+")
+    re.compile(rf"[{own}\u2010-\u20ac -~]+")
     for own in ("\xa0-\u024f", "\u0370-\u06ff", "\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef", "\u3000-\u303f\uac00-\ud7a3")
 ]
 
@@ -75,7 +75,7 @@ def seven_bits(head: bytes) -> str | None:
                 letters = "".join(part.decode(name) for part in spelled)
             except UnicodeDecodeError:
                 continue
-            if any(script.fullmatch(letters) for script in _SCRIPTS):
+            if not letters.isascii() and any(script.fullmatch(letters) for script in _SCRIPTS):
                 return name
     return None
 

@@ -204,7 +204,7 @@ def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: s
 
 _TORN = json.dumps({"text": "x" * 70_000})
 _WORDS = "words and more of them\n" * 4_000
-_GERMAN = "\u00dcber den D\u00e4chern ist es sch\u00f6n\n" * 3
+_GERMAN = "\u201eHallo!\u201c & \u00dcber den D\u00e4chern ist es sch\u00f6n\n" * 3
 _CHINESE = "\u4f60\u597d\u4e16\u754c\n" * 3
 _STRUCTURED: list[tuple[bytes, str]] = [  # read as prose without a word, these were learned with all their signs
     ((b"<p>words</p>\n" * 6_000), "is HTML or XML"),
