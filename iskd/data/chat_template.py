@@ -32,6 +32,7 @@ _SAME_DAY = (  # in the place of the function of that name, as a template takes 
     + " }}{% endmacro %}"
 )
 _TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+_KNOWN = {"role", "content", "name", "id", "tool_call_id"}  # `content` is looked for by words: templates may cut it
 
 Message = dict[str, Any]
 
@@ -49,6 +50,8 @@ class ChatTemplate:
         left_out: answers without a place in the text so far.
         merged: conversations whose system message went to the user so far.
         dropped: roles of messages that the template does not write, with how many conversations hold one so far.
+        unwritten: keys of messages whose text the template does not write (`reasoning_content`), counted alike.
+        untaught: conversations of which nothing is learned so far.
 
     Raises:
         ValueError: there is no template, an unknown `loss` or `bos`.
@@ -71,8 +74,9 @@ class ChatTemplate:
             self.template = _SAME_DAY + self.template
         self.loss, self._tokenizer = loss, tokenizer
         self._marked = bool(_MARK.search(self.template))
-        self.left_out = self.merged = 0
+        self.left_out = self.merged = self.untaught = 0
         self.dropped: Counter[str] = Counter()
+        self.unwritten: Counter[str] = Counter()
         if loss == "assistant" and self._marked and not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot tell where answers are: use a fast tokenizer")
         self.framing = self._framing(bos)
@@ -105,15 +109,27 @@ class ChatTemplate:
         messages, tools = messages_of(document)
         messages, text = self._rendered(messages, tools)
         self.dropped.update({str(message["role"]) for message in messages if not _is_written(message, text)})
+        self.unwritten.update({key for message in messages for key in _unwritten(message, text)})
         if self.loss == "all":
             return self._headless(encoded(self._tokenizer, text), None)
+        ids, targets = self._answers(messages, tools, text)
+        self.untaught += not any(targets)
+        return self._headless(ids, targets)
+
+    def _answers(self, messages: list[Message], tools: Any, text: str) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation, and which are of answers that are to be learned."""
         if self._marked:
             options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True, "verbose": False}
             found: Any = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=True, chat_template=self.template, date_string=_DATE, **options
             )
-            return self._headless(list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]])
-        return self._headless(*self._by_place(text, self._spans(messages, tools, text)))
+            ids, marked = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
+            if all(map(_is_learned, messages)):
+                return ids, marked
+            # marks do not say whose they are
+            _, within = self._by_place(text, self._spans(messages, tools, text))
+            return ids, [one and other for one, other in zip(marked, within, strict=True)]
+        return self._by_place(text, self._spans(messages, tools, text))
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
@@ -147,7 +163,7 @@ class ChatTemplate:
         """First and last-plus-one character of every answer in the text of the whole conversation."""
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not _is_learned(message):
                 continue
             span = self._span(messages, number, tools, text) if number else None
             if span is None:
@@ -228,6 +244,18 @@ def _is_written(message: Message, text: str) -> bool:
     calls = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, dict)]
     names = [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
     return all(word in text for word in (max(words, key=len, default=""), *names))
+
+
+def _is_learned(message: Message) -> bool:
+    return message.get("train") is not False
+
+
+def _unwritten(message: Message, text: str) -> list[str]:
+    """Keys of a message whose text is not in the text, by its end; space may differ."""
+    values = {key: " ".join(value.split())[-40:] for key, value in message.items() if isinstance(value, str)}
+    others = {key: end for key, end in values.items() if key not in _KNOWN and re.search(r"\w", end)}
+    flat = " ".join(text.split()) if others else ""
+    return [key for key, end in others.items() if end not in flat]
 
 
 def _shared(one: str, other: str) -> int:

@@ -99,6 +99,19 @@ class Coding:
                 role,
                 count,
             )
+        for key, count in self.chat.unwritten.items():
+            _log.warning(
+                "the chat template does not write what messages hold under %r, in %d conversations: these are learned "
+                "without; put it into `content`, or give another template",
+                key,
+                count,
+            )
+        if self.chat.untaught:
+            _log.warning(
+                "nothing is learned of %d conversations: they have no answer of role assistant that is to be learned "
+                "and has a place in the text",
+                self.chat.untaught,
+            )
         if self.chat.left_out:
             _log.warning(
                 "%d answers are not learned: they open a conversation, or the chat template writes them otherwise once "

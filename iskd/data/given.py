@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from iskd.data.files.chat import conversation
+from iskd.data.files.chat import conversation, is_chat
 from iskd.data.splits import Document
 
 
@@ -51,7 +51,7 @@ def given_texts(texts: Iterable[str | Mapping[str, Any]]) -> GivenTexts:
     kept: list[str] = []
     chats = 0
     for number, text in enumerate(texts):
-        if isinstance(text, Mapping) and {"messages", "completion"} & text.keys():
+        if isinstance(text, Mapping) and is_chat(text):
             kept.append(conversation(dict(text), f"texts[{number}]"))
             chats += 1
         elif not isinstance(text, str):

@@ -94,7 +94,7 @@ USERS = "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}.\
     ("template", "messages", "roles"),
     [
         (PLAIN, LONG, []),
-        (USERS, [HI[0], {"role": "gpt", "content": "yes indeed"}], ["gpt"]),
+        (USERS, [HI[0], {"role": "assistant", "content": "yes indeed"}], ["assistant"]),
         (USERS, [{"role": "system", "content": "be kind"}, HI[0]], ["system"]),
         (PLAIN, [HI[0], {"role": "assistant", "content": "", "tool_calls": [LOOK]}], ["assistant"]),
         (PLAIN.replace(".\n", "{{ m.tool_calls }}.\n"), [HI[0], {**HI[1], "tool_calls": [LOOK]}], []),
@@ -110,9 +110,32 @@ def test_what_a_template_does_not_write_is_told(
     coding.tell()
     assert list(coding.chat.dropped) == roles
     assert [
-        role for role in ("gpt", "system", "assistant") if f"does not write what the role {role!r}" in caplog.text
+        role for role in ("system", "assistant") if f"does not write what the role {role!r}" in caplog.text
     ] == roles
     assert any(targets or ()) is (not roles), "no empty answer is learned in the place of a call"
+    assert ("nothing is learned of 1 conversations" in caplog.text) is bool(roles)
+
+
+def test_text_in_other_keys_that_a_template_does_not_write_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    thought = [HI[0], {**HI[1], "reasoning_content": "yes,\n  I think", "name": "Ann", "thinking": ""}]
+    for template, told in {PLAIN: True, PLAIN.replace(".\n", "{{ m.reasoning_content }}.\n"): False}.items():
+        caplog.clear()
+        coding = Coding.of(tokenizer_of(template), chat_loss="all", seq_len=8)
+        coding.encode([document(thought), document(thought)], tokenizer_of(template))
+        coding.tell()
+        assert ("does not write what messages hold under 'reasoning_content', in 2" in caplog.text) is told
+        assert len(caplog.records) == told
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["prefixes", "marks"])
+def test_answers_of_no_weight_are_not_learned(template: str) -> None:
+    text, whole = learned(template, LONG)
+    for key, value in {"weight": 0, "train": False}.items():
+        for number, answer in {1: "yes.", 3: "no."}.items():
+            messages = [{**message, "weight": 1} for message in LONG]
+            messages[number][key] = value
+            assert learned(template, messages) == (text, whole.replace(answer, "_" * len(answer)))
+    assert document([{**message, "weight": 1, "train": True} for message in LONG]) == document(LONG)
 
 
 def test_a_template_that_cannot_be_computed_is_one_sentence() -> None:
@@ -144,9 +167,14 @@ def test_rows_of_every_shape_are_one_document() -> None:
         {"prompt": "hi", "completion": "yes"},
         {"prompt": HI[:1], "completion": HI[1:]},
         {"prompt": "hi", "completion": HI[1:], "other": 3},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "weight": None}]},
+        {"messages": HI, "system": ""},
     ]
     assert len({conversation(row, "row") for row in rows}) == 1
     assert messages_of(conversation(rows[0], "row")) == (HI, None)
+    kind = {"role": "system", "content": "be kind"}
+    rows = [{**row, "system": "be kind"} for row in rows] + [{"messages": [kind, *HI], "system": "be kind"}]
+    assert {conversation(row, "row") for row in rows} == {document([kind, *HI])}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +192,18 @@ def test_rows_of_every_shape_are_one_document() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 holds image: only text"),
         ({"messages": HI, "tools": "look"}, "field 'tools' is a text and no JSON"),
         ([1], "is list, not a row of fields"),
+        *(
+            (
+                {"messages": [HI[0], {"role": role, "content": "yes"}]},
+                rf"message 2 has the role '{role}', .*jq -c .*{role}",
+            )
+            for role in ("gpt", "model", "Assistant", "bot")
+        ),
+        ({"conversations": [{"from": "bing", "value": "yes"}]}, "message 1 has the role 'bing'"),
+        ({"prompt": "hi", "completion": HI[:1]}, "'completion' holds no message of role assistant"),
+        ({"messages": [{**HI[0], "weight": 0.5}]}, r"has weight 0\.5: write 0"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "two system messages"),
+        ({"messages": HI, "system": 3}, "`system` as int"),
     ],
 )
 def test_rows_that_are_no_chat_are_named(row: Any, said: str) -> None:

@@ -9,7 +9,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,6 +30,18 @@ _MARKS = (  # longer ones first: a mark of UTF-32 begins with one of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
+_ISO_2022 = re.compile(rb"\x1b\$([@B]|\)C|\([CD])")
+_SPELLED = {  # and how much of a text is spelled so: almost all of Chinese, a letter with an accent now and then
+    "HZ": (re.compile(rb"~\{(?:[!-w][!-~])+~\}"), 0.2),
+    "UTF-7": (re.compile(rb"\+[A-Za-z0-9+/]{3,}-?"), 0.02),
+}
+_SPELLED_LEAST = 2
+# Base64 would be letters of all at once
+_SCRIPTS = [
+    re.compile(rf"[{own}\u2010-\u20ac -~]+")
+    for own in ("\xa0-\u024f", "\u0370-\u06ff", "\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef", "\u3000-\u303f\uac00-\ud7a3")
+]
+
 
 def packed(suffix: str) -> bool:
     """Whether a suffix says that a file is packed, in a way that is unpacked here."""
@@ -44,6 +56,28 @@ def packing_of(head: bytes) -> str | None:
 def codec_of(head: bytes) -> str:
     """The encoding that the byte order mark at the beginning of a file names; UTF-8 without one."""
     return next((codec for mark, codec in _MARKS if head.startswith(mark)), "utf-8-sig")
+
+
+def seven_bits(head: bytes) -> str | None:
+    """An encoding that writes other letters by signs of ASCII, of the beginning of a file; None = it shows none.
+
+    Formulas, Base64 and the format strings of Lisp have such signs too: it is one where enough of the text is spelled
+    so, in the letters of one script.
+    """
+    if max(head, default=0) > 0x7F:
+        return None
+    if found := _ISO_2022.search(head):
+        return "ISO-2022-KR" if found[0] == b"\x1b$)C" else "ISO-2022-JP"
+    for name, (pattern, share) in _SPELLED.items():
+        spelled = [found[0] for found in pattern.finditer(head) if found.end() < len(head)]
+        if len(spelled) >= _SPELLED_LEAST and sum(map(len, spelled)) > share * len(head):
+            try:
+                letters = "".join(part.decode(name) for part in spelled)
+            except UnicodeDecodeError:
+                continue
+            if not letters.isascii() and any(script.fullmatch(letters) for script in _SCRIPTS):
+                return name
+    return None
 
 
 def first_bytes(file: Path, count: int, unpack: bool = True) -> bytes:
@@ -96,16 +130,47 @@ def _opened(file: Path, unpack: bool = True) -> Iterator[IO[bytes]]:
 def _unpacked(file: Path, raw: IO[bytes], how: str) -> Any:
     if how == "gzip":
         return gzip.open(raw)
-    if how == "bz2":
-        return bz2.open(raw)
-    if how == "xz":
-        return lzma.open(raw)
+    if how in ("bz2", "xz"):
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if how == "bz2" else lzma.LZMADecompressor))
     try:
         from pyarrow import CompressedInputStream, PythonFile
     except ImportError as error:
         fix = "pip install pyarrow (or iskd[data]), or unpack it (zstd -d FILE)"
         raise ValueError(f"{file} is packed by zstd, which needs the package pyarrow: {fix}") from error
     return io.BufferedReader(CompressedInputStream(PythonFile(raw), "zstd"))
+
+
+class _Streams(io.RawIOBase):
+    """What the packed streams of a file hold, one after another.
+
+    `bz2.open` and `lzma.open` pass over anything behind the first one that is no stream, as in a file that was written
+    over in part.
+    """
+
+    def __init__(self, raw: IO[bytes], make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._make, self._stream, self._rest = raw, make, make(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if not self._rest and (self._stream.eof or self._stream.needs_input):
+                self._rest = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._rest and self._stream.eof:
+                    return 0
+                if not self._rest:
+                    raise EOFError("it ends within its packing")
+            if self._stream.eof:
+                self._rest = self._rest.lstrip(b"\0")  # xz fills up with zeros
+                if not self._rest:
+                    continue
+                self._stream = self._make()
+            found = self._stream.decompress(self._rest, len(buffer))
+            self._rest = self._stream.unused_data
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
 
 
 def _fault(file: Path, codec: str, reason: str) -> str:
@@ -128,7 +193,7 @@ def _fault(file: Path, codec: str, reason: str) -> str:
             fix = _unpacked_first(file, "tr -d '\\000' <")
             return f"{file} holds NUL bytes ({place}), which no text has; take them out: {fix}"
         if wide := _wide(head):
-            return f"{file} is {wide} without a byte order mark ({place}); {_iconv(file, wide)}"
+            return f"{file} is {wide} without a byte order mark ({place}); {iconv(file, wide)}"
         return (
             f"{file} is binary (it holds NUL bytes or what is no text: {place}); give a text, .jsonl or .parquet file"
         )
@@ -138,11 +203,11 @@ def _fault(file: Path, codec: str, reason: str) -> str:
     if 2 * len(foreign) > len(head):  # no text in Latin letters has as many
         fits = [name for name in _OTHER_SCRIPTS if _text_in(name, head)]
         those = f" (these fit: {', '.join(fits)})" if fits else ""
-        return f"{file} is not UTF-8 text ({found}); {_iconv(file, 'ENCODING')}, with the name of its own{those}{cut}"
+        return f"{file} is not UTF-8 text ({found}); {iconv(file, 'ENCODING')}, with the name of its own{those}{cut}"
     # in Latin-1 the codes from 0x80 to 0x9f are no characters; in Windows texts they are quotes and dashes
     guess = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "ISO-8859-1"
     return (
-        f"{file} is not UTF-8 text ({found}); if it is {guess}, {_iconv(file, guess)}, else name its own encoding{cut}"
+        f"{file} is not UTF-8 text ({found}); if it is {guess}, {iconv(file, guess)}, else name its own encoding{cut}"
     )
 
 
@@ -170,7 +235,8 @@ def _text_in(encoding: str, head: bytes) -> bool:
     return bool(text) and all(char.isprintable() or char in "\n\r\t\f\u3000\xa0" for char in text)
 
 
-def _iconv(file: Path, encoding: str) -> str:
+def iconv(file: Path, encoding: str) -> str:
+    """A command that writes a file again as UTF-8."""
     return _unpacked_first(file, f"iconv -f {encoding} -t UTF-8")
 
 

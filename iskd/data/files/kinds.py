@@ -6,8 +6,9 @@ import codecs
 import re
 from pathlib import Path
 
-from iskd.data.files.decoding import codec_of, first_bytes, packed, packing_of
-from iskd.data.files.structure import markup_in, rows_in
+from iskd.data.files.decoding import codec_of, first_bytes, iconv, packed, packing_of, seven_bits
+from iskd.data.files.markup import markup_in
+from iskd.data.files.structure import is_texts, rows_in
 
 FORMATS = {
     ".txt": "text",
@@ -27,6 +28,20 @@ _OF_0_1 = {".jsonl": "jsonl", ".parquet": "parquet"}
 # Read as prose these would be markup or noise, whatever bytes they begin with.
 _MARKUP = {".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf", ".bib"}
 _MARKUP |= {".yaml", ".yml", ".toml", ".sql", ".srt", ".vtt", ".psv", ".tab"}
+_MARKUP |= {
+    ".po",
+    ".pot",
+    ".ass",
+    ".ssa",
+    ".lrc",
+    ".sbv",
+    ".properties",
+    ".conll",
+    ".conllu",
+    ".tmx",
+    ".xliff",
+    ".ttml",
+}
 _DOCUMENTS = {".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx", ".ps", ".eps", ".djvu"}
 _ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzma", ".sz", ".z", ".warc"}
 _UNPACK = "unpack it and give the files in it"
@@ -97,6 +112,8 @@ def kind_of(file: Path, fmt: str, key: str) -> str:
     if suffix in _DOCUMENTS or suffix in _MARKUP:
         fix = fix if suffix in _MARKUP else ""
         raise ValueError(f"{file}: {suffix} files are not read; convert it to .jsonl, .parquet or .txt{fix}")
+    if encoding := seven_bits(head):
+        raise ValueError(f"{file} is {encoding}, in which letters are written by signs; {iconv(file, encoding)}{fix}")
     kind = FORMATS.get(suffix, "text")
     if kind in _TABLES.values() and head:
         again = "fetch it again, or give it the suffix of what it is"
@@ -106,6 +123,8 @@ def kind_of(file: Path, fmt: str, key: str) -> str:
     rows = rows_in(look, whole) if kind in ("text", "csv", "tsv") else None
     if rows is not None and (rows == "jsonl" or kind == "text"):
         return rows
+    if kind == "text" and is_texts(look, whole):
+        return "jsonl"
     if kind == "text" and (name := markup_in(look, whole)):
         raise ValueError(f"{file} is {name}, which is not read: take its text out to .txt or .jsonl{fix}")
     return kind

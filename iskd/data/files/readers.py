@@ -29,7 +29,8 @@ _BESIDE = re.compile(
     r"_success|(readme|licen[cs]e|notice|copying|changelog|authors|citation)(\.(md|rst|txt|cff))?", re.I
 )
 _SPLITS = {"train": None, "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
-_SPLITS |= {"test": "test"}
+_SPLITS |= {"training": None, "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?![^\W\d_])", re.I)
 _log = logging.getLogger(__name__)
 
 
@@ -48,15 +49,16 @@ def find_files(path: str, key: str) -> list[Path]:
     """
     splits = find_splits(path, key)
     if len(splits) > 1:
-        folders = sorted(str(files[0].parent) for _, files in splits)
-        raise ValueError(f"{key}={path} holds several splits; name one: {key}={folders[0]} (or {folders[1:]})")
+        names = [_name_of(files) for _, files in reversed(splits)]
+        raise ValueError(f"{key}={path} holds several splits; name one: {key}={names[0]} (or {names[1:]})")
     return splits[0][1]
 
 
 def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
     """As `find_files`, by the split that the files are of; of a folder of splits those held out come first.
 
-    A folder by `datasets.DatasetDict.save_to_disk` has splits; what else there is has the one split None.
+    A folder by `datasets.DatasetDict.save_to_disk` has splits, and so have files of a folder or glob whose names begin
+    with one (`train-0.jsonl`, `test/a.csv`), where one of them is for training; what else there is has the split None.
     """
     target = Path(expanded(path))
     if target.is_file():
@@ -64,7 +66,7 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
     if target.is_dir():
         if (target / "dataset_dict.json").is_file():
             return _saved_splits(target, key)
-        return [(None, _in_folder(target, key))]
+        return _by_name(_in_folder(target, key), target, key)
     matches = [Path(name) for name in sorted(glob.glob(_pattern(target), recursive=True))]
     found = [match for match in matches if match.is_file()]
     folders = [match for match in matches if match.is_dir() and "**" not in path]
@@ -78,12 +80,55 @@ def find_splits(path: str, key: str) -> list[tuple[str | None, list[Path]]]:
         raise ValueError(f"{key}={path} is {what}; give a file, a folder or a glob")
     if not found:
         raise ValueError(f"{key}={path} does not exist (from folder {Path.cwd()}); give a file, a folder or a glob")
-    return [(None, found)]
+    return _by_name(found, _there(target), key)
+
+
+def _by_name(files: list[Path], folder: Path, key: str) -> list[tuple[str | None, list[Path]]]:
+    """Files by the splits that their names, or those of their folders inside `folder`, begin with.
+
+    Raises:
+        ValueError: some files are of splits and some of none.
+    """
+    found: dict[str | None, list[Path]] = {}
+    others = []
+    for file in files:
+        *folders, name = file.relative_to(folder).parts
+        said = next((part.lower() for part in folders if part.lower() in _SPLITS), None)
+        said = said or ((match := _SPLIT_NAME.match(name)) and match[1].lower())
+        if said:
+            found.setdefault(_SPLITS[said], []).append(file)
+        else:
+            others.append(file)
+    # without text to train on, or of code, these are names like any other
+    if len(found) < 2 or None not in found or any(suffix_of(file) not in FORMATS for file in files):
+        return [(None, files)]
+    splits = sorted(found.items(), key=lambda entry: entry[0] is None)
+    if others:
+        keys = {None: key, "validation": "data.val_path", "test": "data.test_path"}
+        named = " ".join(f"{keys[split]}={_name_of(of)}" for split, of in reversed(splits))
+        what = f"{len(others)} of none (the first is {others[0].name})"
+        raise ValueError(f"{folder} has files of splits, and {what}: name what is meant, as {named}")
+    told = ", ".join(
+        f"{split or 'train'} {len(of)} files (the first is {of[0].name})" for split, of in reversed(splits)
+    )
+    _log.info("%s: splits by the names of files: %s", folder, told)
+    return splits
+
+
+def _name_of(files: list[Path]) -> str:
+    """What names the files of a split: itself, their folder, or a glob of those that begin as the first does."""
+    first = files[0]
+    match = _SPLIT_NAME.match(first.name)
+    return str(first if len(files) == 1 and match else first.parent / f"{match[1]}*" if match else first.parent)
+
+
+def _there(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _pattern(path: Path) -> str:
     """The path as a glob, of which the folders that are there mean themselves."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    there = _there(path)
     return str(Path(glob.escape(str(there)), path.relative_to(there)))
 
 
@@ -95,12 +140,11 @@ def placed_files(path: str, val_path: str | None, test_path: str | None) -> dict
     """
     splits = find_splits(path, "data.path")
     given = {"validation": ("val_path", val_path), "test": ("test_path", test_path)}
-    for split, files in splits:
+    for split, _ in splits:
         if split and given[split][1]:
-            train = files[0].parent.parent / "train"
             raise ValueError(
                 f"data.path={path} has a split {split} of its own beside data.{given[split][0]}; set "
-                f"data.path={train}, or leave the other out"
+                f"data.path={_name_of(splits[-1][1])}, or leave the other out"
             )
     found: dict[str, list[Placed]] = {"path": [(split, file) for split, files in splits for file in files]}
     for split, (key, value) in given.items():

@@ -1,4 +1,4 @@
-"""Structure that a text shows in its first lines, whatever its suffix: rows of JSON, a table, markup of some kind.
+"""Rows that a text shows in its first lines, whatever its suffix: of JSON, or of a table.
 
 A text that merely begins as one of them does (a poem, LaTeX, code, a list) stays text: it is JSON only where it is so
 as far as the look goes, and a table only where every line has as many cells.
@@ -11,37 +11,21 @@ import json
 import re
 from typing import Any
 
-# by name; or an element that holds another, or all of the text
-_XML = re.compile(
-    r"<(\?xml|!doctype|!--|html\b|mediawiki\b|doc id=|([a-z][\w.:-]*)(\s[^<>]*)?>\s*(<[a-z!]|.*</\2\s*>\s*\Z))",
-    re.I | re.S,
-)
-_BEGINNINGS = {
-    "HTML or XML": _XML,
-    "RTF": re.compile(r"\{\\rtf"),
-    "subtitles": re.compile(r"WEBVTT\b|\d+\n[\d:]+[,.]\d{3} --> [\d:]+[,.]\d{3}"),
-    "a web archive (WARC)": re.compile(r"WARC/\d"),
-    "PostScript": re.compile(r"%!PS\b"),
-    "a bibliography (BibTeX)": re.compile(r"@\w+\s*\{\s*[\w:./+-]+\s*,\s*\w+\s*="),
-    "SQL": re.compile(
-        r"(?:--[^\n]*\n|\s)*((CREATE|DROP) (TABLE|DATABASE)|INSERT INTO|PRAGMA \w+=|BEGIN TRANSACTION|/\*!\d+ )"
-    ),
-    "a mail box": re.compile(r"From \S+@\S+ +\w{3} \w{3} +\d|(Message-ID|Return-Path|Received): [^\n]*\n([\w-]+:)?\s"),
-    "a calendar or an address book": re.compile(r"BEGIN:V(CALENDAR|CARD)\b"),
-    "events with JSON in them": re.compile(r"data: ?[{\[]\s*[\"{]"),
-    "Python's notation of rows and no JSON (json.dumps writes that)": re.compile(r"\[?\s*\{'[^'\n]+': *['\"\[{\d]"),
-}
-_LINES = {  # of which every line is
-    "YAML": re.compile(r"(- |  )\s*[\w-]+:( .*)?"),
-    "settings (INI or TOML)": re.compile(r"\[[\w. \"-]+\]|[\w.-]+ *= *\S.*|[#;].*"),
-}
 _MARKS = "\t,;|"
 _TABLE_ROWS = 3
-_MARKUP_LINES = 3
+_ROWS_BEHIND = 20
+# of a header that has spaces behind its commas, as prose has
+_FIELDS = {"id", "text", "content", "body", "title", "label", "sentence", "document", "url", "date", "name", "source"}
+_FIELDS |= {"author", "category", "score", "question", "answer", "prompt", "completion", "review", "summary", "index"}
+_COMMENTS = re.compile(r"(\s*(//[^\n]*(\n|\Z)|/\*.*?\*/|#[^\n]*(\n|\Z)))+\s*", re.S)
+_RULER = re.compile(r"[\s:-]*-[\s:-]*")  # of a table in Markdown
+_HEADING = re.compile(r"[^\n{}\[\]]+\n\s*(?=[{\[]\s*[{\"])")
 
 
 def rows_in(look: str, whole: bool) -> str | None:
     """The kind of rows that a text of no such suffix holds, of `iskd.data.files.kinds.KINDS`; None = it is no rows.
+
+    Where something else stands above the rows it is their kind too: whoever reads them names that line.
 
     Args:
         look: its beginning, without space in front.
@@ -49,20 +33,10 @@ def rows_in(look: str, whole: bool) -> str | None:
     """
     if _is_json(look, whole):
         return "jsonl"
-    lines = [line for line in look.split("\n") if line.strip()]
+    # comments stand above a header, and between the sentences of tagged words
+    lines = [line for line in look.split("\n") if line.strip() and not line.startswith("#")]
     mark = next((mark for mark in _MARKS if lines and mark in lines[0] and _parted(lines, mark, whole)), None)
     return None if mark is None else "tsv" if mark == "\t" else "csv"
-
-
-def markup_in(look: str, whole: bool) -> str | None:
-    """The name of what a text is beside prose and rows, for a sentence; None = it is prose, notes or code."""
-    begins = next((name for name, pattern in _BEGINNINGS.items() if pattern.match(look)), None)
-    if begins:
-        return begins
-    lines = [line.rstrip() for line in look.split("\n")[: None if whole else -1] if line.strip()]
-    if len(lines) < _MARKUP_LINES or lines[0][:1] not in ("-", "["):
-        return None
-    return next((name for name, pattern in _LINES.items() if all(map(pattern.fullmatch, lines))), None)
 
 
 def _parted(lines: list[str], mark: str, whole: bool) -> bool:
@@ -74,7 +48,11 @@ def _parted(lines: list[str], mark: str, whole: bool) -> bool:
         return False
     if mark == "\t" and len({len(row) for row in rows}) > 1:  # many write quotes into such cells as they stand
         rows = [line.split(mark) for line in lines][: None if whole else -1]
-    if len(rows) < _TABLE_ROWS - (not whole) or len(rows[0]) < 2 or len({len(row) for row in rows}) > 1:
+    if len(rows) < _TABLE_ROWS - (not whole) or len(rows[0]) < 2 or _RULER.fullmatch("".join(rows[1])):
+        return False
+    if {cell.strip().lower() for cell in rows[0]} <= _FIELDS:
+        return all(len(row) >= len(rows[0]) for row in rows)
+    if len({len(row) for row in rows}) > 1:
         return False
     if mark == "\t":  # indented code begins with them
         return not any(line.startswith(mark) for line in lines)
@@ -83,15 +61,41 @@ def _parted(lines: list[str], mark: str, whole: bool) -> bool:
 
 
 def _is_json(look: str, whole: bool) -> bool:
-    """Whether text that is of no JSON suffix begins with a JSON object, or an array of more than numbers."""
+    """Whether text that is of no JSON suffix holds JSON objects, or an array of more than numbers."""
+    lines = [line for line in look.split("\n")[: None if whole else -1] if line.strip()]
     if look[:1] not in ("{", "["):
-        # rows below a line of something else: whoever reads rows names that line
-        return all(map(_is_row, look.split("\n")[1:3])) and look.count("\n") > 2
-    if _begins_json(look, whole):
+        return _rows_below(lines) or _below(look, whole)
+    if begins_json(look, whole):
         return True
     # a first line that is broken makes no prose of the others
-    lines = look.split("\n")[1:] if look.startswith("{") else []
-    return any(_is_row(line) for line in lines[: 20 if whole else len(lines) - 1][:20])
+    return look.startswith("{") and any(map(_is_row, lines[1:21]))
+
+
+def _rows_below(lines: list[str]) -> bool:
+    """Whether rows follow something else: at once, as most of it, or up to where the look ends."""
+    rows = [_is_row(line) for line in lines]
+    most = sum(rows) > max(1, len(rows) / 2)
+    return most or (len(rows) > _ROWS_BEHIND and all(rows[-_ROWS_BEHIND:]))
+
+
+def is_texts(look: str, whole: bool) -> bool:
+    """Whether every line is a JSON text; without an escape in any they may be what people say in quotes.
+
+    A table of one column looks the same, so this is nothing to ask of a file that says it is one.
+    """
+    lines = [line for line in look.split("\n")[: None if whole else -1] if line.strip()]
+    if len(lines) < 2 or not all(line.startswith('"') for line in lines) or not any("\\" in line for line in lines):
+        return False
+    try:
+        return all(isinstance(json.loads(line), str) for line in lines)
+    except ValueError:
+        return False
+
+
+def _below(look: str, whole: bool) -> bool:
+    """Whether all below comments or one heading is JSON."""
+    heads = (pattern.match(look) for pattern in (_COMMENTS, _HEADING))
+    return any(head is not None and begins_json(look[head.end() :], whole, torn=False) for head in heads)
 
 
 def _is_row(line: str) -> bool:
@@ -101,7 +105,16 @@ def _is_row(line: str) -> bool:
         return False
 
 
-def _begins_json(look: str, whole: bool) -> bool:
+def begins_json(look: str, whole: bool, torn: bool = True) -> bool:
+    """Whether a text is JSON with objects or texts in it, as far as the look goes.
+
+    Args:
+        look: beginning with a bracket, or it is none.
+        whole: whether the look is all of the text.
+        torn: whether the end of a text may be missing.
+    """
+    if look[:1] not in ("{", "["):
+        return False
     try:
         value, end = json.JSONDecoder().raw_decode(look)
     except RecursionError:
@@ -109,9 +122,12 @@ def _begins_json(look: str, whole: bool) -> bool:
     except json.JSONDecodeError as error:
         # as far as the look goes it is JSON: what is missing lies behind it, or was torn off
         open_end = error.msg.startswith("Unterminated string") or error.pos >= len(look.rstrip()) - (0 if whole else 8)
+        open_end = open_end and (torn or not whole)
         return open_end and re.match(r'\{\s*"|\[\s*[{\["]', look) is not None and (not whole or '":' in look)
     rest = look[end:].lstrip(" \t\r")
-    return _has_rows(value) and (not rest or rest[0] in "\n{[")
+    return _has_rows(value) and (
+        not rest or (rest[0] in "\n{[" and (torn or not rest.strip() or rest.lstrip()[0] in "{["))
+    )
 
 
 def _has_rows(value: Any) -> bool:

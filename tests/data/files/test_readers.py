@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import pickle
 import struct
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from iskd.data.files.chat import ROWS
-from iskd.data.files.readers import find_files, read_file
+from iskd.data.files.readers import find_files, find_splits, placed_files, read_file
 from iskd.data.sources import HubDataset, TextFiles
 from iskd.evaluation.text import read_text
 
@@ -57,6 +58,7 @@ _SAME: dict[str, tuple[str, str]] = {
     "object of a list, by line": (json.dumps({"version": 1, "data": _ROWS}, indent=1), "json md"),
     "columns": (json.dumps({"text": _DOCUMENTS}), "json"),
     "comma": (_table(","), "csv CSV txt data"),
+    "comma and space": ("id, text\n" + _table(",").partition("\n")[2], "csv txt"),
     "semicolon": (_table(";"), "csv txt"),
     "tab": (_table("\t"), "tsv csv txt"),
 }
@@ -115,7 +117,10 @@ def test_packed_files_are_unpacked_by_content(tmp_path: Path, suffix: str, pack:
         assert list(read_file(tmp_path / name, "auto", "text")) == _DOCUMENTS, name
     (tmp_path / f"t.csv.{suffix}").write_bytes(pack(_table(",").encode()))
     assert list(read_file(tmp_path / f"t.csv.{suffix}", "auto", "text")) == _DOCUMENTS
-    for content in (packed[:-20], b"text\n", gzip.compress(b"x") if suffix != "gz" else b"PK\3\4"):
+    (tmp_path / f"two.jsonl.{suffix}").write_bytes(packed + packed + b"\0" * 8 * (suffix in ("gz", "xz")))
+    assert list(read_file(tmp_path / f"two.jsonl.{suffix}", "auto", "text")) == _DOCUMENTS * 2
+    damaged = (packed[:-20], packed + b"garbage that is no stream", packed + packed[: len(packed) // 2])
+    for content in (*damaged, b"text\n", gzip.compress(b"x") if suffix != "gz" else b"PK\3\4"):
         (tmp_path / f"bad.txt.{suffix}").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.txt\.\w+ is not a whole \w+ file"):
             list(read_file(tmp_path / f"bad.txt.{suffix}", "auto", "text"))
@@ -167,6 +172,28 @@ def test_byte_order_marks_tell_the_encoding_and_are_no_text(tmp_path: Path, code
         "From: Ann\nTo: Bob\n\nDear Bob",
         "Create table and chairs\nINSERT COIN",
         "1\n2\n3",
+        "<s>One</s> and more words",
+        "a.b = [1, 2]\nc = 3",
+        'x = {"a": 1}\nprint(x)',
+        '// adds\nint add(int a);\n{"a"}',
+        'An example:\n\n{"text": "a"}\n\nis a row. So is\n\n{"text": "b"}\n\nand no other.',
+        'An example:\n\n{"text": "a"}\n\nis a row.',
+        '12:00 INFO {"text": "a"}\n12:01 started\n12:02 stopped',
+        "# Title\n\nFirst, second\nThird, fourth\nFifth, sixth",
+        "title, body\nand soul",
+        "x ^ y\nis a power\nof x ^ y",
+        "# Title\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nA table.",
+        "To be or not\nO what a NO\nsay I",
+        "['tis one,\n 'tis two,\n 'tis three]",
+        "('One', he said)\n('Two', said she)",
+        "---\ntitle: |\n  two lines\n---\nA text.",
+        "Ann: one\nBob: two\n  (aside)",
+        "[00:12] Ann: hi\n[00:13] Bob: ho",
+        "(format t ~{~a~}) ~{test~} ~{ ~A~}",
+        "a+bcd-e and x+abc-y +ABC- is +1-2",
+        "Call +12065550170, +12065550168 or +1206 555",
+        "MIIC+AAOS/8a+HX4pq+Zk0d9+3vA/x+Q0dh+4Ab",
+        "\x1b[31mred\x1b[0m and black",
     ],
 )
 def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: str) -> None:
@@ -176,6 +203,45 @@ def test_a_text_that_begins_as_something_else_stays_text(tmp_path: Path, text: s
 
 
 _TORN = json.dumps({"text": "x" * 70_000})
+_WORDS = "words and more of them\n" * 4_000
+_GERMAN = "\u201eHallo!\u201c & \u00dcber den D\u00e4chern ist es sch\u00f6n\n" * 3
+_CHINESE = "\u4f60\u597d\u4e16\u754c\n" * 3
+_STRUCTURED: list[tuple[bytes, str]] = [  # read as prose without a word, these were learned with all their signs
+    ((b"<p>words</p>\n" * 6_000), "is HTML or XML"),
+    (f"<doc>\nwords\n</doc>\n<doc>\n{_WORDS}</doc>".encode(), "is HTML or XML"),
+    (b"<s> a b </s>\n<s> c d </s>\n" * 4_000, "is HTML or XML"),
+    (b'window.YTD.tweets.part0 = [ {"tweet": {"id": "1"}}, {"tweet": {}} ]', "is JSON in a script"),
+    (b'var data = [{"text": "' + b"x" * 70_000, "is JSON in a script"),
+    (b'// of 2024\n[{"text": "a"}]', "line 1 is not JSON"),
+    (b'/* a\n b */ {"text": "a"}\n{"text": "b"}', "line 1 is not JSON"),
+    (b'Export of 2024\n\n{"text": "a"}\n{"text": "b"}\n', "line 1 is not JSON"),
+    (b'Export of 2024\n[\n {"text": "a"},\n {"text": "b"}\n]\n', "line 1 is not JSON"),
+    (b"A line of prose.\n" * 500 + b'{"text": "a"}\n' * 9_000, "line 1 is not JSON"),
+    (b'12:00 INFO {"text": "a"}\n12:01 INFO {"text": "b"}\n12:02 {"text": "c"}\n', "is lines that end in JSON"),
+    (b"# a comment\nid,text\n1,a\n2,b\n", "no field 'text', only"),
+    (b"id ^ text\n1 ^ a\n2 ^ b\n", r"is a table whose cells '\^' parts"),
+    (b"id\x01text\n1\x01a\n2\x01b\n", "is a table whose cells"),
+    (b"one ||| eins\ntwo ||| zwei\nthree ||| drei\n", "is a table whose cells"),
+    (b"| id | text |\n|---|---|\n| 1 | a |\n", "is a table of Markdown"),
+    (b"id | text\n---|---\n1 | a\n", "is a table of Markdown"),
+    (b"# sent_id = 1\n1\tThe\tDET\n2\tdog\tNOUN\n\n# sent_id = 2\n1\tA\tDET\n", "no field 'text', only"),
+    (b"-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n", "is tagged words"),
+    (b"['one',\n 'it\\'s two',\n 'three']\n", "is Python's notation"),
+    (b"['one',\n" + b" 'another one',\n" * 6_000, "is a list in Python's notation"),
+    (b"['one', 'two']\n['three']\n", "is Python's notation"),
+    (pickle.dumps([{"text": "one"}, {"text": "two"}], 0), "is a pickle"),
+    (b"---\ntext: |\n  words\n  more\n---\ntext: |\n  words\n", "is YAML"),
+    (b"- text: >-\n    words and\n    more: of them\n", "is YAML"),
+    (b'# a\nmsgid ""\nmsgstr ""\n', "is translations"),
+    (b"[Script Info]\nTitle: x\n", "is subtitles"),
+    (b"[ar:Ann]\n[00:12.00]La la\n", "is subtitles"),
+    (b"0:00:01.000,0:00:02.000\nHi\n", "is subtitles"),
+    (_GERMAN.encode("utf-7"), "is UTF-7.*iconv -f UTF-7 -t UTF-8 a"),
+    (_CHINESE.encode("utf-7"), "is UTF-7"),
+    (_CHINESE.encode("hz"), "is HZ"),
+    ("\u3053\u3093\u306b\u3061\u306f".encode("iso2022_jp"), "is ISO-2022-JP.*iconv -f ISO-2022-JP"),
+]
+_QUOTES = b'id\ttext\n1\t"Well, he said\n2\tfoo bar\n3\tand so on"\n4\tmore\n'
 _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.html", b"prose", r"\.html files are not read; .*data\.source\.fmt=text"),
     ("a.PDF", b"prose", r"\.pdf files are not read; convert it to \.jsonl, \.parquet or \.txt$"),
@@ -217,6 +283,7 @@ _REFUSED: list[tuple[str, bytes, str]] = [
     ("a.gz", gzip.compress(bz2.compress(b"one"), mtime=0), "packed twice .*bz2"),
     ("a.lzma", lzma.compress(b"one", format=lzma.FORMAT_ALONE), "packed by lzma, .*unlzma FILE"),
     ("a.parquet", b"prose", r"is not parquet, which its suffix says.*fmt=text"),
+    ("a.txt", b'"doc 1\\nmore"\n"doc 2"\n', "line 1 is str, not a row of fields"),
     ("a.json", b'["one"]', r"not a row of fields.*write each as \{\"text\": \"\.\.\.\"\}, one a line"),
     (
         "a.txt",
@@ -260,10 +327,26 @@ _REFUSED: list[tuple[str, bytes, str]] = [
         r"several lists, \['a', 'b'\].*jq -c '\.\[\"a\"\]\[\]'",
     ),
     ("a.json", b'{"rows": [{"text": "x"}, {"text": null}]}', r"rows\[1\]: field 'text' is null"),
+    *[("a.txt", content, f"{message}.*fmt=text") for content, message in _STRUCTURED],
+    *[
+        (f"a{suffix}", b"prose", f"{suffix} files are not read")
+        for suffix in (".po", ".ass", ".lrc", ".sbv", ".properties")
+    ],
     ("a.csv", b"id,body\n1,a\n", r"line 1, has no field 'text', only \['id', 'body'\]; set data\.source\.field"),
     ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 cells where the header has 2"),
     ("a.csv", b'id,text\n1,"a\n2,b\n', "separated .*quotes"),
     ("a.csv", b"text,text\na,b\n", "stands twice"),
+    ("a.tsv", _QUOTES, r"lines 2 to 4 are one row by their quotes and 3 rows without; .*quoting=3"),
+    ("a.txt", _QUOTES, "lines 2 to 4 are one row by their quotes"),
+    ("a.csv", _QUOTES.replace(b"\t", b"|").replace(b"2|", b"\n2|"), r"lines 2 to 5 are .*sep='\|', quoting=3"),
+    ("a.tsv", b'id\ttext\n1\t"a" b\n', r"line 2 is not '\\t'-separated .*quoting=3"),
+    (
+        "a.json",
+        b'{"info": [{"id": 1}], "docs": [{"text": "x"}]}',
+        r"several lists, \['info', 'docs'\].*jq -c '\.\[\"docs\"\]\[\]'",
+    ),
+    ("a.json", b'{"info": [{"id": 1}], "in": {"docs": [{"text": "x"}]}}', r"jq -c '\.\[\"in\"\]\[\"docs\"\]\[\]'"),
+    ("a.json", b'{"in": {"docs": [{"text": "x"}]}}', r"a list further inside.*jq -c '\.\[\"in\"\]\[\"docs\"\]\[\]'"),
 ]
 
 
@@ -288,9 +371,11 @@ def test_what_is_there_and_no_file_is_named(tmp_path: Path) -> None:
 
 def test_null_rows_of_a_table_are_named_by_row(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row 2: field 'text' is null.*dropna"):
-        list(read_file(tmp_path / "a.parquet", "auto", "text"))
+    bad = {r"row 2: field 'text' is null.*dropna": ["a", None], r"row 1: .* is bytes.*\.str\.decode\('utf-8'\)": [b"a"]}
+    for message, texts in bad.items():
+        parquet.write_table(pytest.importorskip("pyarrow").table({"text": texts}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=rf"a\.parquet, {message}"):
+            list(read_file(tmp_path / "a.parquet", "auto", "text"))
 
 
 def test_what_needs_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +391,8 @@ def test_what_the_user_says_of_a_text_holds(tmp_path: Path) -> None:
     for name, content in {"a.csv": "a,b\n1,2", "a.html": "<html><p>x", "a.json": '{"a": 1}'}.items():
         (tmp_path / name).write_text(content)
         assert list(read_file(tmp_path / name, "text", "text")) == [content]
+    (tmp_path / "c.csv").write_text('"text"\n"C:\\new"\n')
+    assert list(read_file(tmp_path / "c.csv", "auto", "text")) == ["C:\\new"]
     (tmp_path / "b.txt").write_text(_table(","))
     assert list(read_file(tmp_path / "b.txt", "csv", "text")) == _DOCUMENTS
 
@@ -345,6 +432,50 @@ def test_a_folder_drops_no_file_in_silence(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "linked" / "more").symlink_to(tmp_path / "b")
     with pytest.raises(ValueError, match=r"the first is .*more"):
         find_files(str(tmp_path / "linked"), "data.path")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (
+            "train-00000-of-00001.jsonl test-00000-of-00001.jsonl",
+            "test-00000-of-00001.jsonl train-00000-of-00001.jsonl",
+        ),
+        ("data/train.txt.gz data/validation.txt data/Test_1.txt", "Test_1.txt validation.txt train.txt.gz"),
+        ("train/a.txt dev/a.txt", "dev/a.txt train/a.txt"),
+        ("train.csv trainers.csv", None),
+        ("test.txt valid.txt", None),
+        ("train.py test.py", None),
+        ("trains.txt testament.txt train.txt", None),
+    ],
+)
+def test_names_of_files_are_splits(
+    tmp_path: Path, names: str, found: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fill(tmp_path, names)
+    caplog.set_level(logging.INFO, "iskd")
+    for path in (str(tmp_path), f"{tmp_path}/**/*.*"):
+        splits = find_splits(path, "data.path")
+        assert ("splits by the names of files: train 1 files" in caplog.text) is (found is not None)
+        if found is None:
+            assert [split for split, _ in splits] == [None]
+            continue
+        assert splits[-1][0] is None
+        files = [file for _, files in splits for file in files]
+        assert [str(file)[-len(name) :] for file, name in zip(files, found.split(), strict=True)] == found.split()
+        with pytest.raises(ValueError, match=rf"holds several splits; name one: eval\.text={files[-1].parent}"):
+            find_files(path, "eval.text")
+        with pytest.raises(ValueError, match=rf"of its own beside .*data\.path={files[-1].parent}"):
+            placed_files(path, str(files[0]), str(files[0]))
+        assert placed_files(str(files[-1]), str(files[0]), None)["val_path"]
+
+
+def test_files_of_no_split_beside_splits_are_named(tmp_path: Path) -> None:
+    _fill(tmp_path, "train-0.csv train-1.csv test.csv sample_submission.csv")
+    fix = rf"data\.path={tmp_path}/train\* data\.test_path={tmp_path}/test\.csv"
+    with pytest.raises(ValueError, match=rf"1 of none \(the first is sample_submission\.csv\): .* {fix}"):
+        find_files(str(tmp_path), "data.path")
+    assert len(find_files(f"{tmp_path}/train*", "data.path")) == 2
 
 
 def test_folders_of_saved_data_sets_open(tmp_path: Path) -> None:
