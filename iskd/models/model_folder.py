@@ -134,10 +134,7 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
 
 
 def refuse_other_class(config: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError where `architectures` names the class of another family than `model_type`.
-
-    Weights of several families have the same names and shapes, and other numbers come out.
-    """
+    """Raise ValueError where `architectures` names another family's class: weights may fit both, numbers would not."""
     own, named = config["model_type"], config.get("architectures")
     if own not in FAMILIES or not isinstance(named, list):
         return
