@@ -354,7 +354,7 @@ def test_weights_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
     cut = (
         rf"model\.safetensors cannot be read: it is cut short, {size:,} bytes where its header describes {size + 100:,}"
     )
-    message = {"shape": "has shape", "truncated": cut, "gone": "cannot be read"}.get(damage, f"is {damage}")
+    message = {"shape": "has shape", "truncated": cut, "gone": "is missing beside it"}.get(damage, f"is {damage}")
     with pytest.raises(ValueError, match=message):
         iskd.load(folder)
 

@@ -95,7 +95,7 @@ def nothing_opened(*_: Any, **__: Any) -> Reopened:
         ("none", "is not a folder"),
         ("config", r"not a model directory: config\.json is missing"),
         ("shard", r"lacks 1 of \d+ weight files: model-00001-of-"),
-        ("weights", "there is no such file, or nothing in it"),
+        ("weights", "is missing beside it, or holds nothing"),
         (
             "truncated",
             r"model-00001-of-\d+\.safetensors cannot be read: it is cut short, [\d,]+ bytes where its header",
