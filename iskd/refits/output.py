@@ -52,7 +52,7 @@ class Output(BlockRefit):
         inputs, the teacher's output
     Needs: calibration tokens (`refit.output.tokens`)
     Costs: one pass of the teacher's blocks and one of the student's, gram matrices of C inputs, for all blocks
-    Measured: four of SmolLM2's 30 layers out and no training: KL 0.535 -> 0.222, retention 94.4 %
+    Measured: SmolLM2 without four of its layers, before any training: KL 0.232, retention 94.4 %
         (experiments/refit-smollm2/README.md)
     """
 

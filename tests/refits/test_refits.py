@@ -189,7 +189,7 @@ def test_streams_may_lie_elsewhere(place: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["output", "both", "sublayers", "replaceme"])
+@pytest.mark.parametrize("name", ["both", "sublayers"])
 def test_kept_states_of_the_teacher_give_the_same_student(name: str, tmp_path: Path) -> None:
     held = list(windows(4, 16, seed=9).split(4))
 
