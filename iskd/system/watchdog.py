@@ -23,6 +23,8 @@ _BYE, _FAILED, _DEAD = "bye", "failed", "dead"
 _TOKEN, _MESSAGE = 16, 32  # bytes
 #: Seconds that a process has to fail in its own words after another one has failed.
 GRACE = 20.0
+#: Seconds between the end of a process's collectives and that of its connection here, at most.
+_CLOSING = 2.0
 
 
 class Watchdog:
@@ -36,6 +38,7 @@ class Watchdog:
     def __init__(self, ranks: Ranks, advice: str) -> None:
         self._ranks, self._advice = ranks, advice
         self._peers: dict[socket.socket, int] = {}
+        self._watched: dict[socket.socket, int] = {}  # those that have said nothing yet
         self._wake: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
@@ -49,6 +52,7 @@ class Watchdog:
             self._join()
         for peer in self._peers:
             _keep_alive(peer)
+        self._watched = dict(self._peers)
         self._wake, woken = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, args=(woken,), name="rank-watchdog", daemon=True)
         self._thread.start()
@@ -59,6 +63,8 @@ class Watchdog:
             self._wake.close()
             self._thread.join()
             self._thread = self._wake = None
+            if failed:
+                self._name_the_dead()
             for peer in self._peers:
                 _send(peer, f"{_FAILED} {self._ranks.rank}" if failed else f"{_BYE} {self._ranks.rank}")
                 peer.close()
@@ -85,7 +91,7 @@ class Watchdog:
         self._peers[peer] = 0
 
     def _watch(self, woken: socket.socket) -> None:
-        watched, failed, deadline = dict(self._peers), 0, math.inf
+        watched, failed, deadline = self._watched, 0, math.inf
         with woken:
             while watched or deadline < math.inf:
                 wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
@@ -107,13 +113,24 @@ class Watchdog:
 
     def _stop(self, dead: int) -> None:
         """Tell the others and end the process at once: its main thread may be waiting for the dead one."""
+        self._say(dead)
+        os._exit(1)
+
+    def _name_the_dead(self) -> None:
+        """A collective may fail before the watching thread has seen why: its own words name no rank."""
+        ready, _, _ = select.select([*self._watched], [], [], _CLOSING) if self._watched else ([], [], [])
+        for peer in ready:
+            word, _, rank = _receive(peer).decode().partition(" ")
+            if word not in (_BYE, _FAILED):
+                self._say(int(rank) if word == _DEAD else self._watched[peer])
+
+    def _say(self, dead: int) -> None:
         self._tell(f"{_DEAD} {dead}")
         sys.stderr.write(
             f"rank {dead} died, so rank {self._ranks.rank} stops as well; see the last lines of rank {dead} for the "
             f"reason. {self._advice}\n"
         )
         sys.stderr.flush()
-        os._exit(1)
 
     def _tell(self, message: str) -> None:
         if self._ranks.rank == 0:
