@@ -28,6 +28,7 @@ _Alpha = Annotated[
     must_be(f"positive and at most {_MAX} (twice the rank is usual)", lambda it: is_number(it) and 0 < it <= _MAX),
 ]
 _Rate = Annotated[float, must_be("a finite number >= 0", lambda it: is_number(it) and 0 <= it <= MAX_NUMBER)]
+_Share = Annotated[float, must_be("in [0, 1]", lambda it: is_number(it) and 0 <= it <= 1)]
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Stage:
             output.
         shape: how the rates of this stage fall, see `iskd.training.step.optimizer.OptimSpec.decay`; "" = as configured
             there.
+        refit_share: share of the refits' calibration text that is read after these edits; 0 = they are not carried out.
     """
 
     name: Annotated[str, Field(max_length=10_000)]
@@ -135,3 +137,4 @@ class Stage:
     lora: Annotated[LoraSpec, PlainValidator(LoraSpec.of)] = field(default_factory=LoraSpec)
     objective: Annotated[str, one_of(OBJECTIVES)] = "loss"
     shape: Annotated[str, one_of(SHAPES)] = ""
+    refit_share: _Share = 1.0

@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -26,6 +26,9 @@ from iskd.plan.edits import REMOVALS
 from iskd.refits.streams import PLACES, Streams
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BLOCKS = ("gaps", "above", "all")
 
@@ -65,6 +68,11 @@ class Refit(ABC):
     def name(cls) -> str:
         """What messages and the config call it."""
         return cls.__name__.lower()
+
+    def on(self, share: float) -> Self:
+        """This refit with a share of its text."""
+        tokens, held = (max(1, round(share * count)) for count in (self.tokens, self.held_tokens))
+        return replace(self, tokens=tokens, held_tokens=held)
 
     @property
     @abstractmethod

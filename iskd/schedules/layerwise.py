@@ -28,6 +28,8 @@ class LayerSchedule(Layers, Heal):
         final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1]. At 1
             the stages before it only edit (and refit), and one curve of the rates covers all training; `floor` then
             judges students that were not trained, and blocks that earlier stages put in train at `lr`.
+        refit_share: share of their calibration text that refits read after every edit but the last, in [0, 1]. What
+            they do there serves the choice of the next layer: the last one solves all survivors again. 0 = it alone.
         rescore: with `order=importance`, score again before every stage.
         candidates: how many choices of a stage's last layer `candidates_for` lists; 1 = only the best.
         trial_tokens: training tokens, on top of `tokens`, for which each of several candidates is healed before one is
@@ -44,6 +46,7 @@ class LayerSchedule(Layers, Heal):
     target_layers: int | None = None
     target_params: int | None = None
     final_share: float = 0.0
+    refit_share: float = 1.0
     rescore: bool = False
     candidates: int = 1
     trial_tokens: int = 0
@@ -62,6 +65,8 @@ class LayerSchedule(Layers, Heal):
                 "schedule.tokens must be >= 0 and schedule.final_share in [0, 1], got "
                 f"{self.tokens} and {self.final_share}"
             )
+        if not 0 <= self.refit_share <= 1:
+            raise ValueError(f"schedule.refit_share must be in [0, 1], got {self.refit_share}")
         if self.final_share == 1 and self.train in ("new", "adjacent") and self.edits_per_stage is not None:
             raise ValueError(
                 f"schedule.final_share=1 trains in the last stage alone, where schedule.train={self.train} reaches "
@@ -131,13 +136,16 @@ class LayerSchedule(Layers, Heal):
         available = first_available(order, record.edited, protected, len(order))
         left = self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left)
-        tokens = self._budget(history.stages, -(-left // number))
+        stages = -(-left // number)
+        tokens, share = self._budget(history.stages, stages), self.refit_share if stages > 1 else 1.0
         best, others = available[:number], available[number : number + self.candidates - 1]
-        return [self._stage([*best[:-1], last], tokens) for last in (best[-1], *others)]
+        return [self._stage([*best[:-1], last], tokens, share) for last in (best[-1], *others)]
 
-    def _stage(self, layers: Sequence[int], tokens: int) -> Stage:
+    def _stage(self, layers: Sequence[int], tokens: int, refit_share: float) -> Stage:
         edits = tuple(self.edit.make(layer, self.seed) for layer in layers)
-        how: dict[str, Any] = {"train": self.train, "lr": self.lr, "lr_new": self.lr_new}
+        how: dict[str, Any] = {
+            "train": self.train, "lr": self.lr, "lr_new": self.lr_new, "refit_share": refit_share,
+        }  # fmt: skip
         return Stage(describe(edits), edits, tokens, fit=self.edit.fit, lora=self.adapters(self.seed), **how)
 
     def _budget(self, done: Sequence[Stage], left: int) -> int:

@@ -86,6 +86,7 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
+    refits = [refit.on(stage.refit_share) for refit in refits if stage.refit_share]
     if stage.edits and refits:
         with forward_context():
             refitted = _refit(module, optimizer, record, stage, refits, windows)

@@ -97,13 +97,13 @@ def announce(
         windows: token windows [B, T] for the measured step.
         ranks: rank 0 writes and prints.
         run_dir: gets `plan.json`.
-        refit_tokens: training tokens that take as long as the refits of one stage's edits.
+        refit_tokens: training tokens that take as long as the refits of one stage's edits, on all of their text.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
     seconds = measured_step(module, windows) / ranks.size
     rows = plan_rows(module.teacher, plan, steps, step_tokens, seconds)
     for row, stage in zip(rows[1:], plan, strict=True):
-        row["refit_seconds"] = round(refit_tokens * seconds, 1) if stage.edits else 0.0
+        row["refit_seconds"] = round(stage.refit_share * refit_tokens * seconds, 1) if stage.edits else 0.0
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))

@@ -74,6 +74,13 @@ def test_budgets_sum_to_the_tokens(tokens: int, final_share: float, count: int, 
         assert budgets[-1] - budgets[0] == pytest.approx(tokens * final_share, abs=len(budgets))
 
 
+@pytest.mark.parametrize(("share", "per_stage"), [(0.0, 1), (0.25, 2), (1.0, 1)])
+def test_the_last_edit_is_refitted_on_all_text(share: float, per_stage: int) -> None:
+    schedule = Iterative(REMOVE, count=4, per_stage=per_stage, refit_share=share, order="middle_out")
+    stages = play(schedule)
+    assert [stage.refit_share for stage in stages] == [share] * (len(stages) - 1) + [1.0]
+
+
 def test_the_published_orders_are_played_as_published() -> None:
     assert layers(play(Iterative(REPLACE, count=12, order="gpt2_paper"), num_layers=12)) == GPT2
     assert layers(play(Iterative(REPLACE, count=24, order="phi1_paper"), num_layers=24)) == PHI1
@@ -202,6 +209,7 @@ def test_values_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: dict
     [
         ({"count": 1, "per_stage": 0}, "schedule.per_stage must be at least 1, got 0"),
         ({"count": 1, "final_share": 1.1}, r"schedule.final_share in \[0, 1\], got"),
+        ({"count": 1, "refit_share": 1.5}, r"schedule.refit_share must be in \[0, 1\], got 1.5"),
         ({"count": 1, "final_share": -0.1}, r"schedule.final_share in \[0, 1\], got"),
         ({"count": 2, "final_share": 1.0, "train": "new"}, "final_share=1 trains in the last stage alone, where"),
     ],

@@ -39,7 +39,9 @@ def test_cuts_with_refits_come_first_and_all_training_last(tmp_path: Path, monke
     importance.seen = []
 
     def make(name: str, **changes: Any) -> Parts:
-        schedule = Iterative(RemoveLayers(), count=3, tokens=STEPS * TOKENS, final_share=1.0, rescore=True, lr=1e-3)
+        schedule = Iterative(
+            RemoveLayers(), count=3, tokens=STEPS * TOKENS, final_share=1.0, refit_share=0.5, rescore=True, lr=1e-3
+        )
         changes |= {"schedule": schedule, "importance": importance, "options": {"checkpoint_every": 1}}
         refits = (Output(tokens=512, held_tokens=128, folds=1, ridge=0.3),)
         optim = MuonSpec(decay="linear", warmup=0.0)
