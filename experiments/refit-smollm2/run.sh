@@ -82,10 +82,9 @@ if [[ " $DEPTHS " == *" 23 "* ]]; then
   method $depth output-wikitext refit=[output] data.path="$WIKITEXT"
   method $depth output-folds1 refit=[output] refit.output.folds=1
   method $depth output-attention refit=[output] refit.output.projections=[attention]
-  method $depth output-both refit=[output] refit.output.projections=[attention,mlp]
+  method $depth output-mlp refit=[output] refit.output.projections=[mlp]
   for share in 0.25 0.5 1.0; do
-    method $depth "output-both-share$share" refit=[output] refit.output.projections=[attention,mlp] \
-      +refit.output.attention_share="[$share]"
+    method $depth "output-share$share" refit=[output] +refit.output.attention_share="[$share]"
   done
   for epochs in 1 2 8; do
     method $depth "local-epochs$epochs" refit=[local] refit.local.epochs="$epochs"

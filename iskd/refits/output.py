@@ -57,7 +57,7 @@ class Output(BlockRefit):
     """
 
     _: KW_ONLY
-    projections: Sequence[str] = ("mlp",)
+    projections: Sequence[str] = ("attention", "mlp")
     ridge: Sequence[PositiveFloat] | PositiveFloat = RIDGES
     attention_share: Sequence[Share] | Share = SHARES
     folds: PositiveInt = 1  # type: ignore[misc]
@@ -283,9 +283,10 @@ def _summary(notes: Sequence[_Solved]) -> list[str]:
         )
     short = [note for note in notes if note.rows < note.features]
     if short:
+        widest = max(short, key=lambda note: note.features)
         lines.append(
-            f"{short[0].rows} calibration tokens for {short[0].features} inputs of {short[0].path}: the ridge keeps "
-            f"this harmless, but give refit.output.tokens={8 * short[0].features} or more, of as much calibration text "
+            f"{widest.rows} calibration tokens for {widest.features} inputs of {widest.path}: the ridge keeps "
+            f"this harmless, but give refit.output.tokens={8 * widest.features} or more, of as much calibration text "
             "(data.calibration_fraction)"
         )
     return lines

@@ -26,7 +26,7 @@ from tests.factories import FAMILIES, conf_group, digest, hooks, louder, modes, 
 
 SIZES: dict[str, Any] = {"tokens": 320, "held_tokens": 96}
 REFITS: dict[str, Refit] = {
-    "output": Output(**SIZES),
+    "output": Output(**SIZES, projections=("mlp",)),
     "both": Output(**SIZES, projections=("attention", "mlp")),
     "local": Local(**SIZES, lr=1e-3, epochs=2),
     "sublayers": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True),
@@ -159,7 +159,7 @@ def test_output_is_the_slow_least_squares() -> None:
     made, teacher, record = student()
     task = RefitTask(made, teacher, record, [Remove(1)], text(320), text(320))  # judged by what it is fitted to
     expected = solved_slowly(task, 0.1)
-    Output(**SIZES, ridge=0.1, folds=1).refit(task)
+    Output(**SIZES, projections=("mlp",), ridge=0.1, folds=1).refit(task)
     for (name, ours), theirs in zip(made.named_parameters(), expected.parameters(), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
 
@@ -172,7 +172,7 @@ def test_output_runs_every_block_once() -> None:
     for name, model in (("student", made), ("teacher", teacher)):
         for position, block in enumerate(Stack(model).layers):
             block.register_forward_hook(lambda *_, key=f"{name} {position}": ran.append(key))
-    Output(**SIZES).refit(task)
+    Output(**SIZES, projections=("mlp",)).refit(task)
     batches = len(task.fit) + len(task.held)
     # of each model's first block, beside that: what kind of output it has; of the student's, whether it can be solved
     assert ran.count("teacher 0") == batches + batches
@@ -183,8 +183,8 @@ def test_output_runs_every_block_once() -> None:
 
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_streams_may_lie_elsewhere(place: str) -> None:
-    here, *_ = refitted(Output(**SIZES))
-    there, *_ = refitted(Output(**SIZES, streams=place))
+    here, *_ = refitted(Output(**SIZES, projections=("mlp",)))
+    there, *_ = refitted(Output(**SIZES, projections=("mlp",), streams=place))
     assert digest(here) == digest(there)
 
 
