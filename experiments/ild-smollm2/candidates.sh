@@ -10,7 +10,7 @@ SEEDS=${SEEDS:-0 1}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/ild-candidates}
 PYTHON=${PYTHON:-.venv/bin/python}
-COMMON=(trainer="$TRAINER" experiment=ild importance=racing data=text data.path="$DATA/*/train.txt.gz"
+COMMON=(trainer="$TRAINER" experiment=iterative_bi importance=racing data=text data.path="$DATA/*/train.txt.gz"
         data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext data.val_tokens=8192
         optim.decay_over=stage run.measure_before=false run.checkpoint_every=1000000 export=false)
 

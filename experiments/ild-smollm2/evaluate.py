@@ -1,9 +1,9 @@
 """Score students of several depths on data that neither training nor selection saw, and make the tables of a README.
 
-`score RUN` reads the checkpoints at the ends of a run's stages: perplexity and KL on WikiText-2 test (in domain),
-perplexity on the standard library's docstrings (out of domain), LAMBADA and repeating lists of words (greedy decoding),
-HellaSwag, PIQA and ARC-easy (log-likelihoods). The teacher's scores are written beside the runs, once. `table FOLDER`
-prints what all runs gave, with intervals of a bootstrap over the items.
+`score RUN` reads the checkpoints at the ends of a run's stages and writes scores/NAME.json: perplexity and KL on
+WikiText-2 test (in domain), perplexity on the standard library's docstrings (out of domain), LAMBADA and repeating lists
+of words (greedy decoding), HellaSwag, PIQA and ARC-easy (log-likelihoods). The teacher's scores are written once. `table`
+prints what all runs gave, of this and of earlier days, with intervals of a bootstrap over the items.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 from iskd.training.state import checkpoint  # noqa: E402
 
 HERE = Path(__file__).parent
+SCORES = HERE / "scores"
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
 AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
 COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
@@ -111,14 +112,15 @@ class Scorer:
         return metrics.compute()
 
 
-def score(run: Path, depths: list[int], scorer: Scorer) -> None:
-    """Write scores.json into the run: its students of the wanted depths."""
+def score(run: Path, depths: list[int], scorer: Scorer, kept: Path = SCORES) -> list[dict[str, Any]]:
+    """Score a run's students of the wanted depths, write NAME.json into the folder `kept`, and the teacher's once."""
+    kept.mkdir(exist_ok=True)
     rows = json.loads((run / "stages.json").read_text())
     found: list[dict[str, Any]] = []
-    if not (run.parent / "teacher.json").exists():
+    if not (kept / "teacher.json").exists():
         size = {"layers": len(Stack(scorer.teacher.model).layers), "params": surgery.parameters(scorer.teacher.model)}
         teacher = {**size, "tokens": 0, "seconds": 0, **scorer.score(scorer.teacher.model)}
-        (run.parent / "teacher.json").write_text(json.dumps(teacher))
+        (kept / "teacher.json").write_text(json.dumps(teacher))
     for path in sorted((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0])):
         state = checkpoint.read_state(path)
         layers = len(state.record.layers)
@@ -136,7 +138,8 @@ def score(run: Path, depths: list[int], scorer: Scorer) -> None:
         }
         found.append({**facts, **scorer.score(model)})
         print(run.name, {k: round(mean(v), 3) if isinstance(v, list) else v for k, v in found[-1].items()}, flush=True)
-    (run / "scores.json").write_text(json.dumps(found))
+    (kept / f"{run.name}.json").write_text(json.dumps(found))
+    return found
 
 
 def average(row: dict[str, Any], drawn: dict[str, Tensor] | None = None) -> float:
@@ -171,14 +174,14 @@ def lost(
     return once(None), low, high
 
 
-def table(out: Path) -> None:
+def table() -> None:
     """Print one table per depth and write results.csv (one row per student)."""
     groups: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     flat = []
-    teacher = json.loads((out / "teacher.json").read_text())
+    teacher = json.loads((SCORES / "teacher.json").read_text())
     flat.append(summary("teacher", "0", teacher))
-    for file in sorted(out.glob("*/scores.json")):
-        name, _, seed = file.parent.name.rpartition("-")
+    for file in sorted(path for path in SCORES.glob("*.json") if path.name != "teacher.json"):
+        name, _, seed = file.stem.rpartition("-")
         for row in json.loads(file.read_text()):
             groups[row["layers"]][name.partition("-to-")[0]].append(row)
             flat.append(summary(name, seed, row))
@@ -226,19 +229,19 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def main() -> None:
-    """`score RUN...` or `table FOLDER`."""
+    """`score RUN...` or `table`."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     scoring = commands.add_parser("score")
     scoring.add_argument("runs", nargs="+", type=Path)
     scoring.add_argument("--data", type=Path, required=True)
     scoring.add_argument("--depths", nargs="+", type=int, required=True)
-    scoring.add_argument("--items", type=int, default=64)
+    scoring.add_argument("--items", type=int, default=300)
     scoring.add_argument("--tokens", type=int, default=8192)
-    commands.add_parser("table").add_argument("out", type=Path)
+    commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        table(arguments.out)
+        table()
         return
     scorer = Scorer(arguments.data, arguments.items, arguments.tokens)
     for run in arguments.runs:

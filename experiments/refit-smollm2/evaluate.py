@@ -83,11 +83,10 @@ def score(run: Path, scorer: Scorer) -> None:
     """Score the student at the end of a run, and add its line."""
     newest = max((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0]))
     layers = len(checkpoint.read_state(newest).record.layers)
-    ild.score(run, [layers], scorer)
+    [row] = ild.score(run, [layers], scorer, kept=run.parent)
     if not RESULTS.exists():
         teacher = json.loads((run.parent / "teacher.json").read_text())
         add(summary("teacher", {"depth": teacher["layers"], "budget": 0, "seed": 0}, teacher))
-    [row] = json.loads((run / "scores.json").read_text())
     depth, _, rest = run.name.partition("-")
     method, budget, seed = rest.rsplit("-", 2)
     facts = {"depth": int(depth), "budget": int(budget), "seed": int(seed), **costs(run, scorer, row)}

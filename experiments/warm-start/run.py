@@ -1,7 +1,8 @@
 """How far from the teacher a student is right after its edit, before any training, with and without fitting.
 
 Eight of SmolLM2's thirty blocks are replaced at once. KL to the teacher in nats per token on WikiText-2 valid (8
-windows of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split.
+windows of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split, and
+all blocks refitted (`refit=[output]`) on 32,768.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from iskd.models import (  # noqa: E402
     surgery,
 )
 from iskd.plan import Record, Replace, Spec  # noqa: E402
+from iskd.refits.carrying_out import refit_survivors  # noqa: E402
+from iskd.refits.output import Output  # noqa: E402
 from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
@@ -41,7 +44,10 @@ BLOCKS = {
     "slim 18.5 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), True),
     "slim 41.7 %, inherited by L1": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), False),
     "slim 41.7 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), True),
+    "slim 18.5 %, fitted, all refitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), True),
+    "slim 41.7 %, fitted, all refitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), True),
 }
+REFIT = Output(tokens=32_768, held_tokens=4_096)
 
 
 def windows(tokenizer: object, file: Path, count: int, characters: int | None = None) -> Tensor:
@@ -70,6 +76,7 @@ def main() -> None:
     folder = arguments.data / "wikitext2"
     loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
     fit = windows(loaded.tokenizer, folder / "train.txt.gz", 16, 1_500_000).split(4)
+    more = windows(loaded.tokenizer, folder / "train.txt.gz", (REFIT.tokens + REFIT.held_tokens) // 512, 6_000_000)
     valid = windows(loaded.tokenizer, folder / "valid.txt.gz", arguments.windows).split(2)
     goal = log_probabilities(loaded.model, valid)
     print("| block | share | KL before training | fit, s |\n|---|---|---|---|")
@@ -85,6 +92,8 @@ def main() -> None:
         if fitted:
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
                 warm_start(student, loaded.model, old, record, edits, fit)
+                if name.endswith("refitted"):
+                    refit_survivors([REFIT], student, loaded.model, record, edits, lambda _tokens: [more])
         seconds = time.perf_counter() - start
         share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
         kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).view(arguments.windows, -1).mean(1)
