@@ -1,9 +1,9 @@
 """Score students of several depths on data that neither training nor selection saw, and make the tables of a README.
 
 `score RUN` reads the checkpoints at the ends of a run's stages and writes scores/NAME.json: perplexity and KL on
-WikiText-2 test (in domain), perplexity on the standard library's docstrings (out of domain), LAMBADA and repeating lists
-of words (greedy decoding), HellaSwag, PIQA and ARC-easy (log-likelihoods). The teacher's scores are written once. `table`
-prints what all runs gave, of this and of earlier days, with intervals of a bootstrap over the items.
+WikiText-2 test (in domain), perplexity on the standard library's docstrings (out of domain), LAMBADA and repeating
+lists of words (greedy decoding), HellaSwag, PIQA and ARC-easy (log-likelihoods). The teacher's scores are written once.
+`table` prints what all runs gave, of this and of earlier days, with intervals of a bootstrap over the items.
 """
 
 from __future__ import annotations
