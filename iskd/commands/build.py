@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
-from iskd.data import HubDataset, Source, TextData, TextFiles, framing_of
+from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import STORED
@@ -37,6 +37,7 @@ from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
 _NEEDED = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run", "seed")
+_LEAST_STEPS = 64  # of a run, where its micro-batches may be smaller (experiments/refit-smollm2: the size of a step)
 
 
 def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, source: Source | None = None) -> Parts:
@@ -201,7 +202,7 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 
 
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
-    """The data module that `data` names; `given` stands for where it would read."""
+    """The data module that `data` names; `given` stands for where it would read, and a batch is written there."""
     values: dict[str, Any] = dict(config.data)
     described, chat = values.pop("source", None), values.pop("chat", None)
     source = object_of(described) if given is None else given
@@ -225,6 +226,8 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         raise ValueError(
             "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
         )
+    if values.get("batch_size") is None:
+        values["batch_size"] = config.data.batch_size = _batch_of(config)
     return TextData(
         source,
         tokenizer,
@@ -235,6 +238,13 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         chat_loss=loss,
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def _batch_of(config: DictConfig) -> int:
+    """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
+    step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
+    tokens = config.schedule.get("tokens") or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
+    return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
 
 
 def importance_of(config: DictConfig) -> Any:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from iskd.data.framing import BOS, Framing, framing_of
 from iskd.data.given import given_texts
 from iskd.data.loader import StageLoader
-from iskd.data.module import TextData
+from iskd.data.module import BATCH, TextData
 from iskd.data.sources import HubDataset, Source, TextFiles
 
 __all__ = [
+    "BATCH",
     "BOS",
     "Framing",
     "HubDataset",

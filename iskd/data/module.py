@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_BATCH = 1024  # tokens
+BATCH = 2  # windows, where nobody says
 
 
 class TextData(L.LightningDataModule):
@@ -34,7 +35,7 @@ class TextData(L.LightningDataModule):
         tokenizer: the teacher's tokenizer.
         cache_dir: folder that keeps token shards between runs.
         seq_len: tokens per window.
-        batch_size: windows per micro-batch and process.
+        batch_size: windows per micro-batch and process; None = 2 (a command: by the budget of its run).
         val_tokens: tokens of validation text, spread evenly over the split.
         seed: order of the training windows.
         max_train_tokens: use only the first so many tokens of the training split.
@@ -57,7 +58,7 @@ class TextData(L.LightningDataModule):
         *,
         cache_dir: str | Path,
         seq_len: int = 512,
-        batch_size: int = 2,
+        batch_size: int | None = None,
         val_tokens: int = 16384,
         seed: int = 0,
         max_train_tokens: int | None = None,
@@ -71,8 +72,8 @@ class TextData(L.LightningDataModule):
         chat_loss: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "val_tokens": val_tokens}
-        for key, value in {"seq_len": seq_len, **sizes}.items():
+        batch_size = BATCH if batch_size is None else batch_size
+        for key, value in {"seq_len": seq_len, "batch_size": batch_size, "val_tokens": val_tokens}.items():
             if value < (2 + boundaries if key == "seq_len" else 1):  # apart, a token alone has nothing before it
                 least = "seq_len is at least 2, with data.boundaries=true 3, the others at least 1"
                 raise ValueError(f"data.{key}={value} is too small; {least}")
