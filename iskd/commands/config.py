@@ -137,6 +137,7 @@ class _Root(TypedDict, total=False):
 
 class _Export(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    code: Literal["iskd", "bundle"]
 
 
 class _Logger(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""One file of Python that opens a student where iskd is not installed, made of iskd's own source (`export.code=bundle`).
+"""One file that opens a student where iskd is not installed, made of iskd's own source (`export.code=bundle`).
 
 Imports are followed from the class that opens a student (`iskd.export.bundled`) and from the classes that its record
 names, definition by definition: the file holds what those need and nothing else, word for word. Annotations stay text
@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-from iskd.plan import Record
-from iskd.plan.edits import Convert, Replace, allowed
+from iskd.plan import Convert, Record, Replace
+from iskd.plan.edits import allowed
 
 ROOT = ("iskd.export.bundled", "BundledForCausalLM")
 PACKAGES = ("torch", "transformers")
@@ -166,14 +166,18 @@ class _Bundle:
                 raise ValueError(f"{module} hands on the module {base}.{original}: set export.code=iskd")
             inner, used = self.spaces.setdefault(name, (f"{base}.{original}", {}))
             if inner != f"{base}.{original}":
-                raise ValueError(f"{module} calls {base}.{original} {name}, as another module calls {inner}: rename one")
+                raise ValueError(
+                    f"{module} calls {base}.{original} {name}, as another module calls {inner}: rename one"
+                )
             used[attribute] = self.need(inner, attribute)
         else:
             self.links[module, name] = self.need(base, original or name)
 
     def _take(self, name: str, base: str, original: str | None) -> None:
         if self.outside.setdefault(name, (base, original)) != (base, original):
-            raise ValueError(f"{name} is {base}.{original} in one module and {self.outside[name]} in another: rename one")
+            raise ValueError(
+                f"{name} is {base}.{original} in one module and {self.outside[name]} in another: rename one"
+            )
 
     def names(self) -> dict[tuple[str, str], str]:
         """What every definition is called in the file, by its module and name."""

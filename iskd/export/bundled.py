@@ -26,7 +26,8 @@ from iskd.export.storage import cast_parameters
 from iskd.export.student import IskdConfig
 from iskd.models.skeletons import GENERATION
 from iskd.models.weights import INDEX, WEIGHTS, load_model_tensors
-from iskd.plan.edits import Convert, Merge, Record, Remove, Replace, Spec
+from iskd.plan import Convert, Record, Remove, Replace, Spec
+from iskd.plan.edits import Merge
 
 PARTS: dict[str, type] = {}
 """The classes that the record of this student names; the last lines of the file that is written fill it."""

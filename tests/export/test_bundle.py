@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from iskd.export.student import write
 from iskd.export.student_files import CODE
 from iskd.export.write import export
 from iskd.models import surgery
-from iskd.plan import Convert, Edit, Record, Remove, Replace
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.plan.edits import Merge
 from iskd.system.version import __version__
 from tests.factories import block_specs, louder, mixer_specs, tiny, windows
@@ -52,7 +51,7 @@ def answers(model):
 for folder in sorted(root.glob("student_*")):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     found[folder.name] = answers(model)
-model = AutoModelForCausalLM.from_pretrained("owner/name", trust_remote_code=True, dtype=torch.float32, device_map="cpu")
+model = AutoModelForCausalLM.from_pretrained("owner/name", trust_remote_code=True, device_map="cpu")
 found["hub"] = answers(model)
 model.save_pretrained(root / "again", max_shard_size="20KB")
 found["again"] = answers(AutoModelForCausalLM.from_pretrained(root / "again", trust_remote_code=True))
@@ -102,6 +101,48 @@ def test_every_part_says_the_same_where_iskd_is_not(name: str, both: tuple[Path,
     code = (root / f"student_{name}" / CODE).read_text()
     assert code.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert f"iskd {__version__}" in code
-    imports = [node for node in ast.parse(code).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
-    assert {name.partition(".")[0] for name in names} <= {*PACKAGES, *sys.stdlib_module_names}
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) <= {*PACKAGES, *sys.stdlib_module_names}
+
+
+def test_a_student_keeps_its_code_wherever_it_is_saved(both: tuple[Path, Answers, Answers]) -> None:
+    """By iskd too, which runs none of it; from a hub and from shards it says the same."""
+    root, here, found = both
+    for name in ("hub", "again"):
+        assert torch.equal(found[name][0], here["gla"][0])
+        assert torch.equal(found[name][1], here["gla"][1])
+    assert len(list((root / "again").glob("*.safetensors"))) > 1
+    loaded = iskd.load(root / "again")
+    assert torch.equal(loaded(windows()).logits, here["gla"][0])
+    loaded.save_pretrained(root / "third")
+    codes = [(root / folder / CODE).read_text() for folder in ("student_gla", "again", "third")]
+    assert codes[0] == codes[1] == codes[2]
+
+
+def test_verify_runs_the_code_that_iskd_writes_and_no_other(tmp_path: Path) -> None:
+    model, record, teacher = student("linear")
+    folder = export(tmp_path / "model", model, record, teacher.config, code="bundle")
+    assert "modeling_iskd.py` needs torch and transformers" in (folder / "README.md").read_text()
+    found = verify(folder, timed=False)
+    assert found.passed
+    assert any("opens it where iskd is not installed" in note for note in found.notes)
+    file, ran = folder / CODE, tmp_path / "ran"
+    file.write_text(file.read_text() + f"\nPath({str(ran)!r}).touch()\n")
+    found = verify(folder, timed=False)
+    assert not ran.exists()
+    assert any("changed after it was exported" in problem for problem in found.problems)
+    assert any("was not run" in note for note in found.notes)
+
+
+def test_what_cannot_be_bundled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of somebody's is followed like iskd's own; one that needs another package is refused."""
+    monkeypatch.setattr("iskd.plan.edits._ALLOWED", ["iskd.blocks.", "theirs."])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "plain.py").write_text("from .half import half as halved\nclass Mine: value = halved(2)\n")
+    (tmp_path / "theirs" / "half.py").write_text("from math import floor\ndef half(x): return floor(x / 2)\n")
+    (tmp_path / "theirs" / "other.py").write_text("import numpy as np\nclass Mine: value = np.zeros(2)\n")
+    found = bundled(Record(2, (Replace(0, Spec("theirs.plain.Mine", {})),)), "0")
+    assert "def half(x): return floor(x / 2)" in found
+    assert "value = half(2)" in found
+    with pytest.raises(ValueError, match=r"theirs\.other needs numpy, .* export\.code=iskd"):
+        bundled(Record(2, (Replace(0, Spec("theirs.other.Mine", {})),)), "0")
