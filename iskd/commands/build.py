@@ -97,7 +97,8 @@ def _made(
         seed=config.seed,
         resume=config.resume is not None,
         export=asked_export is not None,
-        **(asked_export or {}),
+        export_dtype=(asked_export or {}).get("dtype", "auto"),
+        export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
     )
@@ -128,7 +129,7 @@ def _export(value: Any) -> dict[str, str] | None:
     for key, asked in found.items():
         if asked not in choices[key]:
             raise ValueError(f"export.{key}={asked}: choose one of {', '.join(choices[key])}")
-    return {f"export_{key}": str(asked) for key, asked in found.items()}
+    return {key: str(asked) for key, asked in found.items()}
 
 
 def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:

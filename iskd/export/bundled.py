@@ -93,7 +93,7 @@ class BundledForCausalLM(StudentClass):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         model.__class__ = edited_class(cast(Any, Opened), cast(Any, type(model)))
         model.iskd_record, model.iskd_teacher_config, model.iskd_config = record, teacher, config
-        cast_parameters(model, dtype or config.dtype or torch.float32)
+        cast_parameters(model, dtype or cast(Any, config.dtype) or torch.float32)
         model.config.dtype = model.dtype
         return cast(PreTrainedModel, model.eval())
 
@@ -117,5 +117,5 @@ def _record(data: Mapping[str, Any]) -> Record:
     edits = []
     for values in data["edits"]:
         given = {key: Part(**value) if isinstance(value, dict) else value for key, value in values.items()}
-        edits.append(_EDITS[given["op"]](**given))
+        edits.append(_EDITS[str(values["op"])](**given))
     return Record(data["num_layers"], tuple(edits))

@@ -21,12 +21,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from iskd.blocks import inputs_of
 from iskd.export.bundle import bundled
 from iskd.export.edited import Edited, edited_class, stock_class
-from iskd.export.student_files import CODE, FACTS
+from iskd.export.student_files import CODE
 from iskd.models import Stack
 from iskd.models.head import say_untied
 from iskd.models.weights import INDEX, load_model_tensors, model_tensors
 from iskd.plan import Record, to_json
-from iskd.plan.run_files import write_record
+from iskd.plan.run_files import FACTS, write_record
 from iskd.system import Json, read_json, write_whole
 from iskd.system.files import readable_as_umask
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from iskd.models.tokenizers import has_tokenizer, load_tokenizer
-from iskd.plan.run_files import MODEL, STAGES_FILE
+from iskd.plan.run_files import FACTS, MODEL, STAGES_FILE
 from iskd.system import Json
 from iskd.system.files import read_object
 from iskd.system.text import argument
 
-FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
+CODE, CARD = "modeling_iskd.py", "README.md"
 
 
 def student_folder(folder: Path) -> Path:

@@ -25,9 +25,10 @@ from iskd.export.card import write_card
 from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.storage import Rounding, rounded, rounding_of
 from iskd.export.student import MAX_SHARD_BYTES, _versions, why_not_native, write
-from iskd.export.student_files import CODE, FACTS
+from iskd.export.student_files import CODE
 from iskd.models.weights import weight_files
 from iskd.plan import Record
+from iskd.plan.run_files import FACTS
 from iskd.system import Json, file_sha256, write_whole
 from iskd.system.faults import RunError
 from iskd.system.files import clear_place, draft_of, sweep

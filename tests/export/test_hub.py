@@ -78,7 +78,7 @@ def test_what_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ("", "student", "give OWNER/NAME"),
         ("", "owner/stu dent", "names no place on a hub"),
         ("license: somebody's", "owner/student", "license in its head is .* must be one of the hub's names"),
-        ("base_model: /home/me/teacher", "owner/student", "base_model in its head .*must be OWNER/NAME"),
+        ("base_model: teachers/mine/v2", "owner/student", "base_model in its head .*must be OWNER/NAME"),
         ("base_model_relation: child", "owner/student", "must be one of finetune"),
         ("tags: [iskd", "owner/student", "its head is no YAML"),
         ("weights", "owner/student", "was changed after it was exported"),

@@ -20,11 +20,11 @@ from iskd.commands.config import as_meant, plain
 from iskd.commands.resume import resumed
 from iskd.export.probe import ask, differences, probe_from_json
 from iskd.export.storage import STORED, cast_parameters
-from iskd.export.student_files import FACTS
 from iskd.export.write import export
 from iskd.models import surgery
 from iskd.models.weights import stored_dtype
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
+from iskd.plan.run_files import FACTS
 from tests.factories import mixer_specs, tiny, windows
 
 OWN: list[Edit] = [
@@ -94,7 +94,7 @@ def test_a_weight_beyond_the_type_is_named_and_nothing_is_written(tmp_path: Path
 def asked_type(value: Any) -> str | None:
     """The type that an export is asked for; None = there is none."""
     found = build._export(value)
-    return None if found is None else found["export_dtype"]
+    return None if found is None else found["dtype"]
 
 
 def test_the_key_takes_what_it_took_and_a_type() -> None:
@@ -107,8 +107,8 @@ def test_the_key_takes_what_it_took_and_a_type() -> None:
         config, _ = compose_config(["debug=smoke", *overrides.split()], Path("unused"))
         assert asked_type(plain(as_meant(config).export)) == kind
     assert arguments(["export=true", "seed=1"]) == ["export={}", "seed=1"], "on the command line too"
-    assert build._export(True) == build._export({}) == {"export_dtype": "auto", "export_code": "iskd"}
-    assert build._export({"code": "bundle"}) == {"export_dtype": "auto", "export_code": "bundle"}
+    assert build._export(True) == build._export({}) == {"dtype": "auto", "code": "iskd"}
+    assert build._export({"code": "bundle"}) == {"dtype": "auto", "code": "bundle"}
     with pytest.raises(ValueError, match=r"export\.code=none: choose one of iskd, bundle"):
         build._export({"code": "none"})
     with pytest.raises(ValueError, match=r"export\.dtype=int8: choose one of auto, float32"):
