@@ -18,7 +18,7 @@ from huggingface_hub.repocard import metadata_load
 
 from iskd.export.licences import licence_keys
 from iskd.export.storage import Rounding
-from iskd.export.student_files import CARD
+from iskd.export.student_files import CARD, installing
 from iskd.plan import Convert, Record, Replace, Spec, StageResult
 from iskd.plan.edits import REMOVALS, Merge
 from iskd.plan.metric_names import METRICS
@@ -46,7 +46,9 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 Plain transformers loads it: its config says everything about it, iskd is not needed.
 """
-_OWN = """No config of the teacher's architecture describes this student, so it needs `pip install iskd`. One of:
+_OWN = """No config of the teacher's architecture describes this student, so it needs the package iskd: INSTALLING.
+
+One of:
 
 ```python
 import iskd
@@ -129,7 +131,7 @@ def write_card(
         "Layers are numbered as in the teacher, from 0.",
         _list(edits_in_words(record)),
         "## How to load it",
-        _NATIVE if native else _BUNDLED if bundle else _OWN,
+        _NATIVE if native else _BUNDLED if bundle else _OWN.replace("INSTALLING", installing()),
         *([f"Why: {why}."] if why else []),
         *([] if rounding is None else [_stored(rounding)]),
         "`iskd verify DIR` opens it in a clean process and compares what it says with what it said when it was made.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 LICENCES = frozenset({
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
@@ -19,7 +20,7 @@ LICENCES = frozenset({
 })  # fmt: skip
 
 
-def licence_keys(licence: str | None) -> dict[str, str | None]:
+def licence_keys(licence: str | None) -> dict[str, Any]:
     """The keys of a card's head that say this licence: one that hubs do not know is `other`, with a name."""
     if not licence or licence.lower() in LICENCES:
         return {"license": licence.lower() if licence else None}

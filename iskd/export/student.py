@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from iskd.blocks import inputs_of
 from iskd.export.bundle import bundled
 from iskd.export.edited import Edited, edited_class, stock_class
-from iskd.export.student_files import CODE
+from iskd.export.student_files import CODE, installing
 from iskd.models import Stack
 from iskd.models.head import say_untied
 from iskd.models.weights import INDEX, load_model_tensors, model_tensors
@@ -225,7 +225,8 @@ def _write_own(
         auto_map={"AutoConfig": f"{module}.IskdConfig", "AutoModelForCausalLM": f"{module}.IskdForCausalLM"},
     )
     config.save_pretrained(target)
-    write_whole(target / CODE, bundled(record, _versions()["iskd"]) if code == "bundle" else _MODELING)
+    own = _MODELING.replace("INSTALLING", installing())
+    write_whole(target / CODE, bundled(record, _versions()["iskd"]) if code == "bundle" else own)
     tensors = model_tensors(model)
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
@@ -248,8 +249,7 @@ try:
     from iskd.loading import IskdForCausalLM
 except ImportError as error:
     raise ImportError(
-        "this student has compact blocks or converted mixers, whose code is in the package iskd: pip install iskd "
-        f"({error})"
+        f"this student has compact blocks or converted mixers, whose code is in the package iskd ({error}): INSTALLING"
     ) from error
 
 __all__ = ["IskdConfig", "IskdForCausalLM"]

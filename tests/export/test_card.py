@@ -77,7 +77,7 @@ def test_card_says_what_the_files_say(tmp_path: Path) -> None:
     assert "| perplexity | 10 | 12.5 |" in body, "the last stage that was kept"
     assert "| remove 3 | 99 | 99 | 0.1 | undone |" in body
     assert "schedule: Iterative (path=mine.txt, tokens=64)" in body
-    assert "pip install iskd" in body
+    assert "needs the package iskd: pip install " in body
     assert str(Path.home()) not in body
 
 

@@ -95,7 +95,6 @@ OPEN = {
     "models/weights": "named tensors and digests, for checkpoints, exports and the cache",
     "losses/topk_kl": "a step that reads the teacher's cache",
     "report/terminal": "one console for whatever is printed",
-    "teacher/bundled": "names of bundled teachers",
     "teacher/given": "iskd.compress lends a model in memory",
     "blocks/ridge": "refits solve the equations that blocks are fitted by",
     "data/loader": "a step pins its batch the way the loader does",
