@@ -110,7 +110,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    return {key: value for name in names for key, value in load_state_dict(folder / name).items()}
+    return {key: value for name in names for key, value in load_state_dict(str(folder / name)).items()}
 
 
 def _record(data: Mapping[str, Any]) -> Record:
