@@ -53,8 +53,8 @@ class ShortConv(nn.Module):
 class Rotary:
     """The rotary positions of the teacher's family, made from its config.
 
-    No module, so that neither a cast to bf16 nor the meta device reaches the frequencies. They are made on the CPU at once,
-    for other devices on first use: what is made while a graph is drawn (torch.export) would hold no numbers.
+    No module, so that neither a cast to bf16 nor the meta device reaches the frequencies. They are made on the CPU at
+    once, for other devices on first use: what is made while a graph is drawn (torch.export) would hold no numbers.
     """
 
     def __init__(self, kind: type[nn.Module], config: PreTrainedConfig) -> None:
