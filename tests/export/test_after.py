@@ -96,7 +96,8 @@ def harness(folder: Path) -> None:
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "mine.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {place}/rows.jsonl}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
         "metric_list:\n  - metric: acc\n"
     )
     trust = "" if folder.name == "native" else ",trust_remote_code=True"
