@@ -15,7 +15,7 @@ from iskd.system.stop_signals import INTERRUPTED
 
 HYDRA = ("train", "score", "evaluate", "profile")
 """They read Hydra's overrides; the others read folders."""
-COMMANDS = (*HYDRA, "report", "curve", "verify", "generate")
+COMMANDS = (*HYDRA, "report", "curve", "verify", "generate", "push")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,16 @@
 """Config to objects: one file per `iskd COMMAND`, each with a `main`, and `iskd.compress`.
 
 The only room that knows Hydra. Its face is the command line, and `iskd` itself hands on `compress`. Nothing is imported
-here: a command pays for its own imports only.
+here: a command pays for its own imports only. What opens a student is installed with the package, what the commands
+need with its extra `train`.
 """
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+_missing = [
+    name for name in ("hydra", "lightning", "matplotlib", "rich", "torchmetrics", "wandb") if not find_spec(name)
+]
+if _missing:
+    raise ImportError(f"the commands of iskd need {', '.join(_missing)}, not installed here: pip install 'iskd[train]'")

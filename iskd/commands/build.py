@@ -18,7 +18,7 @@ from iskd.commands.config import as_meant, class_of, object_of, plain, spec, ter
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
-from iskd.export import STORED
+from iskd.export import CODES, STORED
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.failure import told_in
@@ -97,8 +97,9 @@ def _made(
         chunk=config.chunk,
         seed=config.seed,
         resume=config.resume is not None,
-        export=bool(asked_export),
-        export_dtype=asked_export or "auto",
+        export=asked_export is not None,
+        export_dtype=(asked_export or {}).get("dtype", "auto"),
+        export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
     )
@@ -112,8 +113,8 @@ def _options(config: DictConfig) -> RunOptions:
     return RunOptions(**values, plan_only=config.plan_only)
 
 
-def _export(value: Any) -> str | None:
-    """The type in which the student is written; None = it is not. `true`, `hf` and no keys are `{dtype: auto}`."""
+def _export(value: Any) -> dict[str, str] | None:
+    """In which type the student is written, and with which code; None = it is not. `true` and `hf` are no keys."""
     if value is False:
         return None
     keys = {} if value in (True, "hf") else value
@@ -122,12 +123,14 @@ def _export(value: Any) -> str | None:
             f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
             "docs/loading.md"
         )
-    if unknown := [key for key in keys if key != "dtype"]:
-        raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype")
-    kind = keys.get("dtype", "auto")
-    if kind not in ("auto", *STORED):
-        raise ValueError(f"export.dtype={kind}: choose one of auto, {', '.join(STORED)}")
-    return str(kind)
+    choices = {"dtype": ("auto", *STORED), "code": CODES}
+    if unknown := [key for key in keys if key not in choices]:
+        raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype or code")
+    found = {key: keys.get(key, known[0]) for key, known in choices.items()}
+    for key, asked in found.items():
+        if asked not in choices[key]:
+            raise ValueError(f"export.{key}={asked}: choose one of {', '.join(choices[key])}")
+    return {key: str(asked) for key, asked in found.items()}
 
 
 def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:

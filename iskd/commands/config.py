@@ -17,6 +17,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
+from iskd.plan.conf_files import CONF as CONF
+from iskd.plan.conf_files import options as options
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
 from iskd.plan.saved_config import OPTIONAL, literal, no_mappings
 from iskd.system.files import expanded
@@ -24,8 +26,6 @@ from iskd.system.ranks import one_of_several
 from iskd.system.typed_values import read_value, shown, takes
 
 PACKAGE = Path(__file__).resolve().parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""In a wheel inside the package, in a checkout beside it."""
 RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its first stage on, {STAGES_FILE}"
 """What an error about a folder says."""
 
@@ -68,11 +68,6 @@ OmegaConf.register_new_resolver("at_home", expanded, replace=True)
 def with_export_keys(override: str) -> str:
     """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
     return "export={}" if override.lower() in ("export=true", "export=hf") else override
-
-
-def options(group: str) -> list[str]:
-    """What can be chosen of a config group, e.g. of `data`, sorted; a file `_name.yaml` is only included by others."""
-    return sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
 
 
 def plain(config: Any) -> Any:
@@ -137,6 +132,7 @@ class _Root(TypedDict, total=False):
 
 class _Export(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    code: Literal["iskd", "bundle"]
 
 
 class _Logger(TypedDict, total=False):

@@ -13,14 +13,20 @@ from torch import nn
 
 from iskd.commands.arguments import hydra_main
 from iskd.commands.config import as_meant, object_of
-from iskd.commands.find_teacher import find_teacher
 from iskd.data import BOS, framing_of
 from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
-from iskd.export.student_files import FACTS
 from iskd.models.weights import present_weights, weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_strange
+from iskd.plan.run_files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    FACTS,
+    STAGES_FILE,
+    refuse_strange,
+)
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
@@ -29,6 +35,7 @@ from iskd.system import Busy, ProgressLine, write_whole
 from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
+from iskd.teacher.origin import find_teacher
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.commands.find_teacher import find_teacher
 from iskd.commands.paths import as_folder, dashed
 from iskd.data import BOS, framing_of
 from iskd.export import load, read_facts, student_folder, tokenizer_of
@@ -28,6 +27,7 @@ from iskd.report.terminal import terminal, title
 from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
+from iskd.teacher.origin import find_teacher
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
         return export(
             parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
-            dtype=STORED[kind], text=parts.data.validation_windows(),
+            dtype=STORED[kind], text=parts.data.validation_windows(), code=parts.export_code,
         )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from iskd.commands import build, train
 from iskd.commands.arguments import arguments
 from iskd.commands.build import parts, sweep_of
 from iskd.commands.evaluate import evaluation
-from iskd.commands.find_teacher import find_teacher
 from iskd.commands.resume import resumed
 from iskd.evaluation.task_items import read_task
 from iskd.export import tokenizer_of
@@ -46,6 +45,7 @@ from iskd.plan.reading import record_from_json
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
+from iskd.teacher.origin import find_teacher
 from iskd.teacher.row_store import RowStore
 from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state import RunState, resuming
