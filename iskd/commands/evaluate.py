@@ -165,7 +165,14 @@ def _chosen_by(run: Path | None) -> list[str]:
 
 
 def main() -> None:
-    """The command of this process; without `eval=` it is a quick one."""
+    """The command of this process; without `eval=` it is a quick one.
+
+    Raises ValueError where no model is named: nobody means the preset that a run would take.
+    """
+    words = sys.argv[1:]
+    shows = any(word[:1] == "-" and word not in ("-m", "--multirun") for word in words)
+    if not shows and not any(word.startswith(("model=", "model.path=", "model.name=")) for word in words):
+        raise ValueError("which model? set model=RUN_DIR, the folder of an export or of any model, or OWNER/NAME")
     if not any(argument.startswith("eval=") for argument in sys.argv):
         sys.argv.append("eval=quick")
     _main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from iskd.commands.config import CONF, options
+from iskd.commands.line import CONF, options
 from iskd.export import read_facts
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.run_files import CONFIG_FILE

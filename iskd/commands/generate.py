@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.find_teacher import find_teacher
-from iskd.commands.paths import as_folder, dashed
-from iskd.data import BOS, framing_of
+from iskd.commands.line import parse
+from iskd.data import framing_of
 from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.export.verification import SENTENCE
 from iskd.models import Stack
@@ -229,27 +228,23 @@ def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:
     return ()
 
 
-def main() -> None:
-    """The command of this process."""
-    run(sys.argv[1:])
-
-
 def run(argv: Sequence[str]) -> None:
     """The command line of `iskd generate`. Raises as `generate`."""
-    parser = argparse.ArgumentParser(prog="iskd generate", description="teacher and student continue the same prompt")
-    parser.add_argument("folder", type=as_folder, help="folder of a run or of an export")
-    parser.add_argument("prompt", nargs="?", default=SENTENCE)
-    parser.add_argument("--teacher", help="folder or name; default: that of the run which holds the folder")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--bos", choices=BOS, help="as data.bos; default: what the tokenizer puts before a text")
-    asked: Any = parser.parse_args(dashed(parser, argv))
-    how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
+    main(parse(["generate", *argv]).values)
+
+
+def main(asked: Namespace) -> None:
+    """Print both continuations. Raises as `generate`."""
+    prompt = SENTENCE if asked.prompt is None else asked.prompt
+    how: dict[str, Any] = {
+        "max_new_tokens": asked.tokens,
+        "temperature": asked.temperature,
+        "seed": asked.seed,
+        "device": asked.device,
+    }
     how["bos"] = asked.bos
     with Busy("loading teacher and student"):
-        found = generate(asked.folder, asked.teacher, asked.prompt, **how)
+        found = generate(asked.folder, asked.teacher, prompt, **how)
     console = terminal()
     console.print(found.table())
     for note in found.notes:

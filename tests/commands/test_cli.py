@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from iskd.__main__ import main
-from iskd.commands.train import COMMAND
+from iskd.system.version import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ("debug=smoke", "export=false", "run.checkpoint_every=2", "trainer.progress=false", "schedule.tokens=8192")

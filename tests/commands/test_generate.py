@@ -13,9 +13,9 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from iskd.commands.config import CONF
 from iskd.commands.find_teacher import find_teacher
 from iskd.commands.generate import generate, run
+from iskd.commands.line import CONF
 from iskd.export import export
 from iskd.export.student_files import FACTS
 from iskd.models import surgery

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import object_of, options, plain, spec
+from iskd.commands.config import object_of, plain, spec
+from iskd.commands.line import options
 from iskd.commands.resume import resumed
 from iskd.plan.failure import read_failure
 from iskd.plan.options import RunOptions

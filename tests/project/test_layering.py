@@ -40,6 +40,7 @@ ROOMS = (
     "training/metrics",
     "training",
     "training/profile",
+    "commands/line",
     "commands",
 )
 SHELVES = ("losses", "blocks", "mixers", "refits", "importance", "schedules")

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import iskd
 from iskd.commands import build, train
 from iskd.commands.arguments import arguments
-from iskd.commands.build import parts, sweep_of
+from iskd.commands.build import parts
 from iskd.commands.evaluate import evaluation
 from iskd.commands.find_teacher import find_teacher
 from iskd.commands.resume import resumed
@@ -47,6 +47,7 @@ from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
 from iskd.teacher.row_store import RowStore
+from iskd.training.metrics import sweep_of
 from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state import RunState, resuming
 from iskd.training.state.checkpoint_files import newest

@@ -16,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
 
-from iskd.commands.build import sweep_of
 from iskd.commands.compose import compose_config
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY
@@ -24,6 +23,7 @@ from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
 from iskd.system.faults import RunError
+from iskd.training.metrics import sweep_of
 from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start, tracked_as
 from tests.factories import CONF
 
