@@ -24,7 +24,7 @@ from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUA
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
-from iskd.report.terminal import terminal
+from iskd.report.terminal import print_table, terminal
 from iskd.system import Busy, ProgressLine, write_whole
 from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
@@ -183,8 +183,8 @@ def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
     console = terminal()
     if found.evaluation is not None:
-        console.print(evaluation_table(found.evaluation))
+        print_table(evaluation_table(found.evaluation), spare=("chance %", "metric", "items"), console=console)
     if found.efficiency is not None:
-        console.print(efficiency_table(found.efficiency))
+        print_table(efficiency_table(found.efficiency), console=console)
     for file in found.files:
         console.print(f"written: {file}", soft_wrap=True)

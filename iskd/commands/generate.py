@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.find_teacher import find_teacher
 from iskd.commands.line import parse
 from iskd.data import framing_of
+from iskd.evaluation.speaking import SENTENCE, Spoken, speak
 from iskd.export import load, read_facts, student_folder, tokenizer_of
-from iskd.export.verification import SENTENCE
 from iskd.models import Stack
 from iskd.models.tokenizers import check_same_tokenizer
 from iskd.models.weights import present_weights
@@ -27,28 +26,6 @@ from iskd.report.terminal import terminal, title
 from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """What one model said.
-
-    Attributes:
-        name: who.
-        ids: tokens after the prompt.
-        text: the same, decoded.
-        seconds: for the prompt and all of them.
-    """
-
-    name: str
-    ids: tuple[int, ...]
-    text: str
-    seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens per second, the prompt's time included; 0 for a model that could say nothing."""
-        return len(self.ids) / self.seconds if self.ids else 0.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +127,7 @@ def generate(
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         how = f"temperature {temperature:g}, seed {seed}"
     said = [
-        _speak(who, label, own, ids.to(place), {**options, "max_new_tokens": tokens}, seed)
+        speak(who, label, own, ids.to(place), {**options, "max_new_tokens": tokens}, seed)
         for who, label, tokens in ((loaded.model, str(loaded.source["name"]), most), (model, name, max_new_tokens))
     ]
     notes = _notes(folder, loaded)
@@ -183,41 +160,6 @@ def _check_fits(student: PreTrainedModel, ids: Tensor, new_tokens: int) -> None:
             f"{ids.shape[1]} tokens of prompt and {new_tokens} new ones are more than {stack.bound}: "
             "shorten the prompt or lower the number of new tokens (--tokens)"
         )
-
-
-def _speak(
-    model: PreTrainedModel,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    options: dict[str, Any],
-    seed: int,
-) -> Spoken:
-    """One model's continuation. A first token is made before the clock starts: nobody waits for it twice."""
-    if not options["max_new_tokens"]:
-        return Spoken(name, (), "", 0.0)
-    was_training = model.training
-    nn.Module.to(model.eval(), ids.device)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding}
-
-    def finite(_: Tensor, logits_BV: Tensor) -> Tensor:  # the largest of what is nan is any token
-        if bool(logits_BV.isnan().any()):
-            raise ValueError(f"{name} gives nan for the next token: its weights are broken")
-        return logits_BV
-
-    call["logits_processor"] = [finite]
-    try:
-        with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-            cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
-            torch.manual_seed(seed)
-            start = time.perf_counter()
-            sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
-            new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
-            seconds = time.perf_counter() - start
-    finally:
-        model.train(was_training)
-    return Spoken(name, new, str(tokenizer.decode(list(new), skip_special_tokens=True)), seconds)
 
 
 def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.evaluation.speaking import SENTENCE
 from iskd.export.card import edits_in_words
 from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
@@ -24,7 +25,6 @@ from iskd.plan.run_files import RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
 from iskd.system.faults import RunError
 
-SENTENCE = "Once upon a time"
 _SPOKEN = 24
 
 

@@ -123,9 +123,7 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read(*literal_paths(["data.path=~nobody-of-that-name/x"])) == ["~nobody-of-that-name/x"]
     monkeypatch.setenv("ISKD_CACHE", "~/cache")
     monkeypatch.setenv("TEXTS", "~/texts")
-    config, _ = compose_config(
-        ["data=text", "data.path=${oc.env:TEXTS}/é.txt", "name='~x'"], tmp_path / "run"
-    )
+    config, _ = compose_config(["data=text", "data.path=${oc.env:TEXTS}/é.txt", "name='~x'"], tmp_path / "run")
     meant = as_meant(config)
     assert (meant.cache_dir, meant.data.path, meant.data.source.path) == (
         f"{home}/cache", f"{home}/texts/é.txt", f"{home}/texts/é.txt"
