@@ -146,6 +146,7 @@ class _Logger(TypedDict, total=False):
     tags: list[str] | None
     version: int | str | None
     offline: bool | Literal["auto"]
+    model: bool
     default_hp_metric: bool
 
 

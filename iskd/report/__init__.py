@@ -12,11 +12,10 @@ from iskd.report.run_list import is_run
 from iskd.report.run_page import write_report
 from iskd.report.runs_page import write_runs_report
 from iskd.report.scores import score_table, write_scores
-from iskd.report.stage_rows import SPARE, stage_table
+from iskd.report.stage_rows import stage_table
 from iskd.report.tables import efficiency_table, evaluation_table
 
 __all__ = [
-    "SPARE",
     "efficiency_table",
     "evaluation_table",
     "is_run",

@@ -22,23 +22,26 @@ _FIELDS = (
 
 def write_page(path: Path, text: str) -> Path:
     """Write a page of ours. Raises ValueError where another file has that name."""
-    if path.exists() and _PAGE_MARK not in _begin(path):
+    if _is_file(path) and _PAGE_MARK not in _begin(path):
         raise ValueError(f"{path} is no page of iskd's and is not overwritten: move it, or choose another folder")
     return write_whole(path, text)
 
 
 def write_table(path: Path, rows: Sequence[Sequence[object]]) -> bool:
     """Write a csv of ours, known by its first two heads; False, and nothing is written, where another file is there."""
-    if path.exists() and not _begin(path).startswith(f"{rows[0][0]},{rows[0][1]},"):
+    if _is_file(path) and not _begin(path).startswith(f"{rows[0][0]},{rows[0][1]},"):
         return False
     write_csv(path, rows)
     return True
 
 
+def _is_file(path: Path) -> bool:
+    """Whether a file lies there; what else has the name (a link, a folder) is left to whoever writes."""
+    return path.is_file() and not path.is_symlink()
+
+
 def _begin(path: Path) -> str:
-    """The first bytes of a file; of what is no plain file, nothing."""
-    if not path.is_file():
-        return ""
+    """The first bytes of a file."""
     with open(path, "rb") as file:
         return file.read(1 << 16).decode("utf-8", errors="replace")
 

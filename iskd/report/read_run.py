@@ -54,7 +54,6 @@ class RunFiles:
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
     samples: list[Sample] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 

@@ -71,7 +71,7 @@ def write_report(run_dir: Path) -> Path:
     folder = Path(run_dir)
     run = read_run(folder)
     if run.stages and not write_stage_table(folder, run.stages):
-        run.notes.append(f"{STAGES_TABLE_FILE} in this folder is somebody else's and was left alone")
+        run.notes.append(f"{STAGES_TABLE_FILE} in this folder is not ours and was left alone")
     return write_page(folder / REPORT_FILE, _page(run, folder))
 
 
@@ -100,7 +100,7 @@ def _page(run: RunFiles, folder: Path) -> str:
             html.section("Figures", html.figures(_figures(run))),
             efficiency_section(run.efficiency),
             words_section(run.samples),
-            links(folder, _RAW),
+            links(folder, [raw for raw in _RAW if not any(note.startswith(raw[0]) for note in run.notes)]),
             html.details("Data", html.properties("Data", run.data)),
             html.details("Environment", html.properties("Environment", run.environment)),
             html.details("Resolved config", html.preformatted(run.config)),

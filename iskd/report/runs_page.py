@@ -24,6 +24,8 @@ from iskd.system.text import ABSENT, byte_unit, kl_text, percent
 
 _LONGEST = 60  # characters of a setting in the table; the list of all settings has it whole
 
+_RAW = ((RUNS_TABLE_FILE, "the table above, with every setting that differs"),)
+
 #: Configurations by the number that table and figures call them, with their runs.
 Numbered = Mapping[str, Sequence[Run]]
 
@@ -46,7 +48,7 @@ def write_runs_report(folders: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     table = out.with_name(RUNS_TABLE_FILE)
     if not write_table(table, _numbers(runs)):
-        problems = [*problems, f"{table.name} beside this page is somebody else's and was left alone"]
+        problems = [*problems, f"{table.name} beside this page is not ours and was left alone"]
     return write_page(out, _page(runs, problems, out.parent))
 
 
@@ -67,7 +69,7 @@ def _page(runs: Sequence[Run], problems: Sequence[str], home: Path) -> str:
             html.section("Retention against cost", _figures(runs, numbered)),
             html.section("Cost against context", _against_context(runs, numbered)),
             _table(numbered, home),
-            links(home, [(RUNS_TABLE_FILE, "the table above, with every setting that differs")]),
+            links(home, _RAW if not any(problem.startswith(RUNS_TABLE_FILE) for problem in problems) else ()),
             _all_differences(runs),
         ],
     )

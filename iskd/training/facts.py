@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 
 import lightning as L
 import torch
@@ -52,11 +53,9 @@ def _commands(parts: Parts) -> list[str]:
     """The command lines of the run, those of its earlier sessions first."""
     file = parts.run_dir / ENVIRONMENT_FILE
     before: Json = {}
-    if parts.resume and file.is_file():
-        try:
+    if parts.resume:
+        with suppress(OSError, ValueError):  # it is replaced anyway
             before = read_object(file)
-        except (OSError, ValueError):  # it is replaced anyway
-            before = {}
     known = before.get("commands")
     listed = [each for each in known if isinstance(each, str)] if isinstance(known, list) else []
     return [*listed, command_line() or "iskd.compress, from Python"][-_MOST:]

@@ -27,7 +27,8 @@ from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
 from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
-from iskd.report import SPARE, stage_table, write_report
+from iskd.report import stage_table, write_report
+from iskd.report.stage_rows import SPARE
 from iskd.report.terminal import print_table, terminal
 from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
 from iskd.system.faults import mendable

@@ -107,6 +107,8 @@ OPEN = {
     "evaluation/speaking": "iskd generate, iskd verify and the end of a run let models speak alike",
     "evaluation/task_items": "importance=task_accuracy draws from the same items",
     "importance/angular": "iskd score draws its runs of layers",
+    "report/read_run": "W&B is told what the page tells",
+    "report/stage_rows": "which columns of the stages a narrow terminal leaves out",
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",

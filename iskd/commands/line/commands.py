@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "compress a model while it trains: edit, heal, measure, export",
         "A run writes everything into its own folder below runs/: config, metrics, checkpoints, the student (model/) "
-        "and report.html.",
+        "and a page about it all.",
         (
             "iskd train  # SmolLM2: four blocks replaced one by one, healed, exported",
             "iskd train experiment=ild model=OWNER/NAME data=text data.path=FILE",
@@ -82,14 +82,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "profile": Command(
         "tell where the time of a training step goes, by span and by operator",
-        "Takes the keys of iskd train; writes profile.json into a folder below runs/.",
+        "Takes the keys of iskd train; a table, and the same as JSON in a folder below runs/.",
         ("iskd profile experiment=ild", "iskd profile profile.operators=false run.compile=true"),
         (*_MODEL, "edit", "block", "mixer", "schedule", "loss", "experiment"),
         ("profile.steps", "profile.edits", "profile.operators", "data.batch_size", "data.seq_len"),
     ),
     "report": Command(
-        "write report.html of one run again, or runs.html over several",
-        "With csv files of the same numbers beside the page.",
+        "write the page of one run again, or one over several",
+        "It lies in the folder of the run, or above those of all, with csv files of the same numbers beside it.",
         ("iskd report RUN_DIR", "iskd report runs/*  # one page over all", "iskd report SWEEP_DIR"),
     ),
     "curve": Command(
