@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
+from iskd.export.answers import OneAttention, Sizes
 from iskd.export.student_files import CODE, FACTS
 from iskd.models import Stack
 from iskd.models.head import say_untied
@@ -34,7 +35,7 @@ MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 _DERIVED = ("scaling", "head_dim", "sliding_window")
 
 
-class IskdConfig(PreTrainedConfig):
+class IskdConfig(Sizes, PreTrainedConfig):
     """What a student is: the teacher's config and the record of edits."""
 
     model_type = "iskd"
@@ -51,7 +52,7 @@ class IskdConfig(PreTrainedConfig):
         """Do nothing: transformers would copy this very module beside every student that is saved afterwards."""
 
 
-class Student:
+class Student(OneAttention):
     """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
 
     Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with
