@@ -16,6 +16,9 @@ from iskd.system.allocator import tune
 from iskd.system.stop_signals import INTERRUPTED
 from iskd.system.version import COMMAND
 
+_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables by which other libraries draw no bars: in a file each of their moves would be a line."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `iskd` command.
@@ -34,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 complete(asked.values)
                 return
             sys.argv[1:], os.environ[COMMAND] = asked.words, asked.command
+            if not sys.stderr.isatty():
+                for name in _BARS:
+                    os.environ.setdefault(name, "1")
             know_students()
             command = import_module(f"iskd.commands.{asked.command}")
             if COMMANDS[asked.command].composes:

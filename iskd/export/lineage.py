@@ -10,7 +10,7 @@ from typing import Any
 from iskd.system import Json
 from iskd.system.files import expanded, read_object
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 # the representation of a source as data.json has it
 _DATASET = re.compile(r"^HubDataset\((?:.*, )?name='([\w.-]+(?:/[\w.-]+)?)'")

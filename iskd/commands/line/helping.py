@@ -55,7 +55,8 @@ def _composed(name: str, command: Command) -> list[str]:
         chosen = command.chosen.get(group, choices()[group].value)
         others = ", ".join(option for option in options(group) if option != chosen)
         lines += _rows([(f"{group}={chosen}", choices()[group].about + (f" ({others})" if others else ""))])
-    lines += ["", f"keys, with their values; all keys of a group: iskd {name} --help GROUP or GROUP=CHOICE", ""]
+    head = f"keys, with their values; all choices and keys of a group: iskd {name} --help GROUP, or GROUP=CHOICE"
+    lines += ["", *textwrap.wrap(head, _width())]
     lines += _rows(_told(main_key(key, command.chosen)) for key in command.keys)
     return [*lines, "", "options:", *_rows(_OPTIONS)]
 
