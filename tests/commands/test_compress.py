@@ -33,7 +33,7 @@ from tests.factories import CONF, digest, modes, tiny
 
 KEYS = (
     *("schedule.count=1", "data.seq_len=32", "data.val_tokens=512", "data.batch_size=2", "run.measure_before=false"),
-    *("run.efficiency_seconds=0", "run.mfu=false"),
+    *("run.efficiency_seconds=0", "run.samples=0", "run.mfu=false"),
     *("run.fit_tokens=64", "run.score_tokens=64", "trainer=cpu", "trainer.precision=32-true", "trainer.progress=false"),
 )
 CALL: dict[str, Any] = {"schedule": "iterative", "edit": "replace", "block": "linear", "importance": "block_influence"}

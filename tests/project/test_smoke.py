@@ -32,7 +32,14 @@ WHAT = [
 ]
 QUICK = (
     *("trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", "schedule.tokens=1024", "export=false"),
-    *("data.val_tokens=256", "run.fit_tokens=128", "run.score_tokens=128", "run.efficiency_seconds=0", "run.mfu=false"),
+    *(
+        "data.val_tokens=256",
+        "run.fit_tokens=128",
+        "run.score_tokens=128",
+        "run.efficiency_seconds=0",
+        "run.samples=0",
+        "run.mfu=false",
+    ),
 )
 
 
