@@ -32,7 +32,7 @@ def top_help() -> str:
     return "\n".join([*lines, "", "An error is one sentence; HYDRA_FULL_ERROR=1 shows where it came from."])
 
 
-def command_help(name: str, parser: argparse.ArgumentParser, asked: Sequence[str] = ()) -> str:
+def command_help(name: str, usage: str, arguments: Sequence[argparse.Action], asked: Sequence[str] = ()) -> str:
     """What a command does and takes; of groups and choices that are `asked` (`schedule`, `schedule=align`) all keys.
 
     Raises ValueError for one that there is not.
@@ -41,10 +41,10 @@ def command_help(name: str, parser: argparse.ArgumentParser, asked: Sequence[str
     if command.composes and (wanted := [word.partition("=")[::2] for word in asked if word[:1] not in ("-", "+", "~")]):
         return "\n\n".join(_of_group(group, option) for group, option in wanted)
     head = [f"usage: iskd {name} [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]"] if command.composes else []
-    head = head or [parser.format_usage().rstrip()]
+    head = head or [usage.rstrip()]
     text = f"{command.what[0].upper()}{command.what[1:]}. {command.more}".rstrip()
     lines = [*head, "", *textwrap.wrap(text, _width()), ""]
-    lines += _composed(name, command) if command.composes else _listed(parser)
+    lines += _composed(name, command) if command.composes else _listed(arguments)
     return "\n".join([*lines, "", "examples:", *(f"  {example}" for example in command.examples)])
 
 
@@ -95,9 +95,9 @@ def _told(key: Key) -> tuple[str, str]:
     return f"{key.name}={key.value}", key.about
 
 
-def _listed(parser: argparse.ArgumentParser) -> list[str]:
+def _listed(arguments: Sequence[argparse.Action]) -> list[str]:
     """Arguments of a command that reads folders."""
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    shown = [action for action in arguments if action.help != argparse.SUPPRESS]
     return _rows(
         (" ".join(action.option_strings) or str(action.metavar or action.dest), action.help) for action in shown
     )

@@ -19,6 +19,7 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 _LINE = re.compile(r"( *)(?!-)([\w.]+):(?: +([^#\s].*?|))??(?:\s+# ?(.*))?$")
 _CHOICE = re.compile(r"  - (\w+): (.*?)(?:\s+# ?(.*))?$")
+_OTHERS = re.compile(r"\b(?!_self_)\w+")
 _INCLUDES = re.compile(r"^defaults: \[(.*)\]", re.MULTILINE)
 
 
@@ -67,9 +68,8 @@ def keys_of(group: str, option: str) -> dict[str, Key]:
     file = f"{group}/{option}"
     included = _INCLUDES.search("\n".join(_lines(file)))
     found: dict[str, Key] = {}
-    for name in included[1].split(",") if included else ():
-        if name.strip() != "_self_":
-            found |= keys_of(group, name.strip())
+    for name in _OTHERS.findall(included[1]) if included else ():
+        found |= keys_of(group, name)
     for key in _read(file):
         before = found.get(key.name)
         found[key.name] = Key(key.name, key.value, before.about) if before and not key.about else key

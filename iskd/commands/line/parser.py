@@ -55,6 +55,12 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"iskd {command}", add_help=False)
+        self.known: list[argparse.Action] = []
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        """As argparse's; remembered for help, and for options that look like a mistyped one."""
+        self.known.append(super().add_argument(*names, **how))
+        return self.known[-1]
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -63,8 +69,11 @@ class _Parser(argparse.ArgumentParser):
         """As `parse_known_args`, in any order. Raises ValueError for an option that there is not."""
         values, rest = self.parse_known_args(words)
         if unknown := [word for word in rest if word[:1] == "-" and word != "--"]:
-            word = unknown[0].partition("=")[0]
-            self.error(f"there is no option {word}{perhaps(word, self._option_string_actions)}")
+            word, known = (
+                unknown[0].partition("=")[0],
+                [name for action in self.known for name in action.option_strings],
+            )
+            self.error(f"there is no option {word}{perhaps(word, known)}")
         return values, rest
 
 
@@ -90,7 +99,7 @@ def parse(words: Sequence[str], started_as: str = "") -> Asked:
     asks = [word for word in words if word not in _HELP]
     parser = parser_of(command)
     if len(asks) < len(words):
-        _print_and_leave(command_help(command, parser, asks))
+        _print_and_leave(command_help(command, parser.format_usage(), parser.known, asks))
     if COMMANDS[command].composes:
         parser.read(words)
         return Asked(command, list(words))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ from iskd.system.version import command_line, commit
 from tests.factories import CONF
 
 ROOT = CONF.parent
+
+
+def help_of(name: str, asked: Sequence[str] = ()) -> str:
+    parser = parser_of(name)
+    return command_help(name, parser.format_usage(), parser.known, asked)
+
+
 LIGHT = """
 import os, sys
 sys.argv = ["iskd", *sys.argv[1:]]
@@ -67,7 +75,7 @@ def test_help_of_a_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = COMMANDS[name]
     for columns in (80, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
-        text = command_help(name, parser_of(name))
+        text = help_of(name)
         body = text.partition("\nexamples:")[0]
         assert max(map(len, body.splitlines())) <= columns
         assert f"usage: iskd {name}" in text
@@ -82,15 +90,15 @@ def test_help_of_a_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_choice_says_what_it_is() -> None:
     assert [f"{group}={name}" for group in choices() for name in options(group) if not about(group, name)] == []
-    text = command_help("train", parser_of("train"), ["schedule"])
+    text = help_of("train", ["schedule"])
     assert all(f"  {name} " in text for name in options("schedule"))
-    text = command_help("train", parser_of("train"), ["data=text"])
+    text = help_of("train", ["data=text"])
     assert "data.path=null" in text
     assert "local copy of the data set" in text, "of the file that it includes"
     with pytest.raises(ValueError, match=r"did you mean schedule"):
-        command_help("train", parser_of("train"), ["shcedule"])
+        help_of("train", ["shcedule"])
     with pytest.raises(ValueError, match="choose bottleneck"):
-        command_help("train", parser_of("train"), ["block=slimm"])
+        help_of("train", ["block=slimm"])
 
 
 def test_keys_are_those_that_hydra_composes() -> None:
@@ -118,7 +126,7 @@ def test_arguments_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     asked = parse(["verify", "-odd", "b", "--reference", "c", "--no-timing"]).values
     assert ([str(folder) for folder in asked.folder], str(asked.reference)) == (["-odd", "b"], "c")
     assert asked.no_timing
-    (bos,) = (action for action in parser_of("generate")._actions if "--bos" in action.option_strings)
+    (bos,) = (action for action in parser_of("generate").known if "--bos" in action.option_strings)
     assert bos.choices == BOS
 
 
