@@ -43,7 +43,8 @@ _failed: dict[Path, str] = {}  # jobs of this process that failed, by their reso
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z][\w.-]*")  # the hub's oldest models have no owner: distilgpt2
+# the hub's oldest models have no owner: distilgpt2
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z][\w.-]{0,95}")
 _TYPO = 0.75  # of difflib's ratio between a model's name and a preset; "gpt2-xl" has 0.73 with gpt2
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads

@@ -141,7 +141,7 @@ def _named_model(name: str) -> list[str]:
     found = named_model(name)
     if not found:
         known = ", ".join(options("model"))
-        raise ValueError(f"model={name!r} is no directory, no model config ({known}) and no OWNER/NAME of the hub")
+        raise ValueError(f"model={name!r} is no directory, no model config ({known}) and no name on the hub")
     return found
 
 

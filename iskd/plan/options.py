@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 
 # what huggingface_hub, which cuts the files, reads and is no nonsense: no sign, no word
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
+MOST_SAMPLES = 5
 UPKEEP = frozenset(
     {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
     | {"gradient_checkpointing", "compile", "max_shard_bytes", "samples"}
@@ -73,6 +74,8 @@ class RunOptions:
         for key in ("fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds", "samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
+        if self.samples > MOST_SAMPLES:
+            raise ValueError(f"run.samples={self.samples}: there are {MOST_SAMPLES} prompts, choose at most as many")
         for key, choices in (("on_oom", ("stop", "halve")), ("checkpoints", ("full", "sharded"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"run.{key}={getattr(self, key)!r}: choose {' or '.join(choices)}")

@@ -90,7 +90,7 @@ MEANINGFUL = {
 }
 ZERO_IS_NONE = re.compile(
     r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
-    r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|protect_\w+|max_skipped|log_every_n_steps)"
+    r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|samples|protect_\w+|max_skipped|log_every_n_steps)"
 )
 
 

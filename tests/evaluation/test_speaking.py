@@ -13,6 +13,7 @@ from torch import nn
 from iskd.evaluation import measure_quality
 from iskd.evaluation.speaking import PROMPTS, samples_of, write_samples
 from iskd.models.tokenizers import byte_tokenizer
+from iskd.plan.options import MOST_SAMPLES
 from iskd.report import write_report
 from tests.factories import louder, tiny, windows
 from tests.run_folders import Balanced, write_run
@@ -35,6 +36,7 @@ def test_both_models_continue_the_same_prompts(tmp_path: Path) -> None:
     page = Balanced(write_report(run).read_text(encoding="utf-8"))
     assert "a <b><script>1</script>two1 of 3" in page.text
     assert "script" not in page.tags
+    assert len(PROMPTS) == MOST_SAMPLES
     with pytest.raises(ValueError, match="must hold a list"):
         samples_of({})
 
