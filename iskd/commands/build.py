@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import netrc
-import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +20,16 @@ from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_strange, work_in
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
-from iskd.system.files import expanded, read_plain, sweep
+from iskd.system.files import expanded, sweep
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
-from iskd.training.metrics import tracked_as
+from iskd.training.metrics import loggers_of
 from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
@@ -93,7 +90,7 @@ def _made(
         optim=object_of(config.optim),
         options=_options(config),
         trainer=plain(config.trainer),
-        loggers=_loggers(config, run_dir),
+        loggers=loggers_of(plain(config.logger), run_dir, partial(instantiate, _convert_="all")),
         chunk=config.chunk,
         seed=config.seed,
         resume=config.resume is not None,
@@ -254,40 +251,3 @@ def importance_of(config: DictConfig) -> Any:
     """The importance, with what its class takes beside its keys."""
     takes = getattr(class_of(config.importance), "takes", ())
     return object_of(config.importance, **{name: config.data[name] for name in takes})
-
-
-def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
-    """The chosen logger beside metrics.csv, writing inside the run directory."""
-    node = config.logger
-    if "_target_" not in node:
-        return []
-    values = plain(node)
-    if node["_target_"].endswith(".WandbLogger"):
-        if values.get("offline") == "auto":
-            values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
-        values["name"] = values.get("name") or run_dir.name
-        values["group"] = values.get("group") or sweep_of(run_dir)
-        if global_rank() == 0:
-            values["id"] = tracked_as(run_dir, values.get("id"))
-    return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
-
-
-def _has_login(host: str) -> bool:
-    """Whether ~/.netrc names the host."""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def sweep_of(run_dir: Path) -> str | None:
-    """Name of the sweep that a run belongs to, the folder above it, or None.
-
-    Hydra writes multirun.yaml there, Optuna's sweeper does not; but a job's own .hydra/hydra.yaml tells its mode.
-    """
-    folder = Path(run_dir).resolve()
-    several = False
-    with suppress(OSError, ValueError):  # none there, or nothing that Hydra wrote
-        note = read_plain(folder / HYDRA / "hydra.yaml", max_bytes=1 << 20, within=folder)
-        several = re.search(rb"^  mode: MULTIRUN\r?$", note, re.MULTILINE) is not None
-    return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None

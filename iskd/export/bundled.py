@@ -20,6 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
+from iskd.export.answers import OneAttention
 from iskd.export.auto_class import StudentClass
 from iskd.export.edited import Edited, build, edited_class
 from iskd.export.storage import cast_parameters
@@ -44,7 +45,7 @@ class Part(Spec):
         return PARTS[self.target]
 
 
-class Opened(Edited):
+class Opened(OneAttention, Edited):
     """A student that writes itself as it was: weights, config with its record, and this file."""
 
     iskd_config: IskdConfig

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
 from iskd.export.licences import licence_keys
+from iskd.export.lineage import lineage
 from iskd.export.storage import Rounding
 from iskd.export.student_files import CARD, installing
 from iskd.plan import Convert, Record, Replace, Spec, StageResult
@@ -122,7 +123,7 @@ def write_card(
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
     sections = [
-        _header(known, licence, title, eval_results(run_dir), native=native),
+        _header(known, _json(run_dir, DATA_FILE), licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
         "## Teacher",
@@ -172,21 +173,25 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
     """The teacher's licence as its own card states it, None where nothing here says it."""
     if teacher.get("license"):
         return str(teacher["license"])
-    places: list[str | Path | None] = []
-    if teacher.get("path"):
-        places.append(Path(expanded(str(teacher["path"]))) / CARD)
     name = str(teacher.get("name", ""))
-    if teacher.get("kind") == "hub" and name.count("/") == 1:
-        cached = try_to_load_from_cache(name, CARD, revision=teacher.get("revision"))
-        places.append(cached if isinstance(cached, str) else None)
-    for place in places:
-        found = _front_matter(Path(place)) if place is not None else {}
+    for place in _cards(teacher):
+        found = _front_matter(place)
         licence = found.get("license")
         if licence == "other" and isinstance(found.get("license_name"), str):
             licence = found["license_name"]
         if isinstance(licence, str) and licence:
             return licence
     return _LICENCES.get(name) if teacher.get("kind") in ("hub", "bundled") else None
+
+
+def _cards(teacher: Mapping[str, Any]) -> list[Path]:
+    """Where the teacher's own card may be on this machine."""
+    places = [Path(expanded(str(teacher["path"]))) / CARD] if teacher.get("path") else []
+    name = str(teacher.get("name", ""))
+    if teacher.get("kind") == "hub" and name.count("/") == 1:
+        cached = try_to_load_from_cache(name, CARD, revision=teacher.get("revision"))
+        places += [Path(cached)] if isinstance(cached, str) else []
+    return places
 
 
 def _front_matter(file: Path) -> Json:
@@ -198,16 +203,23 @@ def _front_matter(file: Path) -> Json:
 
 
 def _header(
-    teacher: Mapping[str, Any], licence: str | None, title: str, results: list[EvalResult], *, native: bool
+    teacher: Mapping[str, Any],
+    data_of_run: Json,
+    licence: str | None,
+    title: str,
+    results: list[EvalResult],
+    *,
+    native: bool,
 ) -> str:
+    own = next((found for place in _cards(teacher) if (found := _front_matter(place))), {})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") and "name" in teacher else None,
         **licence_keys(licence),
         tags=["iskd", "compression", "distillation", *([] if native else ["custom_code"])],
         model_name=title if results else None,
         eval_results=results or None,
+        **lineage(teacher, data_of_run, own),
     )
     return f"---\n{data.to_yaml()}\n---"
 

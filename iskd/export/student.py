@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
+from iskd.export.answers import OneAttention, Sizes
 from iskd.export.bundle import bundled
 from iskd.export.edited import Edited, edited_class, stock_class
 from iskd.export.student_files import CODE, installing
@@ -36,7 +37,7 @@ MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 _DERIVED = ("scaling", "head_dim", "sliding_window")
 
 
-class IskdConfig(PreTrainedConfig):
+class IskdConfig(Sizes, PreTrainedConfig):
     """What a student is: the teacher's config and the record of edits."""
 
     model_type = "iskd"
@@ -53,7 +54,7 @@ class IskdConfig(PreTrainedConfig):
         """Do nothing: transformers would copy this very module beside every student that is saved afterwards."""
 
 
-class Student(Edited):
+class Student(OneAttention, Edited):
     """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
 
     Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with

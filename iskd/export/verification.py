@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.evaluation.speaking import SENTENCE
 from iskd.export.bundle import bundled
 from iskd.export.card import edits_in_words
 from iskd.export.loading import Described, describe, load
@@ -27,7 +28,6 @@ from iskd.system import Json, file_sha256, read_json
 from iskd.system.faults import RunError
 from iskd.system.version import __version__
 
-SENTENCE = "Once upon a time"
 _SPOKEN = 24
 
 

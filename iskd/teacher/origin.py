@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from iskd.models.model_folder import refuse_missing_folder
-from iskd.plan.conf_files import CONF, options
 from iskd.plan.run_files import CONFIG_FILE, FACTS
 from iskd.plan.saved_config import read_config
 from iskd.system.files import expanded, read_object
+from iskd.system.version import CONF, options
 from iskd.teacher.bundled import BUNDLES
 from iskd.teacher.load import TeacherSpec
 

@@ -33,6 +33,39 @@ def card(folder: Path, **facts: Any) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(header), body
 
 
+@pytest.mark.parametrize(
+    ("teacher", "source", "own", "said"),
+    [
+        (
+            HUB,
+            "HubDataset(name='Salesforce/wikitext', config='x')",
+            "",
+            ("some/teacher", ["Salesforce/wikitext"], ["en"]),
+        ),
+        (HUB, "HubDataset(name='a/b', config=None)", "", ("some/teacher", ["a/b"], None)),
+        (HUB, "Docstrings(min_chars=80)", "", ("some/teacher", None, ["en"])),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "language: [de, fr]", (None, None, ["de", "fr"])),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "base_model: a/origin", ("a/origin", None, None)),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "base_model: ../up\nlanguage: no good", (None, None, None)),
+        ({"kind": "local", "path": "models--a--b-c/snapshots/12"}, "", "", ("a/b-c", None, None)),
+        ({"kind": "memory"}, "", "", (None, None, None)),
+    ],
+)
+def test_the_header_says_where_a_student_comes_from(
+    teacher: dict[str, Any], source: str, own: str, said: tuple[Any, ...], tmp_path: Path
+) -> None:
+    if "path" in teacher:
+        place = tmp_path / teacher["path"]
+        place.mkdir(parents=True)
+        (place / "README.md").write_text(f"---\n{own or 'tags: [x]'}\n---\n")
+        teacher = {**teacher, "path": str(place)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"source": source}))
+    header, _ = card(tmp_path / "card", teacher=teacher, run_dir=tmp_path / "run")
+    assert tuple(header.get(key) for key in ("base_model", "datasets", "language")) == said
+    assert header.get("base_model_relation") == ("finetune" if said[0] else None)
+
+
 def run_files(folder: Path) -> Path:
     """A run's files, with folders of a machine in them."""
     folder.mkdir()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import object_of, options, plain, spec
+from iskd.commands.config import object_of, plain, spec
 from iskd.commands.resume import resumed
 from iskd.plan.failure import read_failure
 from iskd.plan.options import RunOptions
@@ -27,6 +27,7 @@ from iskd.schedules.iterative import Iterative
 from iskd.schedules.none import NoEdits
 from iskd.schedules.oneshot import Oneshot
 from iskd.system import precision, run_lock
+from iskd.system.version import options
 from iskd.teacher import load_teacher
 from iskd.training import run
 from iskd.training.step import OptimSpec
@@ -155,7 +156,7 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
     ]
     overrides += ["data.seq_len=32", "data.batch_size=2", "data.val_tokens=512", "data.source.max_documents=200"]
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
-    overrides += ["run.efficiency_seconds=0", "run.mfu=false"]
+    overrides += ["run.efficiency_seconds=0", "run.samples=0", "run.mfu=false"]
     overrides += ["refit.output.tokens=64", "refit.output.held_tokens=32"] if name == "width" else []
     config = composed(*overrides)
     removals = config.schedule.get("target_layers") is not None

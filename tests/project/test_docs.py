@@ -39,7 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = ROOT / "docs" / "example-report"
 RUN = ROOT / "tests" / "files" / "0.1" / "finished"
 OUTSIDE = ("wandb", "tensorboard")  # programs of others: shown, never run
-UNMEASURED = ("run.efficiency_seconds=0", "run.mfu=false")
+UNMEASURED = ("run.efficiency_seconds=0", "run.samples=0", "run.mfu=false")
 CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "trainer", "logger")
 HYDRA = ("train", "score", "evaluate", "profile")  # commands that compose conf/config.yaml
 
