@@ -26,7 +26,7 @@ from iskd.export.loading import describe
 from iskd.export.probe import ask
 from iskd.export.student import write
 from iskd.export.student_files import read_facts
-from iskd.export.verification import _changed, _expected, _what
+from iskd.export.verification import _expected, _what, changed
 from iskd.export.write import _write_facts
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
@@ -103,7 +103,7 @@ def students(folder: Path) -> Kind:
         _expected(student, facts, None)
         _what(described)
         _front_matter(student / "README.md")
-        return not _changed(student, facts) and refresh_card(student, run) is not None
+        return not changed(student, facts) and refresh_card(student, run) is not None
 
     return place, load
 

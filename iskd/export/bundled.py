@@ -20,9 +20,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from iskd.export.answers import OneAttention
 from iskd.export.auto_class import StudentClass
-from iskd.export.edited import Edited, build, edited_class
+from iskd.export.edited import Edited, OneAttention, build, edited_class
 from iskd.export.storage import cast_parameters
 from iskd.export.student import IskdConfig
 from iskd.models.skeletons import GENERATION

@@ -16,8 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from iskd.export.licences import licence_keys
-from iskd.export.lineage import lineage
+from iskd.export.lineage import licence_keys, lineage
 from iskd.export.storage import Rounding
 from iskd.export.student_files import CARD, installing
 from iskd.plan import Convert, Record, Replace, Spec, StageResult

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from iskd.export.licences import LICENCES
+from iskd.export.lineage import LICENCES
 from iskd.export.loading import describe
 from iskd.export.student_files import CARD, read_facts, student_folder
 from iskd.export.verification import changed

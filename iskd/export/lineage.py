@@ -1,4 +1,4 @@
-"""What a card's header says of where a student comes from: its base model, the data sets, the language."""
+"""What a card's header says of where a student comes from: its base model, the data sets, the language, the licence."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _DATASET = re.compile(r"^HubDataset\((?:.*, )?name='([\w.-]+(?:/[\w.-]+)?)'")
 _ENGLISH = ("Docstrings(", "HubDataset(name='roneneldan/TinyStories'", "HubDataset(name='Salesforce/wikitext'")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|multilingual|code")
+
+# as model hubs name them: the table "Licenses" of the Hugging Face Hub's documentation
+LICENCES = frozenset({
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1",
+    "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0",
+    "odc-by", "odbl", "openmdw-1.0", "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib",
+    "pddl", "lgpl-lr", "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "llama4", "grok2-community", "gemma", "unknown", "other",
+})  # fmt: skip
 
 
 def lineage(teacher: Mapping[str, Any], data: Mapping[str, Any], card: Json) -> Json:
@@ -57,3 +72,10 @@ def base_model(teacher: Mapping[str, Any], card: Json) -> str | None:
         if isinstance(found, str) and _ID.fullmatch(found) and not Path(expanded(found)).exists():
             return found
     return None
+
+
+def licence_keys(licence: str | None) -> dict[str, Any]:
+    """The keys of a card's head that say this licence: one that hubs do not know is `other`, with a name."""
+    if not licence or licence.lower() in LICENCES:
+        return {"license": licence.lower() if licence else None}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-") or "unnamed"}

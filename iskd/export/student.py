@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
-from iskd.export.answers import OneAttention, Sizes
 from iskd.export.bundle import bundled
-from iskd.export.edited import Edited, edited_class, stock_class
+from iskd.export.edited import Edited, OneAttention, Sizes, edited_class, stock_class
 from iskd.export.student_files import CODE, installing
 from iskd.models import Stack
 from iskd.models.head import say_untied

@@ -26,9 +26,11 @@ from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import FACTS, RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
 from iskd.system.faults import RunError
+from iskd.system.files import read_plain
 from iskd.system.version import __version__
 
 _SPOKEN = 24
+_MAX_CODE = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ def _by_its_own_code(described: Described, expected: Probe) -> tuple[list[str], 
     file = described.folder / CODE
     if not file.is_file():
         return [f"{CODE}, its code for where iskd is not installed, is not there"], []
-    if file.read_text(encoding="utf-8", errors="replace") != bundled(described.record, __version__):
+    try:
+        text = read_plain(file, max_bytes=_MAX_CODE).decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        return [str(error)], []
+    if text != bundled(described.record, __version__):
         return [], [f"{CODE} is not what iskd {__version__} writes for this student, so it was not run"]
     try:
         found = reopen(described.folder, expected, native=False, bundle=True)

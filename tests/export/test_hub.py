@@ -9,7 +9,7 @@ import pytest
 
 from iskd.commands.push import run
 from iskd.export import hub
-from iskd.export.licences import LICENCES, licence_keys
+from iskd.export.lineage import LICENCES, licence_keys
 from iskd.export.write import export
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
