@@ -77,6 +77,8 @@ if not _is_command_line():
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
+            if home.startswith("iskd.commands."):
+                import_module("iskd.commands").check_installed()
             return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from iskd import know_students
+from iskd.commands import check_installed
 from iskd.commands.line import parse, told
 from iskd.commands.line.commands import COMMANDS
 from iskd.commands.line.completion import complete
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not sys.stderr.isatty():
                 for name in _BARS:
                     os.environ.setdefault(name, "1")
+            try:
+                check_installed()
+            except ImportError as error:
+                raise ValueError(str(error)) from None
             know_students()
             command = import_module(f"iskd.commands.{asked.command}")
             if COMMANDS[asked.command].composes:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_missing = [
-    name for name in ("hydra", "lightning", "matplotlib", "rich", "torchmetrics", "wandb") if not find_spec(name)
-]
-if _missing:
-    raise ImportError(f"the commands of iskd need {', '.join(_missing)}, not installed here: pip install 'iskd[train]'")
+_NEEDED = ("hydra", "lightning", "matplotlib", "rich", "torchmetrics", "wandb")
+
+
+def check_installed() -> None:
+    """Raise ImportError where packages are missing that every command needs, whatever it does; help needs none."""
+    if missing := [name for name in _NEEDED if not find_spec(name)]:
+        raise ImportError(
+            f"the commands of iskd need {', '.join(missing)}, not installed here: pip install 'iskd[train]'"
+        )

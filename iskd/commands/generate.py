@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.line import parse
 from iskd.data import framing_of
-from iskd.evaluation.speaking import SENTENCE, Spoken, speak
+from iskd.evaluation.speaking import Spoken, speak
 from iskd.export import load, read_facts, student_folder, tokenizer_of
 from iskd.models import Stack
-from iskd.models.tokenizers import check_same_tokenizer
+from iskd.models.tokenizers import SENTENCE, check_same_tokenizer
 from iskd.models.weights import present_weights
 from iskd.report.terminal import terminal, title
 from iskd.system import Busy

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.models import Stack
+from iskd.models.tokenizers import SENTENCE
 from iskd.plan.run_files import SAMPLES_FILE
 from iskd.system import write_whole
 from iskd.system.reading import read_as
 
-SENTENCE = "Once upon a time"
 PROMPTS = (
     SENTENCE,
     "The capital of France is",

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.evaluation.speaking import SENTENCE
 from iskd.export.bundle import bundled
 from iskd.export.card import edits_in_words
 from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
 from iskd.export.student_files import CODE, read_facts, student_folder, tokenizer_of
+from iskd.models.tokenizers import SENTENCE
 from iskd.models.weights import stored_dtype, weight_files
 from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import FACTS, RECORD_FILE

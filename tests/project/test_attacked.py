@@ -15,7 +15,6 @@ READERS = {
 }
 """Calls that read a file; `open` counts too, where its mode does not make a new one."""
 ATTACKED = {
-    "commands/build: read_plain": "notes",
     "commands/evaluate: read_bytes": "evaluated",
     "commands/evaluate: read_object": "evaluated",
     "commands/evaluate: read_plain": "evaluated",

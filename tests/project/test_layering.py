@@ -113,7 +113,6 @@ OPEN = {
     "export/card_measured": "an evaluation renews the card; no name of the face, since it brings Lightning",
     "teacher/origin": "which teacher a student had: iskd generate and iskd evaluate load it",
     "export/hub": "what iskd push lists and sends",
-    "export/student_files": "the file by which a folder is known to be an export",
     "training/state/resuming": "a resumed config is bounded by its checkpoint before a teacher is made of it",
     "training/facts": "what layers were selected by is known before a run",
 }

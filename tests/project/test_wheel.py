@@ -60,12 +60,17 @@ def test_a_student_opens_without_what_a_run_needs(tmp_path: Path) -> None:
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
         f"import iskd\nassert iskd.load({str(ROOT / 'tests' / 'files' / '0.1' / 'export')!r}).config.vocab_size\n"
         "import importlib.util\nimportlib.util.find_spec = lambda name: None\n"
-        "try: iskd.compress\nexcept ImportError as error: print(error)"
+        "try: iskd.compress\nexcept ImportError as error: print(error)\n"
+        "from iskd.__main__ import main\n"
+        "try: main(['verify', 'somewhere'])\nexcept SystemExit as end: print(end.code)\nmain(['--help'])"
     )
     places = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=places)
     assert found.returncode == 0, found.stderr
     assert "pip install 'iskd[train]'" in found.stdout
+    assert "error: the commands of iskd need" in found.stderr
+    assert "\n2\n" in found.stdout
+    assert "examples:" in found.stdout
 
 
 @pytest.mark.slow
