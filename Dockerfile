@@ -3,9 +3,11 @@
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
-# An image that brings its own torch keeps it. PIP_TORCH_FLAGS may name a wheel index for the other case.
+# An image that brings its own torch keeps it. For the other case TORCH_CPU_INDEX is the address of an index with CPU builds,
+# as PyTorch's installation page names it (the default on Linux is a CUDA build); PIP_TORCH_FLAGS are other options of pip.
 ARG TORCH=torch==2.13.0
-ARG PIP_TORCH_FLAGS=""
+ARG TORCH_CPU_INDEX=""
+ARG PIP_TORCH_FLAGS="${TORCH_CPU_INDEX:+--index-url ${TORCH_CPU_INDEX}}"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
 RUN python -c "import torch" 2>/dev/null || pip install ${PIP_TORCH_FLAGS} "${TORCH}"
 

@@ -2,13 +2,20 @@
 #
 #   PYTHON           the interpreter that makes the virtual environment
 #   TORCH            the torch requirement; installed before everything else and never part of the lock
-#   PIP_TORCH_FLAGS  pip options for torch alone, to name an index of CPU or CUDA wheels; empty = pip's default
+#   TORCH_CPU_INDEX  address of an index with CPU builds of torch, as PyTorch's installation page names it: taken on Linux
+#                    where no NVIDIA driver is, since the default there is a CUDA build of some gigabytes
+#   PIP_TORCH_FLAGS  pip options for torch alone, in the place of the above
 #   ARGS             passed on: `make test ARGS='-k plan -x'`, `make demo ARGS='schedule=oneshot'`
 #   ISKD_PYTHON      an interpreter that already has the dependencies: used as it is, no environment is made
 
 PYTHON ?= python3
 VENV = .venv
 TORCH ?= torch==2.13.0
+ifneq ($(TORCH_CPU_INDEX),)
+ifeq ($(shell uname -s; command -v nvidia-smi),Linux)
+PIP_TORCH_FLAGS ?= --index-url $(TORCH_CPU_INDEX)
+endif
+endif
 PIP_TORCH_FLAGS ?=
 ARGS ?=
 
@@ -27,7 +34,7 @@ endif
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup teacher demo demo-ild test test-slow test-gpu check format parts lock clean
+.PHONY: help setup teacher demo demo-ild test test-slow test-gpu test-floor check format parts lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +82,20 @@ test-slow: $(SETUP) ## the slow tests
 test-gpu: $(SETUP) ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu $(ARGS)
 
+# An environment of its own, first with what opens a student, then with what compresses. uv chooses the versions; it has to
+# be told of a folder of wheels that pip knows, and not to read what pyproject.toml says of torch for the lock.
+FLOOR = .venv-floor
+LOWEST = UV_FIND_LINKS="$$PIP_FIND_LINKS" $(FLOOR)/bin/python -m uv pip install --quiet --no-config --resolution lowest-direct
+TORCH_FLOOR = torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+test-floor: ## import and smoke with the lowest versions that pyproject.toml allows
+	@$(PYTHON) -m venv --clear $(FLOOR)
+	@$(FLOOR)/bin/python -m pip install $(PIP_QUIET) uv
+	@$(LOWEST) $(PIP_TORCH_FLAGS) '$(TORCH_FLOOR)'
+	@$(LOWEST) -e .
+	@$(FLOOR)/bin/python -m tests.floor
+	@$(LOWEST) --upgrade -e '.[train]' # what is there is no reason to keep it
+	@$(FLOOR)/bin/python -m tests.floor train
+
 check: $(SETUP) ## format, lint and types, without changing a file
 	@$(PY) -m ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
 	@$(PY) -m ruff check --quiet .
@@ -88,7 +109,7 @@ parts: $(SETUP) ## docs/parts.md, from the parts' own docstrings
 	@$(PY) -m docs.parts
 
 # Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
-LOCKED = gguf data tensorboard slurm eval sweep
+LOCKED = all
 # Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
 # that pip knows, and writes neither it nor an index into the file.
 lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
@@ -99,5 +120,5 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist $(FLOOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import fast_bf16, peak_bytes
 from iskd.commands import build
-from iskd.commands.config import CONF
+from iskd.commands.line import CONF
 from iskd.models import surgery
 from iskd.plan import Record, Remove
 from iskd.system.machine import clock

@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 
 import iskd
 from iskd.commands import evaluate
-from iskd.commands.find_teacher import find_teacher
 from iskd.data.files.decoding import codec_of
 from iskd.data.files.readers import find_splits
 from iskd.evaluation.text import read_text
@@ -26,13 +25,15 @@ from iskd.export.card_measured import refresh_card
 from iskd.export.loading import describe
 from iskd.export.probe import ask
 from iskd.export.student import write
-from iskd.export.student_files import FACTS, read_facts
-from iskd.export.verification import _changed, _expected, _what
+from iskd.export.student_files import read_facts
+from iskd.export.verification import _expected, _what, changed
 from iskd.export.write import _write_facts
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Record, Remove, Replace, Spec, run_files
+from iskd.plan.run_files import FACTS
 from iskd.teacher.load import Loaded, TeacherSpec, load_teacher
+from iskd.teacher.origin import find_teacher
 from tests.factories import tiny
 from tests.fuzz import hostile, hostile_tensors, torn
 from tests.fuzz_readers import Kind, odd, put
@@ -102,7 +103,7 @@ def students(folder: Path) -> Kind:
         _expected(student, facts, None)
         _what(described)
         _front_matter(student / "README.md")
-        return not _changed(student, facts) and refresh_card(student, run) is not None
+        return not changed(student, facts) and refresh_card(student, run) is not None
 
     return place, load
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from iskd.commands.build import sweep_of
 from iskd.data import TextFiles
 from iskd.data.chat_template import ChatTemplate
 from iskd.evaluation.task_items import read_task
@@ -24,7 +23,7 @@ from iskd.system import run_lock
 from iskd.system.files import clear_place
 from iskd.teacher import TeacherCache
 from iskd.teacher.load import TeacherSpec, load_teacher
-from iskd.training.metrics import tracked_as
+from iskd.training.metrics import sweep_of, tracked_as
 from iskd.training.metrics.loggers import resumed
 from tests.factories import tiny, windows
 from tests.fuzz import Place, hostile, torn

@@ -111,7 +111,7 @@ def make_parts(
     settings = {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": accumulate, "progress": False}
     settings["log_every_n_steps"] = 1
     sizes: dict[str, Any] = {"checkpoint_every": 2, "fit_tokens": 128, "score_tokens": 128, "movement_steps": 3}
-    sizes |= {"mfu": False, "efficiency_seconds": 0}  # of the machine, not of the method
+    sizes |= {"mfu": False, "efficiency_seconds": 0, "samples": 0}  # of the machine, not of the method
     parts = Parts(
         teacher=Loaded(model, tokenizer, {"name": family}),
         data=data,

@@ -26,15 +26,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import CONF, NEEDED, options, with_export_keys
+from iskd.commands.config import NEEDED, with_export_keys
+from iskd.commands.line import FULL_ERROR, in_own_words, told
 from iskd.commands.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange
-from iskd.system.faults import mendable
 from iskd.system.files import expanded
 from iskd.system.run_lock import InUseError
-from iskd.system.text import argument
+from iskd.system.text import argument, nearest
+from iskd.system.version import CONF, options
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -43,10 +44,9 @@ _failed: dict[Path, str] = {}  # jobs of this process that failed, by their reso
 
 AUTO = "auto"
 """`resume=auto`: continue the run in Hydra's directory if there is one (`iskd.commands.train.resume_folder`)."""
-FULL_ERROR = "HYDRA_FULL_ERROR"
-"""Hydra's variable: 1 = every error with its traceback."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_UNKNOWN = re.compile(r"Could not load '(\w+)/([^']+)'")
+# the hub's oldest models have no owner: distilgpt2
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z][\w.-]{0,95}")
+_TYPO = 0.75  # of difflib's ratio between a model's name and a preset; "gpt2-xl" has 0.73 with gpt2
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
@@ -84,9 +84,20 @@ def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:
     return [other for given in argv for other in _literal(given, several)]
 
 
+def _loggers(given: str) -> list[str]:
+    """`logger=[a,b]` as the first one, whose keys are `logger.KEY`, and the others below it: `logger.b.KEY`."""
+    names = [name.strip() for name in given.partition("=")[2].strip("[] ").split(",")]
+    chosen = [name for name in names if name in options("logger") and name != "csv"]  # which is always written
+    if len(names) < 2 or not set(names) <= set(options("logger")):
+        return [given]
+    return [f"logger={next(iter(chosen), 'csv')}", *(f"+logger@logger.{name}={name}" for name in chosen[1:])]
+
+
 def _literal(given: str, several: bool) -> list[str]:
     key, equal, value = given.partition("=")
     _refuse_no_choice(key, value)
+    if key == "logger" and value[:1] == "[":
+        return _loggers(given)
     if key == "model":
         return named_model(path_of(value)) or [given]
     if not equal or not takes_path(key.lstrip("+")):
@@ -111,7 +122,7 @@ def named_model(name: str) -> list[str]:
     A preset of conf/model goes before a folder of that name; ./name is the folder. Empty for what is none of the three.
 
     Raises:
-        ValueError: it can only be meant as a folder, and there is none.
+        ValueError: it can only be meant as a folder, and there is none, or it looks like a preset and is none.
     """
     if not name:
         return []
@@ -122,19 +133,12 @@ def named_model(name: str) -> list[str]:
     if _SWEEP.search(name):
         return []
     refuse_missing_folder("model", name)
+    if "/" not in name and (preset := nearest(name, options("model"), _TYPO)):
+        raise ValueError(
+            f"model={name} is no preset and no folder (did you mean {preset}?); a model of the hub by that very name "
+            f"is model=hub model.name={name}"
+        )
     return ["model=hub", assigned("model.name", name)] if _HUB_ID.fullmatch(name) else []
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """What a user can mend is said in a line, without a traceback, unless `FULL_ERROR` asks for it; exit code 2."""
-    try:
-        yield
-    except Exception as error:
-        if not mendable(error) or os.environ.get(FULL_ERROR) == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -200,12 +204,9 @@ def _write(name: str, value: str | None) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What Hydra found, with the reason below it; of a list such as `refit=[...]`, what could be in it."""
-    if (unknown := _UNKNOWN.search(str(error))) and (known := options(unknown[1])):
-        return f"{unknown[1]} has no {unknown[2]!r}; choose {', '.join(known)}"
+    """What Hydra found, with OmegaConf's reason, in one sentence."""
     cause = error.__cause__
-    reason = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error) else ""
-    return f"{str(error).strip()}{reason}"
+    return in_own_words(str(error), str(cause) if isinstance(cause, OmegaConfBaseException) else "")
 
 
 class SweepFolder(Callback):

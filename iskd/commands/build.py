@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import netrc
-import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +15,21 @@ from iskd.commands.config import as_meant, class_of, object_of, plain, spec, ter
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
-from iskd.export import STORED
+from iskd.export import CODES, STORED
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, HYDRA, LOCK_FILE, refuse_strange, work_in
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
-from iskd.system.files import expanded, read_plain, sweep
+from iskd.system.files import expanded, sweep
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
-from iskd.training.metrics import tracked_as
+from iskd.training.metrics import loggers_of
 from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
@@ -93,12 +90,13 @@ def _made(
         optim=object_of(config.optim),
         options=_options(config),
         trainer=plain(config.trainer),
-        loggers=_loggers(config, run_dir),
+        loggers=loggers_of(plain(config.logger), run_dir, partial(instantiate, _convert_="all")),
         chunk=config.chunk,
         seed=config.seed,
         resume=config.resume is not None,
-        export=bool(asked_export),
-        export_dtype=asked_export or "auto",
+        export=asked_export is not None,
+        export_dtype=(asked_export or {}).get("dtype", "auto"),
+        export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
     )
@@ -112,8 +110,8 @@ def _options(config: DictConfig) -> RunOptions:
     return RunOptions(**values, plan_only=config.plan_only)
 
 
-def _export(value: Any) -> str | None:
-    """The type in which the student is written; None = it is not. `true`, `hf` and no keys are `{dtype: auto}`."""
+def _export(value: Any) -> dict[str, str] | None:
+    """In which type the student is written, and with which code; None = it is not. `true` and `hf` are no keys."""
     if value is False:
         return None
     keys = {} if value in (True, "hf") else value
@@ -122,12 +120,14 @@ def _export(value: Any) -> str | None:
             f"export={value}: choose hf (or true) or false; what vLLM and llama.cpp read of such a directory is in "
             "docs/loading.md"
         )
-    if unknown := [key for key in keys if key != "dtype"]:
-        raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype")
-    kind = keys.get("dtype", "auto")
-    if kind not in ("auto", *STORED):
-        raise ValueError(f"export.dtype={kind}: choose one of auto, {', '.join(STORED)}")
-    return str(kind)
+    choices = {"dtype": ("auto", *STORED), "code": CODES}
+    if unknown := [key for key in keys if key not in choices]:
+        raise ValueError(f"export has no key {unknown[0]!r}: drop it, or use dtype or code")
+    found = {key: keys.get(key, known[0]) for key, known in choices.items()}
+    for key, asked in found.items():
+        if asked not in choices[key]:
+            raise ValueError(f"export.{key}={asked}: choose one of {', '.join(choices[key])}")
+    return {key: str(asked) for key, asked in found.items()}
 
 
 def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
@@ -251,40 +251,3 @@ def importance_of(config: DictConfig) -> Any:
     """The importance, with what its class takes beside its keys."""
     takes = getattr(class_of(config.importance), "takes", ())
     return object_of(config.importance, **{name: config.data[name] for name in takes})
-
-
-def _loggers(config: DictConfig, run_dir: Path) -> list[Any]:
-    """The chosen logger beside metrics.csv, writing inside the run directory."""
-    node = config.logger
-    if "_target_" not in node:
-        return []
-    values = plain(node)
-    if node["_target_"].endswith(".WandbLogger"):
-        if values.get("offline") == "auto":
-            values["offline"] = not (os.environ.get("WANDB_API_KEY") or _has_login("api.wandb.ai"))
-        values["name"] = values.get("name") or run_dir.name
-        values["group"] = values.get("group") or sweep_of(run_dir)
-        if global_rank() == 0:
-            values["id"] = tracked_as(run_dir, values.get("id"))
-    return [instantiate({**values, "save_dir": str(run_dir)}, _convert_="all")]
-
-
-def _has_login(host: str) -> bool:
-    """Whether ~/.netrc names the host."""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def sweep_of(run_dir: Path) -> str | None:
-    """Name of the sweep that a run belongs to, the folder above it, or None.
-
-    Hydra writes multirun.yaml there, Optuna's sweeper does not; but a job's own .hydra/hydra.yaml tells its mode.
-    """
-    folder = Path(run_dir).resolve()
-    several = False
-    with suppress(OSError, ValueError):  # none there, or nothing that Hydra wrote
-        note = read_plain(folder / HYDRA / "hydra.yaml", max_bytes=1 << 20, within=folder)
-        several = re.search(rb"^  mode: MULTIRUN\r?$", note, re.MULTILINE) is not None
-    return folder.parent.name if several or (folder.parent / "multirun.yaml").is_file() else None

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.arguments import named_model
 from iskd.commands.compose import parts
-from iskd.commands.config import options
 from iskd.commands.paths import assigned
 from iskd.data import Source, given_texts
 from iskd.system.allocator import tune
 from iskd.system.files import expanded
+from iskd.system.version import options
 from iskd.teacher import Loaded
 from iskd.teacher.given import given_teacher, lent
 from iskd.training import Result, run
@@ -141,7 +141,7 @@ def _named_model(name: str) -> list[str]:
     found = named_model(name)
     if not found:
         known = ", ".join(options("model"))
-        raise ValueError(f"model={name!r} is no directory, no model config ({known}) and no OWNER/NAME of the hub")
+        raise ValueError(f"model={name!r} is no directory, no model config ({known}) and no name on the hub")
     return found
 
 

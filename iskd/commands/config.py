@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from iskd.commands.line import roots_known, unknown_key
 from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
@@ -21,11 +22,10 @@ from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
 from iskd.plan.saved_config import OPTIONAL, literal, no_mappings
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
+from iskd.system.text import perhaps
 from iskd.system.typed_values import read_value, shown, takes
+from iskd.system.version import options
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""In a wheel inside the package, in a checkout beside it."""
 RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its first stage on, {STAGES_FILE}"
 """What an error about a folder says."""
 
@@ -70,11 +70,6 @@ def with_export_keys(override: str) -> str:
     return "export={}" if override.lower() in ("export=true", "export=hf") else override
 
 
-def options(group: str) -> list[str]:
-    """What can be chosen of a config group, e.g. of `data`, sorted; a file `_name.yaml` is only included by others."""
-    return sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml"))
-
-
 def plain(config: Any) -> Any:
     """Containers of a config as dicts and lists, interpolations resolved."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
@@ -97,7 +92,10 @@ def object_of(config: DictConfig, **runtime: Any) -> Any:
     unknown = [key for key in config if key not in takes and not str(key).startswith("_")]
     if unknown and not any(taken.kind is inspect.Parameter.VAR_KEYWORD for taken in takes.values()):
         keys = ", ".join(key for key in takes if key not in runtime)
-        raise ValueError(f"{config['_target_']} has no key {unknown[0]!r}: drop it, or use one of {keys or '(none)'}")
+        near = perhaps(str(unknown[0]), takes)
+        raise ValueError(
+            f"{config['_target_']} has no key {unknown[0]!r}{near}: drop it, or use one of {keys or '(none)'}"
+        )
     return instantiate(config, _partial_=True, _convert_="all")(**runtime)
 
 
@@ -137,6 +135,7 @@ class _Root(TypedDict, total=False):
 
 class _Export(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    code: Literal["iskd", "bundle"]
 
 
 class _Logger(TypedDict, total=False):
@@ -149,6 +148,7 @@ class _Logger(TypedDict, total=False):
     tags: list[str] | None
     version: int | str | None
     offline: bool | Literal["auto"]
+    model: bool
     default_hp_metric: bool
 
 
@@ -181,6 +181,8 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
+_OWN_WORD = ("trainer.", "logger.")
+"""They take any key of their library's class, and say themselves which there is not."""
 NEEDED = (
     "model",
     "data",
@@ -208,6 +210,8 @@ def as_meant(config: DictConfig) -> DictConfig:
         values = plain(config)
     except OmegaConfBaseException as error:  # an interpolation that names nothing
         raise ValueError(str(error)) from None
+    if values.get("resume") is None:
+        _refuse_unknown_roots(config)
     literal(values, "this run")  # what one look left to resolve would be resolved at the next
     for group in no_mappings(values):
         takes_keys = group in OPTIONAL and group != "refit"
@@ -222,9 +226,40 @@ def as_meant(config: DictConfig) -> DictConfig:
     return final
 
 
+def _refuse_unknown_roots(config: DictConfig) -> None:
+    """Hydra takes `+KEY=VALUE` for any key, and nothing would read it; one that another value refers to is used."""
+    known = {*roots_known(), "hydra"} - {"experiment", "debug"}  # whose files have no place of their own
+    unknown = [str(key) for key in config if str(key) not in known]
+    said = OmegaConf.to_yaml(config) if unknown else ""
+    for key in unknown:
+        if f"${{{key}}}" not in said and f"${{{key}." not in said:
+            raise ValueError(unknown_key(key))
+
+
+def _refuse_unknown(place: str, node: Mapping[str, Any], kinds: Sequence[Any]) -> None:
+    """A key of a group that no argument of its kinds takes; where one of them takes any, it is for that to say."""
+    taken: set[str] = set()
+    shown: list[str] = []
+    for kind in kinds:
+        makes = kind.from_block if hasattr(kind, "from_block") else kind
+        arguments = {} if hasattr(kind, "__total__") else inspect.signature(makes).parameters
+        keywords = [each for each in arguments.values() if each.kind is inspect.Parameter.VAR_KEYWORD]
+        if any(not str(each.annotation).startswith("Unpack[") for each in keywords):
+            return
+        taken |= {*takes(kind), *arguments}
+        needed = [key for key, each in arguments.items() if each.default is inspect.Parameter.empty]
+        shown += [key for key in takes(kind) if key not in needed]
+    for key, value in node.items():
+        nested = isinstance(value, dict) and ("_target_" in value or f"{place}{key}" in _GROUPS)
+        if taken and key not in taken and not key.startswith("_") and not nested:
+            raise ValueError(f"{place}{key} is no key{perhaps(key, shown)}: drop it, or use one of {', '.join(shown)}")
+
+
 def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
     """Read the values of a mapping and of what lies below it, in place."""
     taken = {key: found for kind in reversed(kinds) for key, found in takes(kind).items()}
+    if place and place not in _OWN_WORD:
+        _refuse_unknown(place, node, kinds)
     for key, value in node.items():
         name = f"{place}{key}"
         if value == _MISSING:
@@ -240,10 +275,11 @@ def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
 
 def _kinds(name: str, node: Mapping[str, Any]) -> tuple[Any, ...]:
     """Whose arguments the values of a mapping become."""
-    named = (get_object(kind) if isinstance(kind, str) else kind for kind in _GROUPS.get(name, ()))
+    own_keys = _GROUPS.get("logger" if name.startswith("logger.") else name, ())
+    named = (get_object(kind) if isinstance(kind, str) else kind for kind in own_keys)
     own = (*named, *((_Term,) if name.startswith("loss.") else ()))
     target = node.get("_target_")
-    if "_target_" not in node or (name == "logger" and isinstance(target, str)):
+    if "_target_" not in node or (name.split(".")[0] == "logger" and isinstance(target, str)):
         return own
     try:
         found = get_object(target) if isinstance(target, str) else None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 from iskd.commands.config import RUN_HOLDS
-from iskd.commands.paths import as_folder
+from iskd.commands.line.parser import as_folder
 from iskd.report import is_run, read_curve, write_curves
 
 
-def main() -> None:
+def main(asked: Namespace) -> None:
     """Write the picture and print its name."""
-    if len(sys.argv) < 3:
-        raise ValueError("usage: iskd curve OUT.png [NAME=]RUN_DIR...")
-    named, out = [_named(argument) for argument in sys.argv[2:]], as_folder(sys.argv[1])
+    named, out = [_named(argument) for argument in asked.runs], asked.out
     for _, run in named:
         if not is_run(run):
             raise ValueError(f"{run} is {'no run' if run.is_dir() else 'no such folder'}; {RUN_HOLDS}")

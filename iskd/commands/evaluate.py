@@ -13,22 +13,29 @@ from torch import nn
 
 from iskd.commands.arguments import hydra_main
 from iskd.commands.config import as_meant, object_of
-from iskd.commands.find_teacher import find_teacher
 from iskd.data import BOS, framing_of
 from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
-from iskd.export.student_files import FACTS
 from iskd.models.weights import present_weights, weights_sha256
-from iskd.plan.run_files import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, EVALUATION_FILE, STAGES_FILE, refuse_strange
+from iskd.plan.run_files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    FACTS,
+    STAGES_FILE,
+    refuse_strange,
+)
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import efficiency_table, evaluation_table, write_report
-from iskd.report.terminal import terminal
+from iskd.report.terminal import print_table, terminal
 from iskd.system import Busy, ProgressLine, write_whole
 from iskd.system.files import hash_files, read_object, read_plain
 from iskd.system.precision import place, serving_dtype
 from iskd.teacher import Loaded, load_teacher
+from iskd.teacher.origin import find_teacher
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,14 @@ def _chosen_by(run: Path | None) -> list[str]:
 
 
 def main() -> None:
-    """The command of this process; without `eval=` it is a quick one."""
+    """The command of this process; without `eval=` it is a quick one.
+
+    Raises ValueError where no model is named: nobody means the preset that a run would take.
+    """
+    words = sys.argv[1:]
+    shows = any(word[:1] == "-" and word not in ("-m", "--multirun") for word in words)
+    if not shows and not any(word.startswith(("model=", "model.path=", "model.name=")) for word in words):
+        raise ValueError("which model? set model=RUN_DIR, the folder of an export or of any model, or OWNER/NAME")
     if not any(argument.startswith("eval=") for argument in sys.argv):
         sys.argv.append("eval=quick")
     _main()
@@ -176,8 +190,8 @@ def _main(config: DictConfig) -> None:
     found = evaluation(config, Path(HydraConfig.get().runtime.output_dir))
     console = terminal()
     if found.evaluation is not None:
-        console.print(evaluation_table(found.evaluation))
+        print_table(evaluation_table(found.evaluation), spare=("chance %", "metric", "items"), console=console)
     if found.efficiency is not None:
-        console.print(efficiency_table(found.efficiency))
+        print_table(efficiency_table(found.efficiency), console=console)
     for file in found.files:
         console.print(f"written: {file}", soft_wrap=True)

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.commands.find_teacher import find_teacher
-from iskd.commands.paths import as_folder, dashed
-from iskd.data import BOS, framing_of
+from iskd.commands.line import parse
+from iskd.data import framing_of
+from iskd.evaluation.speaking import Spoken, speak
 from iskd.export import load, read_facts, student_folder, tokenizer_of
-from iskd.export.verification import SENTENCE
 from iskd.models import Stack
-from iskd.models.tokenizers import check_same_tokenizer
+from iskd.models.tokenizers import SENTENCE, check_same_tokenizer
 from iskd.models.weights import present_weights
 from iskd.report.terminal import terminal, title
 from iskd.system import Busy
 from iskd.system.precision import device_of
 from iskd.teacher import Loaded, load_teacher
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """What one model said.
-
-    Attributes:
-        name: who.
-        ids: tokens after the prompt.
-        text: the same, decoded.
-        seconds: for the prompt and all of them.
-    """
-
-    name: str
-    ids: tuple[int, ...]
-    text: str
-    seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens per second, the prompt's time included; 0 for a model that could say nothing."""
-        return len(self.ids) / self.seconds if self.ids else 0.0
+from iskd.teacher.origin import find_teacher
 
 
 @dataclass(frozen=True)
@@ -151,7 +127,7 @@ def generate(
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         how = f"temperature {temperature:g}, seed {seed}"
     said = [
-        _speak(who, label, own, ids.to(place), {**options, "max_new_tokens": tokens}, seed)
+        speak(who, label, own, ids.to(place), {**options, "max_new_tokens": tokens}, seed)
         for who, label, tokens in ((loaded.model, str(loaded.source["name"]), most), (model, name, max_new_tokens))
     ]
     notes = _notes(folder, loaded)
@@ -186,41 +162,6 @@ def _check_fits(student: PreTrainedModel, ids: Tensor, new_tokens: int) -> None:
         )
 
 
-def _speak(
-    model: PreTrainedModel,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    options: dict[str, Any],
-    seed: int,
-) -> Spoken:
-    """One model's continuation. A first token is made before the clock starts: nobody waits for it twice."""
-    if not options["max_new_tokens"]:
-        return Spoken(name, (), "", 0.0)
-    was_training = model.training
-    nn.Module.to(model.eval(), ids.device)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding}
-
-    def finite(_: Tensor, logits_BV: Tensor) -> Tensor:  # the largest of what is nan is any token
-        if bool(logits_BV.isnan().any()):
-            raise ValueError(f"{name} gives nan for the next token: its weights are broken")
-        return logits_BV
-
-    call["logits_processor"] = [finite]
-    try:
-        with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-            cast(Any, model).generate(ids, **call, max_new_tokens=1, do_sample=False)
-            torch.manual_seed(seed)
-            start = time.perf_counter()
-            sequence: Tensor = cast(Any, model).generate(ids, **call, **options)
-            new = tuple(int(token) for token in sequence[0, ids.shape[1] :].tolist())  # waits for a GPU
-            seconds = time.perf_counter() - start
-    finally:
-        model.train(was_training)
-    return Spoken(name, new, str(tokenizer.decode(list(new), skip_special_tokens=True)), seconds)
-
-
 def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:
     source = read_facts(folder).get("teacher") if folder is not None else None
     made_from = source.get("sha256") if isinstance(source, dict) else None
@@ -229,27 +170,23 @@ def _notes(folder: Path | None, loaded: Loaded) -> tuple[str, ...]:
     return ()
 
 
-def main() -> None:
-    """The command of this process."""
-    run(sys.argv[1:])
-
-
 def run(argv: Sequence[str]) -> None:
     """The command line of `iskd generate`. Raises as `generate`."""
-    parser = argparse.ArgumentParser(prog="iskd generate", description="teacher and student continue the same prompt")
-    parser.add_argument("folder", type=as_folder, help="folder of a run or of an export")
-    parser.add_argument("prompt", nargs="?", default=SENTENCE)
-    parser.add_argument("--teacher", help="folder or name; default: that of the run which holds the folder")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--bos", choices=BOS, help="as data.bos; default: what the tokenizer puts before a text")
-    asked: Any = parser.parse_args(dashed(parser, argv))
-    how = {"max_new_tokens": asked.tokens, "temperature": asked.temperature, "seed": asked.seed, "device": asked.device}
+    main(parse(["generate", *argv]).values)
+
+
+def main(asked: Namespace) -> None:
+    """Print both continuations. Raises as `generate`."""
+    prompt = SENTENCE if asked.prompt is None else asked.prompt
+    how: dict[str, Any] = {
+        "max_new_tokens": asked.tokens,
+        "temperature": asked.temperature,
+        "seed": asked.seed,
+        "device": asked.device,
+    }
     how["bos"] = asked.bos
     with Busy("loading teacher and student"):
-        found = generate(asked.folder, asked.teacher, asked.prompt, **how)
+        found = generate(asked.folder, asked.teacher, prompt, **how)
     console = terminal()
     console.print(found.table())
     for note in found.notes:

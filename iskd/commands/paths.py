@@ -7,12 +7,9 @@ path as it was given, and never grammar where such a file is there. What Hydra h
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -133,16 +130,3 @@ def _read(value: str) -> Override | None:
 @cache
 def _parser() -> OverridesParser:
     return OverridesParser.create()
-
-
-def as_folder(given: str) -> Path:
-    """A path among the arguments of a command that reads no overrides."""
-    return Path(expanded(given))
-
-
-def dashed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Arguments of which a folder whose name begins with - is no option, unless the parser has one of that name."""
-    options = parser.format_help().replace(",", " ").split()
-    return [
-        f"./{given}" if given[:1] == "-" and given not in options and os.path.isdir(given) else given for given in argv
-    ]

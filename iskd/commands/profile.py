@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from iskd.commands.arguments import hydra_main
 from iskd.commands.build import parts
 from iskd.commands.config import as_meant, plain
-from iskd.report.terminal import terminal
+from iskd.report.terminal import print_table, terminal
 from iskd.system import ProgressLine
 from iskd.training.profile import profile_parts, profile_table, write_profile
 
@@ -23,5 +23,5 @@ def main(config: DictConfig) -> None:
     with ProgressLine() as line:
         found = profile_parts(parts(config, folder), **plain(config.profile), progress=line)
     console = terminal()
-    console.print(profile_table(found))
+    print_table(profile_table(found), console=console)
     console.print(f"written: {write_profile(folder, found)}", soft_wrap=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 
 from iskd.commands.config import RUN_HOLDS
-from iskd.commands.paths import as_folder
 from iskd.report import is_run, write_report, write_runs_report
 from iskd.report.runs_page import runs_file
 
 
-def main() -> None:
+def main(asked: Namespace) -> None:
     """Write the page and print its name."""
-    folders = [as_folder(argument) for argument in sys.argv[1:]]
-    if not folders:
-        raise ValueError("usage: iskd report RUN_DIR...")
+    folders = asked.folder
     if missing := [str(each) for each in folders if not each.is_dir()]:
         raise ValueError(f"no such folder: {', '.join(missing)}; {RUN_HOLDS}")
     if len(folders) == 1 and is_run(folders[0]):

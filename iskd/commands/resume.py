@@ -29,7 +29,7 @@ _CHANGES = (
     *(f"trainer.{key}" for key in _LAYOUT),
     *(f"run.{key}" for key in sorted(UPKEEP)),
     *(f"trainer.{key}" for key in FREE),
-    *("data.batch_size", "schedule.restart_at_edit", "export", "export.dtype"),
+    *("data.batch_size", "schedule.restart_at_edit", "export", "export.dtype", "export.code"),
 )
 
 

@@ -16,7 +16,7 @@ from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores
-from iskd.report.terminal import terminal
+from iskd.report.terminal import print_table, terminal
 from iskd.system.precision import place
 from iskd.teacher import load_teacher
 
@@ -28,7 +28,7 @@ def main(config: DictConfig) -> None:
     rows, layers, runs = importance_rows(config)
     scores = layer_scores(rows, layers, config.seed)
     console = terminal()
-    console.print(score_table(scores, name))
+    print_table(score_table(scores, name), console=console)
     for file in write_scores(folder, scores, rows, name, runs):
         console.print(str(file), soft_wrap=True)
 

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
-from iskd.commands.config import PACKAGE, plain
+from iskd.commands.config import plain
 from iskd.commands.paths import assigned
 from iskd.plan import StageResult
 from iskd.plan.failure import write_failure
@@ -32,9 +32,8 @@ from iskd.system.faults import RunError
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
+from iskd.system.version import COMMAND, PACKAGE
 
-COMMAND = "ISKD_COMMAND"
-"""Names the command where processes get the arguments without it: those that a multi-process run starts."""
 RESUME = "ISKD_RESUME"
 """A launcher preset can set variables of its jobs but no key of the config; `resume=` on the command line is first."""
 # sys.argv[0] may be a launcher's, and the package need not be installed. As `python -m iskd`, but that one looks for

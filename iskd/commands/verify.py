@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
-from iskd.commands.arguments import told
-from iskd.commands.paths import as_folder, dashed
+from iskd.commands.line import parse, told
 from iskd.export import verify
 from iskd.system import Busy
 
 
-def main() -> None:
-    """The command of this process."""
-    if code := run(sys.argv[1:]):
+def main(asked: Namespace) -> None:
+    """Print what was found of every folder; the exit code is 1 where one failed, 2 where one is no student."""
+    if code := _verified(asked):
         sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
     """The command line of `iskd verify`; returns its exit code: 0 passed, 1 failed, 2 not a student."""
-    parser = argparse.ArgumentParser(prog="iskd verify", description="reopen exported students in a clean process")
-    parser.add_argument("folder", nargs="+", type=as_folder, help="folder of a run or of an export")
-    parser.add_argument("--reference", type=as_folder, help="compare with the student in this folder instead")
-    parser.add_argument("--no-timing", action="store_true", help="leave prefill and decode unmeasured")
-    asked: Any = parser.parse_args(dashed(parser, argv))
+    return _verified(parse(["verify", *argv]).values)
+
+
+def _verified(asked: Namespace) -> int:
     codes = []
     for folder in asked.folder:
         try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from iskd.export.loading import IskdForCausalLM, load
 from iskd.export.storage import STORED
-from iskd.export.student import IskdConfig
+from iskd.export.student import CODES, IskdConfig
 from iskd.export.student_files import read_facts, student_folder, tokenizer_of
 from iskd.export.verification import verify
 from iskd.export.write import export
 
 __all__ = [
+    "CODES",
     "STORED",
     "IskdConfig",
     "IskdForCausalLM",

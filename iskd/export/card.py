@@ -16,8 +16,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
+from iskd.export.lineage import licence_keys, lineage
 from iskd.export.storage import Rounding
-from iskd.export.student_files import CARD
+from iskd.export.student_files import CARD, installing
 from iskd.plan import Convert, Record, Replace, Spec, StageResult
 from iskd.plan.edits import REMOVALS, Merge
 from iskd.plan.metric_names import METRICS
@@ -45,7 +46,9 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 Plain transformers loads it: its config says everything about it, iskd is not needed.
 """
-_OWN = """No config of the teacher's architecture describes this student, so it needs `pip install iskd`. One of:
+_OWN = """No config of the teacher's architecture describes this student, so it needs the package iskd: INSTALLING.
+
+One of:
 
 ```python
 import iskd
@@ -66,6 +69,18 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)  # runs modeling_iskd.py, which imports iskd
 ```
 """
+_BUNDLED = """No config of the teacher's architecture describes this student. The code beside its weights does:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)  # runs modeling_iskd.py
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+`modeling_iskd.py` needs torch and transformers and nothing else. Where iskd is installed, `iskd.load("DIR")` opens the
+student without running code of this folder.
+"""
 
 
 def write_card(
@@ -73,6 +88,7 @@ def write_card(
     record: Record,
     *,
     native: bool,
+    bundle: bool = False,
     model_type: str,
     parameters: int,
     versions: Mapping[str, str],
@@ -87,6 +103,7 @@ def write_card(
         folder: the exported student's.
         record: the edits.
         native: whether plain transformers loads it.
+        bundle: whether the code beside it opens it where iskd is not installed.
         model_type: architecture of the teacher.
         parameters: of the student.
         versions: of the packages that made it.
@@ -105,7 +122,7 @@ def write_card(
     name = _public(str(known.get("name", "an unnamed teacher")))
     title = f"{name.rpartition('/')[2]}, compressed by iskd"
     sections = [
-        _header(known, licence, title, eval_results(run_dir), native=native),
+        _header(known, _json(run_dir, DATA_FILE), licence, title, eval_results(run_dir), native=native),
         f"# {title}",
         _opening(record, name, model_type, parameters),
         "## Teacher",
@@ -114,7 +131,7 @@ def write_card(
         "Layers are numbered as in the teacher, from 0.",
         _list(edits_in_words(record)),
         "## How to load it",
-        _NATIVE if native else _OWN,
+        _NATIVE if native else _BUNDLED if bundle else _OWN.replace("INSTALLING", installing()),
         *([f"Why: {why}."] if why else []),
         *([] if rounding is None else [_stored(rounding)]),
         "`iskd verify DIR` opens it in a clean process and compares what it says with what it said when it was made.",
@@ -155,21 +172,25 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
     """The teacher's licence as its own card states it, None where nothing here says it."""
     if teacher.get("license"):
         return str(teacher["license"])
-    places: list[str | Path | None] = []
-    if teacher.get("path"):
-        places.append(Path(expanded(str(teacher["path"]))) / CARD)
     name = str(teacher.get("name", ""))
-    if teacher.get("kind") == "hub" and name.count("/") == 1:
-        cached = try_to_load_from_cache(name, CARD, revision=teacher.get("revision"))
-        places.append(cached if isinstance(cached, str) else None)
-    for place in places:
-        found = _front_matter(Path(place)) if place is not None else {}
+    for place in _cards(teacher):
+        found = _front_matter(place)
         licence = found.get("license")
         if licence == "other" and isinstance(found.get("license_name"), str):
             licence = found["license_name"]
         if isinstance(licence, str) and licence:
             return licence
     return _LICENCES.get(name) if teacher.get("kind") in ("hub", "bundled") else None
+
+
+def _cards(teacher: Mapping[str, Any]) -> list[Path]:
+    """Where the teacher's own card may be on this machine."""
+    places = [Path(expanded(str(teacher["path"]))) / CARD] if teacher.get("path") else []
+    name = str(teacher.get("name", ""))
+    if teacher.get("kind") == "hub" and name.count("/") == 1:
+        cached = try_to_load_from_cache(name, CARD, revision=teacher.get("revision"))
+        places += [Path(cached)] if isinstance(cached, str) else []
+    return places
 
 
 def _front_matter(file: Path) -> Json:
@@ -181,16 +202,23 @@ def _front_matter(file: Path) -> Json:
 
 
 def _header(
-    teacher: Mapping[str, Any], licence: str | None, title: str, results: list[EvalResult], *, native: bool
+    teacher: Mapping[str, Any],
+    data_of_run: Json,
+    licence: str | None,
+    title: str,
+    results: list[EvalResult],
+    *,
+    native: bool,
 ) -> str:
+    own = next((found for place in _cards(teacher) if (found := _front_matter(place))), {})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=str(teacher["name"]) if teacher.get("kind") in ("hub", "bundled") and "name" in teacher else None,
-        license=licence or None,
+        **licence_keys(licence),
         tags=["iskd", "compression", "distillation", *([] if native else ["custom_code"])],
         model_name=title if results else None,
         eval_results=results or None,
+        **lineage(teacher, data_of_run, own),
     )
     return f"---\n{data.to_yaml()}\n---"
 

@@ -6,7 +6,6 @@ A native export is opened by transformers, any other is built from its teacher's
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +18,14 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from iskd.export.load_options import HUB, NOTHING_WRONG, asked_by_config, changes_nothing, dtype_of, one_device, refusal
+from iskd.export.auto_class import StudentClass
+from iskd.export.edited import build
+from iskd.export.load_options import dtype_of
 from iskd.export.storage import STORED, cast_parameters
-from iskd.export.student import IskdConfig, student_class
+from iskd.export.student import CODES, IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
 from iskd.models.model_folder import check_model_folder, read_model_config, refuse_other_class
@@ -47,51 +48,26 @@ _FOREIGN = (
 )
 
 
-class IskdForCausalLM(PreTrainedModel):
-    """Stands in transformers' registry; loading returns the teacher's own class with the record applied."""
-
-    config_class = IskdConfig
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Refuse to be made without weights: the record alone makes no student."""
-        raise ValueError(
-            "a student is loaded with its weights: iskd.load(DIR) or from_pretrained(DIR), not from_config"
-        )
+class IskdForCausalLM(StudentClass):
+    """Opens students as strangers' files."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a student; options that change nothing are taken, and those refused that would be ignored."""
-        dtype = dtype_of(*(kwargs.pop(key, None) for key in ("dtype", "torch_dtype")))
-        revision, attention = (kwargs.pop(key, None) for key in ("revision", "attn_implementation"))
-        place, told = one_device(kwargs.pop("device_map", None)), bool(kwargs.pop("output_loading_info", False))
-        hub = {key: kwargs.pop(key) for key in HUB if kwargs.get(key) is not None}
-        unknown = {key: value for key, value in kwargs.items() if value is not None and not changes_nothing(key, value)}
-        unknown |= {"args": args} if args else {}
-        if unknown:
-            raise ValueError(refusal(*next(iter(unknown.items()))))
-        folder = _folder_of(pretrained_model_name_or_path, revision, hub)
-        other, keys = asked_by_config(kwargs.get("config"), folder / "config.json")
-        model = load(folder, dtype="auto" if dtype is None else dtype)
-        if (attention := attention or other) is not None:
-            model.set_attn_implementation(attention)
-        for key, value in keys.items():
-            setattr(model.config, key, value)
-        model.config.use_cache = kwargs.get("use_cache", model.config.use_cache)
-        nn.Module.to(model, place)
-        return (model, dict(NOTHING_WRONG)) if told else model
+    def folder_of(cls, name: Any, revision: str | None, hub: Mapping[str, Any]) -> Path:
+        """A folder as it is, or the snapshot of a student that somebody put on the hub."""
+        if Path(name).is_dir():
+            return Path(name)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub))
+
+    @classmethod
+    def opened(cls, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+        """`load`."""
+        return load(folder, dtype="auto" if dtype is None else dtype)
 
 
 def register() -> None:
     """Tell transformers' Auto classes about students; `import iskd` calls it once."""
     AutoConfig.register("iskd", IskdConfig, exist_ok=True)
     AutoModelForCausalLM.register(IskdConfig, IskdForCausalLM, exist_ok=True)
-
-
-def _folder_of(name: Any, revision: str | None, hub: Mapping[str, Any]) -> Path:
-    """A folder as it is, or the snapshot of a student that somebody put on the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], **hub))
 
 
 @dataclass(frozen=True)
@@ -103,12 +79,14 @@ class Described:
         native: whether plain transformers loads it.
         config: its own where native, else its teacher's.
         record: the edits that are left to apply; none where native.
+        code: what lies beside its weights: "iskd" imports the package, "bundle" opens it without.
     """
 
     folder: Path
     native: bool
     config: PreTrainedConfig
     record: Record
+    code: str = CODES[0]
 
 
 def load(directory: str | os.PathLike[str], *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
@@ -159,7 +137,8 @@ def describe(directory: str | os.PathLike[str]) -> Described:
             _check_size(folder, config, record)
         except ValueError as error:
             raise ValueError(f"{error}{_other_versions(data)}") from error
-    return Described(folder, native, config, record)
+    code = data.get("iskd_code") if not native else None
+    return Described(folder, native, config, record, code if code in CODES else CODES[0])
 
 
 def _other_versions(data: Json) -> str:
@@ -222,12 +201,13 @@ def _load_native(found: Described) -> PreTrainedModel:
 
 def _load_edited(found: Described) -> PreTrainedModel:
     folder, record, config = found.folder, found.record, found.config
-    model: Any = _build(config, record)
+    model: Any = build(config, record)
     load_model_tensors(model, _tensors(folder))
     generation = read_generation_config(folder)
     if generation is not None and model.generation_config is not None:
         model.generation_config = generation
     model.__class__ = student_class(cast(Any, type(model)))
+    model.iskd_code = found.code
     model.iskd_record, model.iskd_teacher_config = record, config
     return model
 
@@ -244,15 +224,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: {twice[0]!r} stands in another shard too: export the student again")
         found |= tensors
     return found
-
-
-def _build(config: PreTrainedConfig, record: Record) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        )
-        surgery.apply(model, Record(record.num_layers), record.edits)
-    return model
 
 
 def _host_config(values: Any, file: Path) -> PreTrainedConfig:
@@ -273,7 +244,7 @@ def _host_config(values: Any, file: Path) -> PreTrainedConfig:
 def _check_size(folder: Path, config: PreTrainedConfig, record: Record) -> None:
     """Build the student without memory first, and compare its size with that of the weights."""
     with within_weights(present_weights(folder), folder / "config.json") as check:
-        model = _build(config, Record(record.num_layers))
+        model = build(config, Record(record.num_layers))
         check(model)
         surgery.apply(model, Record(record.num_layers), record.edits)
         check(model)

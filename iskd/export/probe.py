@@ -146,23 +146,24 @@ def _nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-# The process that opens the folder. A native student gets one in which an import of iskd fails; code that lies beside
-# the weights is run in neither.
+# The process that opens the folder. A native student, and one by the code beside its weights, gets one in which an
+# import of iskd fails; code beside weights is run only where the caller knows that iskd wrote it.
 _CHILD = """
 import json, sys, time
 import torch
 question = json.load(open(sys.argv[1]))
 options = {"dtype": torch.float32, "local_files_only": True}
-if question["native"]:
+if question["bundle"] or question["native"]:
     sys.modules["iskd"] = None
+if question["native"]:
     options |= {"use_safetensors": True, "output_loading_info": True}
-else:
+elif not question["bundle"]:
     import iskd
     for prefix in question["allowed"]:
         iskd.plan.allow(prefix)
 from transformers import AutoModelForCausalLM
 start = time.perf_counter()
-found = AutoModelForCausalLM.from_pretrained(question["folder"], trust_remote_code=False, **options)
+found = AutoModelForCausalLM.from_pretrained(question["folder"], trust_remote_code=question["bundle"], **options)
 load = time.perf_counter() - start
 model, report = found if question["native"] else (found, {"missing_keys": []})
 model.eval()
@@ -210,6 +211,7 @@ def reopen(
     probe: Probe,
     *,
     native: bool,
+    bundle: bool = False,
     prompt: Sequence[int] = (),
     spoken_tokens: int = 0,
     timed: bool = False,
@@ -220,6 +222,7 @@ def reopen(
         folder: an exported student.
         probe: its input is used.
         native: plain transformers opens it, in a process in which iskd cannot be imported.
+        bundle: so does the code beside its weights, which is run: only for code that iskd wrote.
         prompt: token ids of a text to continue.
         spoken_tokens: by how many tokens.
         timed: also measure prefill and decode: the median of three.
@@ -227,7 +230,8 @@ def reopen(
     Raises:
         RunError: the folder does not load, or the model cannot be run in time; with the last line of what was said.
     """
-    question = {"folder": str(folder.resolve()), "native": native, "allowed": allowed(), "timed": timed}
+    question = {"folder": str(folder.resolve()), "native": native, "bundle": bundle}
+    question |= {"allowed": allowed(), "timed": timed}
     question |= {"ids": probe.ids, "columns": probe.columns, "prompt_tokens": PROMPT, "new_tokens": NEW}
     question |= {"prompt": list(prompt), "spoken_tokens": spoken_tokens if len(prompt) else 0}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": os.pathsep.join(_paths())}
@@ -243,7 +247,7 @@ def reopen(
                 capture_output=True,
                 text=True,
                 timeout=_TIMEOUT_S,
-                env={**os.environ, **quiet},
+                env={**os.environ, **quiet, "HF_MODULES_CACHE": str(place)},
                 check=False,
             )
         except subprocess.TimeoutExpired:

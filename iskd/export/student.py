@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -20,21 +19,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.blocks import inputs_of
-from iskd.export.student_files import CODE, FACTS
+from iskd.export.bundle import bundled
+from iskd.export.edited import Edited, OneAttention, Sizes, edited_class, stock_class
+from iskd.export.student_files import CODE, installing
 from iskd.models import Stack
 from iskd.models.head import say_untied
 from iskd.models.weights import INDEX, load_model_tensors, model_tensors
 from iskd.plan import Record, to_json
-from iskd.plan.run_files import write_record
+from iskd.plan.run_files import FACTS, write_record
 from iskd.system import Json, read_json, write_whole
 from iskd.system.files import readable_as_umask
 
+CODES = ("iskd", "bundle")
 MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 # What an attention computes with besides its weights, derived from the config and its place when it is built.
 _DERIVED = ("scaling", "head_dim", "sliding_window")
 
 
-class IskdConfig(PreTrainedConfig):
+class IskdConfig(Sizes, PreTrainedConfig):
     """What a student is: the teacher's config and the record of edits."""
 
     model_type = "iskd"
@@ -51,15 +53,14 @@ class IskdConfig(PreTrainedConfig):
         """Do nothing: transformers would copy this very module beside every student that is saved afterwards."""
 
 
-class Student:
+class Student(OneAttention, Edited):
     """Mixed into a loaded student's class, so that `save_pretrained` writes what loading needs.
 
     Plain transformers would write the teacher's config, and loading that would fill the compact blocks' places with
     random full-size ones and only warn.
     """
 
-    iskd_record: Record
-    iskd_teacher_config: PreTrainedConfig
+    iskd_code = "iskd"
 
     def save_pretrained(
         self,
@@ -96,27 +97,13 @@ class Student:
             load_model_tensors(
                 student, {name: state_dict[name] for name in model_tensors(student) if name in state_dict}
             )
-        write(Path(save_directory), student, self.iskd_record, teacher_config, max_shard_bytes=max_shard_size)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled and copied by the teacher's class: that of a student is made where it is loaded and has no name."""
-        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return _blank, (_stock_class(cast(PreTrainedModel, self)),), *state
+        options = {"max_shard_bytes": max_shard_size, "code": self.iskd_code}
+        write(Path(save_directory), student, self.iskd_record, teacher_config, **options)
 
 
-def _blank(cls: type[PreTrainedModel]) -> PreTrainedModel:
-    made = student_class(cast(Any, cls))
-    return made.__new__(made)
-
-
-@cache
 def student_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The teacher's own class with `Student` mixed in."""
-    return type(f"Iskd{cls.__name__}", (Student, cls), {})
-
-
-def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    return next(cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, Student))
+    return edited_class(cast(Any, Student), cast(Any, cls))
 
 
 def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
@@ -143,7 +130,7 @@ def native_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         # as it will be read, checks of the family included
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            stock = _stock_class(model)(config)
+            stock = stock_class(model)(config)
     except (AttributeError, ValueError, StrictDataclassError):
         return None  # the block has no such modules, or the family no such sizes
     return config if _build_of(stock) == _build_of(model) else None
@@ -190,11 +177,13 @@ def write(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     max_shard_bytes: int | str = MAX_SHARD_BYTES,
+    code: str = "iskd",
 ) -> bool:
     """Write config, weights, record, generation config and tokenizer into the folder `target`.
 
     Weights that lie there already go first: a shard too many, or a single file beside an index, would be read later.
-    Returns whether plain transformers can load it, see `native_config`.
+    Beside a student that plain transformers cannot load lies code: "iskd" imports the package, "bundle" is all that the
+    student needs (`iskd.export.bundle`). Returns whether plain transformers can load it, see `native_config`.
     """
     target.mkdir(parents=True, exist_ok=True)
     for stale in (*target.glob("model*.safetensors"), target / INDEX, target / FACTS, target / CODE):
@@ -203,11 +192,11 @@ def write(
     native = native_config(model)
     if native is not None:
         PreTrainedModel.save_pretrained(model, target, max_shard_size=max_shard_bytes)
-        native.architectures, native.dtype = [_stock_class(model).__name__], model.dtype
+        native.architectures, native.dtype = [stock_class(model).__name__], model.dtype
         native.save_pretrained(target)
         _say_it_as_others_ask(target / "config.json")
     else:
-        _write_own(target, model, record, teacher_config, max_shard_bytes)
+        _write_own(target, model, record, teacher_config, max_shard_bytes, code)
     write_record(target, record)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
@@ -221,6 +210,7 @@ def _write_own(
     record: Record,
     teacher_config: PreTrainedConfig,
     max_shard_bytes: int | str,
+    code: str,
 ) -> None:
     teacher = {key: value for key, value in teacher_config.to_dict().items() if key != "_name_or_path"}
     teacher["tie_word_embeddings"] = model.config.tie_word_embeddings
@@ -229,12 +219,14 @@ def _write_own(
         teacher=teacher,
         record=to_json(record),
         iskd_version=_versions()["iskd"],
+        iskd_code=code,
         architectures=["IskdForCausalLM"],
         dtype=model.dtype,
         auto_map={"AutoConfig": f"{module}.IskdConfig", "AutoModelForCausalLM": f"{module}.IskdForCausalLM"},
     )
     config.save_pretrained(target)
-    write_whole(target / CODE, _MODELING)
+    own = _MODELING.replace("INSTALLING", installing())
+    write_whole(target / CODE, bundled(record, _versions()["iskd"]) if code == "bundle" else own)
     tensors = model_tensors(model)
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
@@ -257,8 +249,7 @@ try:
     from iskd.loading import IskdForCausalLM
 except ImportError as error:
     raise ImportError(
-        "this student has compact blocks or converted mixers, whose code is in the package iskd: pip install iskd "
-        f"({error})"
+        f"this student has compact blocks or converted mixers, whose code is in the package iskd ({error}): INSTALLING"
     ) from error
 
 __all__ = ["IskdConfig", "IskdForCausalLM"]

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from iskd.models.tokenizers import has_tokenizer, load_tokenizer
-from iskd.plan.run_files import MODEL, STAGES_FILE
+from iskd.plan.run_files import FACTS, MODEL, STAGES_FILE
 from iskd.system import Json
 from iskd.system.files import read_object
 from iskd.system.text import argument
 
-FACTS, CODE, CARD = "export.json", "modeling_iskd.py", "README.md"
+CODE, CARD = "modeling_iskd.py", "README.md"
+
+
+def installing() -> str:
+    """What installs iskd where it is not, in words: from its home where the package was built with one (`ISKD_URL`)."""
+    from iskd.system.version import __version__  # at the first call: iskd itself imports this module
+
+    try:
+        urls = metadata("iskd").get_all("Project-URL") or []
+    except PackageNotFoundError:  # a checkout on the path
+        urls = []
+    home = next((url.partition(", ")[2] for url in urls if url.startswith("Repository, ")), "")
+    if home:
+        return f"pip install 'iskd @ git+{home}'"
+    return f"pip install iskd-{__version__}-py3-none-any.whl, its wheel, or the folder of its repository"
 
 
 def student_folder(folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """`iskd verify DIR`: open an exported student in a clean process, compare what it says, let it write, and time it.
 
 The process knows nothing of the one that made the student; for a native export iskd cannot be imported in it. No code
-that lies beside the weights is run, in either process.
+that lies beside the weights is run, in either process, but for one kind: the code of `export.code=bundle`, where it is
+word for word what this version of iskd writes for the record. A third process then opens the student by it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iskd.export.bundle import bundled
 from iskd.export.card import edits_in_words
 from iskd.export.loading import Described, describe, load
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json, reopen
-from iskd.export.student_files import FACTS, read_facts, student_folder, tokenizer_of
+from iskd.export.student_files import CODE, read_facts, student_folder, tokenizer_of
+from iskd.models.tokenizers import SENTENCE
 from iskd.models.weights import stored_dtype, weight_files
 from iskd.plan.reading import record_from_json
-from iskd.plan.run_files import RECORD_FILE
+from iskd.plan.run_files import FACTS, RECORD_FILE
 from iskd.system import Json, file_sha256, read_json
 from iskd.system.faults import RunError
+from iskd.system.files import read_plain
+from iskd.system.version import __version__
 
-SENTENCE = "Once upon a time"
 _SPOKEN = 24
+_MAX_CODE = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def verify(
     described = describe(path)
     facts = read_facts(path)
     expected, notes = _expected(path, facts, reference)
-    problems = _changed(path, facts)
+    problems = changed(path, facts)
     tokenizer = tokenizer_of(path)
     question = _question(described) if expected is None else expected
     prompt = _prompt(tokenizer, int(described.config.vocab_size)) or question.ids[0][:4]
@@ -129,6 +134,10 @@ def verify(
         if expected is not None:
             different, largest = differences(expected, found.probe)
             problems += different
+        if described.code == "bundle":
+            wrong, told = _by_its_own_code(described, expected or found.probe)
+            problems += wrong
+            notes += told
     weights = weight_files(path)
     return Verification(
         folder=path,
@@ -162,6 +171,25 @@ def _expected(
     return None, [f"{FACTS} is not there, so the logits were compared with nothing; give a reference"]
 
 
+def _by_its_own_code(described: Described, expected: Probe) -> tuple[list[str], list[str]]:
+    """Problems of the student as the code beside it opens it where iskd is not, and what to tell besides."""
+    file = described.folder / CODE
+    if not file.is_file():
+        return [f"{CODE}, its code for where iskd is not installed, is not there"], []
+    try:
+        text = read_plain(file, max_bytes=_MAX_CODE).decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        return [str(error)], []
+    if text != bundled(described.record, __version__):
+        return [], [f"{CODE} is not what iskd {__version__} writes for this student, so it was not run"]
+    try:
+        found = reopen(described.folder, expected, native=False, bundle=True)
+    except RunError as error:
+        return [f"by {CODE}, where iskd is not installed: {error}"], []
+    problems = [f"by {CODE}: {problem}" for problem in differences(expected, found.probe)[0]]
+    return problems, [] if problems else [f"{CODE} opens it where iskd is not installed, with the same answers"]
+
+
 def _question(described: Described) -> Probe:
     """Some input for a model of which nothing is known."""
     vocabulary = int(described.config.vocab_size)
@@ -169,9 +197,9 @@ def _question(described: Described) -> Probe:
     return Probe(ids, [0], [], [], [], math.inf, math.inf)
 
 
-def _changed(folder: Path, facts: Json) -> list[str]:
-    """Weight files that are not those of the export."""
-    recorded = facts.get("weights", {})
+def changed(folder: Path, facts: Json) -> list[str]:
+    """Weight files and code that are not those of the export, in words."""
+    recorded, code = facts.get("weights", {}), facts.get("code")
     if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
         raise ValueError(f"{folder / FACTS}: weights must be an object of objects: export the student again")
     found = {file.name: file for file in weight_files(folder)}
@@ -183,6 +211,9 @@ def _changed(folder: Path, facts: Json) -> list[str]:
             problems.append(f"{name} has {size:,} bytes, the export wrote {entry.get('bytes')!r:.30}")
         elif file_sha256(found[name]) != entry.get("sha256"):
             problems.append(f"{name} was changed after it was exported: its sha256 is another")
+    file = folder / CODE
+    if isinstance(code, dict) and file.is_file() and file_sha256(file) != code.get(CODE):
+        problems.append(f"{CODE} was changed after it was exported: its sha256 is another")
     return problems
 
 

@@ -3,8 +3,8 @@
 A student that some config of the teacher's own architecture describes (nothing edited, layers removed, all layers
 slimmed to the same sizes) is written with that config and loads with plain transformers. Any other is written with
 `model_type: iskd`, its record and its teacher's config; it loads with `iskd.load(dir)`, or with
-`AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`, or with `trust_remote_code=True`, which runs the few
-lines of `modeling_iskd.py` beside the weights that import iskd.
+`AutoModelForCausalLM.from_pretrained(dir)` after `import iskd`, or with `trust_remote_code=True`, which runs
+`modeling_iskd.py` beside the weights: a few lines that import iskd or, with `export.code=bundle`, all that is needed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from iskd.export.card import write_card
 from iskd.export.probe import Probe, ask, differences, reopen
 from iskd.export.storage import Rounding, rounded, rounding_of
 from iskd.export.student import MAX_SHARD_BYTES, _versions, why_not_native, write
-from iskd.export.student_files import FACTS
+from iskd.export.student_files import CODE
 from iskd.models.weights import weight_files
 from iskd.plan import Record
+from iskd.plan.run_files import FACTS
 from iskd.system import Json, file_sha256, write_whole
 from iskd.system.faults import RunError
 from iskd.system.files import clear_place, draft_of, sweep
@@ -49,6 +50,7 @@ def export(
     max_shard_bytes: int | str = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
     text: Tensor | None = None,
+    code: str = "iskd",
 ) -> Path:
     """Write a student to `target`, replacing an earlier export, and reopen it in a fresh process.
 
@@ -67,6 +69,7 @@ def export(
         max_shard_bytes: of one weights file, as a number or as text such as "5GB".
         dtype: in which weights are stored (`iskd.export.storage`); None = as they are.
         text: windows [B, T] of the run's validation text, on which rounding is measured; None = random tokens.
+        code: beside a student that plain transformers cannot load: "iskd" imports the package, "bundle" needs it not.
 
     Raises:
         ValueError: a weight is larger than `dtype` holds.
@@ -79,7 +82,7 @@ def export(
     draft = draft_of(target)
     try:
         stored, changed = rounded(model, dtype or model.dtype)
-        native = write(draft, stored, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes)
+        native = write(draft, stored, record, teacher_config, tokenizer, max_shard_bytes=max_shard_bytes, code=code)
         why = "" if native else why_not_native(stored)
         if why:
             _log.info("transformers alone cannot load the student, iskd does: %s", why)
@@ -93,6 +96,7 @@ def export(
             draft,
             record,
             native=native,
+            bundle=code == "bundle",
             why=why,
             model_type=teacher_config.model_type,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -103,6 +107,8 @@ def export(
         )
         if verify:
             _verify(draft, target, probe, native=native)
+            if code == "bundle" and not native:
+                _verify(draft, target, probe, native=native, bundle=True)
     except Exception:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -125,15 +131,16 @@ def _write_facts(
             file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in weight_files(folder)
         },
         **({} if rounding is None else {"storage": rounding.to_json()}),
+        **({"code": {CODE: file_sha256(folder / CODE)}} if (folder / CODE).is_file() else {}),
         "probe": probe.to_json(),
     }
     write_whole(folder / FACTS, json.dumps(facts, indent=1))
 
 
-def _verify(draft: Path, target: Path, probe: Probe, *, native: bool) -> None:
+def _verify(draft: Path, target: Path, probe: Probe, *, native: bool, bundle: bool = False) -> None:
     """Equal logits and equal greedy text in a process that knows nothing of this one."""
     try:
-        found = reopen(draft, probe, native=native)
+        found = reopen(draft, probe, native=native, bundle=bundle)
         problems = [*(f"the weights lack {name}" for name in found.missing), *differences(probe, found.probe)[0]]
     except RunError as error:
         problems = [str(error)]

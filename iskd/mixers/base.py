@@ -128,8 +128,9 @@ class Context:
             # padding has positions of its own; the first real token goes on like the first token
             starts = starts & seen[:, 1:] & (seen.cumsum(1)[:, :-1] > 0)
         segments = None
-        # almost always there is one document, and the core is faster without segments
-        if tokens > 1 and bool(starts.any()):
+        # almost always there is one document, and the core is faster without segments; a graph (torch.export,
+        # torch.compile) holds for all inputs, so there nobody looks
+        if tokens > 1 and (torch.compiler.is_compiling() or bool(starts.any())):
             segments = F.pad(starts.long().cumsum(1), (1, 0)).expand(x_BTD.shape[0], -1)
         return cls(seen, positions, segments, list(past))
 

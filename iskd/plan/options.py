@@ -10,9 +10,10 @@ from pydantic import PositiveInt
 
 # what huggingface_hub, which cuts the files, reads and is no nonsense: no sign, no word
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
+MOST_SAMPLES = 5
 UPKEEP = frozenset(
     {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
-    | {"gradient_checkpointing", "compile", "max_shard_bytes"}
+    | {"gradient_checkpointing", "compile", "max_shard_bytes", "samples"}
 )
 """Options that a resumed run may change: upkeep, which changes no number of it."""
 
@@ -36,6 +37,7 @@ class RunOptions:
         mfu: measure the machine's matrix peak at the start and log every stage's share of it; a step per stage.
         efficiency_seconds: how long latency, memory and cache of student and teacher may be measured at the end of the
             run; 0 = they are not.
+        samples: prompts that teacher and student continue at the end of the run, for the report; 0 = none, at most 5.
         share_prefix: compute leading layers once that are frozen and still the teacher's.
         gradient_checkpointing: keep only each block's input for the backward pass and run the student's blocks twice:
             the least memory, about a sixth more time. "selective" keeps what linear maps return as well, and fused
@@ -57,6 +59,7 @@ class RunOptions:
     checkpoints: str = "full"
     mfu: bool = True
     efficiency_seconds: float = 60.0
+    samples: int = 3
     share_prefix: bool = True
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool | str = False
@@ -68,9 +71,11 @@ class RunOptions:
         for key in ("checkpoint_every", "keep", "movement_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds"):
+        for key in ("fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds", "samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
+        if self.samples > MOST_SAMPLES:
+            raise ValueError(f"run.samples={self.samples}: there are {MOST_SAMPLES} prompts, choose at most as many")
         for key, choices in (("on_oom", ("stop", "halve")), ("checkpoints", ("full", "sharded"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"run.{key}={getattr(self, key)!r}: choose {' or '.join(choices)}")

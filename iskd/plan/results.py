@@ -45,6 +45,12 @@ def check_quality(numbers: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
+def _check_intervals(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    if set(found) - set(QUALITY) or any(len(bounds) != 2 for bounds in found.values()):
+        raise ValueError(f"must have keys among {QUALITY}, each with two bounds")
+    return found
+
+
 def _layers(numbers: dict[str, float]) -> dict[str, float]:
     if not all(key.isascii() and key.isdecimal() and len(key) < 5 for key in numbers):
         raise ValueError("must have layers as keys ('0', '1', ...)")
@@ -69,6 +75,7 @@ class StageResult:
         top1: Share of positions where both prefer the same token, 0 to 1.
         retention: Student's score / teacher's score on the same items.
         before: The `QUALITY` numbers right after the edit, before healing.
+        intervals: Least and most of each `QUALITY` number at the stage's end, 95 %, over windows of the text.
         tokens: Cumulative training tokens at the stage's end.
         seconds: Wall time of the stage.
         train_tokens_per_s: Training speed.
@@ -88,6 +95,7 @@ class StageResult:
     top1: Metric
     retention: Metric
     before: Annotated[dict[str, Metric], AfterValidator(check_quality)] | None = None
+    intervals: Annotated[dict[str, list[Metric]], AfterValidator(_check_intervals)] | None = None
     tokens: Count
     seconds: Metric
     train_tokens_per_s: Metric | None = None

@@ -8,9 +8,9 @@ from pathlib import Path
 from iskd.plan import StageResult
 from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
+from iskd.report.beside import write_table
 from iskd.report.figures.depth_curves import _LOOKS, Curve, _draw
 from iskd.report.read_run import read_run
-from iskd.system.tables import write_csv
 
 
 def read_curve(run_dir: Path, name: str | None = None) -> Curve:
@@ -50,5 +50,8 @@ def write_curves(curves: Sequence[Curve], out: Path) -> None:
     for curve in curves:
         for layers, s in curve.points:
             rows.append([curve.name, layers, s.params, s.kl, s.ppl, s.retention, s.tokens, s.name])
-    write_csv(out.with_suffix(".csv"), rows)
+    if not write_table(out.with_suffix(".csv"), rows):
+        raise ValueError(
+            f"{out.with_suffix('.csv')} is no table of iskd curve and is not overwritten: choose another name"
+        )
     _draw(curves, out)

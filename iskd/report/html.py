@@ -79,6 +79,8 @@ a{color:var(--blue)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:2.4rem 2.5rem}
 figure{margin:0;min-width:0}
 svg{display:block;width:100%;max-width:100%;height:auto;margin-bottom:.5rem}
+.words :is(th,td){text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;min-width:8rem}
+.words :is(th,td):last-child{min-width:4rem}
 .events,.notes ul{margin:0;padding-left:1.1rem;font-size:.9rem;overflow-wrap:anywhere}
 .notes{border-left:3px solid var(--orange);padding-left:1rem;margin-top:2rem}
 @media (max-width:480px){main{padding:1.5rem 1rem 3rem}}

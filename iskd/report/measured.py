@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from iskd.evaluation import Efficiency, Evaluation, Interval
 from iskd.evaluation.results import AtContext, Measured
+from iskd.plan import StageResult
 from iskd.report import contexts, html
 from iskd.report.figures.along_run import task_retention
 from iskd.system import number
@@ -54,6 +55,27 @@ def efficiency_section(measured: Efficiency | None) -> str:
     told = contexts.left_out((("teacher", measured.teacher), ("student", measured.student)))
     hint += f" {told}" if told else ""
     return html.section("Efficiency", f'{body}<p class="hint">{escape(hint)}</p>')
+
+
+def speed_tile(
+    measured: Efficiency | None, teacher: StageResult | None, student: StageResult
+) -> list[tuple[str, str, str]]:
+    """How fast the student writes, else how fast it was scored, beside its teacher; nothing where neither is known."""
+    models = measured.models if measured else {}
+    ours = models["student"].contexts if "student" in models else ()
+    if ours and (context := ours[0].context) and math.isfinite(ours[0].decode_seconds_per_token):
+        theirs = models["teacher"].at(context) if "teacher" in models else None
+        speeds = [1 / at.decode_seconds_per_token for at in (ours[0], theirs) if at and at.decode_seconds_per_token > 0]
+        if len(speeds) == 2:
+            return [("Writing", f"{speeds[0] / speeds[1]:.2f} x", f"{_pair(speeds)} tokens/s after {context:,}")]
+    scored = [row.tokens_per_s for row in (student, teacher) if row and row.tokens_per_s]
+    if len(scored) == 2 and teacher is not student:
+        return [("Scoring", f"{scored[0] / scored[1]:.2f} x", f"{_pair(scored)} tokens/s")]
+    return []
+
+
+def _pair(speeds: Sequence[float]) -> str:
+    return f"{number(speeds[0])}, teacher {number(speeds[1])}"
 
 
 def _efficiency_rows(measured: Efficiency) -> Iterator[list[str]]:

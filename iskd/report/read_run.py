@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
+from iskd.evaluation.speaking import Sample, samples_of
 from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.failure import read_failure
@@ -24,6 +25,7 @@ from iskd.plan.run_files import (
     METRICS_FILE,
     MODEL,
     RECORD_FILE,
+    SAMPLES_FILE,
     STAGES_FILE,
 )
 from iskd.system import read_json
@@ -51,6 +53,7 @@ class RunFiles:
     model_bytes: int | None = None
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
+    samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -102,6 +105,7 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     # Made by commands of their own after the run, so their absence is nothing to tell.
     run.efficiency = _read(run_dir / EFFICIENCY_FILE, lambda path: efficiency_of(read_json(path)), run, expected=False)
     run.evaluation = _read(run_dir / EVALUATION_FILE, lambda path: evaluation_of(read_json(path)), run, expected=False)
+    run.samples = _read(run_dir / SAMPLES_FILE, lambda path: samples_of(read_json(path)), run, expected=False) or []
     return run
 
 

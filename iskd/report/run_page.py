@@ -1,30 +1,58 @@
 """`report.html`: one self-contained page about a run, for people.
 
 Everything is inline (CSS, SVG), nothing is loaded and nothing runs, so the page can be mailed, archived and opened
-anywhere, on a phone too. A file the run did not write is named on the page; only a broken `stages.json` is an error.
+anywhere, on a phone too; links lead to the raw data beside it. A file the run did not write is named on the page; only
+a broken `stages.json` is an error.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from iskd.plan import StageResult
 from iskd.plan.results import student_of, teacher_of
-from iskd.plan.run_files import REPORT_FILE, STAGES_FILE
+from iskd.plan.run_files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    EFFICIENCY_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    STAGES_FILE,
+    STAGES_TABLE_FILE,
+)
 from iskd.report import html
+from iskd.report.beside import links, write_page, write_stage_table
 from iskd.report.figures import along_run, edit_map, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
 from iskd.report.figures.picture import write_picture
-from iskd.report.measured import efficiency_section, tasks_section
+from iskd.report.measured import efficiency_section, speed_tile, tasks_section
+from iskd.report.origin import made_by, words_section
 from iskd.report.read_run import RunFiles, read_run
 from iskd.report.stage_rows import COLUMNS, stage_rows
-from iskd.system import number, write_whole
+from iskd.system import number
 from iskd.system.text import duration, kl_text, percent
+
+_RAW = (
+    (METRICS_FILE, "every logged step"),
+    (STAGES_TABLE_FILE, "every stage, with the bounds of what was measured"),
+    (STAGES_FILE, "the same with edits, scores and events"),
+    (EVALUATION_FILE, "tasks"),
+    (EFFICIENCY_FILE, "size, latency, memory"),
+    (SAMPLES_FILE, "what both models said"),
+    (RECORD_FILE, "the edits"),
+    (CONFIG_FILE, "all settings"),
+    (DATA_FILE, "the text"),
+    (ENVIRONMENT_FILE, "teacher, machine, versions"),
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -37,10 +65,14 @@ def write_report(run_dir: Path) -> Path:
         Path of the page.
 
     Raises:
-        ValueError: `run_dir` is no directory, `stages.json` is broken, or an edit names a layer outside the teacher.
+        ValueError: `run_dir` is no directory, `stages.json` is broken, an edit names a layer outside the teacher, or
+            what is called `report.html` there is no page of ours.
     """
-    run = read_run(Path(run_dir))
-    return write_whole(Path(run_dir) / REPORT_FILE, _page(run))
+    folder = Path(run_dir)
+    run = read_run(folder)
+    if run.stages and not write_stage_table(folder, run.stages):
+        run.notes.append(f"{STAGES_TABLE_FILE} in this folder is not ours and was left alone")
+    return write_page(folder / REPORT_FILE, _page(run, folder))
 
 
 def picture(run_dir: Path, out: Path) -> None:
@@ -55,17 +87,20 @@ def picture(run_dir: Path, out: Path) -> None:
     write_picture(run.stages, run.num_layers, Path(out))
 
 
-def _page(run: RunFiles) -> str:
+def _page(run: RunFiles, folder: Path) -> str:
     record = None if run.record is None else json.dumps(run.record, indent=2)
     return html.page(
         run.name,
         [
             _headline(run),
             html.notes(run.notes),
+            made_by(run.environment),
             tasks_section(run.evaluation),
             _stages(run.stages),
             html.section("Figures", html.figures(_figures(run))),
             efficiency_section(run.efficiency),
+            words_section(run.samples),
+            links(folder, [raw for raw in _RAW if not any(note.startswith(raw[0]) for note in run.notes)]),
             html.details("Data", html.properties("Data", run.data)),
             html.details("Environment", html.properties("Environment", run.environment)),
             html.details("Resolved config", html.preformatted(run.config)),
@@ -81,7 +116,7 @@ def _headline(run: RunFiles) -> str:
     lead = _lead(run.stages, teacher, student, _teacher_name(run.environment))
     base = teacher or student
     seconds = sum(stage.seconds for stage in run.stages if math.isfinite(stage.seconds))
-    tiles = [
+    tiles: list[tuple[str, str, str]] = [
         ("Parameters", f"{student.params / 1e6:.1f} M", f"teacher {base.params / 1e6:.1f} M"),
         ("Blocks", f"{student.block_params / 1e6:.1f} M", f"teacher {base.block_params / 1e6:.1f} M"),
         ("Perplexity", number(student.ppl, 4), f"teacher {number(base.ppl, 4)}"),
@@ -90,13 +125,34 @@ def _headline(run: RunFiles) -> str:
     ]
     if teacher is None:
         tiles = [(name, value, "") for name, value, _ in tiles]
+    tiles[2:] = [(name, value, _with_bounds(below, student, name)) for name, value, below in tiles[2:]]
+    tiles += speed_tile(run.efficiency, teacher, student)
     tiles.append(("Training", _count(run.stages[-1].tokens), f"tokens in {duration(seconds)}"))
     if run.evaluation is not None and math.isfinite(run.evaluation.mean.value):
         tasks = len(run.evaluation.tasks)
-        tiles.append(("Tasks", f"{percent(run.evaluation.mean.value)} %", f"mean retention, {tasks} tasks"))
+        mean = run.evaluation.mean
+        known = math.isfinite(mean.low) and math.isfinite(mean.high)
+        sure = f"; 95 %: {percent(mean.low)} to {percent(mean.high)}" if known else ""
+        tiles.append(("Tasks", f"{percent(mean.value)} %", f"mean retention, {tasks} tasks{sure}"))
     if run.model_bytes is not None:
         tiles.append(("Exported model", f"{run.model_bytes / 1e6:.1f} MB", "on disk"))
     return f'<p class="lead">{lead}</p>\n' + html.tiles(tiles)
+
+
+_BOUNDED: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "Perplexity": ("ppl", lambda value: number(value, 4)),
+    "Retention": ("retention", percent),
+    "Top-1 agreement": ("top1", percent),
+}
+
+
+def _with_bounds(below: str, student: StageResult, name: str) -> str:
+    """The small print of a tile, and how sure its number is where that was measured."""
+    key, text = _BOUNDED[name]
+    bounds = (student.intervals or {}).get(key, [])
+    if not bounds or not all(map(math.isfinite, bounds)):
+        return below
+    return "; ".join(filter(None, [below, f"95 %: {text(bounds[0])} to {text(bounds[1])}"]))
 
 
 def _count(tokens: int) -> str:
@@ -153,7 +209,10 @@ def _figures(run: RunFiles) -> Iterator[tuple[str | None, str]]:
     if run.num_layers:
         text = "What sits at each layer after each stage. Dot: changed by the stage; cross: tried, then rolled back."
         yield edit_map.edit_map(run.stages, run.num_layers), text
-    yield along_run.losses(run.curves, run.stages, run.axis), "Training losses. Dotted lines: edits of the model."
+    yield (
+        along_run.losses(run.curves, run.stages, run.axis),
+        "Training losses, every logged point; the bold line is their mean. Dotted lines: edits of the model.",
+    )
     if run.num_layers:
         text = "Scores when first taken; circles, where drawn, are the latest ones."
         yield along_run.importance(run.stages, run.num_layers), text

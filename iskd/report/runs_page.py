@@ -14,14 +14,17 @@ from urllib.parse import quote
 
 from iskd.evaluation.results import AtContext
 from iskd.plan import StageResult
-from iskd.plan.run_files import REPORT_FILE, RUNS_FILE
+from iskd.plan.run_files import REPORT_FILE, RUNS_FILE, RUNS_TABLE_FILE
 from iskd.report import contexts, html
+from iskd.report.beside import links, write_page, write_table
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
 from iskd.report.run_list import Run, differing, read_runs, telling
-from iskd.system import number, write_whole
+from iskd.system import number
 from iskd.system.text import ABSENT, byte_unit, kl_text, percent
 
 _LONGEST = 60  # characters of a setting in the table; the list of all settings has it whole
+
+_RAW = ((RUNS_TABLE_FILE, "the table above, with every setting that differs"),)
 
 #: Configurations by the number that table and figures call them, with their runs.
 Numbered = Mapping[str, Sequence[Run]]
@@ -38,12 +41,15 @@ def write_runs_report(folders: Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        ValueError: None of the folders is or holds a run.
+        ValueError: None of the folders is or holds a run, or what has the page's name is no page of ours.
     """
     out = Path(out)
     runs, problems = read_runs([Path(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(out, _page(runs, problems, out.parent))
+    table = out.with_name(RUNS_TABLE_FILE)
+    if not write_table(table, _numbers(runs)):
+        problems = [*problems, f"{table.name} beside this page is not ours and was left alone"]
+    return write_page(out, _page(runs, problems, out.parent))
 
 
 def runs_file(folders: Sequence[Path]) -> Path:
@@ -63,6 +69,7 @@ def _page(runs: Sequence[Run], problems: Sequence[str], home: Path) -> str:
             html.section("Retention against cost", _figures(runs, numbered)),
             html.section("Cost against context", _against_context(runs, numbered)),
             _table(numbered, home),
+            links(home, _RAW if not any(problem.startswith(RUNS_TABLE_FILE) for problem in problems) else ()),
             _all_differences(runs),
         ],
     )
@@ -284,6 +291,17 @@ def _table(numbered: Numbered, home: Path) -> str:
         "least and the most of them. Settings that come and go with a part are in the list below."
     )
     return html.section("Runs", f'{table}<p class="hint">{hint}</p>')
+
+
+def _numbers(runs: Sequence[Run]) -> list[list[object]]:
+    """The table for other programs: numbers as they are, every setting that differs."""
+    keys, columns = differing([run.config for run in runs if run.config]), _columns(runs)
+    rows: list[list[object]] = [["iskd_run", "marks", *(column.head for column in columns), *keys]]
+    for run in runs:
+        values = (column.value(run) for column in columns)
+        numbers = [None if math.isnan(value) else value for value in values]
+        rows.append([run.name, "; ".join(run.marks), *numbers, *(run.config.get(key) for key in keys)])
+    return rows
 
 
 def _name(label: str, run: Run, home: Path) -> str:

@@ -36,11 +36,13 @@ _HEADS = (
     "perplexity",
     "KL\n(nats)",
     "top-1\n%",
-    "reten-\ntion %",
+    "retention\n%",
     "tokens\n/s",
     "tokens\n(k)",
     "status",
 )
+SPARE = ("stage", "tokens /s", "blocks %", "tokens (k)", "top-1 %", "params (M)", "KL (nats)")
+"""Columns that a narrow terminal leaves out, the first one first; by their heads there."""
 _CAPTION = (
     "perplexity: before -> after healing; blocks: % of the teacher's; tokens/s: of scoring; tokens: trained so far"
 )

@@ -5,11 +5,10 @@ What a user can mend is told in a sentence, and everything else with its traceba
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from iskd.system.text import argument
 
@@ -47,7 +46,8 @@ class UnfinishedError(RunError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is used up, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    torch = sys.modules.get("torch")  # where nobody imported it the error is not its own
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 

@@ -19,6 +19,14 @@ from iskd.system import allocator
 
 _STATM = Path("/proc/self/statm")
 _CPUINFO = Path("/proc/cpuinfo")
+# variables and files by which an environment is known
+_HOSTS = {
+    "SLURM job": ("SLURM_JOB_ID",),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST",),
+    "Colab": ("COLAB_RELEASE_TAG",),
+    "Kaggle": ("KAGGLE_KERNEL_RUN_TYPE",),
+    "container": ("/.dockerenv", "/run/.containerenv"),
+}
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -41,6 +49,32 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "note": f"times hold for this {'GPU' if on_gpu else 'machine'} only; compare ratios taken side by side",
     }
+
+
+def host_kind() -> str:
+    """What kind of machine this is, without its name: system, processor, memory, GPUs, and what started the process."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = [
+        f"{platform.system()} {platform.machine()}",
+        cpu_name(),
+        f"{usable_cores()} cores",
+        f"{_memory() / 1e9:.0f} GB" if _memory() else "",
+        f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "no GPU",
+        *(name for name, marks in _HOSTS.items() if any(map(_there, marks))),
+    ]
+    return ", ".join(filter(None, known))
+
+
+def _there(mark: str) -> bool:
+    return Path(mark).exists() if mark.startswith("/") else mark in os.environ
+
+
+def _memory() -> int:
+    """Bytes of the machine, 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def cpu_name() -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch import distributed as dist
+if TYPE_CHECKING:  # torch takes seconds, and a command that asks which process it is may have no use for it
+    import torch
+    from torch import Tensor
 
 
 def global_rank() -> int:
@@ -37,6 +37,9 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        import torch
+        from torch import distributed as dist
+
         self.rank, self.size = rank, size
         nccl = size > 1 and dist.get_backend() == "nccl"  # it carries nothing but what lies on a device
         self._device = device if nccl and device is not None else torch.device("cpu")
@@ -45,6 +48,8 @@ class Ranks:
         """Rank 0's `value` (plain JSON) on every rank: decisions are made once."""
         if self.size == 1:
             return value
+        from torch import distributed as dist
+
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self._device)
         return box[0]
@@ -53,18 +58,24 @@ class Ranks:
         """Every rank's `value`, in rank order, on every rank."""
         if self.size == 1:
             return [value]
+        from torch import distributed as dist
+
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, true where it is so on any rank."""
+        import torch
+
         return tuple(bool(vote) for vote in self.highest(torch.tensor([int(flag) for flag in flags])).tolist())
 
     def highest(self, values: Tensor) -> Tensor:
         """Each number's largest value over the ranks, on its own device; with NCCL the host does not wait for it."""
         if self.size == 1:
             return values
+        from torch import distributed as dist
+
         votes = values.to(self._device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return votes.to(values.device)
@@ -73,6 +84,8 @@ class Ranks:
         """Put the sum over the ranks into `values`, in place; the same bits on every rank."""
         if self.size == 1:
             return
+        from torch import distributed as dist
+
         moved = values.to(self._device)
         dist.all_reduce(moved)
         values.copy_(moved)

@@ -1,12 +1,14 @@
-"""Numbers, sizes, durations and lists of layers as people read them."""
+"""Numbers, sizes, durations and lists of layers as people read them; and the word that a mistyped one may mean."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 ABSENT = "-"
+_NEAR = 0.6  # of difflib's ratio: "tiy" and "tiny" have 0.86, "idl" and "ild" 0.67
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
@@ -58,3 +60,14 @@ def layers_text(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def nearest(word: str, known: Iterable[str], near: float = _NEAR) -> str | None:
+    """The one of `known` that looks most like a word; None where none does."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, near)), None)
+
+
+def perhaps(word: str, known: Iterable[str]) -> str:
+    """What an error adds: the word that may have been meant; "" where none looks like it."""
+    found = nearest(word, known)
+    return f" (did you mean {found}?)" if found else ""

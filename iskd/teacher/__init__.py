@@ -1,6 +1,6 @@
 """The frozen original: where it comes from, and what it said about the training windows (`cache`).
 
-Imports: system, models, losses.
+Imports: system, plan, models, losses.
 """
 
 from __future__ import annotations

@@ -5,19 +5,37 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 
 import lightning as L
 import torch
+import transformers
 
 from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE
-from iskd.system import write_whole
+from iskd.system import Json, write_whole
+from iskd.system.files import read_object
+from iskd.system.machine import host_kind
+from iskd.system.version import __version__, command_line, commit
 from iskd.training.parts import Parts
+
+_MOST = 50  # starts of a run that are listed
 
 
 def write_facts(parts: Parts, trainer: L.Trainer) -> None:
-    """What identifies data, teacher and machine, beside the results."""
+    """What identifies data, teacher and machine, beside the results, and the commands that started the run so far."""
     facts = {
         "teacher": parts.teacher.source,
+        "commands": _commands(parts),
+        "commit": commit(),
+        "versions": {
+            "iskd": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "lightning": L.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "host": host_kind(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.machine(),
@@ -29,6 +47,18 @@ def write_facts(parts: Parts, trainer: L.Trainer) -> None:
     }
     write_whole(parts.run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=1))
     write_data(parts)
+
+
+def _commands(parts: Parts) -> list[str]:
+    """The command lines of the run, those of its earlier sessions first."""
+    file = parts.run_dir / ENVIRONMENT_FILE
+    before: Json = {}
+    if parts.resume:
+        with suppress(OSError, ValueError):  # it is replaced anyway
+            before = read_object(file)
+    known = before.get("commands")
+    listed = [each for each in known if isinstance(each, str)] if isinstance(known, list) else []
+    return [*listed, command_line() or "iskd.compress, from Python"][-_MOST:]
 
 
 def write_data(parts: Parts) -> None:

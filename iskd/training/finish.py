@@ -19,15 +19,17 @@ from transformers import PreTrainedModel
 
 from iskd.data import framing_of
 from iskd.evaluation import EvalSpec, efficiency, evaluate
+from iskd.evaluation.speaking import write_samples
 from iskd.export import STORED, export
 from iskd.export.card_measured import refresh_card
-from iskd.models import sharding, surgery, weights
+from iskd.models import Stack, sharding, surgery, weights
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
 from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
-from iskd.report.terminal import terminal
+from iskd.report.stage_rows import SPARE
+from iskd.report.terminal import print_table, terminal
 from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
@@ -68,6 +70,7 @@ def finish(
             trainer.strategy.barrier("finish")  # the others are done: measuring may last longer than they would wait
         with stop_signals.at_once(run_dir):
             _measure(parts, module, student, model_dir)
+            _speak(parts, module, student)
             stop_signals.obey()
             report = _report(run_dir)
             _print_end(state.results, report, model_dir)
@@ -107,7 +110,7 @@ def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
         return export(
             parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
-            dtype=STORED[kind], text=parts.data.validation_windows(),
+            dtype=STORED[kind], text=parts.data.validation_windows(), code=parts.export_code,
         )  # fmt: skip
 
 
@@ -145,6 +148,25 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
     if model_dir is not None:
         with _guarded("the scores in the model card", f"They are in {parts.run_dir} too"):
             refresh_card(model_dir, parts.run_dir)
+
+
+def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> None:
+    """What both models make of the same prompts (samples.json)."""
+    teacher, count = module.teacher, parts.options.samples
+    if not count or sharding.is_sharded(teacher):
+        return
+    again = f"Again: {shlex.join(['iskd', 'train', f'resume={parts.run_dir}'])}"
+    with _guarded("what the models say", again), Busy("letting teacher and student continue prompts"):
+        nn.Module.to(student, next(teacher.parameters()).device)
+        models = [Stack(model) for model in (student, teacher)]
+        for stack in models:
+            stack.keep_apart(None)
+        try:
+            front = framing_of(parts.teacher.tokenizer, parts.data.bos).front
+            write_samples(parts.run_dir, student, teacher, parts.teacher.tokenizer, front, count)
+        finally:
+            for stack in models:
+                stack.keep_apart(parts.data.separator, check=False)
 
 
 @contextmanager
@@ -198,7 +220,7 @@ def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:
     console = terminal()
-    console.print(stage_table(results))
+    print_table(stage_table(results), spare=SPARE, console=console)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
     console.print(f"peak memory {peak:.2f} GiB")
     for name, place in (("report: ", report), ("model:  ", model_dir)):

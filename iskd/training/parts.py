@@ -30,7 +30,7 @@ class Parts:
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
     `lightning.Trainer`; those that are not given are as in `TrainerKeys`. `teacher_cache` says how the teacher's
     answers are kept on disk, `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
-    type of the exported weights, `auto` that in which the teacher's were stored.
+    type of the exported weights, `auto` that in which the teacher's were stored, `export_code` the code beside them.
     """
 
     teacher: Loaded
@@ -50,6 +50,7 @@ class Parts:
     resume: bool = False
     export: bool = True
     export_dtype: str = "auto"
+    export_code: str = "iskd"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
 

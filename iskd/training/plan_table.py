@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from iskd.models import surgery
 from iskd.plan import Record, Stage, to_json
 from iskd.plan.run_files import PLAN_FILE
-from iskd.report.terminal import terminal
+from iskd.report.terminal import print_table, terminal
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import clock
@@ -138,7 +138,7 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
         f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (by one measured step)"
     )
     console = console or terminal()
-    console.print(table)
+    print_table(table, spare=("of the blocks", "objective"), console=console)
     for warning in too_short(rows):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 

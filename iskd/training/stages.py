@@ -401,7 +401,8 @@ class StageLoop:
     def _measure(self) -> dict[str, float]:
         module = self.live.module
         with self.live.forward_context():
-            return measure_quality(module.student, module.teacher, self.data.validation(), self._validated)
+            found = self.data.validation()
+            return measure_quality(module.student, module.teacher, found, self._validated, intervals=True)
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""

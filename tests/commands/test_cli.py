@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from iskd.__main__ import main
-from iskd.commands.train import COMMAND
+from iskd.system.version import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ("debug=smoke", "export=false", "run.checkpoint_every=2", "trainer.progress=false", "schedule.tokens=8192")
@@ -50,6 +50,13 @@ def test_sweep_plan_and_report(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(jobs) == 2
     assert sorted(len(json.loads((job / "record.json").read_text())["edits"]) for job in jobs) == [1, 2]
     assert all(f"report: {job}/report.html" in out for job in jobs)
+    told = json.loads((jobs[0] / "environment.json").read_text())
+    assert told["commands"][0].startswith("iskd train -m debug=smoke export=false ")
+    assert told["versions"].keys() == {"iskd", "python", "torch", "transformers", "lightning", "cuda"}
+    page = (jobs[0] / "report.html").read_text(encoding="utf-8")
+    assert "iskd train -m debug=smoke" in page
+    assert "95 %: " in page
+    assert html.escape(told["host"]) in page
     (jobs[0] / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["iskd"])
     monkeypatch.setenv(COMMAND, "")

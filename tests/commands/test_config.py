@@ -16,7 +16,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from iskd.__main__ import main
-from iskd.commands.config import as_meant, object_of, options, plain, terms
+from iskd.commands.config import as_meant, object_of, plain, terms
 from iskd.data import TextData, TextFiles
 from iskd.losses import check_terms
 from iskd.models.tokenizers import byte_tokenizer
@@ -24,6 +24,7 @@ from iskd.plan.options import RunOptions
 from iskd.plan.trainer_settings import trainer_settings
 from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.system.typed_values import read_value
+from iskd.system.version import options
 from tests.factories import CONF
 from tests.runs import MIXER
 
@@ -89,7 +90,7 @@ MEANINGFUL = {
 }
 ZERO_IS_NONE = re.compile(
     r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
-    r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|protect_\w+|max_skipped|log_every_n_steps)"
+    r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|samples|protect_\w+|max_skipped|log_every_n_steps)"
 )
 
 
@@ -192,7 +193,21 @@ def test_what_is_not_is_refused_by_name(hint: Any, value: Any) -> None:
 COMMANDS = [
     # of Hydra: what composes no config, and values
     (["train", "nokey=3"], "nokey"),
+    (["train", "modle=tiny"], r"no group or key 'modle' \(did you mean model\?\)"),
+    (["train", "schedule.cout=3"], r"schedule has no key 'cout' \(did you mean schedule\.count\?\)"),
+    (["train", "schedule.mixers_lr=3"], r"schedule\.mixers_lr is a key of schedule=align alone"),
     (["train", "schedule=backwards"], "backwards"),
+    (["train", "experiment=idl"], r"experiment has no choice 'idl' \(did you mean ild\?\); choose ablation_no_heal, "),
+    (["train", "loss=[kll]"], r"loss has no choice 'kll' \(did you mean kl\?\)"),
+    (["train", "model=smolm2"], r"did you mean smollm2\?\); a model of the hub by that very name is model=hub model\."),
+    (["train", "+modle=tiny"], r"no group or key 'modle' \(did you mean model\?\)"),
+    (["train", "+experiment.x=1"], "experiment takes a choice"),
+    *((["train", f"+{key}=1"], rf"{key} is no key") for key in ("teacher.x", "profile.x", "data.x", "data.chat.x")),
+    *((["train", f"+{key}=1"], rf"{key} is no key") for key in ("loss.kl.wieght", "mixer.x", "block.ratoi")),
+    (["train", "logger=wandb", "+logger.projct=x"], r"logger\.projct is no key of .*\(did you mean project\?\)"),
+    (["train", "logger=tensorboard", "+logger.x=1"], r"logger\.x is no key"),
+    (["train", "--mutlirun"], r"there is no option --mutlirun \(did you mean --multirun\?\)"),
+    (["train", "schedule.tokens=("], "quote the value"),
     (["train", "model=5"], "model=5"),
     (["train", "data.seq_len=[1"], r"data\.seq_len=\[1"),
     (["train", "data.seq_len"], r"data\.seq_len"),
@@ -205,7 +220,8 @@ COMMANDS = [
     (["train", "data=text"], r"set data\.path=FILE"),
     (["score", "run.score_tokens=many"], r"run\.score_tokens=many"),
     (["score", "importance=nobody"], "nobody"),
-    (["evaluate", "eval.limit=some"], r"eval\.limit=some"),
+    (["evaluate", "eval.limit=some"], "which model"),
+    (["evaluate", "model=tiny", "eval.limit=some"], r"eval\.limit=some"),
     (["evaluate", "model=no/such/folder"], "no/such/folder"),
     (["profile", "profile.steps=x"], r"profile\.steps=x"),
     # of folders
@@ -222,10 +238,13 @@ COMMANDS = [
     (["generate", ".", "once", "--temperature", "nan"], "nan"),
     (["curve", "a.png", "nowhere"], "nowhere"),
     (["curve", "a.png", "a.txt"], r"a\.txt"),
-    (["curve", "a.png"], "usage"),
-    (["report"], "usage"),
-    (["verify"], "usage"),
-    (["unheard"], "usage"),
+    (["curve", "a.png"], r"required: \[NAME=\]RUN_DIR; see iskd curve --help"),
+    (["report"], "required: folder"),
+    (["verify"], "required: folder"),
+    (["verify", ".", "--referense", "x"], r"no option --referense \(did you mean --reference\?\)"),
+    (["generate", ".", "once", "upon"], "'upon' is one too many"),
+    (["unheard"], "the commands are train, "),
+    (["trian"], r"did you mean train\?"),
 ]
 
 
@@ -249,6 +268,7 @@ def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(
     said = capfd.readouterr().err
     assert ended.value.code == 2, said
     assert re.search(named, said), said
+    assert said.splitlines()[-1].startswith("error: "), "one sentence is one line"
     assert "Traceback" not in said
     assert "Error executing job" not in said, "Hydra says the same in its own way"
 

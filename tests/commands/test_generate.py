@@ -13,15 +13,15 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from iskd.commands.config import CONF
-from iskd.commands.find_teacher import find_teacher
 from iskd.commands.generate import generate, run
 from iskd.export import export
-from iskd.export.student_files import FACTS
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer, check_same_tokenizer
 from iskd.plan import Convert, Edit, Record, Replace, Spec
+from iskd.plan.run_files import FACTS
+from iskd.system.version import CONF
 from iskd.teacher import Loaded, TeacherSpec, load_teacher
+from iskd.teacher.origin import find_teacher
 from tests.factories import tiny
 
 PROMPT = "def f(x):"

@@ -16,12 +16,14 @@ from iskd.commands import curve
 from iskd.commands.arguments import arguments, literal_paths
 from iskd.commands.compose import compose_config
 from iskd.commands.compress import _source
-from iskd.commands.config import as_meant, options
-from iskd.commands.paths import as_folder, assigned, dashed, takes_path
+from iskd.commands.config import as_meant
+from iskd.commands.line.parser import as_folder, dashed
+from iskd.commands.paths import assigned, at_home, takes_path
 from iskd.commands.resume import resumed
 from iskd.data.files.readers import find_files
 from iskd.system.text import argument
 from iskd.system.typed_values import takes
+from iskd.system.version import options
 from tests.factories import CONF
 
 NAMES = (
@@ -121,14 +123,14 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read(*literal_paths(["data.path=~nobody-of-that-name/x"])) == ["~nobody-of-that-name/x"]
     monkeypatch.setenv("ISKD_CACHE", "~/cache")
     monkeypatch.setenv("TEXTS", "~/texts")
-    config, _ = compose_config(
-        ["data=text", "data.path=${oc.env:TEXTS}/é.txt", "+importance.files=[~/a,b]", "name='~x'"], tmp_path / "run"
-    )
+    config, _ = compose_config(["data=text", "data.path=${oc.env:TEXTS}/é.txt", "name='~x'"], tmp_path / "run")
     meant = as_meant(config)
     assert (meant.cache_dir, meant.data.path, meant.data.source.path) == (
         f"{home}/cache", f"{home}/texts/é.txt", f"{home}/texts/é.txt"
     )  # fmt: skip
-    assert (meant.importance.files, meant.name) == ([f"{home}/a", "b"], "~x")
+    lists = {"importance": {"files": ["~/a", "b"]}}
+    at_home(lists)
+    assert (lists["importance"]["files"], meant.name) == ([f"{home}/a", "b"], "~x")
     for given, folder in {  # Hydra makes these before a config is read
         "hydra.run.dir=${oc.env:TEXTS}/a b (1)": f"{home}/texts/a b (1)",
         "hydra.run.dir='${cache_dir}/x'": f"{home}/cache/x",

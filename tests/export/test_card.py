@@ -33,6 +33,39 @@ def card(folder: Path, **facts: Any) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(header), body
 
 
+@pytest.mark.parametrize(
+    ("teacher", "source", "own", "said"),
+    [
+        (
+            HUB,
+            "HubDataset(name='Salesforce/wikitext', config='x')",
+            "",
+            ("some/teacher", ["Salesforce/wikitext"], ["en"]),
+        ),
+        (HUB, "HubDataset(name='a/b', config=None)", "", ("some/teacher", ["a/b"], None)),
+        (HUB, "Docstrings(min_chars=80)", "", ("some/teacher", None, ["en"])),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "language: [de, fr]", (None, None, ["de", "fr"])),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "base_model: a/origin", ("a/origin", None, None)),
+        ({"kind": "local", "path": "there"}, "TextFiles()", "base_model: ../up\nlanguage: no good", (None, None, None)),
+        ({"kind": "local", "path": "models--a--b-c/snapshots/12"}, "", "", ("a/b-c", None, None)),
+        ({"kind": "memory"}, "", "", (None, None, None)),
+    ],
+)
+def test_the_header_says_where_a_student_comes_from(
+    teacher: dict[str, Any], source: str, own: str, said: tuple[Any, ...], tmp_path: Path
+) -> None:
+    if "path" in teacher:
+        place = tmp_path / teacher["path"]
+        place.mkdir(parents=True)
+        (place / "README.md").write_text(f"---\n{own or 'tags: [x]'}\n---\n")
+        teacher = {**teacher, "path": str(place)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"source": source}))
+    header, _ = card(tmp_path / "card", teacher=teacher, run_dir=tmp_path / "run")
+    assert tuple(header.get(key) for key in ("base_model", "datasets", "language")) == said
+    assert header.get("base_model_relation") == ("finetune" if said[0] else None)
+
+
 def run_files(folder: Path) -> Path:
     """A run's files, with folders of a machine in them."""
     folder.mkdir()
@@ -77,7 +110,7 @@ def test_card_says_what_the_files_say(tmp_path: Path) -> None:
     assert "| perplexity | 10 | 12.5 |" in body, "the last stage that was kept"
     assert "| remove 3 | 99 | 99 | 0.1 | undone |" in body
     assert "schedule: Iterative (path=mine.txt, tokens=64)" in body
-    assert "pip install iskd" in body
+    assert "needs the package iskd: pip install " in body
     assert str(Path.home()) not in body
 
 
@@ -199,7 +232,7 @@ def test_licence_is_that_of_the_card_beside_the_weights(front: str, licence: str
     teacher = {"name": "mine", "kind": "local", "path": str(tmp_path)}
     assert licence_of(teacher) == licence
     header, body = card(tmp_path / "card", teacher=teacher)
-    assert header.get("license") == licence
+    assert header.get("license_name", header.get("license")) == licence, "hubs take no name but their own"
     assert f"licence of the teacher: {licence or 'not known'}" in body
     assert licence_of({"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "kind": "bundled"}) == "apache-2.0"
     assert licence_of({"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "kind": "random"}) is None

@@ -54,7 +54,7 @@ def test_every_block_in_every_family_reloads_exactly(family: str, block: str, tm
     write(tmp_path, model, record, teacher.config)
     ids = windows()
     loaded = iskd.load(tmp_path)
-    assert type(loaded).__mro__[2] is type(model), "a loaded student is the teacher's own class"
+    assert type(loaded).__bases__[1] is type(model), "a loaded student is the teacher's own class"
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
@@ -172,7 +172,8 @@ def test_other_export_loads_where_iskd_was_not_imported(
     assert found["refused False"].startswith("ValueError")
     assert "trust_remote_code" in found["refused False"]
     assert found["refused True"].startswith("ImportError")
-    assert "pip install iskd" in found["refused True"]
+    assert "in the package iskd" in found["refused True"]
+    assert "pip install " in found["refused True"]
     for folder in (root / "own", root / "again"):
         files = {path.name for path in folder.iterdir()}
         assert {"model.safetensors.index.json", "modeling_iskd.py"} <= files

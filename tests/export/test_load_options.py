@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import stat
@@ -157,3 +158,26 @@ def test_a_student_is_copied_pickled_and_grown(folder: Path, tmp_path: Path) -> 
 
 def test_files_can_be_read_as_the_umask_says(folder: Path) -> None:
     assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in folder.iterdir()} == {"0o644"}
+
+
+def test_a_config_tells_its_sizes_and_blocks_have_one_attention(folder: Path, tmp_path: Path) -> None:
+    """What readers of configs ask for; and compact blocks, which hold configs of their own, compute as asked."""
+    config = AutoConfig.from_pretrained(folder)
+    sizes = (config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, config.hidden_size)
+    known = tiny("llama", layers=3).config
+    assert sizes == (known.vocab_size, 3, known.max_position_embeddings, known.hidden_size)
+    assert not hasattr(config, "rope_theta_of_nobody")
+    assert not hasattr(type(config)(), "vocab_size"), "without a teacher there is nothing to tell"
+    assert "vocab_size" not in json.loads((folder / "config.json").read_text()), "said once, in the teacher's"
+    model = tiny("llama", layers=4)
+    record = surgery.apply(
+        model, Record(4), [Remove(1), Replace(2, Spec("iskd.blocks.slim.Slim", {"kv_groups": 1, "channels": 8}))]
+    )
+    write(tmp_path, model, record, tiny("llama", layers=4).config)
+    assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == 3
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    for asked in ("eager", "sdpa"):
+        loaded.set_attn_implementation(asked)
+        attentions = [module for module in loaded.modules() if type(module).__name__ == "LlamaAttention"]
+        assert [module.config._attn_implementation for module in attentions] == [asked] * 3
+    assert len({id(module.config) for module in attentions}) == 2

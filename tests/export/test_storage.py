@@ -20,11 +20,11 @@ from iskd.commands.config import as_meant, plain
 from iskd.commands.resume import resumed
 from iskd.export.probe import ask, differences, probe_from_json
 from iskd.export.storage import STORED, cast_parameters
-from iskd.export.student_files import FACTS
 from iskd.export.write import export
 from iskd.models import surgery
 from iskd.models.weights import stored_dtype
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
+from iskd.plan.run_files import FACTS
 from tests.factories import mixer_specs, tiny, windows
 
 OWN: list[Edit] = [
@@ -91,6 +91,12 @@ def test_a_weight_beyond_the_type_is_named_and_nothing_is_written(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def asked_type(value: Any) -> str | None:
+    """The type that an export is asked for; None = there is none."""
+    found = build._export(value)
+    return None if found is None else found["dtype"]
+
+
 def test_the_key_takes_what_it_took_and_a_type() -> None:
     for overrides, kind in (
         ("export=hf", "auto"),
@@ -99,12 +105,15 @@ def test_the_key_takes_what_it_took_and_a_type() -> None:
         ("export=false", None),
     ):
         config, _ = compose_config(["debug=smoke", *overrides.split()], Path("unused"))
-        assert build._export(plain(as_meant(config).export)) == kind
+        assert asked_type(plain(as_meant(config).export)) == kind
     assert arguments(["export=true", "seed=1"]) == ["export={}", "seed=1"], "on the command line too"
-    assert build._export(True) == build._export({}) == build._export({"dtype": "auto"}) == "auto"
+    assert build._export(True) == build._export({}) == {"dtype": "auto", "code": "iskd"}
+    assert build._export({"code": "bundle"}) == {"dtype": "auto", "code": "bundle"}
+    with pytest.raises(ValueError, match=r"export\.code=none: choose one of iskd, bundle"):
+        build._export({"code": "none"})
     with pytest.raises(ValueError, match=r"export\.dtype=int8: choose one of auto, float32"):
         build._export({"dtype": "int8"})
-    with pytest.raises(ValueError, match=r"export has no key 'format': drop it, or use dtype"):
+    with pytest.raises(ValueError, match=r"export has no key 'format': drop it, or use dtype or code"):
         build._export({"dtype": "auto", "format": "gguf"})
 
 
@@ -123,4 +132,4 @@ def test_a_resumed_run_may_choose_again(tmp_path: Path) -> None:
         for saved, kind in expected:
             values = plain(config) | {"export": saved}
             (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-            assert build._export(plain(resumed(config, asked).export)) == kind, (override, saved)
+            assert asked_type(plain(resumed(config, asked).export)) == kind, (override, saved)

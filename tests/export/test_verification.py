@@ -18,12 +18,13 @@ from iskd.commands.verify import run
 from iskd.export import verification
 from iskd.export.loading import describe
 from iskd.export.probe import Probe, Reopened, ask, differences, probe_from_json
-from iskd.export.student_files import FACTS, read_facts
+from iskd.export.student_files import read_facts
 from iskd.export.verification import verify
 from iskd.export.write import export
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
+from iskd.plan.run_files import FACTS
 from tests.factories import tiny
 
 SLIM, MIXER = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5}), Spec("iskd.mixers.linear_attention.LinearAttention", {})

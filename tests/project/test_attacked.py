@@ -15,7 +15,6 @@ READERS = {
 }
 """Calls that read a file; `open` counts too, where its mode does not make a new one."""
 ATTACKED = {
-    "commands/build: read_plain": "notes",
     "commands/evaluate: read_bytes": "evaluated",
     "commands/evaluate: read_object": "evaluated",
     "commands/evaluate: read_plain": "evaluated",
@@ -41,6 +40,7 @@ ATTACKED = {
     "export/loading: read_json": "config",
     "export/student_files: read_object": "student",
     "export/verification: read_json": "student",
+    "export/verification: read_plain": "student",
     "models/model_folder: read_json": "weights",
     "models/model_folder: safe_open": "weights",
     "models/skeletons: from_pretrained": "tokenizer",
@@ -63,8 +63,11 @@ ATTACKED = {
     "system/run_lock: os.pread": "notes",
     "teacher/cache: read_json": "answers",
     "teacher/load: from_pretrained": "tokenizer",
+    "teacher/origin: read_object": "student",
     "teacher/row_store: open": "answers",
     "teacher/row_store: os.open": "answers",
+    "training/facts: read_object": "notes",
+    "training/metrics/chosen: read_plain": "notes",
     "training/metrics/loggers: read_json": "notes",
     "training/metrics/metrics_file: read_csv": "run",
     "training/state/checkpoint: load_file": "tensors",
@@ -74,12 +77,20 @@ ATTACKED = {
 }
 """Kind of case by file and call."""
 NOBODY_ELSES = {
-    "commands/find_teacher: read_text": "the package's own yaml",
-    "commands/find_teacher: safe_load": "the package's own yaml",
+    "teacher/origin: read_text": "the package's own yaml",
+    "teacher/origin: safe_load": "the package's own yaml",
     "data/sources: load_dataset": "the library's own cache; its rows go the way of the texts",
     "data/sources: read_bytes": "the modules of this Python, parsed and not run",
     "evaluation/harness: read_text": "the package's own yaml",
     "evaluation/harness: safe_load": "the package's own yaml",
+    "export/bundle: read_text": "the sources of parts, whose classes have been imported",
+    "export/bundled: from_pretrained": "read by the code beside a student, for whoever trusts it",
+    "export/bundled: read_text": "read by the code beside a student, for whoever trusts it",
+    "export/hub: metadata_load": "the card of a student that its owner sends",
+    "export/hub: read_text": "the card of a student that its owner sends",
+    "export/lineage: read_object": "the config of a teacher that was loaded a moment ago",
+    "commands/line/keys: read_text": "the package's own yaml",
+    "report/beside: open": "the first bytes of a plain file, to see whether it is ours",
     "export/probe: read_text": "the answer of a process of this one, in a scratch folder",
     "export/student: read_json": "the config that was written a moment ago",
     "refits/streams: from_file": "a scratch file of this process",

@@ -39,7 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = ROOT / "docs" / "example-report"
 RUN = ROOT / "tests" / "files" / "0.1" / "finished"
 OUTSIDE = ("wandb", "tensorboard")  # programs of others: shown, never run
-UNMEASURED = ("run.efficiency_seconds=0", "run.mfu=false")
+UNMEASURED = ("run.efficiency_seconds=0", "run.samples=0", "run.mfu=false")
 CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "trainer", "logger")
 HYDRA = ("train", "score", "evaluate", "profile")  # commands that compose conf/config.yaml
 
@@ -96,7 +96,7 @@ def iskd_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.delenv("ISKD_COMMAND", raising=False)
     with pytest.raises(SystemExit):
         main()
-    return set(re.findall(r"\w+", capsys.readouterr().err.partition("commands:")[2]))
+    return set(re.findall(r"\w+", capsys.readouterr().out.partition("commands:")[2].partition("options:")[0]))
 
 
 def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: p
             program, first = words[0], next((word for word in words[1:] if not word.startswith("-")), "")
             fine = program in OUTSIDE and block.how == "skip"
             fine |= program == "python" and (first == "train.py" or (ROOT / f"{first.replace('.', '/')}.py").is_file())
-            fine |= program == "python" and first in ("iskd", "pip", "venv")
+            fine |= program == "python" and (first in ("iskd", "pip", "venv") or (ROOT / first).is_file())
             fine |= program == "iskd" and first in known
             fine |= program == "make" and re.search(rf"^{re.escape(first)}:", makefile, re.MULTILINE) is not None
             fine |= program.startswith("experiments/") and os.access(ROOT / program, os.X_OK)

@@ -40,7 +40,7 @@ SETTINGS = (
     *("debug=smoke", "model=local", "model.path=teacher", "data=text", "data.path=text.txt", "data.val_tokens=1024"),
     *("trainer=cpu", "trainer.precision=32-true", "run.checkpoint_every=2", "block.ratio=0.5"),
     *("schedule.lr=3e-3", "schedule.lr_new=3e-3", "loss=[kl,hidden]", "schedule.rescore=true"),
-    *("trainer.progress=false", "cache_dir=cache", "run.efficiency_seconds=0"),
+    *("trainer.progress=false", "cache_dir=cache", "run.efficiency_seconds=0", "run.samples=0"),
 )
 # A process knows nothing of iskd when transformers runs the code beside the weights, or imports it first.
 WAYS = {

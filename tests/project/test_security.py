@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import iskd
 from iskd.commands import build, train
 from iskd.commands.arguments import arguments
-from iskd.commands.build import parts, sweep_of
+from iskd.commands.build import parts
 from iskd.commands.evaluate import evaluation
-from iskd.commands.find_teacher import find_teacher
 from iskd.commands.resume import resumed
 from iskd.evaluation.task_items import read_task
 from iskd.export import tokenizer_of
@@ -46,7 +45,9 @@ from iskd.plan.reading import record_from_json
 from iskd.report.read_run import read_run
 from iskd.report.run_list import read_runs
 from iskd.teacher import TeacherSpec, load_teacher
+from iskd.teacher.origin import find_teacher
 from iskd.teacher.row_store import RowStore
+from iskd.training.metrics import sweep_of
 from iskd.training.metrics.loggers import _config as logged_config
 from iskd.training.state import RunState, resuming
 from iskd.training.state.checkpoint_files import newest
@@ -386,7 +387,7 @@ LOADERS = ("yaml.safe_load", "OmegaConf.load")
 def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
     """YAML of unknown origin has one reader; the others read files of the package, and the head of a model card."""
     readers = {where.split(":")[0] for where, _, name in calls() if name in LOADERS}
-    assert readers == {"iskd/commands/find_teacher.py", "iskd/evaluation/harness.py"}
+    assert readers == {"iskd/teacher/origin.py", "iskd/evaluation/harness.py"}
 
 
 def test_a_run_that_could_not_be_read_again_does_not_start(tmp_path: Path) -> None:

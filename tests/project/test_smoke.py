@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from iskd.commands.compose import compose_config, parts
-from iskd.commands.config import options, spec
+from iskd.commands.config import spec
 from iskd.models import surgery
 from iskd.plan import Record, Replace
 from iskd.schedules import History, forecast
+from iskd.system.version import options
 from iskd.training import Parts, run
 
 EXPERIMENTS = options("experiment")
@@ -31,7 +32,14 @@ WHAT = [
 ]
 QUICK = (
     *("trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", "schedule.tokens=1024", "export=false"),
-    *("data.val_tokens=256", "run.fit_tokens=128", "run.score_tokens=128", "run.efficiency_seconds=0", "run.mfu=false"),
+    *(
+        "data.val_tokens=256",
+        "run.fit_tokens=128",
+        "run.score_tokens=128",
+        "run.efficiency_seconds=0",
+        "run.samples=0",
+        "run.mfu=false",
+    ),
 )
 
 

@@ -149,9 +149,11 @@ def test_report_is_whole_and_self_contained(run_dir: Path) -> None:
     assert "Not in this report" not in parsed.text
     assert "script" not in parsed.tags
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
-    assert all(target.startswith("#") for target in parsed.targets), "nothing is loaded"
+    files = {target for target in parsed.targets if not target.startswith("#")}
+    assert {"metrics.csv", "stages.csv", "stages.json", "config.yaml"} <= files, "raw data is linked and nothing loaded"
+    assert all((run_dir / file).is_file() for file in files)
     assert len(set(parsed.ids)) == len(parsed.ids), "figures must not share ids"
-    assert {target[1:] for target in parsed.targets} <= set(parsed.ids)
+    assert {target[1:] for target in parsed.targets if target.startswith("#")} <= set(parsed.ids)
     assert "DejaVu" not in page, "figures use the page's font"
     assert len(page) < 400_000
 

@@ -14,6 +14,7 @@ import pytest
 
 from iskd.evaluation.results import AtContext
 from iskd.plan import StageResult
+from iskd.report import write_report
 from iskd.report.figures import pareto_front
 from iskd.report.figures.context import Line, against_context, look_of
 from iskd.report.run_list import differing, find_runs, flatten, read_runs, telling
@@ -148,14 +149,19 @@ def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
         assert text in parsed.text
     assert page.count("<svg") == 4, "parameters, decoding and contexts of the one measured, scoring speed of all"
     assert not {"script", "img"} & parsed.tags
-    assert all(target.startswith("#") for target in parsed.targets), "no way up from the page's folder"
+    assert {target for target in parsed.targets if not target.startswith("#")} == {"compared.csv"}, (
+        "no way up from here"
+    )
+    head, *rows = (out.parent / "compared.csv").read_text(encoding="utf-8").splitlines()
+    assert head.startswith("iskd_run,marks,retention %,")
+    assert len(rows) == 14
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert "importance.order" in parsed.text
     assert page.index("importance.order") > page.index("<details>"), "it comes with its part, so only the list has it"
     assert "resume" not in parsed.text.replace("(resume= goes on)", ""), "no setting of a run"
     assert write_runs_report([many], out).read_text(encoding="utf-8") == page
     inside = Balanced(write_runs_report([many], many / "runs.html").read_text(encoding="utf-8"))
-    assert [target for target in inside.targets if not target.startswith("#")] == ["good-0/report.html"]
+    assert [target for target in inside.targets if not target.startswith("#")] == ["good-0/report.html", "compared.csv"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -234,3 +240,22 @@ def test_no_run_at_all_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no run in .*stages\.json or config\.yaml"):
             write_runs_report(folders, tmp_path / "out" / "runs.html")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
+    """Pages and tables replace their own kind alone; a link under their name is replaced and never followed."""
+    run = write_run(tmp_path / "run", STAGES)
+    for name in ("stages.csv", "compared.csv"):
+        (tmp_path / name).write_text("mine,too\n")
+        (run / name).write_text("mine,too\n")
+    assert "stages.csv in this folder is not ours" in write_report(run).read_text(encoding="utf-8")
+    assert "compared.csv beside this page" in write_runs_report([run], tmp_path / "runs.html").read_text("utf-8")
+    assert {file.read_text() for file in (run / "stages.csv", tmp_path / "compared.csv")} == {"mine,too\n"}
+    for page, write in (
+        (run / "report.html", lambda: write_report(run)),
+        (tmp_path / "runs.html", lambda: write_runs_report([run], tmp_path / "runs.html")),
+    ):
+        page.write_text("<html>mine</html>")
+        with pytest.raises(ValueError, match=f"{page.name} is no page of iskd's and is not overwritten"):
+            write()
+        assert page.read_text() == "<html>mine</html>"

@@ -53,24 +53,29 @@ class ShortConv(nn.Module):
 class Rotary:
     """The rotary positions of the teacher's family, made from its config.
 
-    No module, so that neither a cast to bf16 nor the meta device reaches the frequencies, which are made on first use.
+    No module, so that neither a cast to bf16 nor the meta device reaches the frequencies. They are made on the CPU at
+    once, for other devices on first use: what is made while a graph is drawn (torch.export) would hold no numbers.
     """
 
     def __init__(self, kind: type[nn.Module], config: PreTrainedConfig) -> None:
         self._kind: Any = kind
         self._config = config
         self._made: dict[torch.device, nn.Module] = {}
+        self._for(torch.device("cpu"))
 
     def __call__(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
         """Turn pairs (i, i + K'/2) of the first K' channels by their angle at the position; K' < K for some Phi."""
-        if x_BTHK.device not in self._made:
-            with torch.device(x_BTHK.device), torch.inference_mode(False):
-                self._made[x_BTHK.device] = self._kind(self._config)
-        cos, sin = (table.unsqueeze(2) for table in self._made[x_BTHK.device](x_BTHK, positions_BT))
+        cos, sin = (table.unsqueeze(2) for table in self._for(x_BTHK.device)(x_BTHK, positions_BT))
         turned, rest = x_BTHK.split([cos.shape[-1], x_BTHK.shape[-1] - cos.shape[-1]], dim=-1)
         left, right = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
         return torch.cat([turned, rest], dim=-1)
+
+    def _for(self, device: torch.device) -> nn.Module:
+        if device not in self._made:
+            with torch.device(device), torch.inference_mode(False):
+                self._made[device] = self._kind(self._config)
+        return self._made[device]
 
 
 class HeadNorm(nn.Module):

@@ -121,14 +121,17 @@ def losses(
 ) -> str | None:
     """Loss terms against cumulative tokens, a vertical line where a stage edits the model; None without curves.
 
+    Every point is drawn; where there are many, their mean over equal stretches stands above them.
+
     Args:
         curves: For each metric, its points (x, value) in order.
         results: Stages in order; their token counts place the lines.
         axis: Name of what x counts, e.g. "tokens".
-        points: Most points per curve; longer ones are averaged in equal stretches.
+        points: Most points of a curve's mean.
     """
-    thin = {name: _thin(curve, points) for name, curve in curves.items() if curve}
-    values = [value for curve in thin.values() for _, value in curve]
+    whole = {name: found for name, curve in curves.items() if (found := _thin(curve, len(curve) or 1))}
+    thin = {name: _thin(curve, points) for name, curve in whole.items()}
+    values = [value for curve in whole.values() for _, value in curve]
     if not values:
         return None
     furthest = max(x for curve in thin.values() for x, _ in curve)
@@ -137,6 +140,9 @@ def losses(
         axes = figure.subplots()
         for (name, curve), (colour, style) in zip(sorted(thin.items(), key=_total_first), cycle(LINES), strict=False):
             label = short_label(name.removeprefix("train/"))
+            if len(whole[name]) > len(curve):
+                every = whole[name]
+                axes.plot([x / scale for x, _ in every], [v for _, v in every], style, color=colour, lw=0.6, alpha=0.4)
             axes.plot([x / scale for x, _ in curve], [v for _, v in curve], style, color=colour, label=label)
         if needs_log(values):
             log_y(axes)

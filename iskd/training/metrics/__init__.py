@@ -7,6 +7,7 @@ Imports: system, plan, report, training.step.
 
 from __future__ import annotations
 
+from iskd.training.metrics.chosen import loggers_of, sweep_of
 from iskd.training.metrics.loggers import log_end, log_row, log_start, log_values, tracked_as
 from iskd.training.metrics.metrics_file import MetricsFile, keep_metrics
 from iskd.training.metrics.stage_clock import StageClock
@@ -19,5 +20,7 @@ __all__ = [
     "log_row",
     "log_start",
     "log_values",
+    "loggers_of",
+    "sweep_of",
     "tracked_as",
 ]

@@ -22,14 +22,19 @@ from iskd.plan.run_files import (
     EFFICIENCY_FILE,
     ENVIRONMENT_FILE,
     EVALUATION_FILE,
+    METRICS_FILE,
+    MODEL,
     PICTURE_FILE,
     RECORD_FILE,
     REPORT_FILE,
+    SAMPLES_FILE,
     STAGES_FILE,
+    STAGES_TABLE_FILE,
     TRACKING_FILE,
 )
 from iskd.plan.saved_config import read_config
 from iskd.plan.summary import summary
+from iskd.report.read_run import read_run
 from iskd.report.run_page import picture
 from iskd.system import Json, read_json, write_whole
 from iskd.system.reading import is_integer
@@ -44,7 +49,7 @@ _MOST = 100  # resumes that are listed
 _LIGHTNINGS_AXIS = "trainer/global_step"
 _FILES = (
     *(STAGES_FILE, REPORT_FILE, PICTURE_FILE, CONFIG_FILE, RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE),
-    *(EVALUATION_FILE, EFFICIENCY_FILE),
+    *(EVALUATION_FILE, EFFICIENCY_FILE, SAMPLES_FILE, METRICS_FILE, STAGES_TABLE_FILE),
 )
 
 
@@ -100,7 +105,7 @@ def _tracking(run_dir: Path) -> Json:
 
 @rank_zero_only
 def log_end(loggers: Iterable[Logger], run_dir: Path, results: Sequence[StageResult]) -> None:
-    """Log the summary, the stages as a table, the picture, the report and the run's files.
+    """Log the summary, tables, the picture, the report, the run's files and the student.
 
     Args:
         loggers: those of the trainer; what is no W&B or TensorBoard logger is left alone.
@@ -128,13 +133,38 @@ def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: M
         shown["importance"] = wandb.Table(columns=["stage", "layer", "score"], data=scores)
     if (run_dir / REPORT_FILE).is_file():
         shown["report"] = wandb.Html(run_dir / REPORT_FILE, inject=False)
+    said = read_run(run_dir, curves=False)
+    if said.samples:
+        words = [[sample.prompt, sample.teacher, sample.student, sample.same] for sample in said.samples]
+        shown["samples"] = wandb.Table(columns=["prompt", "teacher", "student", "tokens alike"], data=words)
+    if said.evaluation is not None:
+        tasks = [[task.task, task.items, task.chance, task.student, task.teacher] for task in said.evaluation.tasks]
+        shown["tasks"] = wandb.Table(columns=["task", "items", "chance", "student", "teacher"], data=tasks)
     run.log({X_AXIS: values["final/tokens"], **shown})
     run.summary.update(dict(values))
     files = wandb.Artifact(f"run-{run.id}", type="run", metadata=dict(values))
     for name in _FILES:
         if (run_dir / name).is_file():
             files.add_file(str(run_dir / name))
-    run.log_artifact(files)
+    run.log_artifact(files, aliases=_aliases(run_dir))
+    if (run_dir / MODEL).is_dir() and _wants_model(_config(run_dir)):
+        student = wandb.Artifact(f"student-{run.id}", type="model", metadata=dict(values))
+        student.add_dir(str(run_dir / MODEL))
+        run.log_artifact(student, aliases=_aliases(run_dir))
+
+
+def _aliases(run_dir: Path) -> list[str]:
+    """`latest` comes by itself; `final`, as nothing follows; and the folder's name, as far as W&B takes its signs."""
+    name = re.sub(r"[^\w.-]+", "-", run_dir.resolve().name).strip("-")
+    return ["final", *([name] if name and not re.fullmatch(r"v\d+|latest|final", name) else [])]
+
+
+def _wants_model(config: Json) -> bool:
+    """`logger.model` of W&B's keys, wherever they stand; true where nothing is said."""
+    logger = config.get("logger")
+    places = [logger, *logger.values()] if isinstance(logger, dict) else []
+    named = [each for each in places if isinstance(each, dict) and str(each.get("_target_")).endswith("WandbLogger")]
+    return all(each.get("model", True) is True for each in named)
 
 
 def _to_tensorboard(

@@ -171,6 +171,10 @@ class RunState:
             block_params=surgery.block_parameters(model),
             **{key: quality[key] for key in QUALITY},
             before=self.before,
+            intervals={
+                key: [quality[f"{key}_low"], quality[f"{key}_high"]] for key in QUALITY if f"{key}_low" in quality
+            }
+            or None,
             tokens=self.tokens,
             seconds=self.seconds,
             train_tokens_per_s=train_speed,

@@ -16,14 +16,15 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
 
-from iskd.commands.build import sweep_of
 from iskd.commands.compose import compose_config
+from iskd.commands.config import plain
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
 from iskd.system.faults import RunError
+from iskd.training.metrics import chosen, loggers_of, sweep_of
 from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start, tracked_as
 from tests.factories import CONF
 
@@ -68,8 +69,9 @@ class FakeRun:
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
-    def log_artifact(self, artifact: Any) -> None:
+    def log_artifact(self, artifact: Any, aliases: Any = None) -> None:
         self.artifacts.append(artifact)
+        self.aliases = aliases
 
 
 @pytest.fixture
@@ -120,7 +122,63 @@ def test_wandb_gets_tables_pictures_files_and_one_summary(run_dir: Path) -> None
     assert row["report"].html == (run_dir / "report.html").read_text()
     assert imread(run_dir / "run.png").shape[:2] == (600, 1200)
     (artifact,) = run.artifacts
-    assert set(artifact.manifest.entries) == {"stages.json", "report.html", "run.png", "config.yaml"}
+    files = {"stages.json", "stages.csv", "report.html", "run.png", "config.yaml"}
+    assert (set(artifact.manifest.entries), run.aliases) == (files, ["final", "run"])
+    (run_dir / "model").mkdir()
+    for name in ("model/config.json", "metrics.csv"):
+        (run_dir / name).write_text("{}")
+    (run_dir / "samples.json").write_text('[{"prompt": "a", "teacher": "b", "student": "c", "same": 1, "tokens": 2}]')
+    log_end(loggers, run_dir, RESULTS)
+    _, whole, student = run.artifacts
+    assert set(whole.manifest.entries) == files | {"metrics.csv", "samples.json"}
+    assert (student.type, student.name, set(student.manifest.entries)) == ("model", "student-abc", {"config.json"})
+    assert run.rows[-1]["samples"].data == [["a", "b", "c", 1]]
+    logger = "{tensorboard: {}, _target_: lightning.pytorch.loggers.WandbLogger, model: false}"
+    (run_dir / "config.yaml").write_text(f"logger: {logger}\n")
+    log_end(loggers, run_dir, RESULTS)
+    assert len(run.artifacts) == 4, "no student: its owner wants it here alone"
+
+
+def test_an_agents_sweep_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B's own agent makes a command line of docs/wandb/sweep.yaml, and it composes; the run takes the agent's id."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    sweep = yaml.safe_load((CONF.parent / "docs" / "wandb" / "sweep.yaml").read_text())
+    drawn = {"schedule.count": {"value": 4}, "block.ratio": {"value": 0.3}, "seed": {"value": 0}}
+    assert drawn.keys() == sweep["parameters"].keys()
+    words = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+    command = [part if part != "${args_no_hyphens}" else words for part in sweep["command"]]
+    assert command[2:5] == ["-m", "iskd", "train"]
+    config, _ = compose_config([*command[5:-1], *words], tmp_path / "run")
+    assert (config.schedule.count, config.block.ratio, config.logger.project) == (4, 0.3, "iskd")
+    assert sweep["metric"]["name"] in SUMMARY
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    (logger,) = loggers_of({**plain(config.logger), "offline": True}, tmp_path, dict)
+    assert logger["id"] == "agents"
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc", "online"),
+    [
+        ({}, "", False),
+        ({}, "machine api.wandb.ai login user password key", True),
+        ({"WANDB_API_KEY": "key"}, "", True),
+        ({"WANDB_BASE_URL": "https://wandb.mine.org"}, "machine api.wandb.ai login user password key", False),
+        ({"WANDB_BASE_URL": "https://wandb.mine.org:8080"}, "machine wandb.mine.org:8080 login u password key", True),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "key"}, "", False),
+        ({"WANDB_CONFIG_DIR": "{here}"}, "machine noted.org login u password key", True),
+    ],
+)
+def test_wandb_is_online_where_it_has_a_key_for_its_server(
+    variables: dict[str, str], netrc: str, online: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By NETRC and not only by the file at home; and where it is not, the log says so."""
+    (tmp_path / "mine").write_text(netrc)
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://noted.org\n")
+    place = {"WANDB_CONFIG_DIR": str(tmp_path / "none"), "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "mine")}
+    given = {name: value.format(here=tmp_path) for name, value in variables.items()}
+    assert chosen.online({**place, **given}) is online
+    assert ("the run is offline" in caplog.text) is (not online and "WANDB_MODE" not in variables)
 
 
 def test_a_resumed_run_is_the_same_and_marks_what_comes_again(run_dir: Path) -> None:

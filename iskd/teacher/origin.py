@@ -7,14 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from iskd.commands.config import CONF, options
-from iskd.export import read_facts
 from iskd.models.model_folder import refuse_missing_folder
-from iskd.plan.run_files import CONFIG_FILE
+from iskd.plan.run_files import CONFIG_FILE, FACTS
 from iskd.plan.saved_config import read_config
-from iskd.system.files import expanded
-from iskd.teacher import TeacherSpec
+from iskd.system.files import expanded, read_object
+from iskd.system.version import CONF, options
 from iskd.teacher.bundled import BUNDLES
+from iskd.teacher.load import TeacherSpec
 
 _NAME_IT = "name it: --teacher DIR_OR_NAME (iskd generate), reference=DIR_OR_NAME (iskd evaluate)"
 
@@ -37,7 +36,7 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
         saved = folder.resolve().parent / CONFIG_FILE
         if saved.is_file():
             return _of_run(saved)
-        source = read_facts(folder).get("teacher")
+        source = read_object(folder / FACTS, links=True).get("teacher")
         if (
             isinstance(source, dict)
             and source.get("kind") in ("hub", "bundled")

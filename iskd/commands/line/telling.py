@@ -1,0 +1,65 @@
+"""How an error is told: in one sentence, without a traceback, with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from iskd.commands.line.keys import unknown_key
+from iskd.system.faults import mendable
+from iskd.system.text import perhaps
+from iskd.system.version import options
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Hydra's variable: 1 = every error with its traceback, on all commands."""
+_UNKNOWN = re.compile(r"Could not (?:load|find) '(\w+)/([^']+)'")
+_NO_KEY = re.compile(r"Could not override '\+*([\w.]+)'")
+# of Hydra's messages: where it looked, how a typo is forced into a config, the same key once more
+_NOISE = re.compile(
+    r"\n?(Config search path:(.|\n)*|To append to your config.*|\s+(full_key|object_type|reference_type).*)"
+)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What a user can mend is said in a sentence, without a traceback, unless `FULL_ERROR` asks for it; exit code 2."""
+    try:
+        yield
+    except Exception as error:
+        if not mendable(error) or os.environ.get(FULL_ERROR) == "1":
+            raise
+        print(f"error: {one_sentence(str(error)) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_sentence(text: str) -> str:
+    """A message of several lines as one; a line that ends without a sign is parted from the next by a semicolon."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (
+        " ".join(re.sub(r"(?<=\w)$|(?<=['\")\]])$", ";", line) for line in lines[:-1])
+        + " " * (len(lines) > 1)
+        + (lines[-1] if lines else "")
+    )
+
+
+def in_own_words(said: str, reason: str = "") -> str:
+    """What Hydra says, in one sentence: of a name that there is not, what it may have meant and what there is.
+
+    Args:
+        said: its message.
+        reason: that of OmegaConf, if it was behind it.
+    """
+    if unknown := _UNKNOWN.search(said):
+        group, name = unknown[1], unknown[2]
+        if known := options(group):
+            return f"{group} has no choice {name!r}{perhaps(name, known)}; choose {', '.join(known)}"
+    if (key := _NO_KEY.search(said)) and "Multiple values" not in said:
+        return unknown_key(key[1])
+    if "override_grammar" in said:
+        no_value = "missing EQUAL" in said
+        return "that is no KEY=VALUE" if no_value else "that cannot be read; quote the value: \"KEY='VALUE'\""
+    reason = f"\n{reason}" if reason not in said else ""
+    return one_sentence(_NOISE.sub("", f"{said.strip()}{reason}"))

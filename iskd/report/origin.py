@@ -1,0 +1,29 @@
+"""The report's sections about where a run comes from, and about what its models say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from iskd.evaluation.speaking import Sample
+from iskd.report import html
+
+_SHOWN = ("commands", "commit", "versions", "host", "device", "precision", "processes")
+
+
+def made_by(environment: Any) -> str:
+    """Command lines, commit, versions and kind of host; empty where the run does not tell."""
+    known = environment if isinstance(environment, dict) and "commands" in environment else {}
+    commands = known.get("commands")
+    lines = [line for line in commands if isinstance(line, str)] if isinstance(commands, list) else []
+    rest = {key: known[key] for key in _SHOWN[1:] if known.get(key) is not None}
+    body = html.preformatted("\n".join(lines) if lines else None) + html.properties("How it was made", rest)
+    return html.section("How it was made", body)
+
+
+def words_section(samples: Sequence[Sample]) -> str:
+    """Both models' continuations of the same prompts, side by side; empty without any."""
+    rows = [[sample.prompt, sample.teacher, sample.student, f"{sample.same} of {sample.tokens}"] for sample in samples]
+    table = html.table("What both models say", ("prompt", "teacher", "student", "tokens alike"), rows, kind="words")
+    hint = "Each takes its most likely token. tokens alike: how far they agree before they part."
+    return html.section("In their own words", f'{table}<p class="hint">{hint}</p>' if table else "")
