@@ -28,8 +28,8 @@ STAGE = (
 ROW = (
     '{"index": 1, "name": "remove 3", "edits": [{"op": "remove", "layer": 3}], "params": 4000, "block_params": 3000, '
     '"ppl": "Infinity", "kl": 0.5, "top1": 0.25, "retention": "NaN", "before": {"ppl": 90.0, "kl": "Infinity"}, '
-    '"intervals": null, "tokens": 64, "seconds": 1.5, "train_tokens_per_s": null, "tokens_per_s": 2.5, "scores": {"0": 0.5, '
-    '"1": "-Infinity"}, "status": "rolled_back", "events": ["block 1 fitted"]}'
+    '"intervals": null, "tokens": 64, "seconds": 1.5, "train_tokens_per_s": null, "tokens_per_s": 2.5, '
+    '"scores": {"0": 0.5, "1": "-Infinity"}, "status": "rolled_back", "events": ["block 1 fitted"]}'
 )
 TRIALS = f'{{"candidates": [{STAGE}, {STAGE}], "tokens": 4, "kl": [0.5]}}'
 STATE = (
