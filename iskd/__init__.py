@@ -10,8 +10,6 @@ is imported when `compress` is asked for. The command line alone imports torch o
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 # Before all other imports: `python -m iskd` looks for modules in the folder it is started in first, and a downloaded
 # one may hold a torch.py.
@@ -22,6 +20,9 @@ _by_name = sys.argv[:1] == ["-m"] and any(
 _package = os.path.dirname(os.path.abspath(__file__))
 if _by_name and sys.path[0] == os.getcwd() and not os.path.samefile(sys.path[0], os.path.dirname(_package)):
     del sys.path[0]
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import iskd.system  # noqa: E402, F401 (first: it asks torch for huge pages before that is imported)
 from iskd.system.version import __version__  # noqa: E402

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from iskd.commands import evaluate, report
 from iskd.commands.compose import compose_config
 from iskd.commands.generate import generate
+from iskd.commands.line import parse
 from iskd.export import verify
 from iskd.models import surgery
 from iskd.plan import Record, StageResult
@@ -100,14 +101,13 @@ def test_a_record_opens(name: str) -> None:
 # ---- the folder of a finished run ------------------------------------------------------------------------------------
 
 
-def test_a_run_has_its_page(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_its_page(old: Path) -> None:
     files = read_run(old / "finished")
     assert not files.faults
     assert files.evaluation is not None
     assert files.efficiency is not None
     for asked, page in ((["finished"], "finished/report.html"), (["finished", "interrupted"], "runs.html")):
-        monkeypatch.setattr(sys, "argv", ["iskd report", *asked])
-        report.main()
+        report.main(parse(["report", *asked]).values)
         assert "405.4" in (old / page).read_text(), "the perplexity of the student"
 
 

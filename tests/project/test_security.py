@@ -597,7 +597,13 @@ def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, mo
     newest.mkdir(parents=True)
     (newest / "student.safetensors").touch()
     groups = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run")
-    config = OmegaConf.create({"resume": str(tmp_path), "seed": 1, **{group: {"x": {}} for group in groups}})
+    config = OmegaConf.create(
+        {
+            "resume": str(tmp_path),
+            "seed": 1,
+            **{group: {} if group in ("data", "trainer", "run") else {"x": {}} for group in groups},
+        }
+    )
     with pytest.raises(AttributeError):  # of what stands for the teacher
         parts(config, tmp_path)
     assert [within for _, within in asked] == [[newest / "student.safetensors"]]
