@@ -18,9 +18,11 @@ from iskd.plan.saved_config import literal, no_mappings, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
 from iskd.system.text import argument
+from iskd.system.typed_values import takes
 
 # what the command line says, never the saved config
 _OWN = ("logger", "cache_dir", "eval", "objectives")
+_PLAIN = (str, int, float, bool)
 # what may differ when a run is continued: nothing that changes its numbers
 _FREE = (*_OWN, "resume", "trainer.progress", "hydra", "reference", "profile")
 # what a resumed run may change: how its batches lie over processes (`RunState.take_up` says where), and its upkeep
@@ -73,10 +75,12 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
-        before, now = (_flat(plain(OmegaConf.select(values, key)), key) for values in (saved, config))
+        before, now = (_flat(_whole(plain(OmegaConf.select(values, key))), key) for values in (saved, config))
         changed |= _differences(before, now)
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
-        changed |= _differences(_flat(plain(saved)), _flat(plain(config)))  # a preset is no key: what it sets
+        changed |= _differences(
+            _flat(_whole(plain(saved))), _flat(_whole(plain(config)))
+        )  # a preset is no key: what it sets
     if changed:
         listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
         raise ValueError(
@@ -144,6 +148,16 @@ def _differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
     keys = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
     bound = [key for key in keys if not {key, key.split(".")[0]} & {*_FREE} and key not in _CHANGES]
     return {key: (before.get(key), now.get(key)) for key in bound}
+
+
+def _whole(values: Any) -> Any:
+    """Values, and in those of parts the keys that their version lacked: what the code does where nobody says."""
+    if not isinstance(values, dict):
+        return values
+    made = _found(values["_target_"]) if isinstance(values.get("_target_"), str) else None
+    usual = {key: default for key, (_, default) in takes(made).items()} if isinstance(made, type) else {}
+    lacking = {key: each for key, each in usual.items() if key not in values and isinstance(each, _PLAIN)}
+    return {**{key: _whole(value) for key, value in values.items()}, **lacking}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
