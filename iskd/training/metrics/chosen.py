@@ -63,12 +63,11 @@ def _made(values: Json, run_dir: Path, make: Callable[..., Any]) -> Any:
 
 def _refuse_unknown(target: str, values: Json) -> None:
     """A key that neither the logger nor what it hands its keys on to takes."""
-    taken = {*_arguments(target), *_OURS}
     handed_on = _HANDS_ON.get(target.rpartition(".")[2])
     if handed_on is None:
         return
     with suppress(ImportError):  # the logger itself says what is to be installed
-        taken |= _arguments(handed_on)
+        taken = {*_arguments(target), *_OURS, *_arguments(handed_on)}
         for key in values:
             if key not in taken and key[:1] != "_":
                 known = ", ".join(sorted(taken - {"self", "kwargs", "save_dir"}))
