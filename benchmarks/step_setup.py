@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import fast_bf16, peak_bytes
 from iskd.commands import build
-from iskd.commands.line import CONF
 from iskd.models import surgery
 from iskd.plan import Record, Remove
 from iskd.system.machine import clock
+from iskd.system.version import CONF
 from iskd.training import Parts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

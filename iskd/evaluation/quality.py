@@ -97,13 +97,17 @@ class _WindowSums(Metric):
 
 
 def _bounds(sums_W6: Tensor) -> dict[str, float]:
-    """Bounds of the metrics, which are ratios of sums, by drawing windows; empty for fewer than two."""
+    """Bounds of the metrics, which are ratios of sums, by drawing windows; empty for fewer than two.
+
+    Of one that is not finite in every draw (a retention where the teacher may be right nowhere) there are none.
+    """
     if len(sums_W6) < 2:
         return {}
     nats, kl, agreed, tokens, ours, theirs = resampled_means(sums_W6, _RESAMPLES, seed=0).unbind(1)
     drawn = {"ppl": (nats / tokens).exp(), "kl": kl / tokens, "top1": agreed / tokens, "retention": ours / theirs}
     found: dict[str, float] = {}
     for name, values in drawn.items():
-        low, high = interval(values).tolist()
-        found |= {f"{name}_low": low, f"{name}_high": high}
+        if values.isfinite().all():
+            low, high = interval(values).tolist()
+            found |= {f"{name}_low": low, f"{name}_high": high}
     return found

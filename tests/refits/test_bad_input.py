@@ -142,8 +142,11 @@ def test_without_edits_and_refits_nothing_is_touched() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("refit=[output,outptu]", "refit has no 'outptu'; choose local, magnitude, none, output, replaceme"),
-        ("loss=[kll]", "loss has no 'kll'; choose ce, hidden, .*kl"),
+        (
+            "refit=[output,outptu]",
+            r"refit has no choice 'outptu' \(did you mean output\?\); choose local, .*replaceme",
+        ),
+        ("loss=[kll]", r"loss has no choice 'kll' \(did you mean kl\?\); choose ce, hidden, .*kl"),
     ],
 )
 def test_an_unknown_part_of_a_list_is_refused_with_those_that_there_are(override: str, message: str) -> None:

@@ -56,8 +56,9 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 
 @pytest.mark.parametrize("what", TABLES)
-def test_names_are_printed_as_they_are(what: str) -> None:
+def test_names_are_printed_as_they_are(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide enough for no name to be broken."""
+    monkeypatch.setenv("COLUMNS", "400")
     own, other = io.StringIO(), io.StringIO()
     terminal(own).print(TABLES[what](), width=400)
     Console(file=other, width=400).print(TABLES[what]())

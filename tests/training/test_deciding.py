@@ -107,10 +107,10 @@ def test_trials_are_judged_on_calibration_text(
     seen: list[Tensor] = []
     measure = stages.measure_quality
 
-    def watch(student: Any, teacher: Any, batches: Any, remembered: Any = None) -> dict[str, float]:
+    def watch(student: Any, teacher: Any, batches: Any, remembered: Any = None, **how: Any) -> dict[str, float]:
         if remembered is None:  # what is remembered is validation
             seen.extend(batch["input_ids"] for batch in batches)
-        return measure(student, teacher, batches, remembered)
+        return measure(student, teacher, batches, remembered, **how)
 
     monkeypatch.setattr(stages, "measure_quality", watch)
     guarded = Iterative(RemoveLayers(), count=1, tokens=TOKENS, rescore=True, candidates=2, trial_tokens=TOKENS)

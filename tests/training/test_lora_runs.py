@@ -181,9 +181,9 @@ def test_a_missed_floor_takes_the_adapters_back(
     """The second stage misses it: the run ends, to the bit, with the student that the first one's adapters healed."""
     measure, calls = stages.measure_quality, iter(range(10))
 
-    def measured(student: Any, *others: Any) -> dict[str, float]:
+    def measured(student: Any, *others: Any, **how: Any) -> dict[str, float]:
         assert not adapters.adapters(student), "what is measured is a plain student"
-        return {**measure(student, *others), "retention": 0.1 if next(calls) == 2 else 0.9}
+        return {**measure(student, *others, **how), "retention": 0.1 if next(calls) == 2 else 0.9}
 
     monkeypatch.setattr(stages, "measure_quality", measured)
     options = {"keep": 50, "measure_before": False}

@@ -101,7 +101,7 @@ def test_a_student_in_shards_is_refused_before_anything_is_measured(
 ) -> None:
     """A fresh run and a resumed one; without alignment the same schedule is not refused."""
 
-    def measured(*_: Any) -> Any:
+    def measured(*_: Any, **how: Any) -> Any:
         raise RuntimeError("the teacher was measured")
 
     monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
