@@ -7,7 +7,7 @@ FROM ${BASE}
 # as PyTorch's installation page names it (the default on Linux is a CUDA build); PIP_TORCH_FLAGS are other options of pip.
 ARG TORCH=torch==2.13.0
 ARG TORCH_CPU_INDEX=""
-ARG PIP_TORCH_FLAGS="${TORCH_CPU_INDEX:+--index-url ${TORCH_CPU_INDEX}}"
+ARG PIP_TORCH_FLAGS="${TORCH_CPU_INDEX:+-i ${TORCH_CPU_INDEX}}"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
 RUN python -c "import torch" 2>/dev/null || pip install ${PIP_TORCH_FLAGS} "${TORCH}"
 

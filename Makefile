@@ -13,7 +13,7 @@ VENV = .venv
 TORCH ?= torch==2.13.0
 ifneq ($(TORCH_CPU_INDEX),)
 ifeq ($(shell uname -s; command -v nvidia-smi),Linux)
-PIP_TORCH_FLAGS ?= --index-url $(TORCH_CPU_INDEX)
+PIP_TORCH_FLAGS ?= -i $(TORCH_CPU_INDEX)
 endif
 endif
 PIP_TORCH_FLAGS ?=

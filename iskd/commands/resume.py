@@ -78,9 +78,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         before, now = (_flat(_whole(plain(OmegaConf.select(values, key))), key) for values in (saved, config))
         changed |= _differences(before, now)
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
-        changed |= _differences(
-            _flat(_whole(plain(saved))), _flat(_whole(plain(config)))
-        )  # a preset is no key: what it sets
+        # a preset is no key: what it sets
+        changed |= _differences(_flat(_whole(plain(saved))), _flat(_whole(plain(config))))
     if changed:
         listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
         raise ValueError(

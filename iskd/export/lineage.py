@@ -17,7 +17,7 @@ _DATASET = re.compile(r"^HubDataset\((?:.*, )?name='([\w.-]+(?:/[\w.-]+)?)'")
 _ENGLISH = ("Docstrings(", "HubDataset(name='roneneldan/TinyStories'", "HubDataset(name='Salesforce/wikitext'")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|multilingual|code")
 
-# as model hubs name them: the table "Licenses" of the Hugging Face Hub's documentation
+# Short names of licences on model hubs, not all of them: another one becomes `other` with a name, which loses nothing.
 LICENCES = frozenset({
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
     "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
