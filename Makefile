@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV = .venv
 TORCH ?= torch==2.13.0
 ifneq ($(TORCH_CPU_INDEX),)
-ifeq ($(shell uname -s; command -v nvidia-smi),Linux)
+ifeq ($(shell uname -s)$(wildcard $(addsuffix /nvidia-smi,$(subst :, ,$(PATH)))),Linux)
 PIP_TORCH_FLAGS ?= -i $(TORCH_CPU_INDEX)
 endif
 endif
