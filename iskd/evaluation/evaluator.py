@@ -19,6 +19,8 @@ from iskd.data import Framing, framing_of
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.quantize import check as check_quantize
+from iskd.evaluation.quantize import quantized
 from iskd.evaluation.results import Evaluation
 from iskd.evaluation.scores import GENERATION, Scored, compare
 from iskd.evaluation.task_items import COPY, COPY_POOL, Item, check_task, copy_items, subset
@@ -53,6 +55,7 @@ class EvalSpec:
         tokens: at most so many tokens of the text.
         window: tokens per window of the text; shorter where the model's context is.
         resamples: of the bootstrap.
+        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
         efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
             At the end of a run it is `run.efficiency_seconds` that says so.
 
@@ -70,10 +73,12 @@ class EvalSpec:
     tokens: int = 16384
     window: int = 512
     resamples: int = 1000
+    quantize: Sequence[str] = ()
     efficiency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "quantize", tuple(self.quantize))
         if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
             raise ValueError(f"eval.tasks lists {twice[0]!r} twice")
         if self.data_dir is not None:
@@ -126,6 +131,7 @@ def evaluate(
         windows = _windows(spec, text, tokenizer, [one for _, one, _ in models], frame)
         if not spec.tasks and windows is None:
             raise ValueError(_NOTHING)
+        check_quantize(spec.quantize, windows is not None)
         questions = _questions(spec, exclude)
         scores: list[dict[str, Scored]] = []
         losses: list[TextLoss] = []
@@ -134,6 +140,8 @@ def evaluate(
             if windows is not None:
                 step = partial(tell, f"{who}, windows of text")
                 losses.append(text_loss(one, windows, batch_tokens=spec.batch_tokens, step=step))
+        step = partial(tell, "student in fewer bits, windows of text")
+        packed = quantized(model, windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
     found, retention, mean = compare(
         scores[0], scores[1] if teacher is not None else None, resamples=spec.resamples, seed=spec.seed
     )
@@ -145,7 +153,7 @@ def evaluate(
     if teacher is not None:
         named["teacher"] = _facts(teacher.model, teacher.source)
     settings = {**_settings(spec, questions, len(exclude), model), "framing": frame.to_json()}
-    return Evaluation(found, retention, mean, scored_text, named, settings)
+    return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed)
 
 
 def check(
@@ -174,6 +182,7 @@ def check(
     windows = _windows(spec, None, teacher.tokenizer, [teacher.model], frame)
     if not spec.tasks and windows is None:
         raise ValueError(_NOTHING)
+    check_quantize(spec.quantize, windows is not None)
     if windows is not None:
         _check_unseen(spec, seen(windows.ids))
     _check_rows("teacher", teacher.model, teacher.tokenizer)
@@ -271,7 +280,7 @@ def _settings(
     spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int, model: PreTrainedModel
 ) -> dict[str, Any]:
     """What was asked for and what computed it, without the paths of one machine."""
-    own = ("data_dir", "text", "efficiency_seconds")
+    own = ("data_dir", "text", "efficiency_seconds", "quantize")
     asked = {key: value for key, value in asdict(spec).items() if key not in own}
     kind = model.device.type
     mixed = torch.is_autocast_enabled(kind)
