@@ -74,7 +74,7 @@ demo-ild: teacher ## SmolLM2 from 30 layers to 26, refitted and trained, against
 # one thread per process: on tiny tensors a second one costs more than it gives
 JOBS := 2
 test: $(SETUP) ## the fast tests, on the CPU, in JOBS processes
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(SETUP) ## the slow tests
 	@$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
