@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
+from iskd.data.mix import Mix, mapped, named, sources_of
+from iskd.data.sources import as_chats, pinned
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
@@ -205,8 +207,16 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
     """The data module that `data` names; `given` stands for where it would read, and a batch is written there."""
     values: dict[str, Any] = dict(config.data)
     described, chat = values.pop("source", None), values.pop("chat", None)
-    source = object_of(described) if given is None else given
+    entries = values.pop("sources", None)
+    if given is not None:
+        source = given
+    elif Mix.takes == getattr(class_of(described), "takes", ()):
+        source = object_of(described, sources=_sources(entries))
+    else:
+        source = object_of(described)
     files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
+    if isinstance(source, Mix) and any(files.values()):
+        raise ValueError("data.path names the text of one source: in a mix set data.sources.NAME.path")
     if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
         reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
@@ -215,29 +225,46 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
     loss = None if chat is None else chat.get("loss")
     if loss is not None:
-        if isinstance(source, TextFiles | HubDataset):
-            source = replace(source, chat=True)
-        elif not getattr(source, "chat", False):
-            raise ValueError(
-                f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
-                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME; in Python pass texts=[{'messages': ...}]"
-            )
-    elif getattr(source, "chat", False):
+        source = mapped(source, partial(as_chats, loss=loss))
+    elif any(getattr(each, "chat", False) for each in sources_of(source).values()):
         raise ValueError(
             "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
         )
     if values.get("batch_size") is None:
         values["batch_size"] = config.data.batch_size = _batch_of(config)
+    cache_dir = Path(config.cache_dir or expanded("~/.cache/iskd")) / "data"
+    if config.resume is None:  # a run keeps the commits that it began with, also when it is resumed
+        source = mapped(source, partial(pinned, shards=cache_dir))
+        for name, each in sources_of(source).items():
+            if isinstance(each, HubDataset):
+                key = f"sources.{name}.revision" if name else "source.revision"
+                OmegaConf.update(config.data, key, each.revision)
+    streams = any(getattr(each, "streaming", False) for each in sources_of(source).values())
+    if streams and values.get("max_train_tokens") is None:
+        most = max(config.schedule.get("tokens") or 0, config.data.val_tokens, config.data.seq_len)
+        values["max_train_tokens"] = most
     return TextData(
         source,
         tokenizer,
-        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")) / "data",
+        cache_dir=cache_dir,
         seed=config.seed,
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
         chat_loss=loss,
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def _sources(entries: DictConfig | None) -> dict[str, tuple[Source, float]]:
+    """The sources of a mix with their weights, as `data.sources` describes them."""
+    found: dict[str, tuple[Source, float]] = {}
+    for name, entry in plain(entries or {}).items():
+        weight = entry.pop("weight", 1.0)
+        try:
+            found[name] = (object_of(OmegaConf.create(entry)), weight)
+        except ValueError as error:
+            raise named(error, name) from error
+    return found
 
 
 def _batch_of(config: DictConfig) -> int:

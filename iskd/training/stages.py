@@ -167,6 +167,10 @@ class StageLoop:
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
+        sources = self.data.plan_mix(sum(steps) * step_tokens)
+        if live.ranks.rank == 0:
+            for line in sources:
+                _log.info("data: %s", line)
         with live.forward_context():
             announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens)
 
