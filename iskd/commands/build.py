@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +21,7 @@ from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
 from iskd.losses import Terms
 from iskd.models import Stack
+from iskd.plan.budget import ON_CPU, cpu_budget, gpu_budget
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
@@ -27,6 +29,8 @@ from iskd.plan.saved_config import read_config
 from iskd.schedules import EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, sweep
+from iskd.system.machine import called
+from iskd.system.precision import device_of
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.training import Parts
@@ -76,6 +80,7 @@ def _made(
             teacher = load_teacher(object_of(config.model), within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
+    budget = _budget(config, data)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = importance_of(config)
@@ -101,6 +106,7 @@ def _made(
         export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
+        budget=budget,
     )
 
 
@@ -270,8 +276,32 @@ def _sources(entries: DictConfig | None) -> dict[str, tuple[Source, float]]:
 def _batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
-    tokens = config.schedule.get("tokens") or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
+    tokens = config.schedule.get("tokens", 0)
+    if tokens is None and _device(config).type != "cuda":
+        tokens = ON_CPU
+    tokens = tokens or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short, nor is it on a GPU
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
+
+
+def _budget(config: DictConfig, data: TextData) -> str:
+    """Put the machine's own budget into a config that names none, and return what the plan says of it.
+
+    It becomes part of the run's config: a run that is continued elsewhere keeps it.
+    """
+    if config.schedule.get("tokens", 0) is not None:
+        return ""
+    device = _device(config)
+    if device.type == "cuda":
+        chosen = gpu_budget(called(device), len(data.windows("train")) * data.seq_len)
+    else:
+        chosen = cpu_budget(called(device))
+    config.schedule.tokens = chosen.tokens
+    return chosen.told
+
+
+def _device(config: DictConfig) -> torch.device:
+    """Where the run trains; what Lightning says of an accelerator that there is not, it says itself."""
+    return device_of("cpu" if config.trainer.get("accelerator") == "cpu" else "auto")
 
 
 def importance_of(config: DictConfig) -> Any:

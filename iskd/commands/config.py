@@ -176,6 +176,10 @@ class _Data(TypedDict, total=False):
     test_path: str | None
 
 
+class _Schedule(TypedDict, total=False):
+    tokens: NonNegativeInt | None
+
+
 # by name, as a `_target_` is: who reads a folder pays for none of them
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
@@ -183,6 +187,7 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data.sources": (),
     "export": (_Export,),
     "run": ("iskd.plan.options.RunOptions",),
+    "schedule": (_Schedule,),
     "teacher": (_Teacher, "iskd.teacher.TeacherCacheSpec"),
     "profile": ("iskd.training.profile.profile_parts",),
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),

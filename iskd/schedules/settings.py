@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveFloat
 
 from iskd.plan import Record
+from iskd.plan.budget import ON_CPU
 from iskd.plan.stage import LoraSpec, lora_of
 from iskd.schedules.edits import EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
@@ -26,7 +27,7 @@ class Heal:
     """How the student is trained; of every schedule.
 
     Attributes:
-        tokens: training tokens of the whole run.
+        tokens: training tokens of the whole run; a command asks its machine where nobody says (`iskd.plan.budget`).
         train: what trains (see `iskd.plan.stage.Stage`).
         lr: learning rate of everything that trains but new blocks.
         lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
@@ -35,7 +36,7 @@ class Heal:
         ValueError: a value that cannot work; the message names its key.
     """
 
-    tokens: NonNegativeInt = 32_768
+    tokens: NonNegativeInt = ON_CPU
     train: str = "all"
     lr: PositiveFloat = 1e-4
     lora: Mapping[str, Any] | None = field(default_factory=_lora)

@@ -65,6 +65,21 @@ def host_kind() -> str:
     return ", ".join(filter(None, known))
 
 
+def called(device: torch.device | str) -> str:
+    """What a person knows the device by: the GPU and its memory, or the processor and its cores."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"{cpu_name()}, {usable_cores()} cores"
+    return f"{torch.cuda.get_device_name(device)}, {capacity(device) / 1e9:.0f} GB"
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes of memory that a device has; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _memory()
+
+
 def _there(mark: str) -> bool:
     return Path(mark).exists() if mark.startswith("/") else mark in os.environ
 

@@ -30,7 +30,8 @@ class Parts:
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
     `lightning.Trainer`; those that are not given are as in `TrainerKeys`. `teacher_cache` says how the teacher's
     answers are kept on disk, `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
-    type of the exported weights, `auto` that in which the teacher's were stored, `export_code` the code beside them.
+    type of the exported weights, `auto` that in which the teacher's were stored, `export_code` the code beside them;
+    `budget` is what the plan says of a number of tokens that nobody asked for.
     """
 
     teacher: Loaded
@@ -53,6 +54,7 @@ class Parts:
     export_code: str = "iskd"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
+    budget: str = ""
 
     def __post_init__(self) -> None:
         self.trainer = with_defaults(self.trainer)

@@ -13,13 +13,13 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.models import surgery
+from iskd.models import sharding, surgery
 from iskd.plan import Record, Stage, to_json
 from iskd.plan.run_files import PLAN_FILE
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
-from iskd.system.machine import clock
+from iskd.system.machine import PeakMemory, capacity, clock
 from iskd.training.step import DistillModule, alignment
 
 ALIGN_STEPS = 20
@@ -56,17 +56,23 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int, seconds_
     }
 
 
-def measured_step(module: DistillModule, input_ids: Tensor) -> float:
-    """Seconds per token of one training step on windows [B, T], forward and backward, after one to warm up."""
+def measured_step(module: DistillModule, input_ids: Tensor) -> tuple[float, int]:
+    """One training step on windows [B, T], forward and backward, after one to warm up.
+
+    Returns:
+        Seconds per token, and the bytes that training takes on this device: the most in use during the step (on a CPU
+        by the whole process), and the optimizer's two moments of what trains, which come later.
+    """
     elapsed = 0.0
-    with torch.enable_grad():
+    with torch.enable_grad(), PeakMemory(module.device) as memory:
         for _ in range(2):
             start = clock(module.device)
             module.step(input_ids).loss.backward()
             elapsed = clock(module.device) - start
             for parameter in module.student.parameters():
                 parameter.grad = None
-    return elapsed / input_ids.numel()
+    trained = [sharding.local(p) for p in module.student.parameters() if p.requires_grad]
+    return elapsed / input_ids.numel(), memory.peak + sum(2 * p.nbytes for p in trained)
 
 
 def check_alignment(student: PreTrainedModel, schedule: Schedule) -> None:
@@ -86,8 +92,9 @@ def announce(
     ranks: Ranks,
     run_dir: Path,
     refit_tokens: float = 0.0,
+    budget: str = "",
 ) -> None:
-    """Stages, exact parameter counts, steps and the time that one measured step predicts, before the first step.
+    """Stages, exact parameter counts, steps, and the time and memory that one measured step predicts.
 
     Args:
         module: the run's, before its first edit.
@@ -98,16 +105,18 @@ def announce(
         ranks: rank 0 writes and prints.
         run_dir: gets `plan.json`.
         refit_tokens: training tokens that take as long as the refits of one stage's edits, on all of their text.
+        budget: what is said of a number of tokens that nobody asked for.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
-    seconds = measured_step(module, windows) / ranks.size
+    seconds, memory = measured_step(module, windows)
+    seconds /= ranks.size
     rows = plan_rows(module.teacher, plan, steps, step_tokens, seconds)
     for row, stage in zip(rows[1:], plan, strict=True):
         row["refit_seconds"] = round(stage.refit_share * refit_tokens * seconds, 1) if stage.edits else 0.0
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
-        print_plan(rows)
+        print_plan(rows, memory=memory, capacity=capacity(module.device), budget=budget)
         if refit_tokens and not any(stage.edits for stage in plan):
             terminal().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
 
@@ -124,8 +133,18 @@ def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
         )
 
 
-def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
-    """The plan as a table, and a warning for every alignment stage that is too short to align anything."""
+def print_plan(
+    rows: Sequence[Json], console: Console | None = None, *, memory: int = 0, capacity: int = 0, budget: str = ""
+) -> None:
+    """The plan as a table, what was decided for the user, and warnings.
+
+    Args:
+        rows: see `plan_rows`.
+        console: None = standard output.
+        memory: bytes that training is expected to take; 0 = not known.
+        capacity: bytes that the device has; 0 = not known.
+        budget: see `announce`.
+    """
     table = Table(title="plan")
     for column in ("stage", "objective", "parameters", "of the blocks", "steps", "tokens", "about"):
         table.add_column(column, justify="left" if column in ("stage", "objective") else "right")
@@ -134,13 +153,26 @@ def print_plan(rows: Sequence[Json], console: Console | None = None) -> None:
         amounts = (f"{row['params']:,}", share, f"{row['steps']:,}", f"{row['tokens']:,}")
         table.add_row(Text(row["stage"]), row["objective"], *amounts, f"{_seconds(row):.0f} s")
     total = sum(_seconds(row) for row in rows)
-    table.caption = (
-        f"{sum(row['tokens'] for row in rows):,} training tokens, about {total / 60:.1f} min (by one measured step)"
-    )
+    amounts = [f"{sum(row['tokens'] for row in rows):,} training tokens", f"about {_duration(total)}"]
+    if memory:
+        amounts.append(f"{memory / 2**30:.1f} GiB of memory")
+    table.caption = f"{', '.join(amounts)} (by one measured step)"
     console = console or terminal()
     print_table(table, spare=("of the blocks", "objective"), console=console)
-    for warning in too_short(rows):
+    if budget:
+        console.print(budget, soft_wrap=True)
+    warnings = too_short(rows)
+    if 0 < capacity < memory:
+        warnings.append(
+            f"{memory / 2**30:.1f} GiB are more than the {capacity / 2**30:.1f} GiB of this device: lower "
+            "data.batch_size, or set run.gradient_checkpointing=selective, schedule.train=lora or trainer=fsdp"
+        )
+    for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _seconds(row: Json) -> float:

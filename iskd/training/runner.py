@@ -122,7 +122,7 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     editor = (EditInFreshProcess if parts.schedule.restart_at_edit else Editor)(parts.refits, parts.data.calibration)
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), editor,
+        teacher, config_digest(parts.run_dir), editor, parts.budget,
     )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class StageLoop:
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         editor: where edits are carried out; None = between two stages of this process.
+        budget: what the plan says of its tokens.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -70,12 +71,13 @@ class StageLoop:
         teacher: str | None = None,
         config: str | None = None,
         editor: Editor | None = None,
+        budget: str = "",
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
-        self.editor = editor or Editor()
+        self.editor, self.budget = editor or Editor(), budget
         self.preempted = False
         self._movement = MovementCheck(options.movement_steps)
         self._validated: dict[int, Tensor] = {}  # the teacher's side of validation, which stays the same
@@ -172,7 +174,10 @@ class StageLoop:
             for line in sources:
                 _log.info("data: %s", line)
         with live.forward_context():
-            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens)
+            announce(
+                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens,
+                self.budget,
+            )  # fmt: skip
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""

@@ -85,10 +85,10 @@ def test_a_yaml_decides_only_what_differs_from_the_code(file: Path) -> None:
 
 def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
     text = (CONF / "schedule" / "iterative.yaml").read_text(encoding="utf-8")
-    other = text.replace("tokens: 32768", "tokens: 7").replace("lr: 1.0e-4", "lr: 7")
+    other = text.replace("per_stage: 1", "per_stage: 7").replace("lr: 1.0e-4", "lr: 7")
     first, second = mistakes(other)
     assert first.startswith(
-        "tokens: 7 is below '# defaults of ...' and not what iskd.schedules.iterative.Iterative says"
+        "per_stage: 7 is below '# defaults of ...' and not what iskd.schedules.iterative.Iterative says"
     )
     assert second.startswith("lr: 7 ")
     assert yaml.safe_load(written(other)) == yaml.safe_load(text)
@@ -102,15 +102,22 @@ def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
 
 
 def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
-    config = composed()
+    """On a CPU: how much is trained where nobody says follows the machine (tests/commands/test_budget.py)."""
+    config = on_a_cpu(composed())
     assert RunOptions(**plain(config.run)) == RunOptions()
     assert object_of(config.optim) == OptimSpec()
     edit = ReplaceWith(spec(config.block))
     assert object_of(config.schedule, edit=edit, seed=0) == Iterative(edit, count=4)
-    assert object_of(composed("schedule=oneshot").schedule, edit=edit) == Oneshot(edit, count=4)
-    assert object_of(composed("schedule=none").schedule) == NoEdits()
+    assert object_of(on_a_cpu(composed("schedule=oneshot")).schedule, edit=edit) == Oneshot(edit, count=4)
+    assert object_of(on_a_cpu(composed("schedule=none")).schedule) == NoEdits()
     convert = ConvertTo(spec(config.mixer))
-    assert object_of(composed("schedule=align").schedule, edit=convert) == Align(convert)
+    assert object_of(on_a_cpu(composed("schedule=align")).schedule, edit=convert) == Align(convert)
+
+
+def on_a_cpu(config: DictConfig) -> DictConfig:
+    config.trainer.accelerator = "cpu"
+    assert "32,768" in build._budget(config, None)  # type: ignore[arg-type]
+    return config
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,8 @@ PARAMETERS = {
     "phi1": 1_418_270_720,
     "qwen2_5_3b": 3_085_938_688,
     "smollm2": 134_515_008,
+    "smollm2_1_7b": 1_711_376_384,
+    "smollm2_360m": 361_821_120,
 }
 LLAMA = {
     "model_type": "llama",

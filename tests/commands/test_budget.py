@@ -1,0 +1,109 @@
+"""How much is trained where nobody says: by the machine and its text, said in the plan, kept by a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.commands import build
+from iskd.commands.compose import compose_config
+from iskd.commands.config import as_meant
+from iskd.plan.budget import ON_CPU, ON_GPU, PASSES, gpu_budget
+from iskd.training import run
+from iskd.training.plan_table import print_plan
+
+BOARD = "Board 9000, 24 GB"
+
+
+class Text:
+    """A data module of so many training windows."""
+
+    seq_len = 512
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def windows(self, split: str) -> range:
+        assert split == "train"
+        return range(self.tokens // self.seq_len)
+
+
+def config(*overrides: str) -> DictConfig:
+    return as_meant(compose_config(["model=phi1", *overrides])[0])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "called", lambda device: BOARD if device.type == "cuda" else "a processor, 2 cores")
+
+
+def settled(asked: DictConfig, tokens: int) -> tuple[int, str]:
+    told = build._budget(asked, Text(tokens))  # type: ignore[arg-type]
+    return asked.schedule.tokens, told
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("schedule", ["iterative", "oneshot", "align edit=convert", "none"])
+def test_a_gpu_is_not_given_the_budget_of_a_cpu(schedule: str) -> None:
+    """The docstrings of the default are half a million tokens: a few passes over them, and the plan says so."""
+    keys = [f"schedule={schedule.split()[0]}", *schedule.split()[1:]]
+    tokens, told = settled(config(*keys), 512 * 900)
+    assert tokens == PASSES * 512 * 900
+    assert BOARD in told
+    assert "4.0 passes over the 460,800 tokens" in told
+    assert "20,000,000" in told
+    assert told.endswith("more text by data=, another budget by schedule.tokens=N")
+    tokens, told = settled(config(*keys), 10**9)
+    assert tokens == ON_GPU
+    assert "20,000,000 for a run on a GPU (Board 9000, 24 GB)" in told
+    assert "passes" not in told
+
+
+@pytest.mark.usefixtures("gpu")
+def test_who_asks_for_a_budget_or_the_cpu_gets_it() -> None:
+    assert settled(config("schedule.tokens=7"), 10**9) == (7, "")
+    assert settled(config("schedule.tokens=0"), 10**9) == (0, "")
+    assert settled(config("experiment=ild"), 10**9) == (40960, "")
+    tokens, told = settled(config("trainer=cpu"), 10**9)
+    assert tokens == ON_CPU
+    assert "32,768 for a run on a CPU (a processor, 2 cores)" in told
+    assert "schedule.tokens=N" in told
+
+
+@pytest.mark.usefixtures("gpu")
+def test_micro_batches_of_a_gpu_are_not_short_of_updates() -> None:
+    assert build._batch_of(config()) == 2
+    assert build._batch_of(config("trainer=cpu")) == 1, "32,768 tokens are 64 steps of one window"
+    assert build._batch_of(config("trainer=cpu", "schedule.tokens=1M")) == 2
+
+
+def test_little_text_is_not_too_little_to_train() -> None:
+    assert gpu_budget(BOARD, 100).tokens == ON_CPU
+    assert gpu_budget(BOARD, ON_GPU // PASSES).tokens == ON_GPU
+
+
+def test_the_plan_says_what_was_decided_and_the_run_keeps_it(tmp_path: Path, capsys: Any) -> None:
+    keys = ["debug=smoke", "trainer=cpu", "plan_only=true", "schedule.tokens=null", f"cache_dir={tmp_path}/cache"]
+    found, folder = compose_config([*keys, "data.seq_len=64", "export=false"], tmp_path / "run")
+    run(build.parts(found, folder))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "schedule.tokens is not set: 32,768 for a run on a CPU (" in said
+    assert "GiB of memory (by one measured step)" in said
+    assert OmegaConf.load(folder / "config.yaml").schedule.tokens == ON_CPU
+    assert sum(row["tokens"] for row in json.loads((folder / "plan.json").read_text())) == ON_CPU
+
+
+@pytest.mark.parametrize(("memory", "warned"), [(0, False), (20 * 2**30, False), (30 * 2**30, True)])
+def test_a_plan_that_does_not_fit_into_memory_says_so(memory: int, warned: bool, capsys: Any) -> None:
+    row = {"stage": "a", "objective": "loss", "params": 1, "block_params": 1, "steps": 1, "tokens": 8}
+    print_plan([{**row, "train_seconds": 20_000.0}], memory=memory, capacity=24 * 2**30)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "about 5.6 h" in said
+    assert ("of memory" in said) == (memory > 0)
+    assert ("warning: 30.0 GiB are more than the 24.0 GiB of this device" in said) == warned
