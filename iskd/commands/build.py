@@ -243,7 +243,8 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
 def _batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
-    tokens = config.schedule.get("tokens") or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
+    few = None if config.schedule.get("epochs") else config.schedule.get("tokens")
+    tokens = few or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
 
 

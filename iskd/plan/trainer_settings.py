@@ -42,7 +42,7 @@ class TrainerKeys:
     profiler: str | None = None
 
 
-_LENGTH = "a schedule counts tokens: set schedule.tokens"
+_LENGTH = "a schedule counts tokens: set schedule.tokens, or schedule.epochs"
 _QUALITY = "quality is measured at the end of every stage: set data.val_tokens"
 _TESTED = "a run asks its student by eval=quick: set eval.limit"
 _OFF: tuple[object, ...] = (None, False)

@@ -162,7 +162,7 @@ class StageLoop:
     def _announce(self) -> None:
         """Print the stages ahead, what they take, and how they are estimated."""
         live, state = self.live, self.state
-        plan = forecast(self.schedule, history_of(state, live.module))
+        plan = forecast(self.schedule, history_of(state, live.module, self.data.pass_tokens))
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
@@ -174,7 +174,10 @@ class StageLoop:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
         live, start = self.live, time.perf_counter()
         windows = partial(self.data.calibration, self.options.score_tokens)
-        decide(self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context)
+        decide(
+            self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context,
+            self.data.pass_tokens,
+        )  # fmt: skip
         self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
