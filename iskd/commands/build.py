@@ -135,6 +135,8 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     if not config.get("eval"):
         return None
     spec: EvalSpec = object_of(config.eval)
+    if not spec.asks and spec.inside:
+        return spec
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:

@@ -42,6 +42,7 @@ HUB_NAMES = {"lambada": "lambada_openai", "winograd_wsc": "wsc273"}
 PER_CHARACTER = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
 _METRICS = ("acc", "acc_norm", "exact_match")
 _FEWSHOT_SEED = 1234  # the harness's own
+_ANY_LENGTH = 1 << 20  # tokens; the harness would take "none" for the context that a config tells
 _INSTALL = "pip install 'iskd[eval]'"
 
 
@@ -266,7 +267,7 @@ def _adapter(
         backend="causal",
         trust_remote_code=False,
         batch_size=batch_size,
-        max_length=Stack(model).context,
+        max_length=Stack(model).limit or _ANY_LENGTH,  # without an attention a model has no length of its own
         mixed_precision_dtype=mixed,
         add_bos_token=_adds_bos(tokenizer, frame),
     )
