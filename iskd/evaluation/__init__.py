@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from iskd.evaluation.evaluator import Asking, evaluate
 from iskd.evaluation.quality import measure_quality
+from iskd.evaluation.questions import EvalSpec
 from iskd.evaluation.results import Efficiency, Evaluation, Interval
-from iskd.evaluation.spec import EvalSpec
 from iskd.evaluation.task_items import TASKS
 from iskd.evaluation.text import refuse_training_text
 

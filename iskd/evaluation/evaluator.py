@@ -15,26 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
-from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
 from iskd.evaluation.results import Evaluation
-from iskd.evaluation.scores import GENERATION, Scored, compare
-from iskd.evaluation.spec import EvalSpec
-from iskd.evaluation.task_items import COPY, COPY_POOL, Item, copy_items, subset
+from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.text import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import check_same_tokenizer
-from iskd.system import Busy, ProgressLine
+from iskd.system import ProgressLine
 from iskd.teacher import Loaded
 
 _log = logging.getLogger(__name__)
 _NOTICED, _MOSTLY = 0.02, 0.5  # shares of a report text that a run has seen: told, refused
 _PACKAGES = ("lm_eval", "torch", "transformers")
 _NOTHING = "there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE"
-
-Tell = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
 
 
 def evaluate(
@@ -105,7 +99,7 @@ class Asking:
         self.windows = _windows(spec, text, tokenizer, models, self.frame)
         if not spec.tasks and self.windows is None:
             raise ValueError(_NOTHING)
-        self._questions = _questions(spec, exclude)
+        self._questions = questions(spec, tokenizer, exclude)
         self._theirs: tuple[dict[str, Scored], TextLoss | None] | None = None
 
     def ask(
@@ -136,7 +130,7 @@ class Asking:
     def _answers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str, tell: Tell
     ) -> tuple[dict[str, Scored], TextLoss | None]:
-        scores = _ask_all(model, tokenizer, self._questions, self.spec, who, tell, self.frame)
+        scores = answers(model, tokenizer, self._questions, self.spec, who, tell, self.frame)
         if self.windows is None:
             return scores, None
         step = partial(tell, f"{who}, windows of text")
@@ -207,45 +201,6 @@ def _windows(
     return text_windows(documents, tokenizer, tokens=spec.tokens, window=window, frame=frame)
 
 
-def _questions(spec: EvalSpec, exclude: Collection[str]) -> dict[str, Drawn | list[Item]]:
-    """What to ask, by task in the order of the spec."""
-    names = [name for name in spec.tasks if name != COPY]
-    questions: dict[str, Drawn | list[Item]] = {}
-    if names:
-        options: dict[str, Any] = {
-            "data_dir": spec.data_dir,
-            "limit": spec.limit,
-            "seed": spec.seed,
-            "exclude": exclude,
-        }
-        with Busy("reading the tasks"):
-            questions |= {drawn.name: drawn for drawn in harness.draw(names, **options)}
-    if COPY in spec.tasks:
-        free = [item for item in copy_items(COPY_POOL) if item.sha256 not in exclude]
-        questions[COPY] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
-    return {name: questions[name] for name in spec.tasks}
-
-
-def _ask_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Mapping[str, Drawn | list[Item]],
-    spec: EvalSpec,
-    who: str,
-    tell: Tell,
-    frame: Framing,
-) -> dict[str, Scored]:
-    scores = {}
-    for number, (name, question) in enumerate(questions.items(), 1):
-        step = partial(tell, f"{who}, task {number} of {len(questions)}, texts of {name}")
-        if isinstance(question, Drawn):
-            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step, frame=frame)
-        else:
-            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step, frame=frame)
-            scores[name] = Scored(GENERATION, "led", 0.0, result)
-    return scores
-
-
 def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a model; of a name that is a folder only its end, as folders are those of one machine."""
     facts = {key: source[key] for key in ("name", "kind", "revision", "seed", "sha256") if key in source}
@@ -260,7 +215,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _settings(
-    spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int, model: PreTrainedModel
+    spec: EvalSpec, asked_of: Mapping[str, Question], excluded: int, model: PreTrainedModel
 ) -> dict[str, Any]:
     """What was asked for and what computed it, without the paths of one machine."""
     own = ("data_dir", "text", "every", "efficiency_seconds")
@@ -269,7 +224,7 @@ def _settings(
     mixed = torch.is_autocast_enabled(kind)
     asked["device"] = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
     asked["precision"] = f"{_dtype(torch.get_autocast_dtype(kind))} autocast" if mixed else _dtype(model.dtype)
-    sources = {name: question.source for name, question in questions.items() if isinstance(question, Drawn)}
+    sources = {name: question.source for name, question in asked_of.items() if isinstance(question, Drawn)}
     versions = {package: _version(package) for package in _PACKAGES}
     return {**asked, "local": spec.data_dir is not None, "excluded": excluded, "data": sources, "versions": versions}
 
