@@ -143,6 +143,8 @@ def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: T
     if not config.get("eval"):
         return None
     spec: EvalSpec = object_of(config.eval)
+    if not spec.asks and spec.inside:
+        return spec
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
@@ -277,7 +279,9 @@ def _batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
     tokens = config.schedule.get("tokens", 0)
-    if tokens is None and _device(config).type != "cuda":
+    if config.schedule.get("epochs"):
+        tokens = 0  # as much as there is text: many steps
+    elif tokens is None and _device(config).type != "cuda":
         tokens = ON_CPU
     tokens = tokens or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short, nor is it on a GPU
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
@@ -289,6 +293,9 @@ def _budget(config: DictConfig, data: TextData) -> str:
     It becomes part of the run's config: a run that is continued elsewhere keeps it.
     """
     if config.schedule.get("tokens", 0) is not None:
+        return ""
+    if config.schedule.get("epochs"):
+        config.schedule.tokens = ON_CPU  # the default of the code, which passes over the text take the place of
         return ""
     device = _device(config)
     if device.type == "cuda":

@@ -149,6 +149,11 @@ class TextData(L.LightningDataModule):
         """Return all windows of a split, memory-mapped, [windows, seq_len]."""
         return self._opened.windows(split)
 
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass over the training text, in whole windows."""
+        return len(self._opened.numbers("train")) * self.seq_len
+
     def validation_windows(self) -> torch.Tensor:
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
         return to_tensor(self._opened.spread("validation", self.val_tokens))

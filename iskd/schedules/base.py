@@ -19,6 +19,7 @@ class History:
         scores: importance by surviving layer, higher = keep; None when none was asked for.
         params: parameters of the block at each surviving layer; None where nobody counted.
         other_params: parameters outside the blocks (embedding, final norm, head; a tied one counts once).
+        pass_tokens: tokens of one pass over the training text; None where nobody counted.
     """
 
     record: Record
@@ -26,6 +27,7 @@ class History:
     scores: Mapping[int, float] | None = field(default=None)
     params: Mapping[int, int] | None = field(default=None)
     other_params: int = 0
+    pass_tokens: int | None = None
 
     def after(self, stage: Stage) -> History:
         """The history once `stage` is kept: removed layers are gone, scores and the sizes of the others are as now."""

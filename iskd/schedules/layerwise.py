@@ -65,6 +65,12 @@ class LayerSchedule(Layers, Heal):
                 "schedule.tokens must be >= 0 and schedule.final_share in [0, 1], got "
                 f"{self.tokens} and {self.final_share}"
             )
+        if self.epochs is not None and self.final_share not in (0, 1):
+            raise ValueError(
+                f"schedule.final_share={self.final_share} shares out schedule.tokens, and schedule.epochs="
+                f"{self.epochs:g} gives every stage as much: set schedule.final_share=0, or 1 to train after the last "
+                "edit alone"
+            )
         if not 0 <= self.refit_share <= 1:
             raise ValueError(f"schedule.refit_share must be in [0, 1], got {self.refit_share}")
         if self.final_share == 1 and self.train in ("new", "adjacent") and self.edits_per_stage is not None:
@@ -137,7 +143,7 @@ class LayerSchedule(Layers, Heal):
         left = self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left)
         stages = -(-left // number)
-        tokens, share = self._budget(history.stages, stages), self.refit_share if stages > 1 else 1.0
+        tokens, share = self._budget(history, stages), self.refit_share if stages > 1 else 1.0
         best, others = available[:number], available[number : number + self.candidates - 1]
         return [self._stage([*best[:-1], last], tokens, share) for last in (best[-1], *others)]
 
@@ -148,11 +154,13 @@ class LayerSchedule(Layers, Heal):
         }  # fmt: skip
         return Stage(describe(edits), edits, tokens, fit=self.edit.fit, lora=self.adapters(self.seed), **how)
 
-    def _budget(self, done: Sequence[Stage], left: int) -> int:
+    def _budget(self, history: History, left: int) -> int:
         """Tokens of the next of `left` stages; what the stages before it were given is never given again."""
-        last = round(self.tokens * self.final_share)
-        rest = self.tokens - sum(stage.tokens for stage in done)
+        done = history.stages
+        tokens = self.budget(history, 1 if self.final_share == 1 else len(done) + left)
+        last = round(tokens * self.final_share)
+        rest = tokens - sum(stage.tokens for stage in done)
         if left == 1:
             return rest
         # how many stages there will be may change on the way, where blocks of several sizes are scored again
-        return max(0, min((self.tokens - last) // (len(done) + left), (rest - last) // left))
+        return max(0, min((tokens - last) // (len(done) + left), (rest - last) // left))

@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from iskd.plan import Record
 from iskd.plan.budget import ON_CPU
 from iskd.plan.stage import LoraSpec, lora_of
+from iskd.schedules.base import History
 from iskd.schedules.edits import EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
 
@@ -28,6 +29,9 @@ class Heal:
 
     Attributes:
         tokens: training tokens of the whole run; a command asks its machine where nobody says (`iskd.plan.budget`).
+        epochs: in the place of `tokens`: passes over the training text in every stage that trains; of `schedule=align`,
+            whose stages are shares of one budget, in the whole run. Stages then see the same text, each in an order of
+            its own.
         train: what trains (see `iskd.plan.stage.Stage`).
         lr: learning rate of everything that trains but new blocks.
         lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
@@ -37,6 +41,7 @@ class Heal:
     """
 
     tokens: NonNegativeInt = ON_CPU
+    epochs: PositiveFloat | None = None
     train: str = "all"
     lr: PositiveFloat = 1e-4
     lora: Mapping[str, Any] | None = field(default_factory=_lora)
@@ -44,6 +49,25 @@ class Heal:
     def __post_init__(self) -> None:
         """Check the values."""
         self.adapters()
+
+    def budget(self, history: History, stages: int = 1) -> int:
+        """Training tokens of a run of which so many stages train.
+
+        Raises ValueError where it is told in passes over a text whose size nobody knows, or that come to nothing.
+        """
+        if self.epochs is None:
+            return self.tokens
+        if history.pass_tokens is None:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} counts passes over the training text, whose size is not known here: "
+                "set schedule.epochs=null and schedule.tokens"
+            )
+        found = round(self.epochs * history.pass_tokens)
+        if not found:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} is no token of a text of {history.pass_tokens:,}: give more"
+            )
+        return found * stages
 
     def adapters(self, seed: int = 0) -> LoraSpec:
         """The adapters of every stage that has some; `seed` is the run's."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from iskd.models.model_folder import refuse_missing_folder
-from iskd.plan.run_files import CONFIG_FILE, FACTS
+from iskd.plan.run_files import CONFIG_FILE, FACTS, STUDENTS
 from iskd.plan.saved_config import read_config
 from iskd.system.files import expanded, read_object
 from iskd.system.version import CONF, options
@@ -33,9 +33,10 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
         refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
     if folder is not None:
-        saved = folder.resolve().parent / CONFIG_FILE
-        if saved.is_file():
-            return _of_run(saved)
+        above = folder.resolve().parent
+        for saved in (above / CONFIG_FILE, *([above.parent / CONFIG_FILE] if above.name == STUDENTS else [])):
+            if saved.is_file():
+                return _of_run(saved)
         source = read_object(folder / FACTS, links=True).get("teacher")
         if (
             isinstance(source, dict)

@@ -34,10 +34,10 @@ def check_importance(schedule: Schedule, importance: Importance | None) -> None:
         )
 
 
-def history_of(state: RunState, module: DistillModule) -> History:
+def history_of(state: RunState, module: DistillModule, pass_tokens: int | None = None) -> History:
     """What the schedule sees."""
     params, others = surgery.sizes(module.student, state.record)
-    return History(state.record, state.finished, state.scores, params, others)
+    return History(state.record, state.finished, state.scores, params, others, pass_tokens)
 
 
 def decide(
@@ -48,6 +48,7 @@ def decide(
     windows: Callable[[], Sequence[Tensor]],
     ranks: Ranks,
     forward_context: Callable[[], AbstractContextManager[None]],
+    pass_tokens: int | None = None,
 ) -> None:
     """Put the next stage into `state`, or None when the run is complete; a collective.
 
@@ -59,18 +60,19 @@ def decide(
         windows: gives the calibration windows [B, T] for the scores.
         ranks: the processes of the run.
         forward_context: the precision under which training runs.
+        pass_tokens: tokens of one pass over the training text.
     """
     events: list[str] = []
     stale = schedule.scoring == "each" or state.scores is None
-    if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module)):
+    if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module, pass_tokens)):
         assert importance is not None
         batches = [batch.to(module.device) for batch in windows()]
-        choice = schedule.choice(history_of(state, module))
+        choice = schedule.choice(history_of(state, module, pass_tokens))
         with forward_context():
             scores, note = _scored(importance, module, batches, state.record.layers, choice)
         state.scored(ranks.first(by_layer(scores, state.record.layers)))
         events = [note] if note else []
-    found = schedule.candidates_for(history_of(state, module))
+    found = schedule.candidates_for(history_of(state, module, pass_tokens))
     stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
     state.next_stage(stages, schedule.trial_tokens, events)
 

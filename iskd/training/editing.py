@@ -60,7 +60,8 @@ def carry_out(
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
-    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
+    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state, unless the
+    optimizer starts anew in every stage (`OptimSpec.anew`).
 
     Args:
         module: its student, record and stage change.
@@ -94,6 +95,8 @@ def carry_out(
     adapt(student, record, stage)
     module.hold(student, record)
     module.enter(stage)
+    if module.optim.anew:
+        optimizer.state.clear()
     frozen = module.regroup(optimizer)
     events = [*map(str, fitted), *refitted, *taken_over(student, record, stage), *frozen]
     for event in events:

@@ -29,13 +29,13 @@ from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import Editor, adapt
 from iskd.training.facts import write_facts
-from iskd.training.finish import finish
+from iskd.training.finish import along_the_run, finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import EditInFreshProcess, StartAgain
 from iskd.training.stages import StageLoop
-from iskd.training.state import RunState
+from iskd.training.state import RunState, StudentKeeper, stored_in
 from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
 from iskd.training.strategies import FSDP2Strategy, check_strategy, meet_first, strategy_of
@@ -108,7 +108,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
             for logger in trainer.loggers:
                 logger.finalize("success" if state.stage is None else "aborted")
         _leave(parts, trainer, callback)
-        result = finish(parts, trainer, module, state, callback.stop_signals)
+        result = finish(parts, trainer, module, state, callback.stop_signals, callback.loop.along)
     except BaseException:
         callback.close(failed=True)
         raise
@@ -120,9 +120,16 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
     editor = (EditInFreshProcess if parts.schedule.restart_at_edit else Editor)(parts.refits, parts.data.calibration)
+    spec, keeps = parts.evaluation, parts.options.keep_students
+    along = along_the_run(parts, spec) if spec is not None and spec.along else None
+    every, number = None if spec is None else spec.inside, None if keeps is True else int(keeps)
+    keep = StudentKeeper(
+        parts.run_dir, parts.teacher, number, stored_in(parts.export_dtype, parts.teacher),
+        parts.export_code, parts.options.max_shard_bytes,
+    )  # fmt: skip
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), editor, parts.budget,
+        teacher, config_digest(parts.run_dir), editor, parts.budget, along, every, keep if keeps else None,
     )  # fmt: skip
 
 
@@ -131,6 +138,11 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     stage = loop.state.stage
     adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
+    if loop.along is not None and isinstance(trainer.strategy, FSDP2Strategy):
+        raise ValueError(
+            f"eval.every={loop.along.spec.every} asks whole students, and trainer=fsdp holds them in shards: set "
+            "eval.every=null, and ask the run's student at its end (iskd evaluate)"
+        )
     loop.editor.check(timed=parts.trainer[MAX_TIME] is not None)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
         raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ from iskd.system.text import argument
 from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
 from iskd.training.editing import BrokenOffError, Editor, back_to, merge_adapters
 from iskd.training.live import Live
-from iskd.training.metrics import StageClock, log_row, log_values
+from iskd.training.metrics import AlongTheRun, StageClock, log_inside, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
-from iskd.training.state import RunState, Saver, Status, checkpoint_files
+from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
 
@@ -55,6 +55,9 @@ class StageLoop:
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         editor: where edits are carried out; None = between two stages of this process.
         budget: what the plan says of its tokens.
+        along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
+            which it is validated inside a stage; None = it is not.
+        keep: keeps the students of stages; None = the last one alone is left.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -72,13 +75,18 @@ class StageLoop:
         config: str | None = None,
         editor: Editor | None = None,
         budget: str = "",
+        along: AlongTheRun | None = None,
+        every: int | None = None,
+        keep: StudentKeeper | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.editor, self.budget = editor or Editor(), budget
+        self.along, self.every, self.keep = along, every, keep
         self.preempted = False
+        self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
         self._movement = MovementCheck(options.movement_steps)
         self._validated: dict[int, Tensor] = {}  # the teacher's side of validation, which stays the same
         self._live: Live | None = None
@@ -116,7 +124,13 @@ class StageLoop:
             self._take_up(resume_from)
             return
         state.begin(self._identity())
-        row = state.stage_measured(module.student, "teacher", self._measure(), None, "kept")
+        start = time.perf_counter()
+        quality = self._measure()
+        self._seconds["teacher"] = taken = time.perf_counter() - start
+        # from now on the teacher's side is remembered, which is one of two passes
+        student = len(self.data.validation_windows()) * self.data.seq_len / live.ranks.size / quality["tokens_per_s"]
+        self._seconds["validation"] = max(taken - student, student)
+        row = state.stage_measured(module.student, "teacher", quality, None, "kept", self._asked())
         log_row(live.loggers, row, state.first_step)
         self._decide()
         self._announce()
@@ -164,10 +178,11 @@ class StageLoop:
     def _announce(self) -> None:
         """Print the stages ahead, what they take, and how they are estimated."""
         live, state = self.live, self.state
-        plan = forecast(self.schedule, history_of(state, live.module))
+        plan = forecast(self.schedule, history_of(state, live.module, self.data.pass_tokens))
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
+        self._check_room(plan, sum(steps) * step_tokens)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         sources = self.data.plan_mix(sum(steps) * step_tokens)
         if live.ranks.rank == 0:
@@ -179,11 +194,24 @@ class StageLoop:
                 self.budget,
             )  # fmt: skip
 
+    def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
+        """Raise ValueError where what is to be measured or kept along the run has no room in it."""
+        if self.every is not None and self.every >= tokens:
+            raise ValueError(
+                f"eval.every={self.every}: the run trains on {tokens:,} tokens, so that no student would be validated "
+                "inside a stage; give fewer, or eval.every=stage"
+            )
+        if self.keep is not None and not self.options.plan_only:
+            self.keep.check(self.live.module.student, len(plan))
+
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
         live, start = self.live, time.perf_counter()
         windows = partial(self.data.calibration, self.options.score_tokens)
-        decide(self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context)
+        decide(
+            self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context,
+            self.data.pass_tokens,
+        )  # fmt: skip
         self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
@@ -254,7 +282,10 @@ class StageLoop:
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
         live.module.log_row(live.loggers)
-        verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
+        before = state.tokens - self.count.step_tokens
+        validates = self.every is not None and state.tokens // self.every > before // self.every
+        validates &= not last and state.tournament is None
+        verdicts = live.module.guard.settle(now=last or due or validates or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:
             sharding.check_roots(live.module.student)
@@ -264,6 +295,8 @@ class StageLoop:
             require_moved(live.ranks.gather(still), split=sharding.is_sharded(live.module.student))
         if any(verdict.stopping for verdict in verdicts):
             self.preempted = True
+        if validates:
+            self._validate_inside()
         if self.preempted or due:
             self._tick()
             if last:  # the process that goes on from here has not trained the stage
@@ -319,7 +352,8 @@ class StageLoop:
                 ]
             )
         status: Status = "rolled_back" if missed else "kept"
-        row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status)
+        asked = None if missed else self._asked()
+        row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status, asked)
         if missed:
             self._back()
             state.run_complete()
@@ -327,6 +361,8 @@ class StageLoop:
             steps = self.count.stage_steps
             state.stage_kept(steps, steps * live.accumulate)
         log_row(live.loggers, row, state.first_step)
+        if not missed and self.keep is not None:
+            self.keep.keep(live.module, state.record, row.index, live.ranks)
         if not missed:
             self._decide()
         self._save()
@@ -412,6 +448,22 @@ class StageLoop:
         with self.live.forward_context():
             found = self.data.validation()
             return measure_quality(module.student, module.teacher, found, self._validated, intervals=True)
+
+    def _validate_inside(self) -> None:
+        """Measure the student where it stands, on the windows of every stage's end; no number of the run is changed."""
+        live, state, start = self.live, self.state, time.perf_counter()
+        quality = self._measure()
+        sharding.reshard(live.module.student)
+        state.measured_inside(quality)
+        log_inside(live.loggers, quality, state.tokens, self.count.stage_number, self.count.in_run)
+        self.clock.apart(time.perf_counter() - start)
+
+    def _asked(self) -> dict[str, Any] | None:
+        """What the student says to tasks and text; None where nobody asks."""
+        if self.along is None or self.options.plan_only:
+            return None
+        found: dict[str, Any] = self.live.ranks.first(self.along.told(self.live.module.student))
+        return found
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""

@@ -197,7 +197,7 @@ def test_a_group_is_drawn_over_all_its_tasks(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match=message):
         next(draw(["piqa"], data_dir=None, limit=1, seed=0))
     with pytest.raises(
-        ValueError, match=r"lm_eval has no task 'cbt'\. Put its items \(cam-cst/cbt.* into DIR/cbt/eval"
+        ValueError, match=r"'cbt' is neither .* Offline: Put its items \(cam-cst/cbt.* into DIR/cbt/eval"
     ):
         next(draw(["cbt"], data_dir=None, limit=1, seed=0))
 
