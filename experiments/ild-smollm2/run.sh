@@ -42,20 +42,20 @@ method() { # name, depth, seed, overrides...
 for depth in $DEPTHS; do
   tokens=$(((30 - depth) * LAYER))
   method ild-untrained "$depth" 0 experiment=ild importance=racing schedule.tokens=0
-  method shortgpt-untrained "$depth" 0 experiment=shortgpt
+  method shortgpt-untrained "$depth" 0 experiment=shortgpt importance=block_influence
   method ablation-untrained "$depth" 0 experiment=ablation_no_heal importance=racing
   for seed in $SEEDS; do
     method ild "$depth" "$seed" experiment=ild importance=racing schedule.tokens="$tokens"
     TEXT=("${BY_DOCUMENTS[@]}")
     method ild-by-documents "$depth" "$seed" experiment=ild importance=racing schedule.tokens="$tokens"
     TEXT=("${MIXED[@]}")
-    method shortgpt "$depth" "$seed" experiment=shortgpt schedule.tokens="$tokens"
+    method shortgpt "$depth" "$seed" experiment=shortgpt importance=block_influence schedule.tokens="$tokens"
     # ShortGPT's choice with our refit and our training; our choice healed after every cut and without refits, as ILD was before
-    method shortgpt-refit "$depth" "$seed" experiment=shortgpt schedule.tokens="$tokens" schedule.lr=1e-4 data.batch_size=1 \
+    method shortgpt-refit "$depth" "$seed" experiment=shortgpt importance=block_influence schedule.tokens="$tokens" schedule.lr=1e-4 data.batch_size=1 \
       refit=[output]
     method ild-between "$depth" "$seed" experiment=iterative_bi importance=racing schedule.tokens="$tokens" \
       optim.decay_over=stage
-    method iterative-bi "$depth" "$seed" experiment=iterative_bi schedule.tokens="$tokens" optim.decay_over=stage
+    method iterative-bi "$depth" "$seed" experiment=iterative_bi importance=block_influence schedule.tokens="$tokens" optim.decay_over=stage
     method random "$depth" "$seed" experiment=random_removal schedule.tokens="$tokens" optim.decay_over=stage
   done
 done

@@ -19,6 +19,7 @@ from iskd.data.sources import as_chats, pinned
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
+from iskd.importance import AttentionImportance
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.plan.budget import ON_CPU, cpu_budget, gpu_budget
@@ -26,7 +27,7 @@ from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
-from iskd.schedules import EditKind, Schedule
+from iskd.schedules import ConvertTo, EditKind, Schedule
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.files import expanded, sweep
 from iskd.system.machine import called
@@ -84,6 +85,11 @@ def _made(
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = importance_of(config)
+    if isinstance(importance, AttentionImportance) and class_of(config.edit) is not ConvertTo:
+        raise ValueError(
+            f"importance={type(importance).__name__.lower()} says which layers keep their attention when the others "
+            "are converted: use edit=convert and a mixer, or another importance"
+        )
     asked_export = _export(plain(config.export))
     asked = _evaluation(config, teacher, importance, data)
     return Parts(
@@ -314,4 +320,8 @@ def _device(config: DictConfig) -> torch.device:
 def importance_of(config: DictConfig) -> Any:
     """The importance, with what its class takes beside its keys."""
     takes = getattr(class_of(config.importance), "takes", ())
-    return object_of(config.importance, **{name: config.data[name] for name in takes})
+    values: dict[str, Any] = {"bos": config.data.get("bos"), "seed": config.seed}
+    if "convert" in takes:
+        # scores of a teacher alone are asked for without a word about what is done to layers
+        values["convert"] = _edit(config) if class_of(config.edit) is ConvertTo else ConvertTo(spec(config.mixer))
+    return object_of(config.importance, **{name: values[name] for name in takes})

@@ -97,13 +97,51 @@ def leave_one_out_values(
         loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)  # [C + 1, N], the whole one last
         values = loss[:-1] - loss[-1]
     else:
-        goal = Stack(teacher)
         # the whole student, where it equals the teacher, is what the others are compared with
-        goal_ND = finals.pop() if untouched else _in_head_dtype(goal.last_hidden(batch)[:, at].flatten(0, 1))
-        values = _divergences(finals, stack, goal_ND, goal, chunk)
+        goal_ND = finals.pop() if untouched else goal_of(teacher, batch, at)[1]
+        values = _divergences(finals, stack, goal_ND, Stack(teacher), chunk)
     found = values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
     refuse_not_finite(found, wanted, "blocks")
     return found
+
+
+def branch_values(
+    stack: Stack,
+    trunk: Trunk,
+    branches: Sequence[tuple[int, Tensor]],
+    batch: Tensor,
+    *,
+    at: slice,
+    goal: tuple[PreTrainedModel, Tensor] | None = None,
+    width: int | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """What each of several branches says at each scored position [C, B, P], in nats, float32, on the CPU.
+
+    A branch is the position of a block and the stream [B, T, D] that goes into it instead of the trunk's own.
+
+    Args:
+        stack: the student.
+        trunk: its own pass.
+        branches: C of them; one at the top with the trunk's own stream is the whole student.
+        batch: token ids [B, T].
+        at: the scored positions; without a teacher the last one is none of them, as it has no label.
+        goal: the teacher and what it says there (`goal_of`): KL(teacher || branch) is measured; None = cross-entropy of
+            the next token.
+        width: branches that are run as one batch; None = 8 on a GPU, 1 on a CPU.
+        chunk: tokens whose logits exist at a time.
+    """
+    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))
+    if goal is None:
+        found = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)
+    else:
+        found = _divergences(finals, stack, goal[1], Stack(goal[0]), chunk)
+    return found.unflatten(1, (batch.shape[0], -1)).float().cpu()
+
+
+def goal_of(teacher: PreTrainedModel, batch: Tensor, at: slice) -> tuple[PreTrainedModel, Tensor]:
+    """The teacher, and the input of its head at the scored positions of a batch [B * P, D]."""
+    return teacher, _in_head_dtype(Stack(teacher).last_hidden(batch)[:, at].flatten(0, 1))
 
 
 class Trunk(Trace):

@@ -145,7 +145,9 @@ class Align(Layers, Heal):
     def _conversions(self) -> LayerSchedule:
         """The choice of layers: all conversions as one stage."""
         shared = {key.name: getattr(self, key.name) for kind in (Layers, Heal) for key in fields(kind)}
-        if self.count == -1 or (self.count is None and self.layers is not None):
+        if self.attention_share is not None:
+            shared |= {"count": None if self.count == -1 else self.count}
+        elif self.count == -1 or (self.count is None and self.layers is not None):
             # a list says how many it means; where all are converted, nobody asks in which order
             shared |= {"order": "middle_out", "count": self.count if self.layers is None else None}
         return LayerSchedule(**shared)

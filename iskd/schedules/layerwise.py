@@ -20,7 +20,8 @@ from iskd.schedules.target import Target
 class LayerSchedule(Layers, Heal):
     """Layers are edited until the target is reached, with an equal share of `tokens` after each stage.
 
-    The target is one of `count`, `target_layers` and `target_params`. Keys beside those of `Layers` and `Heal`:
+    The target is one of `count`, `attention_share`, `target_layers` and `target_params`. Keys beside those of `Layers`
+    and `Heal`:
 
     Attributes:
         target_layers: remove until so many layers are left.
@@ -56,7 +57,7 @@ class LayerSchedule(Layers, Heal):
     def __post_init__(self) -> None:
         """Check the values."""
         Layers.__post_init__(self)
-        if self.target.count is None and not self.removes:
+        if self.target.count is self.target.kept is None and not self.removes:
             raise ValueError(
                 f"{self.target} is for edit=remove and edit=merge; say how many layers are edited with schedule.count"
             )
@@ -92,6 +93,8 @@ class LayerSchedule(Layers, Heal):
     def target(self) -> Target:
         """When enough layers are edited; without a word about it, when those that `layers` names are."""
         count = self.count
+        if self.attention_share is not None:
+            return Target(count, self.target_layers, self.target_params, self.attention_share)
         if count is self.target_layers is self.target_params is None:
             count = -1 if isinstance(self.layers, str) else None if self.layers is None else len(self.layers)
         return Target(count, self.target_layers, self.target_params)

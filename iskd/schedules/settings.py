@@ -12,7 +12,7 @@ from iskd.plan import Record
 from iskd.plan.budget import ON_CPU
 from iskd.plan.stage import LoraSpec, lora_of
 from iskd.schedules.base import History
-from iskd.schedules.edits import EditKind, MergeLayers
+from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
 
 # by name of a choice of layers, the first one and the step to the next
@@ -81,6 +81,8 @@ class Layers:
     Attributes:
         edit: what is done to a layer.
         count: how many layers are edited in all; -1 = every one that is not protected.
+        attention_share: instead of `count`, with `edit=convert`: share of the teacher's layers, in (0, 1), that keep
+            their attention, rounded up to whole layers; protected ones count among them.
         order: a name of `iskd.schedules.orders.NAMES`; ignored when `layers` is a list.
         layers: explicit order; then `count` defaults to its length. Or a name of `NAMED`: only these layers are edited,
             in the order that `order` says, all of them unless a target says otherwise.
@@ -97,6 +99,7 @@ class Layers:
     edit: EditKind
     _: KW_ONLY
     count: int | None = None
+    attention_share: float | None = None
     order: str = "importance"
     layers: str | Sequence[int] | None = None
     protect: Sequence[int] = ()
@@ -108,6 +111,8 @@ class Layers:
     def __post_init__(self) -> None:
         """Check the values."""
         object.__setattr__(self, "protect", tuple(self.protect))
+        if self.attention_share is not None and not isinstance(self.edit, ConvertTo):
+            raise ValueError("schedule.attention_share is for edit=convert; say how many layers go by schedule.count")
         if isinstance(self.layers, str) and self.layers not in NAMED:
             raise ValueError(
                 f"schedule.layers={self.layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers"

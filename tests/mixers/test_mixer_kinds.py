@@ -21,9 +21,8 @@ from iskd.mixers.mamba2 import Mamba2
 from iskd.mixers.mlstm import MLSTM
 from iskd.mixers.rwkv6 import RWKV6
 from iskd.mixers.sliding import Sliding
-from iskd.models import Stack, surgery
-from iskd.plan import Convert, Record, Spec
-from tests.factories import tiny, windows
+from iskd.models import Stack
+from tests.factories import tiny
 
 ALL: tuple[type[RecurrentMixer], ...] = (DeltaNet, GatedDeltaNet, KDA, Mamba, Mamba2, MLSTM, RWKV6, Sliding)
 TOKENS = 11
@@ -277,82 +276,6 @@ def test_decays_start_at_their_memory() -> None:
         torch.testing.assert_close(found["g"], torch.full_like(found["g"], -1 / 50), atol=1e-6, rtol=1e-6)
 
 
-# ---- the sliding window ----------------------------------------------------------------------------------------------
-
-
-def hedgehog(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([torch.softmax(x @ weight, -1), torch.softmax(-(x @ weight), -1)])
-
-
-def sliding(mixer: Any, x: Tensor) -> Tensor:
-    """Query by query over all keys: softmax weights in the window, features behind it, one sum for both."""
-    q, k, v = (projected(mixer, name, x) for name in "qkv")
-    gamma, w = torch.sigmoid(mixer.window_gate), mixer.window
-    rows = []
-    for b in range(x.shape[0]):
-        outputs = []
-        for t in range(x.shape[1]):
-            heads = []
-            for h in range(6):
-                g = h // 2
-                scores = torch.stack([q[b, t, h] @ k[b, s, g] / 8**0.5 for s in range(max(0, t - w + 1), t + 1)])
-                weights = [*(gamma[h] * torch.exp(scores - scores.max()))]
-                if mixer.feature_map == "hedgehog":
-                    phi_q = hedgehog(mixer.q_map.weight[h], q[b, t, h])
-                    far = [phi_q @ hedgehog(mixer.k_map.weight[g], k[b, s, g]) for s in range(t - w + 1)]
-                else:
-                    far = [(F.elu(q[b, t, h]) + 1) @ (F.elu(k[b, s, g]) + 1) for s in range(t - w + 1)]
-                total = torch.stack([*far, *weights])
-                heads.append(total @ v[b, : t + 1, g] / total.sum())
-            outputs.append(torch.cat(heads))
-        rows.append(torch.stack(outputs))
-    return mixer.projections.o_proj(torch.stack(rows))
-
-
-@pytest.mark.parametrize(("window", "feature_map"), [(3, "hedgehog"), (3, "elu1"), (1, "hedgehog"), (6, "hedgehog")])
-def test_softmax_in_the_window_and_features_behind_it(window: int, feature_map: str) -> None:
-    agree(made(Sliding, window=window, feature_map=feature_map, rotary=False), sliding)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "qwen3", "gpt_neox", "opt"])
-def test_up_to_its_window_it_is_the_teachers_attention(family: str) -> None:
-    teacher, model, ids = tiny(family), tiny(family), windows(2, 16)
-    mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 16, "chunk": 5})
-    surgery.apply(model, Record(4), [Convert(layer, mixer) for layer in range(4)])
-    torch.testing.assert_close(model(ids).logits, teacher(ids).logits, atol=1e-5, rtol=1e-4)
-    longer = windows(2, 24)
-    assert (model(longer).logits - teacher(longer).logits)[:, 16:].abs().max() > 1e-4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("feature_map", ["hedgehog", "relu"])
-def test_a_window_knows_documents_padding_and_caches(feature_map: str) -> None:
-    """Documents of 4, 9 and 3 tokens in a row, padding in front: as alone, whole or in pieces, and as the matrix."""
-    model = tiny("llama")
-    mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 3, "chunk": 5, "feature_map": feature_map})
-    surgery.apply(model, Record(4), [Convert(layer, mixer, seed=layer) for layer in range(4)])
-    lengths, ids = (4, 9, 3), windows(1, 16)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    alone = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(model(ids, position_ids=positions).logits, alone, atol=2e-5, rtol=1e-4)
-    # five tokens of padding in front, the last document read in pieces
-    row, mask = F.pad(ids, (5, 0)), F.pad(torch.ones_like(ids), (5, 0))
-    spots = F.pad(positions, (5, 0))
-    past = model(row[:, :19], attention_mask=mask[:, :19], position_ids=spots[:, :19], use_cache=True).past_key_values
-    for t in (19, 20):
-        now = slice(t, t + 1)
-        out = model(row[:, now], attention_mask=mask[:, : t + 1], position_ids=spots[:, now], past_key_values=past)
-        torch.testing.assert_close(out.logits, alone[:, t - 5 : t - 4], atol=2e-5, rtol=1e-4)
-    stack = Stack(model)
-    one: Any = stack.layers[0].get_submodule(f"{stack.family.attn}.mixer")
-    x, options = torch.randn(1, 21, 48, generator=torch.Generator().manual_seed(0)), {"mask": mask, "positions": spots}
-    v = one.projections.v_proj(x).unflatten(-1, (3, 8)).repeat_interleave(2, dim=2)
-    mixed = torch.einsum("bhts,bshv->bthv", one.matrix(x, **options), v)
-    torch.testing.assert_close(one.projections.out(mixed), one(x, **options), atol=2e-5, rtol=1e-4)
-    assert torch.allclose(one.matrix(x, **options).sum(-1)[:, :, 5:], torch.ones(()))
-
-
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 COPIED = {Mamba: "vo"}
@@ -376,8 +299,6 @@ def test_what_is_copied_and_what_is_fresh(kind: type[RecurrentMixer]) -> None:
     [
         (DeltaNet, {"activation": "tanh"}, "mixer.activation='tanh': choose one of silu, identity"),
         (Mamba, {"activation": "relu"}, "mixer.activation='relu'"),
-        (Sliding, {"feature_map": "identity"}, "mixer.feature_map='identity': choose one of hedgehog, elu1, relu"),
-        (Sliding, {"gamma": 1.0}, r"mixer.gamma must be in \(0, 1\)"),
     ],
 )
 def test_what_cannot_be_is_refused(kind: type[RecurrentMixer], kwargs: dict[str, Any], message: str) -> None:
