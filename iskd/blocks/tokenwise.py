@@ -132,7 +132,7 @@ def _drop_unread(block: nn.Module, weight: Tensor, hidden: int) -> None:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.enable_grad():
             output = block(probe)
             state = output[0] if isinstance(output, tuple) else output
             found = torch.autograd.grad(state.sum(), parameters, allow_unused=True)
