@@ -6,7 +6,7 @@ A step costs one block forward and backward and no head, and each block hears of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
-from iskd.refits.base import BlockRefit, RefitTask, Site, walk
+from iskd.refits.base import BlockRefit, RefitTask, Site
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,20 @@ class Local(BlockRefit):
         """One of each model, and forward and backward of the student for every epoch."""
         return 2.0 + 3.0 * self.epochs
 
-    def refit(self, task: RefitTask) -> list[str]:
+    def between(self, stack: Stack) -> bool:
+        """Where attention and MLP are trained apart."""
+        return self.sublayers and stack.sequential
+
+    def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Train; see the class."""
-        chosen = self.chosen(task)
-        apart = self.sublayers and Stack(task.student).sequential
+        apart = self.between(Stack(task.student))
         before, after, epochs = [], [], []
-        for site in walk(task, self.streams, attention=apart):
-            if site.layer not in chosen:
-                continue
+        for site in sites:
             found = [self._train(task, site, *share) for share in _shares(site, apart)]
             before.append(found[0][0])
             after.append(found[-1][1])
             epochs.append(sum(count for *_, count in found))
-        if not chosen:
+        if not after:
             return ["no block to train"]
         return [
             f"{len(after)} blocks trained, {sum(epochs) / len(epochs):.1f} epochs each: relative squared error on "
