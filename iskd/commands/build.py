@@ -218,32 +218,13 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 
 
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
-    """The data module that `data` names; `given` stands for where it would read, and a batch is written there."""
-    values: dict[str, Any] = dict(config.data)
-    described, chat = values.pop("source", None), values.pop("chat", None)
-    entries = values.pop("sources", None)
-    if given is not None:
-        source = given
-    elif Mix.takes == getattr(class_of(described), "takes", ()):
-        source = object_of(described, sources=_sources(entries))
-    else:
-        source = object_of(described)
-    files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
-    if isinstance(source, Mix) and any(files.values()):
-        raise ValueError("data.path names the text of one source: in a mix set data.sources.NAME.path")
-    if given is None and files["path"] is not None:
-        # a local copy of a known data set keeps that set's way of reading
-        reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
-        source = TextFiles(**files, **reading)
-    elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
-        raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
-    loss = None if chat is None else chat.get("loss")
-    if loss is not None:
-        source = mapped(source, partial(as_chats, loss=loss))
-    elif any(getattr(each, "chat", False) for each in sources_of(source).values()):
-        raise ValueError(
-            "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
-        )
+    """The data module that `data` names; `given` stands for where it would read.
+
+    What a run keeps is written into the config: its batch, and the commits of its data sets.
+    """
+    apart = ("source", "sources", "chat", "path", "val_path", "test_path")
+    values: dict[str, Any] = {key: value for key, value in config.data.items() if key not in apart}
+    source = source_of(config, given)
     if values.get("batch_size") is None:
         values["batch_size"] = config.data.batch_size = _batch_of(config)
     cache_dir = Path(config.cache_dir or expanded("~/.cache/iskd")) / "data"
@@ -264,9 +245,42 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         seed=config.seed,
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
-        chat_loss=loss,
+        chat_loss=_chat_loss(config),
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def source_of(config: DictConfig, given: Source | None = None) -> Source:
+    """Where `data` reads; `given` stands for it. Raises ValueError where that is no text, or of several kinds."""
+    data = config.data
+    files = {key: data.get(key) for key in ("path", "val_path", "test_path")}
+    if given is not None:
+        source = given
+    elif Mix.takes == getattr(class_of(data.get("source")), "takes", ()):
+        source = object_of(data.source, sources=_sources(data.get("sources")))
+        if any(files.values()):
+            raise ValueError("data.path names the text of one source: in a mix set data.sources.NAME.path")
+    else:
+        source = object_of(data.source)
+    if given is None and files["path"] is not None:
+        # a local copy of a known data set keeps that set's way of reading
+        reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
+        source = TextFiles(**files, **reading)
+    elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
+        raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
+    loss = _chat_loss(config)
+    if loss is not None:
+        source = mapped(source, partial(as_chats, loss=loss))
+    elif any(getattr(each, "chat", False) for each in sources_of(source).values()):
+        raise ValueError(
+            "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
+        )
+    return source
+
+
+def _chat_loss(config: DictConfig) -> str | None:
+    chat = config.data.get("chat")
+    return None if chat is None else chat.get("loss")
 
 
 def _sources(entries: DictConfig | None) -> dict[str, tuple[Source, float]]:

@@ -217,10 +217,7 @@ class TextData(L.LightningDataModule):
         self._stage = (first_step, steps)
 
     def plan_mix(self, tokens: int) -> list[str]:
-        """Return what so many training tokens take of each source of a mix, a line for each; [] = one source.
-
-        Raises ValueError where one has too few and is not to be repeated.
-        """
+        """Return what so many tokens take of each source of a mix, a line each; ValueError as `windows.plan_mix`."""
         order = self._opened.order(self.seed)
         return [] if self._mix is None else plan_mix(self._mix, order, tokens // self.seq_len, self.seq_len)
 
