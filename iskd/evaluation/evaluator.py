@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
 from iskd.evaluation.harness import Drawn
+from iskd.evaluation.quantize import check as check_quantize
+from iskd.evaluation.quantize import quantized
 from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
 from iskd.evaluation.results import Evaluation
 from iskd.evaluation.scores import Scored, compare
@@ -99,6 +101,7 @@ class Asking:
         self.windows = _windows(spec, text, tokenizer, models, self.frame)
         if not spec.tasks and self.windows is None:
             raise ValueError(_NOTHING)
+        check_quantize(spec.quantize, self.windows is not None)
         self._questions = questions(spec, tokenizer, exclude)
         self._theirs: tuple[dict[str, Scored], TextLoss | None] | None = None
 
@@ -125,7 +128,9 @@ class Asking:
         if self.teacher is not None:
             named["teacher"] = _facts(self.teacher.model, self.teacher.source)
         settings = {**_settings(spec, self._questions, self.excluded, model), "framing": self.frame.to_json()}
-        return Evaluation(found, retention, mean, scored_text, named, settings)
+        step = partial(tell, "student in fewer bits, windows of text")
+        packed = quantized(model, self.windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
+        return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed)
 
     def _answers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str, tell: Tell
@@ -218,7 +223,7 @@ def _settings(
     spec: EvalSpec, asked_of: Mapping[str, Question], excluded: int, model: PreTrainedModel
 ) -> dict[str, Any]:
     """What was asked for and what computed it, without the paths of one machine."""
-    own = ("data_dir", "text", "every", "efficiency_seconds")
+    own = ("data_dir", "text", "every", "efficiency_seconds", "quantize")
     asked = {key: value for key, value in asdict(spec).items() if key not in own}
     kind = model.device.type
     mixed = torch.is_autocast_enabled(kind)

@@ -79,6 +79,7 @@ class EvalSpec:
         every: along a run, for its figures. `stage`: tasks and text are asked at the start and after every stage; a
             number: that too, and inside a stage the student is validated every so many training tokens, on the windows
             of `data.val_tokens`. None = at the end alone.
+        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
         efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
             At the end of a run it is `run.efficiency_seconds` that says so.
 
@@ -101,11 +102,13 @@ class EvalSpec:
     window: int = 512
     resamples: int = 1000
     every: PositiveInt | Literal["stage"] | None = None
+    quantize: Sequence[str] = ()
     efficiency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "quantize", tuple(self.quantize))
         if stray := [name for name in self.metrics if name not in self.tasks]:
             raise ValueError(f"eval.metrics.{stray[0]} is of a task that is not asked: add it to eval.tasks")
         if not self.lengths or not all(LENGTHS[0] <= length <= LENGTHS[-1] for length in self.lengths):

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator
 
+from iskd.evaluation.fields import Facts, Known, Word, items, only, plain
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
-from iskd.system.reading import between, is_number, read_as
+from iskd.system.reading import between, read_as
 
 _HELD = ("text", "models", "settings")
 """Keys of evaluation.json that are fields, where their values are of the right kind."""
@@ -23,15 +24,6 @@ _HELD = ("text", "models", "settings")
 
 def _bounds(value: Any) -> Any:
     return value if value is None or isinstance(value, dict) else {"value": value}
-
-
-def _only(kind: type[Any], otherwise: Any) -> BeforeValidator:
-    """What is no `kind` counts as `otherwise`."""
-    return BeforeValidator(lambda value: value if isinstance(value, kind) else otherwise)
-
-
-def _items(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list) else ()
 
 
 def _by_length(found: tuple[AtContext, ...]) -> tuple[AtContext, ...]:
@@ -42,22 +34,6 @@ def _reasons(told: Any) -> dict[int, str]:
     items = told.items() if isinstance(told, dict) else ()
     known = {int(at): why for at, why in items if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
     return dict(sorted(known.items()))
-
-
-def _plain(value: Any, digits: int | None = None) -> Any:
-    """Strict JSON: null for numbers that are not finite, the others rounded to so many decimals."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item, digits) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, digits) for item in value]
-    if isinstance(value, float):
-        return None if not math.isfinite(value) else value if digits is None else round(value, digits)
-    return value
-
-
-_Known = Annotated[float, PlainValidator(lambda value: value if is_number(value) else math.nan)]
-_Word = Annotated[str, _only(str, "")]
-_Facts = Annotated[Json, _only(dict, {})]
 
 
 # ---- efficiency.json -------------------------------------------------------------------------------------------------
@@ -78,23 +54,23 @@ class AtContext:
     """
 
     context: Annotated[int, between(1)]
-    prefill_seconds: _Known = math.nan
-    decode_seconds_per_token: _Known = math.nan
-    cache_bytes: _Known = math.nan
-    cache_held_bytes: _Known = math.nan
-    peak_memory_bytes: _Known = math.nan
-    repeats: _Known = math.nan
+    prefill_seconds: Known = math.nan
+    decode_seconds_per_token: Known = math.nan
+    cache_bytes: Known = math.nan
+    cache_held_bytes: Known = math.nan
+    peak_memory_bytes: Known = math.nan
+    repeats: Known = math.nan
 
 
 @dataclass(frozen=True)
 class Measured:
     """Size and speed of one model; contexts ascending, each length once; why others were left out, by length."""
 
-    params: _Known = math.nan
-    bytes: _Known = math.nan
-    dtype: _Word = ""
-    peak_memory_bytes: _Known = math.nan
-    contexts: Annotated[tuple[OnErrorOmit[AtContext], ...], BeforeValidator(_items), AfterValidator(_by_length)] = ()
+    params: Known = math.nan
+    bytes: Known = math.nan
+    dtype: Word = ""
+    peak_memory_bytes: Known = math.nan
+    contexts: Annotated[tuple[OnErrorOmit[AtContext], ...], BeforeValidator(items), AfterValidator(_by_length)] = ()
     left_out: Annotated[dict[int, str], PlainValidator(_reasons)] = field(default_factory=dict)
 
     def at(self, context: int) -> AtContext | None:
@@ -107,8 +83,8 @@ class Efficiency:
     """efficiency.json: the machine, and what both models, or one of them, cost on it."""
 
     machine: Any = None
-    teacher: Annotated[Measured | None, _only(dict, None)] = None
-    student: Annotated[Measured | None, _only(dict, None)] = None
+    teacher: Annotated[Measured | None, only(dict, None)] = None
+    student: Annotated[Measured | None, only(dict, None)] = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -118,7 +94,7 @@ class Efficiency:
 
     def to_json(self) -> Json:
         """Plain JSON values."""
-        return {"machine": self.machine} | {name: _plain(asdict(model)) for name, model in self.models.items()}
+        return {"machine": self.machine} | {name: plain(asdict(model)) for name, model in self.models.items()}
 
 
 def efficiency_of(value: Any) -> Efficiency:
@@ -140,9 +116,9 @@ def efficiency_of(value: Any) -> Efficiency:
 class Interval:
     """A number and the bounds of its interval."""
 
-    value: _Known
-    low: _Known = math.nan
-    high: _Known = math.nan
+    value: Known
+    low: Known = math.nan
+    high: Known = math.nan
 
 
 _Bounds = Annotated[Interval | None, BeforeValidator(_bounds)]
@@ -164,17 +140,17 @@ class TaskScore:
     """
 
     task: Annotated[str, BeforeValidator(str)]
-    kind: _Word = ""
-    metric: _Word = ""
-    items: _Known = math.nan
-    chance: _Known = math.nan
-    student: _Known = math.nan
-    student_error: _Known = math.nan
-    teacher: _Known | None = None
-    teacher_error: _Known | None = None
+    kind: Word = ""
+    metric: Word = ""
+    items: Known = math.nan
+    chance: Known = math.nan
+    student: Known = math.nan
+    student_error: Known = math.nan
+    teacher: Known | None = None
+    teacher_error: Known | None = None
     difference: _Bounds = None
     retention: _Bounds = None
-    metrics: _Facts = field(default_factory=dict)
+    metrics: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,22 +166,41 @@ class TextScore:
         difference, low, high: student - teacher in nats per token, with a 95 % bootstrap interval over windows.
     """
 
-    tokens: _Known = math.nan
-    bytes: _Known = math.nan
-    windows: _Known = math.nan
-    sha256: _Word = ""
-    perplexity: _Known = math.nan
-    bits_per_byte: _Known = math.nan
-    teacher_perplexity: _Known | None = None
-    teacher_bits_per_byte: _Known | None = None
-    difference: _Known | None = None
-    low: _Known | None = None
-    high: _Known | None = None
+    tokens: Known = math.nan
+    bytes: Known = math.nan
+    windows: Known = math.nan
+    sha256: Word = ""
+    perplexity: Known = math.nan
+    bits_per_byte: Known = math.nan
+    teacher_perplexity: Known | None = None
+    teacher_bits_per_byte: Known | None = None
+    difference: Known | None = None
+    low: Known | None = None
+    high: Known | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The student with its weights in fewer bits, by torchao; the first of several rows is the student as it is.
+
+    Attributes:
+        kind: `int8`, `int4`, or the dtype of the student as it is.
+        bytes: of its weights.
+        perplexity: on the text of `TextScore`.
+        tokens_per_s: written after a short context, one at a time, in turns with the student as it is.
+        why: what kept it from being measured; empty where nothing did.
+    """
+
+    kind: Word
+    bytes: Known = math.nan
+    perplexity: Known = math.nan
+    tokens_per_s: Known = math.nan
+    why: Word = ""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json; equal for equal models, data, settings and machine.
+    """evaluation.json; equal for equal models, data, settings and machine, but for the speeds of `quantized`.
 
     Attributes:
         tasks: in the order asked for.
@@ -216,15 +211,17 @@ class Evaluation:
         models: what identifies the `student` and the `teacher`: hash, sizes, dtype of the weights.
         settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
         rest: what a file says that no field does, as it stands there: keys of others, and values of another kind.
+        quantized: the student in fewer bits, where that was asked for.
     """
 
     tasks: tuple[TaskScore, ...]
     retention: dict[str, Interval]
     mean_retention: _Bounds
-    text: Annotated[TextScore | None, _only(dict, None)]
-    models: _Facts
-    settings: _Facts
+    text: Annotated[TextScore | None, only(dict, None)]
+    models: Facts
+    settings: Facts
     rest: Json = field(default_factory=dict)
+    quantized: Annotated[tuple[OnErrorOmit[Quantized], ...], BeforeValidator(items)] = ()
 
     @property
     def mean(self) -> Interval:
@@ -241,13 +238,15 @@ class Evaluation:
     def about(self) -> Json:
         """All but scores and retention, as plain JSON, keys in order."""
         told = {key: value for key, value in asdict(self).items() if key in _HELD}
-        return json.loads(json.dumps(_plain({**told, **self.rest}), sort_keys=True))
+        return json.loads(json.dumps(plain({**told, **self.rest}), sort_keys=True))
 
     def to_json(self) -> str:
         """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
         values = asdict(self)
         rest = values.pop("rest")
-        return json.dumps(_plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
+        if not self.quantized:
+            del values["quantized"]
+        return json.dumps(plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
 
 
 def evaluation_of(value: Any) -> Evaluation:
@@ -263,7 +262,7 @@ def evaluation_of(value: Any) -> Evaluation:
         del rest["tasks"]
     if isinstance(by_kind, dict) and all(isinstance(each, dict) for each in by_kind.values()):
         told["retention"] = {kind: {"value": None, **each} for kind, each in rest.pop("retention").items()}
-    told |= {key: rest.get(key) for key in _HELD}
+    told |= {key: rest.get(key) for key in _HELD} | {"quantized": rest.pop("quantized", None)}
     found = read_as(Evaluation, told, EVALUATION_FILE, others=True)
     held = {key: value for key, value in asdict(found).items() if key in _HELD}
     rest = {key: value for key, value in rest.items() if key not in held or not _same(value, held[key])}
@@ -272,7 +271,7 @@ def evaluation_of(value: Any) -> Evaluation:
 
 def _same(value: Any, held: Any) -> bool:
     """Whether a field says all that stood in the file."""
-    return json.dumps(_plain(value, 6), sort_keys=True) == json.dumps(_plain(held, 6), sort_keys=True)
+    return json.dumps(plain(value, 6), sort_keys=True) == json.dumps(plain(held, 6), sort_keys=True)
 
 
 def _named(value: Any) -> list[Json] | None:

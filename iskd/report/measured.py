@@ -42,6 +42,23 @@ def tasks_section(evaluation: Evaluation | None) -> str:
     return html.section("Tasks", body + html.details("How it was evaluated", html.properties("", evaluation.about)))
 
 
+def quantized_section(evaluation: Evaluation | None) -> str:
+    """The student in fewer bits beside the student as it is; empty where nobody asked for it."""
+    if evaluation is None or not evaluation.quantized:
+        return ""
+    unit, label = byte_unit(max((row.bytes for row in evaluation.quantized if math.isfinite(row.bytes)), default=0.0))
+    rows = [
+        [row.kind, number(row.bytes / unit), number(row.perplexity, 4), number(row.tokens_per_s), row.why]
+        for row in evaluation.quantized
+    ]
+    columns = ("weights in", f"bytes ({label})", "perplexity", "tokens/s", "not measured, because")
+    hint = (
+        "Weight-only, by torchao: all linear maps but the head. tokens/s: one at a time, in turns with the first row."
+    )
+    body = html.table("Weights in fewer bits", columns, rows, kind="named")
+    return html.section("Weights in fewer bits", f'{body}<p class="hint">{escape(hint)}</p>')
+
+
 def efficiency_section(measured: Efficiency | None) -> str:
     """Size, latency and cache of student and teacher, and the machine they were measured on; empty without them."""
     if measured is None:

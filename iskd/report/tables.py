@@ -55,7 +55,7 @@ def efficiency_table(found: Efficiency) -> Table:
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row per task, then the means; numbers in percent, perplexity below."""
     compared = any(score.teacher is not None for score in evaluation.tasks)
-    table = Table(title="evaluation", caption=_text_line(evaluation.text), caption_justify="left")
+    table = Table(title="evaluation", caption=_below(evaluation), caption_justify="left")
     table.add_column("task")
     heads = ("teacher %", "student %", "difference (95 %)", "retention % (95 %)") if compared else ("score %", "error")
     for head in ("items", "metric", "chance %", *heads):
@@ -93,6 +93,15 @@ def _signed(estimate: Interval | None) -> str:
         return ABSENT
     value, low, high = (f"{100 * number:+.1f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} .. {high})"
+
+
+def _below(evaluation: Evaluation) -> str | None:
+    """The text's line, and one for every kind of weights in fewer bits."""
+    lines = [line] if (line := _text_line(evaluation.text)) else []
+    for row in evaluation.quantized:
+        said = f"perplexity {number(row.perplexity, 4)}, {number(row.tokens_per_s)} tokens/s"
+        lines.append(f"weights in {row.kind}: " + (row.why or f"{number(row.bytes / 2**20)} MiB, {said}"))
+    return "\n".join(lines) or None
 
 
 def _text_line(text: TextScore | None) -> str | None:

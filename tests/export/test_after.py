@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
 import iskd
+from iskd.evaluation import EvalSpec, evaluate
 from iskd.export.student import write
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer
@@ -201,6 +202,15 @@ def quantised(folder: Path) -> None:
     assert 0 < difference < 0.1 * before.abs().max()
 
 
+def reported(folder: Path) -> None:
+    pytest.importorskip("torchao.quantization")
+    spec = EvalSpec(quantize=["int8"], tokens=128, window=64)
+    as_it_is, row = evaluate(load(folder), byte_tokenizer(), spec, text="Once upon a time there was " * 20).quantized
+    assert not row.why
+    assert row.bytes < as_it_is.bytes
+    assert row.perplexity == pytest.approx(as_it_is.perplexity, rel=0.1)
+
+
 STEPS: dict[str, Callable[[Path], None]] = {
     "text by `pipeline`": piped,
     "text while it is made (`TextIteratorStreamer`)": streamed,
@@ -221,6 +231,7 @@ STEPS: dict[str, Callable[[Path], None]] = {
     "`torch.export`": graph,
     "ONNX (`torch.onnx.export(dynamo=True)`), run by onnxruntime": onnx,
     "weights of 8 bits (`quantize_`, `Int8WeightOnlyConfig`)": quantised,
+    "what 8 bits change, in the report (`eval.quantize=[int8]`)": reported,
 }
 
 
