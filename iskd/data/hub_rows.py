@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from iskd.system.faults import UnavailableError
 from iskd.system.files import read_object
 
 OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
@@ -55,7 +56,7 @@ def hub_rows(
         if count:
             again = "run the same command again, it reads from the beginning"
             raise ValueError(f"{what} (after {count} rows); {again}") from error
-        raise ValueError(f"{what}. Without a network use {OFFLINE}") from error
+        raise UnavailableError(f"{what}. Without a network use {OFFLINE}") from error
 
 
 def is_commit(revision: str | None) -> bool:

@@ -124,7 +124,7 @@ class LayerSchedule(Layers, Heal):
         Scored once, that is all that are left to edit; for a size in parameters the order of all of them counts.
         """
         record, protected = history.record, self.protected(history.record)
-        available = first_available(record.layers, record.edited, protected, len(record.layers))
+        available = first_available(record.layers, self.used(history), protected, len(record.layers))
         by_size = self.target.params is not None
         left = len(available) if by_size else self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left) if self.scoring == "each" else left
@@ -142,7 +142,7 @@ class LayerSchedule(Layers, Heal):
             return []
         record, protected = history.record, self.protected(history.record)
         order = self.in_order(record, history.scores)
-        available = first_available(order, record.edited, protected, len(order))
+        available = first_available(order, self.used(history), protected, len(order))
         left = self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left)
         stages = -(-left // number)

@@ -130,6 +130,10 @@ class Layers:
         """The explicit order, where there is one."""
         return None if isinstance(self.layers, str) else self.layers
 
+    def used(self, history: History) -> Sequence[int]:
+        """Layers that are not edited again; a list may name some that were edited before this schedule began."""
+        return history.record.edited if self.listed is None else history.own
+
     def in_order(self, record: Record, scores: Mapping[int, float] | None) -> list[int]:
         """All layers that may ever be edited, protected ones among them, the first to be edited first.
 

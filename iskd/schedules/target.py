@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from iskd.plan import Record
 from iskd.schedules.base import History
 
 
@@ -69,7 +68,7 @@ class Target:
         """Whether nothing is left to edit. Raises ValueError when that is so before the first stage of a run."""
         record = history.record
         if self.count is not None or self.kept is not None:
-            return len(record.edited) >= self._count(record, protected)
+            return len(history.own) >= self._count(history, protected)
         size, unit = (len(record.layers), "layers") if self.layers is not None else (self._size(history), "parameters")
         goal = self.layers or self.params or 0
         if size <= goal and not history.stages:
@@ -84,13 +83,13 @@ class Target:
 
         Raises ValueError when there are too few.
         """
-        record, done = history.record, len(history.record.edited)
+        record, done = history.record, len(history.own)
         if self.params is not None:
             left = self._smallest(history, available, self.params)
         elif self.layers is not None:
             left = len(record.layers) - self.layers
         else:
-            left = self._count(record, protected) - done
+            left = self._count(history, protected) - done
         if left > len(available):
             raise ValueError(
                 f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
@@ -98,13 +97,15 @@ class Target:
             )
         return left
 
-    def _count(self, record: Record, protected: Collection[int]) -> int:
+    def _count(self, history: History, protected: Collection[int]) -> int:
+        depth = history.record.num_layers
         if self.kept is not None:
-            count = record.num_layers - math.ceil(self.kept * record.num_layers)
+            count = depth - math.ceil(self.kept * depth)
             if not count:
-                raise ValueError(f"{self} of {record.num_layers} layers leaves none to convert: give a smaller share")
+                raise ValueError(f"{self} of {depth} layers leaves none to convert: give a smaller share")
             return count
-        count = self.count if self.count and self.count > 0 else record.num_layers - len(protected)
+        free = set(range(depth)) - set(protected) - set(history.foreign)
+        count = self.count if self.count and self.count > 0 else len(free)
         if not count:
             raise ValueError("schedule.count=-1 and every layer is protected: nothing would be edited")
         return count

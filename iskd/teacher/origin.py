@@ -27,6 +27,19 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
     Raises:
         ValueError: nothing says it.
     """
+    found = _named_or_of(folder, teacher)
+    seen = {folder.resolve()} if folder is not None else set()
+    # a run on the student of another one has that one's teacher
+    while found.path is not None and (Path(expanded(found.path)) / FACTS).is_file() and teacher is None:
+        before = Path(expanded(found.path)).resolve()
+        if before in seen:
+            raise ValueError(f"{before} is said to be its own teacher; {_NAME_IT}")
+        seen.add(before)
+        found = _named_or_of(before, None)
+    return found
+
+
+def _named_or_of(folder: Path | None, teacher: str | Path | None) -> TeacherSpec:
     if teacher is not None:
         if Path(expanded(teacher)).is_dir():
             return TeacherSpec(Path(teacher).name, path=str(teacher))

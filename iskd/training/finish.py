@@ -175,7 +175,7 @@ def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> Non
 
 def along_the_run(parts: Parts, spec: EvalSpec) -> AlongTheRun:
     """Who asks the run's students what the spec says, but for the items that layers are chosen by."""
-    chosen = [sha for items in selected(parts.importance).values() for sha in items]
+    chosen = [sha for items in selected(*parts.importances).values() for sha in items]
     spec = dataclasses.replace(spec, quantize=())  # of the last student alone
     return AlongTheRun(spec, parts.teacher, chosen, framing_of(parts.teacher.tokenizer, parts.data.bos))
 

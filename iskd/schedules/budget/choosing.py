@@ -220,7 +220,7 @@ class Chooser:
             windows = range(max(1, round(_COARSE * len(self.scorer.windows))))
             found = self.scorer.values(base, changed, windows, what="scoring around a plan").mean((1, 2)).tolist()
             around = {single: kl - found[0] for single, kl in zip(singles, found[1:], strict=True)}
-            self._around[base] = around | {single: 0.0 for single in enumerate(base)}
+            self._around[base] = around | dict.fromkeys(enumerate(base), 0.0)
         return self._around[base]
 
     def _possible(self, choice: Choice) -> bool:

@@ -26,7 +26,7 @@ from iskd.schedules.budget.library import Library
 from iskd.schedules.budget.options import KEEP, Option, layers_of, module_of
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget
-from iskd.schedules.budget.students import Choice, assembled
+from iskd.schedules.budget.students import assembled
 from iskd.system import machine, read_json, write_whole
 
 _PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter

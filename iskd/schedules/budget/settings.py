@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 LIMITS = ("params", "bytes", "cache_bytes", "prefill_ms", "decode_ms")
 """Keys of `budget` that bound a student; every plan is told what it costs in each that was measured."""

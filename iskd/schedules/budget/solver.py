@@ -151,7 +151,7 @@ def _solved(problem: Problem, limits: Mapping[str, float]) -> Choice | None:
         for at in (at for at, single in enumerate(options) if single[1] == width):
             rows.append(({at: 1.0, place: -1.0}, -math.inf, 0.0))
     if widths:
-        rows.append(({place: 1.0 for place in range(len(options), len(options) + len(widths))}, 1.0, 1.0))
+        rows.append((dict.fromkeys(range(len(options), len(options) + len(widths)), 1.0), 1.0, 1.0))
     for place, pair in enumerate(pairs, len(options) + len(widths)):
         one, other = (number[single] for single in pair)
         if problem.pairs[pair] > 0:  # z >= x + x' - 1

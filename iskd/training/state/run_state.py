@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel
 
 from iskd.models import surgery
-from iskd.plan import Record, Stage, StageResult, to_json
+from iskd.plan import Edit, Record, Stage, StageResult, to_json
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import check_inside, check_quality
 from iskd.system import Json
@@ -172,13 +172,14 @@ class RunState:
         train_speed: float | None,
         status: Status,
         evaluation: Json | None = None,
+        edits: Sequence[Edit] = (),
     ) -> StageResult:
-        """A new row of the stage table, for the stage that just ended."""
-        edits = () if self.stage is None else to_json(self.stage)["edits"]
+        """A new row of the stage table, for the stage that just ended; `edits` are those before the first one."""
+        made = edits if self.stage is None else self.stage.edits
         row = StageResult(
             index=len(self.results),
             name=name,
-            edits=[_edit_row(edit) for edit in edits],
+            edits=[_edit_row(edit) for edit in to_json(Stage(name, tuple(made)))["edits"]],
             params=surgery.parameters(model),
             block_params=surgery.block_parameters(model),
             **{key: quality[key] for key in QUALITY},
