@@ -193,6 +193,15 @@ class RecurrentMixer(nn.Module):
         """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
         raise NotImplementedError
 
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """Start the gates where the teacher's attention suggests; what was set, by name. Without gates, nothing.
+
+        Args:
+            memory_H: tokens, from 1 on, after which a head's decay is to have forgotten all but 1/e.
+            strength_H: in (0, 1), how much of what a key finds a head's delta rule is to replace.
+        """
+        return []
+
     def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
         if self.norm is not None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm
 from iskd.mixers.modules.gates import activation_of
-from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
@@ -57,6 +57,16 @@ class DeltaMixer(RecurrentMixer):
         self.activation = activation_of(activation)
         self.beta = gate_proj(self.stream, self.heads)
         self.norm = HeadNorm(self.heads, self.head_dim)
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The strength of the delta rule, and the decays where there are some."""
+        last_bias(self.beta).copy_(torch.logit(strength_H))
+        decay = getattr(self, "decay", None)
+        if decay is None:
+            return ["beta"]
+        decay.remember(memory_H)
+        return ["beta", "decay"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries and keys of length 1, values, and beta; without decay."""

@@ -81,6 +81,12 @@ class Mamba2(RecurrentMixer):
         self.norm = HeadNorm(self.heads, self.head_dim)
         self.gate = OutputGate(self.stream, self.heads * self.head_dim)
 
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays at a step size of 1, where they start."""
+        self.A_log.copy_(-memory_H.log())
+        return ["A_log"]
+
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """C, dt B and x as queries, keys and values; a log decay per head; D."""
         q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))

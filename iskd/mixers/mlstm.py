@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, OutputGate
-from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class MLSTM(RecurrentMixer):
         self.forget_gate = gate_proj(self.stream, self.heads, bias=CAP * math.atanh(logit / CAP))
         self.norm = HeadNorm(self.heads, self.head_dim, centre=True)
         self.gate = OutputGate(self.stream, self.heads * self.head_dim, "sigmoid")
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The forget gates, within their cap."""
+        last_bias(self.forget_gate).copy_(CAP * torch.atanh((logits_of_memory(memory_H) / CAP).clamp(-0.999, 0.999)))
+        return ["forget_gate"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys times the input gate, values, the log of the forget gate and the normaliser."""

@@ -103,7 +103,8 @@ def announce(
     seconds = measured_step(module, windows) / ranks.size
     rows = plan_rows(module.teacher, plan, steps, step_tokens, seconds)
     for row, stage in zip(rows[1:], plan, strict=True):
-        row["refit_seconds"] = round(stage.refit_share * refit_tokens * seconds, 1) if stage.edits else 0.0
+        tokens = stage.refit_share * (stage.refit_budget or refit_tokens) if refit_tokens and stage.edits else 0.0
+        row["refit_seconds"] = round(tokens * seconds, 1)
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))

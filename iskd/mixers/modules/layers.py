@@ -143,6 +143,17 @@ def gate_proj(stream: int, out: int, *, rank: int | None = None, bias: float = 0
     return last if rank is None else nn.Sequential(nn.Linear(stream, rank, bias=False), last)
 
 
+def last_bias(gate: nn.Module) -> nn.Parameter:
+    """The bias [out] of a `gate_proj`, which says where its gates start."""
+    last = gate[-1] if isinstance(gate, nn.Sequential) else gate
+    return last.get_parameter("bias")
+
+
+def logits_of_memory(tokens_C: Tensor, temper: float = 1.0) -> Tensor:
+    """`logit_of_memory` of every channel; tokens above 0."""
+    return -torch.expm1(temper / tokens_C).log()
+
+
 def logit_of_memory(tokens: float, temper: float = 1.0) -> float:
     """The z with sigmoid(z)^(1/temper) = exp(-1/tokens): where a decay gate starts that forgets after `tokens` tokens.
 
