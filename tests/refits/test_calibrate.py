@@ -20,7 +20,7 @@ from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.schedules import ConvertTo, History
 from iskd.schedules.align import Align
-from tests.factories import louder, mixer_specs, tiny, windows
+from tests.factories import louder, mixer_specs, sampled, tiny, tiny_teacher, windows
 
 SPECS = mixer_specs()
 LAYERS = (0, 2)
@@ -135,16 +135,21 @@ def test_without_a_mixer_there_is_nothing_to_do() -> None:
 
 
 def test_local_work_first_brings_a_conversion_near() -> None:
-    """All three in order: no one makes it worse, together they make it better by half."""
-    student, teacher, task = converted("gated_deltanet")
+    """All three in order, on a teacher that has learnt something and its own text, before any training."""
+    teacher = tiny_teacher()
+    text = sampled(teacher, 24, 64)
+    student, depth = copy.deepcopy(teacher), len(Stack(teacher).layers)
+    edits = [Convert(layer, SPECS["gated_deltanet"], seed=layer) for layer in range(depth)]
+    record = surgery.apply(student, Record(depth), edits)
     refits = [
-        Calibrate(tokens=256, held_tokens=64),
-        Output(tokens=512, held_tokens=64, projections=["attention"]),
-        Local(tokens=512, held_tokens=64, sublayers=True, epochs=3, lr=1e-3, lr_new=3e-3),
+        Calibrate(tokens=512, held_tokens=256),
+        Output(tokens=1024, held_tokens=256, projections=["attention"]),
+        Local(tokens=1024, held_tokens=256, sublayers=True, epochs=2, lr=5e-4, lr_new=2e-3),
     ]
-    told = refit_survivors(refits, student, teacher, task.record, task.edits, lambda n: [windows(n // 16, 16, seed=9)])
+    told = refit_survivors(refits, student, teacher, record, edits, lambda n: [text[: n // 64]])
     kls = [line.split("held-out KL ")[1] for line in told if "held-out KL" in line]
     first, last = float(kls[0].split(" -> ")[0]), float(kls[-1].split(" -> ")[1].split()[0])
+    assert len(kls) == 3
     assert last < 0.6 * first, told
 
 
