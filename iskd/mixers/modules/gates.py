@@ -19,10 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity"
 RATE = 4.0
 
 
-def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name. Raises ValueError when there is none."""
+def activation_of(name: str, key: str = "activation") -> Callable[[Tensor], Tensor]:
+    """The activation of that name, given as `mixer.<key>`. Raises ValueError when there is none."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"mixer.activation={name!r}: choose one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"mixer.{key}={name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -27,7 +27,8 @@ _GATES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 class ShortConv(nn.Module):
     """Depthwise causal convolution along the tokens; starts as the identity: the last tap 1, all others 0.
 
-    It has no activation, unlike those of the published mixers: behind a copied projection one would undo the copying.
+    It has no activation of its own, unlike those of the published mixers: behind a copied projection one would undo the
+    copying (`mixer.conv_activation`, and `mixer.activation` of some, put one there).
     Called by `iskd.mixers.base.Context.conv`, which knows the inputs before the first token.
     """
 
