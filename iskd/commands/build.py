@@ -127,6 +127,12 @@ def _made(
     budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
+    refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
+    if getattr(schedule, "local_share", 0) and not refits:
+        raise ValueError(
+            f"schedule.local_share={config.schedule.local_share} is for refits of the conversions, and there are none: "
+            "set refit=[calibrate,output,local], or schedule.local_share=0"
+        )
     importance = importance_of(config)
     if isinstance(importance, AttentionImportance) and class_of(config.edit) is not ConvertTo:
         raise ValueError(
@@ -142,7 +148,7 @@ def _made(
         terms=losses,
         run_dir=run_dir,
         importance=importance,
-        refits=[object_of(config.refit[name]) for name in config.get("refit") or ()],
+        refits=refits,
         optim=object_of(config.optim),
         options=_options(config),
         trainer=plain(config.trainer),

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from iskd.mixers import ops
 from iskd.mixers.modules import Context, HeadNorm, Projections, Rotary, ShortConv, check_count
+from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
 from iskd.mixers.ops import Recurrence
 from iskd.models import CacheSlot, Stack
@@ -61,6 +62,7 @@ class Basics(TypedDict, total=False):
     init: str
     heads: PositiveInt | None
     chunk: PositiveInt
+    conv_activation: str
 
 
 class Common(Basics, total=False):
@@ -96,6 +98,12 @@ class Streams(Recurrence):
         return replace(self, k=self.k * seen_BT[..., None, None], beta=beta, g=g)
 
 
+def rotary_of(stack: Stack) -> Rotary | None:
+    """The rotary positions of a model; None in a family without."""
+    path = stack.family.rotary
+    return Rotary(class_of(stack.base.get_submodule(path)), stack.config) if path else None
+
+
 class RecurrentMixer(nn.Module):
     """A mixer over inherited projections and the recurrence of `iskd.mixers.ops.recurrence`.
 
@@ -113,6 +121,7 @@ class RecurrentMixer(nn.Module):
         heads: so many heads instead of the attention's: fewer are wider and hold a larger state.
         chunk: tokens per chunk of the recurrence; changes the speed, not the result.
         conv: tokens seen by a short convolution behind each of q, k and v; 0 = none.
+        conv_activation: behind each of these, "identity" or, as most mixers are published, "silu".
         rotary: turn q and k by their position as the attention does; nothing in a family without rotary positions.
 
     Raises:
@@ -134,9 +143,16 @@ class RecurrentMixer(nn.Module):
         heads: PositiveInt | None = None,
         chunk: PositiveInt = 64,
         conv: NonNegativeInt = 0,
+        conv_activation: str = "identity",
         rotary: bool = False,
     ) -> None:
         super().__init__()
+        self.conv_activation = activation_of(conv_activation, "conv_activation")
+        if conv_activation != "identity" and not conv:
+            raise ValueError(
+                f"mixer.conv_activation={conv_activation} stands behind short convolutions, and mixer.conv=0 has none; "
+                "set mixer.conv=4, or leave it out"
+            )
         check_count("chunk", chunk, 1, MAX_TOKENS)
         check_count("conv", conv, 0, MAX_CONV)
         if rotary and not {"q", "k"} <= set(self.inherits):
@@ -153,9 +169,8 @@ class RecurrentMixer(nn.Module):
         self.head_dim, self.chunk = self.projections.head_dim, chunk
         widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
         self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
-        path = stack.family.rotary
-        self.turnable = path is not None
-        self.rotary = Rotary(class_of(stack.base.get_submodule(path)), stack.config) if rotary and path else None
+        self.turnable = stack.family.rotary is not None
+        self.rotary = rotary_of(stack) if rotary else None
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 
@@ -193,6 +208,15 @@ class RecurrentMixer(nn.Module):
         """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
         raise NotImplementedError
 
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """Start the gates where the teacher's attention suggests; what was set, by name. Without gates, nothing.
+
+        Args:
+            memory_H: tokens, from 1 on, after which a head's decay is to have forgotten all but 1/e.
+            strength_H: in (0, 1), how much of what a key finds a head's delta rule is to replace.
+        """
+        return []
+
     def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
         if self.norm is not None:
@@ -209,7 +233,7 @@ class RecurrentMixer(nn.Module):
         if name in self.convs:
             conv = self.convs[name]
             assert isinstance(conv, ShortConv)
-            y_BTC = context.conv(conv, y_BTC)
+            y_BTC = self.conv_activation(context.conv(conv, y_BTC))
         y_BTHK = self.projections.shaped(name, y_BTC)
         if self.rotary is not None and name != "v":
             y_BTHK = self.rotary(y_BTHK, context.positions)

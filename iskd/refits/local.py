@@ -29,8 +29,9 @@ class Local(BlockRefit):
     the first step among them).
 
     Attributes:
-        lr: the first rate. epochs: passes over the text at most; an epoch that is no better on held-out text is the
-            last.
+        lr: the first rate.
+        lr_new: that of what mixers have beside copied projections; None = `lr`.
+        epochs: passes over the text at most; an epoch that is no better on held-out text is the last.
         sublayers: attention and what is before it first, towards the teacher's state between the two, then the rest;
             false = the whole block at once.
 
@@ -42,6 +43,7 @@ class Local(BlockRefit):
 
     _: KW_ONLY
     lr: PositiveFloat = 2e-4
+    lr_new: PositiveFloat | None = None
     epochs: PositiveInt = 4
     sublayers: bool = False
 
@@ -86,13 +88,22 @@ class Local(BlockRefit):
         generator = torch.Generator().manual_seed(site.layer)
         first = best = _held_error(task, site, attention)
         kept = [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.95))
+        fresh = _fresh(site)
+        groups = [
+            {"params": [p for p in parameters if (id(p) in fresh) == new], "lr": rate}
+            for new, rate in ((False, self.lr), (True, self.lr_new or self.lr))
+        ]
+        rates = [group["lr"] for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], weight_decay=0.0, betas=(0.9, 0.95)
+        )
         done = 0
         with _training(parameters):
             for epoch in range(self.epochs):
                 for step, index in enumerate(torch.randperm(len(task.fit), generator=generator)[:steps].tolist()):
                     done_share = (epoch * steps + step) / (self.epochs * steps)
-                    optimizer.param_groups[0]["lr"] = self.lr * (1 - done_share)
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * (1 - done_share)
                     loss = _errors(site, index, attention).mean()
                     gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                     _share(task, parameters, gradients)
@@ -119,6 +130,13 @@ def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Mo
     yield list(attention.parameters()), attention
     own = {id(parameter) for parameter in attention.parameters()}
     yield [parameter for parameter in every if id(parameter) not in own], None
+
+
+def _fresh(site: Site) -> set[int]:
+    """Parameters, by identity, that a mixer in the block has beside its copied projections."""
+    mixer = site.submodule(f"{site.stack.family.attn}.mixer")
+    named = [] if mixer is None else mixer.named_parameters()
+    return {id(parameter) for name, parameter in named if not name.startswith("projections.")}
 
 
 def _errors(site: Site, index: int, attention: nn.Module | None) -> Tensor:

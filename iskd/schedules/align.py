@@ -36,6 +36,8 @@ class Align(Layers, Heal):
         mixers_lr, hidden_lr: their learning rates.
         mixers_shape, hidden_shape, shape: how the rate of each of the three stages falls over it
             (`iskd.training.step.optimizer.OptimSpec.decay`); "" = as configured there.
+        local_share: share of `tokens` whose time refits of the conversions take before any training (`refit=`), in
+            [0, 1); the stages have the rest. 0 = refits read as much text as they ask for, on top of `tokens`.
         mixers_train, hidden_train: what trains in the first two, of what their objective reaches.
 
     Raises:
@@ -58,6 +60,7 @@ class Align(Layers, Heal):
     count: int | None = -1
     mixers_share: float = 0.026
     hidden_share: float = 0.053
+    local_share: float = 0.0
     mixers_lr: PositiveFloat = 2e-4
     hidden_lr: PositiveFloat = 2e-3
     lr: PositiveFloat = 3e-4
@@ -73,10 +76,12 @@ class Align(Layers, Heal):
             raise ValueError("schedule=align aligns mixers with the attention they replace; use edit=convert")
         if self.mixers not in (*MIXERS, *_OFF):
             raise ValueError(f"schedule.mixers={self.mixers!r} is unknown; choose auto, matrix, mixer_output or null")
-        if min(self.mixers_share, self.hidden_share) < 0 or self.mixers_share + self.hidden_share >= 1:
+        given = (self.mixers_share, self.hidden_share, self.local_share)
+        used = (self.mixers_share * (self.mixers not in _OFF), self.hidden_share * self.hidden, self.local_share)
+        if min(given) < 0 or self.mixers_share + self.hidden_share >= 1 or sum(used) >= 1:
             raise ValueError(
-                "schedule.mixers_share and schedule.hidden_share must be >= 0 and leave something for the last stage, "
-                f"got {self.mixers_share} and {self.hidden_share}"
+                "schedule.mixers_share, hidden_share and local_share must be >= 0 and leave something for the last "
+                f"stage, got {self.mixers_share}, {self.hidden_share} and {self.local_share}"
             )
         for name in (self.mixers_shape, self.hidden_shape, self.shape):
             if name not in SHAPES:
@@ -110,9 +115,11 @@ class Align(Layers, Heal):
             for name, objective, share, trains, rate, falls in rows
             if objective != "loss" and round(tokens * share)
         ]
-        rest = tokens - sum(stage.tokens for stage in stages)
+        local = round(tokens * self.local_share)
+        rest = tokens - local - sum(stage.tokens for stage in stages)
         last: dict[str, Any] = {"train": self.train, "lora": self.adapters(self.seed), "shape": self.shape}
-        return [*stages, Stage("end to end", (), rest, lr=self.lr, lr_new=self.lr, fit=False, **last)]
+        stages.append(Stage("end to end", (), rest, lr=self.lr, lr_new=self.lr, fit=False, **last))
+        return [replace(stages[0], refit_budget=local), *stages[1:]]
 
     @property
     def scoring(self) -> str:

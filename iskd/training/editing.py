@@ -23,7 +23,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, refit_survivors
+from iskd.refits import Refit, refit_survivors, training_tokens
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -90,7 +90,10 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
-    refits = [refit.on(stage.refit_share) for refit in refits if stage.refit_share]
+    share = stage.refit_share
+    if stage.refit_budget and refits:
+        share *= stage.refit_budget / training_tokens(refits)
+    refits = [refit.on(share) for refit in refits if share]
     if stage.edits and refits:
         with forward_context():
             refitted = _refit(module, optimizer, record, stage, refits, windows)
@@ -174,8 +177,9 @@ class Editor:
         return self.by_step[stage.step] if self.by_step else self.refits
 
     def refit_tokens_of(self, stage: Stage) -> float:
-        """Training tokens that take about as long as the refits of its edits: a step is four passes of the blocks."""
-        return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in self.refits_of(stage)) / 4
+        """Training tokens that take about as long as the refits of its edits."""
+        whole = training_tokens(self.refits_of(stage))
+        return stage.refit_budget if whole and stage.refit_budget else whole
 
     def check(self, *, timed: bool) -> None:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""

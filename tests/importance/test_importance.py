@@ -35,8 +35,13 @@ from iskd.models.capture import capture
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, conf_group, digest, hooks, modes, silence, tiny, windows
 
-# items of tasks are files that a clone may lack; what reads them is tested with items of its own
-PARTS = {name: part for name, part in conf_group("importance").items() if "data_dir" not in part}
+# items of tasks are files that a clone may lack; what reads them is tested with items of its own;
+# what needs a conversion to score is in test_attention.py
+PARTS = {
+    name: part
+    for name, part in conf_group("importance").items()
+    if "data_dir" not in part and "convert" not in getattr(get_class(part["_target_"]), "takes", ())
+}
 # these read no text: one column, and a block may do nothing with large weights
 WINDOWLESS = ("fixed", "magnitude", "random")
 READERS = sorted(set(PARTS) - set(WINDOWLESS))

@@ -5,6 +5,7 @@ What holds for every mixer (causality, padding, caches, `matrix`, reports, recor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers.base import RecurrentMixer
-from iskd.mixers.deltanet import DeltaNet
+from iskd.mixers.deltanet import DeltaNet, DeltaProduct
 from iskd.mixers.gated_deltanet import GatedDeltaNet
 from iskd.mixers.kda import KDA
 from iskd.mixers.mamba import Mamba, scan
-from iskd.mixers.mamba2 import Mamba2
+from iskd.mixers.mamba2 import DiscreteMamba2, Mamba2
 from iskd.mixers.mlstm import MLSTM
 from iskd.mixers.rwkv6 import RWKV6
 from iskd.mixers.sliding import Sliding
 from iskd.models import Stack
 from tests.factories import tiny
 
-ALL: tuple[type[RecurrentMixer], ...] = (DeltaNet, GatedDeltaNet, KDA, Mamba, Mamba2, MLSTM, RWKV6, Sliding)
+ALL: tuple[type[RecurrentMixer], ...] = (
+    *(DeltaNet, DeltaProduct, GatedDeltaNet, KDA, Mamba, Mamba2, DiscreteMamba2, MLSTM, RWKV6, Sliding),
+)
 TOKENS = 11
 
 
@@ -105,10 +108,11 @@ def delta(mixer: Any, x: Tensor) -> Tensor:
     """S = (I - beta k k^T) diag(a) S + beta k v^T with a = 1 (DeltaNet), a number (Gated DeltaNet), a vector (KDA)."""
     q, k, v = (projected(mixer, name, x, mixer.activation) for name in "qkv")
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
-    beta, decay = torch.sigmoid(mixer.beta(x)), torch.ones_like(k)
+    beta, decay = mixer.most * torch.sigmoid(mixer.beta(x)), torch.ones_like(k)
     if not isinstance(mixer, DeltaNet):
         steps = F.softplus(mixer.decay.proj(x)).unflatten(-1, (6, -1))
-        decay = torch.exp(-torch.exp(mixer.decay.A_log)[:, None] * steps).expand_as(k)
+        decay = torch.exp(-torch.exp(mixer.decay.A_log)[:, None] * steps)
+        decay = decay.repeat_interleave(8 // decay.shape[-1], -1)  # of a head, of a group of channels, of each
 
     def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
         key, strength = k[b, t, h], beta[b, t, h]
@@ -128,6 +132,60 @@ def delta(mixer: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"activation": "identity", "conv": 0}], ids=["silu", "plain"])
 def test_the_delta_rule_replaces_what_a_key_finds(kind: type[RecurrentMixer], options: dict[str, Any]) -> None:
     agree(made(kind, **options), delta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(GatedDeltaNet, {"group": 4}), (GatedDeltaNet, {"group": 1}), (DeltaNet, {}), (KDA, {"conv": 0})],
+)
+def test_groups_of_channels_and_negative_eigenvalues(kind: type[RecurrentMixer], options: dict[str, Any]) -> None:
+    mixer = made(kind, negative_eigenvalues=True, **options)
+    agree(mixer, delta)
+    fresh_one = fresh(kind, negative_eigenvalues=True, **options)
+    torch.testing.assert_close(2 * torch.sigmoid(fresh_one.beta.bias), torch.full((6,), 0.5, dtype=torch.float64))  # type: ignore[operator, union-attr]
+
+
+def test_groups_between_a_head_and_a_channel() -> None:
+    """One group is the published mixer, and its decay is a number a head."""
+    assert fresh(GatedDeltaNet, group=8).decay.proj.bias.shape == (6,)  # type: ignore[union-attr]
+    assert fresh(GatedDeltaNet, group=2).decay.proj.bias.shape == (24,)  # type: ignore[union-attr]
+    for group, message in ((3, "mixer.group=3 does not divide the 8"), (9, "mixer.group must be a whole number from")):
+        with pytest.raises(ValueError, match=message):
+            fresh(GatedDeltaNet, group=group)
+
+
+def product(mixer: Any, x: Tensor) -> Tensor:
+    """N rules a token, one after the other: the decay before the first, the query after the last."""
+    n = mixer.steps
+    q = projected(mixer, "q", x, mixer.activation)
+    q = q / q.norm(dim=-1, keepdim=True)
+    keys, values = [projected(mixer, "k", x, mixer.activation)], [projected(mixer, "v", x, mixer.activation)]
+    betas = [mixer.beta(x)]
+    for step in mixer.later:
+        twin = SimpleNamespace(projections=step, convs=step.convs, head_dim=8)
+        keys.append(projected(twin, "k", x, mixer.activation))
+        values.append(projected(twin, "v", x, mixer.activation))
+        betas.append(step.beta(x))
+    decay = torch.ones_like(betas[0])
+    if mixer.decay is not None:
+        decay = torch.exp(-torch.exp(mixer.decay.A_log) * F.softplus(mixer.decay.proj(x)))
+
+    def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = decay[b, t, h] * state
+        for j in range(n):
+            key, strength = keys[j][b, t, h] / keys[j][b, t, h].norm(), mixer.most * torch.sigmoid(betas[j][b, t, h])
+            state = state - strength * torch.outer(key, key @ state) + strength * torch.outer(key, values[j][b, t, h])
+        return 8**-0.5 * q[b, t, h] @ state, state
+
+    o = normed(mixer, recur(q, token))
+    return mixer.projections.o_proj((gated(mixer, o, x) if mixer.gate is not None else o).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"steps": 3, "conv": 0, "decay": False, "gate": False, "negative_eigenvalues": False}, {"steps": 1}]
+)
+def test_deltaproduct_replaces_several_times_a_token(options: dict[str, Any]) -> None:
+    agree(made(DeltaProduct, **options), product)
 
 
 @torch.no_grad()
@@ -161,9 +219,30 @@ def mamba2(mixer: Any, x: Tensor) -> Tensor:
     return mixer.projections.o_proj(o.flatten(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "identity", "conv": 0}], ids=["silu", "plain"])
+@pytest.mark.parametrize("options", [{"activation": "silu"}, {"conv": 0}], ids=["silu", "plain"])
 def test_mamba2_is_a_state_space(options: dict[str, Any]) -> None:
     agree(made(Mamba2, **options), mamba2)
+
+
+def discrete_mamba2(mixer: Any, x: Tensor) -> Tensor:
+    """S = exp(-a) S + B x^T, o = C^T S + D x, o * silu(z): the step size a is in the decay alone."""
+    c, b_, u = (projected(mixer, name, x, mixer.activation) for name in "qkv")
+    decay = torch.exp(-F.softplus(mixer.decay(x)))
+
+    def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = decay[b, t, h] * state + torch.outer(b_[b, t, h], u[b, t, h])
+        return 8**-0.5 * c[b, t, h] @ state + mixer.D[h] * u[b, t, h], state
+
+    return mixer.projections.o_proj(gated(mixer, recur(c, token), x).flatten(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "silu", "conv": 0}], ids=["identity", "silu"])
+def test_discrete_mamba2_decays_by_its_step_alone(options: dict[str, Any]) -> None:
+    agree(made(DiscreteMamba2, **options), discrete_mamba2)
+
+
+def test_mamba2_leaves_the_copies_whole_unless_it_is_told_otherwise() -> None:
+    assert torch.equal(fresh(Mamba2).activation(torch.tensor([-1.0])), torch.tensor([-1.0]))  # type: ignore[operator]
 
 
 def mamba(mixer: Any, x: Tensor) -> Tensor:
@@ -269,7 +348,7 @@ def test_rwkv6_reads_before_it_writes(token_shift: bool) -> None:
 @torch.no_grad()
 def test_decays_start_at_their_memory() -> None:
     """On a stream of zeros every fresh decay is exp(-1 / memory)."""
-    for kind in (GatedDeltaNet, KDA, Mamba2, MLSTM, RWKV6):
+    for kind in (GatedDeltaNet, KDA, DeltaProduct, Mamba2, DiscreteMamba2, MLSTM, RWKV6):
         mixer, found = fresh(kind, memory=50.0), {}
         mixer.mix = lambda streams, *_, into=found: (into.update(g=streams.g), streams.v)[1:] * 2  # type: ignore[method-assign]
         mixer(torch.zeros(1, 2, 48, dtype=torch.float64))

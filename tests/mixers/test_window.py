@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from iskd.mixers.mlstm import MLSTMWindow
 from iskd.mixers.ops.window import places
 from iskd.mixers.sliding import Sliding
 from iskd.models import CacheSlot, Stack, surgery
@@ -195,3 +196,46 @@ def test_a_dropped_window_is_a_window_of_one_token() -> None:
 def test_a_window_that_cannot_be_is_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fresh(Sliding, **kwargs)
+
+
+# ---- a window inside the mLSTM ---------------------------------------------------------------------------------------
+
+
+def both(mixer: Any, x: Tensor) -> Tensor:
+    """The mLSTM's own output before its gate, and softmax over window and sinks, mixed by head."""
+    q, k, v = (projected(mixer, name, x) for name in "qkv")
+    i, f = (15 * torch.tanh(gate(x) / 15) for gate in (mixer.input_gate, mixer.forget_gate))
+    share, outputs = torch.sigmoid(mixer.window_gate), []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for h in range(6):
+                past = torch.arange(t + 1)
+                decay = torch.stack([F.logsigmoid(f[b, s + 1 : t + 1, h]).sum() for s in past])
+                weights = torch.exp(decay + i[b, : t + 1, h]) * (k[b, : t + 1, h] @ q[b, t, h]) / 8**0.5
+                o = weights @ v[b, : t + 1, h] / weights.sum().abs().clamp_min(1)
+                o = o - o.mean()
+                o = o / (o.square().mean() + mixer.norm.eps).sqrt() * mixer.norm.weight[h]
+                near = [s for s in range(t + 1) if s > t - mixer.window or s < mixer.sinks]
+                soft = torch.softmax(k[b, near, h] @ q[b, t, h] / 8**0.5, 0) @ v[b, near, h]
+                outputs.append(share[h] * soft + (1 - share[h]) * o)
+    mixed = torch.stack(outputs).view(*x.shape[:2], 6, 8)
+    return mixer.projections.o_proj((mixed * torch.sigmoid(mixer.gate.proj(x)).unflatten(-1, (6, 8))).flatten(2))
+
+
+def test_an_mlstm_with_a_window_inside_is_both() -> None:
+    agree(made(MLSTMWindow, "gpt2", window=3, sinks=2), both)
+
+
+@torch.no_grad()
+def test_its_window_alone_is_the_teacher_under_a_mask() -> None:
+    """With all of the mix and an open gate; queries and keys have their positions, those of the mLSTM none."""
+    teacher, model, ids = tiny("llama"), tiny("llama"), windows(2, 24)
+    mixer = Spec("iskd.mixers.mlstm.MLSTMWindow", {"window": 5, "sinks": 2, "chunk": 4})
+    surgery.apply(model, Record(4), [Convert(layer, mixer) for layer in range(4)])
+    for name, parameter in model.named_parameters():
+        if "window_gate" in name or "gate.proj.bias" in name:
+            parameter.fill_(60.0)
+    ago = torch.arange(24)[:, None] - torch.arange(24)
+    visible = (ago >= 0) & ((ago < 5) | (torch.arange(24) < 2))
+    wanted = teacher(ids, attention_mask=visible.expand(2, 1, -1, -1)).logits
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-4)
