@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -12,24 +13,31 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
+from iskd.commands.line.steps import GROUPS
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
 from iskd.losses import Terms
 from iskd.models import Stack
+from iskd.models.weights import present_weights
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
+from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
 from iskd.schedules import EditKind, Schedule
+from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, sweep
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
+from iskd.teacher.load import TeacherSpec, build_config
+from iskd.teacher.origin import find_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
 from iskd.training.metrics import loggers_of
+from iskd.training.profile.plan_ahead import Ahead, first_sentence, plan_ahead
 from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
@@ -65,20 +73,53 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     return made
 
 
+def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> None:
+    """The plan of a run whose model or text cannot be had, from the model's config alone.
+
+    Raises:
+        UnavailableError: `error`, where nothing says what sizes the model has.
+    """
+    config = as_meant(config)
+    described: TeacherSpec = object_of(config.model)
+    if described.config is None and described.path is None:
+        raise error
+    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    values, source = plain(config.data), plain(config.data).get("source") or {}
+    accumulate, trainer = config.trainer.get("accumulate_grad_batches") or 1, config.trainer
+    processes = [each for each in (trainer.get("devices"), trainer.get("num_nodes")) if isinstance(each, int)]
+    sizes = {"batch": values.get("batch_size") or _batch_of(config), "tokens": values["seq_len"]}
+    text = str(values.get("path") or source.get("name") or source.get("_target_", "text").rpartition(".")[2])
+    ahead = Ahead(
+        config=build_config(replace(described, pretrained=False)),
+        schedule=_schedule(config),
+        terms=terms(plain(config.loss)),
+        optim=object_of(config.optim),
+        windows={**sizes, "accumulated": accumulate, "processes": max(1, math.prod(processes))},
+        text=text,
+        why=first_sentence(error),
+    )
+    plan_ahead(ahead, run_dir)
+
+
 def _made(
     config: DictConfig, run_dir: Path, teacher: Loaded | None, source: Source | None, within: Sequence[Path]
 ) -> Parts:
     """All objects of a run, of a config whose values are as meant; nothing of the run is written."""
+    start: Path | None = None
     if teacher is None:
         with Busy("loading the teacher"):
-            teacher = load_teacher(object_of(config.model), within)
+            described: TeacherSpec = object_of(config.model)
+            start = _student_of(described, config.get("reference"))
+            if start is not None:
+                described = find_teacher(start, config.get("reference"))
+            teacher = load_teacher(described, within or ([] if start is None else present_weights(start)))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     importance = importance_of(config)
     asked_export = _export(plain(config.export))
-    asked = _evaluation(config, teacher, importance, data)
+    asked = _evaluation(config, teacher, [importance, *(step.importance for step in _steps_of(schedule))], data)
     return Parts(
         teacher=teacher,
         data=data,
@@ -99,7 +140,20 @@ def _made(
         export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
+        start=start,
     )
+
+
+def _student_of(model: TeacherSpec, reference: str | None) -> Path | None:
+    """The folder of a student that `model` names, to go on from beside its own teacher; None for any other model.
+
+    `reference` names another teacher; where it is the student itself, that one is taken for the teacher.
+    """
+    if model.path is None or not (Path(expanded(model.path)) / FACTS).is_file():
+        return None
+    folder = Path(expanded(model.path))
+    same = reference is not None and Path(expanded(reference)).resolve() == folder.resolve()
+    return None if same else folder
 
 
 def _options(config: DictConfig) -> RunOptions:
@@ -130,17 +184,19 @@ def _export(value: Any) -> dict[str, str] | None:
     return {key: str(asked) for key, asked in found.items()}
 
 
-def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
+def _evaluation(config: DictConfig, teacher: Loaded, importances: Sequence[object], data: TextData) -> EvalSpec | None:
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
         return None
     spec: EvalSpec = object_of(config.eval)
+    if not spec.asks and spec.inside:
+        return spec
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
-        chosen = [sha for items in selected(importance).values() for sha in items]
+        chosen = [sha for items in selected(*importances).values() for sha in items]
         check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos), seen=data.seen_share)
     return spec
 
@@ -158,9 +214,24 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> TeacherCacheSpec | None
 def _schedule(config: DictConfig) -> Schedule:
     """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
     takes = getattr(class_of(config.schedule), "takes", ("edit", "seed"))
-    values = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    values: dict[str, Any] = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    if "parts" in takes:
+        steps = config.schedule.steps or ()  # by a call of our own: Hydra would make objects of the parts in them
+        return Mixed([_step(step, config) for step in steps], plain(steps), config.schedule.tokens)
     schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
+
+
+def _step(step: DictConfig, config: DictConfig) -> Step:
+    """A step of `schedule=mixed`, whose parts `steps_as_meant` has named; others are the run's."""
+    values, groups = plain(config), (*GROUPS, "schedule")
+    own = OmegaConf.create({**values, **{group: plain(step[group]) for group in step if group in groups}})
+    refits = [object_of(own.refit[name]) for name in own.get("refit") or ()]
+    return Step(_schedule(own), importance_of(own) if "importance" in step else None, refits)
+
+
+def _steps_of(schedule: Schedule) -> Sequence[Step]:
+    return schedule.parts if isinstance(schedule, Mixed) else ()
 
 
 def _edit(config: DictConfig) -> EditKind:
@@ -243,7 +314,8 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
 def _batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
-    tokens = config.schedule.get("tokens") or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
+    few = None if config.schedule.get("epochs") else config.schedule.get("tokens")
+    tokens = few or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from iskd.commands.line import roots_known, unknown_key
+from iskd.commands.line.steps import steps_as_meant
 from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
@@ -219,7 +220,14 @@ def as_meant(config: DictConfig) -> DictConfig:
         raise ValueError(f"{group}={shown(values[group])} is no choice: {fix}")
     if "loss" in config and not values["loss"]:
         raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
+    scheduled = values.get("schedule")
+    steps = isinstance(scheduled, dict) and str(scheduled.get("_target_", "")).endswith(".Mixed")
+    if steps:
+        steps_as_meant(scheduled)
     _read_node(values, "", (_Root,))
+    for number, step in enumerate(scheduled["steps"] if steps else ()):
+        for group, node in step.items():
+            _read_node({group: node}, f"schedule.steps[{number}].", ())
     at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)

@@ -46,7 +46,8 @@ class TextData(L.LightningDataModule):
         vocab_size: rows of the model's embedding; None skips the check.
         boundaries: keep the documents of a window apart (`iskd.models.packing`): no token sees another document, and
             the first one of a document is no target. Attention then takes a mask, which is slower than none.
-        bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`; None = as the tokenizer does.
+        bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`, `bare`; None = as the
+            tokenizer does.
         chat_loss: documents are conversations (`iskd.data.files.chat`), of which `all` is learned, or what the
             `assistant` says; None = they are text.
     """
@@ -158,6 +159,17 @@ class TextData(L.LightningDataModule):
     def windows(self, split: str) -> Tokens:
         """Return all windows of a split, memory-mapped, [windows, seq_len]."""
         return self._opened.windows(split)
+
+    @property
+    def named(self) -> str:
+        """The text in words: its name, or what kind of source it is."""
+        named = getattr(self.source, "name", None) or getattr(self.source, "path", None)
+        return Path(str(named)).name if named else type(self.source).__name__
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass over the training text, in whole windows."""
+        return len(self._opened.numbers("train")) * self.seq_len
 
     def validation_windows(self) -> torch.Tensor:
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""

@@ -32,6 +32,7 @@ from iskd.data.files import (
 )
 from iskd.data.files.chat import ROWS
 from iskd.data.splits import Document
+from iskd.system.faults import UnavailableError
 from iskd.system.files import hash_files
 
 _OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
@@ -232,7 +233,7 @@ class HubDataset:
             first = next(iterator, None)
         except Exception as error:
             what = f"data set {self.name!r} (config {self.config!r}, split {split!r}) could not be loaded: {error}"
-            raise ValueError(f"{what}. Without a network use {_OFFLINE}") from error
+            raise UnavailableError(f"{what}. Without a network use {_OFFLINE}") from error
         if first is not None:
             yield first
         yield from iterator

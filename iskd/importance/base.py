@@ -73,29 +73,51 @@ def stream(stack: Stack, batch: Tensor) -> Iterator[Tensor]:
 
 
 def block_rows(
-    student: PreTrainedModel, batches: Sequence[Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+    student: PreTrainedModel,
+    batches: Sequence[Tensor],
+    measure: Callable[[Tensor, Tensor], Tensor],
+    *,
+    published: bool = False,
 ) -> Tensor:
     """Rows [L, W] of a measure of what each block does to the stream.
 
     `measure(before, after)` takes the stream before and after a block [B, T-1, D] in float32 and returns one value per
     window [B]. Position 0 is left out: in models with an attention sink its norm is hundreds of times that of the rest
-    and its direction says nothing about the text.
+    and its direction says nothing about the text. `published`: the states are those that transformers hands out as
+    `hidden_states`, position 0 among them and the last one after the final norm, which is what authors' code reads.
     """
     stack, columns = Stack(student), []
     for batch in batches:
-        states = (h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        states = (h_BTD.float() if published else h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        if published:
+            states = _last_normed(stack, states)
         columns.append(torch.stack([measure(*pair) for pair in itertools.pairwise(states)]).cpu())
     rows = torch.cat(columns, dim=1)
     refuse_not_finite(rows, range(len(rows)), "blocks")
     return rows
 
 
-def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+def _last_normed(stack: Stack, states: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The states [B, T, D], the last one after the final norm."""
+    held = next(states)
+    for state in states:
+        yield held
+        held = state
+    yield stack.final_norm(held)
+
+
+def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor], *, published: bool = False) -> Tensor:
     """1 - mean over tokens of cos(stream before, stream after), per block and window [L, W].
 
-    Source: ShortGPT (arXiv 2403.03853, section 3.1); leaving position 0 out is ours.
+    Source: ShortGPT (arXiv 2403.03853, section 3.1); leaving position 0 out, and the last state before the final norm,
+    are ours (`block_rows`).
     """
-    return block_rows(student, batches, lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1))
+    return block_rows(
+        student,
+        batches,
+        lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1),
+        published=published,
+    )
 
 
 def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str = "layers") -> None:

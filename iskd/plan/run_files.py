@@ -57,6 +57,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 MODEL = "model"
 """Folder of the exported student."""
+STUDENTS = "students"
+"""Folder of the students of stages, where they are kept."""
 
 
 HYDRA = ".hydra"

@@ -125,6 +125,7 @@ class Stage:
         shape: how the rates of this stage fall, see `iskd.training.step.optimizer.OptimSpec.decay`; "" = as configured
             there.
         refit_share: share of the refits' calibration text that is read after these edits; 0 = they are not carried out.
+        step: which one of several schedules it comes from (`schedule=mixed`), from 0.
     """
 
     name: Annotated[str, Field(max_length=10_000)]
@@ -138,3 +139,4 @@ class Stage:
     objective: Annotated[str, one_of(OBJECTIVES)] = "loss"
     shape: Annotated[str, one_of(SHAPES)] = ""
     refit_share: _Share = 1.0
+    step: Count = 0

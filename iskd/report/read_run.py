@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from iskd.evaluation.speaking import Sample, samples_of
 from iskd.plan import StageResult
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.failure import read_failure
-from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
+from iskd.plan.metric_names import ALIGN, NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
 from iskd.plan.run_files import (
     CONFIG_FILE,
@@ -32,9 +33,11 @@ from iskd.system import read_json
 from iskd.system.files import leads_out, read_plain
 from iskd.system.tables import read_csv
 
+_LAYER = re.compile(ALIGN + r"[0-9]{1,4}")
 _Read = TypeVar("_Read")
 _LONGEST_TEXT = 1 << 20  # bytes; a config has about 5,000
 _MOST_CURVES = 50
+_MOST_LAYERS = 512
 
 
 @dataclass
@@ -44,6 +47,7 @@ class RunFiles:
     name: str
     stages: list[StageResult] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    layers: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     axis: str = X_AXIS
     config: str | None = None
     record: Any = None
@@ -149,8 +153,12 @@ def _read_curves(path: Path, run: RunFiles) -> None:
         run.notes.append(f"{path.name} has {len(losses)} train/ columns: the first {_MOST_CURVES} are drawn")
     x, bad = 0.0, 0
     axis, drawn = table.columns.index(run.axis), [(name, table.columns.index(name)) for name in losses[:_MOST_CURVES]]
+    aligned = [(int(name.removeprefix(ALIGN)), at) for at, name in enumerate(table.columns) if _LAYER.fullmatch(name)]
     for row in table.rows:
         x = _cell(row[axis], x)
+        for layer, at in aligned[:_MOST_LAYERS]:
+            if not math.isnan(y := _cell(row[at], math.nan)):
+                run.layers.setdefault(layer, []).append((x, y))
         for name, at in drawn:
             y = _cell(row[at], math.nan)
             bad += math.isnan(y) and bool(row[at])

@@ -86,7 +86,10 @@ class Align(Layers, Heal):
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages, their edits not chosen yet."""
+        """The stages of `tokens`, their edits not chosen yet."""
+        return self._stages(self.tokens)
+
+    def _stages(self, tokens: int) -> list[Stage]:
         mixers = "loss" if self.mixers in _OFF else str(self.mixers)
         if mixers == "auto":
             assert isinstance(self.edit, ConvertTo)
@@ -103,11 +106,11 @@ class Align(Layers, Heal):
             ),
         ]
         stages = [
-            Stage(name, (), round(self.tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
+            Stage(name, (), round(tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
             for name, objective, share, trains, rate, falls in rows
-            if objective != "loss" and round(self.tokens * share)
+            if objective != "loss" and round(tokens * share)
         ]
-        rest = self.tokens - sum(stage.tokens for stage in stages)
+        rest = tokens - sum(stage.tokens for stage in stages)
         last: dict[str, Any] = {"train": self.train, "lora": self.adapters(self.seed), "shape": self.shape}
         return [*stages, Stage("end to end", (), rest, lr=self.lr, lr_new=self.lr, fit=False, **last)]
 
@@ -118,7 +121,7 @@ class Align(Layers, Heal):
 
     def complete(self, history: History) -> bool:
         """Whether all stages are done."""
-        return len(history.stages) >= len(self.stages)
+        return len(history.stages) >= len(self._stages(self.budget(history)))
 
     def choice(self, history: History) -> Choice:
         """The layers that may be converted, and how many of them are."""
@@ -132,7 +135,7 @@ class Align(Layers, Heal):
         """
         if self.complete(history):
             return []
-        stage = self.stages[len(history.stages)]
+        stage = self._stages(self.budget(history))[len(history.stages)]
         if history.stages:
             return [stage]
         [everything] = self._conversions.candidates_for(history)

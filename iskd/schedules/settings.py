@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from iskd.plan import Record
 from iskd.plan.stage import LoraSpec, lora_of
+from iskd.schedules.base import History
 from iskd.schedules.edits import EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
 
@@ -27,6 +28,9 @@ class Heal:
 
     Attributes:
         tokens: training tokens of the whole run.
+        epochs: in the place of `tokens`: passes over the training text in every stage that trains; of `schedule=align`,
+            whose stages are shares of one budget, in the whole run. Stages then see the same text, each in an order of
+            its own.
         train: what trains (see `iskd.plan.stage.Stage`).
         lr: learning rate of everything that trains but new blocks.
         lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
@@ -36,6 +40,7 @@ class Heal:
     """
 
     tokens: NonNegativeInt = 32_768
+    epochs: PositiveFloat | None = None
     train: str = "all"
     lr: PositiveFloat = 1e-4
     lora: Mapping[str, Any] | None = field(default_factory=_lora)
@@ -43,6 +48,25 @@ class Heal:
     def __post_init__(self) -> None:
         """Check the values."""
         self.adapters()
+
+    def budget(self, history: History, stages: int = 1) -> int:
+        """Training tokens of a run of which so many stages train.
+
+        Raises ValueError where it is told in passes over a text whose size nobody knows, or that come to nothing.
+        """
+        if self.epochs is None:
+            return self.tokens
+        if history.pass_tokens is None:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} counts passes over the training text, whose size is not known here: "
+                "set schedule.epochs=null and schedule.tokens"
+            )
+        found = round(self.epochs * history.pass_tokens)
+        if not found:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} is no token of a text of {history.pass_tokens:,}: give more"
+            )
+        return found * stages
 
     def adapters(self, seed: int = 0) -> LoraSpec:
         """The adapters of every stage that has some; `seed` is the run's."""
@@ -99,6 +123,10 @@ class Layers:
     def listed(self) -> Sequence[int] | None:
         """The explicit order, where there is one."""
         return None if isinstance(self.layers, str) else self.layers
+
+    def used(self, history: History) -> Sequence[int]:
+        """Layers that are not edited again; a list may name some that were edited before this schedule began."""
+        return history.record.edited if self.listed is None else history.own
 
     def in_order(self, record: Record, scores: Mapping[int, float] | None) -> list[int]:
         """All layers that may ever be edited, protected ones among them, the first to be edited first.

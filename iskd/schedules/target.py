@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from iskd.plan import Record
 from iskd.schedules.base import History
 
 
@@ -55,7 +54,7 @@ class Target:
         """Whether nothing is left to edit. Raises ValueError when that is so before the first stage of a run."""
         record = history.record
         if self.count is not None:
-            return len(record.edited) >= self._count(record, protected)
+            return len(history.own) >= self._count(history, protected)
         size, unit = (len(record.layers), "layers") if self.layers is not None else (self._size(history), "parameters")
         goal = self.layers or self.params or 0
         if size <= goal and not history.stages:
@@ -70,13 +69,13 @@ class Target:
 
         Raises ValueError when there are too few.
         """
-        record, done = history.record, len(history.record.edited)
+        record, done = history.record, len(history.own)
         if self.params is not None:
             left = self._smallest(history, available, self.params)
         elif self.layers is not None:
             left = len(record.layers) - self.layers
         else:
-            left = self._count(record, protected) - done
+            left = self._count(history, protected) - done
         if left > len(available):
             raise ValueError(
                 f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
@@ -84,8 +83,9 @@ class Target:
             )
         return left
 
-    def _count(self, record: Record, protected: Collection[int]) -> int:
-        count = self.count if self.count and self.count > 0 else record.num_layers - len(protected)
+    def _count(self, history: History, protected: Collection[int]) -> int:
+        free = set(range(history.record.num_layers)) - set(protected) - set(history.foreign)
+        count = self.count if self.count and self.count > 0 else len(free)
         if not count:
             raise ValueError("schedule.count=-1 and every layer is protected: nothing would be edited")
         return count

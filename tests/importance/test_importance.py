@@ -289,6 +289,23 @@ def test_the_veto_is_the_cosine_plus_two_for_outliers() -> None:
     torch.testing.assert_close(rows, expected.float(), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel) -> list[list[Tensor]]:
+    """What transformers hands out for each batch: the last one after the final norm."""
+    return [list(model(batch, output_hidden_states=True).hidden_states) for batch in BATCHES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_published_scores_read_the_hidden_states_of_transformers(family: str) -> None:
+    model = tiny(family, layers=3).eval()
+    pairs = [list(itertools.pairwise(states)) for states in hidden_states(model)]
+    cosines = [[1 - torch.cosine_similarity(x, y, -1).mean(1) for x, y in batch] for batch in pairs]
+    squares = [[(x - y).square().mean((1, 2)) for x, y in batch] for batch in pairs]
+    for importance, expected in ((BlockInfluence(published=True), cosines), (HiddenMSE(published=True), squares)):
+        rows = torch.cat([torch.stack(columns) for columns in expected], 1)
+        torch.testing.assert_close(importance.rows(model, model, BATCHES), rows, atol=1e-5, rtol=1e-5)
+
+
 def test_block_influence_leaves_the_first_position_out() -> None:
     teacher = tiny("llama")
     # the first token is in every later state too, but not in that of a block that mixes nothing
