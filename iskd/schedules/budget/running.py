@@ -1,4 +1,4 @@
-"""The plan of a run: found before it, once, and kept in its folder, from which every process and every resume reads it."""
+"""The plan of a run: found once, before it, and kept in its folder, where every process and every resume finds it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from iskd.models import Stack
 from iskd.models.packing import Separator
 from iskd.models.weights import model_sha256
+from iskd.plan.budget_plan import BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE
 from iskd.plan.trainer_settings import with_defaults
-from iskd.schedules.budget.plan import Plan, check_teacher, read_plan
+from iskd.schedules.budget.options import edits_of
 from iskd.schedules.budget.search import Place, search
 from iskd.schedules.budget.settings import Budget
 from iskd.system import ProgressLine, global_rank
@@ -56,7 +57,7 @@ class Asked:
     note: Callable[[str], None]
 
 
-def plans_for(budget: Budget, asked: Asked) -> list[Plan]:
+def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
     """Search on the device and in the precision of the run; nothing in a process that is not the first."""
     model = asked.teacher
     device, forward_context = placed(with_defaults(asked.trainer))
@@ -84,7 +85,7 @@ def plans_for(budget: Budget, asked: Asked) -> list[Plan]:
             module.training = True
 
 
-def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> Plan:
+def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
     """The plan of a run: the one in its folder, the one that `budget.plan` names, or a new one, which is kept there.
 
     Raises:
@@ -110,8 +111,8 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> Plan:
         time.sleep(_WAIT_S)
 
 
-def _kept(plan: Plan, file: Path) -> Plan:
-    if not plan.edits:
+def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
+    if not edits_of(plan):
         said = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items()) or "budget.plan"
         raise ValueError(f"{said}: every layer is kept, so nothing would be edited; ask for less, or use schedule=none")
     if global_rank() == 0:
@@ -119,7 +120,7 @@ def _kept(plan: Plan, file: Path) -> Plan:
     return plan
 
 
-def _same(plan: Plan, budget: Budget, wanted: Mapping[str, Any], seed: int) -> bool:
+def _same(plan: BudgetPlan, budget: Budget, wanted: Mapping[str, Any], seed: int) -> bool:
     """Whether a plan answers this very budget."""
     said = (plan.asked, plan.seed, plan.native, plan.context, plan.batch)
     known = all(name in plan.options for name in budget.use or ())

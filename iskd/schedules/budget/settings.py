@@ -1,4 +1,4 @@
-"""What a budget is told: how large or fast the student may be, which options there are, how much is spent on choosing."""
+"""What a budget is told: how large or fast the student may be, what may be done to layers, what choosing may cost."""
 
 from __future__ import annotations
 

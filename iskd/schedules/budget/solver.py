@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from iskd.schedules.budget.options import KEEP
+from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.students import Choice
 
@@ -151,7 +151,7 @@ def _solved(problem: Problem, limits: Mapping[str, float]) -> Choice | None:
         for at in (at for at, single in enumerate(options) if single[1] == width):
             rows.append(({at: 1.0, place: -1.0}, -math.inf, 0.0))
     if widths:
-        rows.append(({place: 1.0 for place in range(len(options), len(options) + len(widths))}, 1.0, 1.0))
+        rows.append((dict.fromkeys(range(len(options), len(options) + len(widths)), 1.0), 1.0, 1.0))
     for place, pair in enumerate(pairs, len(options) + len(widths)):
         one, other = (number[single] for single in pair)
         if problem.pairs[pair] > 0:  # z >= x + x' - 1
@@ -167,8 +167,9 @@ def _solved(problem: Problem, limits: Mapping[str, float]) -> Choice | None:
         rows.append((same, float(problem.depth - most), math.inf))
     weights = [problem.scores[single] for single in options] + [0.0] * len(widths)
     weights += [problem.pairs[pair] for pair in pairs]
-    at, to, values = zip(*((row, column, x) for row, (entries, _, _) in enumerate(rows) for column, x in entries.items()), strict=True)
-    matrix = csr_matrix((values, (at, to)), shape=(len(rows), count))
+    cells = [(row, column, x) for row, (entries, _, _) in enumerate(rows) for column, x in entries.items()]
+    down, across, values = zip(*cells, strict=True)
+    matrix = csr_matrix((values, (down, across)), shape=(len(rows), count))
     found = milp(
         np.asarray(weights),
         integrality=np.array([1] * (len(options) + len(widths)) + [0] * len(pairs)),
