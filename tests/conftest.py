@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from tests.factories import sampled, tiny_teacher
 
-
 FIRST = (
     "system/test_stop_signals.py",
     "training/test_ranks.py",

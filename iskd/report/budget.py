@@ -32,7 +32,7 @@ def choice_table(plan: BudgetPlan) -> Table:
         table.add_column(head, justify=side)  # type: ignore[arg-type]
     for name, layers in choice_map(plan):
         table.add_row(Text(name), layers_text(layers), str(len(layers)), _alone(plan, name, layers))
-    table.caption = caption("; ".join(_told(plan)))
+    table.caption = caption("\n".join(_told(plan)))
     return table
 
 

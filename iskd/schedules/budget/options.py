@@ -231,3 +231,20 @@ def edits_of(plan: BudgetPlan) -> list[Edit]:
     edits = [option.make(layer, plan.seed) for option, layers in used(plan) for layer in layers]
     Record(len(plan.choice)).extended(edits)
     return edits
+
+
+def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
+    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
+
+    What survives is refitted once, when all is edited.
+    """
+    steps: list[dict[str, Any]] = []
+    for option, layers in used(plan):
+        described = option.described()
+        parts = {key: described.pop(key) for key in _PARTS if key in described}
+        del described["edit"]
+        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
+        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
+    if steps:
+        del steps[-1]["tokens"], steps[-1]["refit"]
+    return steps
