@@ -1,7 +1,7 @@
-"""The replaced block without attention: each token is mapped by itself, or nothing stands there; the MLP is re-solved.
+"""The replaced block without attention: each token is mapped by itself, or nothing stands there; the MLP re-solved.
 
-What is left is the host's own block, in which a small module answers where the attention stood, so that norms, residuals
-and MLP of every family stay as they are.
+What is left is the host's own block, in which a small module answers where the attention stood, so that norms,
+residuals and MLP of every family stay as they are.
 """
 
 from __future__ import annotations

@@ -212,6 +212,11 @@ def sentence(error: BaseException) -> str:
     return in_own_words(str(error), str(cause) if isinstance(cause, OmegaConfBaseException) else "")
 
 
+def output_folder() -> Path:
+    """Where Hydra lets this job write."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
 class SweepFolder(Callback):
     """Remembers where a sweep writes, for `told_at_the_end`; of conf/config.yaml."""
 

@@ -14,13 +14,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
-from iskd.commands.line.steps import GROUPS
+from iskd.commands.line.steps import GROUPS, steps_as_meant
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
 from iskd.data.mix import Mix, mapped, named, sources_of
 from iskd.data.sources import as_chats, pinned
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
+from iskd.export.student import native_config
 from iskd.importance import AttentionImportance
 from iskd.losses import Terms
 from iskd.models import Stack
@@ -30,7 +31,10 @@ from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
+from iskd.report.budget import choice_table
+from iskd.report.terminal import print_table, terminal
 from iskd.schedules import ConvertTo, EditKind, Schedule
+from iskd.schedules.budget import Asked, plan_for, steps_of
 from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.faults import UnavailableError
@@ -124,6 +128,8 @@ def _made(
             teacher = load_teacher(described, within or ([] if start is None else present_weights(start)))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
+    if config.get("budget"):
+        _plan_within(config, teacher, data, run_dir, start)
     budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
@@ -163,6 +169,38 @@ def _made(
         teacher_cache=_teacher_cache(config, losses),
         budget=budget,
         start=start,
+    )
+
+
+def _plan_within(config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None) -> None:
+    """Search for a plan within the budget, show it, and put its steps into the schedule that carries it out."""
+    if class_of(config.schedule) is not Mixed:
+        raise ValueError("budget= finds the steps of schedule=mixed: set that too, as experiment=budget does")
+    if config.schedule.steps and config.resume is None:
+        raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
+    if start is not None:
+        raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
+    plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
+    if global_rank() == 0:
+        print_table(choice_table(plan))
+    scheduled = {**plain(config.schedule), "steps": steps_of(plan)}
+    steps_as_meant(scheduled)
+    config.schedule = OmegaConf.create(scheduled)
+
+
+def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
+    """What a search for plans needs of a run."""
+    dtype = (_export(plain(config.export)) or {}).get("dtype", "auto")
+    return Asked(
+        teacher=teacher.model,
+        windows=data.calibration,
+        separator=data.separator,
+        trainer=plain(config.trainer),
+        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")),
+        stored=str(teacher.source.get("stored", "float32")) if dtype == "auto" else dtype,
+        seed=config.seed,
+        native=lambda model: native_config(model) is not None,
+        note=lambda sentence: terminal().print(sentence, soft_wrap=True),
     )
 
 

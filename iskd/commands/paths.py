@@ -19,7 +19,9 @@ from hydra.errors import HydraException
 from iskd.system.files import expanded
 
 # by their names, as the parts of anybody have them too
-_PATHS = re.compile(r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer")
+_PATHS = re.compile(
+    r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer|budget\.(plan|library)"
+)
 _QUOTES = "'\""
 _AT_HOME = '${{at_home:"{}"}}'
 _OWN = re.compile(r"\$\{(at_home|new_folder|hydra):")

@@ -73,8 +73,8 @@ def measure(
         others are missing: too long for the model (`Stack.limit`), for the time or for the memory.
 
     Raises:
-        ValueError: a context, `decode_tokens`, `repeats` or `batch` below 1, a model in shards, models on different devices, or
-            of another name.
+        ValueError: a context, `decode_tokens`, `repeats` or `batch` below 1, a model in shards, models on different
+            devices, or of another name.
     """
     places = {name: _device(model) for name, model in models.items()}
     if len(set(places.values())) > 1:

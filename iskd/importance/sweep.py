@@ -105,7 +105,7 @@ def exchange_values(
     chunk: int = 256,
     prefix_cache: PrefixCache | None = None,
 ) -> Tensor:
-    """What it costs at each scored position [C, B, P] that other blocks stand in the place of some; in nats, on the CPU.
+    """What other blocks in the place of some cost at each scored position [C, B, P], in nats, float32, on the CPU.
 
     Both models are in evaluation mode and gradients are off (`iskd.models.capture.scoring`). Arguments as those of
     `leave_one_out_values`; values may be not finite.
@@ -115,7 +115,11 @@ def exchange_values(
         teacher: what the metric `kl` compares with.
         batch: token ids [B, T].
         branches: C exchanges, each tried by itself; an empty one is the student as it is.
-        metric, stride, width, chunk, prefix_cache: see `leave_one_out_values`.
+        metric: as there.
+        stride: as there.
+        width: as there.
+        chunk: as there.
+        prefix_cache: as there.
 
     Raises:
         ValueError: windows of one token under `loss`.

@@ -13,11 +13,13 @@ from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.evaluation.speaking import Sample, samples_of
 from iskd.plan import StageResult
+from iskd.plan.budget_plan import BudgetPlan, read_plan
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.failure import read_failure
 from iskd.plan.metric_names import ALIGN, NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
 from iskd.plan.run_files import (
+    BUDGET_FILE,
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -58,6 +60,7 @@ class RunFiles:
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
     samples: list[Sample] = field(default_factory=list)
+    budget: BudgetPlan | None = None
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -109,6 +112,7 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     # Made by commands of their own after the run, so their absence is nothing to tell.
     run.efficiency = _read(run_dir / EFFICIENCY_FILE, lambda path: efficiency_of(read_json(path)), run, expected=False)
     run.evaluation = _read(run_dir / EVALUATION_FILE, lambda path: evaluation_of(read_json(path)), run, expected=False)
+    run.budget = _read(run_dir / BUDGET_FILE, read_plan, run, expected=False)
     run.samples = _read(run_dir / SAMPLES_FILE, lambda path: samples_of(read_json(path)), run, expected=False) or []
     return run
 

@@ -17,6 +17,7 @@ from typing import Any
 from iskd.plan import StageResult
 from iskd.plan.results import student_of, teacher_of
 from iskd.plan.run_files import (
+    BUDGET_FILE,
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -31,6 +32,7 @@ from iskd.plan.run_files import (
 )
 from iskd.report import html
 from iskd.report.beside import links, write_page, write_stage_table
+from iskd.report.budget import budget_section
 from iskd.report.figures import along_run, edit_map, score_curves, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
 from iskd.report.figures.layer_dynamics import layer_dynamics
@@ -49,6 +51,7 @@ _RAW = (
     (EVALUATION_FILE, "tasks"),
     (EFFICIENCY_FILE, "size, latency, memory"),
     (SAMPLES_FILE, "what both models said"),
+    (BUDGET_FILE, "what every layer becomes within the budget, all scores and plans"),
     (RECORD_FILE, "the edits"),
     (CONFIG_FILE, "all settings"),
     (DATA_FILE, "the text"),
@@ -98,6 +101,7 @@ def _page(run: RunFiles, folder: Path) -> str:
             made_by(run.environment),
             tasks_section(run.evaluation),
             _stages(run.stages),
+            _budget(run),
             html.section("Figures", html.figures(_figures(run))),
             efficiency_section(run.efficiency),
             quantized_section(run.evaluation),
@@ -184,6 +188,11 @@ def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: S
         f"{after} the student{of} is {size} its teacher and keeps <b>{percent(student.retention)}&nbsp;%</b> of "
         f"its next-token accuracy; perplexity goes from {number(teacher.ppl, 4)} to {number(student.ppl, 4)}."
     )
+
+
+def _budget(run: RunFiles) -> str:
+    student = student_of(run.stages)
+    return budget_section(run.budget, {} if student is None else {"params": student.params, "kl": student.kl})
 
 
 def _stages(stages: Sequence[StageResult]) -> str:

@@ -7,8 +7,8 @@ Imports: system, plan, models, teacher, blocks, evaluation, refits, importance, 
 
 from __future__ import annotations
 
-from iskd.schedules.budget.plan import Plan, check_teacher, plan_of, read_plan
-from iskd.schedules.budget.search import Place, search
+from iskd.schedules.budget.options import edits_of, steps_of
+from iskd.schedules.budget.running import Asked, plan_for, plans_for
 from iskd.schedules.budget.settings import Budget
 
-__all__ = ["Budget", "Place", "Plan", "check_teacher", "plan_of", "read_plan", "search"]
+__all__ = ["Asked", "Budget", "edits_of", "plan_for", "plans_for", "steps_of"]

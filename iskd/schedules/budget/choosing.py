@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.costs import Costs
-from iskd.schedules.budget.options import KEEP
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
@@ -104,16 +105,16 @@ class Chooser:
                 share = (least - others[key]) / blocks if blocks else math.nan
                 raise ValueError(
                     f"budget.{key}={shown[key]} cannot be met with these options: the smallest student has "
-                    f"{amount(key, least)}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or give options "
-                    "that cost less"
+                    f"{amount(key, least)}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or give "
+                    "options that cost less"
                 )
         for key, limit in limits.items():
             least = smallest(problem, key) + others[key]
             rest = " and ".join(f"budget.{other}={shown[other]}" for other in limits if other != key)
             if math.isfinite(least) and least > limit:
                 raise ValueError(
-                    f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest student "
-                    f"has {amount(key, least)}; raise one of them"
+                    f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
+                    f"student has {amount(key, least)}; raise one of them"
                 )
         listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
         raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
@@ -160,7 +161,7 @@ class Chooser:
         return self._kl[choice]
 
     def front(self, limits: Mapping[str, float], key: str, shares: Sequence[float]) -> list[tuple[float, float]]:
-        """Predicted KL of the best plans by single scores, at other values of one limit: shares of the teacher's blocks."""
+        """Predicted KL of the best plans by single scores, at other shares of the teacher's blocks in one limit."""
         whole, others = self.costs.of(self.scorer.whole), dict(zip(self.costs.keys, self.costs.others, strict=True))
         found = []
         for share in shares:
@@ -190,7 +191,7 @@ class Chooser:
         edited = [layer for layer, name in enumerate(choice) if name != KEEP]
         pairs = [
             ((below, choice[below]), (above, choice[above]))
-            for below, above in zip(edited, edited[1:], strict=False)
+            for below, above in pairwise(edited)
             if all(name == KEEP for name in choice[below + 1 : above])
         ]
         # those that are nearest, and cost most, are those that are least likely to add up
@@ -276,7 +277,9 @@ class Chooser:
         singles = [
             (layer, name)
             for layer, name in self.scorer.singles
-            if name in self.removes and base[layer] == KEEP and self._possible(self.scorer.with_one(base, (layer, name)))
+            if name in self.removes
+            and base[layer] == KEEP
+            and self._possible(self.scorer.with_one(base, (layer, name)))
         ]
         if not singles:
             return None

@@ -22,8 +22,9 @@ from iskd.evaluation.results import AtContext
 from iskd.models import Stack, scoring, surgery
 from iskd.models.cache import layer_bytes, lengthen
 from iskd.plan import Record
+from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.library import Library
-from iskd.schedules.budget.options import KEEP, Option, layers_of, module_of
+from iskd.schedules.budget.options import Option, layers_of, module_of
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget
 from iskd.schedules.budget.students import assembled
@@ -159,20 +160,15 @@ def _times(
     stack = Stack(teacher)
     depth = len(stack.layers)
     timed = [option for option in options if not option.removes]
-    students: list[tuple[str, Callable[[], Mapping[int, nn.Module | None]]]] = [
-        ("", lambda: dict.fromkeys(range(depth)))
-    ]
-    for option in timed:
-        students.append(
-            (option.digest, lambda option=option: {at: module_of(option, stack, at, seed) for at in range(depth)})
-        )
+    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in timed}
     file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
     facts = {key: value for key, value in facts.items() if key not in _PASSING}
     known = _known(file, facts)
-    for number, (name, blocks) in enumerate(students):
+    for number, (name, filled) in enumerate(students.items()):
         told("measuring options", number, len(students))
         if name not in known:
-            known[name] = side_by_side(teacher, assembled(teacher, blocks()), budget, dtype)
+            blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
+            known[name] = side_by_side(teacher, assembled(teacher, blocks), budget, dtype)
             write_whole(file, json.dumps({"machine": facts, "times": known}, indent=1))
     # seconds of the teacher in all of these measurements, and of every student relative to the teacher beside it
     whole = [statistics.median(row[1][at] for row in known.values()) for at in range(len(TIMES))]
@@ -185,9 +181,7 @@ def _times(
         per_layer |= {KEEP: (whole[at] - bare) / depth} | {option.name: 0.0 for option in options if option.removes}
         others[key] = 1e3 * bare
         layers[key] = {
-            (layer, name): 1e3 * max(0.0, seconds)
-            for name, seconds in per_layer.items()
-            for layer in range(depth)
+            (layer, name): 1e3 * max(0.0, seconds) for name, seconds in per_layer.items() for layer in range(depth)
         }
     return layers, others
 
@@ -209,8 +203,8 @@ def side_by_side(
         if at is None or not math.isfinite(at.prefill_seconds + at.decode_seconds_per_token):
             why = "" if model is None else model.left_out.get(budget.context, "")
             raise ValueError(
-                f"budget.context={budget.context} and budget.batch={budget.batch} cannot be measured here ({why}): lower "
-                "them"
+                f"budget.context={budget.context} and budget.batch={budget.batch} cannot be measured here ({why}): "
+                "lower them"
             )
         rows.append([at.prefill_seconds, at.decode_seconds_per_token])
     return rows[0], rows[1]
@@ -228,6 +222,3 @@ def _known(file: object, facts: object) -> dict[str, tuple[list[float], list[flo
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-

@@ -1,4 +1,4 @@
-"""Every option of a layer fitted by itself: the teacher's own stream goes in, the teacher's state behind it is the goal.
+"""Every option of a layer fitted by itself: the teacher's own stream goes in, its state behind the layer is the goal.
 
 So no fit depends on another one: layers may be fitted in any order, and by several processes. Closed form comes first
 (a compact block's own fit, a merge, output projections re-solved behind a new mixer), then some epochs of training on
@@ -135,10 +135,8 @@ class _Walk:
         after = self._error(module, position, inputs, at.outputs)
         return Fit(module, before, after)
 
-    def _refitted(
-        self, module: nn.Module, position: int, inputs: Streams, at: _At, edit: Edit, budget: Budget
-    ) -> None:
-        """Output projections behind a new mixer, then the whole block by gradients; kept as far as held-out text says."""
+    def _refitted(self, module: nn.Module, position: int, inputs: Streams, at: _At, edit: Edit, budget: Budget) -> None:
+        """Output projections behind a new mixer, then the whole block by gradients; held-out text says what stays."""
         task = RefitTask(
             self.teacher, self.teacher, Record(len(self.stack.layers)), [], self.texts.fit, self.texts.held
         )

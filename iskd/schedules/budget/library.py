@@ -91,7 +91,9 @@ class Library:
         self.folder, self.recipe, self.stack, self._seed = folder, dict(recipe), Stack(teacher), seed
 
     @classmethod
-    def open(cls, budget: Budget, below: Path, recipe: Mapping[str, Any], teacher: PreTrainedModel, seed: int) -> Library:
+    def open(
+        cls, budget: Budget, below: Path, recipe: Mapping[str, Any], teacher: PreTrainedModel, seed: int
+    ) -> Library:
         """The library of a recipe: `budget.library`, or one below a folder that is named after the recipe.
 
         Raises:
@@ -119,8 +121,8 @@ class Library:
             return
         keys = [key for key in _WORDS if not isinstance(found, dict) or found.get(key) != self.recipe.get(key)]
         raise ValueError(
-            f"budget.library={self.folder} was made {_WORDS[keys[0]] if keys else 'otherwise'}: give another folder, or "
-            "leave budget.library out"
+            f"budget.library={self.folder} was made {_WORDS[keys[0]] if keys else 'otherwise'}: give another folder, "
+            "or leave budget.library out"
         )
 
     # ---- what is there ----------------------------------------------------------------------------------------------

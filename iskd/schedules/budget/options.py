@@ -18,12 +18,11 @@ from iskd.blocks.merge import side_by_side
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Replace, Spec
+from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
 from iskd.plan.edits import REMOVALS, Merge
 from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers, RemoveLayers, ReplaceWith
 from iskd.system.text import perhaps
 
-KEEP = "keep"
-"""The name of the choice to leave a layer as it is."""
 EDITS: Mapping[str, type[Any]] = {
     "replace": ReplaceWith,
     "remove": RemoveLayers,
@@ -123,7 +122,9 @@ def _option(name: str, values: Any) -> Option:
     except TypeError:
         known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in _PARTS)]
         wrong = next(key for key in rest if key not in known)
-        raise ValueError(f"{where}.{wrong} is no key{perhaps(wrong, known)}: use {', '.join(known) or 'none'}") from None
+        raise ValueError(
+            f"{where}.{wrong} is no key{perhaps(wrong, known)}: use {', '.join(known) or 'none'}"
+        ) from None
 
 
 def _spec(where: str, values: Any) -> Spec:
@@ -187,8 +188,7 @@ def able(
             at = where[-1] - option.merges
             module = module_of(option, stack, where[-1], seed)
             if option.merges:
-                data = FitData([calls.embedded], [calls.embedded], lambda block, h, _, at=at: calls.run(at, block, h), stack)
-                side_by_side(stack.layers[at], stack.layers[at + 1], data)
+                side_by_side(stack.layers[at], stack.layers[at + 1], _trial(calls, at, stack))
             if module is not None and not calls.run(at, module, calls.embedded).isfinite().all():
                 raise ValueError("what it says of a few tokens is not finite")
         except (MemoryError, torch.OutOfMemoryError):
@@ -203,3 +203,48 @@ def able(
     if not found:
         raise ValueError(f"none of the options can be had here: {'; '.join(told)}")
     return found, told
+
+
+def _trial(calls: BlockCalls, position: int, stack: Stack) -> FitData:
+    """Something to run a block on."""
+    return FitData([calls.embedded], [calls.embedded], lambda block, h, _: calls.run(position, block, h), stack)
+
+
+# ---- of a plan -------------------------------------------------------------------------------------------------------
+
+
+def used(plan: BudgetPlan) -> list[tuple[Option, list[int]]]:
+    """The options that some layer gets, each with its layers, in the order to carry them out: merges, removals, others.
+
+    Raises ValueError where an option of the plan is described wrongly.
+    """
+    chosen = [(name, layers) for name, layers in choice_map(plan) if name != KEEP]
+    found = [(_option(name, plan.options[name]), layers) for name, layers in chosen]
+    return sorted(found, key=lambda each: (not each[0].merges, not each[0].removes))
+
+
+def edits_of(plan: BudgetPlan) -> list[Edit]:
+    """All edits of a plan, in the order to carry them out.
+
+    Raises ValueError where they cannot be applied to a teacher of so many layers.
+    """
+    edits = [option.make(layer, plan.seed) for option, layers in used(plan) for layer in layers]
+    Record(len(plan.choice)).extended(edits)
+    return edits
+
+
+def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
+    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
+
+    What survives is refitted once, when all is edited.
+    """
+    steps: list[dict[str, Any]] = []
+    for option, layers in used(plan):
+        described = option.described()
+        parts = {key: described.pop(key) for key in _PARTS if key in described}
+        del described["edit"]
+        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
+        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
+    if steps:
+        del steps[-1]["tokens"], steps[-1]["refit"]
+    return steps

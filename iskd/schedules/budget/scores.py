@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from iskd.importance.racing import doubt
 from iskd.importance.sweep import Exchange, exchange_values
 from iskd.models import Stack, scoring
+from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.library import Library
-from iskd.schedules.budget.options import KEEP, Option, layers_of
+from iskd.schedules.budget.options import Option, layers_of
 from iskd.schedules.budget.students import Choice, Place, assembled, places
 from iskd.system import write_whole
 from iskd.system.files import read_plain
@@ -80,7 +81,13 @@ class Scorer:
     # ---- the question -----------------------------------------------------------------------------------------------
 
     def values(
-        self, base: Choice, changed: Sequence[Choice], windows: Sequence[int], *, stride: int | None = None, what: str = ""
+        self,
+        base: Choice,
+        changed: Sequence[Choice],
+        windows: Sequence[int],
+        *,
+        stride: int | None = None,
+        what: str = "",
     ) -> Tensor:
         """KL of the teacher to every changed student at every scored position [C, W, P], in nats.
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack
 from iskd.models.weights import model_sha256
+from iskd.plan.budget_plan import BudgetPlan, TriedPlan
 from iskd.schedules.budget.choosing import Chooser, Tried
 from iskd.schedules.budget.costs import Costs, costs_of, side_by_side, uniform
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, layers_of, options_of
-from iskd.schedules.budget.plan import Plan, TriedPlan
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import TIMES, Budget, limit_of
 from iskd.schedules.budget.students import Choice
@@ -68,7 +68,7 @@ class Place:
 
 def search(
     budget: Budget, teacher: PreTrainedModel, windows: Callable[[int], Sequence[Tensor]], place: Place
-) -> list[Plan]:
+) -> list[BudgetPlan]:
     """A plan for every budget that is asked for; none in a process that is not the first.
 
     Args:
@@ -113,7 +113,9 @@ def search(
         limits = [_limits(each, costs, scorer.whole) for each in budget.each]
         for each, limit in zip(budget.each, limits, strict=True):
             chooser.require(limit, each.asked)
-        return [_plan(each, limit, chooser, costs, spent, place) for each, limit in zip(budget.each, limits, strict=True)]
+        return [
+            _plan(each, limit, chooser, costs, spent, place) for each, limit in zip(budget.each, limits, strict=True)
+        ]
 
 
 def natives(
@@ -133,8 +135,8 @@ def natives(
         )
     if not good:
         raise ValueError(
-            f"budget.native=true: plain transformers opens no student with any of {', '.join(others)}: give other options "
-            "(remove, merge, slim), or set budget.native=false"
+            f"budget.native=true: plain transformers opens no student with any of {', '.join(others)}: give other "
+            "options (remove, merge, slim), or set budget.native=false"
         )
     told = [f"options {', '.join(others)} are left out: plain transformers opens no such student"] if others else []
     return good, told
@@ -198,7 +200,7 @@ def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:
 
 def _plan(
     budget: Budget, limits: dict[str, float], chooser: Chooser, costs: Costs, spent: dict[str, float], place: Place
-) -> Plan:
+) -> BudgetPlan:
     start = time.perf_counter()
     tried = chooser.find(limits)
     best, measured, told = _verdict(budget, limits, tried, chooser, costs, place)
@@ -217,7 +219,7 @@ def _plan(
                 _log.warning("%s", told)
     scorer = chooser.scorer
     key = next(iter(limits))
-    return Plan(
+    return BudgetPlan(
         teacher=model_sha256(scorer.teacher),
         choice=best.choice,
         options={name: option.described() for name, option in scorer.options.items()},
@@ -264,7 +266,8 @@ def _verdict(
 
     best, found = min(rows, key=excess)
     over = next(key for key in TIMES if key in limits and found[key] > _SLACK * limits[key])
-    return best, found, (
-        f"budget.{over}={budget.asked[over]}: the best plans take {found[over]:.4g} ms when they are built, and the limit "
-        f"is {limits[over]:.4g} ms"
+    told = (
+        f"budget.{over}={budget.asked[over]}: the best plans take {found[over]:.4g} ms when they are built, more than "
+        f"the {limits[over]:.4g} ms of the limit"
     )
+    return best, found, told

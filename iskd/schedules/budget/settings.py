@@ -1,4 +1,4 @@
-"""What a budget is told: how large or fast the student may be, which options there are, how much is spent on choosing."""
+"""What a budget is told: how large or fast the student may be, what may be done to layers, what choosing may cost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from iskd.system.typed_values import read_value
 
 LIMITS = ("params", "bytes", "cache_bytes", "prefill_ms", "decode_ms")
 """Keys of `budget` that bound a student; every plan is told what it costs in each that was measured."""
@@ -109,7 +111,7 @@ class Budget:
                 "budget: say how large or fast the student may be, with budget.params=0.75, budget.bytes, "
                 "budget.cache_bytes, budget.prefill_ms or budget.decode_ms"
             )
-        return found
+        return {key: int(value) if _is_whole(value) else value for key, value in found.items()}
 
     @property
     def each(self) -> list[Budget]:
@@ -126,6 +128,10 @@ class Budget:
         return any(getattr(self, key) is not None for key in TIMES)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value > 1 and value.is_integer()
+
+
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
@@ -134,8 +140,8 @@ def _amount(key: str, value: Any) -> tuple[float, bool]:
     """A limit, and whether it is a share. Raises ValueError where it is none."""
     percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     try:
-        number = float(percent[1]) / 100 if percent else float(value)
-    except (TypeError, ValueError):
+        number = float(percent[1]) / 100 if percent else read_value(key, value, float)
+    except ValueError:
         number = math.nan
     share = bool(percent) or (key in SHARES and number <= 1)
     if not 0 < number < math.inf or (share and number > 1):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from iskd.schedules.budget.options import KEEP
+from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.students import Choice
 
@@ -167,8 +167,9 @@ def _solved(problem: Problem, limits: Mapping[str, float]) -> Choice | None:
         rows.append((same, float(problem.depth - most), math.inf))
     weights = [problem.scores[single] for single in options] + [0.0] * len(widths)
     weights += [problem.pairs[pair] for pair in pairs]
-    at, to, values = zip(*((row, column, x) for row, (entries, _, _) in enumerate(rows) for column, x in entries.items()), strict=True)
-    matrix = csr_matrix((values, (at, to)), shape=(len(rows), count))
+    cells = [(row, column, x) for row, (entries, _, _) in enumerate(rows) for column, x in entries.items()]
+    down, across, values = zip(*cells, strict=True)
+    matrix = csr_matrix((values, (down, across)), shape=(len(rows), count))
     found = milp(
         np.asarray(weights),
         integrality=np.array([1] * (len(options) + len(widths)) + [0] * len(pairs)),

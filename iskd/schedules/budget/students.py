@@ -17,7 +17,8 @@ from iskd.models import Stack
 from iskd.models.hosting import HostedBlock
 from iskd.models.projections import with_submodule
 from iskd.models.stack import set_layer_idx
-from iskd.schedules.budget.options import KEEP, Option
+from iskd.plan.budget_plan import KEEP
+from iskd.schedules.budget.options import Option
 
 Choice = tuple[str, ...]
 """The name of an option, or `KEEP`, for every layer."""

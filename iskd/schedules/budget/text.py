@@ -1,4 +1,4 @@
-"""The calibration text of a budget in three parts: what options are fitted to, what judges fits, what scores students."""
+"""The calibration text of a budget in three parts: to fit options to, to judge their fits, to score students."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def texts_of(budget: Budget, windows: Callable[[int], Sequence[Tensor]]) -> Text
         raise ValueError("budget: calibration windows of one token have no next token: raise data.seq_len to 2 or more")
     if count < 3:
         raise ValueError(
-            f"budget: {count} calibration windows of {length} tokens, and one each is needed to fit options to, to judge "
-            f"the fits and to score students: raise budget.fit_tokens, held_tokens and score_tokens to {length} at least, "
-            "or give more calibration text (data.calibration_fraction)"
+            f"budget: {count} calibration windows of {length} tokens, and one each is needed to fit options to, to "
+            f"judge the fits and to score students: raise budget.fit_tokens, held_tokens and score_tokens to {length} "
+            "at least, or give more calibration text (data.calibration_fraction)"
         )
     held, score = (min(max(1, round(count * share / sum(asked))), (count - 1) // 2) for share in asked[1:])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))

@@ -1,21 +1,20 @@
-"""A plan: which option every layer gets, what that costs and is predicted to lose, as a file that a run carries out."""
+"""What becomes of every layer within a budget: the option it gets, what that costs and is predicted to lose; a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from iskd.plan import Edit, Record
 from iskd.plan.edits import MAX_LAYERS
-from iskd.schedules.budget.options import KEEP, Option, options_of
 from iskd.system import Json, read_json, write_whole
 from iskd.system.reading import Count, Number, between, read_as
 
+KEEP = "keep"
+"""The name of the choice to leave a layer as it is."""
 _VERSION = 1
 _NAME = Annotated[str, Field(max_length=256)]
 _MOST = Field(max_length=MAX_LAYERS)
@@ -24,7 +23,7 @@ _Amounts = Annotated[dict[str, Number], Field(max_length=16)]
 
 @dataclass(frozen=True)
 class TriedPlan:
-    """A plan that was built and measured beside the one that was taken; see `iskd.schedules.budget.choosing.Tried`."""
+    """A plan that was built and measured beside the one that was taken; see `iskd.schedules.budget.choosing`."""
 
     choice: Annotated[tuple[_NAME, ...], _MOST]
     predicted: Number
@@ -33,7 +32,7 @@ class TriedPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """What becomes of every layer of a teacher.
 
     Attributes:
@@ -52,6 +51,9 @@ class Plan:
         seconds: what the library, the scores and the search took.
         context, batch: at which cache and time count.
         native: whether it was to be opened by plain transformers.
+
+    Raises:
+        ValueError: a layer gets what is no option.
     """
 
     teacher: Annotated[str, Field(max_length=64)]
@@ -76,32 +78,10 @@ class Plan:
     version: Annotated[int, between(1, _VERSION)] = _VERSION
 
     def __post_init__(self) -> None:
-        """Check that the names mean something and that such a student can be."""
+        """Check that the names mean something."""
         for layer, name in enumerate(self.choice):
             if name != KEEP and name not in self.options:
                 raise ValueError(f"layer {layer} gets {name!r:.80}, which is no option of the plan")
-        self.record  # noqa: B018 - raises where the edits cannot be applied
-
-    @property
-    def used(self) -> list[Option]:
-        """The options that some layer gets, in the order in which they are carried out: merges, removals, the others."""
-        names = {name for name in self.choice if name != KEEP}
-        found = options_of({name: self.options[name] for name in self.options if name in names}) if names else []
-        return sorted(found, key=lambda option: (not option.merges, not option.removes))
-
-    def layers(self, option: Option) -> list[int]:
-        """Which layers get an option."""
-        return [layer for layer, name in enumerate(self.choice) if name == option.name]
-
-    @property
-    def edits(self) -> list[Edit]:
-        """All edits, in the order in which they are carried out."""
-        return [option.make(layer, self.seed) for option in self.used for layer in self.layers(option)]
-
-    @property
-    def record(self) -> Record:
-        """What the student will be."""
-        return Record(len(self.choice)).extended(self.edits)
 
     def to_json(self) -> Json:
         """Plain JSON."""
@@ -112,12 +92,12 @@ class Plan:
         return write_whole(file, json.dumps(self.to_json(), indent=1))
 
 
-def plan_of(data: Any, what: str) -> Plan:
+def plan_of(data: Any, what: str) -> BudgetPlan:
     """A plan from JSON that anybody may have written. Raises ValueError where it is none."""
-    return read_as(Plan, data, what)
+    return read_as(BudgetPlan, data, what)
 
 
-def read_plan(file: Path) -> Plan:
+def read_plan(file: Path) -> BudgetPlan:
     """A plan file.
 
     Raises:
@@ -132,7 +112,7 @@ def read_plan(file: Path) -> Plan:
     return plan_of(data, str(file))
 
 
-def check_teacher(plan: Plan, digest: str, layers: int, what: str) -> None:
+def check_teacher(plan: BudgetPlan, digest: str, layers: int, what: str) -> None:
     """Raise ValueError where a plan was made for another teacher."""
     if len(plan.choice) != layers:
         raise ValueError(f"{what} was made for a teacher of {len(plan.choice)} layers, and this one has {layers}")
@@ -140,10 +120,8 @@ def check_teacher(plan: Plan, digest: str, layers: int, what: str) -> None:
         raise ValueError(f"{what} was made for another teacher (other weights): search again with this one")
 
 
-def choice_map(plan: Plan) -> list[tuple[str, list[int]]]:
-    """By option the layers that get it, kept layers first."""
-    names: Mapping[str, Sequence[int]] = {
-        name: [layer for layer, other in enumerate(plan.choice) if other == name]
-        for name in (KEEP, *(option.name for option in plan.used))
-    }
-    return [(name, list(layers)) for name, layers in names.items() if layers]
+def choice_map(plan: BudgetPlan) -> list[tuple[str, list[int]]]:
+    """By option the layers that get it, kept layers first, the others as the plan lists them."""
+    names = dict.fromkeys((KEEP, *plan.options))
+    found = [(name, [layer for layer, other in enumerate(plan.choice) if other == name]) for name in names]
+    return [(name, layers) for name, layers in found if layers]
