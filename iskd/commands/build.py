@@ -440,10 +440,7 @@ def _budget(config: DictConfig, text_tokens: Callable[[], int]) -> str:
     if not unsaid:
         return ""
     device = _device(config)
-    if device.type == "cuda":
-        chosen = gpu_budget(called(device), text_tokens())
-    else:
-        chosen = cpu_budget(called(device))
+    chosen = gpu_budget(called(device), text_tokens()) if device.type == "cuda" else cpu_budget(called(device))
     for number, schedule in enumerate(unsaid):
         schedule.tokens = chosen.tokens // len(unsaid) + (number < chosen.tokens % len(unsaid))
     return chosen.told
