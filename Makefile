@@ -66,8 +66,8 @@ demo: teacher ## compress SmolLM2 on this machine with the defaults
 
 DEMO_ILD := runs/demo-ild/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo-ild: teacher ## SmolLM2 from 30 layers to 26, refitted and trained, against one-shot ShortGPT: one picture
-	@$(PY) train.py experiment=ild importance=racing schedule.tokens=20480 refit.output.tokens=16384 refit.output.held_tokens=4096 \
-		run.score_tokens=2048 data.val_tokens=4096 hydra.run.dir=$(DEMO_ILD)/ild $(ARGS)
+	@$(PY) train.py experiment=ild importance=racing schedule.tokens=12288 schedule.refit_share=0.5 refit.output.tokens=8192 \
+		refit.output.held_tokens=2048 run.score_tokens=2048 data.val_tokens=4096 hydra.run.dir=$(DEMO_ILD)/ild $(ARGS)
 	@$(PY) train.py experiment=shortgpt schedule=iterative schedule.target_layers=26 schedule.tokens=0 export=false data.val_tokens=4096 \
 		run.measure_before=false run.efficiency_seconds=0 hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)
 	@$(PY) -m iskd curve $(DEMO_ILD)/curve.png "ILD=$(DEMO_ILD)/ild" "one-shot ShortGPT, not healed=$(DEMO_ILD)/shortgpt"
@@ -79,7 +79,7 @@ measure-recipe: $(SETUP) ## one optimizer step of RECIPE= on this machine: memor
 # one thread per process: on tiny tensors a second one costs more than it gives
 JOBS := 2
 test: $(SETUP) ## the fast tests, on the CPU, in JOBS processes
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(SETUP) ## the slow tests
 	@$(PY) -m pytest -m 'slow and not gpu' $(ARGS)

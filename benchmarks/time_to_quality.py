@@ -3,12 +3,14 @@
     python -m benchmarks.time_to_quality --out time.json
 
 All ways (`benchmarks.step_ways`) remove the same layers, get the same batches in the same order and train at the same
-constant rate, each alone in a fresh process, in an order that moves on by one from repeat to repeat. After some of the
-steps the KL to the teacher is measured on text that nobody trains on; the clock stands still meanwhile. Time counts
-from the first step, models loaded and layers removed; all that a refit does, its own measurements too, counts.
+constant rate (but `recipe`), each alone in a fresh process, in an order that moves on by one from repeat to repeat.
+After some of the steps the KL to the teacher is measured on text that nobody trains on; the clock stands still
+meanwhile. Time counts from the first step, models loaded and layers removed; all that a refit does, its own
+measurements too, counts.
 
     plain, trl, modelopt, ours    as in `benchmarks.step`
-    refit                         ours with refit=[output] before the first step
+    refit                         ours with refit=[output] before the first step, on little text
+    recipe                        the same at a third of the rate, which is all that a refitted student takes
 
 Reported: the time to reach the KL that the plain loop has at its end, as a share of the plain loop's own, and the KL at
 the time that the plain loop takes (of a way that is done earlier: its last). Between two measurements KL is taken to
@@ -22,7 +24,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import mean
@@ -52,13 +54,15 @@ TASKS = {
     "tiny": Task(("model=tiny", "data=sample"), (1,), rows=2, length=64, bf16=False, lr=1e-3, val_tokens=256),
 }
 SMALL = ("refit.output.tokens=512", "refit.output.held_tokens=128", "refit.output.folds=1")
-REFITS = {TASKS["smollm2"]: ("refit=[output]",), TASKS["tiny"]: ("refit=[output]", *SMALL)}
+LITTLE = ("refit.output.tokens=4096", "refit.output.held_tokens=1024")
+REFITS = {TASKS["smollm2"]: ("refit=[output]", *LITTLE), TASKS["tiny"]: ("refit=[output]", *SMALL)}
 WAYS: dict[str, Callable[[Task, int], Outcome]] = {
     "plain": run_plain,
     "trl": run_trl,
     "modelopt": run_modelopt,
     "ours": run_ours,
     "refit": lambda task, steps: run_ours(task, steps, *REFITS[task]),
+    "recipe": lambda task, steps: run_ours(replace(task, lr=task.lr / 3), steps, *REFITS[task]),
 }
 MARKS = 8
 """Measurements of a way, besides the one before its first step."""

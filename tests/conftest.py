@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.factories import sampled, tiny_teacher
+
+FIRST = (
+    "system/test_stop_signals.py",
+    "training/test_ranks.py",
+    "training/step/test_guard.py",
+    "export/test_bundle.py",
+    "project/test_docs.py",
+    "project/test_security.py",
+    "project/test_made_before.py",
+    "refits/test_refit_runs.py",
+    "training/test_align_runs.py",
+    "commands/test_cli.py",
+)
+"""Files of few tests that take long: a process that is given one of them last works on when the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole files in the order in which processes take them up: the longest first, as far as one can tell."""
+    tests = Counter(item.path for item in items)
+    ranks = {Path(__file__).parent / name: len(FIRST) - rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (-ranks.get(item.path, 0), -tests[item.path], item.path))
 
 
 def pytest_configure() -> None:

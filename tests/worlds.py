@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,36 @@ class World:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.logs if log.is_file())
 
 
+class Command:
+    """`iskd WORDS` in `cwd`, in a process that has its imports done; what it prints goes to `log`.
+
+    Args:
+        variables: set in its environment, beside those of this process when the server was started.
+    """
+
+    def __init__(self, words: Sequence[str], cwd: Path, log: Path, variables: Mapping[str, str]) -> None:
+        self.log = log
+        self._process: BaseProcess = _CONTEXT.Process(target=_command, args=(words, cwd, log, variables))  # type: ignore[attr-defined]
+        self._process.start()
+
+    def running(self) -> bool:
+        """Whether it is there still."""
+        return self._process.is_alive()
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self, seconds: float = 200) -> tuple[int, str]:
+        """Exit code, -9 for what was killed, and output; fails when it is still there after `seconds`."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        assert code is not None, f"still running after {seconds} s:\n{self.log.read_text()[-3000:]}"
+        self._process.close()
+        return code, self.log.read_text()
+
+
 def run_world(size: int, program: Callable[..., None], *args: Any, folder: Path, seconds: float = 120) -> None:
     """Run `program` on `size` processes; all of them must succeed."""
     world = World(size, program, args, folder)
@@ -64,13 +94,31 @@ def run_world(size: int, program: Callable[..., None], *args: Any, folder: Path,
     assert codes == [0] * size, f"exit codes {codes}\n{world.said()}"
 
 
-def _enter(rank: int, size: int, port: int, log: Path, program: Callable[..., None], args: Sequence[Any]) -> None:
-    import torch
-
+def _write_to(log: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (as long as the process)
+
+
+def _command(words: Sequence[str], cwd: Path, log: Path, variables: Mapping[str, str]) -> None:
+    import torch
+
+    _write_to(log)
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    os.environ.update(variables)
+    sys.argv = [str(Path(__file__).parents[1] / "train.py")]  # what Lightning starts once more for other ranks
+
+    from iskd.__main__ import main
+
+    main(words)
+
+
+def _enter(rank: int, size: int, port: int, log: Path, program: Callable[..., None], args: Sequence[Any]) -> None:
+    import torch
+
+    _write_to(log)
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

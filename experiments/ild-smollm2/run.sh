@@ -18,9 +18,14 @@ TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/ild-smollm2}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/ild-smollm2
-COMMON=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
-        data.source.detokenize=wikitext data.val_tokens=4096 run.measure_before=false run.checkpoint_every=1000000
-        run.score_tokens=4096 run.efficiency_seconds=0 run.mfu=false export=false)
+COMMON=(trainer="$TRAINER" data.val_tokens=4096 run.measure_before=false run.checkpoint_every=1000000 run.score_tokens=4096
+        run.efficiency_seconds=0 run.mfu=false export=false)
+# half of the tokens of each text, or whatever their documents come to: nine tenths of WikiText-2
+MIXED=(data=mix data.sources.wikitext.data=wikitext2 data.sources.wikitext.path="$DATA/wikitext2/train.txt.gz"
+       data.sources.wikitext.val_path="$DATA/wikitext2/valid.txt.gz" data.sources.stories.path="$DATA/tinystories/train.txt.gz")
+BY_DOCUMENTS=(data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
+              data.source.detokenize=wikitext)
+TEXT=("${MIXED[@]}")
 
 method() { # name, depth, seed, overrides...
   local name="$1-to-$2-$3" depth=$2 seed=$3
@@ -28,7 +33,7 @@ method() { # name, depth, seed, overrides...
   # shellcheck disable=SC2053
   if [[ $name != $ONLY ]] || [ -f "$HERE/scores/$name.json" ]; then return; fi
   rm -rf "${OUT:?}/$name"
-  "$PYTHON" train.py "${COMMON[@]}" seed="$seed" hydra.run.dir="$OUT/$name" schedule.target_layers="$depth" "$@"
+  "$PYTHON" train.py "${COMMON[@]}" "${TEXT[@]}" seed="$seed" hydra.run.dir="$OUT/$name" schedule.target_layers="$depth" "$@"
   "$PYTHON" "$HERE/evaluate.py" score "$OUT/$name" --data "$DATA" --depths "$depth" --items "${ITEMS:-300}" \
     --tokens "${TOKENS:-8192}"
   rm -rf "$OUT/$name/checkpoints"
@@ -37,17 +42,20 @@ method() { # name, depth, seed, overrides...
 for depth in $DEPTHS; do
   tokens=$(((30 - depth) * LAYER))
   method ild-untrained "$depth" 0 experiment=ild importance=racing schedule.tokens=0
-  method shortgpt-untrained "$depth" 0 experiment=shortgpt
+  method shortgpt-untrained "$depth" 0 experiment=shortgpt importance=block_influence
   method ablation-untrained "$depth" 0 experiment=ablation_no_heal importance=racing
   for seed in $SEEDS; do
     method ild "$depth" "$seed" experiment=ild importance=racing schedule.tokens="$tokens"
-    method shortgpt "$depth" "$seed" experiment=shortgpt schedule.tokens="$tokens"
+    TEXT=("${BY_DOCUMENTS[@]}")
+    method ild-by-documents "$depth" "$seed" experiment=ild importance=racing schedule.tokens="$tokens"
+    TEXT=("${MIXED[@]}")
+    method shortgpt "$depth" "$seed" experiment=shortgpt importance=block_influence schedule.tokens="$tokens"
     # ShortGPT's choice with our refit and our training; our choice healed after every cut and without refits, as ILD was before
-    method shortgpt-refit "$depth" "$seed" experiment=shortgpt schedule.tokens="$tokens" schedule.lr=1e-4 data.batch_size=1 \
+    method shortgpt-refit "$depth" "$seed" experiment=shortgpt importance=block_influence schedule.tokens="$tokens" schedule.lr=1e-4 data.batch_size=1 \
       refit=[output]
     method ild-between "$depth" "$seed" experiment=iterative_bi importance=racing schedule.tokens="$tokens" \
       optim.decay_over=stage
-    method iterative-bi "$depth" "$seed" experiment=iterative_bi schedule.tokens="$tokens" optim.decay_over=stage
+    method iterative-bi "$depth" "$seed" experiment=iterative_bi importance=block_influence schedule.tokens="$tokens" optim.decay_over=stage
     method random "$depth" "$seed" experiment=random_removal schedule.tokens="$tokens" optim.decay_over=stage
   done
 done

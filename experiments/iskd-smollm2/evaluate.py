@@ -30,6 +30,7 @@ from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
+FACTS = ("method", "seed", "params", "tokens", "seconds")
 FIELDS = ("kl_wikitext", "ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")
 
 
@@ -93,7 +94,7 @@ def score(
 
 
 def main() -> None:
-    """Score the teacher and every run given; runs already in results.csv are taken from there."""
+    """Score the teacher and every run given; the lines of other runs in results.csv stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", type=Path, required=True)
@@ -113,21 +114,38 @@ def main() -> None:
     goal = log_probabilities(teacher.model, texts["wikitext"])
     size = sum(p.numel() for p in teacher.model.parameters())
     scores = score(teacher.model, teacher.tokenizer, texts, items, goal)
-    rows: list[dict[str, Any]] = [{"method": "teacher", "seed": 0, "params": size, "tokens": 0, **scores}]
+    rows = [row for row in read() if row["method"] != "teacher"]
+    rows.insert(0, {"method": "teacher", "seed": 0, "params": size, "tokens": 0, **scores})
     for run in arguments.runs:
         method, _, seed = run.name.rpartition("-")
         last = [row for row in json.loads((run / "stages.json").read_text()) if row["status"] == "kept"][-1]
         model = iskd.load(run / "model")
         facts = {"method": method, "seed": int(seed), "params": last["params"], "tokens": last["tokens"]}
         scores = score(model, teacher.tokenizer, texts, items, goal)
+        rows = [row for row in rows if (row["method"], row["seed"]) != (method, int(seed))]
         rows.append({**facts, "seconds": round(sum_seconds(run)), **scores})
         print(rows[-1], flush=True)
-    fields = ("method", "seed", "params", "tokens", "seconds", *FIELDS)
+    fields = (*FACTS, *FIELDS)
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     print_table(rows)
+
+
+def read() -> list[dict[str, Any]]:
+    """What results.csv holds."""
+    if not (HERE / "results.csv").is_file():
+        return []
+    with (HERE / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {
+            **{key: row[key] if key == "method" else int(row[key] or 0) for key in FACTS},
+            **{key: float(row[key]) for key in FIELDS},
+        }
+        for row in rows
+    ]
 
 
 def sum_seconds(run: Path) -> float:

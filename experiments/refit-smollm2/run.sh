@@ -3,6 +3,7 @@
 #
 #   DATA     folder with wikitext2/{train,valid,test}.txt.gz, tinystories/{train,valid}.txt.gz and the tasks' NAME/eval.jsonl
 #   SEEDS    order of the training data
+#   TASKS    that are asked, beside repeating lists of words; all four of the README's: TASKS="lambada hellaswag piqa arc_easy"
 #   ITEMS    of each task, at most; TEXT: tokens of each text that perplexity is measured on
 #   ONLY     a pattern of names (DEPTH-METHOD-TOKENS-SEED), the runs that match are done: ONLY='23-output-*'
 #   DEPTHS, BUDGETS    layers that are left; training tokens after the refit
@@ -10,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
 SEEDS=${SEEDS:-0 1}
+TASKS=${TASKS:-lambada}
 ITEMS=${ITEMS:-300}
 TEXT=${TEXT:-8192}
 ONLY=${ONLY:-*}
@@ -25,7 +27,7 @@ WIKITEXT="$DATA/wikitext2/train.txt.gz"
 declare -A LAYERS=([26]=12,13,14,25 [23]=3,12,13,14,17,25,26 [20]=3,4,5,6,7,12,13,14,17,26)
 declare -A LINEAR=([26]=12,25 [23]=3,12,17,25 [20]=3,12,17,26)
 COMMON=(trainer="$TRAINER" data=text data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext
-        data.val_tokens=4096 data.batch_size=2 schedule=oneshot schedule.count=null schedule.lr=3e-4 loss=[kl]
+        data.val_tokens=4096 data.batch_size=1 schedule=oneshot schedule.count=null schedule.lr=1e-4 loss=[kl]
         run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false export=false)
 
 method() { # depth, name, overrides...
@@ -42,7 +44,8 @@ method() { # depth, name, overrides...
       rm -rf "$dir"
       PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" train.py "${COMMON[@]}" edit=remove data.path="$MIXED" \
         schedule.layers="[${LAYERS[$depth]}]" schedule.tokens="$budget" seed="$seed" hydra.run.dir="$dir" "$@"
-      "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$DATA" --items "$ITEMS" --tokens "$TEXT"
+      # shellcheck disable=SC2086
+      "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$DATA" --items "$ITEMS" --tokens "$TEXT" --tasks $TASKS
       rm -rf "$dir/checkpoints"
       touch "$dir/done"
     done

@@ -49,17 +49,19 @@ class Slim:
         ratio: Annotated[float, Field(gt=0, le=1)] | None = None,
         kv_groups: PositiveInt | None = None,
         channels: PositiveInt | None = None,
+        mlp: Annotated[float, Field(gt=0, le=1)] | None = None,
         select: str = "activation",
         ridge: NonNegativeFloat = 1e-2,
     ) -> nn.Module:
         """Keep `ratio` of the block's parameters, or exactly `kv_groups` key-value groups and `channels` MLP channels.
 
+        Or all heads and the share `mlp` of the MLP's channels.
         Units are chosen by L1 weight here; `fit` chooses again by activation when `select` is "activation".
         Raises ValueError for a ratio outside (0, 1], too many groups or channels, or an unknown `select`.
         """
         if select not in ("activation", "l1"):
             raise ValueError(f"block.select={select!r}: choose 'activation' or 'l1'")
-        groups, width = sizes(old, stack, ratio, kv_groups, channels)
+        groups, width = sizes(old, stack, ratio, kv_groups, channels, mlp)
         return cut(old, stack, top(l1_groups(old, stack), groups), top(l1_channels(old, stack.family), width))
 
     @staticmethod
@@ -89,10 +91,23 @@ class Slim:
 
 
 def sizes(
-    old: nn.Module, stack: Stack, ratio: float | None, kv_groups: int | None, channels: int | None
+    old: nn.Module,
+    stack: Stack,
+    ratio: float | None,
+    kv_groups: int | None,
+    channels: int | None,
+    mlp: float | None = None,
 ) -> tuple[int, int]:
-    """Key-value groups and channels that give the asked share of the block's parameters."""
+    """Key-value groups and channels that give the asked share of the block's parameters, or of its MLP's channels."""
     dims, family = stack.dims, stack.family
+    multiple = 16 if dims.mlp >= 256 else 1  # kernels like multiples of 16
+    if mlp is not None:
+        if not 0 < mlp <= 1 or not ratio is kv_groups is channels is None:
+            raise ValueError(
+                f"slim: block.mlp={mlp} is a share of the MLP's channels, in (0, 1], and stands alone: set "
+                "block.ratio=null, block.kv_groups=null and block.channels=null"
+            )
+        return dims.kv_heads, max(multiple, round(mlp * dims.mlp) // multiple * multiple)
     if (ratio is None) == (kv_groups is None or channels is None):
         raise ValueError(
             "slim: give either block.ratio, or both block.kv_groups and block.channels (with block.ratio=null)"
@@ -106,7 +121,6 @@ def sizes(
         # whole groups are rounded up: at equal size SmolLM2 loses less with more attention and fewer channels
         kv_groups = math.ceil(ratio * dims.kv_heads - 1e-9)
         rest = ratio * total - attention * kv_groups / dims.kv_heads
-        multiple = 16 if dims.mlp >= 256 else 1  # kernels like multiples of 16
         channels = dims.mlp if ratio == 1 else int(rest / channel) // multiple * multiple
         channels = min(dims.mlp, max(multiple, channels))
     assert kv_groups is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_NEEDED = ("hydra", "lightning", "matplotlib", "rich", "torchmetrics", "wandb")
+_NEEDED = ("hydra", "lightning", "matplotlib", "rich", "scipy", "torchmetrics", "wandb")
 
 
 def check_installed() -> None:

@@ -48,6 +48,7 @@ AUTO = "auto"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z][\w.-]{0,95}")
 _TYPO = 0.75  # of difflib's ratio between a model's name and a preset; "gpt2-xl" has 0.73 with gpt2
 _LIST = re.compile(r"\[([^\[\]]*)\]")
+_SOURCE = re.compile(r"data\.sources(\.[^=]+)?=")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
 
@@ -95,6 +96,8 @@ def _loggers(given: str) -> list[str]:
 
 
 def _literal(given: str, several: bool) -> list[str]:
+    if _SOURCE.match(given):  # which sources a mix has is for whoever sets their keys
+        given = f"++{given}"
     key, equal, value = given.partition("=")
     _refuse_no_choice(key, value)
     if key == "logger" and value[:1] == "[":
@@ -208,6 +211,11 @@ def sentence(error: BaseException) -> str:
     """What Hydra found, with OmegaConf's reason, in one sentence."""
     cause = error.__cause__
     return in_own_words(str(error), str(cause) if isinstance(cause, OmegaConfBaseException) else "")
+
+
+def output_folder() -> Path:
+    """Where Hydra lets this job write."""
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 class SweepFolder(Callback):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,27 +14,41 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, class_of, object_of, plain, spec, terms
+from iskd.commands.line.steps import GROUPS, steps_as_meant
 from iskd.data import BATCH, HubDataset, Source, TextData, TextFiles, framing_of
+from iskd.data.mix import Mix, mapped, named, sources_of
+from iskd.data.sources import as_chats, pinned
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
+from iskd.export.student import native_config
+from iskd.importance import AttentionImportance
 from iskd.losses import Terms
 from iskd.models import Stack
-from iskd.plan.budget import ON_CPU, cpu_budget, gpu_budget
+from iskd.models.weights import present_weights
+from iskd.plan.budget import ON_CPU, ON_GPU, cpu_budget, gpu_budget
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
-from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
+from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
-from iskd.schedules import EditKind, Schedule
+from iskd.report.budget import choice_table
+from iskd.report.terminal import print_table, terminal
+from iskd.schedules import ConvertTo, EditKind, Schedule
+from iskd.schedules.budget import Asked, plan_for, steps_of
+from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, sweep
 from iskd.system.machine import called
 from iskd.system.precision import device_of
 from iskd.system.text import argument
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
+from iskd.teacher.load import TeacherSpec, build_config
+from iskd.teacher.origin import find_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
 from iskd.training.metrics import loggers_of
+from iskd.training.profile.plan_ahead import Ahead, first_sentence, plan_ahead
 from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
@@ -69,21 +84,69 @@ def parts(config: DictConfig, run_dir: Path, *, teacher: Loaded | None = None, s
     return made
 
 
+def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> None:
+    """The plan of a run whose model or text cannot be had, from the model's config alone.
+
+    Raises:
+        UnavailableError: `error`, where nothing says what sizes the model has.
+    """
+    config = as_meant(config)
+    described: TeacherSpec = object_of(config.model)
+    if described.config is None and described.path is None:
+        raise error
+    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    values, source = plain(config.data), plain(config.data).get("source") or {}
+    accumulate, trainer = config.trainer.get("accumulate_grad_batches") or 1, config.trainer
+    processes = [each for each in (trainer.get("devices"), trainer.get("num_nodes")) if isinstance(each, int)]
+    sizes = {"batch": values.get("batch_size") or _batch_of(config), "tokens": values["seq_len"]}
+    text = str(values.get("path") or source.get("name") or source.get("_target_", "text").rpartition(".")[2])
+    budget = _budget(config, lambda: ON_GPU)
+    ahead = Ahead(
+        config=build_config(replace(described, pretrained=False)),
+        schedule=_schedule(config),
+        terms=terms(plain(config.loss)),
+        optim=object_of(config.optim),
+        windows={**sizes, "accumulated": accumulate, "processes": max(1, math.prod(processes))},
+        text=text,
+        why=first_sentence(error),
+        budget=budget,
+    )
+    plan_ahead(ahead, run_dir)
+
+
 def _made(
     config: DictConfig, run_dir: Path, teacher: Loaded | None, source: Source | None, within: Sequence[Path]
 ) -> Parts:
     """All objects of a run, of a config whose values are as meant; nothing of the run is written."""
+    start: Path | None = None
     if teacher is None:
         with Busy("loading the teacher"):
-            teacher = load_teacher(object_of(config.model), within)
+            described: TeacherSpec = object_of(config.model)
+            start = _student_of(described, config.get("reference"))
+            if start is not None:
+                described = find_teacher(start, config.get("reference"))
+            teacher = load_teacher(described, within or ([] if start is None else present_weights(start)))
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
-    budget = _budget(config, data)
+    if config.get("budget"):
+        _plan_within(config, teacher, data, run_dir, start)
+    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
+    refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
+    if getattr(schedule, "local_share", 0) and not refits:
+        raise ValueError(
+            f"schedule.local_share={config.schedule.local_share} is for refits of the conversions, and there are none: "
+            "set refit=[calibrate,output,local], or schedule.local_share=0"
+        )
     importance = importance_of(config)
+    if isinstance(importance, AttentionImportance) and class_of(config.edit) is not ConvertTo:
+        raise ValueError(
+            f"importance={type(importance).__name__.lower()} says which layers keep their attention when the others "
+            "are converted: use edit=convert and a mixer, or another importance"
+        )
     asked_export = _export(plain(config.export))
-    asked = _evaluation(config, teacher, importance, data)
+    asked = _evaluation(config, teacher, [importance, *(step.importance for step in _steps_of(schedule))], data)
     return Parts(
         teacher=teacher,
         data=data,
@@ -91,7 +154,7 @@ def _made(
         terms=losses,
         run_dir=run_dir,
         importance=importance,
-        refits=[object_of(config.refit[name]) for name in config.get("refit") or ()],
+        refits=refits,
         optim=object_of(config.optim),
         options=_options(config),
         trainer=plain(config.trainer),
@@ -105,7 +168,52 @@ def _made(
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
         budget=budget,
+        start=start,
     )
+
+
+def _plan_within(config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None) -> None:
+    """Search for a plan within the budget, show it, and put its steps into the schedule that carries it out."""
+    if class_of(config.schedule) is not Mixed:
+        raise ValueError("budget= finds the steps of schedule=mixed: set that too, as experiment=budget does")
+    if config.schedule.steps and config.resume is None:
+        raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
+    if start is not None:
+        raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
+    plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
+    if global_rank() == 0:
+        print_table(choice_table(plan))
+    scheduled = {**plain(config.schedule), "steps": steps_of(plan)}
+    steps_as_meant(scheduled)
+    config.schedule = OmegaConf.create(scheduled)
+
+
+def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
+    """What a search for plans needs of a run."""
+    dtype = (_export(plain(config.export)) or {}).get("dtype", "auto")
+    return Asked(
+        teacher=teacher.model,
+        windows=data.calibration,
+        separator=data.separator,
+        trainer=plain(config.trainer),
+        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")),
+        stored=str(teacher.source.get("stored", "float32")) if dtype == "auto" else dtype,
+        seed=config.seed,
+        native=lambda model: native_config(model) is not None,
+        note=lambda sentence: terminal().print(sentence, soft_wrap=True),
+    )
+
+
+def _student_of(model: TeacherSpec, reference: str | None) -> Path | None:
+    """The folder of a student that `model` names, to go on from beside its own teacher; None for any other model.
+
+    `reference` names another teacher; where it is the student itself, that one is taken for the teacher.
+    """
+    if model.path is None or not (Path(expanded(model.path)) / FACTS).is_file():
+        return None
+    folder = Path(expanded(model.path))
+    same = reference is not None and Path(expanded(reference)).resolve() == folder.resolve()
+    return None if same else folder
 
 
 def _options(config: DictConfig) -> RunOptions:
@@ -136,17 +244,19 @@ def _export(value: Any) -> dict[str, str] | None:
     return {key: str(asked) for key, asked in found.items()}
 
 
-def _evaluation(config: DictConfig, teacher: Loaded, importance: object, data: TextData) -> EvalSpec | None:
+def _evaluation(config: DictConfig, teacher: Loaded, importances: Sequence[object], data: TextData) -> EvalSpec | None:
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
         return None
     spec: EvalSpec = object_of(config.eval)
+    if not spec.asks and spec.inside:
+        return spec
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
-        chosen = [sha for items in selected(importance).values() for sha in items]
+        chosen = [sha for items in selected(*importances).values() for sha in items]
         check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos), seen=data.seen_share)
     return spec
 
@@ -164,9 +274,24 @@ def _teacher_cache(config: DictConfig, losses: Terms) -> TeacherCacheSpec | None
 def _schedule(config: DictConfig) -> Schedule:
     """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
     takes = getattr(class_of(config.schedule), "takes", ("edit", "seed"))
-    values = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    values: dict[str, Any] = {"edit": _edit(config), "seed": config.seed} if takes else {}
+    if "parts" in takes:
+        steps = config.schedule.steps or ()  # by a call of our own: Hydra would make objects of the parts in them
+        return Mixed([_step(step, config) for step in steps], plain(steps), config.schedule.tokens)
     schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
+
+
+def _step(step: DictConfig, config: DictConfig) -> Step:
+    """A step of `schedule=mixed`, whose parts `steps_as_meant` has named; others are the run's."""
+    values, groups = plain(config), (*GROUPS, "schedule")
+    own = OmegaConf.create({**values, **{group: plain(step[group]) for group in step if group in groups}})
+    refits = [object_of(own.refit[name]) for name in own.get("refit") or ()]
+    return Step(_schedule(own), importance_of(own) if "importance" in step else None, refits)
+
+
+def _steps_of(schedule: Schedule) -> Sequence[Step]:
+    return schedule.parts if isinstance(schedule, Mixed) else ()
 
 
 def _edit(config: DictConfig) -> EditKind:
@@ -208,67 +333,116 @@ def _save_config(config: DictConfig, run_dir: Path) -> None:
 
 
 def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
-    """The data module that `data` names; `given` stands for where it would read, and a batch is written there."""
-    values: dict[str, Any] = dict(config.data)
-    described, chat = values.pop("source", None), values.pop("chat", None)
-    source = object_of(described) if given is None else given
-    files = {key: values.pop(key, None) for key in ("path", "val_path", "test_path")}
+    """The data module that `data` names; `given` stands for where it would read.
+
+    What a run keeps is written into the config: its batch, and the commits of its data sets.
+    """
+    apart = ("source", "sources", "chat", "path", "val_path", "test_path")
+    values: dict[str, Any] = {key: value for key, value in config.data.items() if key not in apart}
+    source = source_of(config, given)
+    if values.get("batch_size") is None:
+        values["batch_size"] = config.data.batch_size = _batch_of(config)
+    cache_dir = Path(config.cache_dir or expanded("~/.cache/iskd")) / "data"
+    if config.resume is None:  # a run keeps the commits that it began with, also when it is resumed
+        source = mapped(source, partial(pinned, shards=cache_dir))
+        for name, each in sources_of(source).items():
+            if isinstance(each, HubDataset):
+                key = f"sources.{name}.revision" if name else "source.revision"
+                OmegaConf.update(config.data, key, each.revision)
+    streams = any(getattr(each, "streaming", False) for each in sources_of(source).values())
+    if streams and values.get("max_train_tokens") is None:
+        most = max(config.schedule.get("tokens") or 0, config.data.val_tokens, config.data.seq_len)
+        values["max_train_tokens"] = most
+    return TextData(
+        source,
+        tokenizer,
+        cache_dir=cache_dir,
+        seed=config.seed,
+        max_context=stack.context,
+        vocab_size=int(stack.config.vocab_size),
+        chat_loss=_chat_loss(config),
+        **{key: plain(value) for key, value in values.items()},
+    )
+
+
+def source_of(config: DictConfig, given: Source | None = None) -> Source:
+    """Where `data` reads; `given` stands for it. Raises ValueError where that is no text, or of several kinds."""
+    data = config.data
+    files = {key: data.get(key) for key in ("path", "val_path", "test_path")}
+    if given is not None:
+        source = given
+    elif Mix.takes == getattr(class_of(data.get("source")), "takes", ()):
+        source = object_of(data.source, sources=_sources(data.get("sources")))
+        if any(files.values()):
+            raise ValueError("data.path names the text of one source: in a mix set data.sources.NAME.path")
+    else:
+        source = object_of(data.source)
     if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
         reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
         source = TextFiles(**files, **reading)
     elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
-    loss = None if chat is None else chat.get("loss")
+    loss = _chat_loss(config)
     if loss is not None:
-        if isinstance(source, TextFiles | HubDataset):
-            source = replace(source, chat=True)
-        elif not getattr(source, "chat", False):
-            raise ValueError(
-                f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
-                "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME; in Python pass texts=[{'messages': ...}]"
-            )
-    elif getattr(source, "chat", False):
+        source = mapped(source, partial(as_chats, loss=loss))
+    elif any(getattr(each, "chat", False) for each in sources_of(source).values()):
         raise ValueError(
             "texts are chats, and data.chat.loss=null would learn them as JSON: set it to assistant or all"
         )
-    if values.get("batch_size") is None:
-        values["batch_size"] = config.data.batch_size = _batch_of(config)
-    return TextData(
-        source,
-        tokenizer,
-        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")) / "data",
-        seed=config.seed,
-        max_context=stack.context,
-        vocab_size=int(stack.config.vocab_size),
-        chat_loss=loss,
-        **{key: plain(value) for key, value in values.items()},
-    )
+    return source
+
+
+def _chat_loss(config: DictConfig) -> str | None:
+    chat = config.data.get("chat")
+    return None if chat is None else chat.get("loss")
+
+
+def _sources(entries: DictConfig | None) -> dict[str, tuple[Source, float]]:
+    """The sources of a mix with their weights, as `data.sources` describes them."""
+    found: dict[str, tuple[Source, float]] = {}
+    for name, entry in plain(entries or {}).items():
+        weight = entry.pop("weight", 1.0)
+        try:
+            found[name] = (object_of(OmegaConf.create(entry)), weight)
+        except ValueError as error:
+            raise named(error, name) from error
+    return found
 
 
 def _batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
     tokens = config.schedule.get("tokens", 0)
-    if tokens is None and _device(config).type != "cuda":
+    if config.schedule.get("epochs"):
+        tokens = 0  # as much as there is text: many steps
+    elif tokens is None and _device(config).type != "cuda":
         tokens = ON_CPU
     tokens = tokens or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short, nor is it on a GPU
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
 
 
-def _budget(config: DictConfig, data: TextData) -> str:
+def _budget(config: DictConfig, text_tokens: Callable[[], int]) -> str:
     """Put the machine's own budget into a config that names none, and return what the plan says of it.
 
     It becomes part of the run's config: a run that is continued elsewhere keeps it.
+
+    Args:
+        config: of the run, with values as meant.
+        text_tokens: counts those of the training text, where that matters.
     """
-    if config.schedule.get("tokens", 0) is not None:
+    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    unsaid = [schedule for schedule in schedules if schedule.get("tokens", 0) is None]
+    for schedule in unsaid:
+        if schedule.get("epochs"):
+            schedule.tokens = ON_CPU  # the default of the code, which passes over the text take the place of
+    unsaid = [schedule for schedule in unsaid if schedule.tokens is None]
+    if not unsaid:
         return ""
     device = _device(config)
-    if device.type == "cuda":
-        chosen = gpu_budget(called(device), len(data.windows("train")) * data.seq_len)
-    else:
-        chosen = cpu_budget(called(device))
-    config.schedule.tokens = chosen.tokens
+    chosen = gpu_budget(called(device), text_tokens()) if device.type == "cuda" else cpu_budget(called(device))
+    for number, schedule in enumerate(unsaid):
+        schedule.tokens = chosen.tokens // len(unsaid) + (number < chosen.tokens % len(unsaid))
     return chosen.told
 
 
@@ -280,4 +454,8 @@ def _device(config: DictConfig) -> torch.device:
 def importance_of(config: DictConfig) -> Any:
     """The importance, with what its class takes beside its keys."""
     takes = getattr(class_of(config.importance), "takes", ())
-    return object_of(config.importance, **{name: config.data[name] for name in takes})
+    values: dict[str, Any] = {"bos": config.data.get("bos"), "seed": config.seed}
+    if "convert" in takes:
+        # scores of a teacher alone are asked for without a word about what is done to layers
+        values["convert"] = _edit(config) if class_of(config.edit) is ConvertTo else ConvertTo(spec(config.mixer))
+    return object_of(config.importance, **{name: values[name] for name in takes})

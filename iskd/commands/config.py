@@ -12,9 +12,11 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from iskd.commands.line import roots_known, unknown_key
+from iskd.commands.line.sources import describe_sources
+from iskd.commands.line.steps import steps_as_meant
 from iskd.commands.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
@@ -164,7 +166,12 @@ class _Chat(TypedDict, total=False):
     loss: Literal["all", "assistant"] | None
 
 
+class _Source(TypedDict, total=False):
+    weight: PositiveFloat
+
+
 class _Data(TypedDict, total=False):
+    sources: dict[str, Any] | None
     path: str | None
     val_path: str | None
     test_path: str | None
@@ -178,6 +185,7 @@ class _Schedule(TypedDict, total=False):
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
     "data.chat": (_Chat,),
+    "data.sources": (),
     "export": (_Export,),
     "run": ("iskd.plan.options.RunOptions",),
     "schedule": (_Schedule,),
@@ -224,7 +232,16 @@ def as_meant(config: DictConfig) -> DictConfig:
         raise ValueError(f"{group}={shown(values[group])} is no choice: {fix}")
     if "loss" in config and not values["loss"]:
         raise ValueError(f"loss=[] leaves nothing to learn from: choose one or more of {', '.join(options('loss'))}")
+    if isinstance(values.get("data"), dict):
+        describe_sources(values["data"], resuming=values.get("resume") is not None)
+    scheduled = values.get("schedule")
+    steps = isinstance(scheduled, dict) and str(scheduled.get("_target_", "")).endswith(".Mixed")
+    if steps:
+        steps_as_meant(scheduled)
     _read_node(values, "", (_Root,))
+    for number, step in enumerate(scheduled["steps"] if steps else ()):
+        for group, node in step.items():
+            _read_node({group: node}, f"schedule.steps[{number}].", ())
     at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
@@ -283,6 +300,7 @@ def _kinds(name: str, node: Mapping[str, Any]) -> tuple[Any, ...]:
     own_keys = _GROUPS.get("logger" if name.startswith("logger.") else name, ())
     named = (get_object(kind) if isinstance(kind, str) else kind for kind in own_keys)
     own = (*named, *((_Term,) if name.startswith("loss.") else ()))
+    own = (*own, *((_Source,) if name.startswith("data.sources.") else ()))
     target = node.get("_target_")
     if "_target_" not in node or (name.split(".")[0] == "logger" and isinstance(target, str)):
         return own

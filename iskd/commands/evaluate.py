@@ -60,6 +60,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     """
     config = as_meant(config)
     spec: EvalSpec = object_of(config.eval)
+    if spec.every is not None:
+        raise ValueError(f"eval.every={spec.every} is of a run; iskd evaluate asks once: set eval.every=null")
     student = _student(config.model.path)
     run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
     chosen_by = _chosen_by(run)

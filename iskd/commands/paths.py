@@ -19,16 +19,18 @@ from hydra.errors import HydraException
 from iskd.system.files import expanded
 
 # by their names, as the parts of anybody have them too
-_PATHS = re.compile(r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer")
+_PATHS = re.compile(
+    r"(.*[._])?(path|folder|file|dir|subdir)s?|resume|reference|eval\.text|importance\.tokenizer|budget\.(plan|library)"
+)
 _QUOTES = "'\""
 _AT_HOME = '${{at_home:"{}"}}'
 _OWN = re.compile(r"\$\{(at_home|new_folder|hydra):")
-_OR_NAMES = ("data.source.name",)
+_OR_NAMES = re.compile(r"data\.(source|sources\.[\w-]+)\.name")
 
 
 def takes_path(key: str) -> bool:
     """Whether the value of a key is the name of a file or a folder, or may be one."""
-    return key in _OR_NAMES or _PATHS.fullmatch(key) is not None
+    return _OR_NAMES.fullmatch(key) is not None or _PATHS.fullmatch(key) is not None
 
 
 def at_home(node: dict[str, Any], place: str = "") -> None:

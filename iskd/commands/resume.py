@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.config import as_meant, plain, with_export_keys
 from iskd.commands.paths import at_home
+from iskd.data.hub_rows import is_commit
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
 from iskd.plan.run_files import CONFIG_FILE
@@ -146,6 +147,9 @@ def _differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
     """Old and new value of the leaves that differ and may not; a key that a version lacked is null in another."""
     keys = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
     bound = [key for key in keys if not {key, key.split(".")[0]} & {*_FREE} and key not in _CHANGES]
+    # the commit that a branch of the hub was at when the run began is kept, whoever asks for the branch again
+    moved = {key for key in bound if key.startswith("data.") and key.endswith(".revision")}
+    bound = [key for key in bound if key not in moved or is_commit(now.get(key))]
     return {key: (before.get(key), now.get(key)) for key in bound}
 
 

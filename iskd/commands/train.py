@@ -28,7 +28,7 @@ from iskd.plan.failure import write_failure
 from iskd.plan.results import read_stages
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, work_in
 from iskd.system import Preempted, global_rank, run_lock
-from iskd.system.faults import RunError
+from iskd.system.faults import RunError, UnavailableError
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, StopSignals
@@ -66,7 +66,13 @@ def main(config: DictConfig) -> float | list[float] | None:
     if config.resume is not None:
         config = resume.resumed(config, hydra_config.overrides.task)
     try:
-        stages = run(build.parts(config, run_dir)).stages
+        try:
+            stages = run(build.parts(config, run_dir)).stages
+        except UnavailableError as error:
+            if not config.plan_only:
+                raise
+            build.plan_without(config, run_dir, error)
+            return None
         return answer(run_dir, result_of, stages) if several else None
     except (Preempted, StartAgain) as stop:
         if global_rank() == 0:  # Python prints nothing for an exit with a code

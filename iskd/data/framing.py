@@ -8,6 +8,7 @@ otherwise:
     document   a begin token in front of every document
     window     a begin token at the head of every window, an end token between documents
     none       an end token between documents and nothing else, as iskd 0.1 had it
+    bare       nothing at all: a document follows the other, as ISKD's authors have it
 
 Which of them is right is a fact about the model and no rule: docs/data.md has figures.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-BOS = ("document", "window", "none")
+BOS = ("document", "window", "none", "bare")
 _PROBES = ("The cat sat on the mat.", "12 a b c", "x")
 
 
@@ -127,6 +128,8 @@ def framing_of(tokenizer: PreTrainedTokenizerBase, bos: str | None = None) -> Fr
     between = () if end is None else (end,)
     if bos == "none":
         return Framing(between=between)
+    if bos == "bare":
+        return Framing()
     head, tail = template(tokenizer)
     if bos is None:
         return Framing(head, tail) if head or tail else Framing(between=between)

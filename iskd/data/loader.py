@@ -2,7 +2,8 @@
 
 The k-th window of training is perm(seed, epoch)[k mod n] with epoch = k // n and n windows, and the global micro-batch
 b on rank r of w takes the windows k = (b*w + r)*B ... (b*w + r + 1)*B - 1. A position is thus one integer; nothing
-random is stored, and stages, restarts and processes agree on who sees what.
+random is stored, and stages, restarts and processes agree on who sees what. The order of a mix of sources is that of
+`iskd.data.order`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iskd.data.order import MixOrder, permutation
 from iskd.data.shards import Tokens
 
 Batch = dict[str, Any]
@@ -37,6 +39,7 @@ class StageLoader:
         world_size: how many those are.
         targets: which tokens are to be learned, 0 or 1, [windows, seq_len]; None = all.
         numbers: which windows take part; None = all.
+        order: the number of the window at each place, of a mix; None = permutations of `numbers`.
     """
 
     def __init__(
@@ -51,11 +54,12 @@ class StageLoader:
         world_size: int = 1,
         targets: Tokens | None = None,
         numbers: NDArray[np.int64] | None = None,
+        order: MixOrder | None = None,
     ) -> None:
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
         self.first_step, self.steps = first_step, steps
         self.rank, self.world_size = rank, world_size
-        self.targets, self.numbers = targets, numbers
+        self.targets, self.numbers, self.order = targets, numbers, order
 
     def __len__(self) -> int:
         """Return the micro-batches of the stage."""
@@ -71,19 +75,24 @@ class StageLoader:
 
     def batch(self, micro_batch: int) -> Batch:
         """Return the batch of this rank at a global micro-batch number."""
-        count = len(self.windows if self.numbers is None else self.numbers)
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
-        order = [_permutation(self.seed, k // count, count)[k % count] for k in range(first, first + self.batch_size)]
-        index = order if self.numbers is None else self.numbers[order]
+        index = self._numbers(range(first, first + self.batch_size))
         found: Batch = {"input_ids": to_tensor(self.windows[index]), "index": [int(window) for window in index]}
         return found if self.targets is None else {**found, "targets": to_tensor(self.targets[index]).bool()}
+
+    def _numbers(self, places: range) -> NDArray[np.int64]:
+        """The windows at these places of the order of training."""
+        if self.order is not None:
+            return np.asarray([self.order[place] for place in places], dtype=np.int64)
+        count = len(self.windows if self.numbers is None else self.numbers)
+        order = np.asarray([_permutation(self.seed, k // count, count)[k % count] for k in places], dtype=np.int64)
+        return order if self.numbers is None else self.numbers[order]
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """Return the order of one epoch; two are kept because a batch may straddle them."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(count)
+    return permutation((seed, epoch), count)
 
 
 def to_tensor(windows: Tokens) -> torch.Tensor:

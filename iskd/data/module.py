@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from iskd.data.building import Asked
 from iskd.data.coding import Coding
 from iskd.data.loader import Batch, StageLoader, batches_of, pinned, to_tensor
+from iskd.data.mix import Mix
 from iskd.data.overlap import seen_share, tell_seen
 from iskd.data.shards import Shards, Tokens, open_shards
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.data.windows import SplitWindows
+from iskd.data.windows import SplitWindows, check_sizes, of_mix, plan_mix
 from iskd.models.packing import Separator, with_successor
 from iskd.system import global_rank
 from iskd.system.files import expanded
@@ -46,7 +48,8 @@ class TextData(L.LightningDataModule):
         vocab_size: rows of the model's embedding; None skips the check.
         boundaries: keep the documents of a window apart (`iskd.models.packing`): no token sees another document, and
             the first one of a document is no target. Attention then takes a mask, which is slower than none.
-        bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`; None = as the tokenizer does.
+        bos: where begin tokens stand (`iskd.data.framing`): `document`, `window`, `none`, `bare`; None = as the
+            tokenizer does.
         chat_loss: documents are conversations (`iskd.data.files.chat`), of which `all` is learned, or what the
             `assistant` says; None = they are text.
     """
@@ -73,22 +76,10 @@ class TextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         batch_size = BATCH if batch_size is None else batch_size
-        for key, value in {"seq_len": seq_len, "batch_size": batch_size, "val_tokens": val_tokens}.items():
-            if value < (2 + boundaries if key == "seq_len" else 1):  # apart, a token alone has nothing before it
-                least = "seq_len is at least 2, with data.boundaries=true 3, the others at least 1"
-                raise ValueError(f"data.{key}={value} is too small; {least}")
-        if seed < 0:
-            raise ValueError(f"data.seed={seed} is negative; use 0 or more")
-        if max_context is not None and seq_len > max_context:
-            raise ValueError(
-                f"data.seq_len={seq_len} is longer than the model's context of {max_context} tokens; "
-                f"set data.seq_len to at most {max_context}"
-            )
-        if max_train_tokens is not None and max_train_tokens < seq_len:
-            raise ValueError(
-                f"data.max_train_tokens={max_train_tokens} is less than one window of data.seq_len={seq_len}; "
-                "raise it, or lower data.seq_len"
-            )
+        sizes = {"seq_len": seq_len, "batch_size": batch_size, "val_tokens": val_tokens}
+        check_sizes(sizes, boundaries=boundaries, seed=seed, max_context=max_context, max_train_tokens=max_train_tokens)
+        self._mix = source if isinstance(source, Mix) else None
+        self._asked = Asked.of_sources(source, max_train_tokens, val_tokens)
         self.source, self.tokenizer, self.cache_dir = source, tokenizer, Path(expanded(cache_dir))
         self.seq_len, self.batch_size, self.seed, self.val_tokens = seq_len, batch_size, seed, val_tokens
         self.max_train_tokens, self.vocab_size = max_train_tokens, vocab_size
@@ -109,7 +100,7 @@ class TextData(L.LightningDataModule):
         if self._shards is not None:
             return
         self.coding.announce(self.tokenizer)
-        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding)
+        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding, self._asked)
         for split in SPLITS[:3]:
             shards.windows(split, self.seq_len)
         if self.vocab_size is not None and shards.meta.max_id >= self.vocab_size:
@@ -118,7 +109,7 @@ class TextData(L.LightningDataModule):
                 "use the model's own tokenizer, or resize the model's embedding"
             )
         self._shards = shards
-        self._splits = SplitWindows(shards, self.seq_len, self.max_train_tokens)
+        self._splits = SplitWindows(shards, self.seq_len, self.max_train_tokens, self._mix)
         for split in SPLITS[:3]:
             self._splits.numbers(split)
         if global_rank() == 0:
@@ -158,6 +149,17 @@ class TextData(L.LightningDataModule):
     def windows(self, split: str) -> Tokens:
         """Return all windows of a split, memory-mapped, [windows, seq_len]."""
         return self._opened.windows(split)
+
+    @property
+    def named(self) -> str:
+        """The text in words: its name, or what kind of source it is."""
+        named = getattr(self.source, "name", None) or getattr(self.source, "path", None)
+        return Path(str(named)).name if named else type(self.source).__name__
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass over the training text, in whole windows."""
+        return len(self._opened.numbers("train")) * self.seq_len
 
     def validation_windows(self) -> torch.Tensor:
         """Return the validation windows, evenly spaced over the split, [windows, seq_len] int64."""
@@ -221,6 +223,11 @@ class TextData(L.LightningDataModule):
             raise ValueError(f"stage first_step={first_step}, steps={steps}: the first is >= 0, the second >= 1")
         self._stage = (first_step, steps)
 
+    def plan_mix(self, tokens: int) -> list[str]:
+        """Return what so many tokens take of each source of a mix, a line each; ValueError as `windows.plan_mix`."""
+        order = self._opened.order(self.seed)
+        return [] if self._mix is None else plan_mix(self._mix, order, tokens // self.seq_len, self.seq_len)
+
     def train_dataloader(self) -> StageLoader:
         """Return the batches of the stage; without a stage, one pass over the training split."""
         windows, (rank, world_size) = self.windows("train"), self._ranks()
@@ -237,6 +244,7 @@ class TextData(L.LightningDataModule):
             world_size=world_size,
             targets=self._opened.targets("train"),
             numbers=numbers,
+            order=self._opened.order(self.seed),
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -262,6 +270,7 @@ class TextData(L.LightningDataModule):
         assert self._shards is not None
         recipe, meta = self._shards.recipe, self._shards.meta
         return {
+            **({} if self._mix is None else {"mix": of_mix(self._mix, self._opened, self._shards)}),
             "source": recipe["source"],
             "content": recipe["content"],
             "tokenizer": recipe["tokenizer"],
@@ -286,9 +295,10 @@ class TextData(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return what the training data and their order depend on: a resumed run must find it unchanged."""
         manifest = self.manifest()
+        mix = ("mix",) if "mix" in manifest else ()
         text = ("content", "tokenizer", "train_windows", "validation_sha256", "framing", "chat")
         order = ("seq_len", "boundaries", "batch_size", "seed")
-        return {key: manifest[key] for key in (*text, *order)}
+        return {key: manifest[key] for key in (*text, *order, *mix)}
 
     def _ranks(self) -> tuple[int, int]:
         """Return (rank, world size) among the processes that see different data."""

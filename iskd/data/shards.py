@@ -14,25 +14,23 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from iskd.data.building import Asked, build
 from iskd.data.coding import Coding
 from iskd.data.framing import Framing, separator
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
-from iskd.data.writer import ShardFile, Writer
-from iskd.system import Json, file_sha256, read_json, write_whole
-from iskd.system.files import scratch, sweep
-from iskd.system.reading import Count, between, read_as
+from iskd.data.writer import ShardMeta
+from iskd.system import Json, file_sha256, read_json
+from iskd.system.files import sweep
+from iskd.system.reading import read_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,32 +38,7 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.integer[Any]]
 
 _VERSION = 1
-_BATCH_DOCUMENTS = 256
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardMeta:
-    """What `meta.json` says beside the recipe.
-
-    Attributes:
-        separator, separator_id: what stands between documents, `eos`, `bos` or `none`, and its token's id or None.
-        dtype: of the tokens; never another, as numpy's "O" would be pointers.
-        max_id: the largest token, -1 without any.
-        dropped: documents left out of training, as they are held out too.
-        splits: the shard of each split.
-    """
-
-    separator: str
-    separator_id: Any
-    dtype: Literal["<u2", "<u4"]
-    max_id: Annotated[int, between(-1)]
-    dropped: Count
-    splits: dict[str, ShardFile]
-
-    def to_json(self) -> Json:
-        """Plain JSON values."""
-        return asdict(self) | {"splits": {split: entry.to_json() for split, entry in self.splits.items()}}
 
 
 @dataclass(frozen=True)
@@ -101,6 +74,20 @@ class Shards:
             return np.empty((0, seq_len), dtype=np.uint8)
         marks: Tokens = np.memmap(self.folder / f"{split}.targets.bin", dtype=np.uint8, mode="r")
         return marks[: count * seq_len].reshape(count, seq_len)
+
+    def sections(self, split: str, seq_len: int) -> dict[str, tuple[int, int]]:
+        """Return the first window of each source of a mix and the one behind its last, by name; "" = the only source.
+
+        A window in which one source ends and the next one begins is of neither.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        sections = self.meta.splits[split].sections
+        start = 0
+        for name, tokens in ({"": self.tokens(split)} if sections is None else sections).items():
+            first, end = -(-start // seq_len), (start + tokens) // seq_len
+            found[name] = (first, max(first, end))
+            start += tokens
+        return found
 
     def windows(self, split: str, seq_len: int) -> Tokens:
         """Return the stream cut into windows, remainder dropped: a view, [windows, seq_len].
@@ -138,6 +125,7 @@ def open_shards(
     splitter: Splitter,
     cache_dir: Path,
     coding: Coding | None = None,
+    asked: Asked | None = None,
 ) -> Shards:
     """Open the shards of a source, building them first when they do not exist.
 
@@ -149,6 +137,7 @@ def open_shards(
         splitter: which split a document goes to.
         cache_dir: parent of all folders of shards.
         coding: how a document becomes tokens; None = text with the separator between documents.
+        asked: how many tokens are read of sources that stream; None = all.
 
     Raises:
         ValueError: the source cannot be read, or a shard on disk is not what was written.
@@ -164,12 +153,13 @@ def open_shards(
         "content": source.fingerprint(),
         "shares": [splitter.validation, splitter.calibration, splitter.test],
         **coding.recipe(),
+        **({} if asked is None else asked.to_json()),
     }
     folder = cache_dir / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     sweep(cache_dir)
     if not (folder / "meta.json").is_file():  # written last: with it the folder is whole
         _log.info("tokenizing %r into %s", source, folder)
-        _build(recipe, source, tokenizer, splitter, folder, coding)
+        build(recipe, source, tokenizer, splitter, folder, coding, asked or Asked())
     shards = Shards(folder, recipe, _read_meta(folder, recipe))
     _check(shards)
     return shards
@@ -184,49 +174,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     return hashlib.sha256(json.dumps([state, separator(tokenizer)], sort_keys=True).encode()).hexdigest()
-
-
-def _build(
-    recipe: dict[str, Any],
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    splitter: Splitter,
-    folder: Path,
-    coding: Coding,
-) -> None:
-    name, between = separator(tokenizer)
-    if name != "eos" and coding.framing.between:
-        _log.warning("the tokenizer has no EOS token; documents are separated by: %s", name)
-    # two bytes a token where every id fits; the byte order is written down, for the file may go to another machine
-    dtype: Literal["<u2", "<u4"] = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the goal, so on its file system: only there is `os.replace` one step
-    with scratch(folder.name, folder.parent) as temporary:
-        writers = {split: Writer(temporary, split, dtype, coding) for split in SPLITS}
-        with ExitStack() as open_files:
-            for writer in writers.values():
-                open_files.enter_context(writer)
-            # one pass over the source; documents go to their splits by hash, whatever their order
-            for batch in _batches(splitter.assign(source.documents())):
-                coded = coding.encode([text for text, _ in batch], tokenizer)
-                for (_, split), document in zip(batch, coded, strict=True):
-                    if document[0]:  # an empty document would be two separators in a row
-                        writers[split].add(document)
-        coding.tell()
-        max_id = max(writer.max_id for writer in writers.values())
-        splits = {split: writer.entry() for split, writer in writers.items()}
-        meta = ShardMeta(name, between, dtype, max_id, splitter.dropped, splits)
-        write_whole(temporary / "meta.json", json.dumps(recipe | meta.to_json(), indent=2))
-        folder.mkdir(exist_ok=True)
-        files = [path.name for writer in writers.values() for path in (writer.path, writer.marks) if path is not None]
-        for file in [*files, "meta.json"]:  # meta last: it marks the end
-            os.replace(temporary / file, folder / file)
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, _BATCH_DOCUMENTS)):
-        yield batch
 
 
 def _read_meta(folder: Path, recipe: Json) -> ShardMeta:
@@ -245,6 +192,8 @@ def _read_meta(folder: Path, recipe: Json) -> ShardMeta:
         for split, entry in meta.splits.items():
             if entry.file != f"{split}.bin":
                 raise ValueError(f"the file of split {split} must be {split}.bin, got {entry.file!r:.80}")
+            if entry.sections is not None and sum(entry.sections.values()) != entry.tokens:
+                raise ValueError(f"the sections of split {split} have not its {entry.tokens} tokens")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); delete the folder {folder}") from error
     return meta

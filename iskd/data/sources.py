@@ -11,12 +11,12 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import PositiveInt
 
@@ -31,10 +31,12 @@ from iskd.data.files import (
     text_of,
 )
 from iskd.data.files.chat import ROWS
+from iskd.data.hub_rows import OFFLINE, commit_of, hub_rows, is_commit, kept_commit
 from iskd.data.splits import Document
 from iskd.system.files import hash_files
 
-_OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
+Enough = Callable[[str | None], bool]
+"""Whether a split has as many tokens as were asked for; None = all those into which documents are placed by hash."""
 
 
 class Source(Protocol):
@@ -157,11 +159,12 @@ class HubDataset:
         test_split: the split used whole as test.
         field: the column that holds the text.
         max_documents: stream and stop after this many rows of `split`; None reads all of it through the local cache.
-        revision: commit of the data set on the hub; the cache of tokens knows the content only by this name, so pin
-            it where an exact rerun matters.
+        revision: commit, branch or tag of the data set on the hub; a run keeps the commit that it was at its start.
         detokenize: as in `TextFiles`.
         lines: rows are the lines of a running text (as WikiText's are) and are grouped as those of a text file.
         chat: as in `TextFiles`.
+        streaming: read rows as they are asked for, until there are as many tokens as the run takes, and keep no text
+            on the disk; for data sets that are larger than it.
     """
 
     name: str
@@ -175,24 +178,35 @@ class HubDataset:
     detokenize: str | None = None
     lines: bool = False
     chat: bool = dataclass_field(default=False, repr=False)
+    streaming: bool = dataclass_field(default=False, repr=False)  # shards are known by how much was asked for instead
 
     def __post_init__(self) -> None:
         """Check that there is a name, and the option that has a fixed set of values."""
         if not self.name:
-            raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {_OFFLINE}")
+            raise ValueError(f"no data set is named: set data.source.name=OWNER/NAME, or use {OFFLINE}")
+        if self.revision is not None and Path(self.name).exists():
+            raise ValueError(
+                f"data.source.revision={self.revision} names a commit of the hub, and {self.name} is a local folder, "
+                "which has none: set it to null"
+            )
         _check_detokenize(self.detokenize, self.chat)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, enough: Enough | None = None) -> Iterator[Document]:
         """Yield rows that are not blank; validation and test rows first.
+
+        Args:
+            enough: asked before every row, so that reading stops where nobody needs more of its split; None = never.
 
         Raises:
             ValueError: `datasets` is missing, the data set cannot be reached, or a row has no such field.
         """
         for name, split in ((self.val_split, "validation"), (self.test_split, "test"), (self.split, None)):
-            if name is None:
+            if name is None or (enough is not None and enough(split)):
                 continue
             for text in self._texts(name, self.max_documents if split is None else None):
                 yield detokenize_wikitext(text) if self.detokenize else text, split
+                if enough is not None and enough(split):
+                    break
 
     def fingerprint(self) -> str:
         """Name the data set, with a hash of the files where it is a local folder."""
@@ -200,42 +214,47 @@ class HubDataset:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         return f"{self!r}-{hash_files(files)}"
 
+    @property
+    def moves(self) -> bool:
+        """Whether the hub may have other rows under this name tomorrow."""
+        return not is_commit(self.revision) and not Path(self.name).exists()
+
     def _texts(self, split: str, limit: int | None) -> Iterator[str]:
+        streaming = self.streaming or limit is not None
+        found = hub_rows(self.name, self.config, split, revision=self.revision, limit=limit, streaming=streaming)
         rows = (
             text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}, row {number} of {split}")
-            for number, row in enumerate(self._rows(split, limit), start=1)
+            for number, row in enumerate(found, start=1)
         )
         if self.lines and not self.chat:
             return group_lines(row.rstrip("\n") + "\n" for row in rows)
         return (row for row in rows if row.strip())
 
-    def _rows(self, split: str, limit: int | None) -> Iterator[Any]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            fix = f"pip install datasets, or use {_OFFLINE}"
-            raise ValueError(f"data.source={self.name} needs the package datasets; {fix}") from error
-        if any(Path(self.name, name).is_file() for name in ("dataset_dict.json", "state.json")):
-            raise ValueError(f"{self.name} was written by save_to_disk: set data=text data.path={self.name}")
-        try:
-            # Streaming spares the download of the rest; reading whole goes through the cache, which works offline.
-            # Where nothing is said, datasets before version 4 asks on the terminal whether to run a data set's script.
-            rows = load_dataset(
-                self.name,
-                self.config,
-                split=split,
-                revision=self.revision,
-                streaming=limit is not None,
-                trust_remote_code=False,
-            )
-            iterator = iter(rows if limit is None else rows.take(limit))
-            first = next(iterator, None)
-        except Exception as error:
-            what = f"data set {self.name!r} (config {self.config!r}, split {split!r}) could not be loaded: {error}"
-            raise ValueError(f"{what}. Without a network use {_OFFLINE}") from error
-        if first is not None:
-            yield first
-        yield from iterator
+
+def as_chats(source: Source, loss: str) -> Source:
+    """The source with its rows read as chats, for `data.chat.loss`. Raises ValueError where it has no rows."""
+    if isinstance(source, TextFiles | HubDataset):
+        return replace(source, chat=True)
+    if not getattr(source, "chat", False):
+        raise ValueError(
+            f"data.chat.loss={loss} wants rows of chats, and {type(source).__name__} has texts: set data=text "
+            "data.path=FILE.jsonl, or data=hf data.source.name=OWNER/NAME; in Python pass texts=[{'messages': ...}]"
+        )
+    return source
+
+
+def pinned(source: Source, shards: Path) -> Source:
+    """The source at the commit where its data set is on the hub now.
+
+    Args:
+        source: a data set of the hub, or another source, which stays as it is.
+        shards: the folder of all shards: where the hub cannot be asked, the commit is that of the newest tokens there.
+    """
+    if not isinstance(source, HubDataset) or not source.moves:
+        return source
+    before, _, behind = repr(replace(source, revision="@")).partition("'@'")
+    found = commit_of(source.name, source.revision) or kept_commit(before, behind, shards)
+    return replace(source, revision=found or source.revision)
 
 
 def _check_detokenize(detokenize: str | None, chat: bool) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "calibration", "test")
 Document = tuple[str, str | None]
+PlacedTexts = dict[bytes, str]
+"""The split of each text that a source has placed itself, by the SHA-256 of the text."""
 
 
 @dataclass
@@ -42,20 +44,26 @@ class Splitter:
         if sum(shares.values()) >= 1:
             raise ValueError(f"the held-out shares {shares} leave nothing to train on; lower data.*_fraction")
 
-    def assign(self, documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
+    def assign(
+        self, documents: Iterable[Document], placed: PlacedTexts | None = None, provided: set[str] | None = None
+    ) -> Iterator[tuple[str, str]]:
         """Yield (text, split) for the documents that are kept; `dropped` counts the others.
+
+        Args:
+            documents: of one source.
+            placed: grows by the texts that documents place themselves; what is in it is in no other split.
+            provided: grows by the splits that they are placed in; the source gives no other documents to them.
 
         Raises:
             ValueError: a split is unknown, or a document with a split follows one without.
         """
-        placed: dict[bytes, str] = {}
+        placed, provided = {} if placed is None else placed, set() if provided is None else provided
         bands: list[tuple[float, str]] | None = None
-        self.dropped = 0
         for text, split in documents:
-            digest = hashlib.sha256(_encode(text)).digest()
+            digest = _digest(text)
             if split is None:
                 if bands is None:
-                    bands = self._bands(set(placed.values()))
+                    bands = self._bands(provided)
                 place, keep = self._place(digest, bands), digest not in placed
             elif split not in SPLITS:
                 raise ValueError(f"a document has split {split!r}; use one of {', '.join(SPLITS)} or None")
@@ -63,6 +71,8 @@ class Splitter:
                 raise ValueError(f"a source yielded split {split!r} after a document without one; yield it first")
             else:
                 place, keep = split, placed.setdefault(digest, split) == split
+                if keep:
+                    provided.add(split)
             if keep:
                 yield text, place
             else:
@@ -81,6 +91,10 @@ class Splitter:
     def _place(digest: bytes, bands: list[tuple[float, str]]) -> str:
         position = int.from_bytes(digest[:8], "big") / 2**64
         return next((name for edge, name in bands if position < edge), "train")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(_encode(text)).digest()
 
 
 def _encode(text: str) -> bytes:

@@ -5,14 +5,16 @@ Imports: system, plan, models, teacher, data/files, data.
 
 from __future__ import annotations
 
-from iskd.evaluation.evaluator import EvalSpec, evaluate
+from iskd.evaluation.evaluator import Asking, evaluate
 from iskd.evaluation.quality import measure_quality
+from iskd.evaluation.questions import EvalSpec
 from iskd.evaluation.results import Efficiency, Evaluation, Interval
 from iskd.evaluation.task_items import TASKS
 from iskd.evaluation.text import refuse_training_text
 
 __all__ = [
     "TASKS",
+    "Asking",
     "Efficiency",
     "EvalSpec",
     "Evaluation",

@@ -50,6 +50,7 @@ def measure(
     repeats: int = 5,
     seconds: float | None = None,
     dtype: torch.dtype | None = None,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Efficiency:
     """Size, latency and memory of models side by side, where they lie.
@@ -63,6 +64,7 @@ def measure(
         seconds: time for all of it, roughly; what does not fit is left out, in this order: further repeats, the
             reading of long prompts, long contexts. The shortest context is always measured. None = no limit.
         dtype: measure copies in this dtype, e.g. bfloat16 as they would be served; None = as they are.
+        batch: sequences at a time; times are of all of them, and a token is one of each.
         progress: told how far it is.
 
     Returns:
@@ -71,8 +73,8 @@ def measure(
         others are missing: too long for the model (`Stack.limit`), for the time or for the memory.
 
     Raises:
-        ValueError: a context, `decode_tokens` or `repeats` below 1, a model in shards, models on different devices, or
-            of another name.
+        ValueError: a context, `decode_tokens`, `repeats` or `batch` below 1, a model in shards, models on different
+            devices, or of another name.
     """
     places = {name: _device(model) for name, model in models.items()}
     if len(set(places.values())) > 1:
@@ -81,7 +83,7 @@ def measure(
     if other := models.keys() - {"teacher", "student"}:
         raise ValueError(f"efficiency is that of a teacher and a student, got one named {min(other)!r}")
     facts = machine.describe(next(iter(places.values())))
-    passes = _Passes(decode_tokens, repeats, progress)
+    passes = _Passes(decode_tokens, repeats, batch, progress)
     copies = {name: _as(model, dtype) for name, model in models.items()}
     return Efficiency(facts, **_side_by_side(copies, contexts, passes, seconds))
 
@@ -121,6 +123,7 @@ class _Passes:
 
     decode_tokens: int
     repeats: int
+    batch: int
     progress: Progress | None
 
 
@@ -167,6 +170,7 @@ def _side_by_side(
     seconds: float | None,
 ) -> dict[str, Measured]:
     asked = {"contexts": min(contexts, default=0), "decode_tokens": passes.decode_tokens, "repeats": passes.repeats}
+    asked["batch"] = passes.batch
     for key, least in asked.items():
         if least < 1:
             raise ValueError(f"efficiency needs {key} of at least 1, got {least}")
@@ -226,7 +230,7 @@ def _rounds(
     for name, model in models.items():
         tell()
         with machine.PeakMemory(_device(model)) as memory:
-            *_, cache = _use(model, context, passes.decode_tokens, reads)
+            *_, cache = _use(model, context, passes, reads)
         at[name].rise, at[name].cache = memory.rise, cache
     one_round, order = time.perf_counter() - start, list(models)
     for repeat in range(passes.repeats):
@@ -235,7 +239,7 @@ def _rounds(
         start = time.perf_counter()
         for name in order if repeat % 2 else reversed(order):
             tell()
-            prefill, decode, _ = _use(models[name], context, passes.decode_tokens, reads)
+            prefill, decode, _ = _use(models[name], context, passes, reads)
             at[name].prefill += [prefill] if reads else []
             at[name].decode.append(decode)
         one_round = time.perf_counter() - start
@@ -247,7 +251,7 @@ def _rounds(
     )
 
 
-def _use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> tuple[float, float, tuple[int, int]]:
+def _use(model: PreTrainedModel, context: int, passes: _Passes, reads: bool) -> tuple[float, float, tuple[int, int]]:
     """Seconds of a prompt, seconds per token decoded after it, and the bytes of the cache between the two.
 
     Unless it `reads` the prompt, that is a short one, and the cache is lengthened to the context.
@@ -255,7 +259,7 @@ def _use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) 
     stack, device = Stack(model), _device(model)
     generator = torch.Generator().manual_seed(0)
     length = context if reads else min(context, _SHORT)
-    ids = torch.randint(int(model.config.vocab_size), (1, length), generator=generator).to(device)
+    ids = torch.randint(int(model.config.vocab_size), (passes.batch, length), generator=generator).to(device)
     start = clock(device)
     output = stack.base(input_ids=ids, use_cache=True)
     token = _next(stack, output.last_hidden_state)
@@ -264,10 +268,10 @@ def _use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) 
     lengthen(cache, context - length)
     held = cache_bytes(cache), cache_held_bytes(cache)
     start = clock(device)
-    for _ in range(decode_tokens):
+    for _ in range(passes.decode_tokens):
         output = stack.base(input_ids=token, past_key_values=cache, use_cache=True)
         token = _next(stack, output.last_hidden_state)
-    return prefill, (clock(device) - start) / decode_tokens, held
+    return prefill, (clock(device) - start) / passes.decode_tokens, held
 
 
 def _next(stack: Stack, last_BTD: Tensor) -> Tensor:

@@ -4,91 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any, cast
 
 import torch
-from pydantic import NonNegativeInt
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
-from iskd.evaluation.likelihood import evaluate as ask
 from iskd.evaluation.quantize import check as check_quantize
 from iskd.evaluation.quantize import quantized
+from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
 from iskd.evaluation.results import Evaluation
-from iskd.evaluation.scores import GENERATION, Scored, compare
-from iskd.evaluation.task_items import COPY, COPY_POOL, Item, check_task, copy_items, subset
+from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.text import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import check_same_tokenizer
-from iskd.system import Busy, ProgressLine
+from iskd.system import ProgressLine
 from iskd.teacher import Loaded
 
 _log = logging.getLogger(__name__)
 _NOTICED, _MOSTLY = 0.02, 0.5  # shares of a report text that a run has seen: told, refused
 _PACKAGES = ("lm_eval", "torch", "transformers")
 _NOTHING = "there is nothing to evaluate: set eval.tasks=[...] or eval.text=FILE"
-
-Tell = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
-
-
-@dataclass(frozen=True)
-class EvalSpec:
-    """What to evaluate; one conf/eval/*.yaml.
-
-    Attributes:
-        tasks: keys of `iskd.evaluation.task_items.TASKS`, `copy` (random words to be repeated, made here), and without
-            a data_dir any other name that lm-evaluation-harness knows.
-        limit: at most so many items of each task; None = all.
-        data_dir: folder of NAME/eval.jsonl; None = the harness's own tasks, from the hub.
-        seed: of the items drawn and of the bootstrap.
-        batch_size: texts at a time in the harness.
-        batch_tokens: tokens at a time in `copy` and in the text.
-        text: file, folder or glob for perplexity and bits per byte; None = none, or what the caller passes.
-        tokens: at most so many tokens of the text.
-        window: tokens per window of the text; shorter where the model's context is.
-        resamples: of the bootstrap.
-        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
-        efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
-            At the end of a run it is `run.efficiency_seconds` that says so.
-
-    Raises:
-        ValueError: a value that cannot work.
-    """
-
-    tasks: Sequence[str] = ()
-    limit: int | None = 100
-    data_dir: str | None = None
-    seed: NonNegativeInt = 0
-    batch_size: int = 8
-    batch_tokens: int = 4096
-    text: str | None = None
-    tokens: int = 16384
-    window: int = 512
-    resamples: int = 1000
-    quantize: Sequence[str] = ()
-    efficiency_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        object.__setattr__(self, "quantize", tuple(self.quantize))
-        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
-            raise ValueError(f"eval.tasks lists {twice[0]!r} twice")
-        if self.data_dir is not None:
-            for name in self.tasks:
-                check_task(name)
-        least = {"limit": 1, "batch_size": 1, "batch_tokens": 1, "tokens": 2, "window": 2, "resamples": 1}
-        for key, lowest in (least | {"efficiency_seconds": 0}).items():
-            value = getattr(self, key)
-            if value is not None and value < lowest:
-                raise ValueError(f"eval.{key}={value} must be at least {lowest}")
 
 
 def evaluate(
@@ -120,40 +62,84 @@ def evaluate(
         ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed, or
             models and tokenizers that do not belong together. The message names the fix.
     """
-    models = [("student", model, tokenizer)]
-    if teacher is not None:
-        check_same_tokenizer(tokenizer, teacher.tokenizer)
-        models.append(("teacher", teacher.model, teacher.tokenizer))
-    for who, one, own in models:
-        _check_rows(who, one, own)
     with ProgressLine() as tell:
-        frame = framing_of(tokenizer) if frame is None else frame
-        windows = _windows(spec, text, tokenizer, [one for _, one, _ in models], frame)
-        if not spec.tasks and windows is None:
+        asking = Asking(spec, tokenizer, teacher, [model], text=text, exclude=exclude, frame=frame)
+        return asking.ask(model, tokenizer, source or {}, tell)
+
+
+class Asking:
+    """What a spec asks, drawn once: of one student after another, beside the same teacher, who is asked once.
+
+    Args:
+        spec, teacher, text, exclude, frame: as of `evaluate`.
+        tokenizer: the students' own.
+        students: who sets the length of the windows of text beside the teacher; none = the teacher alone.
+
+    Raises:
+        ValueError: as `evaluate`, but for what only the scores of a model can tell.
+    """
+
+    def __init__(
+        self,
+        spec: EvalSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Loaded | None,
+        students: Sequence[PreTrainedModel] = (),
+        *,
+        text: str | None = None,
+        exclude: Collection[str] = (),
+        frame: Framing | None = None,
+    ) -> None:
+        if teacher is not None:
+            check_same_tokenizer(tokenizer, teacher.tokenizer)
+            _check_rows("teacher", teacher.model, teacher.tokenizer)
+        for student in students:
+            _check_rows("student", student, tokenizer)
+        self.spec, self.teacher, self.excluded = spec, teacher, len(exclude)
+        self.frame = framing_of(tokenizer) if frame is None else frame
+        models = [*students, *([] if teacher is None else [teacher.model])]
+        self.windows = _windows(spec, text, tokenizer, models, self.frame)
+        if not spec.tasks and self.windows is None:
             raise ValueError(_NOTHING)
-        check_quantize(spec.quantize, windows is not None)
-        questions = _questions(spec, exclude)
-        scores: list[dict[str, Scored]] = []
-        losses: list[TextLoss] = []
-        for who, one, own in models:
-            scores.append(_ask_all(one, own, questions, spec, who, tell, frame))
-            if windows is not None:
-                step = partial(tell, f"{who}, windows of text")
-                losses.append(text_loss(one, windows, batch_tokens=spec.batch_tokens, step=step))
+        check_quantize(spec.quantize, self.windows is not None)
+        self._questions = questions(spec, tokenizer, exclude)
+        self._theirs: tuple[dict[str, Scored], TextLoss | None] | None = None
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Mapping[str, Any],
+        tell: Tell = lambda *_: None,
+    ) -> Evaluation:
+        """Score a model, where it is and under the caller's autocast; `source` is what identifies it."""
+        mine, loss = self._answers(model, tokenizer, "student", tell)
+        theirs, spec, seed, resamples = None, self.spec, self.spec.seed, self.spec.resamples
+        if self.teacher is not None:
+            if self._theirs is None:
+                self._theirs = self._answers(self.teacher.model, self.teacher.tokenizer, "teacher", tell)
+            theirs = self._theirs
+        found, retention, mean = compare(mine, None if theirs is None else theirs[0], resamples=resamples, seed=seed)
+        scored_text = None
+        if self.windows is not None and loss is not None:
+            other = None if theirs is None else theirs[1]
+            scored_text = text_score(self.windows, loss, other, resamples=resamples, seed=seed)
+        named = {"student": _facts(model, source)}
+        if self.teacher is not None:
+            named["teacher"] = _facts(self.teacher.model, self.teacher.source)
+        settings = {**_settings(spec, self._questions, self.excluded, model), "framing": self.frame.to_json()}
         step = partial(tell, "student in fewer bits, windows of text")
-        packed = quantized(model, windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
-    found, retention, mean = compare(
-        scores[0], scores[1] if teacher is not None else None, resamples=spec.resamples, seed=spec.seed
-    )
-    scored_text = None
-    if windows is not None:
-        theirs = losses[1] if teacher is not None else None
-        scored_text = text_score(windows, losses[0], theirs, resamples=spec.resamples, seed=spec.seed)
-    named = {"student": _facts(model, source or {})}
-    if teacher is not None:
-        named["teacher"] = _facts(teacher.model, teacher.source)
-    settings = {**_settings(spec, questions, len(exclude), model), "framing": frame.to_json()}
-    return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed)
+        packed = quantized(model, self.windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
+        return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed)
+
+    def _answers(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str, tell: Tell
+    ) -> tuple[dict[str, Scored], TextLoss | None]:
+        scores = answers(model, tokenizer, self._questions, self.spec, who, tell, self.frame)
+        if self.windows is None:
+            return scores, None
+        step = partial(tell, f"{who}, windows of text")
+        return scores, text_loss(model, self.windows, batch_tokens=self.spec.batch_tokens, step=step)
 
 
 def check(
@@ -178,15 +164,9 @@ def check(
     Raises:
         ValueError: as `evaluate`, but for what only the scores of a model can tell; or most of the text is the run's.
     """
-    frame = framing_of(teacher.tokenizer) if frame is None else frame
-    windows = _windows(spec, None, teacher.tokenizer, [teacher.model], frame)
-    if not spec.tasks and windows is None:
-        raise ValueError(_NOTHING)
-    check_quantize(spec.quantize, windows is not None)
-    if windows is not None:
-        _check_unseen(spec, seen(windows.ids))
-    _check_rows("teacher", teacher.model, teacher.tokenizer)
-    _questions(spec, exclude)
+    asking = Asking(spec, teacher.tokenizer, teacher, exclude=exclude, frame=frame)
+    if asking.windows is not None:
+        _check_unseen(spec, seen(asking.windows.ids))
 
 
 def _check_unseen(spec: EvalSpec, share: float) -> None:
@@ -220,47 +200,10 @@ def _windows(
             documents = ["\n\n".join(documents)]
     if documents is None:
         return None
-    window = min([spec.window, *(context for context in (Stack(model).context for model in models) if context)])
+    # as long as the one with the longest limit can read; others read a window in pieces of their own
+    limits = [Stack(model).limit or spec.window for model in models]
+    window = min(spec.window, max(limits, default=spec.window))
     return text_windows(documents, tokenizer, tokens=spec.tokens, window=window, frame=frame)
-
-
-def _questions(spec: EvalSpec, exclude: Collection[str]) -> dict[str, Drawn | list[Item]]:
-    """What to ask, by task in the order of the spec."""
-    names = [name for name in spec.tasks if name != COPY]
-    questions: dict[str, Drawn | list[Item]] = {}
-    if names:
-        options: dict[str, Any] = {
-            "data_dir": spec.data_dir,
-            "limit": spec.limit,
-            "seed": spec.seed,
-            "exclude": exclude,
-        }
-        with Busy("reading the tasks"):
-            questions |= {drawn.name: drawn for drawn in harness.draw(names, **options)}
-    if COPY in spec.tasks:
-        free = [item for item in copy_items(COPY_POOL) if item.sha256 not in exclude]
-        questions[COPY] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
-    return {name: questions[name] for name in spec.tasks}
-
-
-def _ask_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Mapping[str, Drawn | list[Item]],
-    spec: EvalSpec,
-    who: str,
-    tell: Tell,
-    frame: Framing,
-) -> dict[str, Scored]:
-    scores = {}
-    for number, (name, question) in enumerate(questions.items(), 1):
-        step = partial(tell, f"{who}, task {number} of {len(questions)}, texts of {name}")
-        if isinstance(question, Drawn):
-            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step, frame=frame)
-        else:
-            result = ask(model, tokenizer, question, batch_tokens=spec.batch_tokens, step=step, frame=frame)
-            scores[name] = Scored(GENERATION, "led", 0.0, result)
-    return scores
 
 
 def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,16 +220,16 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _settings(
-    spec: EvalSpec, questions: Mapping[str, Drawn | list[Item]], excluded: int, model: PreTrainedModel
+    spec: EvalSpec, asked_of: Mapping[str, Question], excluded: int, model: PreTrainedModel
 ) -> dict[str, Any]:
     """What was asked for and what computed it, without the paths of one machine."""
-    own = ("data_dir", "text", "efficiency_seconds", "quantize")
+    own = ("data_dir", "text", "every", "efficiency_seconds", "quantize")
     asked = {key: value for key, value in asdict(spec).items() if key not in own}
     kind = model.device.type
     mixed = torch.is_autocast_enabled(kind)
     asked["device"] = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
     asked["precision"] = f"{_dtype(torch.get_autocast_dtype(kind))} autocast" if mixed else _dtype(model.dtype)
-    sources = {name: question.source for name, question in questions.items() if isinstance(question, Drawn)}
+    sources = {name: question.source for name, question in asked_of.items() if isinstance(question, Drawn)}
     versions = {package: _version(package) for package in _PACKAGES}
     return {**asked, "local": spec.data_dir is not None, "excluded": excluded, "data": sources, "versions": versions}
 

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
+from iskd.evaluation.harness_metrics import USUAL, check_metric, higher_is_better, values_of
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
@@ -40,8 +41,9 @@ TASK_FILES = Path(__file__).parent / "harness_tasks"
 HUB_NAMES = {"lambada": "lambada_openai", "winograd_wsc": "wsc273"}
 # tasks that are reported by the likelihood per character, as is usual for them; all others by plain accuracy
 PER_CHARACTER = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
-_METRICS = ("acc", "acc_norm", "exact_match")
+_LEAST_LONG = 4096  # tokens of a task that is made to a length, where no longer ones are asked for
 _FEWSHOT_SEED = 1234  # the harness's own
+_ANY_LENGTH = 1 << 20  # tokens; the harness would take "none" for the context that a config tells
 _INSTALL = "pip install 'iskd[eval]'"
 
 
@@ -55,6 +57,7 @@ class Drawn:
         rows: by leaf, which of its items, ascending.
         ids: the items' names, in the order of leaves and rows.
         source: hash of the local file, or the data sets on the hub.
+        metric: the one that was asked for; None = the usual one of the task.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Drawn:
     rows: Mapping[str, Sequence[int]]
     ids: tuple[str, ...]
     source: str
+    metric: str | None = None
 
 
 def draw(
@@ -71,6 +75,11 @@ def draw(
     limit: int | None,
     seed: int,
     exclude: Collection[str] = (),
+    task_dir: str | Path | None = None,
+    fewshot: int | None = None,
+    metrics: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    lengths: Sequence[int] = (),
 ) -> Iterator[Drawn]:
     """Read tasks and draw their items, one task after the other.
 
@@ -81,13 +90,19 @@ def draw(
         limit: at most so many items of each; a larger draw contains a smaller one. None = all.
         seed: of the draw.
         exclude: `Item.sha256` of items to leave out, those that layers were selected by; needs a data_dir.
+        task_dir: folder of tasks in the harness's own format, for names that are none of ours.
+        fewshot: examples before every question; None = as many as the task says.
+        metrics: the metric to compare, by task; others are compared by their usual one.
+        tokenizer: for tasks that are made to a length in tokens (RULER's).
+        lengths: which lengths these have.
 
     Raises:
         ValueError: an unknown task, items that cannot be had, or no lm_eval. The message names the fix.
     """
     if data_dir is not None:
         for name in names:
-            check_task(name)
+            if task_dir is None:
+                check_task(name)
     elif exclude:
         raise ValueError(
             f"layers were selected by {len(exclude)} items of local files, which cannot be told among the hub's: set "
@@ -95,13 +110,38 @@ def draw(
         )
     if data_dir is None:
         log.info("reading lm_eval's index of tasks, which takes some seconds")
-    with _quiet():
-        manager = _task_manager()(include_defaults=data_dir is None)
-    for name in names:
-        if data_dir is None:
-            yield _from_hub(manager, name, limit, seed)
-        else:
-            yield _from_file(manager, name, Path(expanded(data_dir)), limit, seed, frozenset(exclude))
+    with scratch("iskd-tokenizer") as folder:
+        options: dict[str, Any] = {"include_defaults": data_dir is None}
+        if task_dir is not None:
+            options["include_path"] = expanded(task_dir)
+        if tokenizer is not None:  # tasks that are made for it load it by name
+            tokenizer.save_pretrained(folder)
+            long = [length for length in lengths if length >= _LEAST_LONG] or [_LEAST_LONG]
+            options["metadata"] = {"tokenizer": str(folder), "max_seq_lengths": long}
+        with _quiet():
+            manager = _task_manager()(**options)
+        for name in names:
+            if data_dir is not None and name in TASKS:
+                drawn = _from_file(manager, name, Path(expanded(data_dir)), limit, seed, frozenset(exclude), fewshot)
+            else:
+                drawn = _from_hub(manager, name, limit, seed)
+            if fewshot is not None:
+                _with_examples(drawn, fewshot)
+            asked = (metrics or {}).get(name)
+            check_metric(name, asked, drawn.leaves)
+            yield replace(drawn, metric=asked)
+
+
+def _with_examples(drawn: Drawn, fewshot: int) -> None:
+    """Have every question come after so many examples. Raises ValueError where a task has not so many."""
+    for leaf, task in drawn.leaves.items():
+        task.set_config(key="num_fewshot", value=fewshot)
+        docs = [] if not fewshot else list(task.fewshot_docs() or ())
+        if len(docs) < fewshot + 1 and fewshot:
+            raise ValueError(
+                f"eval.fewshot={fewshot}: task {leaf!r} has {len(docs)} examples to show, one of which may be the "
+                f"question itself; put more into fewshot.jsonl beside its eval.jsonl, or ask for fewer"
+            )
 
 
 def score(
@@ -124,8 +164,8 @@ def score(
         frame: how the model's texts are framed; None = as the tokenizer does.
 
     Raises:
-        ValueError: a continuation that does not fit into the model's context, a model that gives nan, or a task without
-            a metric that is 0 or 1 item by item.
+        ValueError: a continuation that does not fit into the model's context, a model that gives nan, or a task whose
+            metrics are no numbers item by item.
     """
     from lm_eval.evaluator import evaluate
 
@@ -143,7 +183,8 @@ def score(
         )
     if lost := sum(cut):
         log.warning("%s: %d texts lost their beginning: the context is %d tokens", drawn.name, lost, lm.max_length)
-    return _scored(drawn, [sample for leaf in drawn.leaves for sample in _first_filter(found["samples"][leaf])])
+    logged = found["samples"]
+    return _scored(drawn, [(leaf, sample) for leaf in drawn.leaves for sample in _first_filter(logged[leaf])])
 
 
 def _task_manager() -> Any:
@@ -158,7 +199,15 @@ def _task_manager() -> Any:
     return TaskManager
 
 
-def _from_file(manager: Any, name: str, data_dir: Path, limit: int | None, seed: int, exclude: frozenset[str]) -> Drawn:
+def _from_file(
+    manager: Any,
+    name: str,
+    data_dir: Path,
+    limit: int | None,
+    seed: int,
+    exclude: frozenset[str],
+    fewshot: int | None = None,
+) -> Drawn:
     """A task of ours over DATA_DIR/NAME/eval.jsonl; which items are drawn depends on their texts alone."""
     items = read_task(name, data_dir)
     free = [item for item in items if item.sha256 not in exclude]
@@ -169,7 +218,12 @@ def _from_file(manager: Any, name: str, data_dir: Path, limit: int | None, seed:
     config: dict[str, Any] = yaml.safe_load((TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
     with scratch("iskd-tasks") as cache, _quiet():
         # in memory, as the converted copy goes with the folder
-        config["dataset_kwargs"] = {"data_files": {"test": str(file)}, "cache_dir": str(cache), "keep_in_memory": True}
+        files = {"test": str(file)}
+        if fewshot:
+            shown = data_dir / name / "fewshot.jsonl"
+            files["train"] = str(shown if shown.is_file() else file)
+            config |= {"training_split": "train", "fewshot_split": "train"}
+        config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache), "keep_in_memory": True}
         try:
             leaves = manager.load([config])["tasks"]
         except Exception as error:
@@ -186,8 +240,8 @@ def _from_file(manager: Any, name: str, data_dir: Path, limit: int | None, seed:
 
 def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
     """A task, group or tag of the harness; of a group the items are drawn over all its tasks."""
-    hub_name = HUB_NAMES.get(name, name)
-    if hub_name not in manager.all_tasks:
+    hub_name: Any = HUB_NAMES.get(name, name)
+    if hub_name not in manager.all_tasks and name != "cbt":
         if name in TASKS:
             raise ValueError(f"lm_eval has no task {name!r}. {_put(name)}")
         close = difflib.get_close_matches(name, [*TASKS, COPY, *manager.all_tasks], n=1)
@@ -195,6 +249,9 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
         raise ValueError(
             f"unknown task {name!r}: {hint}lm_eval knows {len(manager.all_tasks)}; ours are {', '.join(TASKS)}"
         )
+    if name == "cbt":  # the harness has none; ours over the hub's rows, which have the same fields
+        config: dict[str, Any] = yaml.safe_load((TASK_FILES / "cbt.yaml").read_text(encoding="utf-8"))
+        hub_name = {**config, "dataset_path": "cam-cst/cbt", "dataset_name": "CN", "dataset_kwargs": {}}
     try:
         with _quiet():
             leaves = manager.load([hub_name])["tasks"]
@@ -212,12 +269,19 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
 
 def _unreachable(name: str, error: Exception) -> str:
     first = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, ImportError):
+        return f"task {name!r} needs a package that is missing ({first:.300}): pip install 'lm_eval[{_extra(name)}]'"
     if name not in TASKS:
         return f"the data of task {name!r} is neither on this machine nor did the hub give it ({first:.300})"
     return (
         f"the data of task {name!r} is neither on this machine nor did the hub give it ({first:.300}). "
         f"Offline: {_put(name)}"
     )
+
+
+def _extra(name: str) -> str:
+    """The extra of lm_eval that a task's packages come with, by what its own errors name most."""
+    return "ruler" if name.startswith(("niah", "ruler")) else "tasks"
 
 
 def _put(name: str) -> str:
@@ -266,7 +330,7 @@ def _adapter(
         backend="causal",
         trust_remote_code=False,
         batch_size=batch_size,
-        max_length=Stack(model).context,
+        max_length=Stack(model).limit or _ANY_LENGTH,  # without an attention a model has no length of its own
         mixed_precision_dtype=mixed,
         add_bos_token=_adds_bos(tokenizer, frame),
     )
@@ -322,13 +386,13 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
 
 
-def _scored(drawn: Drawn, samples: Sequence[Mapping[str, Any]]) -> Scored:
+def _scored(drawn: Drawn, samples: Sequence[tuple[str, Mapping[str, Any]]]) -> Scored:
     assert len(samples) == len(drawn.ids)
-    metrics = [metric for metric in _METRICS if all(metric in sample for sample in samples)]
-    if not metrics:
-        raise ValueError(f"task {drawn.name!r} has none of the metrics {', '.join(_METRICS)}: choose another task")
-    values = {metric: torch.tensor([float(sample[metric]) for sample in samples]) for metric in metrics}
+    values = values_of(drawn.name, samples, drawn.leaves, drawn.metric)
     choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in drawn.leaves.values())
-    chance = sum(1 / len(sample["arguments"]) for sample in samples) / len(samples) if choice else 0.0
-    main = "acc_norm" if drawn.name in PER_CHARACTER and "acc_norm" in values else metrics[0]
-    return Scored(CHOICE if choice else GENERATION, main, chance, TaskResult(drawn.ids, values))
+    chance = sum(1 / len(sample["arguments"]) for _, sample in samples) / len(samples) if choice else 0.0
+    by_character = drawn.metric is None and drawn.name in PER_CHARACTER and "acc_norm" in values
+    main = "acc_norm" if by_character else next(iter(values))
+    higher = higher_is_better(main, drawn.leaves)
+    chance = chance if main in USUAL else 0.0
+    return Scored(CHOICE if choice else GENERATION, main, chance, TaskResult(drawn.ids, values), higher)

@@ -65,7 +65,8 @@ class TaskResult:
 
     Attributes:
         ids: the items' ids.
-        values: by metric, one number per item [N] in float32: `acc` and `acc_norm`, 1 = right; `log_p` of the right
+        values: by metric, one number per item [N] in float32: `acc`, `acc_norm` and `acc_token` (by the mean over all
+            characters, over all tokens), 1 = right; `log_p` of the right
             continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake.
     """
 
@@ -105,11 +106,17 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
     frame: Framing | None = None,
+    first_given: bool = False,
 ) -> TaskResult:
-    """Scores of a model on items. Raises ValueError as `log_likelihoods` does, and when there is no item."""
-    return judge(
-        items, log_likelihoods(model, tokenizer, pairs_of(items), batch_tokens=batch_tokens, step=step, frame=frame)
+    """Scores of a model on items; for `first_given` see `by_branch`.
+
+    Raises ValueError as `log_likelihoods` does, and when there is no item.
+    """
+    stack, options = Stack(model), {"batch_tokens": batch_tokens, "step": step, "frame": frame}
+    (found,) = by_branch(
+        model, tokenizer, pairs_of(items), lambda ids: [stack.last_hidden(ids)], first_given=first_given, **options
     )
+    return judge(items, found)
 
 
 def paired(
@@ -142,6 +149,7 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     """
     log_p = found.log_p.tolist()
     norm = (found.log_p / found.characters).tolist()
+    by_token = (found.log_p / found.tokens).tolist()
     greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
     rows, start = [], 0
     for item in items:  # its choices are start..end-1
@@ -152,14 +160,15 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
                 "choices, among which none is best: its weights are broken"
             )
         if end - start == 1:  # nothing to choose from: right is what greedy decoding gives
-            right = [greedy[start], greedy[start]]
+            right = [greedy[start]] * 3
         else:
-            right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm)]
+            right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm, by_token)]
         rows.append([*map(float, right), log_p[gold], led[gold]])
         start = end
     columns = torch.tensor(rows).unbind(1)
     return TaskResult(
-        tuple(item.id for item in items), dict(zip(("acc", "acc_norm", "log_p", "led"), columns, strict=True))
+        tuple(item.id for item in items),
+        dict(zip(("acc", "acc_norm", "acc_token", "log_p", "led"), columns, strict=True)),
     )
 
 
@@ -189,6 +198,7 @@ def by_branch(
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
     frame: Framing | None = None,
+    first_given: bool = False,
 ) -> list[Likelihoods]:
     """Log-likelihoods of each (context, continuation) under variants of a model that share its head.
 
@@ -204,6 +214,8 @@ def by_branch(
         batch_tokens: most tokens in a batch, padding included, but for a single longer text.
         step: told how many of the pairs are done.
         frame: how the model's texts are framed, of which the front goes before a context; None = as the tokenizer does.
+        first_given: of a text without a context and a front the first token is given and not scored, as in the loss
+            that transformers computes of a text.
 
     Raises:
         ValueError: no pairs, batch_tokens < 1, ids without an embedding row, a continuation without a token of its own
@@ -213,7 +225,7 @@ def by_branch(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     with scoring(model):
-        texts = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame)
+        texts = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame, first_given)
         log_p: list[Tensor] = []
         led: list[Tensor] = []
         done = 0
@@ -257,7 +269,9 @@ class _Batch:
     lengths: list[int]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, frame: Framing) -> list[_Text]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, frame: Framing, first_given: bool = False
+) -> list[_Text]:
     """Input and targets of every pair; space at a context's end belongs to the continuation's first token."""
     if not pairs:
         raise ValueError("there is nothing to score: no items")
@@ -271,6 +285,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, fram
     rows, context_tokens, texts, cut = stack.head[0].shape[0], stack.limit, [], 0
     for (context, continuation), whole in zip(pairs, wholes, strict=True):
         length = lengths[context.rstrip()]
+        if first_given and not (length or front):
+            length = 1
         if not (length or front) and start is None:
             raise ValueError("a text without a context needs a token to start from: set the tokenizer's bos_token")
         targets = tuple(whole[length:])

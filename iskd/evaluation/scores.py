@@ -33,15 +33,17 @@ class Scored:
     Attributes:
         kind: `choice`, the likeliest of several texts must be the right one, or `generation`, greedy decoding must
             give it.
-        metric: the metric of `result` that is compared, in [0, 1], higher = better.
+        metric: the metric of `result` that is compared, most of them in [0, 1].
         chance: what guessing gets.
         result: all metrics by item.
+        higher: whether more of the metric is better; of one where less is, retention is teacher / student.
     """
 
     kind: str
     metric: str
     chance: float
     result: TaskResult
+    higher: bool = True
 
 
 def compare(
@@ -106,6 +108,8 @@ def _ratios(mine: Scored, theirs: Scored, resamples: int, seed: int) -> Tensor:
     both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
     means = torch.cat([both_N2.mean(0, keepdim=True), resampled_means(both_N2, resamples, seed)])
     student, teacher = means.unbind(1)
+    if not mine.higher:
+        student, teacher = teacher, student
     return torch.where(teacher > 0, student / teacher, torch.nan)
 
 

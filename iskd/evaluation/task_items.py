@@ -31,11 +31,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from iskd.system.files import expanded, read_plain
 
 COPY = "copy"
+CBT_SENTENCE = "cbt_sentence"
 COPY_POOL = 1000
 _LONGEST = 1 << 30  # bytes of a file of items
 _GAP = "XXXXX"  # where the word stood
@@ -48,6 +49,7 @@ _WORDS = (
     "soap spoon star stone sugar table tent tiger tower train tree wagon wall watch water wheel window wolf wood"
 )
 WORDS = tuple(_WORDS.split())
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,39 @@ def subset(items: Sequence[Item], limit: int, seed: int = 0) -> list[Item]:
     return [items[i] for i in sorted(drawn)]
 
 
+def subset_of(values: Sequence[_T], keys: Sequence[str], limit: int, seed: int) -> list[_T]:
+    """At most `limit` values, drawn by a hash of seed and key, in the given order."""
+    drawn = sorted(range(len(values)), key=lambda i: _hash(seed, keys[i]))[:limit]
+    return [values[i] for i in sorted(drawn)]
+
+
+def read_sentences(data_dir: str | Path | None) -> list[Item]:
+    """The items of `cbt_sentence`: of DATA_DIR/cbt_sentence or DATA_DIR/cbt, without a folder those of the hub.
+
+    Source: the evaluation of ISKD (COLING 2025): the sentence with each of ten words in its gap and nothing before it;
+    the one of the least mean loss over its tokens counts.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    if data_dir is not None:
+        folder = Path(expanded(data_dir))
+        name = CBT_SENTENCE if (folder / CBT_SENTENCE / "eval.jsonl").is_file() else "cbt"
+        return list(_read(name, folder, Task(_sentence, TASKS["cbt"].fields, TASKS["cbt"].hub)))
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset("cam-cst/cbt", "CN", split="test")
+        return [_sentence(dict(row), f"{CBT_SENTENCE}-{number}") for number, row in enumerate(rows)]
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the data of task {CBT_SENTENCE!r} is neither on this machine nor did the hub give it ({first:.300}). "
+            "Offline: put its items (cam-cst/cbt, CN, on the hub) into DIR/cbt/eval.jsonl, one JSON object a line with "
+            f"the fields id, {TASKS['cbt'].fields}, and set eval.data_dir=DIR"
+        ) from error
+
+
 def split_items(items: Sequence[Item], share: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """Split into items to select by (about `share` of them) and items to report on.
 
@@ -176,8 +211,8 @@ def _group(item: Item) -> str:
     return item.group or "\n".join(sorted(item.contexts)) or "\n".join(sorted(item.continuations))
 
 
-def _read(name: str, data_dir: Path) -> Iterator[Item]:
-    task, file = TASKS[name], data_dir / name / "eval.jsonl"
+def _read(name: str, data_dir: Path, reading: Task | None = None) -> Iterator[Item]:
+    task, file = reading or TASKS[name], data_dir / name / "eval.jsonl"
     if not file.is_file():
         raise ValueError(
             f"task {name!r} has no local file {file}: put its items there, one JSON object a line with the fields "
@@ -293,6 +328,14 @@ def _cbt(row: Any, id_: str) -> Item:
         raise ValueError(f"field 'answer' must be one of the options, not {answer!r:.200}")
     context = " ".join([*_texts(row, "sentences"), before]).strip()
     return _choice(id_, context, [option + after for option in options], options.index(answer))
+
+
+def _sentence(row: Any, id_: str) -> Item:
+    before, gap, after = _text(row, "question").partition(_GAP)
+    options, answer = _texts(row, "options"), _text(row, "answer")
+    if not gap or answer not in options:
+        raise ValueError(f"field 'question' needs {_GAP}, and 'answer' one of the options: {row!s:.200}")
+    return Item(id_, ("",), tuple(before + option + after for option in options), options.index(answer))
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,9 @@ def _spans(text: str, ends: list[int]) -> Tensor:
 def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int, step: Step) -> TextLoss:
     """Score a text under the caller's autocast; logits exist for a few positions at a time.
 
+    A model whose limit is shorter than a window reads it in pieces of that length, each from its own beginning, so that
+    models of different limits are scored on the same tokens.
+
     Raises:
         ValueError: the model gives nan.
     """
@@ -152,9 +155,10 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     with scoring(model):
         head = autocast_head(stack.head)
         size = max(1, batch_tokens // windows.ids.shape[1])
+        piece = stack.limit or windows.ids.shape[1]
         chunks = (whole.to(model.device).split(size) for whole in (windows.ids, windows.labels))
         for ids_BT, labels_BT in zip(*chunks, strict=True):
-            for h_TD, label_T in zip(stack.last_hidden(ids_BT[:, :-1]), labels_BT, strict=True):
+            for h_TD, label_T in zip(_read(stack, ids_BT[:, :-1], piece), labels_BT, strict=True):
                 before = perplexity.total.clone()
                 for h_tD, label_t in zip(h_TD.split(HEAD_CHUNK), label_T.split(HEAD_CHUNK), strict=True):
                     logits_tV = cap_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
@@ -167,6 +171,12 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     if nats_W.isnan().any():
         raise ValueError("the model gives nan on the text: its weights are broken")
     return TextLoss(perplexity.compute().item(), bits_per_byte.compute().item(), nats_W)
+
+
+def _read(stack: Stack, ids_BT: Tensor, piece: int) -> Tensor:
+    """Last states [B, T, D] of windows read in pieces of so many tokens."""
+    states = [stack.last_hidden(ids) for ids in ids_BT.split(piece, 1)]
+    return states[0] if len(states) == 1 else torch.cat(states, 1)
 
 
 def text_score(

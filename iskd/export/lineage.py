@@ -13,7 +13,9 @@ from iskd.system.files import expanded, read_object
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 # the representation of a source as data.json has it
-_DATASET = re.compile(r"^HubDataset\((?:.*, )?name='([\w.-]+(?:/[\w.-]+)?)'")
+_PLACE = r"(?:^|(?:^Mix\(|, )[\w-]+=)"  # a source alone, or one of a mix
+_DATASET = re.compile(_PLACE + r"HubDataset\(name='([\w.-]+(?:/[\w.-]+)?)'")
+_SOURCE = re.compile(_PLACE + r"(?=(?:Docstrings|HubDataset|TextFiles|GivenTexts)\()")
 _ENGLISH = ("Docstrings(", "HubDataset(name='roneneldan/TinyStories'", "HubDataset(name='Salesforce/wikitext'")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|multilingual|code")
 
@@ -43,12 +45,14 @@ def lineage(teacher: Mapping[str, Any], data: Mapping[str, Any], card: Json) -> 
     """
     base, source = base_model(teacher, card), str(data.get("source", ""))
     found: Json = {} if base is None else {"base_model": base, "base_model_relation": "finetune"}
-    if named := _DATASET.search(source):
-        found["datasets"] = [named[1]]
+    if named := list(dict.fromkeys(_DATASET.findall(source))):
+        found["datasets"] = named
     languages = card.get("language")
     known = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
     told = [each for each in known if isinstance(each, str) and _LANGUAGE.fullmatch(each)]
-    if told or source.startswith(_ENGLISH):
+    # of a mix every source must be
+    sources = [source[match.end() :] for match in _SOURCE.finditer(source)]
+    if told or (sources and all(each.startswith(_ENGLISH) for each in sources)):
         found["language"] = told or ["en"]
     return found
 

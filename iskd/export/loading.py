@@ -33,6 +33,7 @@ from iskd.models.skeletons import check_numbers, read_generation_config, within_
 from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
+from iskd.plan.run_files import RECORD_FILE
 from iskd.system import Json, read_json
 
 # Keys by which a config reaches beyond its architecture: kernels from a hub, other formats of the weights, sizes that
@@ -167,6 +168,32 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder} cannot be loaded, as its config.json says nothing that can be built: {what}"
         ) from error
+
+
+def record_of(folder: Path, layers: int) -> Record:
+    """The edits that made an exported student of its teacher, native or not.
+
+    Args:
+        folder: the export.
+        layers: of the teacher that is there.
+
+    Raises:
+        ValueError: the folder has no record, or it is of a teacher of another depth.
+    """
+    described = describe(folder)
+    if not described.native:
+        record = described.record
+    else:
+        file = folder / RECORD_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {RECORD_FILE}, which says what was edited: export the student again")
+        record = record_from_json(read_json(file, links=True))
+    if record.num_layers != layers:
+        raise ValueError(
+            f"{folder} is the student of a teacher with {record.num_layers} layers, and the teacher here has {layers}: "
+            "name its own with reference=DIR_OR_NAME"
+        )
+    return record
 
 
 def _describe_native(folder: Path, data: Mapping[str, Any]) -> tuple[PreTrainedConfig, Record]:

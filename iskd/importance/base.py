@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from iskd.models import Stack, scoring
+from iskd.models import Stack, scoring, surgery
 from iskd.models.capture import Trace
+from iskd.models.hosting import HostedBlock, HostedMixer
+from iskd.plan import Convert, Edit
 
 
 class WindowImportance(ABC):
@@ -73,29 +78,51 @@ def stream(stack: Stack, batch: Tensor) -> Iterator[Tensor]:
 
 
 def block_rows(
-    student: PreTrainedModel, batches: Sequence[Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+    student: PreTrainedModel,
+    batches: Sequence[Tensor],
+    measure: Callable[[Tensor, Tensor], Tensor],
+    *,
+    published: bool = False,
 ) -> Tensor:
     """Rows [L, W] of a measure of what each block does to the stream.
 
     `measure(before, after)` takes the stream before and after a block [B, T-1, D] in float32 and returns one value per
     window [B]. Position 0 is left out: in models with an attention sink its norm is hundreds of times that of the rest
-    and its direction says nothing about the text.
+    and its direction says nothing about the text. `published`: the states are those that transformers hands out as
+    `hidden_states`, position 0 among them and the last one after the final norm, which is what authors' code reads.
     """
     stack, columns = Stack(student), []
     for batch in batches:
-        states = (h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        states = (h_BTD.float() if published else h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        if published:
+            states = _last_normed(stack, states)
         columns.append(torch.stack([measure(*pair) for pair in itertools.pairwise(states)]).cpu())
     rows = torch.cat(columns, dim=1)
     refuse_not_finite(rows, range(len(rows)), "blocks")
     return rows
 
 
-def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+def _last_normed(stack: Stack, states: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The states [B, T, D], the last one after the final norm."""
+    held = next(states)
+    for state in states:
+        yield held
+        held = state
+    yield stack.final_norm(held)
+
+
+def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor], *, published: bool = False) -> Tensor:
     """1 - mean over tokens of cos(stream before, stream after), per block and window [L, W].
 
-    Source: ShortGPT (arXiv 2403.03853, section 3.1); leaving position 0 out is ours.
+    Source: ShortGPT (arXiv 2403.03853, section 3.1); leaving position 0 out, and the last state before the final norm,
+    are ours (`block_rows`).
     """
-    return block_rows(student, batches, lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1))
+    return block_rows(
+        student,
+        batches,
+        lambda before, after: (1 - torch.cosine_similarity(before, after, -1)).mean(1),
+        published=published,
+    )
 
 
 def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str = "layers") -> None:
@@ -121,3 +148,94 @@ def by_layer(scores: Tensor, layers: Sequence[int]) -> dict[int, float]:
     """Scores [L] of the blocks of a stack by layer number. Raises ValueError when one is not finite."""
     refuse_not_finite(scores, layers)
     return dict(zip(layers, scores.tolist(), strict=True))
+
+
+# ---- which layers keep their attention -------------------------------------------------------------------------------
+
+
+class Conversions(Protocol):
+    """What is done to a layer: the kind of edit of the run."""
+
+    def make(self, layer: int, seed: int) -> Edit:
+        """The edit of one layer, its fresh weights drawn under the run's seed."""
+
+
+class AttentionImportance(WindowImportance):
+    """An importance of a block's attention, beside the mixer that would stand in its place.
+
+    Args of its subclasses, beside their own: `convert`, the kind of edit that makes the mixers, and `seed` of the run.
+    """
+
+    takes = ("convert", "seed")
+    convert: Conversions | None
+    seed: int
+    candidates: tuple[int, ...] | None = None  # which may be converted; None = all that have an attention
+    number: int | None = None  # how many of them are going to be converted
+
+    def open(self, student: PreTrainedModel) -> tuple[list[int], dict[int, nn.Module]]:
+        """Positions in question, and each one's block with a mixer for its attention.
+
+        The blocks share norms and MLP with the student's, which stays as it is.
+
+        Raises:
+            ValueError: the run converts nothing, the student is in shards, or no block has an attention of its own.
+        """
+        name = type(self).__name__.lower()
+        if isinstance(student, FSDPModule):
+            raise ValueError(
+                f"importance={name} puts blocks together anew, and trainer=fsdp holds them in shards; score on one "
+                "device first (iskd score, importance=fixed takes the scores)"
+            )
+        stack = Stack(student)
+        having = [position for position, block in enumerate(stack.layers) if _has_attention(stack, block)]
+        found = [position for position in having if self.candidates is None or position in self.candidates]
+        if not found:
+            raise ValueError(f"importance={name}: no block that may be converted has an attention of its own left")
+        edits = {} if self.convert is None else {position: self.convert.make(position, self.seed) for position in found}
+        made = {
+            position: surgery.build_converted(stack, stack.layers[position], edit)
+            for position, edit in edits.items()
+            if isinstance(edit, Convert)
+        }
+        if len(made) < len(found):
+            raise ValueError(
+                f"importance={name} says which layers keep their attention when the others are converted: it needs "
+                "edit=convert and a mixer, or another importance"
+            )
+        return found, made
+
+
+def _has_attention(stack: Stack, block: nn.Module) -> bool:
+    return not isinstance(block, HostedBlock) and not isinstance(block.get_submodule(stack.family.attn), HostedMixer)
+
+
+@contextmanager
+def standing_in(stack: Stack, blocks: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Other blocks at some positions of a stack; afterwards it is the stack that it was."""
+    own = stack.layers
+    try:
+        stack.set_layers([blocks.get(position, block) for position, block in enumerate(own)])
+        yield
+    finally:
+        setattr(stack.base, stack.family.layers, own)
+
+
+def repeated(batches: Sequence[Tensor], separator: int | None) -> list[Tensor]:
+    """Windows [B, T] whose second half says the first again: text to be recalled, T even.
+
+    Made of the calibration text's own tokens in their order, without those that keep documents apart, or no second half
+    would see its first.
+
+    Raises:
+        ValueError: a window that has no room for it.
+    """
+    found = []
+    for batch in batches:
+        half = batch.shape[1] // 2
+        tokens = batch.flatten() if separator is None else batch[batch != separator]
+        tokens = tokens[: len(tokens) // max(half, 1) * half]
+        if half < 2 or not len(tokens):
+            raise ValueError(f"importance.metric=recall says half a window twice, got a batch {list(batch.shape)}")
+        once = tokens.view(-1, half)
+        found.append(torch.cat([once, once], dim=1))
+    return found

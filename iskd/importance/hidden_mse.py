@@ -21,16 +21,27 @@ from iskd.models import scoring
 class HiddenMSE(WindowImportance):
     """Mean squared distance of a block's input and output in units of the output's mean square; at least 0.
 
+    `published`: the plain mean square, position 0 in it and the last block's output after the final norm, as in the
+    code of ILD.
+
     Source: the code of ILD (arXiv 2511.05085); divided by the output's size, ours
     Needs: calibration tokens (`run.score_tokens`)
     Costs: one forward pass, no head
     Measured: not measured
     """
 
+    def __init__(self, *, published: bool = False) -> None:
+        self.published = published
+
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Scores [L, W] of the student's blocks on calibration windows [B, T]."""
         with scoring(student):
-            return block_rows(student, batches, _relative_distance)
+            measure = _distance if self.published else _relative_distance
+            return block_rows(student, batches, measure, published=self.published)
+
+
+def _distance(before: Tensor, after: Tensor) -> Tensor:
+    return (after - before).square().mean((1, 2))
 
 
 def _relative_distance(before: Tensor, after: Tensor) -> Tensor:

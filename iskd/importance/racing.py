@@ -268,7 +268,7 @@ def _beaten(alive: Sequence[int], values: dict[int, list[Tensor]], z: float, of:
         # token by token: what makes a text hard is in both and goes out of the difference
         pairs = [mine - best for mine, best in zip(values[position], values[last], strict=True)]
         gap = _means(pairs).mean().item()
-        if gap > _doubt(pairs, z, of):
+        if gap > doubt(pairs, z, of):
             out[position] = gap
     return out
 
@@ -277,7 +277,7 @@ def _means(pieces: Sequence[Tensor]) -> Tensor:
     return torch.stack([tokens.double().mean() for tokens in pieces])
 
 
-def _doubt(pieces: Sequence[Tensor], z: float, of: int) -> float:
+def doubt(pieces: Sequence[Tensor], z: float, of: int) -> float:
     """How far from zero the mean over pieces of differences [P] each must be to be believed; `z` standard errors.
 
     The question is who is best on all `of` pieces, not on text at large: with the pieces that are still to be read the

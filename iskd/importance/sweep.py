@@ -3,6 +3,7 @@
 The branch "without block i" is the stream before block i, run through the blocks above i. All branches start from one
 trunk, the student's own pass, so L blocks cost L (L - 1) / 2 block calls and the trunk's L, where deleting one block
 after the other costs L (L - 1). The scores are those of the student without the block; nothing is approximated.
+A branch may as well have other blocks in the place of some (`exchange_values`): it leaves the trunk at the lowest one.
 
 Branches are stacked along the batch axis, `width` at a time: meant for the kernels of a GPU, it gains nothing on a CPU.
 The head sees every `stride`-th position only and a chunk of tokens at a time: the logits [T, V] of no branch exist, and
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, takewhile
 from typing import Any
@@ -81,29 +82,123 @@ def leave_one_out_values(
     """
     stack = Stack(student)
     wanted = _checked(metric, stride, width, chunk, candidates, len(stack.layers))
-    top, scored = max(wanted), batch.shape[1] - (metric == "loss")
+    branches: list[Exchange] = [{position: None} for position in wanted]
+    options: dict[str, Any] = {"metric": metric, "stride": stride, "width": width, "chunk": chunk}
+    found = exchange_values(student, teacher, batch, branches, **options, prefix_cache=prefix_cache)
+    refuse_not_finite(found, wanted, "blocks")
+    return found
+
+
+Exchange = Mapping[int, "nn.Module | None"]
+"""What stands in the place of some blocks, by position in the stack; None = nothing does."""
+
+
+def exchange_values(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Tensor,
+    branches: Sequence[Exchange],
+    *,
+    metric: str = "kl",
+    stride: int = 1,
+    width: int | None = None,
+    chunk: int = 256,
+    prefix_cache: PrefixCache | None = None,
+) -> Tensor:
+    """What other blocks in the place of some cost at each scored position [C, B, P], in nats, float32, on the CPU.
+
+    Both models are in evaluation mode and gradients are off (`iskd.models.capture.scoring`). Arguments as those of
+    `leave_one_out_values`; values may be not finite.
+
+    Args:
+        student: the model whose blocks are exchanged; it stays as it is.
+        teacher: what the metric `kl` compares with.
+        batch: token ids [B, T].
+        branches: C exchanges, each tried by itself; an empty one is the student as it is.
+        metric: as there.
+        stride: as there.
+        width: as there.
+        chunk: as there.
+        prefix_cache: as there.
+
+    Raises:
+        ValueError: windows of one token under `loss`.
+    """
+    stack = Stack(student)
+    depth = len(stack.layers)
+    lowest = [min(branch, default=depth) for branch in branches]
+    top, scored = max(lowest), batch.shape[1] - (metric == "loss")
     if scored < 1:
         raise ValueError(f"importance.metric=loss needs windows of at least 2 tokens, got a batch {list(batch.shape)}")
-    trunk = Trunk(stack, batch, top) if prefix_cache is None else prefix_cache.trunk(stack, batch, top)
-    # without a block, its input goes to the block above it
-    branches = [(position + 1, trunk.states[position]) for position in wanted]
+    known = min(top, depth - 1)
+    trunk = Trunk(stack, batch, known) if prefix_cache is None else prefix_cache.trunk(stack, batch, known)
+    starts = [_start(stack, trunk, branch, at) for branch, at in zip(branches, lowest, strict=True)]
     # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit
     untouched = metric == "kl" and _equal(student, teacher)
     if metric == "loss" or untouched:
-        branches.append((top, trunk.states[top]))
+        starts.append((known, trunk.states[known]))
     at = slice(0, scored, stride)
-    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))  # [N, D] each, N = B * P
+    finals = _finals(stack, trunk, starts, at, width or (8 if batch.is_cuda else 1))  # [N, D] each, N = B * P
     if metric == "loss":
         loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)  # [C + 1, N], the whole one last
         values = loss[:-1] - loss[-1]
     else:
-        goal = Stack(teacher)
         # the whole student, where it equals the teacher, is what the others are compared with
-        goal_ND = finals.pop() if untouched else _in_head_dtype(goal.last_hidden(batch)[:, at].flatten(0, 1))
-        values = _divergences(finals, stack, goal_ND, goal, chunk)
-    found = values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
-    refuse_not_finite(found, wanted, "blocks")
-    return found
+        goal_ND = finals.pop() if untouched else goal_of(teacher, batch, at)[1]
+        values = _divergences(finals, stack, goal_ND, Stack(teacher), chunk)
+    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
+
+
+def _start(stack: Stack, trunk: Trunk, branch: Exchange, lowest: int) -> tuple[int, Tensor]:
+    """The first block above all that a branch exchanges, and the stream that goes into it."""
+    if not branch:
+        at = len(trunk.states) - 1
+        return at, trunk.states[at]
+    stream, above = trunk.states[lowest], max(branch) + 1
+    for position in range(lowest, above):
+        block = branch.get(position, stack.layers[position])
+        if block is not None:  # without a block, its input goes to the block above it
+            stream = trunk.run(position, block, stream)
+    return above, stream
+
+
+def branch_values(
+    stack: Stack,
+    trunk: Trunk,
+    branches: Sequence[tuple[int, Tensor]],
+    batch: Tensor,
+    *,
+    at: slice,
+    goal: tuple[PreTrainedModel, Tensor] | None = None,
+    width: int | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """What each of several branches says at each scored position [C, B, P], in nats, float32, on the CPU.
+
+    A branch is the position of a block and the stream [B, T, D] that goes into it instead of the trunk's own.
+
+    Args:
+        stack: the student.
+        trunk: its own pass.
+        branches: C of them; one at the top with the trunk's own stream is the whole student.
+        batch: token ids [B, T].
+        at: the scored positions; without a teacher the last one is none of them, as it has no label.
+        goal: the teacher and what it says there (`goal_of`): KL(teacher || branch) is measured; None = cross-entropy of
+            the next token.
+        width: branches that are run as one batch; None = 8 on a GPU, 1 on a CPU.
+        chunk: tokens whose logits exist at a time.
+    """
+    finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))
+    if goal is None:
+        found = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)
+    else:
+        found = _divergences(finals, stack, goal[1], Stack(goal[0]), chunk)
+    return found.unflatten(1, (batch.shape[0], -1)).float().cpu()
+
+
+def goal_of(teacher: PreTrainedModel, batch: Tensor, at: slice) -> tuple[PreTrainedModel, Tensor]:
+    """The teacher, and the input of its head at the scored positions of a batch [B * P, D]."""
+    return teacher, _in_head_dtype(Stack(teacher).last_hidden(batch)[:, at].flatten(0, 1))
 
 
 class Trunk(Trace):

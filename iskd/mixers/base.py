@@ -21,7 +21,7 @@ K key width, V value width, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers import ops
-from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
+from iskd.mixers.modules import Context, HeadNorm, Projections, Rotary, ShortConv, check_count
+from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
 from iskd.mixers.ops import Recurrence
 from iskd.models import CacheSlot, Stack
-from iskd.models.hosting import kept
 from iskd.models.stack import class_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Basics(TypedDict, total=False):
     init: str
     heads: PositiveInt | None
     chunk: PositiveInt
+    conv_activation: str
 
 
 class Common(Basics, total=False):
@@ -97,70 +98,10 @@ class Streams(Recurrence):
         return replace(self, k=self.k * seen_BT[..., None, None], beta=beta, g=g)
 
 
-@dataclass
-class Context:
-    """What a mixer knows about its tokens beside the stream; made anew for every pass.
-
-    Attributes:
-        seen: tokens that are real and not padding, bool [B, T]; None = all.
-        positions: of the tokens in their documents, [B, T] or [1, T].
-        segments: document number of every token [B, T]; None = one document. A real token whose position does not
-            grow starts a new one. The first real token goes on with the document of the cache.
-        past: last inputs of the windows (`window`) before the first token, in the order of the calls.
-        last: the same after the last token.
-    """
-
-    seen: Tensor | None
-    positions: Tensor
-    segments: Tensor | None = None
-    past: list[Tensor] = field(default_factory=list)
-    last: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, x_BTD: Tensor, mask: Tensor | None, positions: Tensor | None, past: tuple[Tensor, ...] = ()) -> Context:
-        """Read the host's mask and positions; without positions the tokens are one document from its start."""
-        tokens = x_BTD.shape[1]
-        seen = kept(mask, tokens)
-        if positions is None:
-            return cls(seen, torch.arange(tokens, device=x_BTD.device).unsqueeze(0), past=list(past))
-        starts = positions[:, 1:] <= positions[:, :-1]
-        if seen is not None:
-            # padding has positions of its own; the first real token goes on like the first token
-            starts = starts & seen[:, 1:] & (seen.cumsum(1)[:, :-1] > 0)
-        segments = None
-        # almost always there is one document, and the core is faster without segments; a graph (torch.export,
-        # torch.compile) holds for all inputs, so there nobody looks
-        if tokens > 1 and (torch.compiler.is_compiling() or bool(starts.any())):
-            segments = F.pad(starts.long().cumsum(1), (1, 0)).expand(x_BTD.shape[0], -1)
-        return cls(seen, positions, segments, list(past))
-
-    def window(self, x_BTC: Tensor, size: int) -> list[Tensor]:
-        """The inputs of `size - 1`, ..., 1 and 0 tokens ago, each [B, T, C]; zero before a document and for padding.
-
-        The last `size - 1` inputs go into the cache, so call it equally often, in the same order, in every pass.
-        """
-        if self.seen is not None:
-            x_BTC = x_BTC * self.seen[..., None]
-        index, tokens = len(self.last), x_BTC.shape[1]
-        before = self.past[index] if self.past else x_BTC.new_zeros(x_BTC.shape[0], size - 1, x_BTC.shape[2])
-        row = torch.cat([before.to(x_BTC.dtype), x_BTC], dim=1)
-        shifted = [row[:, start : start + tokens] for start in range(size)]
-        last = row[:, tokens:]
-        if self.segments is not None:
-            # inputs from the cache belong to the first token's document
-            number = F.pad(self.segments, (size - 1, 0))
-            shifted = [
-                inputs * (number[:, start : start + tokens] == self.segments)[..., None]
-                for start, inputs in enumerate(shifted)
-            ]
-            last = last * (number[:, tokens:] == number[:, -1:])[..., None]
-        self.last.append(last)
-        return shifted
-
-    def conv(self, conv: ShortConv, x_BTC: Tensor) -> Tensor:
-        """A short convolution over the document's inputs."""
-        y_BTC: Tensor = conv(self.window(x_BTC, conv.size))
-        return y_BTC
+def rotary_of(stack: Stack) -> Rotary | None:
+    """The rotary positions of a model; None in a family without."""
+    path = stack.family.rotary
+    return Rotary(class_of(stack.base.get_submodule(path)), stack.config) if path else None
 
 
 class RecurrentMixer(nn.Module):
@@ -180,6 +121,7 @@ class RecurrentMixer(nn.Module):
         heads: so many heads instead of the attention's: fewer are wider and hold a larger state.
         chunk: tokens per chunk of the recurrence; changes the speed, not the result.
         conv: tokens seen by a short convolution behind each of q, k and v; 0 = none.
+        conv_activation: behind each of these, "identity" or, as most mixers are published, "silu".
         rotary: turn q and k by their position as the attention does; nothing in a family without rotary positions.
 
     Raises:
@@ -201,9 +143,16 @@ class RecurrentMixer(nn.Module):
         heads: PositiveInt | None = None,
         chunk: PositiveInt = 64,
         conv: NonNegativeInt = 0,
+        conv_activation: str = "identity",
         rotary: bool = False,
     ) -> None:
         super().__init__()
+        self.conv_activation = activation_of(conv_activation, "conv_activation")
+        if conv_activation != "identity" and not conv:
+            raise ValueError(
+                f"mixer.conv_activation={conv_activation} stands behind short convolutions, and mixer.conv=0 has none; "
+                "set mixer.conv=4, or leave it out"
+            )
         check_count("chunk", chunk, 1, MAX_TOKENS)
         check_count("conv", conv, 0, MAX_CONV)
         if rotary and not {"q", "k"} <= set(self.inherits):
@@ -220,9 +169,8 @@ class RecurrentMixer(nn.Module):
         self.head_dim, self.chunk = self.projections.head_dim, chunk
         widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
         self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
-        path = stack.family.rotary
-        self.turnable = path is not None
-        self.rotary = Rotary(class_of(stack.base.get_submodule(path)), stack.config) if rotary and path else None
+        self.turnable = stack.family.rotary is not None
+        self.rotary = rotary_of(stack) if rotary else None
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 
@@ -260,6 +208,15 @@ class RecurrentMixer(nn.Module):
         """The inputs of the recurrence for the normalised stream [B, T, D]; hidden tokens are taken care of."""
         raise NotImplementedError
 
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """Start the gates where the teacher's attention suggests; what was set, by name. Without gates, nothing.
+
+        Args:
+            memory_H: tokens, from 1 on, after which a head's decay is to have forgotten all but 1/e.
+            strength_H: in (0, 1), how much of what a key finds a head's delta rule is to replace.
+        """
+        return []
+
     def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
         """Mixed values [B, T, H, V], in the core's wide dtype, to the stream [B, T, D]: norm, gate, o_proj."""
         if self.norm is not None:
@@ -276,7 +233,7 @@ class RecurrentMixer(nn.Module):
         if name in self.convs:
             conv = self.convs[name]
             assert isinstance(conv, ShortConv)
-            y_BTC = context.conv(conv, y_BTC)
+            y_BTC = self.conv_activation(context.conv(conv, y_BTC))
         y_BTHK = self.projections.shaped(name, y_BTC)
         if self.rotary is not None and name != "v":
             y_BTHK = self.rotary(y_BTHK, context.positions)
@@ -322,6 +279,7 @@ class RecurrentMixer(nn.Module):
         if past is not None and positions is None and self.rotary is not None:
             raise ValueError("a mixer with mixer.rotary=true needs position_ids to go on from a cache")
         context = Context.of(x_BTD, mask, positions, past[1:] if past else ())
+        context.cached = cache is not None
         streams = self.streams(x_BTD, context).hiding(context.seen)
         o_BTHV, state = self.mix(streams, context, past[0] if past else None)
         if cache is not None:

@@ -7,7 +7,8 @@
 with q and k of length 1 (`iskd.mixers.delta`, which says what the SiLU in front of them does to the copies). Copied: q,
 k, v (key-value heads repeated, as each head has its own gates) and o. Fresh: beta, which starts at 1/2; the decay, at
 exp(-1 / memory), near 1; the output gate, at 1; the short convolutions, as the identity; the norm. The published model
-has 6 heads of 256 with values twice as wide; here heads and widths are the teacher's.
+has 6 heads of 256 with values twice as wide; here heads and widths are the teacher's. `group` gives groups of key
+channels a decay of their own: between this mixer and KDA (arXiv 2510.26692), whose every channel has one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from iskd.mixers.base import Attention, Basics, Context, Streams
-from iskd.mixers.delta import DeltaMixer
-from iskd.mixers.modules import OutputGate
+from iskd.mixers.base import Attention, Context, Streams
+from iskd.mixers.delta import DeltaBasics, DeltaMixer
+from iskd.mixers.modules import OutputGate, check_count
 from iskd.mixers.modules.gates import SoftplusDecay
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ class GatedDeltaNet(DeltaMixer):
         attention: what it is made from.
         memory: tokens after which a fresh decay has forgotten all but 1/e.
         gate: gate the output.
+        group: key channels that share a decay; None = all of a head, as published; 1 = each its own, as in KDA.
         activation, conv, rotary, **common: as in `iskd.mixers.delta.DeltaMixer`.
 
     Raises:
-        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.modules.limits`).
+        ValueError: an unknown activation, a memory out of its range (`iskd.mixers.modules.limits`), or a group that
+            does not divide the width of a head.
 
     Source: arXiv 2412.06464
     Needs: attention's q, k, v and o
@@ -54,15 +57,24 @@ class GatedDeltaNet(DeltaMixer):
         *,
         memory: PositiveFloat = 256.0,
         gate: bool = True,
+        group: PositiveInt | None = None,
         activation: str = "silu",
         conv: NonNegativeInt = 4,
         rotary: bool = False,
-        **common: Unpack[Basics],
+        **common: Unpack[DeltaBasics],
     ) -> None:
         super().__init__(attention, activation=activation, conv=conv, rotary=rotary, **common)
-        self.decay = SoftplusDecay(self.stream, self.heads, memory=memory)
+        if group is not None:
+            check_count("group", group, 1, self.head_dim)
+            if self.head_dim % group:
+                raise ValueError(
+                    f"mixer.group={group} does not divide the {self.head_dim} key channels of a head; choose a divisor"
+                )
+        self.group = self.head_dim if group is None else group
+        self.decay = SoftplusDecay(self.stream, self.heads, self.head_dim // self.group, memory=memory)
         self.gate = OutputGate(self.stream, self.heads * self.head_dim) if gate else None
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
-        """Those of the delta rule with a log decay per head."""
-        return replace(super().streams(x_BTD, context), g=self.decay(x_BTD))
+        """Those of the delta rule with a log decay per head, or per key channel where groups of them have their own."""
+        g = self.decay(x_BTD)
+        return replace(super().streams(x_BTD, context), g=g if g.dim() == 3 else g.repeat_interleave(self.group, -1))

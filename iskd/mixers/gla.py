@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, OutputGate
-from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.mixers.modules.limits import check_width
 from iskd.models import at_least_fp32
 
@@ -69,6 +70,12 @@ class GLA(RecurrentMixer):
         self.decay = gate_proj(self.stream, width, rank=rank, bias=logit_of_memory(memory, temper))
         self.norm = HeadNorm(self.heads, self.head_dim)
         self.gate = OutputGate(self.stream, width) if gate else None
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays of a head, all alike."""
+        last_bias(self.decay).copy_(logits_of_memory(memory_H, self.temper).repeat_interleave(self.head_dim))
+        return ["decay"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys and values with a log decay per key channel."""

@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, check_memory
-from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.layers import gate_proj, last_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+LEAST = 1e-3  # of the way from the lower bound to 1: how near to the bound a gate may start
 
 
 class HGRN2(RecurrentMixer):
@@ -78,6 +80,14 @@ class HGRN2(RecurrentMixer):
         self.forget = gate_proj(self.stream, width, bias=math.log((start - lower_bound) / (1 - start)))
         self.bound = nn.Parameter(torch.full((width,), math.log(lower_bound / (1 - lower_bound))))
         self.norm = HeadNorm(self.heads, self.head_dim)
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The forget gates of a head, all alike; above their lower bound."""
+        bound = self.bound.sigmoid()
+        start = (-1 / memory_H).exp().repeat_interleave(self.head_dim).clamp_min(bound + LEAST * (1 - bound))
+        last_bias(self.forget).copy_(((start - bound) / (1 - start)).log())
+        return ["forget"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, values, log decays and the keys that follow from them."""

@@ -19,8 +19,8 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from iskd.mixers.base import Attention, Basics, Context, Streams
-from iskd.mixers.delta import DeltaMixer
+from iskd.mixers.base import Attention, Context, Streams
+from iskd.mixers.delta import DeltaBasics, DeltaMixer
 from iskd.mixers.modules.gates import SoftplusDecay
 from iskd.mixers.modules.layers import gate_proj
 from iskd.mixers.modules.limits import check_width
@@ -64,7 +64,7 @@ class KDA(DeltaMixer):
         activation: str = "silu",
         conv: NonNegativeInt = 4,
         rotary: bool = False,
-        **common: Unpack[Basics],
+        **common: Unpack[DeltaBasics],
     ) -> None:
         super().__init__(attention, activation=activation, conv=conv, rotary=rotary, **common)
         if rank is not None:

@@ -10,9 +10,18 @@ shares one B and C of 128 among heads of 64. dt goes with B here, so that the va
 
 Fresh: dt, which starts at 1, so that every token is written as it is; A_log, so that the decay starts at
 exp(-1 / memory), near 1; D, at 0, as attention has no path around the state (published: 1); the gate, at 1; the short
-convolutions, as the identity; the norm, after the gate. phi is SiLU, as published: near x / 2 for small x, a factor
-that the norm removes, but it flattens negative numbers as they grow. `activation=identity` leaves the copies whole, as
-MOHAWK does (arXiv 2408.10189). K^-1/2 is attention's; the published model has none, the norm removes it.
+convolutions, as the identity; the norm, after the gate. phi is the identity, which leaves the copies whole, as in
+MOHAWK (arXiv 2408.10189). The published SiLU (`activation=silu`) is near x / 2 for small x, a factor that the norm
+removes, but it flattens negative numbers as they grow. K^-1/2 is attention's; the published model has none, the norm
+removes it.
+
+Discrete Mamba-2 (MOHAWK, arXiv 2408.10189, appendix; Llamba, arXiv 2502.14458) has its step size in the decay alone:
+
+    S_t = exp(-softplus(w_a u_t + b_a)) S_{t-1} + B_t x_t^T        o_t = K^-1/2 C_t^T S_t + D x_t
+    y_t = W_o (o_t * silu(W_z u_t + b_z))
+
+with the identity for phi and no norm. Fresh decays are 1/2, as there. There D is 1, the gate random, and K^-1/2 missing:
+here D starts at 0, as attention has no path around the state, and the gate at 1.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from torch.nn import functional as F
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
 from iskd.mixers.modules.gates import activation_of, inverse_softplus
-from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
@@ -40,7 +49,7 @@ class Mamba2(RecurrentMixer):
 
     Args:
         attention: what it is made from.
-        activation: of C, B and x, "silu" or "identity".
+        activation: of C, B and x, "identity" or, as published, "silu".
         memory: tokens after which a fresh decay has forgotten all but 1/e.
         conv, rotary, **common: as in `RecurrentMixer`.
 
@@ -66,7 +75,7 @@ class Mamba2(RecurrentMixer):
         self,
         attention: Attention,
         *,
-        activation: str = "silu",
+        activation: str = "identity",
         memory: PositiveFloat = 256.0,
         conv: NonNegativeInt = 4,
         rotary: bool = False,
@@ -81,6 +90,12 @@ class Mamba2(RecurrentMixer):
         self.norm = HeadNorm(self.heads, self.head_dim)
         self.gate = OutputGate(self.stream, self.heads * self.head_dim)
 
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays at a step size of 1, where they start."""
+        self.A_log.copy_(-memory_H.log())
+        return ["A_log"]
+
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """C, dt B and x as queries, keys and values; a log decay per head; D."""
         q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
@@ -94,3 +109,56 @@ class Mamba2(RecurrentMixer):
         assert self.norm is not None
         assert self.gate is not None
         return self.projections.out(self.norm(self.gate(o_BTHV, x_BTD)).to(x_BTD.dtype))
+
+
+class DiscreteMamba2(RecurrentMixer):
+    """Mamba-2 whose step size is in its decay alone, without a norm. Its state is that of `Mamba2`.
+
+    Args:
+        attention: what it is made from.
+        activation: of C, B and x, "identity" or "silu".
+        memory: tokens after which a fresh decay has forgotten all but 1/e; that of 1 / ln 2 is 1/2 for every token.
+        conv, rotary, **common: as in `RecurrentMixer`.
+
+    Raises:
+        ValueError: an unknown activation or a memory out of its range (`iskd.mixers.modules.limits`).
+
+    Source: arXiv 2408.10189; Llamba: arXiv 2502.14458
+    Needs: attention's q, k, v and o
+    Costs: not measured
+    Measured: not measured
+    """
+
+    notes: ClassVar[dict[str, str]] = {
+        "decay": "fresh: attention does not forget; starts at 1/2, as published",
+        "D": "fresh: attention has no path around its state; starts at 0",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        activation: str = "identity",
+        memory: PositiveFloat = 1.4427,
+        conv: NonNegativeInt = 4,
+        rotary: bool = False,
+        **common: Unpack[Basics],
+    ) -> None:
+        super().__init__(attention, conv=conv, rotary=rotary, **common)
+        check_memory(memory)
+        self.activation = activation_of(activation)
+        self.decay = gate_proj(self.stream, self.heads, bias=inverse_softplus(1 / memory))
+        self.D = nn.Parameter(torch.zeros(self.heads))
+        self.gate = OutputGate(self.stream, self.heads * self.head_dim)
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays."""
+        last_bias(self.decay).copy_(1 / memory_H + torch.log(-torch.expm1(-1 / memory_H)))
+        return ["decay"]
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """C, B and x as queries, keys and values; a log decay per head; D."""
+        q, k, v = (self.activation(x) for x in self.qkv(x_BTD, context))
+        g = -F.softplus(at_least_fp32(self.decay(x_BTD)))
+        return Streams(q, k, v, g=g, scale=self.head_dim**-0.5, skip=self.D)

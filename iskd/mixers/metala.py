@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, OutputGate, ShortConv, check_count
-from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.mixers.modules.limits import MAX_CONV
 from iskd.models import at_least_fp32
 
@@ -81,6 +81,12 @@ class MetaLA(RecurrentMixer):
         self.augment = nn.Parameter(torch.zeros(self.heads, self.head_dim)) if augment else None
         self.norm = HeadNorm(self.heads, self.head_dim, centre=True)
         self.gate = OutputGate(self.stream, width)
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays of a head, all alike."""
+        last_bias(self.decay).copy_(logits_of_memory(memory_H, self.temper).repeat_interleave(self.head_dim))
+        return ["decay"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, values, log decays and the keys that follow from them; the convolved stream for the gate."""

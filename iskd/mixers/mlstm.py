@@ -11,27 +11,36 @@ e^15, so that fp32 does without the running maximum of the paper, which changes 
 Copied: q, k, v (key-value heads repeated, as each head has its own gates) and o. Fresh: the input gate, which starts at
 1/2 (b_i = -ln 2, as in the students of arXiv 2504.14366); the forget gate, at exp(-1 / memory), near 1; the output
 gate, at 0.95; the norm.
+
+With a window inside (xLSTM hybrids, arXiv 2603.15590) both are mixed by head, m = sigmoid(window_gate), 0.9 at first:
+
+    y_t = W_o ((m_h softmax_h(q_t, near t) + (1 - m_h) LayerNorm_h(o_t)) * sigmoid(W_g x_t + b_g))
+
+Softmax reads the copied queries and keys with their rotary positions, the last w tokens and the sinks.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import PositiveFloat
-from torch import Tensor
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
+from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams, rotary_of
 from iskd.mixers.modules import HeadNorm, OutputGate
-from iskd.mixers.modules.layers import gate_proj, logit_of_memory
+from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
+from iskd.mixers.modules.window import Window, check_window
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CAP = 15.0
+EPS = 1e-12  # what a hidden token, whose window is empty, is divided by
 
 
 def soft_cap(z: Tensor) -> Tensor:
@@ -71,9 +80,18 @@ class MLSTM(RecurrentMixer):
         self.norm = HeadNorm(self.heads, self.head_dim, centre=True)
         self.gate = OutputGate(self.stream, self.heads * self.head_dim, "sigmoid")
 
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The forget gates, within their cap."""
+        last_bias(self.forget_gate).copy_(CAP * torch.atanh((logits_of_memory(memory_H) / CAP).clamp(-0.999, 0.999)))
+        return ["forget_gate"]
+
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys times the input gate, values, the log of the forget gate and the normaliser."""
-        q, k, v = self.qkv(x_BTD, context)
+        return self.gated(*self.qkv(x_BTD, context), x_BTD)
+
+    def gated(self, q: Tensor, k: Tensor, v: Tensor, x_BTD: Tensor) -> Streams:
+        """The mLSTM's gates for given queries, keys and values."""
         g = F.logsigmoid(soft_cap(at_least_fp32(self.forget_gate(x_BTD))))
         keys = at_least_fp32(k) * soft_cap(at_least_fp32(self.input_gate(x_BTD))).exp()[..., None]
         # e^15 is more than float16 holds
@@ -81,3 +99,79 @@ class MLSTM(RecurrentMixer):
         return Streams(
             q, keys, v, g=g, scale=self.head_dim**-0.5, normalizer=lambda weights: weights.abs().clamp_min(1.0)
         )
+
+
+MIX = 0.9  # where the window's share starts
+
+
+class MLSTMWindow(MLSTM):
+    """The mLSTM beside softmax in a window with sinks. Its state is both of theirs (`iskd.mixers.modules.window`).
+
+    Args:
+        attention: what it is made from.
+        window: tokens that softmax sees, the present one included.
+        sinks: first tokens of every document that it always sees, beside the window.
+        memory, **common: as in `MLSTM`.
+
+    Raises:
+        ValueError: a window, sinks or a memory out of their range (`iskd.mixers.modules.limits`).
+
+    Source: arXiv 2603.15590; mLSTM: arXiv 2405.04517
+    Needs: attention's q, k, v and o; has no matrix to align, so `schedule.mixers=mixer_output` or `auto`
+    Costs: not measured
+    Measured: not measured
+    """
+
+    exposes_matrix: ClassVar[bool] = False
+    notes: ClassVar[dict[str, str]] = {
+        **MLSTM.notes,
+        "window_gate": "fresh: attention has no second mixer; starts at nine tenths for the window",
+    }
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        window: PositiveInt = 64,
+        sinks: NonNegativeInt = 4,
+        memory: PositiveFloat = 256.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(attention, memory=memory, **common)
+        check_window(window, sinks)
+        self.window, self.sinks = window, sinks
+        self.window_gate = nn.Parameter(torch.full((self.heads,), math.log(MIX / (1 - MIX))))
+        self.turn = None if self.rotary is not None else rotary_of(attention.stack)
+
+    def streams(self, x_BTD: Tensor, context: Context) -> Streams:
+        """Those of the mLSTM; queries and keys of softmax, with their positions."""
+        q, k, v = self.qkv(x_BTD, context)
+        given = self.gated(q, k, v, x_BTD)
+        if self.turn is not None:
+            q, k = (self._turned(x, context) for x in (q, k))
+        return replace(given, extra=(q, k))
+
+    def _turned(self, x_BTHK: Tensor, context: Context) -> Tensor:
+        """Rotary positions, on heads of the attention's width where the mixer has other ones."""
+        assert self.turn is not None
+        heads = x_BTHK.flatten(2).unflatten(-1, (-1, self.projections.inner_dim))
+        return self.projections.regrouped(self.turn(heads, context.positions))
+
+    def mix(self, streams: Streams, context: Context, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Values [B, T, H, 2V] mixed by the mLSTM, then by softmax; the state of the former."""
+        s = streams
+        q, k = s.extra
+        near = Window.read(context, k, s.v, size=self.window, sinks=self.sinks)
+        with torch.autocast(q.device.type, enabled=False):
+            soft = near.softmax(at_least_fp32(q) * s.scale, reach=self.window, size=self.chunk)
+        o, state = super().mix(s, context, state_BGKV)
+        return torch.cat([o, (soft[..., :-1] / soft[..., -1:].clamp_min(EPS)).to(o.dtype)], dim=-1), state
+
+    def output(self, o_BTHV: Tensor, x_BTD: Tensor, streams: Streams) -> Tensor:
+        """Norm of the mLSTM's part, the mix of both, gate and output projection."""
+        assert self.norm is not None
+        assert self.gate is not None
+        recurrent, soft = o_BTHV.chunk(2, dim=-1)
+        share = torch.sigmoid(self.window_gate.to(soft.dtype))[:, None]
+        mixed = (share * soft + (1 - share) * self.norm(recurrent)).to(x_BTD.dtype)
+        return self.projections.out(self.gate(mixed, x_BTD))

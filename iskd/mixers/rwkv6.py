@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
-from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.mixers.modules.limits import check_width
 from iskd.models import at_least_fp32
 
@@ -107,6 +107,12 @@ class RWKV6(RecurrentMixer):
         self.shift = TokenShift(self.stream, shift_rank) if token_shift else None
         self.norm = HeadNorm(self.heads, self.head_dim, centre=True)
         self.gate = OutputGate(self.stream, width)
+
+    @torch.no_grad()
+    def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
+        """The decays of a head, all alike."""
+        last_bias(self.decay).copy_(-memory_H.log().repeat_interleave(self.head_dim))
+        return ["decay"]
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Receptance, keys and values, a log decay per key channel and the bonus; the gate's input."""

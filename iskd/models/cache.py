@@ -18,6 +18,11 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in _tensors(cache))
 
 
+def layer_bytes(cache: Any) -> list[int]:
+    """Bytes of the tensors in every slot of a cache, in the order of the stack."""
+    return [sum(tensor.nbytes for tensor in _inside(vars(layer))) for layer in cache.layers]
+
+
 def cache_held_bytes(cache: Any) -> int:
     """Bytes of the memory behind a cache's tensors: a view keeps all of what it was cut from."""
     storages = (tensor.untyped_storage() for tensor in _tensors(cache))
@@ -49,16 +54,17 @@ def _repeated(kept_BHTK: Tensor, tokens: int) -> Tensor:
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
-    def inside(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from inside(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from inside(item)
+    return _inside([vars(layer) for layer in cache.layers])
 
-    return inside([vars(layer) for layer in cache.layers])
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _inside(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _inside(item)
 
 
 class StateLayer(DynamicLayer):

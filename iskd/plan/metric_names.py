@@ -9,7 +9,13 @@ X_AXIS = "tokens"
 #: Keys of a quality measurement, as in `StageResult` and in `StageResult.before`.
 QUALITY = ("ppl", "kl", "top1", "retention")
 
-#: Every metric a run logs, with its unit. A loss term `x` adds `train/x`.
+ALIGN = "align/"
+"""Before the number of a layer: how far it is from the teacher's in a stage that aligns layers."""
+INSIDE = "val/inside"
+"""1 in the rows that were measured inside a stage (`eval.every`)."""
+
+#: Every metric a run logs, with its unit. A loss term `x` adds `train/x`, a task `x` of `eval.every` `task/x`, a layer
+#: that is aligned `align/LAYER`: its distance from the teacher's in the unit of the stage's objective.
 METRICS: Mapping[str, str] = {
     X_AXIS: "training tokens since the start of the run",
     "step": "optimizer steps since the start of the run",
@@ -31,6 +37,7 @@ METRICS: Mapping[str, str] = {
     "val/kl": "nats per token from teacher to student",
     "val/top1": "share of positions where both prefer the same token, 0 to 1",
     "val/retention": "student's score / teacher's score",
+    INSIDE: "1 where the student was measured inside a stage, eval.every",
     "val/tokens_per_s": "tokens per second while scoring",
     "model/params": "parameters",
     "model/block_params": "parameters of the layers' blocks",

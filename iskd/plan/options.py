@@ -12,7 +12,17 @@ from pydantic import PositiveInt
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
 MOST_SAMPLES = 5
 UPKEEP = frozenset(
-    {"checkpoint_every", "keep", "max_skipped", "on_oom", "checkpoints", "mfu", "efficiency_seconds", "share_prefix"}
+    {
+        "checkpoint_every",
+        "keep",
+        "keep_students",
+        "max_skipped",
+        "on_oom",
+        "checkpoints",
+        "mfu",
+        "efficiency_seconds",
+        "share_prefix",
+    }
     | {"gradient_checkpointing", "compile", "max_shard_bytes", "samples"}
 )
 """Options that a resumed run may change: upkeep, which changes no number of it."""
@@ -25,6 +35,8 @@ class RunOptions:
     Attributes:
         checkpoint_every: optimizer steps between checkpoints inside a stage; stage ends always write one.
         keep: how many checkpoints are kept.
+        keep_students: write the student of every kept stage as a model directory, RUN/students/NNN; a number: so many,
+            the newest. False = only the last one, where it is exported.
         fit_tokens: calibration tokens for fitting compact blocks and merging; 0 = no fit.
         score_tokens: calibration tokens for importance scores.
         measure_before: measure quality between edit and healing as well.
@@ -50,6 +62,7 @@ class RunOptions:
 
     checkpoint_every: int = 50
     keep: int = 2
+    keep_students: bool | int = False
     fit_tokens: int = 4096
     score_tokens: int = 2048
     measure_before: bool = True
@@ -71,7 +84,7 @@ class RunOptions:
         for key in ("checkpoint_every", "keep", "movement_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds", "samples"):
+        for key in ("keep_students", "fit_tokens", "score_tokens", "max_skipped", "efficiency_seconds", "samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
         if self.samples > MOST_SAMPLES:

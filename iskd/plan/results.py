@@ -45,6 +45,13 @@ def check_quality(numbers: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
+def check_inside(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers themselves. Raises ValueError unless they are `tokens` and some of `QUALITY`."""
+    if "tokens" not in numbers or set(numbers) - {"tokens", *QUALITY}:
+        raise ValueError(f"must have the key 'tokens' and keys among {QUALITY}")
+    return numbers
+
+
 def _check_intervals(found: dict[str, list[float]]) -> dict[str, list[float]]:
     if set(found) - set(QUALITY) or any(len(bounds) != 2 for bounds in found.values()):
         raise ValueError(f"must have keys among {QUALITY}, each with two bounds")
@@ -80,6 +87,8 @@ class StageResult:
         seconds: Wall time of the stage.
         train_tokens_per_s: Training speed.
         tokens_per_s: Scoring speed on the validation text.
+        inside: What was measured inside the stage: `tokens` so far and the `QUALITY` numbers, in order.
+        evaluation: Tasks and text at the stage's end beside the teacher, as in evaluation.json; None = not asked.
         scores: Importance by layer (key: the layer as text), higher = keep.
         status: "rolled_back" when the stage missed the quality floor and its edits were undone.
         events: Sentences worth telling, in order.
@@ -100,6 +109,8 @@ class StageResult:
     seconds: Metric
     train_tokens_per_s: Metric | None = None
     tokens_per_s: Metric | None = None
+    inside: list[Annotated[dict[str, Metric], AfterValidator(check_inside)]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
     scores: Annotated[dict[str, Metric], AfterValidator(_layers)] | None = None
     status: Literal["kept", "rolled_back"] = "kept"
     events: list[str] = field(default_factory=list)

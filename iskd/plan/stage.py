@@ -125,6 +125,9 @@ class Stage:
         shape: how the rates of this stage fall, see `iskd.training.step.optimizer.OptimSpec.decay`; "" = as configured
             there.
         refit_share: share of the refits' calibration text that is read after these edits; 0 = they are not carried out.
+        refit_budget: training tokens whose time the refits are to take, by more or less text than they ask for; 0 = as
+            much as they ask for.
+        step: which one of several schedules it comes from (`schedule=mixed`), from 0.
     """
 
     name: Annotated[str, Field(max_length=10_000)]
@@ -138,3 +141,5 @@ class Stage:
     objective: Annotated[str, one_of(OBJECTIVES)] = "loss"
     shape: Annotated[str, one_of(SHAPES)] = ""
     refit_share: _Share = 1.0
+    step: Count = 0
+    refit_budget: Annotated[Count, BeforeValidator(_whole)] = 0

@@ -42,8 +42,9 @@ class TrainerKeys:
     profiler: str | None = None
 
 
-_LENGTH = "a schedule counts tokens: set schedule.tokens"
+_LENGTH = "a schedule counts tokens: set schedule.tokens, or schedule.epochs"
 _QUALITY = "quality is measured at the end of every stage: set data.val_tokens"
+_INSIDE = "inside a stage a student is validated by tokens: set eval=validation eval.every=TOKENS"
 _TESTED = "a run asks its student by eval=quick: set eval.limit"
 _OFF: tuple[object, ...] = (None, False)
 # key: values that ask for nothing, and what to say to all others
@@ -56,7 +57,7 @@ _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "overfit_batches": ((None, 0, 0.0), "for a run on little text, name the text with data.path"),
     "fast_dev_run": ((*_OFF, 0), "to try a run, use plan_only=true or debug=smoke"),
     "limit_val_batches": ((None, 0, 0.0), _QUALITY),
-    "val_check_interval": ((None, 1.0), _QUALITY),
+    "val_check_interval": ((None, 1.0), _INSIDE),
     "check_val_every_n_epoch": ((None, 1), _QUALITY),
     "num_sanity_val_steps": ((None, 0), _QUALITY),
     "limit_test_batches": ((None, 1.0), _TESTED),

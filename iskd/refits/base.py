@@ -8,7 +8,7 @@ structure. Whether the student is better for it is judged by `iskd.refits.carryi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -159,6 +159,23 @@ class BlockRefit(Refit):
         super().__post_init__()
         if self.blocks not in BLOCKS:
             raise ValueError(f"refit.{self.name()}.blocks={self.blocks!r}: choose {', '.join(BLOCKS)}")
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Refit the chosen blocks on a walk through both models; see `over`."""
+        chosen = self.chosen(task)
+        walked = walk(task, self.streams, attention=self.between(Stack(task.student)))
+        return self.over(task, (site for site in walked if site.layer in chosen))
+
+    def between(self, stack: Stack) -> bool:
+        """Whether it reads the teacher's states before its MLPs (`Site.middle`)."""
+        return False
+
+    @abstractmethod
+    def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
+        """Refit the block of every site, one after the other; sentences worth telling.
+
+        A site need not lie on a walk: the budget's library gives each block the teacher's own stream.
+        """
 
     def chosen(self, task: RefitTask) -> list[int]:
         """The layers whose blocks are refitted, ascending."""

@@ -86,6 +86,11 @@ def refit_survivors(
     return events
 
 
+def training_tokens(refits: Sequence[Refit]) -> float:
+    """Training tokens that take about as long as some refits of one edit: a step is four passes of the blocks."""
+    return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in refits) / 4
+
+
 def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[Tensor], list[int], list[Tensor]]:
     """This rank's windows to fit to with their folds, and those held out, which lie evenly among all of them.
 

@@ -6,7 +6,7 @@ A step costs one block forward and backward and no head, and each block hears of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
-from iskd.refits.base import BlockRefit, RefitTask, Site, walk
+from iskd.refits.base import BlockRefit, RefitTask, Site
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Local(BlockRefit):
     the first step among them).
 
     Attributes:
-        lr: the first rate. epochs: passes over the text at most; an epoch that is no better on held-out text is the
-            last.
+        lr: the first rate.
+        lr_new: that of what mixers have beside copied projections; None = `lr`.
+        epochs: passes over the text at most; an epoch that is no better on held-out text is the last.
         sublayers: attention and what is before it first, towards the teacher's state between the two, then the rest;
             false = the whole block at once.
 
@@ -42,6 +43,7 @@ class Local(BlockRefit):
 
     _: KW_ONLY
     lr: PositiveFloat = 2e-4
+    lr_new: PositiveFloat | None = None
     epochs: PositiveInt = 4
     sublayers: bool = False
 
@@ -58,19 +60,20 @@ class Local(BlockRefit):
         """One of each model, and forward and backward of the student for every epoch."""
         return 2.0 + 3.0 * self.epochs
 
-    def refit(self, task: RefitTask) -> list[str]:
+    def between(self, stack: Stack) -> bool:
+        """Where attention and MLP are trained apart."""
+        return self.sublayers and stack.sequential
+
+    def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Train; see the class."""
-        chosen = self.chosen(task)
-        apart = self.sublayers and Stack(task.student).sequential
+        apart = self.between(Stack(task.student))
         before, after, epochs = [], [], []
-        for site in walk(task, self.streams, attention=apart):
-            if site.layer not in chosen:
-                continue
+        for site in sites:
             found = [self._train(task, site, *share) for share in _shares(site, apart)]
             before.append(found[0][0])
             after.append(found[-1][1])
             epochs.append(sum(count for *_, count in found))
-        if not chosen:
+        if not after:
             return ["no block to train"]
         return [
             f"{len(after)} blocks trained, {sum(epochs) / len(epochs):.1f} epochs each: relative squared error on "
@@ -85,13 +88,22 @@ class Local(BlockRefit):
         generator = torch.Generator().manual_seed(site.layer)
         first = best = _held_error(task, site, attention)
         kept = [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.95))
+        fresh = _fresh(site)
+        groups = [
+            {"params": [p for p in parameters if (id(p) in fresh) == new], "lr": rate}
+            for new, rate in ((False, self.lr), (True, self.lr_new or self.lr))
+        ]
+        rates = [group["lr"] for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], weight_decay=0.0, betas=(0.9, 0.95)
+        )
         done = 0
         with _training(parameters):
             for epoch in range(self.epochs):
                 for step, index in enumerate(torch.randperm(len(task.fit), generator=generator)[:steps].tolist()):
                     done_share = (epoch * steps + step) / (self.epochs * steps)
-                    optimizer.param_groups[0]["lr"] = self.lr * (1 - done_share)
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * (1 - done_share)
                     loss = _errors(site, index, attention).mean()
                     gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                     _share(task, parameters, gradients)
@@ -118,6 +130,13 @@ def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Mo
     yield list(attention.parameters()), attention
     own = {id(parameter) for parameter in attention.parameters()}
     yield [parameter for parameter in every if id(parameter) not in own], None
+
+
+def _fresh(site: Site) -> set[int]:
+    """Parameters, by identity, that a mixer in the block has beside its copied projections."""
+    mixer = site.submodule(f"{site.stack.family.attn}.mixer")
+    named = [] if mixer is None else mixer.named_parameters()
+    return {id(parameter) for name, parameter in named if not name.startswith("projections.")}
 
 
 def _errors(site: Site, index: int, attention: nn.Module | None) -> Tensor:

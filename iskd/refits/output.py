@@ -15,7 +15,7 @@ than the old weights, those stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
@@ -26,7 +26,7 @@ from torch import Tensor
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
 from iskd.models import Stack
-from iskd.refits.base import BlockRefit, RefitTask, Site, walk
+from iskd.refits.base import BlockRefit, RefitTask, Site
 from iskd.refits.projections import Projection, checked
 from iskd.refits.streams import Streams
 
@@ -92,16 +92,18 @@ class Output(BlockRefit):
         """One of each model, and the gram matrices, which are about as many products as a block's own maps."""
         return 2.0 + len(self.projections) / len(PROJECTIONS)
 
-    def refit(self, task: RefitTask) -> list[str]:
+    def between(self, stack: Stack) -> bool:
+        """Where the attention's output is re-solved, and the MLP reads it."""
+        return "attention" in self.projections and stack.sequential
+
+    def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Re-solve; see the class."""
-        chosen, stack = self.chosen(task), Stack(task.student)
+        stack = Stack(task.student)
         attention = "attention" in self.projections
         folds = task.folds
         notes: list[_Solved] = []
         skipped: list[int] = []
-        for site in walk(task, self.streams, attention=attention and stack.sequential):
-            if site.layer not in chosen:
-                continue
+        for site in sites:
             found = []
             mixed: _Mixed | None = None
             if attention and (out := Projection.at(site, stack.family.out, f"{stack.family.attn}.{MIXER_OUT}")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import efficiency_of, evaluation_of
 from iskd.evaluation.speaking import Sample, samples_of
 from iskd.plan import StageResult
+from iskd.plan.budget_plan import BudgetPlan, read_plan
 from iskd.plan.edits import MAX_LAYERS
 from iskd.plan.failure import read_failure
-from iskd.plan.metric_names import NOT_LOSSES, X_AXIS
+from iskd.plan.metric_names import ALIGN, NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, teacher_of
 from iskd.plan.run_files import (
+    BUDGET_FILE,
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -32,9 +35,11 @@ from iskd.system import read_json
 from iskd.system.files import leads_out, read_plain
 from iskd.system.tables import read_csv
 
+_LAYER = re.compile(ALIGN + r"[0-9]{1,4}")
 _Read = TypeVar("_Read")
 _LONGEST_TEXT = 1 << 20  # bytes; a config has about 5,000
 _MOST_CURVES = 50
+_MOST_LAYERS = 512
 
 
 @dataclass
@@ -44,6 +49,7 @@ class RunFiles:
     name: str
     stages: list[StageResult] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    layers: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     axis: str = X_AXIS
     config: str | None = None
     record: Any = None
@@ -54,6 +60,7 @@ class RunFiles:
     efficiency: Efficiency | None = None
     evaluation: Evaluation | None = None
     samples: list[Sample] = field(default_factory=list)
+    budget: BudgetPlan | None = None
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -105,6 +112,7 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     # Made by commands of their own after the run, so their absence is nothing to tell.
     run.efficiency = _read(run_dir / EFFICIENCY_FILE, lambda path: efficiency_of(read_json(path)), run, expected=False)
     run.evaluation = _read(run_dir / EVALUATION_FILE, lambda path: evaluation_of(read_json(path)), run, expected=False)
+    run.budget = _read(run_dir / BUDGET_FILE, read_plan, run, expected=False)
     run.samples = _read(run_dir / SAMPLES_FILE, lambda path: samples_of(read_json(path)), run, expected=False) or []
     return run
 
@@ -149,8 +157,12 @@ def _read_curves(path: Path, run: RunFiles) -> None:
         run.notes.append(f"{path.name} has {len(losses)} train/ columns: the first {_MOST_CURVES} are drawn")
     x, bad = 0.0, 0
     axis, drawn = table.columns.index(run.axis), [(name, table.columns.index(name)) for name in losses[:_MOST_CURVES]]
+    aligned = [(int(name.removeprefix(ALIGN)), at) for at, name in enumerate(table.columns) if _LAYER.fullmatch(name)]
     for row in table.rows:
         x = _cell(row[axis], x)
+        for layer, at in aligned[:_MOST_LAYERS]:
+            if not math.isnan(y := _cell(row[at], math.nan)):
+                run.layers.setdefault(layer, []).append((x, y))
         for name, at in drawn:
             y = _cell(row[at], math.nan)
             bad += math.isnan(y) and bool(row[at])

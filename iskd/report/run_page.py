@@ -17,6 +17,7 @@ from typing import Any
 from iskd.plan import StageResult
 from iskd.plan.results import student_of, teacher_of
 from iskd.plan.run_files import (
+    BUDGET_FILE,
     CONFIG_FILE,
     DATA_FILE,
     EFFICIENCY_FILE,
@@ -31,8 +32,10 @@ from iskd.plan.run_files import (
 )
 from iskd.report import html
 from iskd.report.beside import links, write_page, write_stage_table
-from iskd.report.figures import along_run, edit_map, timeline
+from iskd.report.budget import budget_section
+from iskd.report.figures import along_run, edit_map, score_curves, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
+from iskd.report.figures.layer_dynamics import layer_dynamics
 from iskd.report.figures.picture import write_picture
 from iskd.report.measured import efficiency_section, quantized_section, speed_tile, tasks_section
 from iskd.report.origin import made_by, words_section
@@ -48,6 +51,7 @@ _RAW = (
     (EVALUATION_FILE, "tasks"),
     (EFFICIENCY_FILE, "size, latency, memory"),
     (SAMPLES_FILE, "what both models said"),
+    (BUDGET_FILE, "what every layer becomes within the budget, all scores and plans"),
     (RECORD_FILE, "the edits"),
     (CONFIG_FILE, "all settings"),
     (DATA_FILE, "the text"),
@@ -97,6 +101,7 @@ def _page(run: RunFiles, folder: Path) -> str:
             made_by(run.environment),
             tasks_section(run.evaluation),
             _stages(run.stages),
+            _budget(run),
             html.section("Figures", html.figures(_figures(run))),
             efficiency_section(run.efficiency),
             quantized_section(run.evaluation),
@@ -185,6 +190,11 @@ def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: S
     )
 
 
+def _budget(run: RunFiles) -> str:
+    student = student_of(run.stages)
+    return budget_section(run.budget, {} if student is None else {"params": student.params, "kl": student.kl})
+
+
 def _stages(stages: Sequence[StageResult]) -> str:
     if not stages:
         return ""
@@ -206,6 +216,12 @@ def _figures(run: RunFiles) -> Iterator[tuple[str | None, str]]:
     if not run.stages:
         return
     yield along_run.progress(run.stages), "Retention and size along the stages. Dashed: the teacher."
+    if run.num_layers:
+        curve = score_curves.score_curve("student", run.stages, run.num_layers)
+        text = "Scores of every stage's student on the tasks of eval=, on the same items."
+        yield score_curves.task_curves(curve), text
+        text = "Retention against what changes along the run; bars: 95 %. Points without one: measured inside a stage."
+        yield score_curves.retention_curves([curve]), text
     yield along_run.healing(run.stages), "What each edit cost, and what healing won back."
     if run.num_layers:
         text = "What sits at each layer after each stage. Dot: changed by the stage; cross: tried, then rolled back."
@@ -214,6 +230,8 @@ def _figures(run: RunFiles) -> Iterator[tuple[str | None, str]]:
         along_run.losses(run.curves, run.stages, run.axis),
         "Training losses, every logged point; the bold line is their mean. Dotted lines: edits of the model.",
     )
+    text = "Training dynamics: one line per layer, pale at the bottom of the stack and dark at its top."
+    yield layer_dynamics(run.layers, run.stages), text
     if run.num_layers:
         text = "Scores when first taken; circles, where drawn, are the latest ones."
         yield along_run.importance(run.stages, run.num_layers), text

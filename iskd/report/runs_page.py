@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from iskd.plan import StageResult
 from iskd.plan.run_files import REPORT_FILE, RUNS_FILE, RUNS_TABLE_FILE
 from iskd.report import contexts, html
 from iskd.report.beside import links, write_page, write_table
+from iskd.report.figures.score_curves import retention_curves, score_curve
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
 from iskd.report.run_list import Run, differing, read_runs, telling
 from iskd.system import number
@@ -67,6 +68,7 @@ def _page(runs: Sequence[Run], problems: Sequence[str], home: Path) -> str:
             _lead(runs, numbered),
             html.notes(problems),
             html.section("Retention against cost", _figures(runs, numbered)),
+            html.section("Along the runs", _along(runs)),
             html.section("Cost against context", _against_context(runs, numbered)),
             _table(numbered, home),
             links(home, _RAW if not any(problem.startswith(RUNS_TABLE_FILE) for problem in problems) else ()),
@@ -197,6 +199,23 @@ def _tradeoffs(runs: Sequence[Run], numbered: Numbered, by_tasks: bool) -> Itera
         machines = {_hardware(run.files.environment) for run in runs if run.files.environment}
         points = _points(numbered, lambda run: _speed(run.student), quality)
         yield tradeoff(points, originals, tried, cost), f"Retention against scoring speed.{_care(machines)}"
+
+
+def _along(runs: Sequence[Run]) -> str:
+    """Retention against blocks edited, layers left and tokens, a line per run."""
+    curves = [score_curve(run.name, run.files.stages, run.files.num_layers) for run in runs if run.student]
+    curves = [curve for curve in curves if len(curve.points) > 1]
+    if not all(curve.by_tasks for curve in curves):  # one measure for all
+        curves = [
+            score_curve(run.name, [replace(stage, evaluation=None) for stage in run.files.stages], run.files.num_layers)
+            for run in runs
+            if run.student
+        ]
+    text = (
+        "Retention after every kept stage; bars: 95 %. The mean over tasks where every run was asked them after every "
+        "stage (eval.every=stage), else on validation text."
+    )
+    return html.figures([(retention_curves(curves), text)])
 
 
 def _against_context(runs: Sequence[Run], numbered: Numbered) -> str:

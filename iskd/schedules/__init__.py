@@ -8,7 +8,20 @@ Imports: plan.
 from __future__ import annotations
 
 from iskd.schedules.base import Choice, History, Schedule, next_stage
-from iskd.schedules.edits import EditKind
+from iskd.schedules.edits import ConvertTo, EditKind
+from iskd.schedules.mixed import of_stage, turn_of
 from iskd.schedules.stages_ahead import forecast, planned_steps, stage_steps
 
-__all__ = ["Choice", "EditKind", "History", "Schedule", "forecast", "next_stage", "planned_steps", "stage_steps"]
+__all__ = [
+    "Choice",
+    "ConvertTo",
+    "EditKind",
+    "History",
+    "Schedule",
+    "forecast",
+    "next_stage",
+    "of_stage",
+    "planned_steps",
+    "stage_steps",
+    "turn_of",
+]

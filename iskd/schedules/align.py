@@ -36,6 +36,8 @@ class Align(Layers, Heal):
         mixers_lr, hidden_lr: their learning rates.
         mixers_shape, hidden_shape, shape: how the rate of each of the three stages falls over it
             (`iskd.training.step.optimizer.OptimSpec.decay`); "" = as configured there.
+        local_share: share of `tokens` whose time refits of the conversions take before any training (`refit=`), in
+            [0, 1); the stages have the rest. 0 = refits read as much text as they ask for, on top of `tokens`.
         mixers_train, hidden_train: what trains in the first two, of what their objective reaches.
 
     Raises:
@@ -58,6 +60,7 @@ class Align(Layers, Heal):
     count: int | None = -1
     mixers_share: float = 0.026
     hidden_share: float = 0.053
+    local_share: float = 0.0
     mixers_lr: PositiveFloat = 2e-4
     hidden_lr: PositiveFloat = 2e-3
     lr: PositiveFloat = 3e-4
@@ -73,10 +76,12 @@ class Align(Layers, Heal):
             raise ValueError("schedule=align aligns mixers with the attention they replace; use edit=convert")
         if self.mixers not in (*MIXERS, *_OFF):
             raise ValueError(f"schedule.mixers={self.mixers!r} is unknown; choose auto, matrix, mixer_output or null")
-        if min(self.mixers_share, self.hidden_share) < 0 or self.mixers_share + self.hidden_share >= 1:
+        given = (self.mixers_share, self.hidden_share, self.local_share)
+        used = (self.mixers_share * (self.mixers not in _OFF), self.hidden_share * self.hidden, self.local_share)
+        if min(given) < 0 or self.mixers_share + self.hidden_share >= 1 or sum(used) >= 1:
             raise ValueError(
-                "schedule.mixers_share and schedule.hidden_share must be >= 0 and leave something for the last stage, "
-                f"got {self.mixers_share} and {self.hidden_share}"
+                "schedule.mixers_share, hidden_share and local_share must be >= 0 and leave something for the last "
+                f"stage, got {self.mixers_share}, {self.hidden_share} and {self.local_share}"
             )
         for name in (self.mixers_shape, self.hidden_shape, self.shape):
             if name not in SHAPES:
@@ -86,7 +91,10 @@ class Align(Layers, Heal):
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages, their edits not chosen yet."""
+        """The stages of `tokens`, their edits not chosen yet."""
+        return self._stages(self.tokens)
+
+    def _stages(self, tokens: int) -> list[Stage]:
         mixers = "loss" if self.mixers in _OFF else str(self.mixers)
         if mixers == "auto":
             assert isinstance(self.edit, ConvertTo)
@@ -103,13 +111,15 @@ class Align(Layers, Heal):
             ),
         ]
         stages = [
-            Stage(name, (), round(self.tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
+            Stage(name, (), round(tokens * share), trains, rate, rate, fit=False, objective=objective, shape=falls)
             for name, objective, share, trains, rate, falls in rows
-            if objective != "loss" and round(self.tokens * share)
+            if objective != "loss" and round(tokens * share)
         ]
-        rest = self.tokens - sum(stage.tokens for stage in stages)
+        local = round(tokens * self.local_share)
+        rest = tokens - local - sum(stage.tokens for stage in stages)
         last: dict[str, Any] = {"train": self.train, "lora": self.adapters(self.seed), "shape": self.shape}
-        return [*stages, Stage("end to end", (), rest, lr=self.lr, lr_new=self.lr, fit=False, **last)]
+        stages.append(Stage("end to end", (), rest, lr=self.lr, lr_new=self.lr, fit=False, **last))
+        return [replace(stages[0], refit_budget=local), *stages[1:]]
 
     @property
     def scoring(self) -> str:
@@ -118,7 +128,7 @@ class Align(Layers, Heal):
 
     def complete(self, history: History) -> bool:
         """Whether all stages are done."""
-        return len(history.stages) >= len(self.stages)
+        return len(history.stages) >= len(self._stages(self.budget(history)))
 
     def choice(self, history: History) -> Choice:
         """The layers that may be converted, and how many of them are."""
@@ -132,7 +142,7 @@ class Align(Layers, Heal):
         """
         if self.complete(history):
             return []
-        stage = self.stages[len(history.stages)]
+        stage = self._stages(self.budget(history))[len(history.stages)]
         if history.stages:
             return [stage]
         [everything] = self._conversions.candidates_for(history)
@@ -142,7 +152,9 @@ class Align(Layers, Heal):
     def _conversions(self) -> LayerSchedule:
         """The choice of layers: all conversions as one stage."""
         shared = {key.name: getattr(self, key.name) for kind in (Layers, Heal) for key in fields(kind)}
-        if self.count == -1 or (self.count is None and self.layers is not None):
+        if self.attention_share is not None:
+            shared |= {"count": None if self.count == -1 else self.count}
+        elif self.count == -1 or (self.count is None and self.layers is not None):
             # a list says how many it means; where all are converted, nobody asks in which order
             shared |= {"order": "middle_out", "count": self.count if self.layers is None else None}
         return LayerSchedule(**shared)

@@ -19,6 +19,8 @@ class History:
         scores: importance by surviving layer, higher = keep; None when none was asked for.
         params: parameters of the block at each surviving layer; None where nobody counted.
         other_params: parameters outside the blocks (embedding, final norm, head; a tied one counts once).
+        pass_tokens: tokens of one pass over the training text; None where nobody counted.
+        before: so many edits of the record were made before this schedule began, by another run or step.
     """
 
     record: Record
@@ -26,6 +28,18 @@ class History:
     scores: Mapping[int, float] | None = field(default=None)
     params: Mapping[int, int] | None = field(default=None)
     other_params: int = 0
+    pass_tokens: int | None = None
+    before: int = 0
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Layers that this schedule has edited, ascending."""
+        return tuple(sorted({edit.layer for edit in self.record.edits[self.before :]}))
+
+    @property
+    def foreign(self) -> tuple[int, ...]:
+        """Layers that were edited before it began, ascending."""
+        return tuple(sorted({edit.layer for edit in self.record.edits[: self.before]}))
 
     def after(self, stage: Stage) -> History:
         """The history once `stage` is kept: removed layers are gone, scores and the sizes of the others are as now."""

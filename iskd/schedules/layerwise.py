@@ -20,7 +20,8 @@ from iskd.schedules.target import Target
 class LayerSchedule(Layers, Heal):
     """Layers are edited until the target is reached, with an equal share of `tokens` after each stage.
 
-    The target is one of `count`, `target_layers` and `target_params`. Keys beside those of `Layers` and `Heal`:
+    The target is one of `count`, `attention_share`, `target_layers` and `target_params`. Keys beside those of `Layers`
+    and `Heal`:
 
     Attributes:
         target_layers: remove until so many layers are left.
@@ -56,7 +57,7 @@ class LayerSchedule(Layers, Heal):
     def __post_init__(self) -> None:
         """Check the values."""
         Layers.__post_init__(self)
-        if self.target.count is None and not self.removes:
+        if self.target.count is self.target.kept is None and not self.removes:
             raise ValueError(
                 f"{self.target} is for edit=remove and edit=merge; say how many layers are edited with schedule.count"
             )
@@ -64,6 +65,12 @@ class LayerSchedule(Layers, Heal):
             raise ValueError(
                 "schedule.tokens must be >= 0 and schedule.final_share in [0, 1], got "
                 f"{self.tokens} and {self.final_share}"
+            )
+        if self.epochs is not None and self.final_share not in (0, 1):
+            raise ValueError(
+                f"schedule.final_share={self.final_share} shares out schedule.tokens, and schedule.epochs="
+                f"{self.epochs:g} gives every stage as much: set schedule.final_share=0, or 1 to train after the last "
+                "edit alone"
             )
         if not 0 <= self.refit_share <= 1:
             raise ValueError(f"schedule.refit_share must be in [0, 1], got {self.refit_share}")
@@ -86,6 +93,8 @@ class LayerSchedule(Layers, Heal):
     def target(self) -> Target:
         """When enough layers are edited; without a word about it, when those that `layers` names are."""
         count = self.count
+        if self.attention_share is not None:
+            return Target(count, self.target_layers, self.target_params, self.attention_share)
         if count is self.target_layers is self.target_params is None:
             count = -1 if isinstance(self.layers, str) else None if self.layers is None else len(self.layers)
         return Target(count, self.target_layers, self.target_params)
@@ -115,7 +124,7 @@ class LayerSchedule(Layers, Heal):
         Scored once, that is all that are left to edit; for a size in parameters the order of all of them counts.
         """
         record, protected = history.record, self.protected(history.record)
-        available = first_available(record.layers, record.edited, protected, len(record.layers))
+        available = first_available(record.layers, self.used(history), protected, len(record.layers))
         by_size = self.target.params is not None
         left = len(available) if by_size else self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left) if self.scoring == "each" else left
@@ -133,11 +142,11 @@ class LayerSchedule(Layers, Heal):
             return []
         record, protected = history.record, self.protected(history.record)
         order = self.in_order(record, history.scores)
-        available = first_available(order, record.edited, protected, len(order))
+        available = first_available(order, self.used(history), protected, len(order))
         left = self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left)
         stages = -(-left // number)
-        tokens, share = self._budget(history.stages, stages), self.refit_share if stages > 1 else 1.0
+        tokens, share = self._budget(history, stages), self.refit_share if stages > 1 else 1.0
         best, others = available[:number], available[number : number + self.candidates - 1]
         return [self._stage([*best[:-1], last], tokens, share) for last in (best[-1], *others)]
 
@@ -148,11 +157,13 @@ class LayerSchedule(Layers, Heal):
         }  # fmt: skip
         return Stage(describe(edits), edits, tokens, fit=self.edit.fit, lora=self.adapters(self.seed), **how)
 
-    def _budget(self, done: Sequence[Stage], left: int) -> int:
+    def _budget(self, history: History, left: int) -> int:
         """Tokens of the next of `left` stages; what the stages before it were given is never given again."""
-        last = round(self.tokens * self.final_share)
-        rest = self.tokens - sum(stage.tokens for stage in done)
+        done = history.stages
+        tokens = self.budget(history, 1 if self.final_share == 1 else len(done) + left)
+        last = round(tokens * self.final_share)
+        rest = tokens - sum(stage.tokens for stage in done)
         if left == 1:
             return rest
         # how many stages there will be may change on the way, where blocks of several sizes are scored again
-        return max(0, min((self.tokens - last) // (len(done) + left), (rest - last) // left))
+        return max(0, min((tokens - last) // (len(done) + left), (rest - last) // left))

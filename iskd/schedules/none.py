@@ -30,7 +30,7 @@ class NoEdits(Heal):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.tokens < 1:
+        if self.tokens < 1 and self.epochs is None:
             raise ValueError(f"schedule.tokens={self.tokens}: nothing would be edited or trained")
         super().__post_init__()
 
@@ -47,4 +47,4 @@ class NoEdits(Heal):
         if self.complete(history):
             return []
         how: dict[str, Any] = {"lr": self.lr, "lr_new": self.lr, "lora": self.adapters()}
-        return [Stage("finetune", tokens=self.tokens, train=self.train, fit=False, **how)]
+        return [Stage("finetune", tokens=self.budget(history), train=self.train, fit=False, **how)]

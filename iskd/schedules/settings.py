@@ -11,7 +11,8 @@ from pydantic import NonNegativeInt, PositiveFloat
 from iskd.plan import Record
 from iskd.plan.budget import ON_CPU
 from iskd.plan.stage import LoraSpec, lora_of
-from iskd.schedules.edits import EditKind, MergeLayers
+from iskd.schedules.base import History
+from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers
 from iskd.schedules.orders import NAMES, ordered
 
 # by name of a choice of layers, the first one and the step to the next
@@ -28,6 +29,9 @@ class Heal:
 
     Attributes:
         tokens: training tokens of the whole run; a command asks its machine where nobody says (`iskd.plan.budget`).
+        epochs: in the place of `tokens`: passes over the training text in every stage that trains; of `schedule=align`,
+            whose stages are shares of one budget, in the whole run. Stages then see the same text, each in an order of
+            its own.
         train: what trains (see `iskd.plan.stage.Stage`).
         lr: learning rate of everything that trains but new blocks.
         lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).
@@ -37,6 +41,7 @@ class Heal:
     """
 
     tokens: NonNegativeInt = ON_CPU
+    epochs: PositiveFloat | None = None
     train: str = "all"
     lr: PositiveFloat = 1e-4
     lora: Mapping[str, Any] | None = field(default_factory=_lora)
@@ -44,6 +49,25 @@ class Heal:
     def __post_init__(self) -> None:
         """Check the values."""
         self.adapters()
+
+    def budget(self, history: History, stages: int = 1) -> int:
+        """Training tokens of a run of which so many stages train.
+
+        Raises ValueError where it is told in passes over a text whose size nobody knows, or that come to nothing.
+        """
+        if self.epochs is None:
+            return self.tokens
+        if history.pass_tokens is None:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} counts passes over the training text, whose size is not known here: "
+                "set schedule.epochs=null and schedule.tokens"
+            )
+        found = round(self.epochs * history.pass_tokens)
+        if not found:
+            raise ValueError(
+                f"schedule.epochs={self.epochs:g} is no token of a text of {history.pass_tokens:,}: give more"
+            )
+        return found * stages
 
     def adapters(self, seed: int = 0) -> LoraSpec:
         """The adapters of every stage that has some; `seed` is the run's."""
@@ -57,6 +81,8 @@ class Layers:
     Attributes:
         edit: what is done to a layer.
         count: how many layers are edited in all; -1 = every one that is not protected.
+        attention_share: instead of `count`, with `edit=convert`: share of the teacher's layers, in (0, 1), that keep
+            their attention, rounded up to whole layers; protected ones count among them.
         order: a name of `iskd.schedules.orders.NAMES`; ignored when `layers` is a list.
         layers: explicit order; then `count` defaults to its length. Or a name of `NAMED`: only these layers are edited,
             in the order that `order` says, all of them unless a target says otherwise.
@@ -73,6 +99,7 @@ class Layers:
     edit: EditKind
     _: KW_ONLY
     count: int | None = None
+    attention_share: float | None = None
     order: str = "importance"
     layers: str | Sequence[int] | None = None
     protect: Sequence[int] = ()
@@ -84,6 +111,8 @@ class Layers:
     def __post_init__(self) -> None:
         """Check the values."""
         object.__setattr__(self, "protect", tuple(self.protect))
+        if self.attention_share is not None and not isinstance(self.edit, ConvertTo):
+            raise ValueError("schedule.attention_share is for edit=convert; say how many layers go by schedule.count")
         if isinstance(self.layers, str) and self.layers not in NAMED:
             raise ValueError(
                 f"schedule.layers={self.layers!r} is unknown; choose {', '.join(NAMED)} or a list of layers"
@@ -100,6 +129,10 @@ class Layers:
     def listed(self) -> Sequence[int] | None:
         """The explicit order, where there is one."""
         return None if isinstance(self.layers, str) else self.layers
+
+    def used(self, history: History) -> Sequence[int]:
+        """Layers that are not edited again; a list may name some that were edited before this schedule began."""
+        return history.record.edited if self.listed is None else history.own
 
     def in_order(self, record: Record, scores: Mapping[int, float] | None) -> list[int]:
         """All layers that may ever be edited, protected ones among them, the first to be edited first.

@@ -1,30 +1,32 @@
-"""When enough layers are edited: a number of edits, a depth or a size."""
+"""When enough layers are edited: a number of edits, a depth, a size, or a share of layers that keep their attention."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from iskd.plan import Record
 from iskd.schedules.base import History
 
 
 @dataclass(frozen=True)
 class Target:
-    """When enough layers are edited; exactly one of the three is given.
+    """When enough layers are edited; exactly one of the four is given.
 
     Attributes:
         count: layers edited in all; -1 = every one that is not protected.
         layers: layers left in the student.
         params: parameters of the whole student, at or below which it is small enough.
+        kept: share of the teacher's layers, in (0, 1), that are not edited; rounded up to whole layers.
 
     Raises:
-        ValueError: none is given, more than one is, or one is not positive.
+        ValueError: none is given, more than one is, or one is out of its range.
     """
 
     count: int | None = None
     layers: int | None = None
     params: int | None = None
+    kept: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -35,6 +37,12 @@ class Target:
                 f"{one}={given[one]} and {other}={given[other]} are two targets; keep one: set {one}=null or "
                 f"{other}=null"
             )
+        if self.kept is not None:
+            if not 0 < self.kept < 1:
+                raise ValueError(
+                    f"schedule.attention_share={self.kept} must be in (0, 1); to convert every layer leave it out"
+                )
+            return
         key, value = next(iter(given.items()), ("schedule.count", None))
         if key == "schedule.count" and (not value or (value < 1 and value != -1)):
             raise ValueError(
@@ -47,15 +55,20 @@ class Target:
         """The key and its value, for messages."""
         return ", ".join(f"{key}={value}" for key, value in self._given().items())
 
-    def _given(self) -> dict[str, int]:
-        values = {"count": self.count, "target_layers": self.layers, "target_params": self.params}
+    def _given(self) -> dict[str, float]:
+        values: dict[str, float | None] = {
+            "count": self.count,
+            "target_layers": self.layers,
+            "target_params": self.params,
+            "attention_share": self.kept,
+        }
         return {f"schedule.{key}": value for key, value in values.items() if value is not None}
 
     def reached(self, history: History, protected: Collection[int]) -> bool:
         """Whether nothing is left to edit. Raises ValueError when that is so before the first stage of a run."""
         record = history.record
-        if self.count is not None:
-            return len(record.edited) >= self._count(record, protected)
+        if self.count is not None or self.kept is not None:
+            return len(history.own) >= self._count(history, protected)
         size, unit = (len(record.layers), "layers") if self.layers is not None else (self._size(history), "parameters")
         goal = self.layers or self.params or 0
         if size <= goal and not history.stages:
@@ -70,13 +83,13 @@ class Target:
 
         Raises ValueError when there are too few.
         """
-        record, done = history.record, len(history.record.edited)
+        record, done = history.record, len(history.own)
         if self.params is not None:
             left = self._smallest(history, available, self.params)
         elif self.layers is not None:
             left = len(record.layers) - self.layers
         else:
-            left = self._count(record, protected) - done
+            left = self._count(history, protected) - done
         if left > len(available):
             raise ValueError(
                 f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
@@ -84,8 +97,15 @@ class Target:
             )
         return left
 
-    def _count(self, record: Record, protected: Collection[int]) -> int:
-        count = self.count if self.count and self.count > 0 else record.num_layers - len(protected)
+    def _count(self, history: History, protected: Collection[int]) -> int:
+        depth = history.record.num_layers
+        if self.kept is not None:
+            count = depth - math.ceil(self.kept * depth)
+            if not count:
+                raise ValueError(f"{self} of {depth} layers leaves none to convert: give a smaller share")
+            return count
+        free = set(range(depth)) - set(protected) - set(history.foreign)
+        count = self.count if self.count and self.count > 0 else len(free)
         if not count:
             raise ValueError("schedule.count=-1 and every layer is protected: nothing would be edited")
         return count

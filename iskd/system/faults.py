@@ -40,6 +40,10 @@ class NonFiniteError(RunError):
     """The loss, a gradient or a weight is not finite, and skipping steps did not help."""
 
 
+class UnavailableError(ValueError):
+    """A model or a text is neither on this machine nor can it be fetched; what does not need it can go on."""
+
+
 class UnfinishedError(RunError):
     """Training came to an end before the schedule did."""
 

@@ -25,9 +25,19 @@ class Busy:
         stream: where to write; None = standard error.
         first: seconds without a line.
         every: seconds between lines.
+        expected: how many seconds it took the last time, or was promised to take; None = nobody knows.
     """
 
-    def __init__(self, what: str, stream: TextIO | None = None, *, first: float = 2.0, every: float = 15.0) -> None:
+    def __init__(
+        self,
+        what: str,
+        stream: TextIO | None = None,
+        *,
+        first: float = 2.0,
+        every: float = 5.0,
+        expected: float | None = None,
+    ) -> None:
+        self._expected = expected
         self._what, self._stream = what, sys.stderr if stream is None else stream
         self._first, self._every = first, every
         self._done = threading.Event()
@@ -47,7 +57,9 @@ class Busy:
     def _tell(self) -> None:
         start, wait = time.monotonic(), self._first
         while not self._done.wait(wait):
-            self._stream.write(f"{self._what}: {time.monotonic() - start:,.0f} s so far\n")
+            passed = time.monotonic() - start
+            left = "" if self._expected is None else f", about {max(0.0, self._expected - passed):,.0f} s left"
+            self._stream.write(f"{self._what}: {passed:,.0f} s so far{left}\n")
             self._stream.flush()
             wait = self._every
 
@@ -61,7 +73,7 @@ class ProgressLine:
         every: seconds between lines when there is no terminal.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, first: float = 2.0, every: float = 15.0) -> None:
+    def __init__(self, stream: TextIO | None = None, *, first: float = 2.0, every: float = 5.0) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._every = _LIVE_S if self._live else every

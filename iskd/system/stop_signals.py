@@ -60,6 +60,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._received: tuple[int, ...] = ()
         self._saved: Path | None = None
+        self._broken: type[BaseException] | None = None
         self._before: dict[int, Handler] = {}
 
     @property
@@ -97,6 +98,24 @@ class StopSignals:
         finally:
             self._saved = None
 
+    @contextmanager
+    def breaking_off(self, error: type[BaseException]) -> Iterator[None]:
+        """Inside, this process works alone on what is begun anew when it is broken off: a stop signal raises `error`.
+
+        Whoever catches it saves what there was before. It may come between any two bytecodes.
+        """
+        self._broken = error
+        try:
+            self._break_off()
+            yield
+            self._break_off()
+        finally:
+            self._broken = None
+
+    def _break_off(self) -> None:
+        if self._broken is not None and self._received:
+            raise self._broken
+
     def obey(self) -> None:
         """Raise `Preempted` inside `at_once`, if a signal came: foreign code may have swallowed it there."""
         if self._saved is not None and self._received:
@@ -127,6 +146,7 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
         self.obey()
+        self._break_off()
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

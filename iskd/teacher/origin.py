@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from iskd.models.model_folder import refuse_missing_folder
-from iskd.plan.run_files import CONFIG_FILE, FACTS
+from iskd.plan.run_files import CONFIG_FILE, FACTS, STUDENTS
 from iskd.plan.saved_config import read_config
 from iskd.system.files import expanded, read_object
 from iskd.system.version import CONF, options
@@ -27,15 +27,29 @@ def find_teacher(folder: Path | None, teacher: str | Path | None = None) -> Teac
     Raises:
         ValueError: nothing says it.
     """
+    found = _named_or_of(folder, teacher)
+    seen = {folder.resolve()} if folder is not None else set()
+    # a run on the student of another one has that one's teacher
+    while found.path is not None and (Path(expanded(found.path)) / FACTS).is_file() and teacher is None:
+        before = Path(expanded(found.path)).resolve()
+        if before in seen:
+            raise ValueError(f"{before} is said to be its own teacher; {_NAME_IT}")
+        seen.add(before)
+        found = _named_or_of(before, None)
+    return found
+
+
+def _named_or_of(folder: Path | None, teacher: str | Path | None) -> TeacherSpec:
     if teacher is not None:
         if Path(expanded(teacher)).is_dir():
             return TeacherSpec(Path(teacher).name, path=str(teacher))
         refuse_missing_folder("the teacher", str(teacher))
         return _named(str(teacher))
     if folder is not None:
-        saved = folder.resolve().parent / CONFIG_FILE
-        if saved.is_file():
-            return _of_run(saved)
+        above = folder.resolve().parent
+        for saved in (above / CONFIG_FILE, *([above.parent / CONFIG_FILE] if above.name == STUDENTS else [])):
+            if saved.is_file():
+                return _of_run(saved)
         source = read_object(folder / FACTS, links=True).get("teacher")
         if (
             isinstance(source, dict)

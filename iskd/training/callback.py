@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from iskd.system import Ranks
 from iskd.system.stop_signals import StopSignals
 from iskd.system.text import argument
 from iskd.system.watchdog import Watchdog
+from iskd.training.editing import BrokenOffError
 from iskd.training.live import Live
 from iskd.training.stages import StageLoop
 from iskd.training.step import DistillModule
@@ -46,6 +48,11 @@ class CompressionCallback(Callback):
         """Whether this process was asked to end the run."""
         return self.stop_signals.received is not None or self.late
 
+    def _breaking_off(self) -> AbstractContextManager[None]:
+        """Several processes agree on a stop between two steps; one of them alone would leave the others waiting."""
+        alone = self.loop.live.ranks.size == 1
+        return self.stop_signals.breaking_off(BrokenOffError) if alone else nullcontext()
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
         ranks, loop, module = ranks_of(trainer), self.loop, cast(DistillModule, pl_module)
@@ -70,6 +77,7 @@ class CompressionCallback(Callback):
             loggers=trainer.loggers,
             precision=str(trainer.precision),
             stop_wanted=self.stop_wanted,
+            breaking_off=self._breaking_off,
         )
         self.loop.begin(live, self.resume_from)
         trainer.should_stop = self.loop.advance() is None

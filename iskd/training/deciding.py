@@ -13,7 +13,8 @@ from iskd.models import surgery
 from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
-from iskd.schedules import Choice, History, Schedule
+from iskd.schedules import Choice, History, Schedule, of_stage, turn_of
+from iskd.schedules.mixed import Mixed
 from iskd.system import Ranks
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule
@@ -23,6 +24,10 @@ Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tens
 
 def check_importance(schedule: Schedule, importance: Importance | None) -> None:
     """Raise ValueError where the schedule asks for scores that it cannot get."""
+    if isinstance(schedule, Mixed):
+        for part in schedule.parts:
+            check_importance(part.schedule, importance if part.importance is None else part.importance)
+        return
     if schedule.scoring != "never" and importance is None:
         raise ValueError(
             "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
@@ -34,10 +39,11 @@ def check_importance(schedule: Schedule, importance: Importance | None) -> None:
         )
 
 
-def history_of(state: RunState, module: DistillModule) -> History:
+def history_of(state: RunState, module: DistillModule, pass_tokens: int | None = None) -> History:
     """What the schedule sees."""
     params, others = surgery.sizes(module.student, state.record)
-    return History(state.record, state.finished, state.scores, params, others)
+    before = len(state.record.edits) - sum(len(stage.edits) for stage in state.finished)
+    return History(state.record, state.finished, state.scores, params, others, pass_tokens, before)
 
 
 def decide(
@@ -48,6 +54,7 @@ def decide(
     windows: Callable[[], Sequence[Tensor]],
     ranks: Ranks,
     forward_context: Callable[[], AbstractContextManager[None]],
+    pass_tokens: int | None = None,
 ) -> None:
     """Put the next stage into `state`, or None when the run is complete; a collective.
 
@@ -59,20 +66,23 @@ def decide(
         windows: gives the calibration windows [B, T] for the scores.
         ranks: the processes of the run.
         forward_context: the precision under which training runs.
+        pass_tokens: tokens of one pass over the training text.
     """
     events: list[str] = []
-    stale = schedule.scoring == "each" or state.scores is None
-    if schedule.scoring != "never" and stale and not schedule.complete(history_of(state, module)):
-        assert importance is not None
+    turn = turn_of(schedule, importance, history_of(state, module, pass_tokens))
+    asks = turn is not None and turn.step.schedule.scoring
+    if turn is not None and asks != "never" and (asks == "each" or state.scores is None or turn.begins):
+        assert turn.step.importance is not None
         batches = [batch.to(module.device) for batch in windows()]
-        choice = schedule.choice(history_of(state, module))
+        choice = turn.step.schedule.choice(turn.history)
         with forward_context():
-            scores, note = _scored(importance, module, batches, state.record.layers, choice)
+            scores, note = _scored(turn.step.importance, module, batches, state.record.layers, choice)
         state.scored(ranks.first(by_layer(scores, state.record.layers)))
         events = [note] if note else []
-    found = schedule.candidates_for(history_of(state, module))
+    found = schedule.candidates_for(history_of(state, module, pass_tokens))
     stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
-    state.next_stage(stages, schedule.trial_tokens, events)
+    trial_tokens = of_stage(schedule, stages[0]).trial_tokens if stages else 0
+    state.next_stage(stages, trial_tokens, events)
 
 
 def _scored(

@@ -23,7 +23,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, refit_survivors
+from iskd.refits import Refit, refit_survivors, training_tokens
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -45,8 +45,11 @@ class Edited:
     refit_seconds: float = 0.0
 
 
-class BrokenOffError(Exception):
-    """The run is to end in the middle of an edit, which the next process begins anew from the last checkpoint."""
+class BrokenOffError(BaseException):
+    """The run is to end in the middle of an edit or a measurement, which the next process begins anew.
+
+    No `Exception`: it may come out of foreign code, which catches those.
+    """
 
 
 def carry_out(
@@ -60,7 +63,8 @@ def carry_out(
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
-    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state.
+    Every rank does the same. Surviving parameters stay the same objects and keep their AdamW state, unless the
+    optimizer starts anew in every stage (`OptimSpec.anew`).
 
     Args:
         module: its student, record and stage change.
@@ -86,7 +90,10 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
-    refits = [refit.on(stage.refit_share) for refit in refits if stage.refit_share]
+    share = stage.refit_share
+    if stage.refit_budget and refits:
+        share *= stage.refit_budget / training_tokens(refits)
+    refits = [refit.on(share) for refit in refits if share]
     if stage.edits and refits:
         with forward_context():
             refitted = _refit(module, optimizer, record, stage, refits, windows)
@@ -94,6 +101,8 @@ def carry_out(
     adapt(student, record, stage)
     module.hold(student, record)
     module.enter(stage)
+    if module.optim.anew:
+        optimizer.state.clear()
     frozen = module.regroup(optimizer)
     events = [*map(str, fitted), *refitted, *taken_over(student, record, stage), *frozen]
     for event in events:
@@ -149,20 +158,28 @@ class Editor:
     Args:
         refits: of the surviving blocks after every edit, in order.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+        by_step: in the place of `refits`, those of each step of `schedule=mixed`.
     """
 
     in_place = True
     """Whether edits meet a student that the strategy has wrapped."""
 
     def __init__(
-        self, refits: Sequence[Refit] = (), windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: ()
+        self,
+        refits: Sequence[Refit] = (),
+        windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
+        by_step: Sequence[Sequence[Refit]] = (),
     ) -> None:
-        self.refits, self.windows = refits, windows
+        self.refits, self.windows, self.by_step = refits, windows, by_step
 
-    @property
-    def refit_tokens(self) -> float:
-        """Training tokens that take about as long as the refits of one edit: a step is four passes of the blocks."""
-        return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in self.refits) / 4
+    def refits_of(self, stage: Stage) -> Sequence[Refit]:
+        """The refits of a stage's step."""
+        return self.by_step[stage.step] if self.by_step else self.refits
+
+    def refit_tokens_of(self, stage: Stage) -> float:
+        """Training tokens that take about as long as the refits of its edits."""
+        whole = training_tokens(self.refits_of(stage))
+        return stage.refit_budget if whole and stage.refit_budget else whole
 
     def check(self, *, timed: bool) -> None:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
@@ -191,7 +208,7 @@ class Editor:
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> Edited:
         """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
-        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits, self.windows)
+        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits_of(stage), self.windows)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

@@ -63,11 +63,14 @@ def _commands(parts: Parts) -> list[str]:
 
 def write_data(parts: Parts) -> None:
     """What identifies the data, and what layers were selected by."""
-    data = {**parts.data.manifest(), "selection_sha256": selected(parts.importance)}
+    data = {**parts.data.manifest(), "selection_sha256": selected(*parts.importances)}
     write_whole(parts.run_dir / DATA_FILE, json.dumps(data, indent=1))
 
 
-def selected(importance: object) -> dict[str, list[str]]:
+def selected(*importances: object) -> dict[str, list[str]]:
     """Hashes of the items of tasks that layers are chosen by, by task; {} where they are chosen by something else."""
-    selection = getattr(importance, "selection", {})
-    return {task: [item.sha256 for item in items] for task, items in selection.items()}
+    found: dict[str, dict[str, None]] = {}
+    for importance in importances:
+        for task, items in getattr(importance, "selection", {}).items():
+            found.setdefault(task, {}).update(dict.fromkeys(item.sha256 for item in items))
+    return {task: list(hashes) for task, hashes in found.items()}

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -18,11 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.data import framing_of
-from iskd.evaluation import EvalSpec, efficiency, evaluate
+from iskd.evaluation import EvalSpec, efficiency
 from iskd.evaluation.speaking import write_samples
-from iskd.export import STORED, export
+from iskd.export import export
 from iskd.export.card_measured import refresh_card
-from iskd.models import Stack, sharding, surgery, weights
+from iskd.models import Stack, sharding
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
@@ -30,14 +29,14 @@ from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_recor
 from iskd.report import stage_table, write_report
 from iskd.report.stage_rows import SPARE
 from iskd.report.terminal import print_table, terminal
-from iskd.system import Busy, Preempted, ProgressLine, Ranks, write_whole
+from iskd.system import Busy, Preempted, ProgressLine, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
 from iskd.training.facts import selected, write_data
-from iskd.training.metrics import log_end
+from iskd.training.metrics import AlongTheRun, log_end
 from iskd.training.parts import Parts, Result
-from iskd.training.state import RunState, checkpoint
+from iskd.training.state import RunState, gathered, stored_in
 from iskd.training.step import DistillModule
 from iskd.training.strategies import ranks_of
 
@@ -45,7 +44,12 @@ log = logging.getLogger(__name__)
 
 
 def finish(
-    parts: Parts, trainer: L.Trainer, module: DistillModule, state: RunState, stop_signals: StopSignals
+    parts: Parts,
+    trainer: L.Trainer,
+    module: DistillModule,
+    state: RunState,
+    stop_signals: StopSignals,
+    along: AlongTheRun | None = None,
 ) -> Result:
     """Write what the run leaves, tables, student and report, and measure the student. Called on every rank.
 
@@ -58,7 +62,7 @@ def finish(
     run_dir = parts.run_dir
     if parts.options.plan_only:
         return Result(state.results, module.student, state.record, run_dir, None, None)
-    student = _gathered(module, state.record, ranks_of(trainer))
+    student = gathered(module, state.record, ranks_of(trainer))
     if not trainer.is_global_zero:
         trainer.strategy.barrier("finish")
         return Result(state.results, student, state.record, run_dir, None, None)
@@ -69,7 +73,7 @@ def finish(
         finally:
             trainer.strategy.barrier("finish")  # the others are done: measuring may last longer than they would wait
         with stop_signals.at_once(run_dir):
-            _measure(parts, module, student, model_dir)
+            _measure(parts, module, student, model_dir, along)
             _speak(parts, module, student)
             stop_signals.obey()
             report = _report(run_dir)
@@ -104,19 +108,25 @@ def _report(run_dir: Path) -> Path | None:
 
 
 def _export(parts: Parts, student: PreTrainedModel, record: Record) -> Path:
-    teacher, asked = parts.teacher, parts.export_dtype
-    kind = str(teacher.source.get("stored", "float32")) if asked == "auto" else asked
+    teacher = parts.teacher
     with Busy("writing the student and reopening it in a fresh process"):
         return export(
             parts.run_dir / MODEL, student, record, teacher.model.config, teacher.tokenizer,
             teacher=teacher.source, run_dir=parts.run_dir, max_shard_bytes=parts.options.max_shard_bytes,
-            dtype=STORED[kind], text=parts.data.validation_windows(), code=parts.export_code,
+            dtype=stored_in(parts.export_dtype, teacher), text=parts.data.validation_windows(), code=parts.export_code,
         )  # fmt: skip
 
 
-def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, model_dir: Path | None) -> None:
+def _measure(
+    parts: Parts,
+    module: DistillModule,
+    student: PreTrainedModel,
+    model_dir: Path | None,
+    along: AlongTheRun | None = None,
+) -> None:
     """Latency, memory and cache beside the teacher's (efficiency.json), and tasks if asked for (evaluation.json)."""
     teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, parts.evaluation
+    spec = spec if spec is not None and spec.asks else None
     measuring = {
         "efficiency": again(parts, model_dir, None) if seconds else None,
         "evaluation": again(parts, model_dir, spec) if spec else None,
@@ -137,13 +147,7 @@ def _measure(parts: Parts, module: DistillModule, student: PreTrainedModel, mode
         with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
             nn.Module.to(student, device)
             exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                found = evaluate(
-                    student, parts.teacher.tokenizer, spec, parts.teacher,
-                    exclude=[sha for items in selected(parts.importance).values() for sha in items],
-                    source={"kind": "student", **exported},
-                    frame=framing_of(parts.teacher.tokenizer, parts.data.bos),
-                )  # fmt: skip
+            found = (along or along_the_run(parts, spec)).ask(student, {"kind": "student", **exported})
             write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
     if model_dir is not None:
         with _guarded("the scores in the model card", f"They are in {parts.run_dir} too"):
@@ -167,6 +171,13 @@ def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> Non
         finally:
             for stack in models:
                 stack.keep_apart(parts.data.separator, check=False)
+
+
+def along_the_run(parts: Parts, spec: EvalSpec) -> AlongTheRun:
+    """Who asks the run's students what the spec says, but for the items that layers are chosen by."""
+    chosen = [sha for items in selected(*parts.importances).values() for sha in items]
+    spec = dataclasses.replace(spec, quantize=())  # of the last student alone
+    return AlongTheRun(spec, parts.teacher, chosen, framing_of(parts.teacher.tokenizer, parts.data.bos))
 
 
 @contextmanager
@@ -201,21 +212,9 @@ def _keys(spec: EvalSpec) -> list[str]:
     found = [f"eval.tasks=[{','.join(spec.tasks)}]"]
     for field in dataclasses.fields(EvalSpec):
         value = getattr(spec, field.name)
-        if field.name != "tasks" and value != field.default:
+        if field.name not in ("tasks", "every") and value != field.default:
             found.append(f"eval.{field.name}={'null' if value is None else value}")
     return ["eval=quick", *found]
-
-
-def _gathered(module: DistillModule, record: Record, ranks: Ranks) -> Any:
-    """The student with whole weights: itself, or of one in shards a copy on rank 0's CPU."""
-    if not sharding.is_sharded(module.student):
-        return module.student
-    tensors = checkpoint.held(weights.model_tensors(module.student), ranks)
-    if ranks.rank:
-        return module.student
-    student = surgery.rebuild(module.teacher, record)
-    weights.load_model_tensors(student, tensors)
-    return student
 
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:

@@ -26,6 +26,7 @@ class Live:
         rewrap: puts the student anew into what spreads it over processes, after its structure or groups changed.
         loggers: what is told of every row. precision: of the run, as its configuration says.
         stop_wanted: whether this process was asked to end the run; it does at the next stage or step.
+        breaking_off: inside, a stop signal raises `BrokenOffError`, where one process works alone.
     """
 
     module: DistillModule
@@ -37,3 +38,4 @@ class Live:
     loggers: Sequence[Any] = ()
     precision: str = "32-true"
     stop_wanted: Callable[[], bool] = lambda: False
+    breaking_off: Callable[[], AbstractContextManager[None]] = nullcontext

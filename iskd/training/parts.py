@@ -18,6 +18,7 @@ from iskd.plan.options import RunOptions
 from iskd.plan.trainer_settings import with_defaults
 from iskd.refits import Refit
 from iskd.schedules import Schedule
+from iskd.schedules.mixed import Mixed
 from iskd.teacher import Loaded, TeacherCacheSpec
 from iskd.training.deciding import Importance
 from iskd.training.step import OptimSpec
@@ -29,7 +30,8 @@ class Parts:
 
     `refits` are done to surviving blocks after every edit, in order. `trainer` holds keyword arguments of
     `lightning.Trainer`; those that are not given are as in `TrainerKeys`. `teacher_cache` says how the teacher's
-    answers are kept on disk, `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
+    answers are kept on disk, `start` is the exported student that the run goes on from, None = the teacher,
+    `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
     type of the exported weights, `auto` that in which the teacher's were stored, `export_code` the code beside them;
     `budget` is what the plan says of a number of tokens that nobody asked for.
     """
@@ -55,9 +57,16 @@ class Parts:
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
     budget: str = ""
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         self.trainer = with_defaults(self.trainer)
+
+    @property
+    def importances(self) -> list[Any]:
+        """All that layers are chosen by: of several steps each its own."""
+        steps = self.schedule.parts if isinstance(self.schedule, Mixed) else ()
+        return [each for each in (self.importance, *(step.importance for step in steps)) if each is not None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.losses import Terms
 from iskd.models import sharding, surgery
 from iskd.plan import Record, Stage, to_json
 from iskd.plan.run_files import PLAN_FILE
@@ -21,29 +23,78 @@ from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import PeakMemory, capacity, clock
 from iskd.training.step import DistillModule, alignment
+from iskd.training.step.trainable import trainable
 
 ALIGN_STEPS = 20
 """An alignment stage with fewer optimizer steps is warned of: a tenth of them warm up, the last tenth falls."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What the time of a run is made of, as far as it is known before its first step; in seconds.
+
+    Attributes:
+        token: of a training token.
+        refit_tokens: of a stage, training tokens that take as long as the refits of its edits, on all of their text.
+        fit_tokens: calibration tokens of a fit, which takes about as long as training on them.
+        begun: what was measured before the plan: the teacher, scores, tasks.
+        validation: of a measurement of the student. asking: of its tasks and text along the run. scoring: of scores.
+        every: training tokens between two measurements inside a stage; None = there are none.
+        ends: export and measurements at the end.
+    """
+
+    token: float = 0.0
+    refit_tokens: Callable[[Stage], float] = lambda _stage: 0.0
+    fit_tokens: int = 0
+    begun: float = 0.0
+    validation: float = 0.0
+    asking: float = 0.0
+    scoring: float = 0.0
+    every: int | None = None
+    ends: float = 0.0
+
+
 def plan_rows(
-    teacher: PreTrainedModel, stages: Sequence[Stage], steps: Sequence[int], step_tokens: int, seconds_per_token: float
+    teacher: PreTrainedModel,
+    stages: Sequence[Stage],
+    steps: Sequence[int],
+    step_tokens: int,
+    costs: Costs | float = 0.0,
+    *,
+    record: Record | None = None,
+    losses: str = "",
+    decay: str = "",
 ) -> list[Json]:
     """One row per stage with exact parameter counts, taken from shapes on the meta device.
 
-    `steps` are the optimizer steps of each stage, of `step_tokens` tokens.
+    Args:
+        teacher: of the run, on any device.
+        stages: all stages.
+        steps: optimizer steps of each.
+        step_tokens: tokens of one of them.
+        costs: what takes how long; a number = seconds of a training token, and nothing else is counted.
+        record: edits from before the run.
+        losses: what stages without an objective of their own minimise.
+        decay: how rates fall in stages without a shape of their own.
     """
-    record = Record(int(teacher.config.num_hidden_layers))
+    costs = costs if isinstance(costs, Costs) else Costs(costs)
+    record = record or Record(int(teacher.config.num_hidden_layers))
+    rows: list[Json] = [_row(Stage("teacher"), surgery.rebuild(teacher, Record(record.num_layers), "meta"), 0, 0)]
+    rows[0] |= {"measure_seconds": round(costs.begun, 1)}
     model = surgery.rebuild(teacher, record, "meta")
-    rows: list[Json] = [_row(Stage("teacher"), model, 0, 0, 0.0)]
     for stage, count in zip(stages, steps, strict=True):
         record = surgery.apply(model, record, stage.edits)
         alignment.check(model, record, stage)
-        rows.append(_row(stage, model, count, count * step_tokens, seconds_per_token))
+        tokens = count * step_tokens
+        rates = {"lr": stage.lr, "lr_new": stage.lr_new, "decay": stage.shape or decay} if count else {}
+        minimises = losses if stage.objective == "loss" else stage.objective
+        trains = {"train": stage.train, "trained": _trained(model, record, stage), "losses": minimises} if count else {}
+        rows.append({**_row(stage, model, count, tokens), **trains, **rates, **_seconds_of(stage, tokens, costs)})
+    rows[-1]["end_seconds"] = round(costs.ends, 1)
     return rows
 
 
-def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int, seconds_per_token: float) -> Json:
+def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int) -> Json:
     return {
         "stage": stage.name,
         "objective": stage.objective if tokens else "",
@@ -51,9 +102,30 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int, seconds_
         "block_params": surgery.block_parameters(model),
         "steps": steps,
         "tokens": tokens,
-        "train_seconds": round(tokens * seconds_per_token, 1),
+        "train_seconds": 0.0,
         "edits": to_json(stage)["edits"],
     }
+
+
+def _seconds_of(stage: Stage, tokens: int, costs: Costs) -> Json:
+    """Time of a stage's parts: training, refits, fits, and all that is measured around and inside it."""
+    fits = sum(edit.op in ("replace", "merge") for edit in stage.edits) if stage.fit else 0
+    inside = tokens // costs.every if costs.every else 0
+    validations = 1 + bool(stage.edits and tokens) + inside
+    refits = stage.refit_share * costs.refit_tokens(stage) * costs.token if stage.edits else 0.0
+    return {
+        "train_seconds": round(tokens * costs.token, 1),
+        "refit_seconds": round(refits, 1),
+        "fit_seconds": round(fits * costs.fit_tokens * costs.token, 1),
+        "measure_seconds": round(validations * costs.validation + costs.asking + costs.scoring, 1),
+    }
+
+
+def _trained(model: PreTrainedModel, record: Record, stage: Stage) -> int | None:
+    """Parameters that a stage trains; None of adapters, which are attached when it begins."""
+    if stage.train == "lora":
+        return None
+    return sum(parameter.numel() for parameter in trainable(model, record, stage))
 
 
 def measured_step(module: DistillModule, input_ids: Tensor) -> tuple[float, int]:
@@ -91,7 +163,8 @@ def announce(
     windows: Tensor,
     ranks: Ranks,
     run_dir: Path,
-    refit_tokens: float = 0.0,
+    costs: Costs,
+    text: str = "",
     budget: str = "",
 ) -> None:
     """Stages, exact parameter counts, steps, and the time and memory that one measured step predicts.
@@ -104,21 +177,26 @@ def announce(
         windows: token windows [B, T] for the measured step.
         ranks: rank 0 writes and prints.
         run_dir: gets `plan.json`.
-        refit_tokens: training tokens that take as long as the refits of one stage's edits, on all of their text.
+        costs: what is known of the rest; its `token` is measured here.
+        text: batch, windows and data in words.
         budget: what is said of a number of tokens that nobody asked for.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
     seconds, memory = measured_step(module, windows)
-    seconds /= ranks.size
-    rows = plan_rows(module.teacher, plan, steps, step_tokens, seconds)
-    for row, stage in zip(rows[1:], plan, strict=True):
-        row["refit_seconds"] = round(stage.refit_share * refit_tokens * seconds, 1) if stage.edits else 0.0
+    costs = replace(costs, token=seconds / ranks.size)
+    losses, decay = losses_text(module.terms), module.optim.decay
+    rows = plan_rows(module.teacher, plan, steps, step_tokens, costs, record=module.record, losses=losses, decay=decay)
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
-        print_plan(rows, memory=memory, capacity=capacity(module.device), budget=budget)
-        if refit_tokens and not any(stage.edits for stage in plan):
+        print_plan(rows, text=text, memory=memory, capacity=capacity(module.device), budget=budget)
+        if any(map(costs.refit_tokens, plan)) and not any(stage.edits for stage in plan):
             terminal().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
+
+
+def losses_text(terms: Terms) -> str:
+    """Losses and their weights: `kl + 0.1 ce`."""
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, (_, weight) in terms.items())
 
 
 def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
@@ -134,34 +212,47 @@ def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
 
 
 def print_plan(
-    rows: Sequence[Json], console: Console | None = None, *, memory: int = 0, capacity: int = 0, budget: str = ""
+    rows: Sequence[Json],
+    console: Console | None = None,
+    *,
+    text: str = "",
+    unknown: str = "",
+    memory: int = 0,
+    capacity: int = 0,
+    budget: str = "",
 ) -> None:
     """The plan as a table, what was decided for the user, and warnings.
 
     Args:
-        rows: see `plan_rows`.
+        rows: of `plan_rows`.
         console: None = standard output.
+        text: batch, windows and data in words.
+        unknown: why times are left open; "" = they are known.
         memory: bytes that training is expected to take; 0 = not known.
         capacity: bytes that the device has; 0 = not known.
         budget: see `announce`.
     """
     table = Table(title="plan")
-    for column in ("stage", "objective", "parameters", "of the blocks", "steps", "tokens", "about"):
-        table.add_column(column, justify="left" if column in ("stage", "objective") else "right")
+    columns = ("stage", "minimises", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:4] else "right")
     for row in rows:
         share = f"{100 * row['block_params'] / max(1, rows[0]['block_params']):.1f} %"
-        amounts = (f"{row['params']:,}", share, f"{row['steps']:,}", f"{row['tokens']:,}")
-        table.add_row(Text(row["stage"]), row["objective"], *amounts, f"{_seconds(row):.0f} s")
-    total = sum(_seconds(row) for row in rows)
-    amounts = [f"{sum(row['tokens'] for row in rows):,} training tokens", f"about {_duration(total)}"]
-    if memory:
-        amounts.append(f"{memory / 2**30:.1f} GiB of memory")
-    table.caption = f"{', '.join(amounts)} (by one measured step)"
+        steps, tokens = (row.get("budget") or f"{row[key]:,}" for key in ("steps", "tokens"))
+        amounts = (f"{row['params']:,}", share, steps, tokens)
+        about = "open" if unknown else f"{seconds_of(row):.0f} s"
+        words = (Text(row["stage"]), Text(row.get("losses", row["objective"])), _trains(row), _rates(row))
+        table.add_row(*words, *amounts, about)
+    total, passes = sum(map(seconds_of, rows)), next((row["budget"] for row in rows if row.get("budget")), None)
+    trained = f"{sum(row['tokens'] for row in rows):,} training tokens" if passes is None else f"{passes} in a stage"
+    time = f"times are left open: {unknown}" if unknown else f"about {_duration(total)} (by one measured step)"
+    room = f"{memory / 2**30:.1f} GiB of memory" if memory else ""
+    table.caption = Text("; ".join(filter(None, (trained, text, time, room))))
     console = console or terminal()
-    print_table(table, spare=("of the blocks", "objective"), console=console)
+    print_table(table, spare=("of the blocks", "trains", "rates", "minimises"), console=console)
     if budget:
         console.print(budget, soft_wrap=True)
-    warnings = too_short(rows)
+    warnings = too_short(rows) if passes is None else []
     if 0 < capacity < memory:
         warnings.append(
             f"{memory / 2**30:.1f} GiB are more than the {capacity / 2**30:.1f} GiB of this device: lower "
@@ -175,9 +266,22 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _seconds(row: Json) -> float:
-    """Of a stage's training and of the refits before it."""
-    return float(row["train_seconds"] + row.get("refit_seconds", 0.0))
+def _trains(row: Json) -> str:
+    if "train" not in row:
+        return ""
+    return row["train"] if row["trained"] is None else f"{row['train']:.20}, {row['trained'] / 1e6:.2f} M"
+
+
+def _rates(row: Json) -> str:
+    if "lr" not in row:
+        return ""
+    new = "" if row["lr"] == row["lr_new"] else f", new {row['lr_new']:g}"
+    return f"{row['lr']:g}{new} {row['decay']}".rstrip()
+
+
+def seconds_of(row: Json) -> float:
+    """All of a row's times: training, refits, fits, measurements, and the end of the run."""
+    return float(sum(value for key, value in row.items() if key.endswith("_seconds")))
 
 
 def too_short(rows: Sequence[Json]) -> list[str]:

@@ -16,12 +16,15 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from iskd.models import surgery
+from iskd.export import load
+from iskd.export.loading import record_of
+from iskd.models import surgery, weights
 from iskd.plan import Record, Stage
 from iskd.plan.failure import told_in
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
 from iskd.report.terminal import terminal
+from iskd.schedules.mixed import Mixed
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_signal_handlers, without_sigterm_broadcast
 from iskd.system.precision import precision
@@ -29,13 +32,13 @@ from iskd.training.attempts import as_halved, with_smaller_batches
 from iskd.training.callback import CompressionCallback
 from iskd.training.editing import Editor, adapt
 from iskd.training.facts import write_facts
-from iskd.training.finish import finish
+from iskd.training.finish import along_the_run, finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import EditInFreshProcess, StartAgain
 from iskd.training.stages import StageLoop
-from iskd.training.state import RunState
+from iskd.training.state import RunState, StudentKeeper, stored_in
 from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
 from iskd.training.strategies import FSDP2Strategy, check_strategy, meet_first, strategy_of
@@ -108,7 +111,7 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
             for logger in trainer.loggers:
                 logger.finalize("success" if state.stage is None else "aborted")
         _leave(parts, trainer, callback)
-        result = finish(parts, trainer, module, state, callback.stop_signals)
+        result = finish(parts, trainer, module, state, callback.stop_signals, callback.loop.along)
     except BaseException:
         callback.close(failed=True)
         raise
@@ -119,10 +122,19 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
 def _loop(parts: Parts, state: RunState) -> StageLoop:
     digest = parts.teacher.source.get("sha256")
     teacher = None if digest is None else str(digest)
-    editor = (EditInFreshProcess if parts.schedule.restart_at_edit else Editor)(parts.refits, parts.data.calibration)
+    steps = parts.schedule.parts if isinstance(parts.schedule, Mixed) else ()
+    kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
+    editor = kind(parts.refits, parts.data.calibration, [step.refits for step in steps])
+    spec, keeps = parts.evaluation, parts.options.keep_students
+    along = along_the_run(parts, spec) if spec is not None and spec.along else None
+    every, number = None if spec is None else spec.inside, None if keeps is True else int(keeps)
+    keep = StudentKeeper(
+        parts.run_dir, parts.teacher, number, stored_in(parts.export_dtype, parts.teacher),
+        parts.export_code, parts.options.max_shard_bytes,
+    )  # fmt: skip
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), editor, parts.budget,
+        teacher, config_digest(parts.run_dir), editor, parts.budget, along, every, keep if keeps else None,
     )  # fmt: skip
 
 
@@ -131,6 +143,11 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     stage = loop.state.stage
     adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
+    if loop.along is not None and isinstance(trainer.strategy, FSDP2Strategy):
+        raise ValueError(
+            f"eval.every={loop.along.spec.every} asks whole students, and trainer=fsdp holds them in shards: set "
+            "eval.every=null, and ask the run's student at its end (iskd evaluate)"
+        )
     loop.editor.check(timed=parts.trainer[MAX_TIME] is not None)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
         raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")
@@ -141,7 +158,7 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
 def _leave(parts: Parts, trainer: L.Trainer, callback: CompressionCallback) -> None:
     """End the process where the run stopped before its end; everything is saved and every file is closed."""
     loop = callback.loop
-    if loop.state.stage is None or parts.options.plan_only:
+    if (loop.state.stage is None and not loop.preempted) or parts.options.plan_only:
         return
     if not loop.leaving:
         raise loop.unfinished()
@@ -159,7 +176,8 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     """A fresh position, or that of the newest whole checkpoint."""
     layers = int(parts.teacher.model.config.num_hidden_layers)
     found = last_position(parts.run_dir, layers) if parts.resume else None
-    state, newest = (RunState(record=Record(layers)), None) if found is None else found
+    begun = Record(layers) if parts.start is None else record_of(parts.start, layers)
+    state, newest = (RunState(record=begun), None) if found is None else found
     if parts.resume and found is None:
         terminal().print("no whole checkpoint yet: the run starts from its beginning")
     # before the trainer exists, a launcher's variables tell the rank
@@ -172,6 +190,8 @@ def make_module(parts: Parts, state: RunState) -> DistillModule:
     """Teacher and student of the run where it stands; weights of a resumed student come with its checkpoint."""
     teacher = parts.teacher.model
     student = surgery.rebuild(teacher, state.record) if state.record.edits else copy.deepcopy(teacher).float()
+    if parts.start is not None and not state.identity:  # later its weights come with a checkpoint
+        weights.load_model_tensors(student, weights.model_tensors(load(parts.start)))
     if state.stage is not None and state.edited:
         stage = state.stage
         adapt(student, state.record, stage)

@@ -13,36 +13,40 @@ trainer is `Live`. All of it happens on every rank alike; what one rank decides,
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from iskd.data import TextData
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.options import RunOptions
-from iskd.schedules import Schedule, forecast, planned_steps
+from iskd.schedules import Schedule, forecast, of_stage, planned_steps
+from iskd.system import Busy
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.system.text import argument
 from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
-from iskd.training.editing import BrokenOffError, Editor, back_to, merge_adapters
+from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge_adapters
 from iskd.training.live import Live
-from iskd.training.metrics import StageClock, log_row, log_values
+from iskd.training.metrics import AlongTheRun, StageClock, log_inside, log_row, log_values
 from iskd.training.movement import MovementCheck, require_moved
-from iskd.training.plan_table import announce, check_alignment
-from iskd.training.state import RunState, Saver, Status, checkpoint_files
+from iskd.training.plan_table import Costs, announce, check_alignment
+from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class StageLoop:
@@ -55,6 +59,9 @@ class StageLoop:
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         editor: where edits are carried out; None = between two stages of this process.
         budget: what the plan says of its tokens.
+        along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
+            which it is validated inside a stage; None = it is not.
+        keep: keeps the students of stages; None = the last one alone is left.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -72,13 +79,18 @@ class StageLoop:
         config: str | None = None,
         editor: Editor | None = None,
         budget: str = "",
+        along: AlongTheRun | None = None,
+        every: int | None = None,
+        keep: StudentKeeper | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.editor, self.budget = editor or Editor(), budget
+        self.along, self.every, self.keep = along, every, keep
         self.preempted = False
+        self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
         self._movement = MovementCheck(options.movement_steps)
         self._validated: dict[int, Tensor] = {}  # the teacher's side of validation, which stays the same
         self._live: Live | None = None
@@ -116,12 +128,40 @@ class StageLoop:
             self._take_up(resume_from)
             return
         state.begin(self._identity())
-        row = state.stage_measured(module.student, "teacher", self._measure(), None, "kept")
-        log_row(live.loggers, row, state.first_step)
-        self._decide()
-        self._announce()
+        try:
+            self._start()
+        except BrokenOffError:  # nothing is lost: a run that is taken up starts from its beginning
+            state.run_complete()
+            self.preempted = True
+            return
         if not self.options.plan_only:
             self._save()
+
+    def _start(self) -> None:
+        """Measure the teacher, and the student that the run goes on from; decide the first stage; tell the plan.
+
+        Raises:
+            BrokenOffError: a stop signal came.
+        """
+        live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
+        with live.breaking_off():
+            quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
+            self._seconds["teacher"] = taken = time.perf_counter() - start
+            # from now on the teacher's side is remembered, which is one of two passes
+            tokens = len(self.data.validation_windows()) * self.data.seq_len / live.ranks.size
+            self._seconds["validation"] = max(
+                taken - tokens / quality["tokens_per_s"], tokens / quality["tokens_per_s"]
+            )
+            asked = self._asked(module.teacher)
+        row = state.stage_measured(module.teacher, "teacher", quality, None, "kept", asked)
+        log_row(live.loggers, row, state.first_step)
+        if state.record.edits:  # the student of an earlier run
+            with live.breaking_off():
+                quality, asked = self._told("measuring the student", self._measure), self._asked()
+            row = state.stage_measured(module.student, "as given", quality, None, "kept", asked, state.record.edits)
+            log_row(live.loggers, row, state.first_step)
+        self._decide()
+        self._told("measuring a step for the plan", self._announce)
 
     def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
@@ -164,22 +204,60 @@ class StageLoop:
     def _announce(self) -> None:
         """Print the stages ahead, what they take, and how they are estimated."""
         live, state = self.live, self.state
-        plan = forecast(self.schedule, history_of(state, live.module))
+        plan = forecast(self.schedule, history_of(state, live.module, self.data.pass_tokens))
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
+        self._check_room(plan, sum(steps) * step_tokens)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
+        sources = self.data.plan_mix(sum(steps) * step_tokens)
+        if live.ranks.rank == 0:
+            for line in sources:
+                _log.info("data: %s", line)
+        asked = self.along.seconds if self.along is not None else []
+        scores = "each" in {of_stage(self.schedule, stage).scoring for stage in plan}
+        costs = Costs(
+            refit_tokens=self.editor.refit_tokens_of,
+            fit_tokens=self.options.fit_tokens,
+            begun=self._seconds["teacher"] + self._seconds["scores"] + sum(asked),
+            validation=self._seconds["validation"],
+            asking=asked[0] / 2 if asked else 0.0,
+            scoring=self._seconds["scores"] if scores else 0.0,
+            every=self.every,
+            ends=self.options.efficiency_seconds + (asked[0] / 2 if asked else 0.0),
+        )
+        data = self.data
+        batch = f"{data.batch_size} x {data.seq_len} tokens"
+        layout = f", x {live.accumulate} accumulated" * (live.accumulate > 1) + f", x {live.ranks.size} processes" * (
+            live.ranks.size > 1
+        )
+        text = f"steps of {batch}{layout}, on {data.named}"
         with live.forward_context():
-            announce(
-                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, self.editor.refit_tokens,
-                self.budget,
-            )  # fmt: skip
+            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, self.budget)
+
+    def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
+        """Raise ValueError where what is to be measured or kept along the run has no room in it."""
+        if self.every is not None and self.every >= tokens:
+            raise ValueError(
+                f"eval.every={self.every}: the run trains on {tokens:,} tokens, so that no student would be validated "
+                "inside a stage; give fewer, or eval.every=stage"
+            )
+        if self.keep is not None and not self.options.plan_only:
+            self.keep.check(self.live.module.student, len(plan))
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
         live, start = self.live, time.perf_counter()
         windows = partial(self.data.calibration, self.options.score_tokens)
-        decide(self.schedule, self.importance, self.state, live.module, windows, live.ranks, live.forward_context)
+
+        def decided() -> None:
+            module, ranks, context = live.module, live.ranks, live.forward_context
+            tokens = self.data.pass_tokens
+            decide(self.schedule, self.importance, self.state, module, windows, ranks, context, tokens)
+
+        with live.breaking_off():
+            self._told("deciding which layers are edited", decided)
+        self._seconds["scores"] = time.perf_counter() - start
         self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
@@ -188,11 +266,19 @@ class StageLoop:
         """Carry out the stage's edits, prove that they took, and measure what they cost before healing."""
         live, state, stage = self.live, self.state, self.stage
         self.clock.lap()
+
+        def made() -> Edited:
+            return self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
+
+        start = time.perf_counter()
         try:
-            edited = self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
+            with live.breaking_off():
+                edited = self._told(f"{stage.name}: edits, fits and refits", made, "edit")
         except BrokenOffError:
             self.preempted = True
             return
+        if stage.edits:
+            self._seconds["edit"] = time.perf_counter() - start
         live.rewrap()
         state.edit_made(edited.record, edited.events)
         self._enter()
@@ -201,7 +287,12 @@ class StageLoop:
         self.clock.speed, self.clock.refit = None, edited.refit_seconds
         # without training it is the quality at the end of the stage, which is measured then
         if self.options.measure_before and stage.edits and self.count.batches_left:
-            state.measured_before(self._measure())
+            try:
+                with live.breaking_off():
+                    state.measured_before(self._told("measuring the student", self._measure, "validation"))
+            except BrokenOffError:
+                self.preempted = True
+                return
         if live.ranks.rank == 0:
             size = surgery.parameters(live.module.student)
             _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
@@ -250,7 +341,10 @@ class StageLoop:
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
         live.module.log_row(live.loggers)
-        verdicts = live.module.guard.settle(now=last or due or self._movement.watching)
+        before = state.tokens - self.count.step_tokens
+        validates = self.every is not None and state.tokens // self.every > before // self.every
+        validates &= not last and state.tournament is None
+        verdicts = live.module.guard.settle(now=last or due or validates or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:
             sharding.check_roots(live.module.student)
@@ -260,6 +354,8 @@ class StageLoop:
             require_moved(live.ranks.gather(still), split=sharding.is_sharded(live.module.student))
         if any(verdict.stopping for verdict in verdicts):
             self.preempted = True
+        if validates:
+            self._validate_inside()
         if self.preempted or due:
             self._tick()
             if last:  # the process that goes on from here has not trained the stage
@@ -291,10 +387,30 @@ class StageLoop:
         if state.tournament is not None:
             self._judge()
             return
-        quality = self._measure()
+        before = copy.deepcopy(vars(state))
+        try:
+            self._close(stage)
+        except BrokenOffError:
+            vars(state).update(before)  # the stage is trained, and what follows is done again
+            self.preempted = True
+            if stage.train != "lora":  # whose adapters are merged: of them the last checkpoint is taken up
+                self._save()
+            return
+        self._save()
+        (self.preempted,) = live.ranks.any(live.stop_wanted())
+
+    def _close(self, stage: Stage) -> None:
+        """Measure a stage, keep or roll back, decide what comes next.
+
+        Raises:
+            BrokenOffError: a stop signal came; the student is as it was.
+        """
+        live, state = self.live, self.state
+        with live.breaking_off():
+            quality = self._told("measuring the student", self._measure, "validation")
         if self.options.measure_before and stage.edits and not self.count.stage_steps:
             state.measured_before(quality)
-        floor = self.schedule.floor if stage.edits else None
+        floor = of_stage(self.schedule, stage).floor if stage.edits else None
         useless = no_better_than_guessing(quality, int(Stack(live.module.student).config.vocab_size))
         # asked so that a retention of nan does not pass
         missed = live.ranks.first(floor is not None and (useless != "" or not quality["retention"] >= floor))
@@ -315,7 +431,9 @@ class StageLoop:
                 ]
             )
         status: Status = "rolled_back" if missed else "kept"
-        row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status)
+        with live.breaking_off():
+            asked = None if missed else self._asked()
+        row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status, asked)
         if missed:
             self._back()
             state.run_complete()
@@ -323,10 +441,10 @@ class StageLoop:
             steps = self.count.stage_steps
             state.stage_kept(steps, steps * live.accumulate)
         log_row(live.loggers, row, state.first_step)
+        if not missed and self.keep is not None:
+            self.keep.keep(live.module, state.record, row.index, live.ranks)
         if not missed:
             self._decide()
-        self._save()
-        (self.preempted,) = live.ranks.any(live.stop_wanted())
 
     def _log_speed(self) -> None:
         """Log how fast the stage was trained, at its end."""
@@ -403,11 +521,35 @@ class StageLoop:
         config = {} if self.config is None else {"config": self.config}
         return {**self.data.identity(), **layout, **config, "teacher": self.teacher, "precision": self.live.precision}
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, model: PreTrainedModel | None = None) -> dict[str, float]:
+        """Quality of the student, or of another model, on the validation windows."""
         module = self.live.module
         with self.live.forward_context():
             found = self.data.validation()
-            return measure_quality(module.student, module.teacher, found, self._validated, intervals=True)
+            return measure_quality(model or module.student, module.teacher, found, self._validated, intervals=True)
+
+    def _told(self, what: str, work: Callable[[], T], like: str = "") -> T:
+        """Do work, and say every few seconds that it is being done; `like` names what took as long before."""
+        if self.live.ranks.rank:
+            return work()
+        with Busy(what, expected=self._seconds.get(like)):
+            return work()
+
+    def _validate_inside(self) -> None:
+        """Measure the student where it stands, on the windows of every stage's end; no number of the run is changed."""
+        live, state, start = self.live, self.state, time.perf_counter()
+        quality = self._measure()
+        sharding.reshard(live.module.student)
+        state.measured_inside(quality)
+        log_inside(live.loggers, quality, state.tokens, self.count.stage_number, self.count.in_run)
+        self.clock.apart(time.perf_counter() - start)
+
+    def _asked(self, model: PreTrainedModel | None = None) -> dict[str, Any] | None:
+        """What the student, or another model, says to tasks and text; None where nobody asks."""
+        if self.along is None or self.options.plan_only:
+            return None
+        found: dict[str, Any] = self.live.ranks.first(self.along.told(model or self.live.module.student))
+        return found
 
     def _tick(self) -> None:
         """Add the time since the last call to the stage's."""

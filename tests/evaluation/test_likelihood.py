@@ -421,7 +421,7 @@ def test_accuracy_by_sum_by_character_and_by_greedy_decoding() -> None:
         broken = dataclasses.replace(found, log_p=torch.tensor([-1.0, -2.0, *bad, -4.0], dtype=torch.float64))
         with pytest.raises(ValueError, match=r"item b: the model gives .* for its choices, among which none is best"):
             judge(items, broken)
-    with pytest.raises(ValueError, match=r"unknown metric 'f1': choose one of acc, acc_norm, log_p, led"):
+    with pytest.raises(ValueError, match=r"unknown metric 'f1': choose one of acc, acc_norm, acc_token, log_p, led"):
         result.mean("f1")
 
 

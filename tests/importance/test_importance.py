@@ -35,8 +35,13 @@ from iskd.models.capture import capture
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, conf_group, digest, hooks, modes, silence, tiny, windows
 
-# items of tasks are files that a clone may lack; what reads them is tested with items of its own
-PARTS = {name: part for name, part in conf_group("importance").items() if "data_dir" not in part}
+# items of tasks are files that a clone may lack; what reads them is tested with items of its own;
+# what needs a conversion to score is in test_attention.py
+PARTS = {
+    name: part
+    for name, part in conf_group("importance").items()
+    if "data_dir" not in part and "convert" not in getattr(get_class(part["_target_"]), "takes", ())
+}
 # these read no text: one column, and a block may do nothing with large weights
 WINDOWLESS = ("fixed", "magnitude", "random")
 READERS = sorted(set(PARTS) - set(WINDOWLESS))
@@ -287,6 +292,23 @@ def test_the_veto_is_the_cosine_plus_two_for_outliers() -> None:
     assert (expected > 2).any()
     rows = BlockInfluenceVeto(factor=1.2).rows(teacher, teacher, BATCHES)
     torch.testing.assert_close(rows, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel) -> list[list[Tensor]]:
+    """What transformers hands out for each batch: the last one after the final norm."""
+    return [list(model(batch, output_hidden_states=True).hidden_states) for batch in BATCHES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_published_scores_read_the_hidden_states_of_transformers(family: str) -> None:
+    model = tiny(family, layers=3).eval()
+    pairs = [list(itertools.pairwise(states)) for states in hidden_states(model)]
+    cosines = [[1 - torch.cosine_similarity(x, y, -1).mean(1) for x, y in batch] for batch in pairs]
+    squares = [[(x - y).square().mean((1, 2)) for x, y in batch] for batch in pairs]
+    for importance, expected in ((BlockInfluence(published=True), cosines), (HiddenMSE(published=True), squares)):
+        rows = torch.cat([torch.stack(columns) for columns in expected], 1)
+        torch.testing.assert_close(importance.rows(model, model, BATCHES), rows, atol=1e-5, rtol=1e-5)
 
 
 def test_block_influence_leaves_the_first_position_out() -> None:

@@ -5,6 +5,7 @@ What holds for every mixer (causality, padding, caches, `matrix`, reports, recor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,19 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers.base import RecurrentMixer
-from iskd.mixers.deltanet import DeltaNet
+from iskd.mixers.deltanet import DeltaNet, DeltaProduct
 from iskd.mixers.gated_deltanet import GatedDeltaNet
 from iskd.mixers.kda import KDA
 from iskd.mixers.mamba import Mamba, scan
-from iskd.mixers.mamba2 import Mamba2
+from iskd.mixers.mamba2 import DiscreteMamba2, Mamba2
 from iskd.mixers.mlstm import MLSTM
 from iskd.mixers.rwkv6 import RWKV6
 from iskd.mixers.sliding import Sliding
-from iskd.models import Stack, surgery
-from iskd.plan import Convert, Record, Spec
-from tests.factories import tiny, windows
+from iskd.models import Stack
+from tests.factories import tiny
 
-ALL: tuple[type[RecurrentMixer], ...] = (DeltaNet, GatedDeltaNet, KDA, Mamba, Mamba2, MLSTM, RWKV6, Sliding)
+ALL: tuple[type[RecurrentMixer], ...] = (
+    *(DeltaNet, DeltaProduct, GatedDeltaNet, KDA, Mamba, Mamba2, DiscreteMamba2, MLSTM, RWKV6, Sliding),
+)
 TOKENS = 11
 
 
@@ -106,10 +108,11 @@ def delta(mixer: Any, x: Tensor) -> Tensor:
     """S = (I - beta k k^T) diag(a) S + beta k v^T with a = 1 (DeltaNet), a number (Gated DeltaNet), a vector (KDA)."""
     q, k, v = (projected(mixer, name, x, mixer.activation) for name in "qkv")
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
-    beta, decay = torch.sigmoid(mixer.beta(x)), torch.ones_like(k)
+    beta, decay = mixer.most * torch.sigmoid(mixer.beta(x)), torch.ones_like(k)
     if not isinstance(mixer, DeltaNet):
         steps = F.softplus(mixer.decay.proj(x)).unflatten(-1, (6, -1))
-        decay = torch.exp(-torch.exp(mixer.decay.A_log)[:, None] * steps).expand_as(k)
+        decay = torch.exp(-torch.exp(mixer.decay.A_log)[:, None] * steps)
+        decay = decay.repeat_interleave(8 // decay.shape[-1], -1)  # of a head, of a group of channels, of each
 
     def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
         key, strength = k[b, t, h], beta[b, t, h]
@@ -129,6 +132,60 @@ def delta(mixer: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"activation": "identity", "conv": 0}], ids=["silu", "plain"])
 def test_the_delta_rule_replaces_what_a_key_finds(kind: type[RecurrentMixer], options: dict[str, Any]) -> None:
     agree(made(kind, **options), delta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(GatedDeltaNet, {"group": 4}), (GatedDeltaNet, {"group": 1}), (DeltaNet, {}), (KDA, {"conv": 0})],
+)
+def test_groups_of_channels_and_negative_eigenvalues(kind: type[RecurrentMixer], options: dict[str, Any]) -> None:
+    mixer = made(kind, negative_eigenvalues=True, **options)
+    agree(mixer, delta)
+    fresh_one = fresh(kind, negative_eigenvalues=True, **options)
+    torch.testing.assert_close(2 * torch.sigmoid(fresh_one.beta.bias), torch.full((6,), 0.5, dtype=torch.float64))  # type: ignore[operator, union-attr]
+
+
+def test_groups_between_a_head_and_a_channel() -> None:
+    """One group is the published mixer, and its decay is a number a head."""
+    assert fresh(GatedDeltaNet, group=8).decay.proj.bias.shape == (6,)  # type: ignore[union-attr]
+    assert fresh(GatedDeltaNet, group=2).decay.proj.bias.shape == (24,)  # type: ignore[union-attr]
+    for group, message in ((3, "mixer.group=3 does not divide the 8"), (9, "mixer.group must be a whole number from")):
+        with pytest.raises(ValueError, match=message):
+            fresh(GatedDeltaNet, group=group)
+
+
+def product(mixer: Any, x: Tensor) -> Tensor:
+    """N rules a token, one after the other: the decay before the first, the query after the last."""
+    n = mixer.steps
+    q = projected(mixer, "q", x, mixer.activation)
+    q = q / q.norm(dim=-1, keepdim=True)
+    keys, values = [projected(mixer, "k", x, mixer.activation)], [projected(mixer, "v", x, mixer.activation)]
+    betas = [mixer.beta(x)]
+    for step in mixer.later:
+        twin = SimpleNamespace(projections=step, convs=step.convs, head_dim=8)
+        keys.append(projected(twin, "k", x, mixer.activation))
+        values.append(projected(twin, "v", x, mixer.activation))
+        betas.append(step.beta(x))
+    decay = torch.ones_like(betas[0])
+    if mixer.decay is not None:
+        decay = torch.exp(-torch.exp(mixer.decay.A_log) * F.softplus(mixer.decay.proj(x)))
+
+    def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = decay[b, t, h] * state
+        for j in range(n):
+            key, strength = keys[j][b, t, h] / keys[j][b, t, h].norm(), mixer.most * torch.sigmoid(betas[j][b, t, h])
+            state = state - strength * torch.outer(key, key @ state) + strength * torch.outer(key, values[j][b, t, h])
+        return 8**-0.5 * q[b, t, h] @ state, state
+
+    o = normed(mixer, recur(q, token))
+    return mixer.projections.o_proj((gated(mixer, o, x) if mixer.gate is not None else o).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"steps": 3, "conv": 0, "decay": False, "gate": False, "negative_eigenvalues": False}, {"steps": 1}]
+)
+def test_deltaproduct_replaces_several_times_a_token(options: dict[str, Any]) -> None:
+    agree(made(DeltaProduct, **options), product)
 
 
 @torch.no_grad()
@@ -162,9 +219,30 @@ def mamba2(mixer: Any, x: Tensor) -> Tensor:
     return mixer.projections.o_proj(o.flatten(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "identity", "conv": 0}], ids=["silu", "plain"])
+@pytest.mark.parametrize("options", [{"activation": "silu"}, {"conv": 0}], ids=["silu", "plain"])
 def test_mamba2_is_a_state_space(options: dict[str, Any]) -> None:
     agree(made(Mamba2, **options), mamba2)
+
+
+def discrete_mamba2(mixer: Any, x: Tensor) -> Tensor:
+    """S = exp(-a) S + B x^T, o = C^T S + D x, o * silu(z): the step size a is in the decay alone."""
+    c, b_, u = (projected(mixer, name, x, mixer.activation) for name in "qkv")
+    decay = torch.exp(-F.softplus(mixer.decay(x)))
+
+    def token(b: int, t: int, h: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = decay[b, t, h] * state + torch.outer(b_[b, t, h], u[b, t, h])
+        return 8**-0.5 * c[b, t, h] @ state + mixer.D[h] * u[b, t, h], state
+
+    return mixer.projections.o_proj(gated(mixer, recur(c, token), x).flatten(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "silu", "conv": 0}], ids=["identity", "silu"])
+def test_discrete_mamba2_decays_by_its_step_alone(options: dict[str, Any]) -> None:
+    agree(made(DiscreteMamba2, **options), discrete_mamba2)
+
+
+def test_mamba2_leaves_the_copies_whole_unless_it_is_told_otherwise() -> None:
+    assert torch.equal(fresh(Mamba2).activation(torch.tensor([-1.0])), torch.tensor([-1.0]))  # type: ignore[operator]
 
 
 def mamba(mixer: Any, x: Tensor) -> Tensor:
@@ -270,87 +348,11 @@ def test_rwkv6_reads_before_it_writes(token_shift: bool) -> None:
 @torch.no_grad()
 def test_decays_start_at_their_memory() -> None:
     """On a stream of zeros every fresh decay is exp(-1 / memory)."""
-    for kind in (GatedDeltaNet, KDA, Mamba2, MLSTM, RWKV6):
+    for kind in (GatedDeltaNet, KDA, DeltaProduct, Mamba2, DiscreteMamba2, MLSTM, RWKV6):
         mixer, found = fresh(kind, memory=50.0), {}
         mixer.mix = lambda streams, *_, into=found: (into.update(g=streams.g), streams.v)[1:] * 2  # type: ignore[method-assign]
         mixer(torch.zeros(1, 2, 48, dtype=torch.float64))
         torch.testing.assert_close(found["g"], torch.full_like(found["g"], -1 / 50), atol=1e-6, rtol=1e-6)
-
-
-# ---- the sliding window ----------------------------------------------------------------------------------------------
-
-
-def hedgehog(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([torch.softmax(x @ weight, -1), torch.softmax(-(x @ weight), -1)])
-
-
-def sliding(mixer: Any, x: Tensor) -> Tensor:
-    """Query by query over all keys: softmax weights in the window, features behind it, one sum for both."""
-    q, k, v = (projected(mixer, name, x) for name in "qkv")
-    gamma, w = torch.sigmoid(mixer.window_gate), mixer.window
-    rows = []
-    for b in range(x.shape[0]):
-        outputs = []
-        for t in range(x.shape[1]):
-            heads = []
-            for h in range(6):
-                g = h // 2
-                scores = torch.stack([q[b, t, h] @ k[b, s, g] / 8**0.5 for s in range(max(0, t - w + 1), t + 1)])
-                weights = [*(gamma[h] * torch.exp(scores - scores.max()))]
-                if mixer.feature_map == "hedgehog":
-                    phi_q = hedgehog(mixer.q_map.weight[h], q[b, t, h])
-                    far = [phi_q @ hedgehog(mixer.k_map.weight[g], k[b, s, g]) for s in range(t - w + 1)]
-                else:
-                    far = [(F.elu(q[b, t, h]) + 1) @ (F.elu(k[b, s, g]) + 1) for s in range(t - w + 1)]
-                total = torch.stack([*far, *weights])
-                heads.append(total @ v[b, : t + 1, g] / total.sum())
-            outputs.append(torch.cat(heads))
-        rows.append(torch.stack(outputs))
-    return mixer.projections.o_proj(torch.stack(rows))
-
-
-@pytest.mark.parametrize(("window", "feature_map"), [(3, "hedgehog"), (3, "elu1"), (1, "hedgehog"), (6, "hedgehog")])
-def test_softmax_in_the_window_and_features_behind_it(window: int, feature_map: str) -> None:
-    agree(made(Sliding, window=window, feature_map=feature_map, rotary=False), sliding)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "qwen3", "gpt_neox", "opt"])
-def test_up_to_its_window_it_is_the_teachers_attention(family: str) -> None:
-    teacher, model, ids = tiny(family), tiny(family), windows(2, 16)
-    mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 16, "chunk": 5})
-    surgery.apply(model, Record(4), [Convert(layer, mixer) for layer in range(4)])
-    torch.testing.assert_close(model(ids).logits, teacher(ids).logits, atol=1e-5, rtol=1e-4)
-    longer = windows(2, 24)
-    assert (model(longer).logits - teacher(longer).logits)[:, 16:].abs().max() > 1e-4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("feature_map", ["hedgehog", "relu"])
-def test_a_window_knows_documents_padding_and_caches(feature_map: str) -> None:
-    """Documents of 4, 9 and 3 tokens in a row, padding in front: as alone, whole or in pieces, and as the matrix."""
-    model = tiny("llama")
-    mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 3, "chunk": 5, "feature_map": feature_map})
-    surgery.apply(model, Record(4), [Convert(layer, mixer, seed=layer) for layer in range(4)])
-    lengths, ids = (4, 9, 3), windows(1, 16)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    alone = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(model(ids, position_ids=positions).logits, alone, atol=2e-5, rtol=1e-4)
-    # five tokens of padding in front, the last document read in pieces
-    row, mask = F.pad(ids, (5, 0)), F.pad(torch.ones_like(ids), (5, 0))
-    spots = F.pad(positions, (5, 0))
-    past = model(row[:, :19], attention_mask=mask[:, :19], position_ids=spots[:, :19], use_cache=True).past_key_values
-    for t in (19, 20):
-        now = slice(t, t + 1)
-        out = model(row[:, now], attention_mask=mask[:, : t + 1], position_ids=spots[:, now], past_key_values=past)
-        torch.testing.assert_close(out.logits, alone[:, t - 5 : t - 4], atol=2e-5, rtol=1e-4)
-    stack = Stack(model)
-    one: Any = stack.layers[0].get_submodule(f"{stack.family.attn}.mixer")
-    x, options = torch.randn(1, 21, 48, generator=torch.Generator().manual_seed(0)), {"mask": mask, "positions": spots}
-    v = one.projections.v_proj(x).unflatten(-1, (3, 8)).repeat_interleave(2, dim=2)
-    mixed = torch.einsum("bhts,bshv->bthv", one.matrix(x, **options), v)
-    torch.testing.assert_close(one.projections.out(mixed), one(x, **options), atol=2e-5, rtol=1e-4)
-    assert torch.allclose(one.matrix(x, **options).sum(-1)[:, :, 5:], torch.ones(()))
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
@@ -376,8 +378,6 @@ def test_what_is_copied_and_what_is_fresh(kind: type[RecurrentMixer]) -> None:
     [
         (DeltaNet, {"activation": "tanh"}, "mixer.activation='tanh': choose one of silu, identity"),
         (Mamba, {"activation": "relu"}, "mixer.activation='relu'"),
-        (Sliding, {"feature_map": "identity"}, "mixer.feature_map='identity': choose one of hedgehog, elu1, relu"),
-        (Sliding, {"gamma": 1.0}, r"mixer.gamma must be in \(0, 1\)"),
     ],
 )
 def test_what_cannot_be_is_refused(kind: type[RecurrentMixer], kwargs: dict[str, Any], message: str) -> None:

@@ -120,6 +120,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 HANDED = {
     "rebased": (FULL, FULL, HALF),  # features that must not be rounded
     "mamba": None,  # a scan of its own
+    "window": None,  # softmax alone
     "rwkv6": None,  # its bonus stays in torch
     "rwkv6 shifted": None,
 }

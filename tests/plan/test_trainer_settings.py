@@ -29,7 +29,7 @@ KNOWN = inspect.signature(L.Trainer).parameters
         ("limit_val_batches", 4, "data.val_tokens"),
         ("limit_test_batches", 4, "eval.limit"),
         ("num_sanity_val_steps", 2, "data.val_tokens"),
-        ("val_check_interval", 10, "data.val_tokens"),
+        ("val_check_interval", 10, "eval=validation eval.every=TOKENS"),
         ("overfit_batches", 1, "data.path"),
         ("overfit_batches", 0.1, "data.path"),
         ("fast_dev_run", True, "plan_only=true"),

@@ -23,18 +23,20 @@ RECORD = (
 STAGE = (
     '{"name": "remove 2", "edits": [{"layer": 2, "op": "remove"}], "tokens": 64, "train": "lora", "lr": 1, "lr_new": '
     '0.0003, "fit": false, "lora": {"rank": 4, "alpha": 8, "targets": "mlp", "seed": 3}, "objective": "matrix", '
-    '"shape": "wsd", "refit_share": 0.25}'
+    '"shape": "wsd", "refit_share": 0.25, "refit_budget": 32, "step": 1}'
 )
 ROW = (
     '{"index": 1, "name": "remove 3", "edits": [{"op": "remove", "layer": 3}], "params": 4000, "block_params": 3000, '
     '"ppl": "Infinity", "kl": 0.5, "top1": 0.25, "retention": "NaN", "before": {"ppl": 90.0, "kl": "Infinity"}, '
     '"intervals": null, "tokens": 64, "seconds": 1.5, "train_tokens_per_s": null, "tokens_per_s": 2.5, '
+    '"inside": [{"tokens": 32, "kl": 0.75}], "evaluation": {"tasks": [], "text": null}, '
     '"scores": {"0": 0.5, "1": "-Infinity"}, "status": "rolled_back", "events": ["block 1 fitted"]}'
 )
 TRIALS = f'{{"candidates": [{STAGE}, {STAGE}], "tokens": 4, "kl": [0.5]}}'
 STATE = (
     '{"edited": true, "batch": 3, "first_batch": 8, "steps": 4, "total_steps": 20, "total_stages": 2, "tokens": 640, '
-    '"seconds": 1.5, "before": {"ppl": 9.0, "kl": 0.1}, "events": ["fitted"], "skipped": 0, "skipped_in_a_row": 0, '
+    '"seconds": 1.5, "before": {"ppl": 9.0, "kl": 0.1}, "inside": [{"tokens": 600, "kl": 0.5}], '
+    '"events": ["fitted"], "skipped": 0, "skipped_in_a_row": 0, '
     '"identity": {"seed": 1, "text": "ab", "batch_size": 2, "accumulate": 1, "processes": 1}, '
     f'"record": {RECORD}, "stage": {STAGE}, "tournament": {TRIALS}, "finished": [{STAGE}], "results": [{ROW}], '
     '"scores": {"0": 0.5, "1": 0.25}}'
@@ -126,6 +128,7 @@ def test_a_state_without_what_every_version_wrote_is_refused(key: str) -> None:
         ({"seconds": "1"}, "seconds must be a number, got '1'"),
         ({"before": {"loss": 1.0}}, "before must have keys among"),
         ({"before": {"ppl": "Infinity"}}, "before: ppl must be a number"),
+        ({"inside": [{"kl": 1.0}]}, "inside.*must have the key 'tokens'"),
         ({"events": [3]}, r"events\[0\] must be a string, got 3"),
         ({"identity": {"processes": 0}}, "identity: processes must be an integer from 1, got 0"),
         ({"scores": {"x": 1.0}}, "scores: x: .* must be an integer, got 'x'"),

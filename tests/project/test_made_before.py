@@ -31,6 +31,7 @@ from iskd.report.read_run import read_run
 from iskd.report.run_list import differing, read_runs
 from tests.conf_defaults import defaults
 from tests.factories import tiny, windows
+from tests.worlds import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = ROOT / "tests" / "files" / "0.1"
@@ -57,10 +58,15 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "old"
 
 
+def places(folder: Path) -> dict[str, str]:
+    """Variables that keep all that is written in a folder."""
+    return {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "ISKD_CACHE": str(folder / "cache")}
+
+
 def python(*arguments: str, cwd: Path) -> None:
-    places = {"PYTHONPATH": str(ROOT), "HF_HOME": str(cwd / "hf"), "ISKD_CACHE": str(cwd / "cache")}
+    environment = {**os.environ, **places(cwd)}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **places}, capture_output=True, text=True, timeout=280
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -165,9 +171,10 @@ def numbers(stage: StageResult) -> dict[str, Any]:
 
 def test_an_interrupted_run_goes_on_to_the_same_end(old: Path) -> None:
     """By the very command that started it, as `resume=auto` gives it; a run of today says the same numbers."""
-    train = str(ROOT / "train.py")
-    python(train, *SETTINGS, "export=false", "resume=interrupted", cwd=old)
-    python(train, *SETTINGS, "export=false", "hydra.run.dir=today", cwd=old)
+    for where in ("resume=interrupted", "hydra.run.dir=today"):
+        run = Command(("train", *SETTINGS, "export=false", where), old, old / "output.log", places(old))
+        code, output = run.end()
+        assert code == 0, output[-2000:]
     resumed, today, before = (read_stages(old / name) for name in ("interrupted", "today", "finished"))
     for stage, *others in zip(before, resumed, today, strict=True):
         for other in others:

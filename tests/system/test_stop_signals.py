@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,8 +31,9 @@ from iskd.system.ranks import global_rank
 from iskd.system.stop_signals import EXIT_CODE, INTERRUPTED, Handler, Preempted, StopSignals, stop_signals
 from iskd.system.text import argument
 from iskd.training.state import checkpoint, checkpoint_files
-from tests.commands.test_cli import NAME, ROOT, command
+from tests.commands.test_cli import NAME, ROOT
 from tests.factories import CONF
+from tests.worlds import Command
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SUBMITIT_EXECUTOR", "SUBMITIT_PREEMPT_SIGNAL")
 
@@ -247,29 +247,23 @@ def test_presets_compose(name: str, executor: str, composed: Callable[..., DictC
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-TINY = ("debug=smoke", "export=false", "run.checkpoint_every=10", "trainer.progress=false", "schedule.tokens=32768")
+TINY = ("debug=smoke", "export=false", "run.checkpoint_every=10", "trainer.progress=false", "schedule.tokens=16384")
 EACH_STEP = "trainer.log_every_n_steps=1"
 STEP_TOKENS = 256
 
 
-def start(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
-    """`python train.py` in a process of its own; tokens are cached beside the runs."""
-    env = {**os.environ, "ISKD_CACHE": str(cwd / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = command(*TINY, EACH_STEP, *overrides)
-    return subprocess.Popen(call, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*overrides: str, cwd: Path) -> Command:
+    """`iskd train` in a process of its own; tokens are cached beside the runs."""
+    log = cwd / f"output{len(list(cwd.glob('output*')))}.log"
+    words = ("train", *TINY, EACH_STEP, *overrides)
+    return Command(words, cwd, log, {"ISKD_CACHE": str(cwd / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
-    output, _ = process.communicate(timeout=200)
-    return process.returncode, output
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+def wait_for(process: Command, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not condition():
+    while process.running() and time.monotonic() < deadline and not condition():
         time.sleep(0.02)
-    assert process.poll() is None, f"over before it could be stopped:\n{process.communicate()[0]}"
+    assert process.running(), f"over before it could be stopped:\n{process.log.read_text()}"
 
 
 def newest(run_dir: Path) -> Path:
@@ -297,7 +291,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `whole`, a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("stopped") / NAME
     folder.mkdir()
-    code, output = end(start(f"hydra.run.dir={folder}/whole", cwd=folder))
+    code, output = start(f"hydra.run.dir={folder}/whole", cwd=folder).end()
     assert code == 0, output
     return folder
 
@@ -309,8 +303,8 @@ def test_stopped_and_killed_runs_continue_bit_for_bit(place: Path) -> None:
     for number, expected in ((signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, EXIT_CODE), (signal.SIGKILL, -9)):
         process = start("resume=auto", f"hydra.run.dir={run_dir}", cwd=place)
         wait_for(process, lambda: any(run_dir.glob("checkpoints/*-stage")) and trained(run_dir) > before)  # noqa: B023
-        process.send_signal(number)
-        code, output = end(process)
+        process.send(number)
+        code, output = process.end()
         assert code == expected, output
         assert "Traceback" not in output
         if number == signal.SIGKILL:
@@ -320,7 +314,7 @@ def test_stopped_and_killed_runs_continue_bit_for_bit(place: Path) -> None:
         assert 0 <= trained(run_dir) - max(logged) <= STEP_TOKENS
         assert trained(run_dir) > before
         before = trained(run_dir)
-    code, output = end(start(f"resume={run_dir}", "export=true", cwd=place))
+    code, output = start(f"resume={run_dir}", "export=true", cwd=place).end()
     assert code == 0, output
     assert_same_end(place / "whole", run_dir)
     assert verify.run([str(run_dir), "--no-timing"]) == 0
@@ -343,7 +337,7 @@ def test_a_submitit_job_is_queued_again_and_continues(place: Path) -> None:
     wait_for(process, lambda: any(sweep.glob("0/checkpoints/*-stage")))
     job = re.findall(r"^<(\d+)>", (sweep / "0" / "train.log").read_text(), re.MULTILINE)[-1]
     os.kill(int(job), signal.SIGUSR2)
-    code, output = end(process)
+    code, output = process.end()
     logs = "\n".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.*"))
     assert code == 0, output + logs
     assert "Requeued job" in logs
@@ -359,10 +353,10 @@ def test_two_processes_stop_and_continue_together(tmp_path: Path) -> None:
     same = (*two, "resume=auto", f"hydra.run.dir={tmp_path}/run")
     process = start(*same, cwd=tmp_path)
     wait_for(process, lambda: any(tmp_path.glob("run/checkpoints/*-stage")))
-    process.send_signal(signal.SIGTERM)
-    code, output = end(process)
+    process.send(signal.SIGTERM)
+    code, output = process.end()
     assert code == EXIT_CODE, output
     assert not (tmp_path / "run" / "record.json").exists()
-    code, output = end(start(*same, cwd=tmp_path))
+    code, output = start(*same, cwd=tmp_path).end()
     assert code == 0, output
     assert len(json.loads((tmp_path / "run" / "stages.json").read_text())) == 3

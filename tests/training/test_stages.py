@@ -24,6 +24,7 @@ from iskd.training.parts import Parts
 from iskd.training.runner import make_module, run
 from iskd.training.stages import StageLoop
 from iskd.training.state import RunState, checkpoint, checkpoint_files
+from iskd.training.step.optimizer import OptimSpec
 from tests.runs import SLIM, TOKENS, Scripted, every_edit, make_parts, same, write_text
 
 
@@ -115,6 +116,24 @@ def test_it_goes_on_from_any_checkpoint(make: Callable[..., Parts], tmp_path: Pa
         again = Plain(make_run(tmp_path / f"broken-{stop_after}"), checkpoint.read_state(newest))
         again.run(newest)
         assert same(model_tensors(again.module.student), model_tensors(whole.module.student)), stop_after
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_moments_survive_a_stage_or_start_anew(
+    anew: bool, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make(tmp_path / "run", schedule=Scripted(every_edit(steps=2)[1:3]), optim=OptimSpec(anew=anew))
+    plain, steps = Plain(parts), list[set[float]]()
+    train = plain.train
+
+    def told_first(stage: Stage) -> None:
+        steps.append({float(state["step"]) for state in plain.optimizer.state.values()})
+        train(stage)
+
+    monkeypatch.setattr(plain, "train", told_first)
+    plain.run()
+    assert steps[0] == set()
+    assert bool(steps[1]) is not anew
 
 
 def test_an_edit_begins_in_one_place_and_before_its_training(

@@ -48,7 +48,7 @@ COMMANDS: Mapping[str, Command] = {
         ),
         (
             *("model", "data", "edit", "block", "mixer", "importance", "schedule", "refit", "loss", "optim"),
-            *("trainer", "run", "logger", "eval", "experiment", "debug"),
+            *("trainer", "run", "logger", "eval", "budget", "experiment", "debug"),
         ),
         (
             *("schedule.count", "schedule.target_layers", "schedule.tokens", "schedule.lr", "schedule.floor"),
@@ -62,6 +62,24 @@ COMMANDS: Mapping[str, Command] = {
         ("iskd score model=DIR importance=block_influence", "iskd score model=OWNER/NAME data=text data.path=FILE"),
         (*_MODEL, "importance"),
         ("run.score_tokens", "data.path", "data.seq_len", "seed"),
+    ),
+    "search": Command(
+        "find out what every layer of a model becomes within a budget, for many budgets, without training",
+        "Options are fitted layer by layer and kept in a library, scored and priced once, and chosen by a solver. A table, "
+        "front.csv and a plan file for every budget in a folder below runs/; iskd train experiment=budget "
+        "budget.plan=FILE carries one out.",
+        (
+            "iskd search model=DIR budget.params=[0.9,0.8,0.7]  # shares of the blocks",
+            "iskd search model=DIR budget.decode_ms=[80%,60%] budget.context=4096",
+            "iskd search model=DIR budget.params=0.8 budget.native=true budget.use=[remove,merge]",
+        ),
+        (*_MODEL, "budget"),
+        (
+            *("budget.params", "budget.bytes", "budget.cache_bytes", "budget.prefill_ms", "budget.decode_ms"),
+            *("budget.context", "budget.native", "budget.use", "budget.fit_tokens", "budget.score_tokens"),
+            *("budget.library", "data.path", "data.seq_len", "seed"),
+        ),
+        {"budget": "default"},
     ),
     "evaluate": Command(
         "measure a student (or any model) on tasks and text, beside its teacher on the same items",

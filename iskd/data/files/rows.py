@@ -60,6 +60,8 @@ def text_of(row: Any, name: str, where: str, key: str = "data.source") -> str:
     if not isinstance(row[name], str):
         texts = [field for field, value in row.items() if isinstance(value, str)]
         fix = "write it as text" if key == "eval.text" or not texts else f"set {key}.field to one that is: {texts}"
+        if isinstance(row[name], list) and row[name] and all(type(each) is int for each in row[name]):
+            fix = "these are tokens: write the text that they were made of (docs/data.md)"
         if isinstance(row[name], bytes):
             fix = f"decode it, in pandas table[{name!r}] = table[{name!r}].str.decode('utf-8')"
         raise ValueError(f"{where}: field {name!r} is {type(row[name]).__name__}, not text; {fix}")
@@ -71,6 +73,8 @@ def _no_field(name: str, names: list[str], where: str, key: str) -> str:
     fix = f"set {key}.field to one of them"
     if key == "eval.text":
         fix = "eval.text reads no other: rename the field, or write its texts to a .txt file (blank lines apart)"
+    elif "input_ids" in names:
+        fix = f"{fix}; input_ids are tokens: write the text that they were made of (docs/data.md)"
     elif is_chat(names):
         fix = f"{fix}, or for chats data.chat.loss=assistant (or all)"
     return f"{where} has no field {name!r}, only {shown}; {fix}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.modules.layers import gate_proj
+from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.mixers.modules.limits import check_memory
 from iskd.models import at_least_fp32
 
@@ -19,10 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity"
 RATE = 4.0
 
 
-def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name. Raises ValueError when there is none."""
+def activation_of(name: str, key: str = "activation") -> Callable[[Tensor], Tensor]:
+    """The activation of that name, given as `mixer.<key>`. Raises ValueError when there is none."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"mixer.activation={name!r}: choose one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"mixer.{key}={name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -56,6 +56,14 @@ class SoftplusDecay(nn.Module):
         self.width = width
         self.A_log = nn.Parameter(torch.full((heads,), math.log(RATE)))
         self.proj = gate_proj(stream, heads * width, rank=rank, bias=inverse_softplus(1 / (memory * RATE)))
+
+    @torch.no_grad()
+    def remember(self, memory_H: Tensor) -> None:
+        """Have the decays of each head forget all but 1/e after so many tokens, wherever W x is zero."""
+        steps_H = 1 / (memory_H * self.A_log.exp())
+        # the inverse of softplus, without overflow or cancellation
+        bias_H = steps_H + torch.log(-torch.expm1(-steps_H))
+        last_bias(self.proj).copy_(bias_H.repeat_interleave(self.width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Log decays [B, T, H] or [B, T, H, K], at most 0, in the wide dtype."""

@@ -27,7 +27,8 @@ _GATES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 class ShortConv(nn.Module):
     """Depthwise causal convolution along the tokens; starts as the identity: the last tap 1, all others 0.
 
-    It has no activation, unlike those of the published mixers: behind a copied projection one would undo the copying.
+    It has no activation of its own, unlike those of the published mixers: behind a copied projection one would undo the
+    copying (`mixer.conv_activation`, and `mixer.activation` of some, put one there).
     Called by `iskd.mixers.base.Context.conv`, which knows the inputs before the first token.
     """
 
@@ -141,6 +142,17 @@ def gate_proj(stream: int, out: int, *, rank: int | None = None, bias: float = 0
     nn.init.normal_(last.weight, std=std)
     nn.init.constant_(last.bias, bias)
     return last if rank is None else nn.Sequential(nn.Linear(stream, rank, bias=False), last)
+
+
+def last_bias(gate: nn.Module) -> nn.Parameter:
+    """The bias [out] of a `gate_proj`, which says where its gates start."""
+    last = gate[-1] if isinstance(gate, nn.Sequential) else gate
+    return last.get_parameter("bias")
+
+
+def logits_of_memory(tokens_C: Tensor, temper: float = 1.0) -> Tensor:
+    """`logit_of_memory` of every channel; tokens above 0."""
+    return -torch.expm1(temper / tokens_C).log()
 
 
 def logit_of_memory(tokens: float, temper: float = 1.0) -> float:

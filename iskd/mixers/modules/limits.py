@@ -10,6 +10,8 @@ MAX_TEMPER = 100.0
 MAX_TOKENS = 1_000_000  # in a window or a chunk
 MAX_CONV = 1024
 MAX_FEATURES = 128  # channels; their squares are 8,256 features
+MAX_STEPS = 8  # delta rules a token
+MAX_NU = 16  # neighbours in dpfp's products
 MIN_EPS = 1e-12
 MAX_TIMES = 4  # widths of the stream in a rank or a state
 

@@ -1,26 +1,48 @@
 """Softmax over a sliding window, without its normaliser: what is divided, and by what, is left to the mixer.
 
-Sizes: B sequences, T tokens, G key heads, H = G * R query heads, K key width, V value width, w tokens in the window; in
-blocks, N of C queries, each with the C + w keys of its block and of the window before it.
+Sinks are the first tokens of a document, which all its later tokens go on to see (arXiv 2309.17453, section 3.2).
+
+Sizes: B sequences, T tokens, G key heads, H = G * R query heads, K key width, V value width, w tokens in the window, s
+sinks; in blocks, N of C queries, each with the C + w keys of its block and of the window before it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def near(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, keys_BS: Tensor, queries_BT: Tensor, *, size: int) -> Tensor:
-    """Sums over every token's window with weights exp(score - c), c its largest score; linear in T.
+class Sinks(NamedTuple):
+    """The sinks of every query's document."""
+
+    k: Tensor  # [B, T or 1, s, G, K]; 1 where all queries of a row share theirs
+    v: Tensor  # [B, T or 1, s, G, V]
+    places: Tensor  # place of every query in its document [B, T]; sink j is seen from place j on
+
+
+def near(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    keys_BS: Tensor,
+    queries_BT: Tensor,
+    *,
+    size: int,
+    sinks: Sinks | None = None,
+) -> Tensor:
+    """Sums over every token's window and sinks with weights exp(score - c), c its largest score; linear in T.
 
     Args:
         q_BTHK: queries, scaled.
         k_BSGK: keys of the S = w + T tokens from w before the first query to the last.
         v_BSGV: their values.
-        keys_BS: their document; at least 0, or -1 for those that nobody may see.
+        keys_BS: their document; at least 0, or -1 for those that nobody may see in a window, sinks among them.
         queries_BT: the queries' document.
         size: most queries per block; changes the speed, not the result.
+        sinks: what is seen beside the window.
 
     Returns:
         Of the values, then, in a last column, of the weights: [B, T, H, V + 1]; zeros where a query sees nothing.
@@ -28,17 +50,51 @@ def near(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, keys_BS: Tensor, querie
     tokens, groups, window = q_BTHK.shape[1], k_BSGK.shape[2], k_BSGK.shape[1] - q_BTHK.shape[1]
     size = min(size, tokens)
     fill, step = -tokens % size, size + window
-    q = F.pad(q_BTHK, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, size)).unflatten(3, (groups, -1))
+
+    def blocks(x_BT: Tensor, value: float = 0.0) -> Tensor:
+        """[B, N, C, ...] of [B, T, ...]."""
+        return F.pad(x_BT, (0, 0) * (x_BT.dim() - 2) + (0, fill), value=value).unflatten(1, (-1, size))
+
+    q = blocks(q_BTHK).unflatten(3, (groups, -1))
     k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unfold(1, step, size) for x in (k_BSGK, v_BSGV))
     scores = torch.einsum("bncgrk,bngkj->bngrcj", q, k)
     keys = F.pad(keys_BS, (0, fill), value=-1).unfold(1, step, size)[:, :, None]
-    queries = F.pad(queries_BT, (0, fill)).unflatten(1, (-1, size))[..., None]
+    queries = blocks(queries_BT)[..., None]
     # query i of a block finds itself at place i + w
     ahead = torch.arange(step, device=q.device) - torch.arange(size, device=q.device)[:, None]
     allowed = (keys == queries) & (ahead > 0) & (ahead <= window)
+    v = F.pad(v, (0, 0, 0, 1), value=1.0)
+    if sinks is None:
+        weights = unnormalised(scores, allowed[:, :, None, None])
+        return torch.einsum("bngrcj,bngvj->bncgrv", weights, v).flatten(3, 4).flatten(1, 2)[:, :tokens]
+    # one softmax for both: the sinks' columns first
+    s = sinks.k.shape[2]
+    first_k, first_v = (x.unsqueeze(2) if x.shape[1] == 1 else blocks(x) for x in sinks[:2])
+    there = blocks(sinks.places, -1)[..., None] >= torch.arange(s, device=q.device)
+    scores = torch.cat([torch.einsum("bncgrk,bncjgk->bngrcj", q, first_k), scores], -1)
+    allowed = torch.cat([there, allowed], -1)
     weights = unnormalised(scores, allowed[:, :, None, None])
-    o = torch.einsum("bngrcj,bngvj->bncgrv", weights, F.pad(v, (0, 0, 0, 1), value=1.0))
+    o = torch.einsum("bngrcj,bngvj->bncgrv", weights[..., s:], v)
+    o = o + torch.einsum("bngrcj,bncjgv->bncgrv", weights[..., :s], F.pad(first_v, (0, 1), value=1.0))
     return o.flatten(3, 4).flatten(1, 2)[:, :tokens]
+
+
+def places(seen_BT: Tensor, segments_BT: Tensor, before_B: Tensor | None = None) -> Tensor:
+    """Place of every token in its document, from 0, real tokens counted alone [B, T]; padding has the place before it.
+
+    Args:
+        seen_BT: which tokens are real and not padding.
+        segments_BT: number of the document that a token belongs to, not decreasing within a row.
+        before_B: real tokens of the first document that came earlier; None = none.
+    """
+    seen = seen_BT.long()
+    count = seen.cumsum(1)
+    begins = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0), value=True)
+    # what was counted before the document began goes off; a running maximum carries it along
+    found = count - (count - seen).masked_fill(~begins, 0).cummax(1).values - 1
+    if before_B is None:
+        return found
+    return found + before_B[:, None] * (segments_BT == segments_BT[:, :1])
 
 
 def pairs(q_BTHK: Tensor, k_BTGK: Tensor) -> Tensor:

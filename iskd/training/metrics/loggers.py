@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from iskd.evaluation.results import evaluation_of
 from iskd.plan import StageResult
-from iskd.plan.metric_names import QUALITY, X_AXIS
+from iskd.plan.metric_names import INSIDE, QUALITY, X_AXIS
 from iskd.plan.results import student_of
 from iskd.plan.run_files import (
     CONFIG_FILE,
@@ -34,6 +36,7 @@ from iskd.plan.run_files import (
 )
 from iskd.plan.saved_config import read_config
 from iskd.plan.summary import summary
+from iskd.report.figures.score_curves import score_curve
 from iskd.report.read_run import read_run
 from iskd.report.run_page import picture
 from iskd.system import Json, read_json, write_whole
@@ -129,8 +132,15 @@ def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: M
         "stages": wandb.Table(columns=list(COLUMNS), data=_rows(results)),
         "picture": wandb.Image(str(run_dir / PICTURE_FILE)),
     }
+    curve = score_curve("", results, read_run(run_dir, curves=False).num_layers)
+    names = list(dict.fromkeys(name for point in curve.points for name in point.tasks or {}))
     if scores := [[r.index, int(layer), score] for r in results for layer, score in (r.scores or {}).items()]:
         shown["importance"] = wandb.Table(columns=["stage", "layer", "score"], data=scores)
+    rows = [
+        [p.edited, p.layers, p.tokens, p.retention, *((p.tasks or {}).get(name) for name in names)]
+        for p in curve.points
+    ]
+    shown["scores"] = wandb.Table(columns=["blocks edited", "layers left", "tokens", "retention", *names], data=rows)
     if (run_dir / REPORT_FILE).is_file():
         shown["report"] = wandb.Html(run_dir / REPORT_FILE, inject=False)
     said = read_run(run_dir, curves=False)
@@ -197,13 +207,29 @@ def _config(run_dir: Path) -> dict[str, Any]:
     return read_config(file) if file.is_file() else {}
 
 
+def log_inside(loggers: Iterable[Any], quality: Mapping[str, float], tokens: int, stage: int, step: int) -> None:
+    """Give what was measured inside a stage to every logger."""
+    log_values(loggers, {**{f"val/{key}": quality[key] for key in QUALITY}, INSIDE: 1.0}, tokens, stage, step)
+
+
 def log_row(loggers: Iterable[Any], row: StageResult, step: int) -> None:
     """Give a stage's result to every logger (`log_metrics(values, step)`), against cumulative tokens."""
     values = {f"val/{key}": getattr(row, key) for key in QUALITY}
     values |= {"model/params": row.params, "model/block_params": row.block_params}
     speeds = {"val/tokens_per_s": row.tokens_per_s, "train/tokens_per_s": row.train_tokens_per_s}
     values |= {name: speed for name, speed in speeds.items() if speed is not None}
-    log_values(loggers, values, row.tokens, row.index, step)
+    log_values(loggers, {**values, **task_values(row.evaluation)}, row.tokens, row.index, step)
+
+
+def task_values(evaluation: Json | None) -> dict[str, float]:
+    """The student's scores of an evaluation by task, its mean retention, and the perplexity of its text."""
+    if evaluation is None:
+        return {}
+    found = evaluation_of(evaluation)
+    values = {f"task/{task.task}": task.student for task in found.tasks} | {"task/retention": found.mean.value}
+    if found.text is not None:
+        values["task/perplexity"] = found.text.perplexity
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def log_values(loggers: Iterable[Any], values: Mapping[str, float], tokens: int, stage: int, step: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from iskd.plan.metric_names import QUALITY, X_AXIS
+from iskd.plan.metric_names import INSIDE, QUALITY, X_AXIS
 from iskd.plan.run_files import KEPT_METRICS_FILE, METRICS_FILE
 from iskd.system.files import clear_place
 from iskd.system.tables import csv_text, read_csv, write_csv
@@ -123,6 +123,8 @@ def _belongs(row: Mapping[str, str], below: int, results: int) -> bool:
     tokens = float(row[X_AXIS])
     if tokens != below:
         return tokens < below
+    if row.get(INSIDE):  # before the checkpoint of its step is written
+        return True
     if row.get(_RESULT):
         return float(row.get("stage") or 0) < results
     # a training row is logged before its step is counted, so the one at `below` belongs to the step that comes next

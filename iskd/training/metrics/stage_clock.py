@@ -46,6 +46,10 @@ class StageClock:
         self._count()
         self._batch = batch
 
+    def apart(self, seconds: float) -> None:
+        """So much of the time since the batch began was no training."""
+        self._ended += seconds
+
     def _count(self) -> float:
         last, self._ended = self._ended, time.perf_counter()
         self._trained += self._ended - last

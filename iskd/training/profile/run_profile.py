@@ -107,7 +107,7 @@ def _enter_stage(
         raise ValueError("schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, ...")
     windows = partial(parts.data.calibration, parts.options.score_tokens)
     while True:
-        decide(parts.schedule, parts.importance, state, module, windows, Ranks(), context)
+        decide(parts.schedule, parts.importance, state, module, windows, Ranks(), context, parts.data.pass_tokens)
         stage = state.stage
         if stage is None:
             raise ValueError("no stage of the schedule trains, so there is no step to profile; set schedule.tokens")

@@ -2,12 +2,13 @@
 
 Position, weights, optimizer state and random numbers, resumable at any step while the architecture changes.
 
-Imports: system, plan, models, training.step.
+Imports: system, plan, models, teacher, export, training.step.
 """
 
 from __future__ import annotations
 
 from iskd.training.state.run_state import RunState, Status
 from iskd.training.state.saver import Saver
+from iskd.training.state.students import StudentKeeper, gathered, stored_in
 
-__all__ = ["RunState", "Saver", "Status"]
+__all__ = ["RunState", "Saver", "Status", "StudentKeeper", "gathered", "stored_in"]

@@ -12,9 +12,9 @@ from pydantic import AfterValidator, Field
 from transformers import PreTrainedModel
 
 from iskd.models import surgery
-from iskd.plan import Record, Stage, StageResult, to_json
+from iskd.plan import Edit, Record, Stage, StageResult, to_json
 from iskd.plan.metric_names import QUALITY
-from iskd.plan.results import check_quality
+from iskd.plan.results import check_inside, check_quality
 from iskd.system import Json
 from iskd.system.faults import NonFiniteError, Verdict
 from iskd.system.files import MAX_NUMBER
@@ -54,6 +54,7 @@ class RunState:
         tokens: training tokens so far, over all ranks.
         seconds: wall time spent in `stage` so far.
         before: quality right after the edits of `stage`, before healing.
+        inside: quality inside `stage`, with the tokens so far, in order.
         events: sentences about `stage`, for its row.
         tournament: trials of the candidates for the next stage, while they last.
         finished: finished stages, oldest first.
@@ -76,6 +77,7 @@ class RunState:
     tokens: Count = 0
     seconds: Number = 0.0
     before: Annotated[dict[str, Number], AfterValidator(check_quality)] | None = None
+    inside: list[Annotated[dict[str, Number], AfterValidator(check_inside)]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     tournament: Tournament | None = None
     finished: tuple[Stage, ...] = ()
@@ -109,7 +111,7 @@ class RunState:
         """
         self.tournament = Tournament(tuple(candidates), trial_tokens) if len(candidates) > 1 else None
         self.stage = self.tournament.stage if self.tournament else candidates[0] if candidates else None
-        self.events, self.before, self.seconds = list(events), None, 0.0
+        self.events, self.before, self.seconds, self.inside = list(events), None, 0.0, []
         self.edited, self.batch = False, 0
 
     def edit_made(self, record: Record, events: Iterable[str]) -> None:
@@ -120,6 +122,10 @@ class RunState:
     def measured_before(self, quality: Mapping[str, float]) -> None:
         """The student was measured after the edits and before healing."""
         self.before = {key: quality[key] for key in QUALITY}
+
+    def measured_inside(self, quality: Mapping[str, float]) -> None:
+        """The student was measured inside `stage`."""
+        self.inside.append({"tokens": self.tokens, **{key: quality[key] for key in QUALITY}})
 
     def batch_done(self, tokens: int) -> None:
         """A micro-batch was trained, of so many tokens over all ranks."""
@@ -144,7 +150,7 @@ class RunState:
     def rolled_back(self, record: Record) -> None:
         """The student is, with `record`, as it was before the edits of `stage`."""
         self.record = record
-        self.edited, self.batch, self.before = False, 0, None
+        self.edited, self.batch, self.before, self.inside = False, 0, None, []
 
     def trial_judged(self, kl: float) -> None:
         """A trial was rolled back, and left this divergence from the teacher: the next one, or the winner, follows."""
@@ -159,14 +165,21 @@ class RunState:
         self.stage = None
 
     def stage_measured(
-        self, model: PreTrainedModel, name: str, quality: Mapping[str, float], train_speed: float | None, status: Status
+        self,
+        model: PreTrainedModel,
+        name: str,
+        quality: Mapping[str, float],
+        train_speed: float | None,
+        status: Status,
+        evaluation: Json | None = None,
+        edits: Sequence[Edit] = (),
     ) -> StageResult:
-        """A new row of the stage table, for the stage that just ended."""
-        edits = () if self.stage is None else to_json(self.stage)["edits"]
+        """A new row of the stage table, for the stage that just ended; `edits` are those before the first one."""
+        made = edits if self.stage is None else self.stage.edits
         row = StageResult(
             index=len(self.results),
             name=name,
-            edits=[_edit_row(edit) for edit in edits],
+            edits=[_edit_row(edit) for edit in to_json(Stage(name, tuple(made)))["edits"]],
             params=surgery.parameters(model),
             block_params=surgery.block_parameters(model),
             **{key: quality[key] for key in QUALITY},
@@ -179,6 +192,8 @@ class RunState:
             seconds=self.seconds,
             train_tokens_per_s=train_speed,
             tokens_per_s=quality["tokens_per_s"],
+            inside=list(self.inside),
+            evaluation=evaluation,
             scores=None if self.scores is None else {str(layer): score for layer, score in self.scores.items()},
             status=status,
             events=list(self.events),

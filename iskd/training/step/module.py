@@ -23,6 +23,7 @@ from iskd.losses.topk_kl import TopK, topk_loss
 from iskd.models import Signals, Stack, sharding
 from iskd.models.packing import Separator
 from iskd.plan import Record, Stage
+from iskd.plan.metric_names import ALIGN
 from iskd.system import Ranks
 from iskd.teacher import TeacherCache, TeacherCacheSpec, TeacherStates, check_terms_cached
 from iskd.training.step.alignment import align
@@ -356,3 +357,4 @@ class DistillModule(L.LightningModule):
         if self._logs():
             self._row = {**self._values(), "train/grad_norm": norm}
             self.log_dict(self._row, on_step=True, on_epoch=False, logger=False)
+            self._row |= {f"{ALIGN}{layer}": value for layer, value in self._by_layer.items()}

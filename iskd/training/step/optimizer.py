@@ -33,6 +33,8 @@ class OptimSpec:
         decay_over: `run` decays once over all tokens, `stage` in every stage anew.
         end: share of the rate that is left at the end, in [0, 1].
         fused: update all parameters in one kernel; False = torch's loop over them, for comparison.
+        anew: forget moments and step counts at the start of every stage, as code does that makes a new optimizer there
+            (ISKD's, ILD's); False = those of surviving parameters are kept.
     """
 
     kinds: ClassVar[tuple[tuple[bool, bool], ...]] = ((True, False), (False, False))
@@ -46,6 +48,7 @@ class OptimSpec:
     decay_over: str = "run"
     end: float = 0.0
     fused: bool = True
+    anew: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -171,7 +171,8 @@ def _behind_matrix(hosted: HostedMixer, width: int) -> list[nn.Parameter]:
         for parameter in parameters:
             parameter.requires_grad_()
         weight = parameters[0]
-        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+        kind = "cpu" if weight.is_meta else weight.device.type  # a plan asks on shapes alone
+        with torch.enable_grad(), torch.autocast(kind, enabled=False):
             matrix = matrix_of(hosted, Call((weight.new_zeros(1, 2, width),), {}))
             found = torch.autograd.grad(matrix.sum(), parameters, allow_unused=True)
     finally:

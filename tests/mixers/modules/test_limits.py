@@ -53,6 +53,7 @@ COUNTS = {
     "shift_rank": (0, -1, HUGE, 193),
     "feature_dim": (0, -1, 129, HUGE),
     "window": (0, -1, 1_000_001, HUGE, 2.5),
+    "sinks": (-1, 1_000_001, HUGE, 1.5),
     "conv": (-1, 1025, HUGE, 1.5),
     "chunk": (0, -1, 1_000_001, HUGE, 1.5),
 }
@@ -62,6 +63,7 @@ LIMITS = {
     "shift_rank": "1 to 192",
     "feature_dim": "1 to 128",
     "window": "1 to 1000000",
+    "sinks": "0 to 1000000",
     "conv": "0 to 1024",
     "chunk": "1 to 1000000",
 }

@@ -1,0 +1,102 @@
+"""Steps of `schedule=mixed` as people write them, and with every part that they name in full.
+
+    {edit: remove, count: 4, importance: ablation}
+    {edit: replace, block: {name: slim, ratio: 0.3}, count: 4, refit: [output]}
+    {edit: convert, mixer: gated_deltanet, layers: every_second, tokens: 1e6}
+
+A part is named as on the command line, alone or with keys of its own; all other keys are those of the step's schedule,
+which is `align` for conversions and else `iterative`. A group that is not named is the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from iskd.system.text import perhaps
+from iskd.system.version import CONF, options
+
+GROUPS = ("edit", "block", "mixer", "importance", "refit")
+"""Groups that a step may choose from."""
+_TARGET = "_target_"
+
+
+def steps_as_meant(schedule: dict[str, Any]) -> None:
+    """Put the parts that steps name, and their schedules, in the place of the names.
+
+    Raises:
+        ValueError: a step is no mapping, names no edit, or a part that there is not.
+    """
+    steps = schedule.get("steps")
+    if not isinstance(steps, list):
+        raise ValueError(f"schedule.steps={steps!r:.80}: give a list of steps, such as [{{edit: remove, count: 4}}]")
+    made = [_step(step, f"schedule.steps[{number}]") for number, step in enumerate(steps)]
+    _share(made, schedule.get("tokens"))
+    schedule["steps"] = made
+
+
+def _step(step: Any, place: str) -> dict[str, Any]:
+    if not isinstance(step, Mapping):
+        raise ValueError(f"{place}={step!r:.80}: give keys, such as {{edit: remove, count: 4}}")
+    if "edit" not in step:
+        raise ValueError(f"{place} names no edit: set its edit to one of {', '.join(options('edit'))}")
+    own = {group: _part(group, step[group], place) for group in GROUPS if group in step and group != "refit"}
+    if "refit" in step:
+        names = step["refit"]
+        own["refit"] = names if isinstance(names, Mapping) else _refits(names, place)
+    asked = step.get("schedule")
+    if isinstance(asked, Mapping) and _TARGET in asked:
+        return {**own, "schedule": dict(asked)}
+    converts = str(own["edit"].get(_TARGET)).endswith("ConvertTo")
+    usual = _part("schedule", asked or ("align" if converts else "iterative"), place)
+    if str(usual[_TARGET]).endswith(".Mixed"):
+        raise ValueError(f"{place}.schedule=mixed: a step has no steps; write them one after the other")
+    given = {key: value for key, value in step.items() if key not in (*GROUPS, "schedule")}
+    if unknown := [key for key in given if key not in usual]:
+        known = [key for key in usual if key != _TARGET]
+        near = perhaps(unknown[0], known)
+        raise ValueError(f"{place}.{unknown[0]} is no key{near}: drop it, or use one of {', '.join((*GROUPS, *known))}")
+    if not converts and "count" not in given and given.keys() & {"layers", "target_layers", "target_params"}:
+        usual["count"] = None
+    return {**own, "schedule": {**usual, **given, "_tokens": "tokens" in given or given.get("epochs") is not None}}
+
+
+def _refits(names: Any, place: str) -> dict[str, Any]:
+    chosen = [names] if isinstance(names, str) else list(names or ())
+    return {key: node for name in chosen for key, node in _part("refit", name, place).items()}
+
+
+def _part(group: str, chosen: Any, place: str) -> dict[str, Any]:
+    """The yaml of a choice, with keys of the step's own in it; one in full is taken as it is."""
+    if isinstance(chosen, Mapping) and _TARGET in chosen:
+        return dict(chosen)
+    keys = dict(chosen) if isinstance(chosen, Mapping) else {}
+    name = keys.pop("name", None) if isinstance(chosen, Mapping) else chosen
+    if not isinstance(name, str) or name not in options(group):
+        near = perhaps(str(name), options(group))
+        raise ValueError(
+            f"{place}.{group}={name!r:.80} is no choice{near}: use one of {', '.join(options(group))}, or "
+            "{name: ONE OF THEM, KEY: VALUE}"
+        )
+    node: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    if unknown := [key for key in keys if key not in node]:
+        known = ", ".join(key for key in node if key != _TARGET)
+        raise ValueError(f"{place}.{group}.{unknown[0]} is no key: drop it, or use one of {known or '(none)'}")
+    return {**node, **keys}
+
+
+def _share(steps: list[dict[str, Any]], tokens: Any) -> None:
+    """Steps without a budget of their own share what is left of the run's."""
+    told = {number: step["schedule"].pop("_tokens", True) for number, step in enumerate(steps)}
+    without = [step["schedule"] for number, step in enumerate(steps) if not told[number]]
+    if tokens is None or not without:
+        return
+    named = [step["schedule"].get("tokens") or 0 for number, step in enumerate(steps) if told[number]]
+    spent = sum(int(float(each)) for each in named)
+    if spent > tokens:
+        raise ValueError(f"schedule.tokens={tokens}: the steps that name theirs take {spent:,}; give more, or null")
+    for number, schedule in enumerate(without):
+        left = int(tokens) - spent
+        schedule["tokens"] = left // len(without) + (number < left % len(without))

@@ -1,0 +1,49 @@
+"""`iskd search model=... budget.params=[0.9,0.8,...]`: search for plans without training anything."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from iskd.commands.arguments import hydra_main, output_folder
+from iskd.commands.build import asked_of, text_data
+from iskd.commands.config import as_meant, object_of
+from iskd.commands.search.front import front_table, write_plans
+from iskd.models import Stack
+from iskd.report.terminal import print_table, terminal
+from iskd.schedules.budget import plans_for
+from iskd.teacher import load_teacher
+
+if TYPE_CHECKING:
+    from iskd.plan.budget_plan import BudgetPlan
+
+
+def main() -> None:
+    """The command of this process; without `budget=` the options are those of `budget=default`."""
+    if not any(argument.startswith("budget=") for argument in sys.argv):
+        sys.argv.append("budget=default")
+    _main()
+
+
+@hydra_main
+def _main(config: Any) -> None:
+    plans = plans_of(config)
+    if not plans:
+        return  # a process that has fitted its share of the layers
+    console = terminal()
+    print_table(front_table(plans), spare=("of the teacher",), console=console)
+    for file in write_plans(output_folder(), plans):
+        console.print(str(file), soft_wrap=True)
+
+
+def plans_of(config: Any) -> list[BudgetPlan]:
+    """A plan for every budget of a config."""
+    config = as_meant(config)
+    if not config.get("budget"):
+        raise ValueError("iskd search needs a budget: set budget=default and budget.params=[0.9,0.8,0.7]")
+    budget = object_of(config.budget)
+    if budget.plan is not None:
+        raise ValueError("budget.plan names a plan that is found already: it is for iskd train experiment=budget")
+    teacher = load_teacher(object_of(config.model))
+    data = text_data(config, teacher.tokenizer, Stack(teacher.model))
+    return plans_for(budget, asked_of(config, teacher, data))

@@ -1,0 +1,238 @@
+"""What a spec asks, task by task: of the harness, or made and scored here; and what a model answers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iskd.data import Framing
+from iskd.evaluation import harness
+from iskd.evaluation.harness import Drawn
+from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.made_items import (
+    COPY_DOC,
+    COPY_PARA,
+    LENGTHS,
+    POOL,
+    RECALL,
+    copying_items,
+    length_of,
+    recall_items,
+    recall_name,
+)
+from iskd.evaluation.scores import CHOICE, GENERATION, Scored
+from iskd.evaluation.task_items import (
+    CBT_SENTENCE,
+    COPY,
+    COPY_POOL,
+    Item,
+    check_task,
+    copy_items,
+    read_sentences,
+    subset,
+)
+from iskd.evaluation.written import WRITTEN, Passage, read_passages, write_and_score
+from iskd.system import Busy
+
+Question = Drawn | Sequence[Item] | Sequence[Passage]
+Tell = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
+STAGE = "stage"
+_MADE = (COPY, COPY_DOC, COPY_PARA, RECALL)
+OURS = (*_MADE, CBT_SENTENCE, *WRITTEN)
+"""Tasks that are scored here and not by the harness."""
+
+
+def is_ours(name: str) -> bool:
+    """Whether a task is scored here. Raises ValueError for a `recall_N` of a length that there is not."""
+    return name in OURS or length_of(name) is not None
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What to evaluate; one conf/eval/*.yaml.
+
+    Attributes:
+        tasks: keys of `iskd.evaluation.task_items.TASKS`, `copy` (random words to be repeated, made here), and without
+            a data_dir any other name that lm-evaluation-harness knows.
+        limit: at most so many items of each task; None = all.
+        data_dir: folder of NAME/eval.jsonl; None = the harness's own tasks, from the hub.
+        task_dir: folder of tasks in the harness's own format (a yaml each), for names that are none of ours.
+        fewshot: examples before every question of the harness; None = as many as each task says, 0 of ours. Of local
+            files they are the lines of DATA_DIR/NAME/fewshot.jsonl, or the other items.
+        metrics: by task the metric that is compared, one that the harness reports of it; others go by their usual one.
+        lengths: tokens of the items of `recall` and of tasks of the harness that are made to a length (RULER's).
+        seed: of the items drawn and of the bootstrap.
+        batch_size: texts at a time in the harness.
+        batch_tokens: tokens at a time in `copy` and in the text.
+        text: file, folder or glob for perplexity and bits per byte; None = none, or what the caller passes.
+        tokens: at most so many tokens of the text.
+        window: tokens per window of the text; at most what the model with the longest limit takes, beside which the
+            other one reads a window in pieces of its own.
+        resamples: of the bootstrap.
+        every: along a run, for its figures. `stage`: tasks and text are asked at the start and after every stage; a
+            number: that too, and inside a stage the student is validated every so many training tokens, on the windows
+            of `data.val_tokens`. None = at the end alone.
+        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
+        efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
+            At the end of a run it is `run.efficiency_seconds` that says so.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    tasks: Sequence[str] = ()
+    limit: int | None = 100
+    data_dir: str | None = None
+    task_dir: str | None = None
+    fewshot: NonNegativeInt | None = None
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    lengths: Sequence[int] = LENGTHS
+    seed: NonNegativeInt = 0
+    batch_size: int = 8
+    batch_tokens: int = 4096
+    text: str | None = None
+    tokens: int = 16384
+    window: int = 512
+    resamples: int = 1000
+    every: PositiveInt | Literal["stage"] | None = None
+    quantize: Sequence[str] = ()
+    efficiency_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "quantize", tuple(self.quantize))
+        if stray := [name for name in self.metrics if name not in self.tasks]:
+            raise ValueError(f"eval.metrics.{stray[0]} is of a task that is not asked: add it to eval.tasks")
+        if not self.lengths or not all(LENGTHS[0] <= length <= LENGTHS[-1] for length in self.lengths):
+            raise ValueError(
+                f"eval.lengths={list(self.lengths)}: give one or more lengths from {LENGTHS[0]} to {LENGTHS[-1]} tokens"
+            )
+        if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+            raise ValueError(f"eval.tasks lists {twice[0]!r} twice")
+        if self.data_dir is not None and self.task_dir is None:
+            for name in self.tasks:
+                if not is_ours(name):
+                    check_task(name)
+        least = {"limit": 1, "batch_size": 1, "batch_tokens": 1, "tokens": 2, "window": 2, "resamples": 1}
+        for key, lowest in (least | {"efficiency_seconds": 0, "fewshot": 0}).items():
+            value = getattr(self, key)
+            if value is not None and value < lowest:
+                raise ValueError(f"eval.{key}={value} must be at least {lowest}")
+        if not isinstance(self.every, int | str | None) or isinstance(self.every, bool):
+            raise ValueError(f"eval.every={self.every!r}: choose stage, a number of training tokens, or null")
+        if self.every != STAGE and (isinstance(self.every, str) or (self.every is not None and self.every < 1)):
+            raise ValueError(f"eval.every={self.every}: choose stage, a number of training tokens, or null")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self.tasks or self.text)
+
+    @property
+    def along(self) -> bool:
+        """Whether tasks or text are asked after every stage."""
+        return self.every is not None and self.asks
+
+    @property
+    def inside(self) -> int | None:
+        """Training tokens after which a student is validated inside a stage; None = it is not."""
+        return None if isinstance(self.every, str) else self.every
+
+
+def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Collection[str]) -> dict[str, Question]:
+    """What to ask, by task in the order of the spec; `recall` stands for one task per length.
+
+    Raises:
+        ValueError: an unknown task, or items that cannot be had.
+    """
+    names = [name for name in spec.tasks if not is_ours(name)]
+    found: dict[str, Question] = {}
+    options: dict[str, Any] = {"limit": spec.limit, "seed": spec.seed}
+    if names:
+        ways = {"exclude": exclude, "task_dir": spec.task_dir, "fewshot": spec.fewshot, "metrics": spec.metrics}
+        made_for = {"tokenizer": tokenizer, "lengths": spec.lengths}
+        with Busy("reading the tasks"):
+            drawn = harness.draw(names, data_dir=spec.data_dir, **options, **ways, **made_for)
+            found |= {each.name: each for each in drawn}
+    for name in spec.tasks:
+        if name in WRITTEN:
+            found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, **options)
+        elif is_ours(name):
+            for each, items in _items(name, spec, tokenizer).items():
+                free = [item for item in items if item.sha256 not in exclude]
+                found[each] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
+    asked = [each for name in spec.tasks for each in found if each == name or (name == RECALL and length_of(each))]
+    return {name: found[name] for name in dict.fromkeys(asked)}
+
+
+def _items(name: str, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Item]]:
+    """Items of a task that is scored here; several where the name stands for several."""
+    if name == COPY:
+        return {name: copy_items(COPY_POOL)}
+    if name in (COPY_DOC, COPY_PARA):
+        return {name: copying_items(name, POOL)}
+    if name == CBT_SENTENCE:
+        return {name: read_sentences(spec.data_dir)}
+    length = length_of(name)
+    count = POOL if spec.limit is None else spec.limit
+    with Busy("making texts to recall from"):
+        lengths = spec.lengths if length is None else (length,)
+        return {recall_name(each): recall_items(tokenizer, each, count, spec.seed) for each in lengths}
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[str, Question],
+    spec: EvalSpec,
+    who: str,
+    tell: Tell,
+    frame: Framing,
+) -> dict[str, Scored]:
+    """Scores of a model by task. Raises ValueError for a metric that a task does not have, and as scorers do."""
+    scores = {}
+    for number, (name, question) in enumerate(asked.items(), 1):
+        step = partial(tell, f"{who}, task {number} of {len(asked)}, texts of {name}")
+        metric = spec.metrics.get(name, spec.metrics.get(RECALL) if length_of(name) else None)
+        if isinstance(question, Drawn):
+            scores[name] = harness.score(model, tokenizer, question, batch_size=spec.batch_size, step=step, frame=frame)
+        elif name in WRITTEN:
+            passages = [each for each in question if isinstance(each, Passage)]
+            options: dict[str, Any] = {"metric": metric, "step": step, "frame": frame}
+            scores[name] = write_and_score(model, tokenizer, name, passages, **options)
+        else:
+            items = [each for each in question if isinstance(each, Item)]
+            scores[name] = _scored(model, tokenizer, name, items, metric, spec.batch_tokens, step, frame)
+    return scores
+
+
+def _scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    items: Sequence[Item],
+    metric: str | None,
+    batch_tokens: int,
+    step: Callable[[int, int], None],
+    frame: Framing,
+) -> Scored:
+    alone = name == CBT_SENTENCE
+    usual = "acc_token" if alone else "acc" if length_of(name) else "led"
+    frame = Framing() if alone else frame
+    result = ask(model, tokenizer, items, batch_tokens=batch_tokens, step=step, frame=frame, first_given=alone)
+    if metric is not None and metric not in result.values:
+        close = difflib.get_close_matches(metric, result.values, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"task {name!r} reports no metric {metric!r}: {hint}set eval.metrics.{name} to {' or '.join(result.values)}"
+        )
+    chance = sum(1 / len(item.pairs) for item in items) / len(items) if alone else 0.0
+    return Scored(CHOICE if alone else GENERATION, metric or usual, chance, result)

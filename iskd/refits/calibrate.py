@@ -1,0 +1,186 @@
+"""Gates of mixers started where the teacher's attention suggests, and their heads brought to the size of its heads.
+
+    d_h = mean look-back of head h, in tokens        e_h = entropy of its rows, over that of uniform rows
+    decay exp(-ln 2 / max(d_h, 1/2)), so that half is left after d_h tokens        beta = 0.3 + 0.4 (1 - e_h)
+    s_h = <y_h, m_h> / <m_h, m_h>, from 0.1 to 10
+
+with y_h what the teacher's head gives to its output projection, and m_h what the mixer's does on the teacher's own
+inputs; s_h goes into the columns of the mixer's output projection. (Taylor-Calibrate, arXiv 2606.16429; its scale goes
+into the values, which a norm behind the heads would undo.) The first token of a window takes no part in d and e: what
+rests on it is a sink, no memory.
+
+Such a start is said to pay only before the layers are trained one by one, as `refit=[calibrate,output,local]` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from iskd.models import Stack
+from iskd.models.capture import Call, attention_weights, follow
+from iskd.models.hosting import HostedMixer
+from iskd.models.sharding import is_sharded
+from iskd.plan import Convert
+from iskd.refits.base import Refit, RefitTask
+
+LEAST_REACH, MOST_MEMORY = 0.5, 1e6
+SCALES = (0.1, 10.0)
+OUT = "projections.o_proj"
+
+
+@dataclass(frozen=True)
+class Calibrate(Refit):
+    """Decays, delta strengths and head sizes of the mixers of this stage, from statistics of the teacher's attention.
+
+    Attributes:
+        tokens: calibration tokens that the statistics are taken of.
+        scale: bring heads to size; else gates alone.
+
+    Source: Taylor-Calibrate (arXiv 2606.16429)
+    Needs: `edit=convert`; calibration tokens (`refit.calibrate.tokens`); a trainer other than fsdp
+    Costs: two passes of the teacher, one with its attention written out, and one of the mixers
+    Measured: not measured
+    """
+
+    _: KW_ONLY
+    tokens: PositiveInt = 2048
+    scale: bool = True
+
+    @property
+    def passes(self) -> float:
+        """Two of the teacher's blocks, and of the mixers' half a block."""
+        return 2.5
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Calibrate; see the class. Raises ValueError for a student in shards."""
+        if is_sharded(task.student):
+            raise ValueError("refit=calibrate needs whole weights, and trainer=fsdp holds them in shards: leave it out")
+        stack, layers = Stack(task.student), list(task.record.layers)
+        mixers: dict[int, Any] = {}
+        for edit in task.edits:
+            if isinstance(edit, Convert) and edit.layer in layers:
+                hosted = stack.layers[layers.index(edit.layer)].get_submodule(stack.family.attn)
+                assert isinstance(hosted, HostedMixer)
+                if hasattr(hosted.mixer, "calibrate"):
+                    mixers[edit.layer] = hosted.mixer
+        if not mixers:
+            return ["no mixer of this stage to calibrate"]
+        mixers = dict(sorted(mixers.items()))
+        told = self._gates(task, mixers)
+        return [told, self._scales(task, mixers)] if self.scale else [told]
+
+    def _gates(self, task: RefitTask, mixers: dict[int, Any]) -> str:
+        """Set the gates of mixers by layer."""
+        reach, entropy = _attended(task, list(mixers))
+        memory = reach.clamp_min(LEAST_REACH) / math.log(2)
+        strength, found = 0.3 + 0.4 * (1 - entropy), []
+        for index, mixer in enumerate(mixers.values()):
+            channels = (mixer.heads, -1)  # as many per head as the mixer has heads
+            width = mixer.projections.get_submodule("o_proj").in_features // memory.shape[1]
+            given = [x[index].repeat_interleave(width).view(channels).mean(1) for x in (memory, strength)]
+            bias = next(mixer.parameters())
+            memory_H, strength_H = (x.to(bias.device, torch.float32) for x in given)
+            found += mixer.calibrate(memory_H.clamp(1, MOST_MEMORY), strength_H.clamp(0.01, 0.99))
+        names = ", ".join(sorted(set(found))) or "no gate"
+        return (
+            f"{names} of {len(mixers)} mixers set: heads of the teacher look back {reach.min():.3g} to "
+            f"{reach.max():.3g} tokens, with {100 * entropy.min():.0f} to {100 * entropy.max():.0f} % of the entropy "
+            "of uniform attention"
+        )
+
+    def _scales(self, task: RefitTask, mixers: dict[int, Any]) -> str:
+        """Scale the columns of the mixers' output projections by head."""
+        stack, ours = Stack(task.teacher), Stack(task.student)
+        path, layers, width = stack.family.attn, list(mixers), stack.dims.head_dim
+        hosted = [ours.layers[task.record.layers.index(layer)].get_submodule(path) for layer in layers]
+        outs = [stack.layers[layer].get_submodule(stack.family.out) for layer in layers]
+        sums = torch.zeros(len(layers), 2, outs_of(mixers[layers[0]]) // width, dtype=torch.float64, device=task.device)
+
+        def visit(index: int, call: Call, _output: Any) -> None:
+            wanted = heard[0]
+            with _hearing([mixers[layers[index]].get_submodule(OUT)]) as own:
+                hosted[index](*call.args, **{key: value for key, value in call.kwargs.items() if key != cache})
+            y, m = (x.double().unflatten(-1, (-1, width)) for x in (wanted, own[0]))
+            sums[index] += torch.stack([(y * m).sum((0, 1, 3)), m.square().sum((0, 1, 3))])
+            heard.clear()
+
+        cache = stack.family.cache_key
+        for batch in task.fit:
+            with _hearing(outs) as heard:
+                follow(stack, batch.to(task.device), _spans(stack, layers), visit)
+        task.ranks.add(sums)
+        scales = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).clamp(*SCALES)
+        for mixer, scale_H in zip(mixers.values(), scales, strict=True):
+            weight = mixer.get_submodule(OUT).weight
+            weight.mul_(scale_H.repeat_interleave(width).to(weight.dtype))
+        return f"heads brought to the teacher's size: by {scales.min():.2f} to {scales.max():.2f}"
+
+
+def outs_of(mixer: Any) -> int:
+    """Channels that a mixer gives to its output projection."""
+    return int(mixer.get_submodule(OUT).in_features)
+
+
+def _spans(stack: Stack, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
+    return [(stack.layers[layer].get_submodule(stack.family.attn),) * 2 for layer in layers]  # type: ignore[misc]
+
+
+@contextmanager
+def _hearing(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What goes into some modules inside the context, in the order in which they are called."""
+    heard: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        heard.append(args[0])
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attended(task: RefitTask, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean look-back in tokens, and entropy over that of uniform rows, of the teacher's heads, each [L, H]."""
+    stack = Stack(task.teacher)
+    found: list[Tensor | None] = [None] * len(layers)
+
+    def visit(index: int, _call: Call, output: Any) -> None:
+        weights = output[1]
+        if weights is None:
+            raise ValueError("refit=calibrate: the teacher's attention gives no weights in this family: leave it out")
+        new, old = _statistics(weights), found[index]
+        found[index] = new if old is None else old + new
+
+    with attention_weights(stack):
+        for batch in task.fit:
+            follow(stack, batch.to(task.device), _spans(stack, layers), visit)
+    sums = torch.stack([one for one in found if one is not None])  # [L, 3, H]
+    task.ranks.add(sums)
+    mass, reach, entropy = sums.cpu().unbind(1)
+    mass = mass.clamp_min(torch.finfo(torch.float64).tiny)
+    return reach / mass, (entropy / mass).clamp(0, 1)
+
+
+def _statistics(weights_BHTT: Tensor) -> Tensor:
+    """Sums over rows, weighted by what a row does not give to the first token: of that weight, look-back and entropy.
+
+    [3, H], float64. A row's entropy is over log t, that of uniform weights on its t tokens but the first.
+    """
+    weights = weights_BHTT[:, :, 2:, 1:].double()  # the first row that could look at two such tokens is the third
+    tokens = weights_BHTT.shape[-1]
+    place = torch.arange(tokens, device=weights.device)
+    back = (place[2:, None] - place[1:]).clamp_min(0)
+    mass = weights.sum(-1)
+    shares = weights / mass.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
+    entropy = torch.special.entr(shares).sum(-1) / place[2:].double().log()
+    return torch.stack([(x * mass).sum((0, 2)) for x in (torch.ones_like(mass), (shares * back).sum(-1), entropy)])

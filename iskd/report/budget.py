@@ -1,0 +1,112 @@
+"""A budget's plan for people: on the terminal before anything is trained, and a section of the run's page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
+from iskd.report import html
+from iskd.report.figures import choice
+from iskd.report.terminal import caption
+from iskd.system import number
+from iskd.system.text import ABSENT, byte_unit, kl_text, layers_text
+
+_NAMES = {
+    "params": "parameters",
+    "bytes": "weights",
+    "cache_bytes": "cache",
+    "prefill_ms": "prefill",
+    "decode_ms": "a token",
+}
+
+
+def choice_table(plan: BudgetPlan) -> Table:
+    """What every layer becomes, what that costs, and what it is predicted to lose."""
+    table = Table(title="budget: what every layer becomes")
+    for head, side in (("option", "left"), ("layers", "left"), ("number", "right"), ("KL alone, mean", "right")):
+        table.add_column(head, justify=side)  # type: ignore[arg-type]
+    for name, layers in choice_map(plan):
+        table.add_row(Text(name), layers_text(layers), str(len(layers)), _alone(plan, name, layers))
+    table.caption = caption("\n".join(_told(plan)))
+    return table
+
+
+def _alone(plan: BudgetPlan, name: str, layers: list[int]) -> str:
+    known = [plan.scores[at][name] for at in layers if at < len(plan.scores) and name in plan.scores[at]]
+    return kl_text(sum(known) / len(known)) if known else ABSENT
+
+
+def _told(plan: BudgetPlan) -> Iterator[str]:
+    for key, cost in plan.costs.items():
+        if key == "bytes" and key not in plan.limits:  # parameters say the same
+            continue
+        whole, limit = plan.teacher_costs.get(key, math.nan), plan.limits.get(key)
+        share = f" ({100 * cost / whole:.1f} % of the teacher)" if whole else ""
+        asked = "" if limit is None else f", asked for {_amount(key, limit)}"
+        yield f"{_NAMES.get(key, key)} {_amount(key, cost)}{share}{asked}" + (
+            f", measured {_amount(key, plan.measured[key])}" if key in plan.measured else ""
+        )
+    yield f"KL predicted {kl_text(plan.predicted_kl)}, measured {kl_text(plan.measured_kl)} before refit and training"
+    if plan.found:
+        yield f"found by {plan.found}"
+    if plan.seconds:
+        yield ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.seconds.items())
+
+
+def _amount(key: str, value: float) -> str:
+    if key == "params":
+        return f"{value:,.0f}"
+    if key in ("bytes", "cache_bytes"):
+        unit, name = byte_unit(value)
+        return f"{number(value / unit, 4)} {name}"
+    return f"{number(value)} ms"
+
+
+def budget_section(plan: BudgetPlan | None, measured: Mapping[str, Any]) -> str:
+    """The section of a run's page; empty without a plan.
+
+    Args:
+        plan: of the run.
+        measured: what became of it: `params` and `kl` of the finished student, as far as they are known.
+    """
+    if plan is None:
+        return ""
+    names = [name for name, _ in choice_map(plan)]
+    taken = next((at for at, tried in enumerate(plan.tried) if tried.choice == plan.choice), -1)
+    points = [(tried.predicted, tried.measured) for tried in plan.tried]
+    key = next(iter(plan.limits), "params")
+    drawn = [
+        (choice.choice_map(names, plan.choice, KEEP), "What every layer became."),
+        (
+            choice.predicted_measured(points, taken),
+            "Plans that were built from the library of fitted options: predicted KL, and measured before any refit or "
+            "training.",
+        ),
+        (choice.front(plan.front, None, _NAMES.get(key, key)), "What other budgets would lose, predicted."),
+    ]
+    rows = [_row(key, plan, measured) for key in plan.costs]
+    rows.append(["KL", "0", kl_text(plan.predicted_kl), kl_text(plan.measured_kl), _known("kl", measured, kl_text)])
+    heads = ("", "teacher", "predicted", "measured, before training", "of the finished student")
+    table = html.table("Predicted and measured", heads, rows, kind="named")
+    return html.section("Budget", f"{table}{html.figures(drawn)}")
+
+
+def _row(key: str, plan: BudgetPlan, measured: Mapping[str, Any]) -> list[str]:
+    teacher, cost, found = plan.teacher_costs.get(key), plan.costs[key], plan.measured.get(key)
+    return [
+        _NAMES.get(key, key),
+        ABSENT if teacher is None else _amount(key, teacher),
+        _amount(key, cost),
+        ABSENT if found is None else _amount(key, found),
+        _known(key, measured, lambda value: _amount(key, value)),
+    ]
+
+
+def _known(key: str, measured: Mapping[str, Any], text: Any) -> str:
+    value = measured.get(key)
+    return ABSENT if not isinstance(value, int | float) or not math.isfinite(value) else text(value)

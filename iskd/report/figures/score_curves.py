@@ -1,0 +1,160 @@
+"""Scores along runs: against blocks edited (as ISKD draws them), layers left (ILD) and training tokens (all)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from iskd.evaluation.results import Evaluation, evaluation_of
+from iskd.plan import StageResult
+from iskd.plan.edits import REMOVAL_OPS
+from iskd.plan.results import kept_of
+from iskd.report.figures.style import PALETTE, figure_of, set_heading, short_label, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 12  # lines of a panel
+_LOOKS = (
+    *((PALETTE["blue"], "-o"), (PALETTE["vermillion"], "--s"), (PALETTE["green"], "-.^"), (PALETTE["purple"], ":D")),
+    *((PALETTE["orange"], "--v"), (PALETTE["sky"], "-.P")),
+)
+
+
+@dataclass(frozen=True)
+class ScorePoint:
+    """A student between two stages, or inside one.
+
+    Attributes:
+        edited: Blocks that were edited so far, removed ones among them.
+        layers: Layers left.
+        tokens: Training tokens so far.
+        retention: Its mean over tasks where they were asked, else that on validation text; low, high: its interval.
+        tasks: Scores by task.
+        inside: Whether it was measured inside a stage.
+    """
+
+    edited: int
+    layers: int
+    tokens: int
+    retention: float
+    low: float = math.nan
+    high: float = math.nan
+    tasks: Mapping[str, float] | None = None
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreCurve:
+    """The points of a run, in order, and whether their retention is that of tasks."""
+
+    name: str
+    points: Sequence[ScorePoint]
+    by_tasks: bool
+
+
+def asked_of(stage: StageResult) -> Evaluation | None:
+    """What tasks and text said of a stage's student; None where it was not asked, or says nothing."""
+    try:
+        return None if stage.evaluation is None else evaluation_of(stage.evaluation)
+    except ValueError:
+        return None
+
+
+def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> ScoreCurve:
+    """The points of a run: kept stages, and between them what was measured inside."""
+    kept, points = kept_of(stages), list[ScorePoint]()
+    by_tasks = len(kept) > 1 and all((found := asked_of(stage)) and math.isfinite(found.mean.value) for stage in kept)
+    edited, layers = set[int](), num_layers
+    for stage in kept:
+        edited |= {edit["layer"] for edit in stage.edits}
+        layers -= sum(edit["op"] in REMOVAL_OPS for edit in stage.edits)
+        at = (len(edited), layers)
+        if not by_tasks:
+            points += [
+                ScorePoint(*at, int(each["tokens"]), each.get("retention", math.nan), inside=True)
+                for each in stage.inside
+                if math.isfinite(each["tokens"])
+            ]
+        found = asked_of(stage)
+        tasks = None if found is None else {task.task: task.student for task in found.tasks}
+        low, high = (stage.intervals or {}).get("retention", [math.nan, math.nan])
+        told = (stage.retention, low, high)
+        if by_tasks and found is not None:
+            told = (found.mean.value, found.mean.low, found.mean.high)
+        points.append(ScorePoint(*at, stage.tokens, *told, tasks=tasks))
+    return ScoreCurve(name, points, by_tasks)
+
+
+_AXES: tuple[tuple[str, Callable[[ScorePoint], float]], ...] = (
+    ("blocks edited", lambda point: point.edited),
+    ("layers left", lambda point: point.layers),
+    ("training tokens (thousands)", lambda point: point.tokens / 1e3),
+)
+
+
+def retention_curves(curves: Sequence[ScoreCurve]) -> str | None:
+    """Retention of several runs, or of one, against whatever of the three changes along them; None where nothing does.
+
+    Tasks and validation text are different scores: where only some runs have tasks, all are drawn by their text, which
+    the caller has to see to.
+    """
+    curves = [curve for curve in curves if len(curve.points) > 1][:_MOST]
+    axes_of = [
+        (label, x) for label, x in _AXES if any(len({x(point) for point in curve.points}) > 1 for curve in curves)
+    ]
+    if not axes_of:
+        return None
+    with figure_of(2.6 * len(axes_of) + 0.5) as figure:
+        panels = figure.subplots(len(axes_of), 1, squeeze=False)[:, 0]
+        for axes, (label, x) in zip(panels, axes_of, strict=True):
+            axes.axhline(100, color=PALETTE["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+            for curve, (colour, form) in zip(curves, cycle(_LOOKS), strict=False):
+                _draw(axes, curve, x, colour, form, inside=label.startswith("training"))
+            if label == "layers left":
+                axes.invert_xaxis()  # a run goes from left to right
+            axes.set_xlabel(label)
+            axes.margins(y=0.12)
+        measure = "mean of the tasks" if curves[0].by_tasks else "validation text"
+        set_heading(panels[0], f"Retention (% of the teacher's score, {measure})")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        return to_svg(figure, "scores", "Retention along the runs")
+
+
+def _draw(
+    axes: Axes, curve: ScoreCurve, x: Callable[[ScorePoint], float], colour: str, form: str, *, inside: bool
+) -> None:
+    points = [point for point in curve.points if math.isfinite(point.retention) and (inside or not point.inside)]
+    style = {"color": colour, "label": short_label(curve.name)}
+    axes.plot([x(point) for point in points], [100 * point.retention for point in points], form, **style)
+    for point in points:
+        if math.isfinite(point.low) and math.isfinite(point.high):
+            axes.vlines(x(point), 100 * point.low, 100 * point.high, color=colour, linewidth=1.0, alpha=0.6)
+
+
+def task_curves(curve: ScoreCurve) -> str | None:
+    """Score by task of one run, stage by stage; None without tasks at two stages."""
+    points = [point for point in curve.points if point.tasks]
+    names = list(dict.fromkeys(name for point in points for name in point.tasks or {}))[:_MOST]
+    if len(points) < 2 or not names:
+        return None
+    removes = points[0].layers != points[-1].layers
+    label, x = _AXES[1 if removes else 0]
+    if len({x(point) for point in points}) < 2:
+        label, x = _AXES[2]
+    with figure_of(3.6 + 0.12 * len(names)) as figure:
+        axes = figure.subplots()
+        for name, (colour, form) in zip(names, cycle(_LOOKS), strict=False):
+            found = [(x(point), (point.tasks or {}).get(name, math.nan)) for point in points]
+            found = [(at, score) for at, score in found if math.isfinite(score)]
+            scores = [100 * score for _, score in found]
+            axes.plot([at for at, _ in found], scores, form, color=colour, label=short_label(name))
+        if label == "layers left":
+            axes.invert_xaxis()
+        axes.set_xlabel(label)
+        set_heading(axes, "Score by task (%)")
+        figure.legend(loc="outside lower left", ncols=3, columnspacing=1.2)
+        return to_svg(figure, "task-scores", "Score by task along the run")

@@ -1,0 +1,14 @@
+"""What every layer becomes within a budget: a library of fitted options, their scores and costs, an exact solver.
+
+Its plans are carried out by an ordinary schedule.
+
+Imports: system, plan, models, teacher, blocks, evaluation, refits, importance, schedules.
+"""
+
+from __future__ import annotations
+
+from iskd.schedules.budget.options import edits_of, steps_of
+from iskd.schedules.budget.running import Asked, plan_for, plans_for
+from iskd.schedules.budget.settings import Budget
+
+__all__ = ["Asked", "Budget", "edits_of", "plan_for", "plans_for", "steps_of"]

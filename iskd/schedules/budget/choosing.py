@@ -1,0 +1,307 @@
+"""From scores to the best plan: added single scores, then depth before width, then rounds around the best one.
+
+Added scores of single layers mispredict whole blocks that leave together. So beside the choice that they suggest (with
+the common cost of neighbours measured and added), layers are taken out one by one, each time the one that the student
+so far misses least, and at several depths of that chain the rest of the budget is spent on width, by scores that are
+taken anew around that student. All these plans are built from the library and measured; around the best one scores are
+taken again, and a better plan is looked for within some changes.
+
+Source: "depth first, then width" after Puzzle's experience with dropped blocks (arXiv 2411.19146); chain, pairs and
+rounds, ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from iskd.plan.budget_plan import KEEP
+from iskd.schedules.budget.costs import Costs
+from iskd.schedules.budget.scores import Scorer, Single
+from iskd.schedules.budget.settings import Budget
+from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
+from iskd.schedules.budget.students import Choice
+from iskd.system import number
+from iskd.system.text import byte_unit
+
+_COARSE = 0.25  # share of the windows on which scores around a student are taken
+_APART = 2  # layers in which the next best plans have to differ
+_STEP = 0.1  # of the teacher's layers, between two depths that are tried
+_REACH = 0.25  # of the layers, that a round may change
+_HOPELESS = 3.0  # times the best KL so far, at which taking out layers ends
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that was built from the library.
+
+    Attributes:
+        choice: an option for every layer.
+        predicted: KL that added scores promised, nats.
+        measured: KL on all windows held out for scores, nats, before any refit or training.
+        found: by what.
+    """
+
+    choice: Choice
+    predicted: float
+    measured: float
+    found: str
+
+
+class Chooser:
+    """Finds plans within limits, for any number of budgets, from one library; what was scored is not scored again.
+
+    Args:
+        scorer: asks for KLs.
+        costs: of all options of all layers.
+        budget: how much is spent on the search.
+        alike: options that a student for plain transformers may have, where it is to be one; None = any.
+    """
+
+    def __init__(self, scorer: Scorer, costs: Costs, budget: Budget, alike: Collection[str] | None = None) -> None:
+        self.scorer, self.costs, self.budget = scorer, costs, budget
+        self.depth = scorer.depth
+        options = scorer.options.values()
+        self.merges = frozenset(option.name for option in options if option.merges)
+        self.removes = frozenset(option.name for option in options if option.removes)
+        self.widths = None if alike is None else frozenset(alike) - self.removes
+        scores, self.alive = scorer.race(costs.layers, all_of_them=alike is not None)
+        self.scores: dict[Single, float] = scores | {(layer, KEEP): 0.0 for layer in range(self.depth)}
+        self._around: dict[Choice, dict[Single, float]] = {}
+        self._pairs: dict[Pair, float] = {}
+        self._kl: dict[Choice, float] = {}
+        self._chain: list[Choice] = [scorer.whole]
+
+    # ---- what there is ----------------------------------------------------------------------------------------------
+
+    def problem(self, limits: Mapping[str, float], scores: Mapping[Single, float] | None = None) -> Problem:
+        """The choice within limits on a whole student."""
+        others = dict(zip(self.costs.keys, self.costs.others, strict=True))
+        alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
+        known = {single: score for single, score in (scores or self.scores).items() if single in alive}
+        return Problem(
+            self.depth, known, {key: self.costs.column(key) for key in limits},
+            {key: limit - others[key] for key, limit in limits.items()},
+            self.merges, self.removes, self.widths,
+        )  # fmt: skip
+
+    def require(self, limits: Mapping[str, float], shown: Mapping[str, object]) -> None:
+        """Raise ValueError where no student keeps the limits, with the least that there is.
+
+        Args:
+            limits: amounts of a whole student.
+            shown: as they were given.
+        """
+        problem = self.problem(limits)
+        if solve(problem) is not None:
+            return
+        whole, others = self.costs.of(self.scorer.whole), dict(zip(self.costs.keys, self.costs.others, strict=True))
+        for key, limit in limits.items():
+            least = smallest(replace(problem, limits={key: problem.limits[key]}), key) + others[key]
+            if least > limit:
+                blocks = whole[key] - others[key]
+                share = (least - others[key]) / blocks if blocks else math.nan
+                raise ValueError(
+                    f"budget.{key}={shown[key]} cannot be met with these options: the smallest student has "
+                    f"{amount(key, least)}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or give "
+                    "options that cost less"
+                )
+        for key, limit in limits.items():
+            least = smallest(problem, key) + others[key]
+            rest = " and ".join(f"budget.{other}={shown[other]}" for other in limits if other != key)
+            if math.isfinite(least) and least > limit:
+                raise ValueError(
+                    f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
+                    f"student has {amount(key, least)}; raise one of them"
+                )
+        listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
+        raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
+
+    # ---- the search -------------------------------------------------------------------------------------------------
+
+    def find(self, limits: Mapping[str, float]) -> list[Tried]:
+        """Plans within the limits, the best by measured KL first. Raises nothing that `require` has let pass."""
+        tried: dict[Choice, Tried] = {}
+
+        def note(choice: Choice | None, predicted: Callable[[Choice], float], found: str) -> Tried | None:
+            if choice is None or choice in tried:
+                return None if choice is None else tried[choice]
+            tried[choice] = Tried(choice, predicted(choice), self.kl(choice), found)
+            return tried[choice]
+
+        problem = self.problem(limits)
+        note(solve(problem), problem.score, "single scores")
+        for choice, paired in self._paired(problem):
+            note(choice, paired.score, "single scores and pairs")
+            problem = paired
+        while len(tried) < self.budget.plans:
+            problem = replace(problem, refused=[(choice, _APART) for choice in tried])
+            if note(solve(problem), problem.score, "next best by single scores") is None:
+                break
+        self._depth_first(limits, note, tried)
+        best = min(tried.values(), key=_measured)
+        for turn in range(self.budget.rounds):
+            around = self.around(best.choice)
+            problem = self.problem(limits, around)
+            reach = max(1, round(_REACH * self.depth))
+            problem = replace(problem, near=(best.choice, reach))
+            start = best
+            found = note(solve(problem), lambda choice: start.measured + problem.score(choice), f"round {turn + 1}")  # noqa: B023
+            if found is None or not found.measured < best.measured:
+                break
+            best = found
+        return sorted(tried.values(), key=_measured)
+
+    def kl(self, choice: Choice) -> float:
+        """Measured KL of a plan; once."""
+        if choice not in self._kl:
+            self._kl[choice] = self.scorer.kl(choice)
+        return self._kl[choice]
+
+    def front(self, limits: Mapping[str, float], key: str, shares: Sequence[float]) -> list[tuple[float, float]]:
+        """Predicted KL of the best plans by single scores, at other shares of the teacher's blocks in one limit."""
+        whole, others = self.costs.of(self.scorer.whole), dict(zip(self.costs.keys, self.costs.others, strict=True))
+        found = []
+        for share in shares:
+            limit = others[key] + share * (whole[key] - others[key])
+            problem = replace(self.problem({**limits, key: limit}), pairs=self._pairs)
+            choice = solve(problem)
+            if choice is not None:
+                found.append((share, problem.score(choice)))
+        return found
+
+    # ---- pairs ------------------------------------------------------------------------------------------------------
+
+    def _paired(self, problem: Problem) -> Iterator[tuple[Choice, Problem]]:
+        """Better choices, with what neighbouring edits of the choice before cost together."""
+        problem = replace(problem, pairs=self._pairs)
+        for _ in range(2):
+            choice = solve(problem)
+            if choice is None or not self._measure_pairs(choice):
+                break
+            problem = replace(problem, pairs=dict(self._pairs))
+            choice = solve(problem)
+            if choice is not None:
+                yield choice, problem
+
+    def _measure_pairs(self, choice: Choice) -> bool:
+        """Measure the pairs of neighbours of a choice that are not known yet, as far as they are allowed."""
+        edited = [layer for layer, name in enumerate(choice) if name != KEEP]
+        pairs = [
+            ((below, choice[below]), (above, choice[above]))
+            for below, above in pairwise(edited)
+            if all(name == KEEP for name in choice[below + 1 : above])
+        ]
+        # those that are nearest, and cost most, are those that are least likely to add up
+        pairs.sort(key=lambda pair: (pair[1][0] - pair[0][0], -self.scores[pair[0]] - self.scores[pair[1]]))
+        new = [pair for pair in pairs if pair not in self._pairs][: self.budget.pairs]
+        whole = self.scorer.whole
+        changed = [self.scorer.with_one(self.scorer.with_one(whole, one), other) for one, other in new]
+        if not new:
+            return False
+        windows = range(len(self.scorer.windows))
+        found = self.scorer.values(whole, changed, windows, what="scoring pairs").mean((1, 2))
+        for (one, other), together in zip(new, found.tolist(), strict=True):
+            self._pairs[one, other] = together - self.scores[one] - self.scores[other]
+        return True
+
+    # ---- around a student -------------------------------------------------------------------------------------------
+
+    def around(self, base: Choice) -> dict[Single, float]:
+        """How much a student's KL changes with another option at one of its layers; its own options are 0."""
+        if base not in self._around:
+            singles = [
+                single
+                for single in [*self.alive, *((layer, KEEP) for layer in range(self.depth))]
+                if base[single[0]] != single[1] and self._possible(self.scorer.with_one(base, single))
+            ]
+            changed = [base, *(self.scorer.with_one(base, single) for single in singles)]
+            windows = range(max(1, round(_COARSE * len(self.scorer.windows))))
+            found = self.scorer.values(base, changed, windows, what="scoring around a plan").mean((1, 2)).tolist()
+            around = {single: kl - found[0] for single, kl in zip(singles, found[1:], strict=True)}
+            self._around[base] = around | dict.fromkeys(enumerate(base), 0.0)
+        return self._around[base]
+
+    def _possible(self, choice: Choice) -> bool:
+        merged = all(name not in self.merges or (at > 0 and choice[at - 1] == KEEP) for at, name in enumerate(choice))
+        return merged and any(name not in self.removes for name in choice)
+
+    # ---- depth first ------------------------------------------------------------------------------------------------
+
+    def _depth_first(
+        self,
+        limits: Mapping[str, float],
+        note: Callable[[Choice | None, Callable[[Choice], float], str], Tried | None],
+        tried: Mapping[Choice, Tried],
+    ) -> None:
+        """Plans that take out some layers of the chain and spend the rest of the budget on the others."""
+        step, worse, count = max(1, round(_STEP * self.depth)), 0, 0
+        while self.removes and worse < 2:
+            count += step
+            best = min(found.measured for found in tried.values())
+            base, enough = self._taken_out(count, limits, _HOPELESS * best)
+            if base is None:
+                return
+            if enough:  # layers alone are enough
+                note(base, lambda choice: self.kl(choice), f"{_gone(base, self.removes)} layers out")
+                return
+            problem = self.problem(limits, self.around(base))
+            fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
+            problem = replace(problem, fixed=fixed)
+            start = self.kl(base)
+            found = note(
+                solve(problem),
+                lambda choice: start + problem.score(choice),  # noqa: B023
+                f"{len(fixed)} layers out, then width",
+            )
+            worse = worse + 1 if found is None or found.measured > best else 0
+
+    def _taken_out(self, count: int, limits: Mapping[str, float], hopeless: float) -> tuple[Choice | None, bool]:
+        """The student without `count` layers, or fewer where that is within the limits; None where it is no use."""
+        for at in range(1, count + 1):
+            if at == len(self._chain):
+                longer = self._one_less(self._chain[-1])
+                if longer is None:
+                    return None, False
+                self._chain.append(longer)
+            base = self._chain[at]
+            if all(self.costs.of(base)[key] <= limit for key, limit in limits.items()):
+                return base, True
+        base = self._chain[count]
+        return (None, False) if self.kl(base) > hopeless else (base, False)
+
+    def _one_less(self, base: Choice) -> Choice | None:
+        """The student with one layer less that is nearest to the teacher; None where none can go."""
+        singles = [
+            (layer, name)
+            for layer, name in self.scorer.singles
+            if name in self.removes
+            and base[layer] == KEEP
+            and self._possible(self.scorer.with_one(base, (layer, name)))
+        ]
+        if not singles:
+            return None
+        changed = [self.scorer.with_one(base, single) for single in singles]
+        windows = range(max(1, round(_COARSE * len(self.scorer.windows))))
+        kls = self.scorer.values(base, changed, windows, what="taking out layers").mean((1, 2)).tolist()
+        return min(zip(kls, changed, strict=True))[1]
+
+
+def _measured(tried: Tried) -> float:
+    return tried.measured
+
+
+def _gone(choice: Choice, removes: Collection[str]) -> int:
+    return sum(name in removes for name in choice)
+
+
+def amount(key: str, value: float) -> str:
+    """An amount of a limit for people."""
+    if key == "params":
+        return f"{value:,.0f} parameters"
+    if key in ("bytes", "cache_bytes"):
+        unit, name = byte_unit(value)
+        return f"{value / unit:.4g} {name}{' of cache' if key == 'cache_bytes' else ''}"
+    return f"{number(value)} ms to {'read the context' if key == 'prefill_ms' else 'decode a token'}"

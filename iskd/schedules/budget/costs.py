@@ -1,0 +1,224 @@
+"""What every option of every layer costs: parameters and bytes off shapes, the cache off a real one, time by the clock.
+
+Parameters are counted on the meta device. The cache is filled by a short prompt and lengthened, so that its bytes are
+those that the models themselves hold. Times are taken of whole students, in which one option stands in every layer, in
+turns with the teacher: what a layer costs is the difference to a student that has no layers, over their number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from iskd.evaluation.efficiency import measure
+from iskd.evaluation.results import AtContext
+from iskd.models import Stack, scoring, surgery
+from iskd.models.cache import layer_bytes, lengthen
+from iskd.plan import Record
+from iskd.plan.budget_plan import KEEP
+from iskd.schedules.budget.library import Library
+from iskd.schedules.budget.options import Option, layers_of, module_of
+from iskd.schedules.budget.scores import Single
+from iskd.schedules.budget.settings import LIMITS, TIMES, Budget
+from iskd.schedules.budget.students import assembled
+from iskd.system import machine, read_json, write_whole
+
+_PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter
+_REPEATS, _DECODED = 5, 16
+_PASSING = ("load", "note", "allocator")  # what a machine is at one time and not at another
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a student costs, as a sum over its layers.
+
+    Attributes:
+        keys: what was counted or measured, of `LIMITS`.
+        layers: by layer and option (`KEEP` among them) one number for each key.
+        others: outside the blocks, one number for each key.
+    """
+
+    keys: tuple[str, ...]
+    layers: Mapping[Single, tuple[float, ...]]
+    others: tuple[float, ...]
+
+    def of(self, choice: Sequence[str]) -> dict[str, float]:
+        """Of a whole student."""
+        rows = [self.layers[layer, name] for layer, name in enumerate(choice)]
+        return {
+            key: other + sum(row[at] for row in rows)
+            for at, (key, other) in enumerate(zip(self.keys, self.others, strict=True))
+        }
+
+    def column(self, key: str) -> dict[Single, float]:
+        """One number for every option of every layer."""
+        at = self.keys.index(key)
+        return {single: row[at] for single, row in self.layers.items()}
+
+
+def costs_of(
+    teacher: PreTrainedModel,
+    options: Sequence[Option],
+    budget: Budget,
+    *,
+    itemsize: int,
+    library: Library,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    told: Callable[[str, int, int], None] = lambda _what, _done, _of: None,
+) -> Costs:
+    """Count, fill caches, and where a limit is one of time measure.
+
+    Args:
+        teacher: the original, in evaluation mode, on its device.
+        options: to choose from.
+        budget: at which context and batch.
+        itemsize: bytes of a number in the exported weights.
+        library: keeps what was measured.
+        seed: of fresh weights.
+        dtype: in which times are measured; None = as it is.
+        told: called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        ValueError: the context is longer than the teacher's.
+    """
+    stack = Stack(teacher)
+    if stack.limit is not None and budget.context > stack.limit:
+        raise ValueError(f"budget.context={budget.context} is longer than {stack.bound}: lower it")
+    depth = len(stack.layers)
+    keep, outside = surgery.sizes(teacher, Record(depth))
+    params: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in keep.items()}
+    caches = _caches(teacher, {}, budget)
+    cached: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in enumerate(caches)}
+    for number, option in enumerate(options):
+        told("counting options", number, len(options))
+        where = layers_of(option, depth)
+        if option.removes:
+            params |= {(layer, option.name): 0.0 for layer in where}
+            cached |= {(layer, option.name): 0.0 for layer in where}
+            continue
+        sizes, _ = surgery.sizes(*uniform(teacher, option, seed))
+        blocks = {layer: module_of(option, stack, layer, seed) for layer in where}
+        held = _caches(teacher, blocks, budget)
+        for layer in where:
+            params[layer, option.name] = float(sizes[layer])
+            cached[layer, option.name] = float(held[layer])
+    table = {"params": params, "bytes": {at: size * itemsize for at, size in params.items()}, "cache_bytes": cached}
+    others = {"params": float(outside), "bytes": float(outside * itemsize), "cache_bytes": 0.0}
+    if budget.timed:
+        times, rest = _times(teacher, options, budget, library, seed, dtype, told)
+        table, others = table | times, others | rest
+    keys = tuple(key for key in LIMITS if key in table)
+    return Costs(
+        keys,
+        {single: tuple(table[key][single] for key in keys) for single in params},
+        tuple(others[key] for key in keys),
+    )
+
+
+def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTrainedModel, Record]:
+    """A student without memory that has an option in every layer, or in the topmost where it removes; its record."""
+    depth = len(Stack(teacher).layers)
+    where = layers_of(option, depth)
+    record = Record(depth).extended(option.make(layer, seed) for layer in (where[-1:] if option.removes else where))
+    return surgery.rebuild(teacher, record, "meta"), record
+
+
+@torch.no_grad()
+def _caches(teacher: PreTrainedModel, blocks: Mapping[int, nn.Module | None], budget: Budget) -> list[int]:
+    """Bytes of each layer's slot of the cache after the context."""
+    student = assembled(teacher, blocks)
+    length = min(budget.context, _PROMPT)
+    ids = torch.zeros(budget.batch, length, dtype=torch.long, device=teacher.device)
+    with scoring(student):
+        cache = Stack(student).base(input_ids=ids, use_cache=True).past_key_values
+    lengthen(cache, budget.context - length)
+    found = layer_bytes(cache)
+    return [*found, *[0] * (len(Stack(teacher).layers) - len(found))]
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def _times(
+    teacher: PreTrainedModel,
+    options: Sequence[Option],
+    budget: Budget,
+    library: Library,
+    seed: int,
+    dtype: torch.dtype | None,
+    told: Callable[[str, int, int], None],
+) -> tuple[dict[str, dict[Single, float]], dict[str, float]]:
+    """By kind of time what each option of each layer takes in ms, and what is left without layers."""
+    stack = Stack(teacher)
+    depth = len(stack.layers)
+    timed = [option for option in options if not option.removes]
+    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in timed}
+    file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
+    facts = {key: value for key, value in facts.items() if key not in _PASSING}
+    known = _known(file, facts)
+    for number, (name, filled) in enumerate(students.items()):
+        told("measuring options", number, len(students))
+        if name not in known:
+            blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
+            known[name] = side_by_side(teacher, assembled(teacher, blocks), budget, dtype)
+            write_whole(file, json.dumps({"machine": facts, "times": known}, indent=1))
+    # seconds of the teacher in all of these measurements, and of every student relative to the teacher beside it
+    whole = [statistics.median(row[1][at] for row in known.values()) for at in range(len(TIMES))]
+    ratio = {name: [row[0][at] / row[1][at] for at in range(len(TIMES))] for name, row in known.items()}
+    layers: dict[str, dict[Single, float]] = {}
+    others: dict[str, float] = {}
+    for at, key in enumerate(TIMES):
+        bare = ratio[""][at] * whole[at]
+        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in timed}
+        per_layer |= {KEEP: (whole[at] - bare) / depth} | {option.name: 0.0 for option in options if option.removes}
+        others[key] = 1e3 * bare
+        layers[key] = {
+            (layer, name): 1e3 * max(0.0, seconds) for name, seconds in per_layer.items() for layer in range(depth)
+        }
+    return layers, others
+
+
+def side_by_side(
+    teacher: PreTrainedModel, student: PreTrainedModel, budget: Budget, dtype: torch.dtype | None
+) -> tuple[list[float], list[float]]:
+    """Seconds of a student and of its teacher, in turns: for the prompt, and for one more token.
+
+    Raises ValueError where there is no memory for them.
+    """
+    found = measure(
+        {"teacher": teacher, "student": student}, contexts=(budget.context,), decode_tokens=_DECODED,
+        repeats=_REPEATS, dtype=dtype, batch=budget.batch,
+    )  # fmt: skip
+    rows: list[list[float]] = []
+    for model in (found.student, found.teacher):
+        at: AtContext | None = None if model is None else model.at(budget.context)
+        if at is None or not math.isfinite(at.prefill_seconds + at.decode_seconds_per_token):
+            why = "" if model is None else model.left_out.get(budget.context, "")
+            raise ValueError(
+                f"budget.context={budget.context} and budget.batch={budget.batch} cannot be measured here ({why}): "
+                "lower them"
+            )
+        rows.append([at.prefill_seconds, at.decode_seconds_per_token])
+    return rows[0], rows[1]
+
+
+def _known(file: object, facts: object) -> dict[str, tuple[list[float], list[float]]]:
+    """What was measured before on this very machine."""
+    try:
+        found = read_json(file)  # type: ignore[arg-type]
+        if found["machine"] != json.loads(json.dumps(facts)):
+            return {}
+        return {
+            str(name): ([float(x) for x in mine], [float(x) for x in theirs])
+            for name, (mine, theirs) in found["times"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,188 @@
+"""Every option of a layer fitted by itself: the teacher's own stream goes in, its state behind the layer is the goal.
+
+So no fit depends on another one: layers may be fitted in any order, and by several processes. Closed form comes first
+(a compact block's own fit, a merge, output projections re-solved behind a new mixer), then some epochs of training on
+the block alone, of which the best by held-out text stays.
+
+Source: block-wise local distillation of Puzzle (arXiv 2411.19146, section 3.1); the fits are those of the parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iskd.blocks.base import FitData, fit_error
+from iskd.blocks.merge import merged
+from iskd.models import Stack
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import scoring, state_of, without_autocast_cache
+from iskd.plan import Convert, Edit, Record, Replace
+from iskd.plan.edits import Merge
+from iskd.refits import RefitTask
+from iskd.refits.base import Site
+from iskd.refits.local import Local
+from iskd.refits.output import Output
+from iskd.refits.streams import Streams
+from iskd.schedules.budget.options import Option, module_of
+from iskd.schedules.budget.settings import Budget
+from iskd.schedules.budget.text import Texts
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted block, and how far it is from what it stands for.
+
+    Attributes:
+        module: the block.
+        before, after: relative squared error on held-out text, as it was made and fitted (1 = as large as the goal).
+    """
+
+    module: nn.Module
+    before: float
+    after: float
+
+
+Keep = Callable[[int, Option, Fit], None]
+Jobs = Mapping[int, Sequence[Option]]
+
+
+def fit_options(
+    teacher: PreTrainedModel, texts: Texts, jobs: Jobs, budget: Budget, seed: int, keep: Keep, told: Callable[[], None]
+) -> None:
+    """Fit options layer by layer, from below; the teacher is run once, up to the last layer that has something to fit.
+
+    Args:
+        teacher: the original; it stays as it is.
+        texts: to fit to and to judge by, on its device.
+        jobs: by layer what is to be fitted there.
+        budget: epochs and rate.
+        seed: of fresh weights.
+        keep: called with every fit as soon as it is there.
+        told: called before every fit.
+
+    Raises:
+        ValueError: a fit is singular or not finite.
+    """
+    wanted = {layer: list(options) for layer, options in jobs.items() if options}
+    if not wanted:
+        return
+    with scoring(teacher), without_autocast_cache():
+        walk = _Walk(teacher, texts)
+        for at in walk.through(max(wanted)):
+            for option in wanted.get(at.layer, ()):
+                told()
+                keep(at.layer, option, walk.fitted(at, option, budget, seed))
+
+
+@dataclass(frozen=True)
+class _At:
+    """A layer of the teacher: what enters it and the one below it, its state between the halves, what leaves it."""
+
+    layer: int
+    below: Streams | None
+    inputs: Streams
+    middle: Streams | None
+    outputs: Streams
+
+
+class _Walk:
+    """The teacher's streams of all windows, a layer at a time."""
+
+    def __init__(self, teacher: PreTrainedModel, texts: Texts) -> None:
+        self.teacher, self.texts, self.stack = teacher, texts, Stack(teacher)
+        self.calls = [BlockCalls(self.stack, batch) for batch in (*texts.fit, *texts.held)]
+
+    def through(self, last: int) -> Iterator[_At]:
+        """The layers from the lowest to `last`."""
+        device = self.teacher.device
+        below, inputs = None, Streams("device", device)
+        for index, call in enumerate(self.calls):
+            inputs[index] = call.embedded
+        for layer in range(last + 1):
+            outputs = Streams("device", device)
+            middle = Streams("device", device) if self.stack.sequential else None
+            block = self.stack.layers[layer]
+            for index, call in enumerate(self.calls):
+                with _noted(block, self.stack.family.attn) as added:
+                    outputs[index] = call.run(layer, block, inputs[index])
+                if middle is not None:
+                    middle[index] = inputs[index] + added.pop()
+            yield _At(layer, below, inputs, middle, outputs)
+            below, inputs = inputs, outputs
+
+    def fitted(self, at: _At, option: Option, budget: Budget, seed: int) -> Fit:
+        """One option at one layer, fitted."""
+        edit = option.make(at.layer, seed)
+        position = at.layer - option.merges
+        module = module_of(option, self.stack, at.layer, seed)
+        assert module is not None
+        inputs = at.below if option.merges else at.inputs
+        assert inputs is not None
+        before = self._error(module, position, inputs, at.outputs)
+        if isinstance(edit, Merge):
+            data = self._data(position, inputs, at.outputs, held=False)
+            module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
+        elif isinstance(edit, Replace) and hasattr(part := edit.block.resolve(), "fit"):
+            data = self._data(position, inputs, at.outputs, held=False)
+            part.fit(module, self.stack.layers[position], data, **edit.block.kwargs)
+        self._refitted(module, position, inputs, at, edit, budget)
+        after = self._error(module, position, inputs, at.outputs)
+        return Fit(module, before, after)
+
+    def _refitted(self, module: nn.Module, position: int, inputs: Streams, at: _At, edit: Edit, budget: Budget) -> None:
+        """Output projections behind a new mixer, then the whole block by gradients; held-out text says what stays."""
+        task = RefitTask(
+            self.teacher, self.teacher, Record(len(self.stack.layers)), [], self.texts.fit, self.texts.held
+        )
+        middle = at.middle if isinstance(edit, Convert) else None
+
+        def site() -> Site:
+            return Site(position, position, module, inputs, at.outputs, middle, self.stack, None, self.calls)
+
+        if isinstance(edit, Convert):
+            kept, before = copy.deepcopy(module.state_dict()), self._error(module, position, inputs, at.outputs)
+            halves = ("attention", "mlp") if middle is not None else ("mlp",)
+            Output(projections=halves).over(task, [site()])
+            if not self._error(module, position, inputs, at.outputs) < before:
+                module.load_state_dict(kept)
+        if budget.epochs and any(True for _ in module.parameters()):
+            Local(lr=budget.lr, epochs=budget.epochs).over(task, [site()])
+
+    def _data(self, position: int, inputs: Streams, goals: Streams, *, held: bool) -> FitData:
+        """What the fits of blocks take: the windows to fit to, or those held out."""
+        first = len(self.texts.fit) if held else 0
+        numbers = range(first, len(self.calls) if held else len(self.texts.fit))
+
+        def run(block: nn.Module, h_BTD: Tensor, index: int) -> Tensor:
+            return self.calls[first + index].run(position, block, h_BTD)
+
+        chosen = [[streams[number] for number in numbers] for streams in (inputs, goals)]
+        return FitData(chosen[0], [goal.float() for goal in chosen[1]], run, self.stack)
+
+    def _error(self, module: nn.Module, position: int, inputs: Streams, goals: Streams) -> float:
+        """On held-out text."""
+        with torch.no_grad():
+            return fit_error(module, self._data(position, inputs, goals, held=True))
+
+
+class _noted:
+    """What the attention of a block adds to the stream while it runs."""
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self._added = list[Tensor]()
+        self._module = block.get_submodule(path)
+
+    def __enter__(self) -> list[Tensor]:
+        self._handle = self._module.register_forward_hook(
+            lambda _module, _args, output: self._added.append(state_of(output))
+        )
+        return self._added
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()

@@ -1,0 +1,250 @@
+"""The options of a layer: edits with the settings of their parts, by name, as data."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from iskd.blocks.base import FitData
+from iskd.blocks.merge import side_by_side
+from iskd.models import Stack, surgery
+from iskd.models.block_calls import BlockCalls
+from iskd.plan import Convert, Edit, Record, Replace, Spec
+from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
+from iskd.plan.edits import REMOVALS, Merge
+from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers, RemoveLayers, ReplaceWith
+from iskd.system.text import perhaps
+
+EDITS: Mapping[str, type[Any]] = {
+    "replace": ReplaceWith,
+    "remove": RemoveLayers,
+    "merge": MergeLayers,
+    "convert": ConvertTo,
+}
+_PARTS = ("block", "mixer")
+_TRIAL = (2, 8)  # windows and tokens on which an option is tried
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may be done to a layer.
+
+    Attributes:
+        name: of the option.
+        edit: one of `EDITS`.
+        kind: makes the edit of a layer.
+    """
+
+    name: str
+    edit: str
+    kind: EditKind
+
+    @property
+    def removes(self) -> bool:
+        """Whether the layer is gone afterwards."""
+        return self.kind.removes
+
+    @property
+    def merges(self) -> bool:
+        """Whether the block below takes it over."""
+        return isinstance(self.kind, MergeLayers)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a block to fit."""
+        return not isinstance(self.kind, RemoveLayers)
+
+    def make(self, layer: int, seed: int) -> Edit:
+        """The edit of one layer."""
+        return self.kind.make(layer, seed)
+
+    def described(self) -> dict[str, Any]:
+        """As `budget.options` has it."""
+        values = {key: value for key, value in asdict(self.kind).items() if key not in _PARTS}
+        for key in _PARTS:
+            if (spec := getattr(self.kind, key, None)) is not None:
+                values[key] = {"_target_": spec.target, **spec.kwargs}
+        return {"edit": self.edit, **values}
+
+    @property
+    def digest(self) -> str:
+        """What it is, whatever it is called."""
+        return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def options_of(described: Mapping[str, Any], use: Sequence[str] | None = None) -> list[Option]:
+    """The options by name, all of them or those of `use`.
+
+    Raises:
+        ValueError: there is none, `use` names one that there is not, or one is described wrongly.
+    """
+    if not described or (use is not None and not use):
+        key = "options={}" if not described else "use=[]"
+        raise ValueError(
+            f"budget.{key} leaves nothing that could be done to a layer: give options, e.g. budget.use=[remove]"
+        )
+    names = list(described) if use is None else list(use)
+    for name in names:
+        if name not in described:
+            near = perhaps(name, described)
+            raise ValueError(f"budget.use names {name!r}{near}, and the options are {', '.join(described)}")
+        if names.count(name) > 1:
+            raise ValueError(f"budget.use names {name!r} twice; name each option once")
+    found = [_option(name, described[name]) for name in names if described[name] is not None]
+    if KEEP in names:
+        raise ValueError(f"budget.options.{KEEP}: a layer can always be kept, so this name is taken; choose another")
+    if not found:
+        raise ValueError("budget.options: every option is null, so nothing could be done to a layer: give one")
+    return found
+
+
+def _option(name: str, values: Any) -> Option:
+    where = f"budget.options.{name}"
+    if not isinstance(values, Mapping) or values.get("edit") not in EDITS:
+        raise ValueError(f"{where}: say what is done to the layer, with edit: {', '.join(EDITS)}")
+    edit, rest = values["edit"], {key: value for key, value in values.items() if key != "edit"}
+    kind = EDITS[edit]
+    for part in _PARTS:
+        if part not in kind.takes and part in rest:
+            raise ValueError(f"{where}.{part} does not go with edit: {edit}; drop it")
+        if part in kind.takes:
+            rest[part] = _spec(f"{where}.{part}", rest.get(part))
+    try:
+        return Option(name, edit, kind(**rest))
+    except TypeError:
+        known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in _PARTS)]
+        wrong = next(key for key in rest if key not in known)
+        raise ValueError(
+            f"{where}.{wrong} is no key{perhaps(wrong, known)}: use {', '.join(known) or 'none'}"
+        ) from None
+
+
+def _spec(where: str, values: Any) -> Spec:
+    if not isinstance(values, Mapping) or not isinstance(values.get("_target_"), str):
+        raise ValueError(f"{where}: name the class, e.g. {{_target_: iskd.blocks.slim.Slim, ratio: 0.5}}")
+    return Spec(values["_target_"], {key: value for key, value in values.items() if key != "_target_"})
+
+
+# ---- what a teacher can have -----------------------------------------------------------------------------------------
+
+
+def layers_of(option: Option, num_layers: int) -> range:
+    """The layers to which an option may be done; the lowest has nobody below it that could take it over."""
+    return range(1 if option.merges else 0, num_layers)
+
+
+@torch.no_grad()
+def module_of(option: Option, stack: Stack, layer: int, seed: int) -> nn.Module | None:
+    """What an option puts in at a layer of the teacher, before any fit; None = nothing is left there.
+
+    Of a merge, the block of the layer below. Nothing in it is shared with the teacher.
+    """
+    edit, old = option.make(layer, seed), stack.layers[layer]
+    if isinstance(edit, Merge):
+        return copy.deepcopy(stack.layers[layer - 1])
+    if isinstance(edit, REMOVALS):
+        return None
+    if isinstance(edit, Replace):
+        return copy.deepcopy(surgery.build_block(stack, old, edit))
+    assert isinstance(edit, Convert)
+    return copy.deepcopy(surgery.build_converted(stack, old, edit))
+
+
+@torch.no_grad()
+def able(
+    options: Sequence[Option], teacher: PreTrainedModel, seed: int, *, named: bool
+) -> tuple[list[Option], list[str]]:
+    """The options that this teacher can have on its device, and sentences about the others.
+
+    Each is tried on its last layer: made, and run on a few tokens.
+
+    Args:
+        options: to be tried.
+        teacher: in evaluation mode, where it will be used.
+        seed: of fresh weights.
+        named: whether the user has named them: then one that fails is an error.
+
+    Raises:
+        ValueError: a named option fails, or none is left.
+    """
+    stack = Stack(teacher)
+    ids = torch.zeros(_TRIAL, dtype=torch.long, device=teacher.device)
+    calls, depth = BlockCalls(stack, ids), len(stack.layers)
+    found, told = list[Option](), list[str]()
+    for option in options:
+        where = layers_of(option, depth)
+        try:
+            if not where:
+                raise ValueError("the teacher has one layer alone")
+            Record(depth).extended([option.make(where[-1], seed)])
+            at = where[-1] - option.merges
+            module = module_of(option, stack, where[-1], seed)
+            if option.merges:
+                side_by_side(stack.layers[at], stack.layers[at + 1], _trial(calls, at, stack))
+            if module is not None and not calls.run(at, module, calls.embedded).isfinite().all():
+                raise ValueError("what it says of a few tokens is not finite")
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # parts and their kernels fail in their own ways
+            said = f"option {option.name} cannot be had on {teacher.device.type}: {' '.join(str(error).split()):.300}"
+            if named:
+                raise ValueError(f"{said}; leave it out of budget.use, or run elsewhere (trainer=cpu)") from error
+            told.append(f"{said}; it is left out")
+        else:
+            found.append(option)
+    if not found:
+        raise ValueError(f"none of the options can be had here: {'; '.join(told)}")
+    return found, told
+
+
+def _trial(calls: BlockCalls, position: int, stack: Stack) -> FitData:
+    """Something to run a block on."""
+    return FitData([calls.embedded], [calls.embedded], lambda block, h, _: calls.run(position, block, h), stack)
+
+
+# ---- of a plan -------------------------------------------------------------------------------------------------------
+
+
+def used(plan: BudgetPlan) -> list[tuple[Option, list[int]]]:
+    """The options that some layer gets, each with its layers, in the order to carry them out: merges, removals, others.
+
+    Raises ValueError where an option of the plan is described wrongly.
+    """
+    chosen = [(name, layers) for name, layers in choice_map(plan) if name != KEEP]
+    found = [(_option(name, plan.options[name]), layers) for name, layers in chosen]
+    return sorted(found, key=lambda each: (not each[0].merges, not each[0].removes))
+
+
+def edits_of(plan: BudgetPlan) -> list[Edit]:
+    """All edits of a plan, in the order to carry them out.
+
+    Raises ValueError where they cannot be applied to a teacher of so many layers.
+    """
+    edits = [option.make(layer, plan.seed) for option, layers in used(plan) for layer in layers]
+    Record(len(plan.choice)).extended(edits)
+    return edits
+
+
+def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
+    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
+
+    What survives is refitted once, when all is edited.
+    """
+    steps: list[dict[str, Any]] = []
+    for option, layers in used(plan):
+        described = option.described()
+        parts = {key: described.pop(key) for key in _PARTS if key in described}
+        del described["edit"]
+        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
+        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
+    if steps:
+        del steps[-1]["tokens"], steps[-1]["refit"]
+    return steps

@@ -1,0 +1,273 @@
+"""From a budget to plans: text, options, library, scores, costs, the search, and what the best few really take.
+
+Several processes share the work of fitting: process r of n takes the layers r, r + n, ... The first one then waits for
+the others' files, and does all the rest; the library on disk is all that they have in common.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iskd.models import Stack
+from iskd.models.weights import model_sha256
+from iskd.plan.budget_plan import BudgetPlan, TriedPlan
+from iskd.schedules.budget.choosing import Chooser, Tried
+from iskd.schedules.budget.costs import Costs, costs_of, side_by_side, uniform
+from iskd.schedules.budget.fitting import fit_options
+from iskd.schedules.budget.library import Library, recipe_of
+from iskd.schedules.budget.options import Option, able, layers_of, options_of
+from iskd.schedules.budget.scores import Scorer
+from iskd.schedules.budget.settings import TIMES, Budget, limit_of
+from iskd.schedules.budget.students import Choice
+from iskd.schedules.budget.text import texts_of
+from iskd.system.precision import ForwardContext
+from iskd.teacher.cache import answering, autocast_of
+
+_FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+_SLACK = 1.02  # of a limit of time, which is never measured twice alike
+_PATIENCE_S = 1800.0
+_WAIT_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a search is done.
+
+    Attributes:
+        folder: parent of all libraries.
+        forward_context: the precision of passes.
+        itemsize: bytes of a number in the exported weights.
+        dtype: in which times are measured; None = that of the teacher in memory.
+        seed: of fresh weights.
+        process, processes: which one of how many this is.
+        native: whether plain transformers opens a student.
+        told: called with what is being done, how much of it is done, and of how much.
+        note: called with sentences for people.
+    """
+
+    folder: Path
+    forward_context: ForwardContext
+    native: Callable[[PreTrainedModel], bool]
+    itemsize: int = 4
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    process: int = 0
+    processes: int = 1
+    told: Callable[[str, int, int], None] = lambda _what, _done, _of: None
+    note: Callable[[str], None] = field(default=_log.info)
+
+
+def search(
+    budget: Budget, teacher: PreTrainedModel, windows: Callable[[int], Sequence[Tensor]], place: Place
+) -> list[BudgetPlan]:
+    """A plan for every budget that is asked for; none in a process that is not the first.
+
+    Args:
+        budget: limits, options, and how much is spent.
+        teacher: the original, on its device, in evaluation mode; it stays as it is.
+        windows: gives calibration windows [B, T] of so many tokens, the same on every process.
+        place: where and how.
+
+    Raises:
+        ValueError: nothing meets a budget, or there is no option, too little text, another library in the folder.
+    """
+    start = time.perf_counter()
+    for each in budget.each:
+        each.asked  # noqa: B018 - refused before hours of work
+    named = budget.use is not None
+    options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
+    if budget.native:
+        options, left_out = natives(options, teacher, place, named=named)
+        told += left_out
+    texts = texts_of(budget, windows).to(teacher.device)
+    with place.forward_context():
+        recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
+        library = Library.open(budget, place.folder, recipe, teacher, place.seed)
+        if place.process == 0:
+            for sentence in (*told, f"library of fitted options: {library.folder}"):
+                place.note(sentence)
+        _fill(library, options, teacher, budget, place, lambda jobs, keep, tell: fit_options(
+            teacher, texts, jobs, budget, place.seed, keep, tell))  # fmt: skip
+        if place.process:
+            return []
+        fitted = time.perf_counter()
+        costs = costs_of(
+            teacher, options, budget, itemsize=place.itemsize, library=library, seed=place.seed, dtype=place.dtype,
+            told=place.told,
+        )  # fmt: skip
+        counted = time.perf_counter()
+        scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
+        alike = [option.name for option in options] if budget.native else None
+        chooser = Chooser(scorer, costs, budget, alike)
+        scored = time.perf_counter()
+        spent = {"library": fitted - start, "costs": counted - fitted, "scores": scored - counted}
+        limits = [_limits(each, costs, scorer.whole) for each in budget.each]
+        for each, limit in zip(budget.each, limits, strict=True):
+            chooser.require(limit, each.asked)
+        return [
+            _plan(each, limit, chooser, costs, spent, place) for each, limit in zip(budget.each, limits, strict=True)
+        ]
+
+
+def natives(
+    options: Sequence[Option], teacher: PreTrainedModel, place: Place, *, named: bool
+) -> tuple[list[Option], list[str]]:
+    """The options of which plain transformers opens a student that has one everywhere, and sentences about the others.
+
+    Raises:
+        ValueError: one that is not was named, or none is left.
+    """
+    good = [option for option in options if place.native(uniform(teacher, option, place.seed)[0])]
+    others = [option.name for option in options if option not in good]
+    if others and named:
+        raise ValueError(
+            f"budget.native=true, and plain transformers opens no student with {', '.join(others)}: leave "
+            f"{'it' if len(others) == 1 else 'them'} out of budget.use, or set budget.native=false"
+        )
+    if not good:
+        raise ValueError(
+            f"budget.native=true: plain transformers opens no student with any of {', '.join(others)}: give other "
+            "options (remove, merge, slim), or set budget.native=false"
+        )
+    told = [f"options {', '.join(others)} are left out: plain transformers opens no such student"] if others else []
+    return good, told
+
+
+Fill = Callable[..., None]
+
+
+def _fill(
+    library: Library,
+    options: Sequence[Option],
+    teacher: PreTrainedModel,
+    budget: Budget,
+    place: Place,
+    fit: Fill,
+) -> None:
+    """Fit what the library lacks: this process's layers, and on the first one, what others owe in the end."""
+
+    def make(layers: Collection[int]) -> None:
+        jobs = {layer: lacking for layer, lacking in library.missing(options).items() if layer in layers}
+        count, done = sum(map(len, jobs.values())), 0
+
+        def tell() -> None:
+            nonlocal done
+            place.told("fitting options", done, count)
+            done += 1
+
+        fit(jobs, library.keep, tell)
+
+    every = range(len(Stack(teacher).layers))
+    make(every[place.process :: place.processes])
+    if place.process or place.processes == 1:
+        return
+    waiting, last, left = time.monotonic(), -1, 0
+    while left := _files_missing(library, options):
+        if left != last:
+            last, waiting = left, time.monotonic()
+        if time.monotonic() - waiting > _PATIENCE_S:
+            _log.warning("the other processes have not fitted %d options for half an hour: this one does", left)
+            break
+        time.sleep(_WAIT_S)
+    make(every)
+
+
+def _files_missing(library: Library, options: Sequence[Option]) -> int:
+    depth = len(library.stack.layers)
+    return sum(
+        not library.file(layer, option).exists()
+        for option in options
+        if option.fitted
+        for layer in layers_of(option, depth)
+    )
+
+
+def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:
+    """Limits as amounts of a whole student."""
+    teacher, others = costs.of(whole), dict(zip(costs.keys, costs.others, strict=True))
+    blocks = {key: teacher[key] - (0.0 if key in TIMES else others[key]) for key in teacher}
+    return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in budget.asked.items()}
+
+
+def _plan(
+    budget: Budget, limits: dict[str, float], chooser: Chooser, costs: Costs, spent: dict[str, float], place: Place
+) -> BudgetPlan:
+    start = time.perf_counter()
+    tried = chooser.find(limits)
+    best, measured, told = _verdict(budget, limits, tried, chooser, costs, place)
+    if told:
+        # what layers take adds up to less than the student takes: the limit is drawn tighter by as much
+        tighter = {key: limit * limit / measured[key] if key in TIMES else limit for key, limit in limits.items()}
+        try:
+            chooser.require(tighter, budget.asked)
+        except ValueError:
+            _log.warning("%s", told)
+        else:
+            again = chooser.find(tighter)
+            best, measured, told = _verdict(budget, limits, again, chooser, costs, place)
+            tried = sorted({*tried, *again}, key=lambda each: each.measured)
+            if told:
+                _log.warning("%s", told)
+    scorer = chooser.scorer
+    key = next(iter(limits))
+    return BudgetPlan(
+        teacher=model_sha256(scorer.teacher),
+        choice=best.choice,
+        options={name: option.described() for name, option in scorer.options.items()},
+        seed=place.seed,
+        asked=dict(budget.asked),
+        limits=limits,
+        teacher_costs=costs.of(scorer.whole),
+        costs=costs.of(best.choice),
+        measured=measured,
+        predicted_kl=best.predicted,
+        measured_kl=best.measured,
+        found=best.found,
+        scores=tuple(
+            {name: chooser.scores[layer, name] for name in scorer.options if (layer, name) in chooser.scores}
+            for layer in range(chooser.depth)
+        ),
+        tried=tuple(TriedPlan(**asdict(each)) for each in tried),
+        front=tuple(chooser.front(limits, key, _FRONT)),
+        seconds={**spent, "search": time.perf_counter() - start},
+        context=budget.context,
+        batch=budget.batch,
+        native=budget.native,
+    )
+
+
+def _verdict(
+    budget: Budget, limits: dict[str, float], tried: Sequence[Tried], chooser: Chooser, costs: Costs, place: Place
+) -> tuple[Tried, dict[str, float], str]:
+    """The best plan that keeps its limits of time when it is built, what it was measured to take, and a complaint."""
+    if not budget.timed:
+        return tried[0], {}, ""
+    teacher = costs.of(chooser.scorer.whole)
+    rows: list[tuple[Tried, dict[str, float]]] = []
+    for each in tried[: budget.plans]:
+        place.told("measuring the best plans", len(rows), min(budget.plans, len(tried)))
+        mine, theirs = side_by_side(chooser.scorer.teacher, chooser.scorer.student(each.choice), budget, place.dtype)
+        found = {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
+        rows.append((each, found))
+        if all(found[key] <= _SLACK * limits[key] for key in TIMES if key in limits):
+            return each, found, ""
+
+    def excess(row: tuple[Tried, dict[str, float]]) -> float:
+        return max(row[1][key] / limits[key] for key in TIMES if key in limits)
+
+    best, found = min(rows, key=excess)
+    over = next(key for key in TIMES if key in limits and found[key] > _SLACK * limits[key])
+    told = (
+        f"budget.{over}={budget.asked[over]}: the best plans take {found[over]:.4g} ms when they are built, more than "
+        f"the {limits[over]:.4g} ms of the limit"
+    )
+    return best, found, told

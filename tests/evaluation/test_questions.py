@@ -1,0 +1,266 @@
+"""Tasks beside those of local files: made here, any of the harness's, written texts; and models of other lengths."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from iskd.evaluation import EvalSpec, evaluate
+from iskd.evaluation.evaluator import check
+from iskd.evaluation.harness import draw
+from iskd.evaluation.made_items import LENGTHS, copying_items, recall_items
+from iskd.evaluation.results import TaskScore
+from iskd.evaluation.task_items import read_sentences
+from iskd.evaluation.written import compared
+from iskd.models import Stack, surgery
+from iskd.models.tokenizers import byte_tokenizer
+from iskd.plan import Convert, Record, Spec
+from iskd.teacher import Loaded
+from tests.factories import tiny
+
+MIXER = Spec("iskd.mixers.linear_attention.LinearAttention", {})
+BYTES = byte_tokenizer()
+
+
+def model_of(context: int = 256) -> PreTrainedModel:
+    model = tiny("llama", vocab=257, context=context)
+    with torch.no_grad():
+        Stack(model).head[0].mul_(20)
+    return model.eval()
+
+
+def converted(teacher: PreTrainedModel) -> PreTrainedModel:
+    """Its student without any attention."""
+    student = copy.deepcopy(teacher)
+    surgery.apply(student, Record(4), [Convert(layer, MIXER, seed=layer) for layer in range(4)])
+    return student.eval()
+
+
+def lines(folder: Path, name: str, rows: list[dict[str, Any]], file: str = "eval.jsonl") -> Path:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / file).write_text("\n".join(json.dumps({"id": str(n), **row}) for n, row in enumerate(rows)))
+    return folder
+
+
+def piqa(count: int) -> list[dict[str, Any]]:
+    return [{"goal": f"count to {n}", "sol1": f"say {n}", "sol2": f"hum {n}", "label": n % 2} for n in range(count)]
+
+
+def scores(model: PreTrainedModel, spec: EvalSpec, teacher: PreTrainedModel | None = None) -> dict[str, TaskScore]:
+    beside = None if teacher is None else Loaded(teacher, BYTES, {})
+    return {task.task: task for task in evaluate(model, BYTES, spec, beside).tasks}
+
+
+# ---- length ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [64, 100, 512])
+def test_recall_texts_have_the_length_that_they_are_named_after(length: int) -> None:
+    items = recall_items(BYTES, length, 5)
+    tokens = [len(item.contexts[0]) + len(item.continuations[0]) for item in items]
+    assert all(length - 12 <= count <= length for count in tokens)
+    assert items[:2] == recall_items(BYTES, length, 2)
+    for item in items:
+        (text,), (answer,) = item.contexts, item.continuations
+        key = text.split()[-2]
+        assert f"{key} is{answer}." in text[: len(text) // 2 + 40]
+        assert text.endswith(f"{key} is")
+        assert text.count(answer.strip()) == 1
+    assert recall_items(BYTES, length, 1, seed=1) != items[:1]
+
+
+def test_a_student_without_attention_is_read_beyond_its_teachers_context(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In tasks of ours, of the harness, and in text; the teacher goes by its own limit on the same items."""
+    teacher = model_of(context=48)
+    student, long = converted(teacher), {"goal": "say a long sentence of many words, again and again", "label": 0}
+    folder = lines(tmp_path, "piqa", [{**long, "sol1": f"one {n}", "sol2": f"two {n}"} for n in range(3)])
+    (tmp_path / "text.txt").write_text("What was said of cats and dogs was said before. " * 8)
+    spec = EvalSpec(
+        ["piqa", "recall_128"], 3, str(folder), text=str(tmp_path / "text.txt"), tokens=256, window=128, resamples=5
+    )
+    with caplog.at_level("WARNING"):
+        found = evaluate(student, BYTES, spec, Loaded(teacher, BYTES, {}))
+    cut = [record.message for record in caplog.records if "lost their beginning" in record.message]
+    assert len(cut) == 2, "of the teacher alone"
+    assert all("the context is 48 tokens" in message for message in cut)
+    assert found.text is not None
+    assert (found.text.windows, found.text.tokens) == (2, 2 * 127)
+    ids = torch.tensor(list((tmp_path / "text.txt").read_bytes()[:256])).view(2, 128)
+    with torch.no_grad():
+        ours = student(ids, labels=ids).loss
+        pieces = torch.cat([teacher(piece).logits for piece in ids[:, :-1].split(48, 1)], 1)
+    theirs = torch.nn.functional.cross_entropy(pieces.flatten(0, 1), ids[:, 1:].flatten())
+    assert found.text.perplexity == pytest.approx(ours.exp().item(), rel=1e-4)
+    assert found.text.teacher_perplexity == pytest.approx(theirs.exp().item(), rel=1e-4)
+
+
+def test_recall_stands_for_one_task_per_length() -> None:
+    spec = EvalSpec(["copy", "recall"], 2, lengths=[64, 96])
+    assert list(scores(model_of(), spec)) == ["copy", "recall_64", "recall_96"]
+    assert EvalSpec(["recall"]).lengths == LENGTHS
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tasks": ["recall_16"]}, r"task 'recall_16': the length must be between 64 and 8192 tokens"),
+        ({"tasks": ["recall"], "lengths": []}, r"eval.lengths=\[\]: give one or more lengths from 64 to 8192"),
+        ({"tasks": ["recall"], "lengths": [10]}, r"eval.lengths=\[10\]: give one or more lengths from 64 to 8192"),
+        ({"tasks": ["copy"], "metrics": {"piqa": "acc"}}, r"eval.metrics.piqa is of a task that is not asked"),
+        ({"tasks": ["copy"], "fewshot": -1}, r"eval.fewshot=-1 must be at least 0"),
+    ],
+)
+def test_bad_specs_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(EvalSpec(**keys), Loaded(model_of(), BYTES, {}))
+
+
+# ---- the harness ----------------------------------------------------------------------------------------------------
+
+
+def test_examples_stand_before_the_question(tmp_path: Path) -> None:
+    folder = lines(tmp_path, "piqa", piqa(5))
+    lines(tmp_path, "piqa", [{**row, "goal": f"example {n}"} for n, row in enumerate(piqa(3))], "fewshot.jsonl")
+    model = model_of(1024)
+    (drawn,) = draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=2)
+    found = scores(model, EvalSpec(["piqa"], 2, str(folder), fewshot=2, resamples=5))
+    assert found["piqa"].items == 2
+    (task,) = drawn.leaves.values()
+    assert task.config.num_fewshot == 2
+    assert sorted(doc["goal"] for doc in task.fewshot_docs()) == ["example 0", "example 1", "example 2"]
+    for count, shown in ((3, "fewshot"), (5, "eval")):
+        if shown == "eval":
+            (tmp_path / "piqa" / "fewshot.jsonl").unlink()
+        with pytest.raises(ValueError, match=rf"eval.fewshot={count}: task 'iskd_piqa' has {count} examples to show"):
+            next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=count))
+
+
+def test_the_metric_that_is_compared_can_be_chosen(tmp_path: Path) -> None:
+    folder = lines(tmp_path, "piqa", piqa(4))
+    spec: dict[str, Any] = {"tasks": ["piqa", "copy"], "limit": 2, "data_dir": str(folder), "resamples": 5}
+    found = scores(model_of(), EvalSpec(**spec, metrics={"piqa": "acc_norm", "copy": "log_p"}))
+    assert [found[name].metric for name in ("piqa", "copy")] == ["acc_norm", "log_p"]
+    with pytest.raises(ValueError, match=r"'piqa' reports no metric 'f1': set eval.metrics.piqa to acc or acc_norm"):
+        check(EvalSpec(**spec, metrics={"piqa": "f1"}), Loaded(model_of(), BYTES, {}))
+    with pytest.raises(ValueError, match=r"'copy' reports no metric 'leds': did you mean 'led'\? set eval.metrics"):
+        scores(model_of(), EvalSpec(**spec, metrics={"copy": "leds"}))
+
+
+NEEDLES = """
+task: needles
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+process_results: !function needles.process
+metric_list:
+  - {metric: "64", aggregation: mean, higher_is_better: true}
+  - {metric: "96", aggregation: mean, higher_is_better: true}
+generation_kwargs: {do_sample: false, max_gen_toks: 4, until: ["."]}
+"""
+PROCESS = """
+def process(doc, results):
+    return {"64": -1.0, "96": -1.0, str(doc["length"]): float(len(results[0]) > 0) if doc["length"] == 64 else 0.5}
+"""
+WRITING = """
+task: writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - {metric: bleu, aggregation: bleu, higher_is_better: true}
+  - {metric: chrf, aggregation: chrf, higher_is_better: true}
+generation_kwargs: {do_sample: false, max_gen_toks: 6, until: ["."]}
+"""
+
+
+def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics that are named after lengths, as RULER's, and those whose items are aggregated."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"number {n} is", "answer": f"{n}", "length": 64 + 32 * (n % 2)} for n in range(4)]
+    file = lines(tmp_path, "rows", rows) / "rows" / "eval.jsonl"
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "needles.yaml").write_text(NEEDLES.replace("FILE", str(file)))
+    (folder / "needles.py").write_text(PROCESS)
+    (folder / "writing.yaml").write_text(WRITING.replace("FILE", str(file)))
+    spec = EvalSpec(["needles", "writing"], None, str(tmp_path), task_dir=str(folder), resamples=5)
+    found = scores(model_of(), spec, model_of())
+    needles, writing = found["needles"], found["writing"]
+    assert (needles.metric, needles.items, needles.kind) == ("string_match", 4, "generation")
+    assert needles.student == needles.teacher
+    assert needles.student in (0.25, 0.5, 0.75)
+    assert writing.metric in ("bleu", "chrf")
+    assert 0 <= writing.student <= 1
+
+
+# ---- scored here ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sentence_of_cbt_is_scored_by_the_mean_loss_of_its_tokens(tmp_path: Path) -> None:
+    """As ISKD's code does it: transformers' own loss of the sentence, nothing before it."""
+    words = ["cat", "horse", "sun", "a", "elephant", "tree", "road", "x", "house", "boat"]
+    rows = [{"question": f"XXXXX went to the {w}.", "options": words, "answer": words[3]} for w in words[:3]]
+    rows += [{"question": f"The {w} saw a XXXXX there.", "options": words, "answer": w} for w in words[:3]]
+    folder, model = lines(tmp_path, "cbt", [{"sentences": ["x"] * 2, **row} for row in rows]), model_of()
+    right = []
+    for item in read_sentences(folder):
+        ids = [torch.tensor([list(text.encode())]) for text in item.continuations]
+        with torch.no_grad():
+            losses = [model(each, labels=each).loss.item() for each in ids]
+        right.append(losses.index(min(losses)) == item.gold)
+    found = scores(model, EvalSpec(["cbt_sentence"], None, str(folder), resamples=5))["cbt_sentence"]
+    assert found.student == pytest.approx(sum(right) / len(right))
+    assert (found.metric, found.chance) == ("acc_token", pytest.approx(0.1))
+
+
+def test_documents_are_copied_whole_and_by_paragraph() -> None:
+    for name in ("copy_doc", "copy_para"):
+        items = copying_items(name, 3)
+        for item in items:
+            (context,), (rest,) = item.contexts, item.continuations
+            assert rest.strip() in context
+        assert items == copying_items(name, 3)
+
+
+def test_translations_and_summaries_are_written_and_compared(tmp_path: Path) -> None:
+    pairs = [{"source": f"{n} Katzen", "target": f"{n} cats", "source_language": "German"} for n in range(4)]
+    texts = [{"text": f"{n} cats sat down. They slept.", "summary": f"{n} cats slept."} for n in range(4)]
+    folder = lines(lines(tmp_path, "translation", pairs), "summary", texts)
+    spec: dict[str, Any] = {"tasks": ["translation", "summary"], "limit": 2, "data_dir": str(folder), "resamples": 5}
+    found = scores(model_of(), EvalSpec(**spec, fewshot=1), model_of())
+    assert [(task.metric, task.items, task.kind) for task in found.values()] == [
+        ("bleu", 2, "generation"),
+        ("rougeL", 2, "generation"),
+    ]
+    assert found["translation"].metrics["student"].keys() == {"bleu", "chrf", "rouge1", "rouge2", "rougeL"}
+    model = Loaded(model_of(), BYTES, {})
+    with pytest.raises(ValueError, match=r"eval.fewshot=4: task 'translation' has 3 examples to show beside"):
+        check(EvalSpec(**spec, fewshot=4), model)
+    with pytest.raises(ValueError, match=r"'summary' is read from a local file, which is not there .*text, summary"):
+        check(EvalSpec(["summary"]), model)
+    lines(tmp_path, "summary", [{"text": "a"}])
+    with pytest.raises(ValueError, match=r"line 1 is no item of summary: field 'summary' must be a text"):
+        check(EvalSpec(**spec), model)
+
+
+def test_texts_are_compared_by_torchmetrics() -> None:
+    assert set(compared("the cat sat on it", "the cat sat on it").values()) == {1.0}
+    assert set(compared("", "the cat sat").values()) == {0.0}
+    some = compared("a cat sat on the mat", "the cat sat on the mat")
+    assert all(0.5 < value < 1 for value in some.values())
