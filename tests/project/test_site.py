@@ -108,7 +108,7 @@ def test_the_notebook_is_kept_without_what_it_printed() -> None:
 def test_the_notebook_runs_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     read = nbformat.read(NOTEBOOK, as_version=4)
     done = nbclient.NotebookClient(read, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     check_notebook("".join(str(cell.get("outputs", "")) for cell in done.cells), tmp_path)
