@@ -32,12 +32,12 @@ RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then
 # Whoever the container runs as (--user) may write into the runs, the caches and its home, and nowhere else.
 COPY . .
 RUN pip install --no-deps -e . && python -m compileall -q iskd \
-    && useradd --create-home --uid 1000 user \
+    && groupadd --gid 10001 user && useradd --create-home --uid 10001 --gid 10001 user \
     && mkdir -p runs /caches && chmod 1777 runs /caches /home/user
 ENV HOME=/home/user HF_HOME=/caches/huggingface ISKD_CACHE=/caches/iskd \
     TORCHINDUCTOR_CACHE_DIR=/caches/inductor TRITON_CACHE_DIR=/caches/triton
 VOLUME ["/iskd/runs", "/caches"]
-USER 1000:1000
+USER 10001:10001
 
 ENTRYPOINT ["iskd"]
 CMD ["--help"]

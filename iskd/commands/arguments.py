@@ -86,9 +86,10 @@ def literal_paths(argv: Sequence[str], *, several: bool = False) -> list[str]:
 
 
 def _loggers(given: str) -> list[str]:
-    """`logger=[a,b]` as the first one, whose keys are `logger.KEY`, and the others below it: `logger.b.KEY`."""
+    """`logger=[a,b]` as one whose keys are `logger.KEY`, W&B wherever it stands, and others below: `logger.b.KEY`."""
     names = [name.strip() for name in given.partition("=")[2].strip("[] ").split(",")]
     chosen = [name for name in names if name in options("logger") and name != "csv"]  # which is always written
+    chosen.sort(key=lambda name: name != "wandb")  # the one with keys that people set
     if len(names) < 2 or not set(names) <= set(options("logger")):
         return [given]
     return [f"logger={next(iter(chosen), 'csv')}", *(f"+logger@logger.{name}={name}" for name in chosen[1:])]

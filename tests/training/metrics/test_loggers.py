@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
 
 from iskd.commands.compose import compose_config
-from iskd.commands.config import plain
+from iskd.commands.config import as_meant, plain
 from iskd.plan import StageResult
 from iskd.plan.metric_names import QUALITY
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
+from iskd.system import Json
 from iskd.system.faults import RunError
 from iskd.training.metrics import chosen, loggers_of, sweep_of
 from iskd.training.metrics.loggers import COLUMNS, log_end, log_row, log_start, tracked_as
@@ -137,6 +138,29 @@ def test_wandb_gets_tables_pictures_files_and_one_summary(run_dir: Path) -> None
     (run_dir / "config.yaml").write_text(f"logger: {logger}\n")
     log_end(loggers, run_dir, RESULTS)
     assert len(run.artifacts) == 4, "no student: its owner wants it here alone"
+
+
+@pytest.mark.parametrize("asked", ["[wandb,tensorboard]", "[tensorboard,wandb]", "[csv,wandb,tensorboard]"])
+def test_several_loggers_are_all_told(asked: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the words of the command line to what each has at the end; keys of W&B are W&B's alone."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config, _ = compose_config([f"logger={asked}", "logger.project=mine", "logger.tags=[a]"], run_dir)
+    made: list[Json] = []
+    loggers_of(plain(as_meant(config).logger), run_dir, made.append)
+    kinds = {node["_target_"].rpartition(".")[2]: node for node in made}
+    assert kinds.keys() == {"WandbLogger", "TensorBoardLogger"}, "metrics.csv is there anyway"
+    assert (kinds["WandbLogger"]["project"], kinds["WandbLogger"]["tags"]) == ("mine", ["a"])
+    assert not {"project", "tags"} & kinds["TensorBoardLogger"].keys()
+    assert {node["save_dir"] for node in made} == {str(run_dir)}
+    run, board = FakeRun(), TensorBoardLogger(str(run_dir), name=None, version="")
+    loggers = [WandbLogger(experiment=run), board]
+    log_start(loggers, run_dir)
+    log_row(loggers, RESULTS[1], 3)
+    log_end(loggers, run_dir, RESULTS)
+    board.finalize("success")
+    assert run.summary == summary(RESULTS)
+    assert list(run_dir.glob("events.out.tfevents.*"))
 
 
 def test_an_agents_sweep_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
