@@ -220,9 +220,15 @@ class RecurrentMixer(nn.Module):
         self.head_dim, self.chunk = self.projections.head_dim, chunk
         widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
         self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
-        path = stack.family.rotary
+        turns = getattr(attention.module, "use_rope", True)  # some layers of SmolLM3 have no positions
+        path = stack.family.rotary if turns else None
         self.turnable = path is not None
-        self.rotary = Rotary(class_of(stack.base.get_submodule(path)), stack.config) if rotary and path else None
+        kind = getattr(attention.module, "layer_type", None)
+        turn = (class_of(stack.base.get_submodule(path)), stack.config, kind) if rotary and path else None
+        self.rotary = None if turn is None else Rotary(*turn)
+        inner = self.projections.inner_dim**-0.5
+        scaling = getattr(attention.module, "scaling", None) or inner  # of Gemma and Granite it is a number of its own
+        self.scale = self.head_dim**-0.5 * (float(scaling) / inner)
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 

@@ -95,7 +95,7 @@ class Sliding(RecurrentMixer):
         """Queries, keys and values; which tokens count."""
         q, k, v = self.qkv(x_BTD, context)
         seen = k.new_ones(k.shape[:2]) if context.seen is None else context.seen.to(k.dtype)
-        return Streams(q, k, v, scale=self.head_dim**-0.5, extra=(seen,))
+        return Streams(q, k, v, scale=self.scale, extra=(seen,))
 
     def mix(self, streams: Streams, context: Context, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mixed values [B, T, H, V] and the sum over the tokens behind the window [B, G, K', V + 1]."""
