@@ -141,7 +141,7 @@ class MLSTMWindow(MLSTM):
         check_window(window, sinks)
         self.window, self.sinks = window, sinks
         self.window_gate = nn.Parameter(torch.full((self.heads,), math.log(MIX / (1 - MIX))))
-        self.turn = None if self.rotary is not None else rotary_of(attention.stack)
+        self.turn = None if self.rotary is not None else rotary_of(attention)
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Those of the mLSTM; queries and keys of softmax, with their positions."""
