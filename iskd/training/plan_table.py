@@ -212,7 +212,7 @@ def print_plan(rows: Sequence[Json], console: Console | None = None, *, text: st
         unknown: why times are left open; "" = they are known.
     """
     table = Table(title="plan")
-    columns = ("stage", "minimises", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
+    columns = ("stage", "objective", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:4] else "right")
     for row in rows:
@@ -220,14 +220,14 @@ def print_plan(rows: Sequence[Json], console: Console | None = None, *, text: st
         steps, tokens = (row.get("budget") or f"{row[key]:,}" for key in ("steps", "tokens"))
         amounts = (f"{row['params']:,}", share, steps, tokens)
         about = "open" if unknown else f"{seconds_of(row):.0f} s"
-        words = (Text(row["stage"]), Text(row.get("losses", row["objective"])), _trains(row), _rates(row))
+        words = (Text(row["stage"]), Text(row.get("losses") or row["objective"]), _trains(row), _rates(row))
         table.add_row(*words, *amounts, about)
     total, budget = sum(map(seconds_of, rows)), next((row["budget"] for row in rows if row.get("budget")), None)
     trained = f"{sum(row['tokens'] for row in rows):,} training tokens" if budget is None else f"{budget} in a stage"
     time = f"times are left open: {unknown}" if unknown else f"about {total / 60:.1f} min (by one measured step)"
     table.caption = Text("; ".join(filter(None, (trained, text, time))))
     console = console or terminal()
-    print_table(table, spare=("of the blocks", "trains", "rates", "minimises"), console=console)
+    print_table(table, spare=("of the blocks", "trains", "rates", "objective"), console=console)
     for warning in too_short(rows) if budget is None else ():
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
