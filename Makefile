@@ -66,7 +66,7 @@ demo: teacher ## compress SmolLM2 on this machine with the defaults
 
 DEMO_ILD := runs/demo-ild/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo-ild: teacher ## SmolLM2 from 30 layers to 26, refitted and trained, against one-shot ShortGPT: one picture
-	@$(PY) train.py experiment=ild importance=racing schedule.tokens=12288 schedule.refit_share=0.5 refit.output.tokens=8192 \
+	@$(PY) train.py experiment=ild importance=racing schedule.tokens=12288 refit.output.tokens=8192 \
 		refit.output.held_tokens=2048 run.score_tokens=2048 data.val_tokens=4096 hydra.run.dir=$(DEMO_ILD)/ild $(ARGS)
 	@$(PY) train.py experiment=shortgpt schedule=iterative schedule.target_layers=26 schedule.tokens=0 export=false data.val_tokens=4096 \
 		run.measure_before=false run.efficiency_seconds=0 hydra.run.dir=$(DEMO_ILD)/shortgpt $(ARGS)

@@ -18,7 +18,9 @@ from iskd.plan import Spec
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
-FAMILIES = ("gpt2", "phi", "llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "opt")
+NEWER = ("gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "granite")
+FAMILIES = ("gpt2", "phi", "llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox", "opt", *NEWER)
+BEHIND = ("gemma2", "gemma3_text", "olmo2")  # what their blocks give passes a norm before it is added
 VOCAB = 101
 # Sizes that divide the tiny models and fit in milliseconds; a block's yaml keeps all its other values.
 SMALL = {"reduction": 3, "layers": 2, "ratio": 0.6, "fit_steps": 6}
@@ -58,6 +60,14 @@ def tiny(
         "opt": {**common, "ffn_dim": mlp, "word_embed_proj_dim": hidden, "dropout": dropout},
         "qwen3": {**grouped, "head_dim": 16},
         "gemma": {**grouped, "head_dim": 8},
+        # every other layer sees few tokens, or has no positions; factors that a fresh config leaves at 1
+        "gemma2": {**grouped, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 12},
+        "gemma3_text": {**grouped, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 12}
+        | {"sliding_window_pattern": 2},
+        "phi3": {**grouped, "embd_pdrop": dropout, "resid_pdrop": dropout},
+        "smollm3": {**grouped, "no_rope_layer_interval": 2},
+        "granite": {**grouped, "embedding_multiplier": 4.0, "attention_multiplier": 0.25}
+        | {"residual_multiplier": 0.5, "logits_scaling": 4.0},
     }.get(family, grouped)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -369,6 +369,7 @@ RUN_FILES: dict[str, Any] = {
     run_files.DATA_FILE: {"source": "text", "content": "ab", "tokens": {"train": 64}},
     run_files.EVALUATION_FILE: EVALUATION,
     run_files.EFFICIENCY_FILE: EFFICIENCY,
+    run_files.PLAN_FILE: [{"stage": "teacher", "tokens": 0, "params": 9, "train_seconds": 0.5, "end_seconds": 2.0}],
     run_files.SAMPLES_FILE: [{"prompt": "Once", "teacher": " upon a", "student": " upon the", "same": 1, "tokens": 3}],
     run_files.METRICS_FILE: "lr/base,stage,step,tokens,train/loss\n" + "0.1,1,2,64,3.5\n0.1,1,3,96,3.4\n" * 9,
 }

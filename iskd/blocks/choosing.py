@@ -115,25 +115,48 @@ def eliminate(system: Ridge, projection: nn.Module, keep: int, ridge: float) -> 
 
 @torch.no_grad()
 def down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
-    """Normal equations of the projection at `path`: its inputs against what is missing to the teacher's output."""
-    projection = block.get_submodule(path)
+    """Normal equations of the projection at `path`: its inputs against what is missing to the teacher's output.
+
+    Where a norm stands behind it (Gemma 2, OLMo 2), what the norm should give is traced back to what should enter it,
+    g y / rms(y) at today's rms(y), and an error there counts as much as it does behind the norm.
+    """
+    projection, norms = block.get_submodule(path), data.stack.family.post_norms
+    last = block.get_submodule(norms[-1]) if norms else projection
     weight, bias = weight_of(projection), getattr(projection, "bias", None)
-    seen: list[Tensor] = []
+    scale, gain = data.stack.residual_scale, _gain(last, weight) if norms else None
+    inputs: list[Tensor] = []
+    given: list[Tensor] = []
     handles = [
-        projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0])),
-        projection.register_forward_hook(lambda _module, _args, output: seen.append(output)),
+        projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0])),
+        projection.register_forward_hook(lambda _module, _args, output: given.append(output)),
+        *([last.register_forward_hook(lambda _module, _args, output: given.append(output))] if norms else []),
     ]
     system = Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
     try:
         for index, h, target, row_weight in data.rows():
             output = data.run(block, h, index)
             # what the projection should add is the teacher's output less all that the rest of the block gives
-            added, inputs = seen.pop().view_as(output), seen.pop()
-            system.add(inputs.view(*output.shape[:-1], -1), target - (output - added), row_weight)
+            added, entered = given[-1].view_as(output), given[0]
+            wanted = (target - (output - scale * added)) / scale
+            if gain is not None:
+                size = entered.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)  # [B, T, 1]
+                wanted, row_weight = size * wanted.float() / gain, row_weight / size
+            system.add(inputs[0].view(*output.shape[:-1], -1), wanted, row_weight)
+            inputs.clear()
+            given.clear()
     finally:
         for handle in handles:
             handle.remove()
     return system
+
+
+def _gain(norm: nn.Module, weight: Tensor) -> Tensor:
+    """Gains [D] of an RMS norm, read off what it does to a probe (Gemma adds one), none of them near 0."""
+    probe = torch.ones(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        gain = norm(probe).float().flatten()
+    least = 1e-2 * gain.abs().max()
+    return torch.where(gain.abs() < least, least, gain)
 
 
 @torch.no_grad()

@@ -24,11 +24,15 @@ from torch import Tensor, nn
 from iskd.blocks.base import FitData
 from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down
 from iskd.blocks.slicing import cut, resized, set_width
-from iskd.models.projections import set_submodule, weight_of
+from iskd.models.projections import set_submodule, stacked, weight_of
 
 # a gain this much smaller than the largest one of its norm lets nothing through that could be scaled up again
 _NO_GAIN = 1e-6
 _ROUNDING = 1e-6  # nats
+_BEHIND = (
+    "blocks cannot be merged: what attention and MLP give passes a norm before it is added to the stream, so that two "
+    "of them have no sum; use edit=remove"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float) -> n
         ValueError: a projection of the blocks reads something else than a norm's output, or a fit is singular.
     """
     stack = data.stack
+    if stack.family.post_norms:
+        raise ValueError(_BEHIND)
     wide = side_by_side(lower, upper, data)
     heads, narrow = choose_heads(wide, data, stack.dims.kv_heads, ridge)
     path = stack.family.down
@@ -88,10 +94,9 @@ def side_by_side(lower: nn.Module, upper: nn.Module, data: FitData) -> nn.Module
         weight, bias = _behind(
             second, lower.get_submodule(norms[path]), upper.get_submodule(norms[path]), stack.dims.hidden
         )
-        parts = 3 if family.fused == "thirds" and path in family.qkv else 1
-        both = _interleaved(weight_of(first), weight, parts)
+        both = _interleaved(weight_of(first), weight, path, data)
         old_bias = getattr(first, "bias", None)
-        both_bias = None if old_bias is None or bias is None else _interleaved(old_bias, bias, parts)
+        both_bias = None if old_bias is None or bias is None else _interleaved(old_bias, bias, path, data)
         set_submodule(wide, path, resized(first, both, both_bias))
     for path in (family.out, family.down):
         first, second = lower.get_submodule(path), upper.get_submodule(path)
@@ -103,10 +108,17 @@ def side_by_side(lower: nn.Module, upper: nn.Module, data: FitData) -> nn.Module
     return wide
 
 
-def _interleaved(first: Tensor, second: Tensor, parts: int) -> Tensor:
-    """Rows of two projections one behind the other, within each of `parts` equal parts (queries, keys, values)."""
-    pairs = zip(first.chunk(parts), second.chunk(parts), strict=True)
+def _interleaved(first: Tensor, second: Tensor, path: str, data: FitData) -> Tensor:
+    """Rows of two projections one behind the other, within each part of one matrix (queries, keys, values)."""
+    pairs = zip(_parts(first, path, data), _parts(second, path, data), strict=True)
     return torch.cat([part for pair in pairs for part in pair])
+
+
+def _parts(values: Tensor, path: str, data: FitData) -> tuple[Tensor, ...]:
+    family = data.stack.family
+    if path in family.qkv and family.fused in ("thirds", "stacked"):
+        return stacked(values, data.stack)
+    return values.chunk(family.fused_ups) if path in family.ups else (values,)
 
 
 def _behind(projection: nn.Module, norm: nn.Module, own: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:

@@ -40,12 +40,16 @@ def cut(old: nn.Module, stack: Stack, groups: Tensor, channels: Tensor) -> nn.Mo
     queries = _expand(groups, group_width(stack))
     keys = _expand(groups, dims.head_dim)
     new = copy.deepcopy(old)
-    third = weight_of(old.get_submodule(family.qkv[0])).shape[0] // 3
-    for path, index in zip(family.qkv, _qkv_rows(family, third, dims.head_dim, groups, queries, keys), strict=True):
+    places = _qkv_places(old, stack)
+    for path, index in zip(family.qkv, _qkv_rows(family, places, dims.head_dim, groups, queries, keys), strict=True):
         set_submodule(new, path, take(new.get_submodule(path), index, dim=0))
+    for path, index in zip(family.qk_norms, (queries, keys), strict=False):
+        _narrow(new, path, index, dims.head_dim)
     set_submodule(new, family.out, take(new.get_submodule(family.out), queries, dim=1))
     for path in family.ups:
-        set_submodule(new, path, take(new.get_submodule(path), channels, dim=0))
+        width = weight_of(old.get_submodule(path)).shape[0] // family.fused_ups
+        rows = torch.cat([channels + width * part for part in range(family.fused_ups)])
+        set_submodule(new, path, take(new.get_submodule(path), rows, dim=0))
     set_submodule(new, family.down, take(new.get_submodule(family.down), channels, dim=1))
     set_width(new, stack)
     return new
@@ -58,6 +62,34 @@ def set_width(block: nn.Module, stack: Stack) -> None:
     for name, value in (("num_heads", width // stack.dims.head_dim), ("split_size", width)):
         if hasattr(attention, name):
             setattr(attention, name, value)
+    if stack.family.fused == "stacked":  # where its queries end is read off the config, which is the model's
+        heads = width // stack.dims.head_dim
+        groups = heads * stack.dims.kv_heads // stack.dims.heads
+        own = copy.copy(attention.config)
+        own.num_attention_heads = heads
+        own.num_key_value_heads = groups
+        vars(attention).update(config=own, num_key_value_heads=groups)
+
+
+def _qkv_places(block: nn.Module, stack: Stack) -> tuple[int, ...]:
+    """Where queries, keys and values begin among the rows of one matrix."""
+    rows = weight_of(block.get_submodule(stack.family.qkv[0])).shape[0]
+    if stack.family.fused != "stacked":
+        return 0, rows // 3, 2 * (rows // 3)
+    queries = stack.dims.heads // stack.dims.kv_heads
+    keys = rows // (queries + 2)
+    return 0, queries * keys, (queries + 1) * keys
+
+
+def _narrow(block: nn.Module, path: str, index: Tensor, head_dim: int) -> None:
+    """Keep the gains of a norm of queries or keys that is as wide as their projection; one of a head's width stays."""
+    try:
+        norm = block.get_submodule(path)
+    except AttributeError:
+        return
+    gain = norm.get_parameter("weight")
+    if gain.numel() > head_dim:
+        norm.weight = nn.Parameter(gain.detach().index_select(0, index))
 
 
 def _expand(units: Tensor, width: int) -> Tensor:
@@ -66,10 +98,10 @@ def _expand(units: Tensor, width: int) -> Tensor:
 
 
 def _qkv_rows(
-    family: Family, third: int, head_dim: int, groups: Tensor, queries: Tensor, keys: Tensor
+    family: Family, places: tuple[int, ...], head_dim: int, groups: Tensor, queries: Tensor, keys: Tensor
 ) -> Sequence[Tensor]:
-    if family.fused == "thirds":
-        return [torch.cat([queries, queries + third, queries + 2 * third])]
+    if family.fused in ("thirds", "stacked"):
+        return [torch.cat([rows + place for rows, place in zip((queries, keys, keys), places, strict=True)])]
     if family.fused == "heads":
         return [_expand(groups, 3 * head_dim)]
     return [queries, keys, keys]

@@ -9,13 +9,14 @@ is the structured L1 pruning baseline: units ranked by the absolute sum of their
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from iskd.blocks.base import FitData
+from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down, top
 from iskd.blocks.slicing import cut, group_width, inputs_of, unit_size
 from iskd.models import Stack
@@ -87,7 +88,14 @@ class Slim:
             heads, wide = choose_heads(old, data, groups, ridge)
             channels = eliminate(down_system(wide, path, data), wide.get_submodule(path), width, ridge)
             new.load_state_dict(cut(old, stack, heads, channels).state_dict())
+        if not stack.family.post_norms:
+            solve_down(new, path, down_system(new, path, data), ridge)
+            return
+        # a norm behind it makes its output as large as it was, however little of it can be predicted: this may hurt
+        before, kept = fit_error(new, data), copy.deepcopy(new.get_submodule(path).state_dict())
         solve_down(new, path, down_system(new, path, data), ridge)
+        if not fit_error(new, data) < before:
+            new.get_submodule(path).load_state_dict(kept)
 
 
 def sizes(
@@ -117,7 +125,7 @@ def sizes(
             raise ValueError(f"block.ratio must be in (0, 1], got {ratio}")
         total = sum(p.numel() for p in old.parameters())
         attention = sum(p.numel() for p in old.get_submodule(family.attn).parameters())
-        channel = sum(unit_size(old.get_submodule(p)) for p in family.ups) + dims.hidden
+        channel = family.fused_ups * sum(unit_size(old.get_submodule(p)) for p in family.ups) + dims.hidden
         # whole groups are rounded up: at equal size SmolLM2 loses less with more attention and fewer channels
         kv_groups = math.ceil(ratio * dims.kv_heads - 1e-9)
         rest = ratio * total - attention * kv_groups / dims.kv_heads
@@ -138,7 +146,7 @@ def l1_channels(block: nn.Module, family: Family) -> Tensor:
     """Absolute sum of all weights that belong to each MLP channel [C]."""
     score = weight_of(block.get_submodule(family.down)).detach().abs().sum(0)
     for path in family.ups:
-        score = score + weight_of(block.get_submodule(path)).detach().abs().sum(1)
+        score = score + weight_of(block.get_submodule(path)).detach().abs().sum(1).view(family.fused_ups, -1).sum(0)
     return score
 
 

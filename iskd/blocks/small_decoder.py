@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from iskd.models import CacheSlot
-from iskd.models.families import Dims, Family, family_of
+from iskd.models.families import Dims, Family, family_of, rotary_of
 
 
 class InnerCache:
@@ -34,6 +34,11 @@ class InnerCache:
             return keys, values
         heads = slice(layer_idx * self._heads, (layer_idx + 1) * self._heads)
         return torch.cat([self._past[0][:, heads], keys], dim=-2), torch.cat([self._past[1][:, heads], values], dim=-2)
+
+    @property
+    def length(self) -> int:
+        """Tokens before the new ones."""
+        return 0 if self._past is None else int(self._past[0].shape[-2])
 
     def flush(self) -> None:
         """Write the new states of all inner layers to the host's cache."""
@@ -61,11 +66,24 @@ def small_decoder(config: PreTrainedConfig, base_class: type[nn.Module], dims: D
             setattr(small, key, value)
     if getattr(small, "layer_types", None) is not None:
         small.layer_types = ["full_attention"] * num_layers
+    if getattr(small, "no_rope_layers", None) is not None:
+        small.no_rope_layers = [1] * num_layers
+    if getattr(small, "query_pre_attn_scalar", None) is not None:
+        small.query_pre_attn_scalar = dims.head_dim
+    if getattr(small, "embedding_multiplier", None) is not None:
+        small.embedding_multiplier = 1.0  # what comes in is no embedding
     # the token embedding is dropped below; one row keeps its construction cheap
     small.vocab_size, small.pad_token_id = 1, None
     inner = base_class(small)
     delattr(inner, family.embed)
     return inner
+
+
+def _causal(x_BTD: Tensor, past: int) -> Tensor:
+    """What is added to the scores of T new tokens over `past` and themselves [1, 1, T, past + T]: 0 = sees."""
+    count = x_BTD.shape[1]
+    hidden = torch.full((count, past + count), torch.finfo(x_BTD.dtype).min, dtype=x_BTD.dtype, device=x_BTD.device)
+    return hidden.triu(1 + past)[None, None]
 
 
 def run_decoder(
@@ -83,6 +101,8 @@ def run_decoder(
     """
     if positions is None:
         positions = torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0)
+    if mask is None and getattr(inner.config, "_attn_implementation", None) == "eager":
+        mask = _causal(x_BTD, 0 if cache is None else cache.length)  # the others are causal without one
     h_BTD = x_BTD
     kwargs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
     if family.positions is not None:
@@ -91,7 +111,8 @@ def run_decoder(
     if family.dropout is not None:
         h_BTD = inner.get_submodule(family.dropout)(h_BTD)
     if family.rotary is not None:
-        kwargs["position_embeddings"] = inner.get_submodule(family.rotary)(h_BTD, positions)
+        turned = rotary_of(inner.config, "full_attention")  # type: ignore[arg-type]
+        kwargs["position_embeddings"] = inner.get_submodule(family.rotary)(h_BTD, positions, *turned)
     kwargs[family.cache_key] = cache
     layers = inner.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)

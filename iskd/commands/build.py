@@ -26,6 +26,7 @@ from iskd.importance import AttentionImportance
 from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.models.weights import present_weights
+from iskd.plan import Spec
 from iskd.plan.budget import ON_CPU, ON_GPU, cpu_budget, gpu_budget
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
@@ -33,7 +34,7 @@ from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, ref
 from iskd.plan.saved_config import read_config
 from iskd.report.budget import choice_table
 from iskd.report.terminal import print_table, terminal
-from iskd.schedules import ConvertTo, EditKind, Schedule
+from iskd.schedules import EVERY, ConvertTo, EditKind, Schedule
 from iskd.schedules.budget import Asked, plan_for, steps_of
 from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
@@ -42,6 +43,7 @@ from iskd.system.files import expanded, sweep
 from iskd.system.machine import called
 from iskd.system.precision import device_of
 from iskd.system.text import argument
+from iskd.system.version import CONF, options
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
 from iskd.teacher.load import TeacherSpec, build_config
 from iskd.teacher.origin import find_teacher
@@ -297,8 +299,33 @@ def _steps_of(schedule: Schedule) -> Sequence[Step]:
 def _edit(config: DictConfig) -> EditKind:
     """What is done to a layer, with the block or mixer that its class takes as data."""
     takes = getattr(class_of(config.edit), "takes", ())
-    edit: EditKind = object_of(config.edit, **{group: spec(config[group]) for group in takes})
+    values: dict[str, Any] = {group: spec(config[group]) for group in takes}
+    if config.edit.get("mixers") is not None:
+        values["mixers"] = _mixers(plain(config.edit.mixers))
+    edit: EditKind = object_of(config.edit, **values)
     return edit
+
+
+def _mixers(named: Any) -> dict[str, tuple[Spec, Any]]:
+    """Mixers of conf/mixer by name, each with the layers that get it.
+
+    A value is the layers, or a mapping of them (`layers`) and of keys of the mixer that are not as in its file.
+    """
+    if not isinstance(named, dict):
+        raise ValueError(f"edit.mixers={named}: give mixers by name with their layers, as in {{mlstm: odd}}")
+    found = {}
+    for name, value in named.items():
+        if name not in (known := options("mixer")):
+            raise ValueError(f"edit.mixers has no mixer {name!r}: choose among {', '.join(known)}")
+        keys = dict(value) if isinstance(value, dict) else {"layers": value}
+        layers = keys.pop("layers", None)
+        if not isinstance(layers, str | list):
+            raise ValueError(f"edit.mixers={{{name}: {value}}}: say which layers, as a list or as {' or '.join(EVERY)}")
+        config = OmegaConf.load(CONF / "mixer" / f"{name}.yaml")
+        if unknown := [key for key in keys if key not in config]:
+            raise ValueError(f"edit.mixers: {name} has no key {unknown[0]!r}; it has {', '.join(map(str, config))}")
+        found[name] = spec(OmegaConf.merge(config, keys)), layers  # type: ignore[arg-type]
+    return found
 
 
 def _claim(run_dir: Path, resuming: bool) -> None:

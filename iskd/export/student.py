@@ -33,7 +33,8 @@ from iskd.system.files import readable_as_umask
 CODES = ("iskd", "bundle")
 MAX_SHARD_BYTES = 50 * 10**9  # what save_pretrained of transformers 5 takes
 # What an attention computes with besides its weights, derived from the config and its place when it is built.
-_DERIVED = ("scaling", "head_dim", "sliding_window")
+_KINDS = ("full_attention", "sliding_attention")
+_DERIVED = ("scaling", "head_dim", "sliding_window", "use_rope")
 
 
 class IskdConfig(Sizes, PreTrainedConfig):
@@ -162,9 +163,12 @@ def _heads(stack: Stack, block: nn.Module) -> int:
 def _build_of(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
     """Everything about a model but the values of its weights."""
     modules = {name: module for name, module in model.named_modules() if name}
+    kinds = getattr(model.config, "layer_types", None) or _KINDS
+    gone = tuple(f".{kind}_" for kind in _KINDS if kind not in kinds)  # Gemma 3's angles of layers that have left
+    named = chain(model.named_parameters(), model.named_buffers())
     return (
         {name: type(module) for name, module in modules.items()},
-        {name: tensor.shape for name, tensor in chain(model.named_parameters(), model.named_buffers())},
+        {name: tensor.shape for name, tensor in named if not any(kind in name for kind in gone)},
         {f"{name}.{key}": vars(module).get(key) for name, module in modules.items() for key in _DERIVED},
     )
 
@@ -265,6 +269,9 @@ def _say_it_as_others_ask(file: Path) -> None:
     values: Json = read_json(file)
     kind, rope = values["model_type"], values.get("rope_parameters") or {}
     theta, share = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3's angles, by the type of the layer
+        values["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10_000.0)
+        rope = rope["full_attention"]
     for key, name in (("rope_theta", theta), ("partial_rotary_factor", share)):
         if key in rope:
             values[name] = rope[key]

@@ -81,7 +81,11 @@ class TaskAccuracy(WindowImportance):
         if not tasks or len(set(tasks)) < len(tasks):
             raise ValueError(f"importance.tasks must name at least one task and none twice, got {list(tasks)}")
         if data_dir is None and set(tasks) & set(TASKS):
-            raise ValueError("importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task")
+            hub = "; ".join(f"{task}: {TASKS[task].hub}" for task in tasks if task in TASKS)
+            raise ValueError(
+                "importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task (on the hub "
+                f"{hub}), or choose a score that needs no tasks, importance=ablation"
+            )
         if items < 1 or batch_tokens < 1:
             raise ValueError(
                 f"importance.items and importance.batch_tokens must be at least 1, got {items} and {batch_tokens}"

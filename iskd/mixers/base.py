@@ -98,10 +98,17 @@ class Streams(Recurrence):
         return replace(self, k=self.k * seen_BT[..., None, None], beta=beta, g=g)
 
 
-def rotary_of(stack: Stack) -> Rotary | None:
-    """The rotary positions of a model; None in a family without."""
-    path = stack.family.rotary
-    return Rotary(class_of(stack.base.get_submodule(path)), stack.config) if path else None
+def _turned_in(attention: Attention) -> str | None:
+    """Where the model of an attention has its rotary positions; None where that attention knows none."""
+    turns = getattr(attention.module, "use_rope", True)  # some layers of SmolLM3 have no positions
+    return attention.stack.family.rotary if turns else None
+
+
+def rotary_of(attention: Attention) -> Rotary | None:
+    """The rotary positions of an attention; None where it has none."""
+    stack, path = attention.stack, _turned_in(attention)
+    kind = getattr(attention.module, "layer_type", None)
+    return Rotary(class_of(stack.base.get_submodule(path)), stack.config, kind) if path else None
 
 
 class RecurrentMixer(nn.Module):
@@ -169,8 +176,11 @@ class RecurrentMixer(nn.Module):
         self.head_dim, self.chunk = self.projections.head_dim, chunk
         widths = {name: self.projections.get_submodule(f"{name}_proj").out_features for name in self._qkv()}
         self.convs = nn.ModuleDict({name: ShortConv(int(width), conv) for name, width in widths.items() if conv})  # type: ignore[arg-type]
-        self.turnable = stack.family.rotary is not None
-        self.rotary = rotary_of(stack) if rotary else None
+        self.turnable = _turned_in(attention) is not None
+        self.rotary = rotary_of(attention) if rotary else None
+        inner = self.projections.inner_dim**-0.5
+        scaling = getattr(attention.module, "scaling", None) or inner  # of Gemma and Granite it is a number of its own
+        self.scale = self.head_dim**-0.5 * (float(scaling) / inner)
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 

@@ -10,8 +10,9 @@ with D = 1 an untrained copy passes every token's own value on. The gate starts 
 phi is SiLU, near x / 2 for small x, unless `activation=identity`.
 
 Every channel mixes the tokens in its own way, so there is no mixing matrix per head. The scan is made of chunks, inside
-which spans of 1, 2, 4, ... tokens are joined: logarithms of decays are neither summed nor divided, so strong decays do
-no harm. The backward pass computes a chunk's states again instead of keeping [B, T, channels, N] many.
+which spans of 1, 2, 4, ... tokens are joined, or on a CPU token after token (`iskd.mixers.ops.scan`): logarithms of
+decays are neither summed nor divided, so strong decays do no harm. The backward pass computes a chunk's states again
+instead of keeping [B, T, channels, N] many.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
 from iskd.mixers.modules import OutputGate
 from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.limits import check_width
+from iskd.mixers.ops.scan import scan as by_token
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
@@ -112,6 +114,9 @@ class Mamba(RecurrentMixer):
             begins = x.new_zeros(x.shape[:2], dtype=torch.bool)
             if context.segments is not None:
                 begins[:, 1:] = context.segments[:, 1:] != context.segments[:, :-1]
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                o_BTI, state = by_token(dt, dt * x, b, c, begins, rate, state, self.chunk)
+                return (o_BTI + self.D.to(dt.dtype) * x).unflatten(-1, (self.heads, self.head_dim)), state
             outputs = []
             for chunks in zip(*(stream.split(self.chunk, dim=1) for stream in (dt, dt * x, b, c, begins)), strict=True):
                 inputs: list[Tensor] = [*chunks, rate, state]

@@ -20,8 +20,8 @@ Discrete Mamba-2 (MOHAWK, arXiv 2408.10189, appendix; Llamba, arXiv 2502.14458) 
     S_t = exp(-softplus(w_a u_t + b_a)) S_{t-1} + B_t x_t^T        o_t = K^-1/2 C_t^T S_t + D x_t
     y_t = W_o (o_t * silu(W_z u_t + b_z))
 
-with the identity for phi and no norm. Fresh decays are 1/2, as there. There D is 1, the gate random, and K^-1/2 missing:
-here D starts at 0, as attention has no path around the state, and the gate at 1.
+with the identity for phi and no norm. Fresh decays are 1/2, as there. There D is 1, the gate random, and K^-1/2 is
+missing: here D starts at 0, as attention has no path around the state, and the gate at 1.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class MLSTMWindow(MLSTM):
         check_window(window, sinks)
         self.window, self.sinks = window, sinks
         self.window_gate = nn.Parameter(torch.full((self.heads,), math.log(MIX / (1 - MIX))))
-        self.turn = None if self.rotary is not None else rotary_of(attention.stack)
+        self.turn = None if self.rotary is not None else rotary_of(attention)
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Those of the mLSTM; queries and keys of softmax, with their positions."""
@@ -163,7 +163,7 @@ class MLSTMWindow(MLSTM):
         q, k = s.extra
         near = Window.read(context, k, s.v, size=self.window, sinks=self.sinks)
         with torch.autocast(q.device.type, enabled=False):
-            soft = near.softmax(at_least_fp32(q) * s.scale, reach=self.window, size=self.chunk)
+            soft = near.softmax(at_least_fp32(q) * self.scale, reach=self.window, size=self.chunk)
         o, state = super().mix(s, context, state_BGKV)
         return torch.cat([o, (soft[..., :-1] / soft[..., -1:].clamp_min(EPS)).to(o.dtype)], dim=-1), state
 

@@ -124,7 +124,7 @@ class Sliding(RecurrentMixer):
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys and values; padding is told apart by `mix`."""
         q, k, v = self.qkv(x_BTD, context)
-        return Streams(q, k, v, scale=self.head_dim**-0.5)
+        return Streams(q, k, v, scale=self.scale)
 
     def mix(self, streams: Streams, context: Context, state_BGKV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mixed values [B, T, H, V] and the sum over the tokens behind the window [B, G, K', V + 1]."""

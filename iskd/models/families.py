@@ -16,10 +16,13 @@ class Family:
     Attributes:
         base, layers, embed, norm: base model, its blocks, its token embedding, its final norm.
         qkv, out, attn: input projections, output projection and module of the attention.
-        fused: how one qkv matrix packs its outputs: "" = three matrices, "thirds" = q | k | v,
-            "heads" = (q, k, v) of head 0, of head 1, ...
-        qk_norms: norms of queries and keys, one head wide; a model of the family may lack them.
+        fused: how one qkv matrix packs its outputs: "" = three matrices, "thirds" = q | k | v of one width, "stacked" =
+            q | k | v, of which k and v have the key-value heads' width, "heads" = (q, k, v) of head 0, of head 1, ...
+        qk_norms: norms of queries and keys, one head wide or as wide as the projection; a model may lack them.
+        reads_norms: norms stand at the entrance of attention and MLP, so that the size of the stream does not matter.
+        post_norms: norms through which what `out` and `down` give passes before it is added to the stream.
         ups, down: projections into and out of the MLP's channels.
+        fused_ups: outputs of each channel in one matrix of `ups`: 2 = gate | up.
         mlp_size: the config's key of the MLP width.
         rotary, positions, dropout: rotary embedding, learned positions, embedding dropout (None = has none).
         cache_key, positional: the block's keyword for the KV cache; names of arguments that hosts pass by position.
@@ -34,7 +37,10 @@ class Family:
     out: str = "self_attn.o_proj"
     fused: str = ""
     qk_norms: tuple[str, ...] = ()
+    reads_norms: bool = True
+    post_norms: tuple[str, ...] = ()
     ups: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    fused_ups: int = 1
     down: str = "mlp.down_proj"
     mlp_size: str = "intermediate_size"
     rotary: str | None = "rotary_emb"
@@ -45,12 +51,25 @@ class Family:
 
 
 _LLAMA_LIKE = Family()
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
-    "qwen3": Family(qk_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "qwen3": Family(qk_norms=_QK_NORMS),
+    "smollm3": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
+    "olmo2": Family(qk_norms=_QK_NORMS, reads_norms=False, post_norms=_POST_NORMS),
     "gemma": _LLAMA_LIKE,
+    "gemma2": Family(post_norms=_POST_NORMS),
+    "gemma3_text": Family(qk_norms=_QK_NORMS, post_norms=_POST_NORMS),
+    "phi3": Family(
+        qkv=("self_attn.qkv_proj",),
+        fused="stacked",
+        ups=("mlp.gate_up_proj",),
+        fused_ups=2,
+    ),
     "phi": Family(
         norm="final_layernorm",
         out="self_attn.dense",
@@ -111,6 +130,12 @@ class Dims:
     kv_heads: int
     head_dim: int
     mlp: int
+
+
+def rotary_of(config: PreTrainedConfig, layer_type: str | None) -> tuple[str, ...]:
+    """What a rotary embedding takes beside states and positions: the layer's type, where each has its own angles."""
+    rope = getattr(config, "rope_parameters", None)
+    return (layer_type,) if layer_type and isinstance(rope, dict) and isinstance(rope.get(layer_type), dict) else ()
 
 
 def family_of(config: PreTrainedConfig) -> Family:

@@ -31,6 +31,16 @@ def weight_of(projection: nn.Module) -> Tensor:
     return weight if isinstance(projection, nn.Linear) else weight.T
 
 
+def stacked(values: Tensor, stack: Stack) -> tuple[Tensor, ...]:
+    """Queries, keys and values of the rows of one matrix that holds them in this order, or of its bias.
+
+    The block may have fewer heads than the model, in whole key-value groups.
+    """
+    queries = stack.dims.heads // stack.dims.kv_heads  # times as wide as the keys
+    keys = values.shape[0] // (queries + 2)
+    return values.split([queries * keys, keys, keys])
+
+
 def qkv_of(attention: nn.Module, stack: Stack) -> list[tuple[Tensor, Tensor | None]]:
     """Weight [out, in] and bias [out] (or None) of an attention's queries, keys and values, taken apart if fused."""
     family = stack.family
@@ -43,8 +53,8 @@ def qkv_of(attention: nn.Module, stack: Stack) -> list[tuple[Tensor, Tensor | No
     (weight, bias), width = found[0], stack.dims.head_dim
 
     def third(values: Tensor, index: int) -> Tensor:
-        if family.fused == "thirds":
-            return values.chunk(3)[index]
+        if family.fused in ("thirds", "stacked"):
+            return stacked(values, stack)[index]
         return values.unflatten(0, (-1, 3, width))[:, index].flatten(0, 1)
 
     return [(third(weight, index), None if bias is None else third(bias, index)) for index in range(3)]

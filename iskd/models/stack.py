@@ -70,6 +70,11 @@ class Stack:
         return not (self.config.model_type == "phi" or getattr(self.config, "use_parallel_residual", False))
 
     @property
+    def residual_scale(self) -> float:
+        """What attention and MLP give is this many times as large when it is added to the stream (Granite)."""
+        return float(getattr(self.config, "residual_multiplier", None) or 1.0)
+
+    @property
     def softcap(self) -> float | None:
         """Soft cap that the model puts on its logits, if it has one."""
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -120,7 +125,7 @@ class Stack:
             options["position_ids"] = positions_in(input_ids, self.separator)
         with one_text() if known else nullcontext():
             output: Tensor = self.base(input_ids=input_ids, **options).last_hidden_state
-        return output
+        return self._as_read(output)
 
     @property
     def separator(self) -> Separator | None:
@@ -175,7 +180,12 @@ class Stack:
             module = getattr(self.base, name, None)
             if module is not None:
                 h_BTD = module(h_BTD)
-        return h_BTD
+        return self._as_read(h_BTD)
+
+    def _as_read(self, h_BTD: Tensor) -> Tensor:
+        """Granite divides the head's product by a number: here the states are, so that heads know nothing of it."""
+        scale = float(getattr(self.config, "logits_scaling", None) or 1.0)
+        return h_BTD if scale == 1.0 else h_BTD / scale
 
     def set_layers(self, blocks: list[nn.Module], kept: list[int] | None = None) -> None:
         """Put `blocks` in as the new stack and make config depth, per-layer lists and cache slots true.

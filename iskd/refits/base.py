@@ -280,6 +280,11 @@ def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> 
                 student = site.outputs
 
 
+def attention_end(stack: Stack) -> str:
+    """Path of the module of a block whose output, times the stack's residual scale, is what attention adds."""
+    return stack.family.post_norms[0] if stack.family.post_norms else stack.family.attn
+
+
 def _teacher_block(
     stack: Stack, layer: int, calls: BlockCalls, h_BTD: Tensor, *, apart: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -287,11 +292,11 @@ def _teacher_block(
     if not apart:
         return calls.run(layer, stack.layers[layer], h_BTD), None
     block, added = stack.layers[layer], list[Tensor]()
-    handle = block.get_submodule(stack.family.attn).register_forward_hook(
+    handle = block.get_submodule(attention_end(stack)).register_forward_hook(
         lambda _module, _args, output: added.append(state_of(output))
     )
     try:
         after = calls.run(layer, block, h_BTD)
     finally:
         handle.remove()
-    return after, h_BTD + added[0]
+    return after, h_BTD + stack.residual_scale * added[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
-from iskd.refits.base import BlockRefit, RefitTask, Site
+from iskd.refits.base import BlockRefit, RefitTask, Site, attention_end
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,13 @@ def _errors(site: Site, index: int, attention: nn.Module | None) -> Tensor:
     else:
         assert site.middle is not None
         goals, added = site.middle, []
-        handle = attention.register_forward_hook(lambda _module, _args, output: added.append(state_of(output)))
+        end = site.submodule(attention_end(site.stack)) or attention
+        handle = end.register_forward_hook(lambda _module, _args, output: added.append(state_of(output)))
         try:
             site.run(index)
         finally:
             handle.remove()
-        state = site.inputs[index] + added[0]
+        state = site.inputs[index] + site.stack.residual_scale * added[0]
     goal = goals[index]
     with torch.autocast(state.device.type, enabled=False):
         return ((state.float() - goal.float()) * row_weights(goal)).square().sum(-1)

@@ -58,6 +58,11 @@ class Magnitude(Refit):
             return ["no layer was removed: nothing to scale"]
         stack = Stack(task.student)
         family = stack.family
+        if not family.reads_norms:
+            raise ValueError(
+                f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
+                "norm in front of them: use refit=local"
+            )
         for layer, block in zip(task.record.layers, stack.layers, strict=True):
             if layer < removed[-1] and (_writer(block, family.down) is None or _writer(block, family.out) is None):
                 raise ValueError(
@@ -123,16 +128,21 @@ def _fold(task: RefitTask, layer: int, scalar: float) -> None:
         base.get_submodule(family.positions).get_parameter("weight").mul_(scalar)
     if head is not None and head.get_parameter("weight") is table:
         norm = base.get_submodule(family.norm)
-        gain = norm.get_parameter("weight")
-        if stack.config.model_type == "gemma":  # its gain is 1 + weight
-            gain.copy_((gain + 1) / scalar - 1)
-        else:
-            gain.div_(scalar)
-        bias: Tensor | None = getattr(norm, "bias", None)
-        if bias is not None:
-            bias.div_(scalar)
+        _scale_norm(norm, 1 / scalar, stack)
     for number, block in zip(task.record.layers, stack.layers, strict=True):
         if number < layer:
-            for path in (family.out, family.down):
+            for path in family.post_norms:
+                _scale_norm(block.get_submodule(path), scalar, stack)
+            for path in () if family.post_norms else (family.out, family.down):
                 for parameter in block.get_submodule(path).parameters():
                     parameter.mul_(scalar)
+
+
+def _scale_norm(norm: nn.Module, by: float, stack: Stack) -> None:
+    """Make what a norm gives so many times as large."""
+    gain = norm.get_parameter("weight")
+    more = 1.0 if stack.config.model_type.startswith("gemma") else 0.0  # Gemma's gain is 1 + weight
+    gain.copy_((gain + more) * by - more)
+    bias: Tensor | None = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.mul_(by)

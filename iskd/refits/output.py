@@ -236,7 +236,7 @@ class _Mixed:
     def standing_in(self, site: Site, index: int) -> Iterator[None]:
         """Inside the context the attention returns that, for one batch."""
         attention = site.block.get_submodule(site.stack.family.attn)
-        added = self.carriers[index].of(self.inputs[index])
+        added = self.carriers[index].of(self.inputs[index]) / site.stack.residual_scale
 
         def forward(*_args: object, **_kwargs: object) -> tuple[Tensor, None]:
             return added, None

@@ -12,6 +12,11 @@ from iskd.blocks.ridge import Solution
 from iskd.models.projections import weight_of
 from iskd.refits.base import Site
 
+_BEHIND = (
+    "{path} of layer {layer}: what it returns is not added to the stream as it is (a norm stands behind it), so it "
+    "cannot be re-solved in closed form: use refit=local"
+)
+
 
 class _Entered(Exception):
     """Ends a block's pass whose rest nobody needs."""
@@ -30,7 +35,12 @@ class Projection:
 
     @classmethod
     def at(cls, site: Site, *paths: str) -> Projection | None:
-        """The first of some paths that the block has; None where a compact block has none of them."""
+        """The first of some paths that the block has; None where a compact block has none of them.
+
+        Raises ValueError in a family whose blocks have norms behind them.
+        """
+        if site.stack.family.post_norms:
+            raise ValueError(_BEHIND.format(path=paths[0], layer=site.layer))
         for path in paths:
             module = site.submodule(path)
             if module is not None:
@@ -53,13 +63,17 @@ class Projection:
         weight, bias = self.weights
         return Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
 
+    @property
+    def _scale(self) -> float:
+        return self._site.stack.residual_scale
+
     def start(self) -> Solution:
-        """The weights that it has."""
+        """The weights that it has, times what its output is multiplied by on its way into the stream (Granite)."""
         weight, bias = self.weights
-        return Solution(weight.double(), None if bias is None else bias.double())
+        return Solution(self._scale * weight.double(), None if bias is None else self._scale * bias.double())
 
     def seen(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Its inputs [B, T, F] and output [B, T, D] in a pass on a batch, and the output of the block [B, T, D]."""
+        """Its inputs [B, T, F] and what it adds [B, T, D] in a pass on a batch, and the block's output [B, T, D]."""
         inputs: list[Tensor] = []
         added: list[Tensor] = []
         handles = [
@@ -72,7 +86,7 @@ class Projection:
             for handle in handles:
                 handle.remove()
         shape = output.shape[:-1]  # OPT's MLP sees one long row of tokens
-        return inputs[0].view(*shape, -1), added[0].view(*shape, -1), output
+        return inputs[0].view(*shape, -1), self._scale * added[0].view(*shape, -1), output
 
     def entering(self, index: int) -> Tensor:
         """Its inputs [B, T, F] in a pass on a batch, which ends there."""
@@ -103,19 +117,17 @@ class Projection:
             handle.remove()
         if not bool(moved.isfinite().all()):
             return  # `checked` says so
+        nudge *= self._scale
         if not torch.allclose((moved - plain).float(), nudge.expand_as(plain), rtol=0.05):
-            raise ValueError(
-                f"{self.path} of layer {self._site.layer}: what it returns is not added to the stream as it is (a norm "
-                "stands behind it), so it cannot be re-solved in closed form: use refit=local"
-            )
+            raise ValueError(_BEHIND.format(path=self.path, layer=self._site.layer))
 
     @torch.no_grad()
     def write(self, solution: Solution) -> None:
-        """Give it weights and a bias."""
+        """Give it the weights and the bias that add what a solution adds."""
         weight, bias = self.weights
-        weight.copy_(solution.weight)
+        weight.copy_(solution.weight / self._scale)
         if solution.bias is not None and bias is not None:
-            bias.copy_(solution.bias)
+            bias.copy_(solution.bias / self._scale)
 
 
 def checked(sums: Sequence[Ridge], what: str) -> None:

@@ -27,10 +27,12 @@ from iskd.plan.run_files import (
     EVALUATION_FILE,
     METRICS_FILE,
     MODEL,
+    PLAN_FILE,
     RECORD_FILE,
     SAMPLES_FILE,
     STAGES_FILE,
 )
+from iskd.report.promised import Promise, promises_of
 from iskd.system import read_json
 from iskd.system.files import leads_out, read_plain
 from iskd.system.tables import read_csv
@@ -61,6 +63,7 @@ class RunFiles:
     evaluation: Evaluation | None = None
     samples: list[Sample] = field(default_factory=list)
     budget: BudgetPlan | None = None
+    plan: list[Promise] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -114,6 +117,7 @@ def read_run(run_dir: Path, *, curves: bool = True) -> RunFiles:
     run.evaluation = _read(run_dir / EVALUATION_FILE, lambda path: evaluation_of(read_json(path)), run, expected=False)
     run.budget = _read(run_dir / BUDGET_FILE, read_plan, run, expected=False)
     run.samples = _read(run_dir / SAMPLES_FILE, lambda path: samples_of(read_json(path)), run, expected=False) or []
+    run.plan = _read(run_dir / PLAN_FILE, lambda path: promises_of(read_json(path)), run, expected=False) or []
     return run
 
 

@@ -39,6 +39,7 @@ from iskd.report.figures.layer_dynamics import layer_dynamics
 from iskd.report.figures.picture import write_picture
 from iskd.report.measured import efficiency_section, quantized_section, speed_tile, tasks_section
 from iskd.report.origin import made_by, words_section
+from iskd.report.promised import promised_section
 from iskd.report.read_run import RunFiles, read_run
 from iskd.report.stage_rows import COLUMNS, stage_rows
 from iskd.system import number
@@ -105,6 +106,7 @@ def _page(run: RunFiles, folder: Path) -> str:
             html.section("Figures", html.figures(_figures(run))),
             efficiency_section(run.efficiency),
             quantized_section(run.evaluation),
+            promised_section(run.plan, run.stages),
             words_section(run.samples),
             links(folder, [raw for raw in _RAW if not any(note.startswith(raw[0]) for note in run.notes)]),
             html.details("Data", html.properties("Data", run.data)),

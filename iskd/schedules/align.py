@@ -98,7 +98,8 @@ class Align(Layers, Heal):
         mixers = "loss" if self.mixers in _OFF else str(self.mixers)
         if mixers == "auto":
             assert isinstance(self.edit, ConvertTo)
-            mixers = "matrix" if getattr(self.edit.mixer.resolve(), "exposes_matrix", False) else "mixer_output"
+            exposed = [getattr(mixer.resolve(), "exposes_matrix", False) for mixer in self.edit.every]
+            mixers = "matrix" if all(exposed) else "mixer_output"
         rows = [
             ("mixers", mixers, self.mixers_share, self.mixers_train, self.mixers_lr, self.mixers_shape),
             (

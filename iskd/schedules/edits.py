@@ -6,13 +6,17 @@ Each kind makes the edit of one layer, a frozen value. `takes` names the groups 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import NonNegativeFloat
 
 from iskd.plan import Convert, Edit, Remove, Replace, Spec
 from iskd.plan.edits import Merge
+
+EVERY = {"even": 0, "odd": 1}
+"""Words for layers, by what is left of their number when it is halved."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class MergeLayers:
 class ConvertTo:
     """Edits that exchange a block's attention for a mixer, which starts from the attention's own projections.
 
+    `mixers`: other mixers than `mixer`, by name: each with the layers that get it, a list or a word of `EVERY`.
+
     Source: arXiv 2504.14366
     Needs: a mixer (`mixer=`)
     Costs: that of the mixer; a state of constant size instead of a cache that grows
@@ -97,16 +103,60 @@ class ConvertTo:
     takes: ClassVar[tuple[str, ...]] = ("mixer",)
     removes: ClassVar[bool] = False
     mixer: Spec
+    mixers: Mapping[str, Any] | None = None  # name -> (Spec, layers)
     fit: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a fit, which would silently do nothing."""
+        """Refuse a fit, which would silently do nothing, and a layer with two mixers."""
+        found: dict[int, str] = {}
+        for name, (_, layers) in (self.mixers or {}).items():
+            if isinstance(layers, str):
+                if layers not in EVERY:
+                    raise ValueError(
+                        f"edit.mixers={{{name}: {layers}}}: say which layers, as a list or as {' or '.join(EVERY)}"
+                    )
+            elif not layers or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+                raise ValueError(
+                    f"edit.mixers={{{name}: {list(layers)}}}: give at least one layer, each a whole number"
+                )
+            for layer in self._shown(layers):
+                if layer in found:
+                    raise ValueError(
+                        f"edit.mixers names layer {layer} for {found[layer]} and for {name}: a layer has one mixer"
+                    )
+                found[layer] = name
         if self.fit:
             raise ValueError("edit.fit=true: mixers have no fit before training; set edit.fit=false")
 
     def make(self, layer: int, seed: int) -> Edit:
         """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
-        return Convert(layer, self.mixer, seed=seed * 10_007 + layer)
+        own = [mixer for mixer, layers in (self.mixers or {}).values() if _among(layer, layers)]
+        return Convert(layer, own[0] if own else self.mixer, seed=seed * 10_007 + layer)
+
+    @property
+    def every(self) -> list[Spec]:
+        """All mixers that layers may get."""
+        return [self.mixer, *(mixer for mixer, _ in (self.mixers or {}).values())]
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError where a layer is named that a teacher of so many layers has not."""
+        for name, (_, layers) in (self.mixers or {}).items():
+            far = [] if isinstance(layers, str) else [layer for layer in layers if not 0 <= layer < depth]
+            if far:
+                raise ValueError(
+                    f"edit.mixers={{{name}: ...}} names layer {far[0]}; the teacher has layers 0..{depth - 1}"
+                )
+
+    def _shown(self, layers: str | Sequence[int]) -> list[int]:
+        """Layers of a list; of a word, those up to the highest that any list names and the next two."""
+        if not isinstance(layers, str):
+            return list(layers)
+        lists = (named for _, named in (self.mixers or {}).values() if not isinstance(named, str))
+        return [layer for layer in range(max((max(named) for named in lists), default=0) + 3) if _among(layer, layers)]
+
+
+def _among(layer: int, layers: str | Sequence[int]) -> bool:
+    return layer % 2 == EVERY[layers] if isinstance(layers, str) else layer in layers
 
 
 EditKind = ReplaceWith | RemoveLayers | MergeLayers | ConvertTo

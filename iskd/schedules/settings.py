@@ -146,6 +146,8 @@ class Layers:
     def protected(self, record: Record) -> list[int]:
         """Layers that are never edited, ascending."""
         depth = record.num_layers
+        if isinstance(self.edit, ConvertTo):
+            self.edit.check(depth)
         ends = [*range(depth)[: self.protect_first], *range(depth)[max(0, depth - self.protect_last) :]]
         first, step = NAMED[self.layers if isinstance(self.layers, str) else "all"]
         others = set(range(depth)) - set(range(first, depth, step))

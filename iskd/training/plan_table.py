@@ -233,7 +233,7 @@ def print_plan(
         budget: see `announce`.
     """
     table = Table(title="plan")
-    columns = ("stage", "minimises", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
+    columns = ("stage", "objective", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:4] else "right")
     for row in rows:
@@ -241,7 +241,7 @@ def print_plan(
         steps, tokens = (row.get("budget") or f"{row[key]:,}" for key in ("steps", "tokens"))
         amounts = (f"{row['params']:,}", share, steps, tokens)
         about = "open" if unknown else f"{seconds_of(row):.0f} s"
-        words = (Text(row["stage"]), Text(row.get("losses", row["objective"])), _trains(row), _rates(row))
+        words = (Text(row["stage"]), Text(row.get("losses") or row["objective"]), _trains(row), _rates(row))
         table.add_row(*words, *amounts, about)
     total, passes = sum(map(seconds_of, rows)), next((row["budget"] for row in rows if row.get("budget")), None)
     trained = f"{sum(row['tokens'] for row in rows):,} training tokens" if passes is None else f"{passes} in a stage"
@@ -249,7 +249,7 @@ def print_plan(
     room = f"{memory / 2**30:.1f} GiB of memory" if memory else ""
     table.caption = Text("; ".join(filter(None, (trained, text, time, room))))
     console = console or terminal()
-    print_table(table, spare=("of the blocks", "trains", "rates", "minimises"), console=console)
+    print_table(table, spare=("of the blocks", "trains", "rates", "objective"), console=console)
     if budget:
         console.print(budget, soft_wrap=True)
     warnings = too_short(rows) if passes is None else []

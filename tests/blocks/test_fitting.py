@@ -61,7 +61,9 @@ def test_a_fit_never_hurts(family: str, name: str) -> None:
     student, results = fitted(teacher, [Replace(2, SPECS[name]), Replace(0, SPECS[name])], batches)
     assert [result.layer for result in results] == [0, 2]
     for result in results:
-        assert 0 <= result.after < result.before
+        # behind a norm the inherited weights may be the best; they stay then
+        kept = bool(Stack(student).family.post_norms) and result.after == result.before
+        assert 0 <= result.after < result.before or kept
     assert results[0].after == pytest.approx(recomputed(student, teacher, 0, batches), rel=1e-4)
 
 

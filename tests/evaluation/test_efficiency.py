@@ -105,10 +105,10 @@ def test_a_minute_reaches_the_longest_context(slowness: float, reached: int, mon
     """On a machine where a token is read in 4 ms and decoded in 45 ms, more after a long context: SmolLM2 on a core."""
     now = [0.0]
 
-    def use(model: PreTrainedModel, context: int, decode_tokens: int, reads: bool) -> Any:
+    def use(model: PreTrainedModel, context: int, passes: Any, reads: bool) -> Any:
         prefill = 0.004 * (context if reads else 64) * slowness
         decode = 0.045 * (1 + context / 6000) * slowness
-        now[0] += prefill + decode * decode_tokens
+        now[0] += prefill + decode * passes.decode_tokens
         return prefill, decode, (1, 1)
 
     monkeypatch.setattr(efficiency, "_use", use)

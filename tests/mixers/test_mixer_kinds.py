@@ -20,6 +20,7 @@ from iskd.mixers.kda import KDA
 from iskd.mixers.mamba import Mamba, scan
 from iskd.mixers.mamba2 import DiscreteMamba2, Mamba2
 from iskd.mixers.mlstm import MLSTM
+from iskd.mixers.ops.scan import scan as by_token
 from iskd.mixers.rwkv6 import RWKV6
 from iskd.mixers.sliding import Sliding
 from iskd.models import Stack
@@ -280,6 +281,27 @@ def test_a_scan_survives_any_decay() -> None:
     gradients = [torch.autograd.grad(y.sum(), dt)[0] for y in (o, torch.stack(slow))]
     torch.testing.assert_close(*gradients)
     assert gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_both_scans_are_one(size: int) -> None:
+    """By doubling and token after token, with documents that begin inside and on the border of a chunk."""
+    names = {"dt": (2, 7, 3), "x": (2, 7, 3), "b": (2, 7, 4), "c": (2, 7, 4), "rate": (3, 4), "state": (2, 3, 4)}
+    given = {name: randn(*shape, seed=seed) for seed, (name, shape) in enumerate(names.items())}
+    given |= {"dt": given["dt"].square(), "rate": -given["rate"].square()}
+    begins = torch.tensor([[0, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0]]).bool()
+    leaves = [x.requires_grad_() for x in given.values()]
+    dt, x, b, c, rate, state = leaves
+    results = [scan(dt, x, b, c, begins, rate, state), by_token(dt, x, b, c, begins, rate, state, size)]
+    weights = randn(2, 7, 3, seed=8), randn(2, 3, 4, seed=9)
+    slopes = [
+        torch.autograd.grad(sum((y * w).sum() for y, w in zip(found, weights, strict=True)), leaves)  # type: ignore[arg-type]
+        for found in results
+    ]
+    torch.testing.assert_close(results[0], results[1], atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-10, rtol=1e-9)
+    with torch.no_grad():
+        assert torch.equal(by_token(dt, x, b, c, begins, rate, state, size)[0], results[1][0])
 
 
 def test_mamba_has_no_matrix() -> None:

@@ -45,6 +45,11 @@ def student(family: str, name: str) -> PreTrainedModel:
     return converted(family, SPECS[name]).double()
 
 
+def padded_student(family: str, name: str) -> PreTrainedModel:
+    """The same, but for Gemma 2, whose attention is transformers' own: in float64 that makes padding NaN."""
+    return converted(family, SPECS[name]) if family == "gemma2" else student(family, name)
+
+
 def with_(name: str, **kwargs: Any) -> Spec:
     return Spec(SPECS[name].target, {**SPECS[name].kwargs, **kwargs})
 
@@ -203,7 +208,7 @@ def test_a_mixer_mixes(family: str, name: str) -> None:
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_padding_does_not_enter_the_state(family: str, name: str) -> None:
-    model = student(family, name)
+    model = padded_student(family, name)
     check_padding(model)
     right = torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
     same(logits(model, windows(), attention_mask=right.long())[1:, :9], logits(model, windows()[1:, :9]))
@@ -242,12 +247,12 @@ def test_variants_of_a_family_host_every_mixer(family: str, config: dict[str, An
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_generation_with_a_cache_is_generation_without(family: str, name: str) -> None:
-    check_generation(student(family, name))
+    check_generation(padded_student(family, name))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_beams_carry_the_state_with_them(family: str, name: str) -> None:
-    check_beams(student(family, name))
+    check_beams(padded_student(family, name))
 
 
 @pytest.mark.parametrize("name", SPECS)

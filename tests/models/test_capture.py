@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from iskd.models import surgery
 from iskd.models.capture import Trace, capture, read, states_after
+from iskd.models.head import cap_logits
 from iskd.models.stack import Stack
 from iskd.plan import Record, Remove, Replace, Spec
 from tests.factories import FAMILIES, hooks, tiny, windows
@@ -46,7 +47,8 @@ def test_there_is_a_state_after_every_layer(family: str) -> None:
         kept = [i for i, other in enumerate(RECORD.layers) if other <= layer]
         Stack(short).set_layers([Stack(short).layers[i] for i in kept], kept)
         assert torch.equal(Stack(short).last_hidden(ids), stack.final_norm(states[layer])), layer
-    assert torch.equal(torch.nn.functional.linear(stack.final_norm(states[5]), *stack.head), logits)
+    found = torch.nn.functional.linear(stack.final_norm(states[5]), *stack.head)
+    assert torch.equal(cap_logits(found, scale=1.0, softcap=stack.softcap), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

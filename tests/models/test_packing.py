@@ -66,7 +66,9 @@ def test_a_pass_that_is_known_to_be_one_text_is_that_of_the_model(family: str) -
     model = louder(tiny(family))
     ids = windows()
     with torch.no_grad():
-        assert torch.equal(Stack(model).last_hidden(ids), Stack(model).base(input_ids=ids).last_hidden_state)
+        # Granite's head is read a number of times smaller
+        expected = Stack(model).base(input_ids=ids).last_hidden_state / getattr(model.config, "logits_scaling", 1)
+        assert torch.equal(Stack(model).last_hidden(ids), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

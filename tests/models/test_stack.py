@@ -13,6 +13,7 @@ from iskd.models import surgery
 from iskd.models.cache import CacheSlot
 from iskd.models.capture import capture
 from iskd.models.families import FAMILIES, Dims, dims_of, family_of
+from iskd.models.head import cap_logits
 from iskd.models.hosting import HostedBlock
 from iskd.models.stack import Stack, set_layer_idx
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
@@ -25,7 +26,7 @@ def test_every_family_is_tested() -> None:
 
 
 def test_other_families_are_refused_with_the_supported_ones() -> None:
-    with pytest.raises(ValueError, match=r"model_type 't5' has no descriptor.*supported are gemma, gpt2"):
+    with pytest.raises(ValueError, match=r"model_type 't5' has no descriptor.*supported are gemma, gemma2"):
         family_of(AutoConfig.for_model("t5"))
 
 
@@ -45,8 +46,10 @@ def test_sizes_and_paths_are_those_of_the_model(name: str) -> None:
     else:
         assert shapes == [(queries, 48), (keys, 48), (keys, 48)]
     assert {queries, 48} == set(block.get_submodule(family.out).get_parameter("weight").shape)
-    for path in (*family.ups, family.down):
-        assert {96, 48} == set(block.get_submodule(path).get_parameter("weight").shape)
+    for path, count in (*((path, family.fused_ups) for path in family.ups), (family.down, 1)):
+        assert {count * 96, 48} == set(block.get_submodule(path).get_parameter("weight").shape)
+    for path in family.post_norms:
+        assert isinstance(block.get_submodule(path), nn.Module)
     assert block.get_submodule(family.attn).layer_idx == 0
     for path in (family.embed, family.norm, family.rotary, family.positions, family.dropout):
         assert path is None or isinstance(stack.base.get_submodule(path), nn.Module)
@@ -82,9 +85,10 @@ def test_finishing_the_last_state_gives_the_logits(name: str) -> None:
     with capture(stack, range(4), {3}) as states:
         logits = stack.model(ids).logits
     weight, bias = stack.head
-    assert torch.equal(nn.functional.linear(stack.final_norm(states[3]), weight, bias), logits)
+    found = nn.functional.linear(stack.final_norm(states[3]), weight, bias)
+    assert torch.equal(cap_logits(found, scale=1.0, softcap=stack.softcap), logits)
     assert torch.equal(stack.final_norm(states[3]), stack.last_hidden(ids))
-    assert stack.softcap is None
+    assert stack.softcap == {"gemma2": 30.0}.get(name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

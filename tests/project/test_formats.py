@@ -29,13 +29,13 @@ ROW = (
     '{"index": 1, "name": "remove 3", "edits": [{"op": "remove", "layer": 3}], "params": 4000, "block_params": 3000, '
     '"ppl": "Infinity", "kl": 0.5, "top1": 0.25, "retention": "NaN", "before": {"ppl": 90.0, "kl": "Infinity"}, '
     '"intervals": null, "tokens": 64, "seconds": 1.5, "train_tokens_per_s": null, "tokens_per_s": 2.5, '
-    '"inside": [{"tokens": 32, "kl": 0.75}], "evaluation": {"tasks": [], "text": null}, '
+    '"inside": [{"tokens": 32.0, "kl": 0.75}], "evaluation": {"tasks": [], "text": null}, '
     '"scores": {"0": 0.5, "1": "-Infinity"}, "status": "rolled_back", "events": ["block 1 fitted"]}'
 )
 TRIALS = f'{{"candidates": [{STAGE}, {STAGE}], "tokens": 4, "kl": [0.5]}}'
 STATE = (
     '{"edited": true, "batch": 3, "first_batch": 8, "steps": 4, "total_steps": 20, "total_stages": 2, "tokens": 640, '
-    '"seconds": 1.5, "before": {"ppl": 9.0, "kl": 0.1}, "inside": [{"tokens": 600, "kl": 0.5}], '
+    '"seconds": 1.5, "before": {"ppl": 9.0, "kl": 0.1}, "inside": [{"tokens": 600.0, "kl": 0.5}], '
     '"events": ["fitted"], "skipped": 0, "skipped_in_a_row": 0, '
     '"identity": {"seed": 1, "text": "ab", "batch_size": 2, "accumulate": 1, "processes": 1}, '
     f'"record": {RECORD}, "stage": {STAGE}, "tournament": {TRIALS}, "finished": [{STAGE}], "results": [{ROW}], '

@@ -554,7 +554,7 @@ def test_ten_thousand_hostile_files_are_taken_or_refused(seed: int) -> None:
 
 def test_every_file_of_a_run_that_is_read_is_attacked() -> None:
     named = {value for name, value in vars(run_files).items() if name.endswith("_FILE")}
-    written_only = {run_files.PLAN_FILE, run_files.PROFILE_FILE, run_files.REPORT_FILE, run_files.RUNS_FILE}
+    written_only = {run_files.PROFILE_FILE, run_files.REPORT_FILE, run_files.RUNS_FILE}
     written_only |= {run_files.PICTURE_FILE, run_files.STAGES_TABLE_FILE, run_files.RUNS_TABLE_FILE}
     of_other_kinds = {run_files.RECORD_FILE, run_files.STAGES_FILE}
     as_another = {run_files.KEPT_METRICS_FILE}  # read as METRICS_FILE is

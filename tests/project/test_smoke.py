@@ -20,6 +20,7 @@ EXPERIMENTS = options("experiment")
 PAIRS = [
     *([f"schedule={schedule}", f"edit={edit}"] for schedule in ("iterative", "oneshot") for edit in options("edit")),
     *(["schedule=align", "edit=convert"], ["schedule=none"]),
+    ["schedule=mixed", "schedule.steps=[{edit: remove, count: 1}, {edit: convert, mixer: gla, layers: [2]}]"],
 ]
 FAST = ("ild", "iskd_gpt2_paper", "subquadratic")
 """One of each kind; the others differ from them by numbers and parts."""

@@ -11,14 +11,18 @@ from iskd.models.hosting import HostedBlock
 from iskd.plan import Convert, Edit, Record, Replace
 from iskd.refits import refit_survivors
 from iskd.refits.output import Output
-from tests.factories import FAMILIES, block_specs, hooks, louder, mixer_specs, tiny, windows
+from tests.factories import BEHIND, FAMILIES, block_specs, hooks, louder, mixer_specs, tiny, windows
 
 BOTH = Output(tokens=160, held_tokens=64, folds=2, projections=("attention", "mlp"))
 BLOCKS, MIXERS = block_specs(), mixer_specs()
 CASES: dict[str, tuple[str, Edit]] = {
     **{name: ("llama", Replace(1, spec, seed=3)) for name, spec in BLOCKS.items()},
     **{name: ("llama", Convert(1, spec, seed=3)) for name, spec in MIXERS.items()},
-    **{f"{family} gla": (family, Convert(1, MIXERS["gla"], seed=3)) for family in FAMILIES if family != "llama"},
+    **{
+        f"{family} gla": (family, Convert(1, MIXERS["gla"], seed=3))
+        for family in FAMILIES
+        if family not in ("llama", *BEHIND)
+    },
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Record, Remove
-from iskd.refits import Refit, RefitTask, refit_survivors
+from iskd.refits import Refit, RefitTask, magnitude, refit_survivors
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
 from iskd.teacher import TeacherStates
-from tests.factories import FAMILIES, conf_group, digest, hooks, louder, modes, silence, tiny, windows
+from tests.factories import BEHIND, FAMILIES, conf_group, digest, hooks, louder, modes, silence, tiny, windows
 
 SIZES: dict[str, Any] = {"tokens": 320, "held_tokens": 96}
 REFITS: dict[str, Refit] = {
@@ -96,9 +97,32 @@ def test_a_cut_is_partly_made_up_for(name: str, family: str) -> None:
     """Judged by the text of the fit, as random models have no other."""
     made, teacher, record = student(family)
     before = distance(made, teacher)
+    if name == "both" and family in BEHIND:
+        unchanged = digest(made)
+        for refit in (REFITS[name], ReplaceMe(tokens=160)):
+            with pytest.raises(ValueError, match=r"layer 0: .*a norm stands behind it.*use refit=local"):
+                refit.refit(RefitTask(made, teacher, record, [Remove(1)], text(320), text(320)))
+        assert digest(made) == unchanged
+        return
     with torch.no_grad():
         REFITS[name].refit(RefitTask(made, teacher, record, [Remove(1)], text(320), text(320)))
     assert distance(made, teacher) < before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stream_that_is_larger_everywhere_is_the_same_model(family: str) -> None:
+    """What refit=magnitude does below a cut, done to a whole model, changes nothing: it reaches all that writes."""
+    model = tiny(family, tie_word_embeddings=True)
+    task: Any = SimpleNamespace(student=model, teacher=model, record=Record(4), edits=[Remove(3)])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(10)  # beside which the norms' epsilon is nothing
+        before = model(windows()).logits
+        if family == "olmo2":
+            with pytest.raises(ValueError, match="olmo2 read it without a norm in front of them: use refit=local"):
+                Magnitude().refit(task)
+            return
+        magnitude._fold(task, 4, 1.7)
+        torch.testing.assert_close(model(windows()).logits, before, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", REFITS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from iskd.commands.compose import compose_config, parts
 from iskd.export import load
@@ -50,7 +50,6 @@ def play(schedule: Any, num_layers: int = 8, before: Record | None = None) -> li
     record, stages = before or Record(num_layers), list[Stage]()
     begun = len(record.edits)
     while True:
-        history = History(record, tuple(stages), dict.fromkeys(record.layers, 0.0), before=0 if stages else begun)
         history = History(record, tuple(stages), {n: float(n) for n in record.layers}, before=begun)
         assert schedule.complete(history) == (next_stage(schedule, history) is None)
         stage = next_stage(schedule, history)
@@ -180,7 +179,7 @@ def test_one_run_removes_replaces_and_converts(mixed: Result) -> None:
 
 
 def test_a_mixed_run_goes_on_where_it_was_broken_off(mixed: Result, tmp_path: Path) -> None:
-    keys = [*TINY, *QUICK, "schedule=mixed", STEPS, "loss=[kl]", "run.checkpoint_every=3"]
+    keys = [*TINY, *QUICK, "schedule=mixed", STEPS, "loss=[kl]", "run.checkpoint_every=3", "export=false"]
     made = parts(keys, tmp_path / "run")
     made.callbacks.append(At(13, crash))
     with pytest.raises(Crash):
@@ -195,22 +194,22 @@ def chained(folder: Path, student: Path, *keys: str) -> Any:
     return parts(["model=local", f"model.path={student}", *others, *keys], folder)
 
 
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A student without two layers, which transformers alone can load."""
+    keys = ["schedule=oneshot", "edit=remove", "schedule.count=2", "schedule.order=middle_out", "schedule.tokens=128"]
+    return run(parts([*TINY, *QUICK, *keys], tmp_path_factory.mktemp("native") / "run"))
+
+
 @pytest.mark.parametrize("kind", ["iskd", "native"])
-def test_a_run_on_a_student_keeps_the_first_teacher_and_the_record(kind: str, mixed: Result, tmp_path: Path) -> None:
-    before = mixed
-    if kind == "native":
-        keys = [
-            "schedule=oneshot",
-            "edit=remove",
-            "schedule.count=2",
-            "schedule.order=middle_out",
-            "schedule.tokens=256",
-        ]
-        before = run(parts([*TINY, *QUICK, *keys, "schedule.tokens=256"], tmp_path / "first"))
+def test_a_run_on_a_student_keeps_the_first_teacher_and_the_record(
+    kind: str, mixed: Result, native: Result, tmp_path: Path
+) -> None:
+    before = mixed if kind == "iskd" else native
     assert before.model_dir is not None
     assert (json.loads((before.model_dir / "config.json").read_text())["model_type"] == "iskd") == (kind == "iskd")
     keys = ["edit=remove", "schedule.count=1", "schedule.order=middle_out"]
-    made = chained(tmp_path / "run", before.model_dir, *keys)
+    made = chained(tmp_path / "run", before.model_dir, *keys, f"export={str(kind == 'iskd').lower()}")
     assert len(Stack(made.teacher.model).layers) == 6, "the original, not the cut student"
     result = run(made)
     assert result.record.edits[: len(before.record.edits)] == before.record.edits
@@ -220,9 +219,10 @@ def test_a_run_on_a_student_keeps_the_first_teacher_and_the_record(kind: str, mi
     assert given.kl == pytest.approx(before.final.kl, rel=1e-3)
     assert [(edit["op"], edit["layer"]) for edit in given.edits] == [(e.op, e.layer) for e in before.record.edits]
     assert record_from_json(json.loads((tmp_path / "run" / RECORD_FILE).read_text())) == result.record
-    third = chained(tmp_path / "third", result.model_dir or tmp_path, *keys)
-    assert len(Stack(third.teacher.model).layers) == 6, "over two runs"
-    assert third.start == result.model_dir
+    if result.model_dir is not None:
+        third = chained(tmp_path / "third", result.model_dir, *keys)
+        assert len(Stack(third.teacher.model).layers) == 6, "over two runs"
+        assert third.start == result.model_dir
 
 
 def test_a_chained_run_can_be_taken_up(mixed: Result, tmp_path: Path) -> None:
@@ -240,18 +240,16 @@ def test_a_chained_run_can_be_taken_up(mixed: Result, tmp_path: Path) -> None:
     assert again.record == whole.record
 
 
-def test_another_teacher_can_be_named(mixed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = ["schedule=oneshot", "edit=remove", "schedule.count=1", "schedule.order=middle_out", "schedule.tokens=128"]
-    native = run(parts([*TINY, *QUICK, *keys], tmp_path / "first")).model_dir
-    assert native is not None
-    keys = ["edit=remove", "schedule.count=1", "schedule.order=middle_out"]
-    alone = chained(tmp_path / "alone", native, *keys, f"reference={native}")
-    assert len(Stack(alone.teacher.model).layers) == 5, "the student itself is the teacher"
+def test_another_teacher_can_be_named(mixed: Result, native: Result, tmp_path: Path) -> None:
+    assert native.model_dir is not None
+    keys = ["edit=remove", "schedule.count=1", "schedule.order=middle_out", "export=false"]
+    alone = chained(tmp_path / "alone", native.model_dir, *keys, f"reference={native.model_dir}")
+    assert len(Stack(alone.teacher.model).layers) == 4, "the student itself is the teacher"
     assert alone.start is None
-    (tmp_path / "first" / "config.yaml").unlink()
+    moved = tmp_path / "moved"
+    shutil.copytree(native.model_dir, moved)
     with pytest.raises(ValueError, match=r"which teacher\? nothing here says where it is; .*reference=DIR_OR_NAME"):
-        chained(tmp_path / "lost", native, *keys)
+        chained(tmp_path / "lost", moved, *keys)
     assert mixed.model_dir is not None
-    with pytest.raises(ValueError, match=r"is the student of a teacher with 6 layers, and the teacher here has 5"):
-        run(chained(tmp_path / "other", mixed.model_dir, *keys, f"reference={native}"))
-    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"is the student of a teacher with 6 layers, and the teacher here has 4"):
+        run(chained(tmp_path / "other", mixed.model_dir, *keys, f"reference={native.model_dir}"))

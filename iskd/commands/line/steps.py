@@ -42,7 +42,9 @@ def _step(step: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}={step!r:.80}: give keys, such as {{edit: remove, count: 4}}")
     if "edit" not in step:
         raise ValueError(f"{place} names no edit: set its edit to one of {', '.join(options('edit'))}")
-    own = {group: _part(group, step[group], place) for group in GROUPS if group in step and group != "refit"}
+    own: dict[str, Any] = {
+        group: _part(group, step[group], place) for group in GROUPS if group in step and group != "refit"
+    }
     if "refit" in step:
         names = step["refit"]
         own["refit"] = names if isinstance(names, Mapping) else _refits(names, place)

@@ -6,6 +6,7 @@ near 1. What is copied then means something from the first step (arXiv 2408.1018
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from iskd.mixers.modules.limits import MAX_TEMPER, check_memory, check_number
+from iskd.models.families import rotary_of
 
 # silu(1.27846) = 1 and sigmoid(3) = 0.95: with weights of zero, where a gate starts
 _GATES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -58,15 +60,16 @@ class Rotary:
     once, for other devices on first use: what is made while a graph is drawn (torch.export) would hold no numbers.
     """
 
-    def __init__(self, kind: type[nn.Module], config: PreTrainedConfig) -> None:
+    def __init__(self, kind: type[nn.Module], config: PreTrainedConfig, layer_type: str | None = None) -> None:
         self._kind: Any = kind
-        self._config = config
+        self._config = copy.deepcopy(config) if layer_type else config  # layers may leave, and their types with them
+        self._of = rotary_of(config, layer_type)
         self._made: dict[torch.device, nn.Module] = {}
         self._for(torch.device("cpu"))
 
     def __call__(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
         """Turn pairs (i, i + K'/2) of the first K' channels by their angle at the position; K' < K for some Phi."""
-        cos, sin = (table.unsqueeze(2) for table in self._for(x_BTHK.device)(x_BTHK, positions_BT))
+        cos, sin = (table.unsqueeze(2) for table in self._for(x_BTHK.device)(x_BTHK, positions_BT, *self._of))
         turned, rest = x_BTHK.split([cos.shape[-1], x_BTHK.shape[-1] - cos.shape[-1]], dim=-1)
         left, right = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-right, left], dim=-1) * sin

@@ -92,6 +92,9 @@ class Projections(nn.Module):
             for name, path in norm_paths.items()
             if name in names and hasattr(old_attn, path)
         }
+        gain = norms["k"].weight if "k" in norms else None
+        if repeats > 1 and gain is not None and gain.numel() > width:
+            norms["k"].weight = nn.Parameter(_repeat(gain.detach(), repeats, width).clone())
         if init == "random":
             _redraw(layers.values(), norms.values(), float(getattr(stack.config, "initializer_range", 0.02)))
         verb = "copied" if init == "copy" else "fresh: mixer.init=random"
@@ -102,11 +105,13 @@ class Projections(nn.Module):
 
     def shaped(self, name: str, y_BTC: Tensor) -> Tensor:
         """Projected queries, keys or values ("q", "k", "v") as heads of the attention [B, T, heads, K], normed."""
-        y_BTHK: Tensor = y_BTC.unflatten(-1, (-1, self.inner_dim))
-        if name != "v":
-            # under autocast a norm with float32 weights widens; the kernels take q, k and v of one dtype
-            y_BTHK = self.get_submodule(f"{name}_norm")(y_BTHK).to(y_BTC.dtype)
-        return y_BTHK
+        norm = nn.Identity() if name == "v" else self.get_submodule(f"{name}_norm")
+        gain = getattr(norm, "weight", None)
+        # under autocast a norm with float32 weights widens; the kernels take q, k and v of one dtype
+        if gain is not None and gain.numel() > self.inner_dim:  # OLMo 2: one norm for all heads
+            return norm(y_BTC).to(y_BTC.dtype).unflatten(-1, (-1, self.inner_dim))
+        y_BTHK: Tensor = norm(y_BTC.unflatten(-1, (-1, self.inner_dim)))
+        return y_BTHK.to(y_BTC.dtype)
 
     def regrouped(self, y_BTHK: Tensor) -> Tensor:
         """Heads of the attention as heads of the mixer: the same, unless `heads` asked for another number."""

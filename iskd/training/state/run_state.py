@@ -125,7 +125,7 @@ class RunState:
 
     def measured_inside(self, quality: Mapping[str, float]) -> None:
         """The student was measured inside `stage`."""
-        self.inside.append({"tokens": self.tokens, **{key: quality[key] for key in QUALITY}})
+        self.inside.append({"tokens": float(self.tokens), **{key: quality[key] for key in QUALITY}})
 
     def batch_done(self, tokens: int) -> None:
         """A micro-batch was trained, of so many tokens over all ranks."""

@@ -7,6 +7,7 @@ move it all the same.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -166,13 +167,18 @@ def reachable(model: PreTrainedModel, record: Record, objective: str) -> set[int
 def _behind_matrix(hosted: HostedMixer, width: int) -> list[nn.Parameter]:
     """The parameters that a mixing matrix is made of, as autograd finds them on two tokens."""
     parameters = list(hosted.parameters())
+    if parameters[0].is_meta:  # a plan asks on shapes alone, which autocast knows nothing of
+        real = copy.deepcopy(hosted).to_empty(device="cpu")
+        for parameter in (*real.parameters(), *real.buffers()):
+            parameter.detach().zero_()
+        behind = {id(p) for p in _behind_matrix(real, width)}
+        return [p for p, made in zip(parameters, real.parameters(), strict=True) if id(made) in behind]
     before = [p.requires_grad for p in parameters]
     try:
         for parameter in parameters:
             parameter.requires_grad_()
         weight = parameters[0]
-        kind = "cpu" if weight.is_meta else weight.device.type  # a plan asks on shapes alone
-        with torch.enable_grad(), torch.autocast(kind, enabled=False):
+        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
             matrix = matrix_of(hosted, Call((weight.new_zeros(1, 2, width),), {}))
             found = torch.autograd.grad(matrix.sum(), parameters, allow_unused=True)
     finally:

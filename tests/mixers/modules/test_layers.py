@@ -14,6 +14,7 @@ from iskd.mixers.modules import HeadNorm, OutputGate, Projections, Rotary, Short
 from iskd.mixers.modules.features import Hedgehog, quadratic
 from iskd.mixers.modules.layers import gate_proj, logit_of_memory
 from iskd.models import Stack, surgery
+from iskd.models.families import rotary_of
 from iskd.models.projections import weight_of
 from iskd.plan import Convert, Record, Spec
 from tests.factories import FAMILIES, tiny
@@ -153,7 +154,9 @@ def test_rotary_positions_are_the_hosts(family: str) -> None:
     stack, x, positions = Stack(model), torch.randn(2, 7, 48), torch.arange(3, 10)[None]
     block = noisy(stack.layers[0]).float()
     attention = block.get_submodule(stack.family.attn)
-    turn = stack.base.get_submodule(str(stack.family.rotary))(x, positions)
+    kind = rotary_of(stack.config, getattr(attention, "layer_type", None))
+    turn = stack.base.get_submodule(str(stack.family.rotary))(x, positions, *kind)
+    vars(attention).update(attn_logit_softcapping=None)  # of Gemma 2; no mixer has one
     hidden = torch.full((7, 7), -1e30).triu(1)[None, None]
     wanted = attention(x, position_embeddings=turn, attention_mask=hidden)[0]
     spec = Spec(TARGETS["linear"], {"rotary": True})
@@ -161,7 +164,7 @@ def test_rotary_positions_are_the_hosts(family: str) -> None:
     q, k, v = made.qkv(x, Context.of(x, None, positions))
     repeats = q.shape[2] // k.shape[2]
     q, k, v = (y.transpose(1, 2) for y in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=made.scale).transpose(1, 2)
     torch.testing.assert_close(made.projections.out(mixed), wanted, atol=1e-5, rtol=1e-4)
     assert "rotary copied" in made.report
     assert isinstance(made.rotary, Rotary)
