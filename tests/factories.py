@@ -67,7 +67,7 @@ def tiny(
         "phi3": {**grouped, "embd_pdrop": dropout, "resid_pdrop": dropout},
         "smollm3": {**grouped, "no_rope_layer_interval": 2},
         "granite": {**grouped, "embedding_multiplier": 4.0, "attention_multiplier": 0.25}
-        | {"residual_multiplier": 0.5, "logits_scaling": 4.0},
+        | {"residual_multiplier": 0.5, "logits_scaling": 0.25},
     }.get(family, grouped)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -50,6 +53,8 @@ class Family:
     positional: tuple[str, ...] = ()
 
 
+_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+_SENSES = ("vision_config", "audio_config", "speech_config", "vision_tower")
 _LLAMA_LIKE = Family()
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -136,6 +141,26 @@ def rotary_of(config: PreTrainedConfig, layer_type: str | None) -> tuple[str, ..
     """What a rotary embedding takes beside states and positions: the layer's type, where each has its own angles."""
     rope = getattr(config, "rope_parameters", None)
     return (layer_type,) if layer_type and isinstance(rope, dict) and isinstance(rope.get(layer_type), dict) else ()
+
+
+def why_never(config: Mapping[str, Any]) -> str | None:
+    """Why no descriptor could make a model of a config.json one that is edited here; None = nothing speaks against it.
+
+    Mixtures of experts are told by their keys, whatever they are called, models of pictures or sound by their parts.
+    """
+    experts = "a token passes a few of a layer's many MLPs, and blocks, fits and counts here are of layers with one"
+    parts = [config, *(part for key in ("text_config", "ffn_config") if isinstance(part := config.get(key), dict))]
+    for key, count in ((key, count) for part in parts for key, count in part.items()):
+        if _EXPERTS.fullmatch(str(key)) and isinstance(count, int) and count > 1:
+            return f"is a mixture of experts ({key} is {count}): {experts}"
+    if "moe" in str(config.get("model_type")).lower().split("_"):
+        return f"is a mixture of experts: {experts}"
+    if other := next((key for key in _SENSES if isinstance(config.get(key), dict)), None):
+        return (
+            f"reads more than text ({other}), and here the text part alone is edited: save it as a model of its own, "
+            "by the few lines in docs/tutorials/new_model.md"
+        )
+    return None
 
 
 def family_of(config: PreTrainedConfig) -> Family:

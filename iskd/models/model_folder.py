@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from iskd.models.families import FAMILIES
+from iskd.models.families import FAMILIES, why_never
 from iskd.models.skeletons import check_numbers, read_generation_config, refuse_kernels
 from iskd.models.weights import INDEX, WEIGHTS, check_whole, refuse_pointer, weight_files
 from iskd.system import Json, read_json
@@ -108,6 +108,8 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ValueError(f"{file} has no model_type: copy the config.json that came with the weights")
+    if reason := why_never(config):
+        raise ValueError(f"{file}: model_type {kind!r:.80} {reason}; dense ones of {', '.join(sorted(FAMILIES))} work")
     if kind not in (*FAMILIES, "iskd") and not (code and "auto_map" in config):
         hint = " (code beside the weights runs only with trust_remote_code=true)" if "auto_map" in config else ""
         raise ValueError(

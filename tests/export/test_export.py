@@ -26,7 +26,7 @@ from iskd.models.families import dims_of
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.system.faults import RunError
-from tests.factories import FAMILIES, block_specs, mixer_specs, tiny, windows
+from tests.factories import FAMILIES, NEWER, block_specs, mixer_specs, tiny, windows
 
 SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
 
@@ -91,7 +91,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
     },
     **{
         f"{name} slim": (name, {}, [Remove(1), *slimmed(0, 2, 3)])
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", *NEWER)
     },
     "phi slim": ("phi", {}, slimmed(0, 1, 2, 3, kv_groups=4)),
     "phi norms": ("phi", {"qk_layernorm": True}, slimmed(0, 1, 2, 3, kv_groups=6)),

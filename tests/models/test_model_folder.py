@@ -71,7 +71,18 @@ def only(name: str) -> Change:
 FIRST = "model.layers.0.mlp.up_proj.weight"
 # what was done to a good folder, and what the sentence about it names
 CASES: dict[str, tuple[Change, str]] = {
-    "family": (says(model_type="qwen3_moe"), r"config\.json: model_type 'qwen3_moe' .*supported: choose .*llama"),
+    "family": (says(model_type="cohere"), r"config\.json: model_type 'cohere' .*supported: choose .*llama"),
+    "experts by name": (says(model_type="qwen3_moe"), r"'qwen3_moe' is a mixture of experts: .*dense ones of .*llama"),
+    "experts by number": (
+        says(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2),
+        r"'mixtral' is a mixture of experts \(num_local_experts is 8\): a token passes a few",
+    ),
+    "routed experts": (says(model_type="deepseek_v3", n_routed_experts=256), r"experts \(n_routed_experts is 256\)"),
+    "experts inside": (says(model_type="dbrx", ffn_config={"moe_num_experts": 16}), r"\(moe_num_experts is 16\)"),
+    "pictures": (
+        says(model_type="gemma3", text_config={"model_type": "gemma3_text"}, vision_config={"image_size": 896}),
+        r"'gemma3' reads more than text \(vision_config\).* text part .*new_model\.md",
+    ),
     "no family": (says(model_type=None), r"config\.json has no model_type"),
     "student": (says(model_type="iskd"), r"iskd\.load"),
     "gptq": (says(quantization_config={"quant_method": "gptq"}), r"config\.json .*quantised \(gptq\).*dequantise"),

@@ -73,7 +73,7 @@ class Rotary:
         turned, rest = x_BTHK.split([cos.shape[-1], x_BTHK.shape[-1] - cos.shape[-1]], dim=-1)
         left, right = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
-        return torch.cat([turned, rest], dim=-1)
+        return torch.cat([turned.to(x_BTHK.dtype), rest], dim=-1)  # OLMo 2 has its angles in float32
 
     def _for(self, device: torch.device) -> nn.Module:
         if device not in self._made:
