@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from iskd.evaluation.results import Evaluation, evaluation_of
+from iskd.evaluation import Evaluation
+from iskd.evaluation.results import evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
