@@ -44,8 +44,8 @@ from iskd.system.machine import called
 from iskd.system.precision import device_of
 from iskd.system.text import argument
 from iskd.system.version import CONF, options
-from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached, load_teacher
-from iskd.teacher.load import TeacherSpec, build_config
+from iskd.teacher import Loaded, TeacherCacheSpec, TeacherSpec, check_terms_cached, load_teacher
+from iskd.teacher.load import build_config
 from iskd.teacher.origin import find_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
@@ -123,11 +123,7 @@ def _made(
     start: Path | None = None
     if teacher is None:
         with Busy("loading the teacher"):
-            described: TeacherSpec = object_of(config.model)
-            start = _student_of(described, config.get("reference"))
-            if start is not None:
-                described = find_teacher(start, config.get("reference"))
-            teacher = load_teacher(described, within or ([] if start is None else present_weights(start)))
+            teacher, start = teacher_of(config, within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     if config.get("budget"):
@@ -204,6 +200,24 @@ def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
         native=lambda model: native_config(model) is not None,
         note=lambda sentence: terminal().print(sentence, soft_wrap=True),
     )
+
+
+def teacher_of(config: DictConfig, within: Sequence[Path] = ()) -> tuple[Loaded, Path | None]:
+    """The teacher of a config, and where `model` names a student, that one's own teacher and its folder.
+
+    Args:
+        config: whose values are as meant.
+        within: weights that bound a teacher made of what the config describes.
+
+    Raises:
+        ValueError: as `load_teacher` and `find_teacher`.
+    """
+    described: TeacherSpec = object_of(config.model)
+    start = _student_of(described, config.get("reference"))
+    if start is None:
+        return load_teacher(described, within), None
+    found = find_teacher(start, config.get("reference"))
+    return load_teacher(found, within or present_weights(start)), start
 
 
 def _student_of(model: TeacherSpec, reference: str | None) -> Path | None:

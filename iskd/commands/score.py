@@ -9,8 +9,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from iskd.commands.arguments import hydra_main
-from iskd.commands.build import importance_of, text_data
-from iskd.commands.config import as_meant, object_of
+from iskd.commands.build import importance_of, teacher_of, text_data
+from iskd.commands.config import as_meant
+from iskd.export import load
+from iskd.export.loading import record_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
 from iskd.models import Stack
@@ -18,7 +20,6 @@ from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores
 from iskd.report.terminal import print_table, terminal
 from iskd.system.precision import place
-from iskd.teacher import load_teacher
 
 
 @hydra_main
@@ -36,22 +37,29 @@ def main(config: DictConfig) -> None:
 def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
     """Rows [L, W] of the configured importance on the model as it is, and the numbers of its layers.
 
+    A student is scored beside its own teacher, by the teacher's numbers.
+
     Third is what `angular` says of every run of consecutive layers [L - 1, L] (`iskd.importance.angular`), None of
     other importances. The windows are `run.score_tokens` of the calibration split; the precision is the trainer's.
     """
     config = as_meant(config)
-    teacher = load_teacher(object_of(config.model))
-    stack = Stack(teacher.model.eval())
+    teacher, start = teacher_of(config)
+    model = teacher.model if start is None else load(start)
+    layers = tuple(range(len(Stack(model).layers)))
+    if start is not None:
+        layers = record_of(start, len(Stack(teacher.model).layers)).layers
+    stack = Stack(model.eval())
     data = text_data(config, teacher.tokenizer, stack)
     stack.keep_apart(data.separator)
     windows = data.calibration(config.run.score_tokens)
     device, forward_context = place(with_defaults(config.trainer))
-    nn.Module.to(teacher.model, device)
+    for each in (teacher.model, model):
+        nn.Module.to(each, device)
     batches = [batch.to(device) for batch in windows]
     with forward_context():
         importance, depth = importance_of(config), len(stack.layers)
-        rows = rows_of(importance, teacher.model, teacher.model, batches)
+        rows = rows_of(importance, model, teacher.model, batches)
         runs = None
         if isinstance(importance, Angular) and depth > 1:
-            runs = angular_windows(teacher.model, batches, depth - 1, importance.tokens)
-    return rows, tuple(range(depth)), runs
+            runs = angular_windows(model, batches, depth - 1, importance.tokens)
+    return rows, layers, runs

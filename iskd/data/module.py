@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
 from iskd.data.windows import SplitWindows, check_sizes, of_mix, plan_mix
 from iskd.models.packing import Separator, with_successor
-from iskd.system import global_rank
+from iskd.system import Busy, global_rank
 from iskd.system.files import expanded
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class TextData(L.LightningDataModule):
         if self._shards is not None:
             return
         self.coding.announce(self.tokenizer)
-        shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding, self._asked)
+        with Busy("reading the text and its tokens") if global_rank() == 0 else nullcontext():
+            shards = open_shards(self.source, self.tokenizer, self._splitter, self.cache_dir, self.coding, self._asked)
         for split in SPLITS[:3]:
             shards.windows(split, self.seq_len)
         if self.vocab_size is not None and shards.meta.max_id >= self.vocab_size:

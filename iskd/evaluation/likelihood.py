@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,8 @@ def evaluate(
 
     Raises ValueError as `log_likelihoods` does, and when there is no item.
     """
-    stack, options = Stack(model), {"batch_tokens": batch_tokens, "step": step, "frame": frame}
+    stack = Stack(model)
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "step": step, "frame": frame}
     (found,) = by_branch(
         model, tokenizer, pairs_of(items), lambda ids: [stack.last_hidden(ids)], first_given=first_given, **options
     )

@@ -157,8 +157,13 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
     found: dict[str, Question] = {}
     options: dict[str, Any] = {"limit": spec.limit, "seed": spec.seed}
     if names:
-        ways = {"exclude": exclude, "task_dir": spec.task_dir, "fewshot": spec.fewshot, "metrics": spec.metrics}
-        made_for = {"tokenizer": tokenizer, "lengths": spec.lengths}
+        ways: dict[str, Any] = {
+            "exclude": exclude,
+            "task_dir": spec.task_dir,
+            "fewshot": spec.fewshot,
+            "metrics": spec.metrics,
+        }
+        made_for: dict[str, Any] = {"tokenizer": tokenizer, "lengths": spec.lengths}
         with Busy("reading the tasks"):
             drawn = harness.draw(names, data_dir=spec.data_dir, **options, **ways, **made_for)
             found |= {each.name: each for each in drawn}

@@ -93,7 +93,9 @@ def block_rows(
     """
     stack, columns = Stack(student), []
     for batch in batches:
-        states = (h_BTD.float() if published else h_BTD[:, 1:].float() for h_BTD in stream(stack, batch))
+        states: Iterator[Tensor] = (
+            h_BTD.float() if published else h_BTD[:, 1:].float() for h_BTD in stream(stack, batch)
+        )
         if published:
             states = _last_normed(stack, states)
         columns.append(torch.stack([measure(*pair) for pair in itertools.pairwise(states)]).cpu())

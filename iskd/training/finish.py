@@ -34,7 +34,8 @@ from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
 from iskd.training.facts import selected, write_data
-from iskd.training.metrics import AlongTheRun, log_end
+from iskd.training.metrics import log_end
+from iskd.training.metrics.along import AlongTheRun
 from iskd.training.parts import Parts, Result
 from iskd.training.state import RunState, gathered, stored_in
 from iskd.training.step import DistillModule

@@ -176,14 +176,19 @@ def _position(parts: Parts) -> tuple[RunState, Path | None]:
     """A fresh position, or that of the newest whole checkpoint."""
     layers = int(parts.teacher.model.config.num_hidden_layers)
     found = last_position(parts.run_dir, layers) if parts.resume else None
-    begun = Record(layers) if parts.start is None else record_of(parts.start, layers)
-    state, newest = (RunState(record=begun), None) if found is None else found
+    state, newest = (begun(parts), None) if found is None else found
     if parts.resume and found is None:
         terminal().print("no whole checkpoint yet: the run starts from its beginning")
     # before the trainer exists, a launcher's variables tell the rank
     if global_rank() == 0:  # of a run that starts too: an earlier start may have come to nothing
         keep_metrics(parts.run_dir, below=None if found is None else state.tokens, results=len(state.results))
     return state, newest
+
+
+def begun(parts: Parts) -> RunState:
+    """A fresh position: of the teacher as it is, or of the student that the run goes on from."""
+    layers = int(parts.teacher.model.config.num_hidden_layers)
+    return RunState(record=Record(layers) if parts.start is None else record_of(parts.start, layers))
 
 
 def make_module(parts: Parts, state: RunState) -> DistillModule:

@@ -38,7 +38,9 @@ from iskd.system.text import argument
 from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
 from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge_adapters
 from iskd.training.live import Live
-from iskd.training.metrics import AlongTheRun, StageClock, log_inside, log_row, log_values
+from iskd.training.metrics import StageClock, log_row, log_values
+from iskd.training.metrics.along import AlongTheRun
+from iskd.training.metrics.loggers import log_inside
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import Costs, announce, check_alignment
 from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files

@@ -100,7 +100,7 @@ OPEN = {
     "blocks/ridge": "refits solve the equations that blocks are fitted by",
     "data/hub_rows": "a resumed run keeps the commit of its data set, whichever branch is named",
     "data/mix": "commands make one of the sources that a config describes",
-    "data/sources": "what `data` says of all its sources: that they are chats, at which commit",
+    "data/sources": "what `data` says of all its sources: that they are chats, at which commit; documents that are on every machine",
     "data/loader": "a step pins its batch the way the loader does",
     "evaluation/bootstrap": "importance draws windows as evaluation draws items",
     "evaluation/efficiency": "measured at the end of a run and by iskd evaluate",
@@ -114,6 +114,7 @@ OPEN = {
     "teacher/load": "which model a config names, before it is loaded",
     "importance/angular": "iskd score draws its runs of layers",
     "report/read_run": "W&B is told what the page tells",
+    "report/figures/score_curves": "W&B gets the points of the page's curves",
     "report/stage_rows": "which columns of the stages a narrow terminal leaves out",
     "report/run_page": "the end of a run names its page and takes a picture",
     "report/runs_page": "iskd report says where the page goes",
@@ -121,15 +122,18 @@ OPEN = {
     "teacher/origin": "which teacher a student had: iskd generate and iskd evaluate load it",
     "export/hub": "what iskd push lists and sends",
     "training/state/resuming": "a resumed config is bounded by its checkpoint before a teacher is made of it",
+    "training/profile/plan_ahead": "a plan where the run itself cannot be made",
     "training/facts": "what layers were selected by is known before a run",
 }
 
 # A file holds one idea, in at most LINES lines; a longer one says here why it is one all the same.
 LONG = {
+    "data/module": "what Lightning asks of data, and what a run asks beside it",
     "evaluation/efficiency": "one measurement: warm-up, turns and medians mean something only together",
     "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
     "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
     "evaluation/task_items": "one table of file formats, a few lines for each task",
+    "commands/build": "every object of a run from its config, each made in a few lines",
     "export/card": "one page, section after section",
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from iskd.evaluation.results import Evaluation, evaluation_of
+from iskd.evaluation import Evaluation
+from iskd.evaluation.results import evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
@@ -128,7 +129,7 @@ def _draw(
     axes: Axes, curve: ScoreCurve, x: Callable[[ScorePoint], float], colour: str, form: str, *, inside: bool
 ) -> None:
     points = [point for point in curve.points if math.isfinite(point.retention) and (inside or not point.inside)]
-    style = {"color": colour, "label": short_label(curve.name)}
+    style: dict[str, Any] = {"color": colour, "label": short_label(curve.name)}
     axes.plot([x(point) for point in points], [100 * point.retention for point in points], form, **style)
     for point in points:
         if math.isfinite(point.low) and math.isfinite(point.high):

@@ -73,8 +73,8 @@ def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
             row |= {"budget": said if stage.tokens == round(passes * _A_PASS) else "a share", "steps": 0, "tokens": 0}
     check_plan(rows, stages)
     write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
-    size = " x ".join(f"{value:,} {name}" for name, value in ahead.windows.items() if value > 1)
-    print_plan(rows, text=f"steps of {size}, on {ahead.text}", unknown=ahead.why, budget=ahead.budget)
+    layout = " x ".join(f"{value:,} {name}" for name, value in ahead.windows.items() if value > 1)
+    print_plan(rows, text=f"steps of {layout}, on {ahead.text}", unknown=ahead.why, budget=ahead.budget)
     return rows
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import PositiveInt
 
 from iskd.data import StageLoader
-from iskd.plan import Record, Stage
+from iskd.plan import Stage
 from iskd.system import Ranks
 from iskd.system.files import scratch
 from iskd.system.precision import ForwardContext, place
@@ -21,7 +21,7 @@ from iskd.training.editing import carry_out
 from iskd.training.parts import Parts
 from iskd.training.profile.profile import Profile
 from iskd.training.profile.step_profile import Batch, optimizer_steps, profile_step
-from iskd.training.runner import make_module
+from iskd.training.runner import begun, make_module
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule, make_optimizer
 
@@ -54,7 +54,7 @@ def profile_parts(
     parts.data.prepare()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(parts.seed)
-        state = RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
+        state = begun(parts)
         module = make_module(parts, state)
         module.to(device)
         module.place_teacher()
