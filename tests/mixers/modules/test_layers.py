@@ -352,7 +352,7 @@ def test_the_weights_of_rebased_are_squares() -> None:
         (
             "linear",
             {"feature_map": "cosine"},
-            "mixer.feature_map='cosine': choose one of elu1, relu, identity, hedgehog",
+            "mixer.feature_map='cosine': choose one of elu1, relu, identity, dpfp, hedgehog",
         ),
         ("linear", {"feature_map": "identity"}, "mixer.normalize=true needs weights that are not negative"),
         ("linear", {"speed": 1}, "cannot be made with .*speed"),

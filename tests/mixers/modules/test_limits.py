@@ -54,6 +54,7 @@ COUNTS = {
     "feature_dim": (0, -1, 129, HUGE),
     "window": (0, -1, 1_000_001, HUGE, 2.5),
     "sinks": (-1, 1_000_001, HUGE, 1.5),
+    "steps": (0, 9, HUGE, 1.5),
     "conv": (-1, 1025, HUGE, 1.5),
     "chunk": (0, -1, 1_000_001, HUGE, 1.5),
 }
@@ -64,6 +65,7 @@ LIMITS = {
     "feature_dim": "1 to 128",
     "window": "1 to 1000000",
     "sinks": "0 to 1000000",
+    "steps": "1 to 8",
     "conv": "0 to 1024",
     "chunk": "1 to 1000000",
 }
@@ -94,6 +96,7 @@ def test_settings_at_their_limits_work(name: str) -> None:
     ends: dict[str, tuple[Any, ...]] = {
         "rank": (1, 192),
         "state": (1, 192),
+        "steps": (1, 8),
         "shift_rank": (1, 192),
         "chunk": (1, 10**6),
     }
@@ -131,7 +134,7 @@ def test_what_is_no_mixer_is_refused_and_every_mixer_runs() -> None:
     kinds = named()
     assert mixers < set(kinds)
     for kind, target in kinds.items():
-        # DeltaMixer, the base of three, is DeltaNet itself
+        # DeltaMixer, the base of four, is DeltaNet itself
         if kind in mixers or kind is DeltaMixer:
             model = tiny("llama", layers=1)
             surgery.apply(model, Record(1), [Convert(0, Spec(target))])
