@@ -65,8 +65,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "search": Command(
         "find out what every layer of a model becomes within a budget, for many budgets, without training",
-        "Options are fitted layer by layer and kept in a library, scored and priced once, and chosen by a solver. A table, "
-        "front.csv and a plan file for every budget in a folder below runs/; iskd train experiment=budget "
+        "Options are fitted layer by layer and kept in a library, scored and priced once, and chosen by a solver. A "
+        "table, front.csv and a plan file for every budget in a folder below runs/; iskd train experiment=budget "
         "budget.plan=FILE carries one out.",
         (
             "iskd search model=DIR budget.params=[0.9,0.8,0.7]  # shares of the blocks",

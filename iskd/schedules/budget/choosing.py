@@ -19,6 +19,7 @@ from itertools import pairwise
 
 from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.costs import Costs
+from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
@@ -26,7 +27,6 @@ from iskd.schedules.budget.students import Choice
 from iskd.system import number
 from iskd.system.text import byte_unit
 
-_COARSE = 0.25  # share of the windows on which scores around a student are taken
 _APART = 2  # layers in which the next best plans have to differ
 _STEP = 0.1  # of the teacher's layers, between two depths that are tried
 _REACH = 0.25  # of the layers, that a round may change
@@ -72,7 +72,7 @@ class Chooser:
         self._around: dict[Choice, dict[Single, float]] = {}
         self._pairs: dict[Pair, float] = {}
         self._kl: dict[Choice, float] = {}
-        self._chain: list[Choice] = [scorer.whole]
+        self._chain = Chain(scorer)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -215,18 +215,14 @@ class Chooser:
             singles = [
                 single
                 for single in [*self.alive, *((layer, KEEP) for layer in range(self.depth))]
-                if base[single[0]] != single[1] and self._possible(self.scorer.with_one(base, single))
+                if base[single[0]] != single[1] and possible(self.scorer.with_one(base, single), self.scorer.options)
             ]
             changed = [base, *(self.scorer.with_one(base, single) for single in singles)]
-            windows = range(max(1, round(_COARSE * len(self.scorer.windows))))
+            windows = coarse(len(self.scorer.windows))
             found = self.scorer.values(base, changed, windows, what="scoring around a plan").mean((1, 2)).tolist()
             around = {single: kl - found[0] for single, kl in zip(singles, found[1:], strict=True)}
             self._around[base] = around | dict.fromkeys(enumerate(base), 0.0)
         return self._around[base]
-
-    def _possible(self, choice: Choice) -> bool:
-        merged = all(name not in self.merges or (at > 0 and choice[at - 1] == KEEP) for at, name in enumerate(choice))
-        return merged and any(name not in self.removes for name in choice)
 
     # ---- depth first ------------------------------------------------------------------------------------------------
 
@@ -260,33 +256,15 @@ class Chooser:
 
     def _taken_out(self, count: int, limits: Mapping[str, float], hopeless: float) -> tuple[Choice | None, bool]:
         """The student without `count` layers, or fewer where that is within the limits; None where it is no use."""
-        for at in range(1, count + 1):
-            if at == len(self._chain):
-                longer = self._one_less(self._chain[-1])
-                if longer is None:
-                    return None, False
-                self._chain.append(longer)
-            base = self._chain[at]
-            if all(self.costs.of(base)[key] <= limit for key, limit in limits.items()):
+        base: Choice | None = None
+        for fewer in range(1, count + 1):
+            base = self._chain.without(fewer)
+            if base is None:
+                return None, False
+            costs = self.costs.of(base)
+            if all(costs[key] <= limit for key, limit in limits.items()):
                 return base, True
-        base = self._chain[count]
-        return (None, False) if self.kl(base) > hopeless else (base, False)
-
-    def _one_less(self, base: Choice) -> Choice | None:
-        """The student with one layer less that is nearest to the teacher; None where none can go."""
-        singles = [
-            (layer, name)
-            for layer, name in self.scorer.singles
-            if name in self.removes
-            and base[layer] == KEEP
-            and self._possible(self.scorer.with_one(base, (layer, name)))
-        ]
-        if not singles:
-            return None
-        changed = [self.scorer.with_one(base, single) for single in singles]
-        windows = range(max(1, round(_COARSE * len(self.scorer.windows))))
-        kls = self.scorer.values(base, changed, windows, what="taking out layers").mean((1, 2)).tolist()
-        return min(zip(kls, changed, strict=True))[1]
+        return (None, False) if base is None or self.kl(base) > hopeless else (base, False)
 
 
 def _measured(tried: Tried) -> float:

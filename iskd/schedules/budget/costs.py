@@ -31,7 +31,7 @@ from iskd.schedules.budget.students import assembled
 from iskd.system import machine, read_json, write_whole
 
 _PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter
-_REPEATS, _DECODED = 5, 16
+_REPEATS, DECODED = 5, 16
 _PASSING = ("load", "note", "allocator")  # what a machine is at one time and not at another
 
 
@@ -87,11 +87,9 @@ def costs_of(
         told: called with what is being done, how much of it is done, and of how much.
 
     Raises:
-        ValueError: the context is longer than the teacher's.
+        ValueError: there is no memory for what is to be measured.
     """
     stack = Stack(teacher)
-    if stack.limit is not None and budget.context > stack.limit:
-        raise ValueError(f"budget.context={budget.context} is longer than {stack.bound}: lower it")
     depth = len(stack.layers)
     keep, outside = surgery.sizes(teacher, Record(depth))
     params: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in keep.items()}
@@ -135,13 +133,19 @@ def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTra
 def _caches(teacher: PreTrainedModel, blocks: Mapping[int, nn.Module | None], budget: Budget) -> list[int]:
     """Bytes of each layer's slot of the cache after the context."""
     student = assembled(teacher, blocks)
-    length = min(budget.context, _PROMPT)
+    context = _context(budget)
+    length = min(context, _PROMPT)
     ids = torch.zeros(budget.batch, length, dtype=torch.long, device=teacher.device)
     with scoring(student):
         cache = Stack(student).base(input_ids=ids, use_cache=True).past_key_values
-    lengthen(cache, budget.context - length)
+    lengthen(cache, context - length)
     found = layer_bytes(cache)
     return [*found, *[0] * (len(Stack(teacher).layers) - len(found))]
+
+
+def _context(budget: Budget) -> int:
+    assert budget.context is not None, "Budget.at comes first"
+    return budget.context
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -194,14 +198,14 @@ def side_by_side(
     Raises ValueError where there is no memory for them.
     """
     found = measure(
-        {"teacher": teacher, "student": student}, contexts=(budget.context,), decode_tokens=_DECODED,
+        {"teacher": teacher, "student": student}, contexts=(_context(budget),), decode_tokens=DECODED,
         repeats=_REPEATS, dtype=dtype, batch=budget.batch,
     )  # fmt: skip
     rows: list[list[float]] = []
     for model in (found.student, found.teacher):
-        at: AtContext | None = None if model is None else model.at(budget.context)
+        at: AtContext | None = None if model is None else model.at(_context(budget))
         if at is None or not math.isfinite(at.prefill_seconds + at.decode_seconds_per_token):
-            why = "" if model is None else model.left_out.get(budget.context, "")
+            why = "" if model is None else model.left_out.get(_context(budget), "")
             raise ValueError(
                 f"budget.context={budget.context} and budget.batch={budget.batch} cannot be measured here ({why}): "
                 "lower them"

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import merged
-from iskd.models import Stack
+from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
-from iskd.models.capture import scoring, state_of, without_autocast_cache
+from iskd.models.capture import state_of, without_autocast_cache
 from iskd.plan import Convert, Edit, Record, Replace
 from iskd.plan.edits import Merge
 from iskd.refits import RefitTask
@@ -124,7 +124,9 @@ class _Walk:
         assert module is not None
         inputs = at.below if option.merges else at.inputs
         assert inputs is not None
+        made = module
         before = self._error(module, position, inputs, at.outputs)
+        kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         if isinstance(edit, Merge):
             data = self._data(position, inputs, at.outputs, held=False)
             module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
@@ -133,7 +135,10 @@ class _Walk:
             part.fit(module, self.stack.layers[position], data, **edit.block.kwargs)
         self._refitted(module, position, inputs, at, edit, budget)
         after = self._error(module, position, inputs, at.outputs)
-        return Fit(module, before, after)
+        if after < before:
+            return Fit(module, before, after)
+        made.load_state_dict(kept)  # a merge that is worse than the lower block alone is a removal
+        return Fit(made, before, before)
 
     def _refitted(self, module: nn.Module, position: int, inputs: Streams, at: _At, edit: Edit, budget: Budget) -> None:
         """Output projections behind a new mixer, then the whole block by gradients; held-out text says what stays."""

@@ -34,6 +34,7 @@ from iskd.system.version import PACKAGE
 
 META = "meta.json"
 _VERSION = 1
+_TOLD = "iskd"
 _LENGTH = 8  # bytes of the length of a safetensors header
 # what a fitted option depends on
 _CODE = ("blocks", "mixers", "refits", "schedules/budget/fitting.py", "schedules/budget/options.py")
@@ -150,12 +151,13 @@ class Library:
         tensors = {name: tensor.cpu() for name, tensor in model_tensors(fit.module).items()}
         told = {
             "digest": _digest(tensors),
-            "layer": str(layer),
-            "option": json.dumps(option.described(), sort_keys=True),
-            "before": repr(fit.before),
-            "after": repr(fit.after),
+            "layer": layer,
+            "option": option.described(),
+            "before": fit.before,
+            "after": fit.after,
         }
-        write_whole(self.file(layer, option), save(tensors, metadata=told))
+        # under one key: safetensors writes several in an order of its own, and equal fits are to be equal files
+        write_whole(self.file(layer, option), save(tensors, metadata={_TOLD: json.dumps(told, sort_keys=True)}))
 
     def block(self, layer: int, option: Option) -> nn.Module | None:
         """The fitted block, on the teacher's device; None of a removal.
@@ -176,10 +178,10 @@ class Library:
     def errors(self, layer: int, option: Option) -> tuple[float, float] | None:
         """Relative squared error on held-out text before and after the fit; None of a removal."""
         found = self._read(layer, option) if option.fitted else None
-        return None if found is None else (float(found[1]["before"]), float(found[1]["after"]))
+        return None if found is None else found[1]
 
-    def _read(self, layer: int, option: Option) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and header of a file; None where it is not there, or not what was written."""
+    def _read(self, layer: int, option: Option) -> tuple[dict[str, Tensor], tuple[float, float]] | None:
+        """Tensors and errors of a file; None where it is not there, or not what was written."""
         path = self.file(layer, option)
         try:
             content = read_plain(path, max_bytes=path.lstat().st_size)
@@ -191,14 +193,16 @@ class Library:
         try:
             tensors = load(content)
             length = int.from_bytes(content[:_LENGTH], "little")
-            told = json.loads(content[_LENGTH : _LENGTH + length])["__metadata__"]
-            whole = told["digest"] == _digest(tensors) and told["layer"] == str(layer)
+            told = json.loads(content[_LENGTH : _LENGTH + length])["__metadata__"][_TOLD]
+            facts = json.loads(told)
+            errors = float(facts["before"]), float(facts["after"])
+            whole = facts["digest"] == _digest(tensors) and facts["layer"] == layer
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:
             _log.warning("%s is damaged: it is fitted anew", path)
             return None
-        return tensors, told
+        return tensors, errors
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -122,9 +122,10 @@ def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
 
 def _same(plan: BudgetPlan, budget: Budget, wanted: Mapping[str, Any], seed: int) -> bool:
     """Whether a plan answers this very budget."""
-    said = (plan.asked, plan.seed, plan.native, plan.context, plan.batch)
+    said = (plan.asked, plan.seed, plan.native, plan.batch)
     known = all(name in plan.options for name in budget.use or ())
-    return said == (dict(wanted), seed, budget.native, budget.context, budget.batch) and known
+    there = budget.context in (None, plan.context)
+    return said == (dict(wanted), seed, budget.native, budget.batch) and known and there
 
 
 def processes(environment: Mapping[str, str]) -> int:

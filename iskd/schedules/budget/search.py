@@ -20,7 +20,7 @@ from iskd.models import Stack
 from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import BudgetPlan, TriedPlan
 from iskd.schedules.budget.choosing import Chooser, Tried
-from iskd.schedules.budget.costs import Costs, costs_of, side_by_side, uniform
+from iskd.schedules.budget.costs import DECODED, Costs, costs_of, side_by_side, uniform
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, layers_of, options_of
@@ -83,6 +83,11 @@ def search(
     start = time.perf_counter()
     for each in budget.each:
         each.asked  # noqa: B018 - refused before hours of work
+    stack = Stack(teacher)
+    # a table of learned positions ends for the tokens that are decoded behind the context too
+    budget = budget.at(
+        None if stack.limit is None else stack.limit - DECODED * bool(stack.family.positions), stack.bound
+    )
     named = budget.use is not None
     options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
     if budget.native:
@@ -239,7 +244,7 @@ def _plan(
         tried=tuple(TriedPlan(**asdict(each)) for each in tried),
         front=tuple(chooser.front(limits, key, _FRONT)),
         seconds={**spent, "search": time.perf_counter() - start},
-        context=budget.context,
+        context=budget.context or 1,
         batch=budget.batch,
         native=budget.native,
     )

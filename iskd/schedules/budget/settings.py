@@ -17,6 +17,7 @@ LIMITS = ("params", "bytes", "cache_bytes", "prefill_ms", "decode_ms")
 TIMES = ("prefill_ms", "decode_ms")
 SHARES = ("params", "bytes", "cache_bytes")
 """Those of which a number up to 1 is a share."""
+_CONTEXT = 1024
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 Amount = float | str
@@ -37,7 +38,8 @@ class Budget:
         cache_bytes: of the KV cache and of mixers' states, after `context` tokens of `batch` sequences.
         prefill_ms: milliseconds for reading `context` tokens of `batch` sequences, on the device of the run.
         decode_ms: milliseconds for one more token of each after them.
-        context, batch: at which cache and time count.
+        context: tokens at which cache and time count; None = 1,024, or the teacher's context where that is shorter.
+        batch: sequences at which they count.
         native: only students that plain transformers opens.
         options: what there is to choose from beside keeping a layer, by name: `edit` (replace, remove, merge, convert)
             with `block` or `mixer` and the other keys of that edit.
@@ -61,7 +63,7 @@ class Budget:
     cache_bytes: Amount | list[Amount] | None = None
     prefill_ms: Amount | list[Amount] | None = None
     decode_ms: Amount | list[Amount] | None = None
-    context: PositiveInt = 1024
+    context: PositiveInt | None = None
     batch: PositiveInt = 1
     native: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Check the values."""
         for key in ("context", "batch", "fit_tokens", "held_tokens", "score_tokens", "stride", "plans"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"budget.{key} must be at least 1, got {getattr(self, key)}")
         for key in ("epochs", "rounds", "pairs"):
             if getattr(self, key) < 0:
@@ -121,6 +123,17 @@ class Budget:
             if isinstance(value, list | tuple):
                 return [replace(self, **{key: one}) for one in value]
         return [self]
+
+    def at(self, longest: int | None, bound: str) -> Budget:
+        """This budget with a context in tokens, for a model of so many at most.
+
+        Raises ValueError where a longer one was asked for.
+        """
+        if self.context is None:
+            return replace(self, context=_CONTEXT if longest is None else min(_CONTEXT, longest))
+        if longest is not None and self.context > longest:
+            raise ValueError(f"budget.context={self.context} is longer than {bound}: lower it")
+        return self
 
     @property
     def timed(self) -> bool:

@@ -118,9 +118,8 @@ def solve(problem: Problem) -> Choice | None:
 def smallest(problem: Problem, key: str) -> float:
     """The least that a student can cost in `key`, all other limits kept; infinite where nothing keeps them."""
     limits = {other: limit for other, limit in problem.limits.items() if other != key}
-    whole = Problem(
-        problem.depth, problem.costs[key], problem.costs, limits, problem.merges, problem.removes, problem.widths
-    )
+    scores = {single: problem.costs[key][single] for single in problem.scores}
+    whole = Problem(problem.depth, scores, problem.costs, limits, problem.merges, problem.removes, problem.widths)
     choice = solve(whole)
     return math.inf if choice is None else math.fsum(problem.costs[key][at] for at in enumerate(choice))
 

@@ -1,0 +1,156 @@
+"""`iskd search` and `experiment=budget`: from a budget to a finished student, by a search of its own or a plan file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iskd.commands import compose
+from iskd.commands.search import FRONT, front_table, main, write_plans
+from iskd.commands.search.searching import plans_of
+from iskd.export.student import native_config
+from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map, read_plan
+from iskd.plan.reading import record_from_json
+from iskd.report import write_report
+from iskd.report.budget import choice_table
+from iskd.report.terminal import terminal
+from iskd.schedules.budget import Budget, edits_of
+from iskd.training import run
+
+TINY = [
+    *("model=tiny", "model.num_layers=5", "data=sample", "data.seq_len=32", "data.val_tokens=512", "trainer=cpu"),
+    *("budget.fit_tokens=256", "budget.held_tokens=96", "budget.score_tokens=256", "budget.epochs=0"),
+    *("trainer.progress=false", "budget.rounds=1"),
+]
+RUN = [
+    *("experiment=budget", "schedule.tokens=512", "run.fit_tokens=128", "refit.output.tokens=256"),
+    *("refit.output.held_tokens=96", "run.efficiency_seconds=0", "run.samples=0", "run.mfu=false", "export=false"),
+    "run.measure_before=false",
+]
+
+
+def parts(folder: Path, *words: str, **others: Any) -> Any:
+    return compose.parts([*TINY, *RUN, f"cache_dir={folder}/cache", *words], folder / "run", **others)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[BudgetPlan]]:
+    """A folder whose cache has a library, and the plans of three budgets."""
+    folder = tmp_path_factory.mktemp("search")
+    words = [*TINY, "budget=default", "budget.params=[0.9,70%,0.4]", "budget.use=[slim_50,no_attention,merge,remove]"]
+    config, _ = compose.compose_config([*words, f"cache_dir={folder}/cache"], folder)
+    return folder, plans_of(config)
+
+
+def test_many_budgets_are_solved_from_one_library(found: Any, tmp_path: Path) -> None:
+    folder, plans = found
+    assert len(list((folder / "cache" / "budget").iterdir())) == 1
+    assert [plan.asked["params"] for plan in plans] == [0.9, "70%", 0.4]
+    sizes, kls = ([plan.costs["params"] for plan in plans], [plan.measured_kl for plan in plans])
+    assert sizes == sorted(sizes, reverse=True)
+    assert kls == sorted(kls)
+    front, *files = write_plans(tmp_path, plans)
+    assert front.name == FRONT
+    assert [read_plan(file) for file in files] == plans
+    rows = list(csv.DictReader(front.open()))
+    assert [float(row["params"]) for row in rows] == sizes
+    assert [row["plan"] for row in rows] == [file.name for file in files]
+    assert rows[0]["choice"].split() == list(plans[0].choice)
+    with terminal().capture() as _:
+        terminal().print(front_table(plans))
+
+
+def test_a_plan_file_becomes_a_student_of_just_that_size(found: Any, tmp_path: Path) -> None:
+    folder, plans = found
+    file = plans[1].write(tmp_path / "plan.json")
+    made = parts(tmp_path, f"budget.plan={file}", f"cache_dir={folder}/cache")
+    result = run(made)
+    assert sorted(result.record.edits, key=repr) == sorted(edits_of(plans[1]), key=repr)
+    assert result.final.params == plans[1].costs["params"]
+    assert sum(stage.tokens for stage in result.stages[1:2]) == 0 or len(choice_map(plans[1])) <= 2
+    assert result.final.tokens >= 512
+    assert read_plan(tmp_path / "run" / "budget.json") == plans[1]
+    page = write_report(tmp_path / "run").read_text()
+    assert "What every layer became." in page
+    assert "budget.json" in page
+    assert made.schedule.parts[-1].refits == () or made.schedule.parts[-1].refits == []
+    # what a resumed run finds: its own plan, without another search
+    again = parts(tmp_path, f"budget.plan={file}", f"cache_dir={folder}/cache", resume=True)
+    assert again.schedule.steps == made.schedule.steps
+    (tmp_path / "run" / "budget.json").write_text(json.dumps({**plans[1].to_json(), "choice": ["keep"] * 4}))
+    (page,) = [write_report(tmp_path / "run").read_text()]
+    assert "budget.json" in page
+
+
+def test_a_run_searches_for_itself_and_says_what_it_found(
+    tmp_path: Path, found: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, plans = found
+    words = ["budget.params=0.4", "budget.use=[slim_50,no_attention,merge,remove]", f"cache_dir={folder}/cache"]
+    made = parts(tmp_path, *words, "plan_only=true")
+    run(made)
+    plan = read_plan(tmp_path / "run" / "budget.json")
+    assert plan.choice == plans[2].choice
+    said = capsys.readouterr().out
+    assert "budget: what every layer becomes" in said
+    assert f"{plan.costs['params']:,.0f}" in said
+    stages = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert stages[-1]["params"] == plan.costs["params"], "the plan of the run has the very size"
+    assert stages[-1]["tokens"] >= 512
+    assert not any(row["tokens"] for row in stages[:-1])
+    table = choice_table(plan)
+    assert table.row_count == len(choice_map(plan))
+
+
+def test_a_native_plan_is_one_that_plain_transformers_opens(tmp_path: Path, found: Any) -> None:
+    folder, _ = found
+    made = parts(tmp_path, "budget.params=0.7", "budget.native=true", f"cache_dir={folder}/cache")
+    plan = read_plan(tmp_path / "run" / "budget.json")
+    assert plan.native
+    assert set(plan.options) <= {"slim_75", "slim_50", "slim_30", "mlp_50", "merge", "remove"}
+    result = run(made)
+    assert native_config(result.student) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["budget.params=0.5", "schedule=oneshot"], "budget= finds the steps of schedule=mixed: set that too"),
+        (["budget.params=0.5", "schedule.steps=[{edit: remove, count: 1}]"], "leave schedule.steps out"),
+        (["budget.plan=nowhere.json"], r"budget\.plan=.*nowhere\.json: there is no such file"),
+        ([], "say how large or fast the student may be"),
+        (["budget.params=[0.5,0.4]"], "iskd search solves several"),
+        (["budget.params=1.0"], "every layer is kept, so nothing would be edited"),
+        (["budget.params=0.5", "budget.use=[]"], r"budget\.use=\[\] leaves nothing"),
+        (["budget.params=0.001", "budget.use=[slim_50]"], r"budget\.params=0\.001 cannot be met .* smallest student"),
+        (["budget.param=0.5"], "budget has no key|param"),
+        (["budget.params=0.5", "budget.context=4000"], "is longer than the context of 512"),
+    ],
+)
+def test_what_cannot_work_is_told(words: list[str], said: str, tmp_path: Path, found: Any) -> None:
+    with pytest.raises(ValueError, match=said):
+        parts(tmp_path, *words, f"cache_dir={found[0]}/cache")
+
+
+def test_the_command_line_has_it(
+    tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "budget.params=[0.9,0.4]", "budget.use=[slim_50,no_attention,merge,remove]"]
+    words += [f"cache_dir={found[0]}/cache", f"hydra.run.dir={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", ["iskd", *words])
+    main()
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.*")) == [
+        FRONT,
+        "plan-params-0.4.json",
+        "plan-params-0.9.json",
+        "searching.log",
+    ]
+    assert "plans by budget" in capsys.readouterr().out
+    assert KEEP in read_plan(tmp_path / "out" / "plan-params-0.9.json").choice
+    assert record_from_json({"num_layers": 2, "edits": []}).layers == (0, 1)
+    assert Budget(params=0.5).asked == {"params": 0.5}

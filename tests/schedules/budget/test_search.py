@@ -1,0 +1,393 @@
+"""Laws of the search: assembled students have the KL of real ones, costs are exact, plans keep every limit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from iskd.export.student import native_config
+from iskd.importance.sweep import leave_one_out_values
+from iskd.models import Stack, scoring, surgery
+from iskd.plan import Record
+from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
+from iskd.schedules.budget import edits_of, steps_of
+from iskd.schedules.budget import search as searching
+from iskd.schedules.budget.choosing import Chooser
+from iskd.schedules.budget.costs import Costs, costs_of
+from iskd.schedules.budget.options import able, options_of
+from iskd.schedules.budget.scores import Scorer
+from iskd.schedules.budget.settings import Budget, limit_of
+from iskd.schedules.budget.students import places
+from tests.factories import louder, tiny
+from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
+
+USE = ["slim_50", "no_attention", "window", "merge", "remove"]
+DEPTH = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Scorer, Costs]:
+    """A teacher, what asks for KLs of its students, and costs; made once."""
+    teacher = louder(tiny("llama", layers=DEPTH))
+    options, _ = able(options_of(OPTIONS, USE), teacher, 0, named=True)
+    library, texts = opened(teacher, tmp_path_factory.mktemp("library"))
+    fill(library, texts, teacher, options)
+    costs = costs_of(
+        teacher, options, Budget(params=0.5, options=OPTIONS, context=32), itemsize=4, library=library, seed=0
+    )
+    return teacher, Scorer(teacher, library, options, texts.score, 2), costs
+
+
+def built(teacher: PreTrainedModel, scorer: Scorer, choice: tuple[str, ...]) -> PreTrainedModel:
+    """A real student: surgery, and the library's weights in it."""
+    plan = BudgetPlan("", choice, {name: option.described() for name, option in scorer.options.items()})
+    student = copy.deepcopy(teacher)
+    record = surgery.apply(student, Record(DEPTH), edits_of(plan))
+    standing = places(choice, scorer.options)
+    for position, layer in enumerate(record.layers):
+        found = standing[layer]
+        if isinstance(found, tuple):
+            block = scorer.library.block(found[0], scorer.options[found[1]])
+            assert block is not None
+            Stack(student).layers[position].load_state_dict(block.state_dict())
+    return student.eval()
+
+
+CHOICES = [
+    ("slim_50", KEEP, "window", "no_attention", "remove"),
+    (KEEP, "merge", "slim_50", "remove", KEEP),
+    ("remove", "slim_50", KEEP, "merge", "window"),
+    (KEEP,) * DEPTH,
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_an_assembled_student_is_the_real_one(world: Any, choice: tuple[str, ...]) -> None:
+    teacher, scorer, costs = world
+    student = built(teacher, scorer, choice)
+    ids = torch.cat(scorer.windows)
+    with torch.no_grad():
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in (teacher, student))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert scorer.kl(choice) == pytest.approx(expected, abs=2e-6)
+    assert costs.of(choice)["params"] == surgery.parameters(student), "exact, not about"
+    with torch.no_grad():
+        cache = student(ids[:1], use_cache=True).past_key_values
+    held = sum(
+        tensor.nbytes
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), layer.values)
+        if tensor is not None
+    )
+    if "window" not in choice and "no_attention" not in choice:
+        assert costs.of(choice)["cache_bytes"] == held * 32 / ids.shape[1]
+
+
+def test_changes_near_any_student_cost_what_they_do_by_themselves(world: Any) -> None:
+    """The sweep over shared prefixes, from every base to choices one or two layers away."""
+    _, scorer, _ = world
+    for base in CHOICES:
+        near = [choice for choice in CHOICES if choice != base]
+        near.append(tuple("slim_50" if at == 4 else name for at, name in enumerate(base)))
+        found = scorer.values(base, [base, *near], range(len(scorer.windows)), stride=1).mean((1, 2))
+        for value, choice in zip(found.tolist(), [base, *near], strict=True):
+            assert value == pytest.approx(scorer.kl(choice), abs=2e-6)
+
+
+def test_removal_scores_are_those_of_leaving_one_out(world: Any) -> None:
+    teacher, scorer, _ = world
+    with scoring(teacher):
+        values = [leave_one_out_values(teacher, teacher, window, stride=2)[:, 0] for window in scorer.windows]
+    scores, _ = scorer.race({}, all_of_them=True)
+    for layer, row in enumerate(torch.stack(values, 1).mean((1, 2)).tolist()):
+        assert scores[layer, "remove"] == pytest.approx(row, abs=1e-6)
+
+
+def test_a_race_puts_out_only_who_is_worse_and_no_cheaper(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By planted values: layer 1 has an option that is worse than a cheaper one, and a better one that costs more."""
+    _, scorer, costs = world
+    asked: list[int] = []
+    noise = torch.Generator().manual_seed(0)
+    means = dict.fromkeys(scorer.singles, 1.0) | {(1, "window"): 3.0, (1, "slim_50"): 0.2, (2, "merge"): 0.1}
+
+    def planted(base: Any, changed: Any, windows: Any, **_: Any) -> torch.Tensor:
+        asked.append(len(changed))
+        found = [next((at, name) for at, name in enumerate(choice) if name != KEEP) for choice in changed]
+        rows = torch.tensor([means[single] for single in found]).view(-1, 1, 1)
+        return rows + 0.05 * torch.randn(len(found), len(windows), 8, generator=noise)
+
+    monkeypatch.setattr(scorer, "values", planted)
+    monkeypatch.setattr(scorer, "_known", dict)
+    scores, alive = scorer.race(costs.layers)
+    out = set(scorer.singles) - set(alive)
+    assert (1, "window") in out
+    assert not out & {(1, "slim_50"), (2, "remove"), (1, "remove")}, "a merge binds its neighbour; the smallest stay"
+    assert asked[0] == len(scorer.singles) > asked[-1]
+    assert scores[1, "window"] > 2.5
+    everybody, all_alive = scorer.race(costs.layers, all_of_them=True)
+    assert set(all_alive) == set(everybody) == set(scorer.singles)
+
+
+def test_scores_are_read_off_the_library(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scorer, costs = world
+    first = scorer.race(costs.layers)
+    monkeypatch.setattr(scorer, "values", None)
+    assert scorer.race(costs.layers) == first
+
+
+def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> None:
+    _, scorer, costs = world
+    chooser = Chooser(scorer, costs, BUDGET)
+    whole = costs.of(scorer.whole)
+    for share in (0.9, 0.6, 0.3):
+        others = dict(zip(costs.keys, costs.others, strict=True))
+        limits = {"params": limit_of("params", share, whole["params"], whole["params"] - others["params"])}
+        chooser.require(limits, {"params": share})
+        tried = chooser.find(limits)
+        assert [each.measured for each in tried] == sorted(each.measured for each in tried)
+        for each in tried:
+            assert costs.of(each.choice)["params"] <= limits["params"]
+            assert each.measured == pytest.approx(scorer.kl(each.choice))
+        single = next(each for each in tried if each.found == "single scores")
+        assert tried[0].measured <= single.measured
+    shares, kls = zip(*chooser.front(limits, "params", (0.9, 0.7, 0.5)), strict=True)
+    assert shares == (0.9, 0.7, 0.5)
+    assert list(kls) == sorted(kls)
+
+
+def limits_of(costs: Costs, **shares: float) -> dict[str, float]:
+    others = dict(zip(costs.keys, costs.others, strict=True))
+    whole = {
+        key: sum(row[at] for (_, name), row in costs.layers.items() if name == KEEP)
+        for at, key in enumerate(costs.keys)
+    }
+    return {key: others[key] + share * whole[key] for key, share in shares.items()}
+
+
+def test_a_budget_that_cannot_be_met_is_told_the_smallest_that_can(world: Any) -> None:
+    _, scorer, costs = world
+    chooser = Chooser(scorer, costs, BUDGET)
+    with pytest.raises(
+        ValueError, match=r"budget\.params=0\.01 cannot be met .* smallest student has [\d,]+ parameters, ([\d.]+) %"
+    ) as told:
+        chooser.require(limits_of(costs, params=0.01), {"params": 0.01})
+    least = float(str(told.value).split("parameters, ")[1].split(" %")[0]) / 100
+    chooser.require(limits_of(costs, params=least * 1.001), {"params": least})
+    with pytest.raises(ValueError, match=r"cannot be met"):
+        chooser.require(limits_of(costs, params=least * 0.99), {"params": least})
+
+
+def test_budgets_that_contradict_each_other_are_told_so(world: Any) -> None:
+    _, scorer, costs = world
+    # slim halves both; without attention there is no cache, but more parameters than removal leaves
+    keys = {"params": 0.3, "cache_bytes": 0.2}
+    options, _ = able(options_of(OPTIONS, ["slim_50"]), scorer.teacher, 0, named=True)
+    fewer = Chooser(Scorer(scorer.teacher, scorer.library, options, scorer.windows, 2), costs, BUDGET)
+    with pytest.raises(ValueError, match=r"budget\.params=0\.3 cannot be met"):
+        fewer.require(limits_of(costs, **keys), keys)
+    both = {"params": 0.7, "cache_bytes": 0.7}
+    made = {single: (row[0], row[1], 1e6 - row[0]) for single, row in costs.layers.items()}
+    opposed = Costs(costs.keys, made, costs.others)
+    chooser = Chooser(scorer, opposed, BUDGET, None)
+    limits = {
+        "params": 0.6 * opposed.of(scorer.whole)["params"],
+        "cache_bytes": opposed.of(scorer.whole)["cache_bytes"],
+    }
+    with pytest.raises(
+        ValueError, match=r"budget\.params=0\.7 and budget\.cache_bytes=0\.7 contradict each other: within the latter"
+    ):
+        chooser.require(limits, both)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_plan_is_carried_out_by_edits_and_says_what_it_is(native: bool, tmp_path: Path) -> None:
+    teacher = louder(tiny("llama", layers=4))
+    budget = Budget(
+        params=[0.8, "50%"],
+        options=OPTIONS,
+        use=["slim_50", "merge", "remove"],
+        native=native,
+        rounds=1,
+        epochs=0,
+        **SMALL,
+    )
+    plans = searching_for(budget, teacher, tmp_path)
+    assert [plan.asked for plan in plans] == [{"params": 0.8}, {"params": "50%"}]
+    for plan in plans:
+        student = surgery.rebuild(teacher, Record(4).extended(edits_of(plan)), "meta")
+        assert surgery.parameters(student) == plan.costs["params"] <= plan.limits["params"]
+        assert (native_config(student) is not None) >= native
+        assert read_plan(plan.write(tmp_path / "plan.json")) == plan
+        steps = steps_of(plan)
+        assert sorted(layer for step in steps for layer in step["layers"]) == [
+            at for at, name in enumerate(plan.choice) if name != KEEP
+        ]
+        assert ["tokens" in step for step in steps] == [True] * (len(steps) - 1) + [False], "all training in the last"
+    again = searching_for(budget, teacher, tmp_path)
+    assert [plan.choice for plan in again] == [plan.choice for plan in plans]
+    assert [plan.measured_kl for plan in again] == [plan.measured_kl for plan in plans]
+
+
+def searching_for(budget: Budget, teacher: PreTrainedModel, folder: Path, **others: Any) -> list[BudgetPlan]:
+    with torch.no_grad():
+        return searching.search(budget, teacher, text, place(folder, **others))
+
+
+def test_processes_share_the_layers_and_the_first_one_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = louder(tiny("llama", layers=4))
+    budget = Budget(params=0.6, options=OPTIONS, use=["slim_50", "remove"], rounds=0, epochs=0, **SMALL)
+    assert searching_for(budget, teacher, tmp_path, process=1, processes=2) == []
+    [folder] = tmp_path.iterdir()
+    assert sorted(file.name[:3] for file in folder.glob("*.safetensors")) == ["001", "003"]
+    monkeypatch.setattr(searching, "_PATIENCE_S", 0.0)
+    [plan] = searching_for(budget, teacher, tmp_path, process=0, processes=2)
+    [alone] = searching_for(budget, teacher, tmp_path / "alone")
+    assert (plan.choice, plan.measured_kl) == (alone.choice, alone.measured_kl)
+
+
+def test_a_limit_of_time_is_measured_and_checked_on_whole_students(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock of our own: a layer takes 1 ms of a token, one without attention half of it, the rest 2 ms."""
+    from iskd.schedules.budget import costs as costs_file
+
+    def clocked(
+        teacher: PreTrainedModel, student: PreTrainedModel, budget: Budget, dtype: Any
+    ) -> tuple[list[float], list[float]]:
+        def seconds(model: PreTrainedModel) -> list[float]:
+            kinds = [type(getattr(block, "self_attn", None)).__name__ for block in Stack(model).layers]
+            token = 2e-3 + sum({"NoneType": 0.0, "_Map": 0.5e-3}.get(kind, 1e-3) for kind in kinds)
+            return [10 * token, token]
+
+        return seconds(student), seconds(teacher)
+
+    monkeypatch.setattr(costs_file, "side_by_side", clocked)
+    monkeypatch.setattr(searching, "side_by_side", clocked)
+    teacher = louder(tiny("llama", layers=4))
+    budget = Budget(
+        decode_ms=4.6, context=32, options=OPTIONS, use=["no_attention", "remove"], rounds=1, epochs=0, **SMALL
+    )
+    [plan] = searching_for(budget, teacher, tmp_path)
+    assert plan.teacher_costs["decode_ms"] == pytest.approx(6.0)
+    assert plan.costs["decode_ms"] == pytest.approx(plan.measured["decode_ms"])
+    assert plan.costs["decode_ms"] <= 4.6 + 1e-9
+    assert plan.costs["prefill_ms"] == pytest.approx(10 * plan.costs["decode_ms"])
+    with pytest.raises(ValueError, match=r"budget\.decode_ms=1\.0 cannot be met .* has [\d.]+ ms to decode a token"):
+        searching_for(Budget(decode_ms=1.0, context=32, options=OPTIONS, use=["remove"], **SMALL), teacher, tmp_path)
+    with pytest.raises(ValueError, match=r"budget\.context=65 is longer than the context of 64: lower it"):
+        searching_for(Budget(params=0.6, context=65, options=OPTIONS, use=["remove"], **SMALL), teacher, tmp_path)
+
+
+def test_native_refuses_options_that_are_not(tmp_path: Path) -> None:
+    teacher = louder(tiny("llama", layers=3))
+    asked: dict[str, Any] = {
+        "params": 0.6,
+        "options": OPTIONS,
+        "native": True,
+        "context": 32,
+        "epochs": 0,
+        "rounds": 0,
+        **SMALL,
+    }
+    with pytest.raises(
+        ValueError, match=r"budget\.native=true, and plain transformers opens no student with window: leave it out"
+    ):
+        searching_for(Budget(use=["remove", "window"], **asked), teacher, tmp_path)
+    only = {name: OPTIONS[name] for name in ("window", "no_attention")}
+    with pytest.raises(ValueError, match=r"opens no student with any of window, no_attention: give other options"):
+        searching_for(Budget(**{**asked, "options": only}), teacher, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "use", "said"),
+    [
+        ({}, None, r"budget\.options=\{\} leaves nothing that could be done to a layer"),
+        (OPTIONS, [], r"budget\.use=\[\] leaves nothing"),
+        (OPTIONS, ["slim50"], r"budget\.use names 'slim50' \(did you mean slim_50\?\)"),
+        (OPTIONS, ["remove", "remove"], r"names 'remove' twice"),
+        ({"keep": {"edit": "remove"}}, None, r"budget\.options\.keep: a layer can always be kept"),
+        (
+            {"x": {"edit": "drop"}},
+            None,
+            r"budget\.options\.x: say what is done to the layer, with edit: replace, remove",
+        ),
+        ({"x": {"edit": "replace"}}, None, r"budget\.options\.x\.block: name the class"),
+        (
+            {"x": {"edit": "remove", "block": {"_target_": "iskd.blocks.slim.Slim"}}},
+            None,
+            r"x\.block does not go with edit",
+        ),
+        ({"x": {"edit": "merge", "rigde": 1}}, None, r"x\.rigde is no key \(did you mean ridge\?\)"),
+        ({"x": None}, None, "every option is null"),
+    ],
+)
+def test_options_that_cannot_work_are_told(options: Any, use: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        options_of(options, use)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "say how large or fast the student may be"),
+        ({"params": 0}, r"budget\.params=0 is no budget: give 0\.75, 75% or a number above 1"),
+        ({"params": "120%"}, "is no budget"),
+        (
+            {"decode_ms": "fast"},
+            r"budget\.decode_ms=fast is no budget: give milliseconds, or a share of the teacher's as 75%",
+        ),
+        ({"params": [0.5, 0.4]}, "iskd search solves several from one library"),
+        ({"params": [0.5], "bytes": [0.5]}, "are both lists"),
+        ({"params": []}, "is no budget: give at least one value"),
+        ({"params": 0.5, "rounds": -1}, r"budget\.rounds must not be negative"),
+        ({"params": 0.5, "batch": 0}, r"budget\.batch must be at least 1"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_told(values: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        _ = Budget(options=OPTIONS, **values).asked
+
+
+def test_amounts_are_read_as_people_write_them() -> None:
+    assert limit_of("params", 0.75, 200.0, 100.0) == 175.0
+    assert limit_of("params", "75%", 200.0, 100.0) == 175.0
+    assert limit_of("params", "10k", 0.0, 0.0) == 10_000
+    assert limit_of("decode_ms", 0.75, 200.0, 200.0) == 0.75
+    assert limit_of("decode_ms", "75 %", 200.0, 200.0) == 150.0
+
+
+def test_an_option_that_the_device_cannot_have_is_told_or_left_out() -> None:
+    """Kernels that are missing fail in their own ways."""
+    teacher = tiny("llama", layers=2)
+    broken = {
+        "broken": {"edit": "convert", "mixer": {"_target_": "iskd.mixers.sliding.Sliding", "window": -3}},
+        "remove": OPTIONS["remove"],
+    }
+    found, told = able(options_of(broken), teacher, 0, named=False)
+    assert [option.name for option in found] == ["remove"]
+    assert told[0].startswith("option broken cannot be had on cpu: ")
+    with pytest.raises(ValueError, match=r"option broken cannot be had on cpu: .*; leave it out of budget\.use"):
+        able(options_of(broken), teacher, 0, named=True)
+    with pytest.raises(ValueError, match="none of the options can be had here"):
+        able(options_of({"broken": broken["broken"]}), teacher, 0, named=False)
+
+
+def test_a_plan_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    plan = BudgetPlan("abc", (KEEP, "remove"), {"remove": {"edit": "remove"}})
+    check_teacher(plan, "abc", 2, "it")
+    with pytest.raises(ValueError, match="it was made for a teacher of 2 layers, and this one has 3"):
+        check_teacher(plan, "abc", 3, "it")
+    with pytest.raises(ValueError, match="it was made for another teacher"):
+        check_teacher(plan, "abd", 2, "it")
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_plan(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="layer 0 gets 'x', which is no option of the plan"):
+        BudgetPlan("", ("x",), {})
+    (tmp_path / "odd.json").write_text('{"teacher": "a", "choice": ["keep"], "options": {}, "extra": 1}')
+    with pytest.raises(ValueError, match="unknown key 'extra'"):
+        read_plan(tmp_path / "odd.json")
