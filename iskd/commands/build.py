@@ -34,8 +34,9 @@ from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, ref
 from iskd.plan.saved_config import read_config
 from iskd.report.budget import choice_table
 from iskd.report.terminal import print_table, terminal
-from iskd.schedules import EVERY, ConvertTo, EditKind, Schedule
+from iskd.schedules import ConvertTo, EditKind, Schedule
 from iskd.schedules.budget import Asked, plan_for, steps_of
+from iskd.schedules.edits import EVERY
 from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.faults import UnavailableError
