@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def set_width(block: nn.Module, stack: Stack) -> None:
     if stack.family.fused == "stacked":  # where its queries end is read off the config, which is the model's
         heads = width // stack.dims.head_dim
         groups = heads * stack.dims.kv_heads // stack.dims.heads
-        own = copy.copy(attention.config)
+        own: Any = copy.copy(attention.config)
         own.num_attention_heads = heads
         own.num_key_value_heads = groups
         vars(attention).update(config=own, num_key_value_heads=groups)

@@ -21,7 +21,7 @@ def permutation(seed: Sequence[int], count: int) -> NDArray[np.int64]:
     return generator.permutation(count)
 
 
-def apportioned(shares: Sequence[float], count: int) -> NDArray[np.int64]:
+def apportioned(shares: Sequence[float] | NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Split `count` into whole numbers by shares that add up to 1, by largest remainders."""
     exact = np.asarray(shares, dtype=np.float64) * count
     whole = np.floor(exact).astype(np.int64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -96,8 +97,8 @@ class Gates(AttentionImportance):
             logits = torch.zeros(len(positions), device=device, requires_grad=True)
             optimizer = torch.optim.Adam([logits], lr=self.lr)
             gated = {
-                position: _gated(stack, stack.layers[position], blocks[position], lambda index=index: logits[index])
-                for index, position in enumerate(positions)
+                at: _gated(stack, stack.layers[at], blocks[at], partial(torch.select, logits, 0, index))
+                for index, at in enumerate(positions)
             }
             # before other blocks stand in: the student may be the teacher itself
             goals = [Stack(teacher).last_hidden(window)[0] if self.metric == "kl" else None for window in windows]

@@ -7,6 +7,7 @@ Imports: models, mixers.ops, mixers.modules.
 
 from __future__ import annotations
 
-from iskd.mixers.base import Attention, Context, RecurrentMixer, Streams
+from iskd.mixers.base import Attention, RecurrentMixer, Streams
+from iskd.mixers.modules import Context
 
 __all__ = ["Attention", "Context", "RecurrentMixer", "Streams"]

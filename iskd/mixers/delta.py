@@ -21,8 +21,8 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm
 from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.models import at_least_fp32

@@ -25,9 +25,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Basics, Context, Streams
+from iskd.mixers.base import Attention, Basics, Streams
 from iskd.mixers.delta import DeltaMixer
-from iskd.mixers.modules import OutputGate, ShortConv, check_count
+from iskd.mixers.modules import Context, OutputGate, ShortConv, check_count
 from iskd.mixers.modules.gates import SoftplusDecay
 from iskd.mixers.modules.layers import gate_proj
 from iskd.mixers.modules.limits import MAX_STEPS

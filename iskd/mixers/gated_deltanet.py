@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from iskd.mixers.base import Attention, Context, Streams
+from iskd.mixers.base import Attention, Streams
 from iskd.mixers.delta import DeltaBasics, DeltaMixer
-from iskd.mixers.modules import OutputGate, check_count
+from iskd.mixers.modules import Context, OutputGate, check_count
 from iskd.mixers.modules.gates import SoftplusDecay
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, OutputGate
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, OutputGate
 from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.mixers.modules.limits import check_width
 from iskd.models import at_least_fp32

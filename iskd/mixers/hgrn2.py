@@ -20,8 +20,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, check_memory
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, check_memory
 from iskd.mixers.modules.layers import gate_proj, last_bias
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from iskd.mixers.base import Attention, Context, Streams
+from iskd.mixers.base import Attention, Streams
 from iskd.mixers.delta import DeltaBasics, DeltaMixer
+from iskd.mixers.modules import Context
 from iskd.mixers.modules.gates import SoftplusDecay
 from iskd.mixers.modules.layers import gate_proj
 from iskd.mixers.modules.limits import check_width

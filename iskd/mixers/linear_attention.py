@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import check_count, check_number
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, check_count, check_number
 from iskd.mixers.modules.features import FIXED, LEARNED, SIGNED, dpfp
 from iskd.mixers.modules.limits import MAX_NU, MIN_EPS
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import OutputGate
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, OutputGate
 from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.limits import check_width
 from iskd.mixers.ops.scan import scan as by_token

@@ -34,8 +34,8 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, OutputGate, check_memory
 from iskd.mixers.modules.gates import activation_of, inverse_softplus
 from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.models import at_least_fp32

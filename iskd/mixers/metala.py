@@ -21,8 +21,8 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, OutputGate, ShortConv, check_count
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, OutputGate, ShortConv, check_count
 from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.mixers.modules.limits import MAX_CONV
 from iskd.models import at_least_fp32

@@ -30,8 +30,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams, rotary_of
-from iskd.mixers.modules import HeadNorm, OutputGate
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams, rotary_of
+from iskd.mixers.modules import Context, HeadNorm, OutputGate
 from iskd.mixers.modules.layers import gate_proj, last_bias, logit_of_memory, logits_of_memory
 from iskd.mixers.modules.window import Window, check_window
 from iskd.models import at_least_fp32

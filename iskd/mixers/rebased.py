@@ -20,8 +20,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import check_count, check_number
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, check_count, check_number
 from iskd.mixers.modules.features import quadratic
 from iskd.mixers.modules.limits import MAX_FEATURES, MIN_EPS
 from iskd.models import at_least_fp32

@@ -16,8 +16,8 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, OutputGate
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, OutputGate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

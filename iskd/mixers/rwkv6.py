@@ -23,8 +23,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from iskd.mixers.base import Attention, Common, Context, RecurrentMixer, Streams
-from iskd.mixers.modules import HeadNorm, OutputGate, check_memory
+from iskd.mixers.base import Attention, Common, RecurrentMixer, Streams
+from iskd.mixers.modules import Context, HeadNorm, OutputGate, check_memory
 from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.mixers.modules.limits import check_width
 from iskd.models import at_least_fp32

@@ -30,7 +30,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iskd.mixers.base import Attention, Basics, Context, RecurrentMixer, Streams
+from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
+from iskd.mixers.modules import Context
 from iskd.mixers.modules.features import FIXED, SIGNED, Hedgehog
 from iskd.mixers.modules.window import Window, check_window, seen_of, segments_of
 from iskd.mixers.ops.window import pairs, places, unnormalised

@@ -38,7 +38,7 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
         "found",
         "choice",
     ]
-    rows: list[list[object]] = [heads]
+    rows: list[list[object]] = [[*heads]]
     for plan, file in zip(plans, files, strict=True):
         costs = [plan.measured.get(key, plan.costs.get(key, "")) for key in _COSTS]
         shares = [_share(plan, key) for key in _COSTS]

@@ -92,7 +92,7 @@ class Projections(nn.Module):
             for name, path in norm_paths.items()
             if name in names and hasattr(old_attn, path)
         }
-        gain = norms["k"].weight if "k" in norms else None
+        gain = getattr(norms.get("k"), "weight", None)
         if repeats > 1 and gain is not None and gain.numel() > width:
             norms["k"].weight = nn.Parameter(_repeat(gain.detach(), repeats, width).clone())
         if init == "random":

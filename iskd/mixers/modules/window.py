@@ -130,13 +130,13 @@ def _sinks(context: Context, k: Tensor, v: Tensor, seen: Tensor, segments: Tenso
     where = torch.where(is_sink, spot, slots).cummax(1).values  # [B, T, s]
     # the last token knows where all are; with one document in the row every token does
     shared = where[:, -1:]
-    found = []
+    found: list[Tensor] = []
     for x in (k, v):
         row = torch.cat([_past(x, context, count), x], dim=1)
         context.last.append(_taken(row, shared).squeeze(1))
         found.append(_taken(row, shared if context.segments is None else where))
     context.last.append((at[:, -1:] >= slots).to(k.dtype))
-    return Sinks(*found, at)
+    return Sinks(found[0], found[1], at)
 
 
 def _taken(row: Tensor, where_BTs: Tensor) -> Tensor:
