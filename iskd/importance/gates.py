@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -96,7 +97,9 @@ class Gates(AttentionImportance):
             logits = torch.zeros(len(positions), device=device, requires_grad=True)
             optimizer = torch.optim.Adam([logits], lr=self.lr)
             gated = {
-                position: _gated(stack, stack.layers[position], blocks[position], lambda index=index: logits[index])
+                position: _gated(
+                    stack, stack.layers[position], blocks[position], partial(torch.Tensor.select, logits, 0, index)
+                )
                 for index, position in enumerate(positions)
             }
             # before other blocks stand in: the student may be the teacher itself

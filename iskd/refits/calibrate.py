@@ -130,7 +130,7 @@ def outs_of(mixer: Any) -> int:
 
 
 def _spans(stack: Stack, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
-    return [(stack.layers[layer].get_submodule(stack.family.attn),) * 2 for layer in layers]  # type: ignore[misc]
+    return [(stack.layers[layer].get_submodule(stack.family.attn),) * 2 for layer in layers]
 
 
 @contextmanager

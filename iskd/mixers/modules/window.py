@@ -136,7 +136,7 @@ def _sinks(context: Context, k: Tensor, v: Tensor, seen: Tensor, segments: Tenso
         context.last.append(_taken(row, shared).squeeze(1))
         found.append(_taken(row, shared if context.segments is None else where))
     context.last.append((at[:, -1:] >= slots).to(k.dtype))
-    return Sinks(*found, at)
+    return Sinks(found[0], found[1], at)
 
 
 def _taken(row: Tensor, where_BTs: Tensor) -> Tensor:
