@@ -174,7 +174,7 @@ class AttentionImportance(WindowImportance):
     candidates: tuple[int, ...] | None = None  # which may be converted; None = all that have an attention
     number: int | None = None  # how many of them are going to be converted
 
-    def open(self, student: PreTrainedModel) -> tuple[list[int], dict[int, nn.Module]]:
+    def in_question(self, student: PreTrainedModel) -> tuple[list[int], dict[int, nn.Module]]:
         """Positions in question, and each one's block with a mixer for its attention.
 
         The blocks share norms and MLP with the student's, which stays as it is.

@@ -82,10 +82,10 @@ class Gates(AttentionImportance):
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
         """Gates [L, 1]; blocks that are not in question have 1.
 
-        Raises ValueError as `AttentionImportance.open` does, and for windows too short.
+        Raises ValueError as `AttentionImportance.in_question` does, and for windows too short.
         """
         stack = Stack(student)
-        positions, blocks = self.open(student)
+        positions, blocks = self.in_question(student)
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token)
         windows = [window for batch in batches for window in batch.split(1)]

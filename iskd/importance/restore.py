@@ -43,7 +43,8 @@ class Restore(AttentionImportance):
     Source: restore-one KL: arXiv 2512.20569; the sweep: ours
     Needs: calibration tokens (`run.score_tokens`), `edit=convert` and a mixer
     Costs: L (L - 1) / 2 block calls and L heads a window and round
-    Measured: not measured
+    Measured: KL 0.066, retention 98.4, a quarter of SmolLM2-135M's layers with attention and windows with sinks in the
+        rest, no training (experiments/subquadratic-smollm2/README.md)
     """
 
     def __init__(
@@ -75,10 +76,10 @@ class Restore(AttentionImportance):
         """Scores [L, W] of the student's blocks on each of the W windows in `batches`, token ids [B, T] each.
 
         Blocks that are not in question keep what they have and get the highest score. Raises ValueError as
-        `AttentionImportance.open` does, and for windows too short for the metric.
+        `AttentionImportance.in_question` does, and for windows too short for the metric.
         """
         stack = Stack(student)
-        positions, blocks = self.open(student)
+        positions, blocks = self.in_question(student)
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token)
         # to keep: all but those that will be converted; nobody said: an order of all of them

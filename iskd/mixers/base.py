@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iskd.mixers import ops
-from iskd.mixers.modules import Context, HeadNorm, Projections, Rotary, ShortConv, check_count
+from iskd.mixers.modules import Context as Context  # every mixer's `streams` takes one
+from iskd.mixers.modules import HeadNorm, Projections, Rotary, ShortConv, check_count
 from iskd.mixers.modules.gates import activation_of
 from iskd.mixers.modules.limits import MAX_CONV, MAX_TOKENS
 from iskd.mixers.ops import Recurrence

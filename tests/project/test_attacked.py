@@ -79,6 +79,7 @@ ATTACKED = {
 NOBODY_ELSES = {
     "teacher/origin: read_text": "the package's own yaml",
     "teacher/origin: safe_load": "the package's own yaml",
+    "commands/build: OmegaConf.load": "the package's own yaml",
     "data/sources: load_dataset": "the library's own cache; its rows go the way of the texts",
     "data/sources: read_bytes": "the modules of this Python, parsed and not run",
     "evaluation/harness: read_text": "the package's own yaml",

@@ -1,6 +1,6 @@
 """Small layers and checks that several mixers are made of.
 
-Imports: mixers/ops, models.
+Imports: models, mixers.ops.
 """
 
 from __future__ import annotations
