@@ -126,9 +126,9 @@ def _made(
             teacher, start = teacher_of(config, within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
+    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     if config.get("budget"):
         _plan_within(config, teacher, data, run_dir, start)
-    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
