@@ -34,8 +34,9 @@ from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, ref
 from iskd.plan.saved_config import read_config
 from iskd.report.budget import choice_table
 from iskd.report.terminal import print_table, terminal
-from iskd.schedules import EVERY, ConvertTo, EditKind, Schedule
+from iskd.schedules import ConvertTo, EditKind, Schedule
 from iskd.schedules.budget import Asked, plan_for, steps_of
+from iskd.schedules.edits import EVERY
 from iskd.schedules.mixed import Mixed, Step
 from iskd.system import Busy, global_rank, run_lock, write_whole
 from iskd.system.faults import UnavailableError
@@ -94,8 +95,8 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
     """
     config = as_meant(config)
     described: TeacherSpec = object_of(config.model)
-    if described.config is None and described.path is None:
-        raise error
+    if (described.config is None and described.path is None) or config.get("budget"):
+        raise error  # what layers become within a budget depends on the weights
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     values, source = plain(config.data), plain(config.data).get("source") or {}
     accumulate, trainer = config.trainer.get("accumulate_grad_batches") or 1, config.trainer

@@ -218,12 +218,8 @@ def _read(name: str, data_dir: Path, reading: Task | None = None) -> Iterator[It
             f"task {name!r} has no local file {file}: put its items there, one JSON object a line with the fields "
             f"id, {task.fields} (the hub has them as {task.hub}), or set data_dir to the folder of {name}/eval.jsonl"
         )
-    try:
-        lines = read_plain(file, max_bytes=_LONGEST, links=True).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); convert it, or fetch it again") from error
     ids: set[str] = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(file), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -236,6 +232,14 @@ def _read(name: str, data_dir: Path, reading: Task | None = None) -> Iterator[It
             yield item
     if not ids:
         raise ValueError(f"{file} holds no items")
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a file of items. Raises ValueError where it is no UTF-8 text, or no plain file."""
+    try:
+        return read_plain(file, max_bytes=_LONGEST, links=True).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); convert it, or fetch it again") from error
 
 
 def _field(row: Any, name: str) -> Any:

@@ -24,15 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import GENERATION, Scored
-from iskd.evaluation.task_items import subset_of
+from iskd.evaluation.task_items import lines_of, subset_of
 from iskd.models import Stack, scoring
-from iskd.system.files import expanded, read_plain
+from iskd.system.files import expanded
 
 WRITTEN = {"translation": "bleu", "summary": "rougeL"}
 """Tasks, and the metric that each is compared by where nobody says another."""
 METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
 _FIELDS = {"translation": ("source", "target"), "summary": ("text", "summary")}
-_LONGEST = 1 << 30  # bytes
 _ROOM = 1.5  # times the tokens of the reference may be written
 
 
@@ -69,7 +68,7 @@ def read_passages(
 
 def _read(name: str, file: Path) -> list[Passage]:
     passages = []
-    for number, line in enumerate(read_plain(file, max_bytes=_LONGEST, links=True).decode("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(lines_of(file), 1):
         if not line.strip():
             continue
         try:

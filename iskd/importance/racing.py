@@ -303,10 +303,11 @@ def doubt(pieces: Sequence[Tensor], z: float, of: int) -> float:
 
 
 def student_t(z: float, freedom: int) -> float:
-    """The quantile of Student's t where the normal distribution has `z` (Abramowitz and Stegun, 26.7.5)."""
-    first, second = z**3 + z, 5 * z**5 + 16 * z**3 + 3 * z
-    third = 3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z
-    return z + first / (4 * freedom) + second / (96 * freedom**2) + third / (384 * freedom**3)
+    """The quantile of Student's t where the normal distribution has `z`."""
+    from scipy.special import ndtr, stdtrit  # at the first call: its import takes a while
+
+    tail = ndtr(-z)  # the lower one, where a large z is still a number
+    return -float(stdtrit(freedom, tail)) if tail else z
 
 
 def _between(batches: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:

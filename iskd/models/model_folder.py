@@ -108,14 +108,13 @@ def check_model_config(config: Mapping[str, Any], file: Path, *, code: bool = Fa
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ValueError(f"{file} has no model_type: copy the config.json that came with the weights")
+    families = ", ".join(sorted(FAMILIES))
     if reason := why_never(config):
-        raise ValueError(f"{file}: model_type {kind!r:.80} {reason}; dense ones of {', '.join(sorted(FAMILIES))} work")
+        raise ValueError(f"{file}: model_type {kind!r:.80} {reason}; dense ones of {families} work")
     if kind not in (*FAMILIES, "iskd") and not (code and "auto_map" in config):
         hint = " (code beside the weights runs only with trust_remote_code=true)" if "auto_map" in config else ""
-        raise ValueError(
-            f"{file}: model_type {kind!r:.80} is none that is supported: choose a model of "
-            f"{', '.join(sorted(FAMILIES))}, or add a Family(...) to iskd/models/families.py{hint}"
-        )
+        what = f"is none that is supported: choose a model of {families}, or add a Family(...) to"
+        raise ValueError(f"{file}: model_type {kind!r:.80} {what} iskd/models/families.py{hint}")
     for key in ("quantization_config", "compression_config"):
         if (found := config.get(key)) is not None:
             method = found.get("quant_method", key) if isinstance(found, dict) else key

@@ -8,12 +8,10 @@ Imports: plan.
 from __future__ import annotations
 
 from iskd.schedules.base import Choice, History, Schedule, next_stage
-from iskd.schedules.edits import EVERY, ConvertTo, EditKind
-from iskd.schedules.mixed import of_stage, turn_of
+from iskd.schedules.edits import ConvertTo, EditKind
 from iskd.schedules.stages_ahead import forecast, planned_steps, stage_steps
 
 __all__ = [
-    "EVERY",
     "Choice",
     "ConvertTo",
     "EditKind",
@@ -21,8 +19,6 @@ __all__ = [
     "Schedule",
     "forecast",
     "next_stage",
-    "of_stage",
     "planned_steps",
     "stage_steps",
-    "turn_of",
 ]

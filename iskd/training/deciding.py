@@ -13,8 +13,8 @@ from iskd.models import surgery
 from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
-from iskd.schedules import Choice, History, Schedule, of_stage, turn_of
-from iskd.schedules.mixed import Mixed
+from iskd.schedules import Choice, History, Schedule
+from iskd.schedules.mixed import Mixed, of_stage, turn_of
 from iskd.system import Ranks
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule

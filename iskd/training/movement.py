@@ -80,5 +80,6 @@ def require_moved(still: Sequence[Sequence[str]], *, split: bool) -> None:
             f"new parameter {stuck[0]} did not move in the first steps after its edit ({len(stuck)} such). Either no "
             "group of the optimizer has it, or its gradient is zero as the loss does not depend on it: so it is with "
             "queries and keys in windows of two tokens (data.seq_len), with feature maps of mixer=sliding where "
-            "mixer.window is not below data.seq_len, and in a student that broke before (lower schedule.lr)"
+            "mixer.window and mixer.sinks together are not below data.seq_len, and in a student that broke before (lower "
+            "schedule.lr)"
         )

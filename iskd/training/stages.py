@@ -31,7 +31,8 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.options import RunOptions
-from iskd.schedules import Schedule, forecast, of_stage, planned_steps
+from iskd.schedules import Schedule, forecast, planned_steps
+from iskd.schedules.mixed import of_stage
 from iskd.system import Busy
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.system.text import argument

@@ -117,6 +117,7 @@ OPEN = {
     "evaluation/speaking": "iskd generate, iskd verify and the end of a run let models speak alike",
     "evaluation/task_items": "importance=task_accuracy draws from the same items",
     "export/loading": "a run that goes on from a student takes up its record",
+    "schedules/edits": "which layers of a conversion another mixer is for, in a config",
     "schedules/mixed": "steps are made from a config, and name parts of their own",
     "teacher/load": "which model a config names, before it is loaded",
     "refits/base": "a library refits blocks that no walk leads to",
@@ -186,6 +187,8 @@ FOREIGN = {"self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "input
 FOREIGN_PATHS = {("model", "layers"), ("transformer", "h"), ("model", "norm"), ("transformer", "ln_f")}
 # Folders of one machine; spelt so that this file does not contain what it forbids.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}{)*/-])/(?:work|tmp|root|home|Users|mnt|scratch|data|var)" + r"/\w")
+IN_AN_IMAGE = ("/home/user", "/var/lib/apt/lists")
+"""Folders of the container, which are the same on every machine."""
 TEXT = {".py", ".yaml", ".yml", ".toml", ".md", ".cfg", ".sh", ".txt", ".lock", ".json", ".ipynb", ""}
 
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -473,5 +476,10 @@ def test_no_file_names_a_folder_of_one_machine() -> None:
     for path in tracked_files():
         if path.suffix in TEXT and path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            wrong += [at(path, number) for number, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+            known = IN_AN_IMAGE if path.name in ("Dockerfile", "test_image.py") else ()
+            wrong += [
+                at(path, number)
+                for number, line in enumerate(lines, 1)
+                if MACHINE_PATH.search(re.sub("|".join(known), "", line) if known else line)
+            ]
     assert not wrong, "absolute paths in: " + ", ".join(wrong)

@@ -1,6 +1,6 @@
 """Small layers and checks that several mixers are made of.
 
-Imports: models.
+Imports: mixers/ops, models.
 """
 
 from __future__ import annotations
