@@ -370,6 +370,11 @@ RUN_FILES: dict[str, Any] = {
     run_files.EVALUATION_FILE: EVALUATION,
     run_files.EFFICIENCY_FILE: EFFICIENCY,
     run_files.PLAN_FILE: [{"stage": "teacher", "tokens": 0, "params": 9, "train_seconds": 0.5, "end_seconds": 2.0}],
+    run_files.BUDGET_FILE: {
+        **{"teacher": "ab", "choice": ["keep", "remove"], "options": {"remove": {"edit": "remove"}}},
+        **{"asked": {"params": 0.5}, "costs": {"params": 9.0}, "predicted_kl": 0.5},
+        "tried": [{"choice": ["keep"], "predicted": 0.5, "measured": 0.4}],
+    },
     run_files.SAMPLES_FILE: [{"prompt": "Once", "teacher": " upon a", "student": " upon the", "same": 1, "tokens": 3}],
     run_files.METRICS_FILE: "lr/base,stage,step,tokens,train/loss\n" + "0.1,1,2,64,3.5\n0.1,1,3,96,3.4\n" * 9,
 }

@@ -95,8 +95,8 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
     """
     config = as_meant(config)
     described: TeacherSpec = object_of(config.model)
-    if described.config is None and described.path is None:
-        raise error
+    if (described.config is None and described.path is None) or config.get("budget"):
+        raise error  # what layers become within a budget depends on the weights
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     values, source = plain(config.data), plain(config.data).get("source") or {}
     accumulate, trainer = config.trainer.get("accumulate_grad_batches") or 1, config.trainer
@@ -127,9 +127,9 @@ def _made(
             teacher, start = teacher_of(config, within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
+    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     if config.get("budget"):
         _plan_within(config, teacher, data, run_dir, start)
-    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(config)
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]

@@ -73,7 +73,7 @@ def test_every_option_composes_and_every_target_binds(group: str, option: str) -
         takes = found.from_block if hasattr(found, "from_block") else found
         parameters = inspect.signature(takes).parameters
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            unknown = set(node) - set(parameters) - {"_target_", "weight"}
+            unknown = set(node) - set(parameters) - {"_target_", "_recursive_", "weight"}
             assert not unknown, f"{path} does not take {unknown}"
 
 
@@ -165,17 +165,20 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
     overrides += ["data.seq_len=32", "data.batch_size=2", "data.val_tokens=512", "data.source.max_documents=200"]
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
     overrides += ["run.efficiency_seconds=0", "run.samples=0", "run.mfu=false"]
-    overrides += ["refit.output.tokens=64", "refit.output.held_tokens=32"] if name == "width" else []
+    overrides += ["refit.output.tokens=64", "refit.output.held_tokens=32"] if name in ("width", "budget") else []
     overrides += ["schedule.epochs=null"] if name.startswith("iskd_") else []
     # the tasks that choose layers are not at hand, and a step of 256 windows is no tiny budget
     overrides += ["importance=ablation", "trainer.accumulate_grad_batches=1"] if name == "ild_paper" else []
+    if name == "budget":
+        overrides += ["budget.params=0.7", "budget.use=[remove]", "budget.fit_tokens=64", "budget.held_tokens=32"]
+        overrides += ["budget.score_tokens=64", "budget.rounds=0", "budget.pairs=0"]
     config = composed(*overrides)
     removals = config.schedule.get("target_layers") is not None
     if removals:
         config.schedule.target_layers = layers - 4
     result = run(build.parts(config, tmp_path / "run"))
     expected = {"finetune": 0, "iskd_gpt2_paper": 6, "iskd_phi1_paper": 12}
-    expected |= dict.fromkeys(("l1", "width", "subquadratic", "subquadratic_paper"), layers)
+    expected |= dict.fromkeys(("l1", "width", "subquadratic", "subquadratic_paper"), layers) | {"budget": 4}
     expected_edits = expected.get(name, 11)
     assert len(result.record.edits) == (4 if removals else expected_edits)
     assert result.final.tokens > 0

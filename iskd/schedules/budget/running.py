@@ -96,7 +96,7 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
         plan = read_plan(Path(budget.plan))
         check_teacher(plan, digest, layers, f"budget.plan={budget.plan}")
         return _kept(plan, file)
-    wanted = budget.asked
+    wanted = budget.asked  # refused before anything is read
     if file.exists():
         plan = read_plan(file)
         check_teacher(plan, digest, layers, str(file))
