@@ -13,7 +13,7 @@ import torch
 
 from iskd.data import TextFiles
 from iskd.data.chat_template import ChatTemplate
-from iskd.evaluation.task_items import read_task
+from iskd.evaluation.tasks.task_items import read_task
 from iskd.export.student_files import tokenizer_of
 from iskd.importance.task_accuracy import _load as named_tokenizer
 from iskd.models.tokenizers import byte_tokenizer

@@ -30,7 +30,7 @@ from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.data.sources import Docstrings  # noqa: E402
 from iskd.evaluation.likelihood import evaluate  # noqa: E402
 from iskd.evaluation.metrics import QualityMetrics  # noqa: E402
-from iskd.evaluation.task_items import copy_items, read_task  # noqa: E402
+from iskd.evaluation.tasks.task_items import copy_items, read_task  # noqa: E402
 from iskd.models import (  # noqa: E402
     Stack,
     surgery,

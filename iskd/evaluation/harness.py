@@ -25,10 +25,10 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.harness_metrics import USUAL, check_metric, higher_is_better, values_of
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
-from iskd.evaluation.task_items import COPY, TASKS, check_task, read_task, subset
+from iskd.evaluation.tasks import COPY, TASKS, check_task, read_task, subset
+from iskd.evaluation.tasks.harness_metrics import USUAL, check_metric, higher_is_better, values_of
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
 from iskd.system.files import expanded, scratch
@@ -84,7 +84,7 @@ def draw(
     """Read tasks and draw their items, one task after the other.
 
     Args:
-        names: keys of `iskd.evaluation.task_items.TASKS`; without a data_dir also any other name that the harness
+        names: keys of `iskd.evaluation.tasks.task_items.TASKS`; without a data_dir also any other name that the harness
             knows.
         data_dir: folder of NAME/eval.jsonl; None = from the hub.
         limit: at most so many items of each; a larger draw contains a smaller one. None = all.

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
 from iskd.evaluation.bootstrap import interval, resampled_means
-from iskd.evaluation.task_items import Item
+from iskd.evaluation.tasks import Item
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from iskd.data import Framing
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.likelihood import evaluate as ask
-from iskd.evaluation.made_items import (
+from iskd.evaluation.scores import CHOICE, GENERATION, Scored
+from iskd.evaluation.tasks.made_items import (
     COPY_DOC,
     COPY_PARA,
     LENGTHS,
@@ -26,8 +27,7 @@ from iskd.evaluation.made_items import (
     recall_items,
     recall_name,
 )
-from iskd.evaluation.scores import CHOICE, GENERATION, Scored
-from iskd.evaluation.task_items import (
+from iskd.evaluation.tasks.task_items import (
     CBT_SENTENCE,
     COPY,
     COPY_POOL,
@@ -59,8 +59,8 @@ class EvalSpec:
     """What to evaluate; one conf/eval/*.yaml.
 
     Attributes:
-        tasks: keys of `iskd.evaluation.task_items.TASKS`, `copy` (random words to be repeated, made here), and without
-            a data_dir any other name that lm-evaluation-harness knows.
+        tasks: keys of `iskd.evaluation.TASKS`, `copy` (random words to be repeated, made here), and without a
+            data_dir any other name that lm-evaluation-harness knows.
         limit: at most so many items of each task; None = all.
         data_dir: folder of NAME/eval.jsonl; None = the harness's own tasks, from the hub.
         task_dir: folder of tasks in the harness's own format (a yaml each), for names that are none of ours.

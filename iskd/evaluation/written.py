@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import GENERATION, Scored
-from iskd.evaluation.task_items import lines_of, subset_of
+from iskd.evaluation.tasks.task_items import lines_of, subset_of
 from iskd.models import Stack, scoring
 from iskd.system.files import expanded
 

@@ -1,6 +1,6 @@
 """[shelf] One score per layer, higher = keep; rows of scores by calibration window, and how sure they are.
 
-Imports: models, plan, system, data, evaluation.
+Imports: models, plan, system, data, evaluation.tasks, evaluation.
 """
 
 from __future__ import annotations

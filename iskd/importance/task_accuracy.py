@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import framing_of
 from iskd.evaluation import TASKS
 from iskd.evaluation.likelihood import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
-from iskd.evaluation.task_items import COPY, Item, check_task, read_task, split_items, subset
+from iskd.evaluation.tasks import COPY, Item, check_task, read_task, subset
+from iskd.evaluation.tasks.task_items import split_items
 from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
@@ -38,8 +39,8 @@ class TaskAccuracy(WindowImportance):
 
     Args:
         data_dir: folder that holds NAME/eval.jsonl of every task.
-        tasks: names in `iskd.evaluation.task_items`; `lambada` and `copy` are scored by greedy decoding, `copy` by the
-            share of tokens repeated before the first mistake.
+        tasks: names in `iskd.evaluation.TASKS`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share of
+            tokens repeated before the first mistake.
         items: at most so many of each task.
         share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
             seed gives both sides.

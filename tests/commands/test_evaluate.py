@@ -13,7 +13,7 @@ from iskd.commands import evaluate
 from iskd.commands.compose import compose_config
 from iskd.commands.evaluate import Found
 from iskd.commands.generate import generate
-from iskd.evaluation.task_items import COPY_POOL, copy_items
+from iskd.evaluation.tasks.task_items import COPY_POOL, copy_items
 from iskd.export import export
 from iskd.models import surgery
 from iskd.models.tokenizers import byte_tokenizer

@@ -26,7 +26,7 @@ from iskd.evaluation.likelihood import TaskResult, pairs_of
 from iskd.evaluation.likelihood import evaluate as ask
 from iskd.evaluation.results import evaluation_of
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored, compare
-from iskd.evaluation.task_items import TASKS, copy_items, read_task
+from iskd.evaluation.tasks.task_items import TASKS, copy_items, read_task
 from iskd.evaluation.text import text_loss, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import byte_tokenizer, check_same_tokenizer

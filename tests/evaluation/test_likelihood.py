@@ -26,7 +26,7 @@ from iskd.evaluation.likelihood import (
     paired,
     pairs_of,
 )
-from iskd.evaluation.task_items import COPY, TASKS, Item, copy_items, read_task, split_items, subset
+from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, copy_items, read_task, split_items, subset
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import Stack, surgery
 from iskd.models import project as original

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from iskd.evaluation import EvalSpec, evaluate
 from iskd.evaluation.evaluator import check
 from iskd.evaluation.harness import draw
-from iskd.evaluation.made_items import LENGTHS, copying_items, recall_items
 from iskd.evaluation.results import TaskScore
-from iskd.evaluation.task_items import read_sentences
+from iskd.evaluation.tasks.made_items import LENGTHS, copying_items, recall_items
+from iskd.evaluation.tasks.task_items import read_sentences
 from iskd.evaluation.written import compared
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import byte_tokenizer

@@ -28,6 +28,7 @@ ROOMS = (
     "mixers/ops",
     "mixers/modules",
     "mixers",
+    "evaluation/tasks",
     "evaluation",
     "refits",
     "importance",
@@ -115,7 +116,9 @@ OPEN = {
     "evaluation/likelihood": "importance=task_accuracy scores the same items the same way",
     "evaluation/results": "names and readers of what was measured, for pages and cards",
     "evaluation/speaking": "iskd generate, iskd verify and the end of a run let models speak alike",
-    "evaluation/task_items": "importance=task_accuracy draws from the same items",
+    "evaluation/tasks/harness_metrics": "what the harness reports, beside how it is asked",
+    "evaluation/tasks/made_items": "questions ask items that no file holds",
+    "evaluation/tasks/task_items": "importance=task_accuracy draws from the same items",
     "export/loading": "a run that goes on from a student takes up its record",
     "schedules/edits": "which layers of a conversion another mixer is for, in a config",
     "schedules/mixed": "steps are made from a config, and name parts of their own",
@@ -148,12 +151,14 @@ LONG = {
     "evaluation/efficiency": "one measurement: warm-up, turns and medians mean something only together",
     "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
     "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
-    "evaluation/task_items": "one table of file formats, a few lines for each task",
+    "evaluation/tasks/task_items": "one table of file formats, a few lines for each task",
+    "commands/config": "from a command line to values as meant, step after step",
     "commands/build": "every object of a run from its config, each made in a few lines",
     "export/card": "one page, section after section",
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
+    "refits/base": "what every refit offers, and the one walk that all take",
     "report/runs_page": "one page, section after section",
     "teacher/load": "one way from what a config names to a teacher in memory",
     "training/stages": "one loop, to be read from top to bottom",
@@ -187,7 +192,7 @@ FOREIGN = {"self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "input
 FOREIGN_PATHS = {("model", "layers"), ("transformer", "h"), ("model", "norm"), ("transformer", "ln_f")}
 # Folders of one machine; spelt so that this file does not contain what it forbids.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}{)*/-])/(?:work|tmp|root|home|Users|mnt|scratch|data|var)" + r"/\w")
-IN_AN_IMAGE = ("/home/user", "/var/lib/apt/lists")
+IN_AN_IMAGE = ("/" + "home/user", "/" + "var/lib/apt/lists")
 """Folders of the container, which are the same on every machine."""
 TEXT = {".py", ".yaml", ".yml", ".toml", ".md", ".cfg", ".sh", ".txt", ".lock", ".json", ".ipynb", ""}
 

@@ -29,7 +29,7 @@ from iskd.commands.arguments import arguments
 from iskd.commands.build import parts
 from iskd.commands.evaluate import evaluation
 from iskd.commands.resume import resumed
-from iskd.evaluation.task_items import read_task
+from iskd.evaluation.tasks.task_items import read_task
 from iskd.export import tokenizer_of
 from iskd.export.card import _settings as card_settings
 from iskd.export.probe import _CHILD, ask, differences, reopen

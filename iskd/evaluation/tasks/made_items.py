@@ -18,7 +18,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from iskd.data.sources import Docstrings
-from iskd.evaluation.task_items import WORDS, Item
+from iskd.evaluation.tasks.task_items import WORDS, Item
 
 RECALL, COPY_DOC, COPY_PARA = "recall", "copy_doc", "copy_para"
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
