@@ -128,9 +128,7 @@ def _made(
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
     budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
-    if config.get("budget"):
-        _plan_within(config, teacher, data, run_dir, start)
-    schedule = _schedule(config)
+    schedule = _schedule(_within_budget(config, teacher, data, run_dir, start) if config.get("budget") else config)
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
     if getattr(schedule, "local_share", 0) and not refits:
@@ -171,20 +169,28 @@ def _made(
     )
 
 
-def _plan_within(config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None) -> None:
-    """Search for a plan within the budget, show it, and put its steps into the schedule that carries it out."""
+def _within_budget(
+    config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None
+) -> DictConfig:
+    """Search for a plan within the budget, and show it; the config with its steps in the schedule that carries it out.
+
+    The run's own config stays as it was given: the plan lies beside it, and a resumed run finds it there.
+    """
     if class_of(config.schedule) is not Mixed:
         raise ValueError("budget= finds the steps of schedule=mixed: set that too, as experiment=budget does")
-    if config.schedule.steps and config.resume is None:
+    if config.schedule.steps:
         raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
     if start is not None:
         raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
     plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
     if global_rank() == 0:
         print_table(choice_table(plan))
-    scheduled = {**plain(config.schedule), "steps": steps_of(plan)}
+    values = plain(config)
+    scheduled = {**values["schedule"], "steps": steps_of(plan)}
     steps_as_meant(scheduled)
-    config.schedule = OmegaConf.create(scheduled)
+    carried = OmegaConf.create({**values, "schedule": scheduled})
+    assert isinstance(carried, DictConfig)
+    return carried
 
 
 def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:

@@ -56,7 +56,8 @@ def test_many_budgets_are_solved_from_one_library(found: Any, tmp_path: Path) ->
     front, *files = write_plans(tmp_path, plans)
     assert front.name == FRONT
     assert [read_plan(file) for file in files] == plans
-    rows = list(csv.DictReader(front.open()))
+    with front.open() as opened:
+        rows = list(csv.DictReader(opened))
     assert [float(row["params"]) for row in rows] == sizes
     assert [row["plan"] for row in rows] == [file.name for file in files]
     assert rows[0]["choice"].split() == list(plans[0].choice)
