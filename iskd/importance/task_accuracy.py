@@ -39,8 +39,8 @@ class TaskAccuracy(WindowImportance):
 
     Args:
         data_dir: folder that holds NAME/eval.jsonl of every task.
-        tasks: names in `iskd.evaluation.TASKS`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share of
-            tokens repeated before the first mistake.
+        tasks: names in `iskd.evaluation.TASKS`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share
+            of tokens repeated before the first mistake.
         items: at most so many of each task.
         share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
             seed gives both sides.

@@ -116,8 +116,6 @@ OPEN = {
     "evaluation/likelihood": "importance=task_accuracy scores the same items the same way",
     "evaluation/results": "names and readers of what was measured, for pages and cards",
     "evaluation/speaking": "iskd generate, iskd verify and the end of a run let models speak alike",
-    "evaluation/tasks/harness_metrics": "what the harness reports, beside how it is asked",
-    "evaluation/tasks/made_items": "questions ask items that no file holds",
     "evaluation/tasks/task_items": "importance=task_accuracy draws from the same items",
     "export/loading": "a run that goes on from a student takes up its record",
     "schedules/edits": "which layers of a conversion another mixer is for, in a config",
