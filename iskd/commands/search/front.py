@@ -29,7 +29,7 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
     """`front.csv` and one plan file for each plan, in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [plan.write(folder / name_of(plan)) for plan in plans]
-    heads = [
+    heads: list[object] = [
         "plan",
         "predicted_kl",
         "measured_kl",

@@ -23,7 +23,7 @@ from iskd.schedules.budget.search import Place
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.text import Texts, texts_of
 from iskd.teacher.cache import answering
-from tests.factories import conf_group, digest, hooks, louder, tiny, windows
+from tests.factories import FAMILIES, conf_group, digest, hooks, louder, tiny, windows
 
 OPTIONS: dict[str, Any] = conf_group("budget")["default"]["options"]
 SMALL: dict[str, Any] = {"fit_tokens": 320, "held_tokens": 96, "score_tokens": 128}
@@ -52,7 +52,9 @@ def fill(library: Library, texts: Texts, teacher: PreTrainedModel, options: Sequ
     return len(done)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "llama")]
+)
 def test_every_option_is_fitted_in_every_family_that_can_have_it(family: str, tmp_path: Path) -> None:
     teacher = louder(tiny(family, layers=2))
     before = digest(teacher)
