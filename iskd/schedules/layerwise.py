@@ -128,7 +128,13 @@ class LayerSchedule(Layers, Heal):
         by_size = self.target.params is not None
         left = len(available) if by_size else self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left) if self.scoring == "each" else left
-        return Choice(tuple(available), number, self.candidates - 1)
+        if self.scoring == "each":
+            available = self.open_among(available, history)
+        return Choice(tuple(available), min(number, len(available)), self.candidates - 1)
+
+    def open_among(self, available: Sequence[int], history: History) -> list[int]:
+        """Those of the layers that may be edited which the next stage may take, in their order; here all."""
+        return list(available)
 
     def candidates_for(self, history: History) -> list[Stage]:
         """The next stage with the best choice of layers, then with the next best in place of its last layer, and so on.
@@ -146,6 +152,8 @@ class LayerSchedule(Layers, Heal):
         left = self.target.left(history, available, protected)
         number = min(self.edits_per_stage or left, left)
         stages = -(-left // number)
+        available = self.open_among(available, history)
+        number = min(number, len(available))
         tokens, share = self._budget(history, stages), self.refit_share if stages > 1 else 1.0
         best, others = available[:number], available[number : number + self.candidates - 1]
         return [self._stage([*best[:-1], last], tokens, share) for last in (best[-1], *others)]

@@ -140,6 +140,25 @@ def test_each_stage_follows_the_scores_of_its_time() -> None:
     assert layers(play(Iterative(REPLACE, count=3, rescore=True), 3, scores)) == [1, 2, 0]
 
 
+@pytest.mark.parametrize("edit", [REPLACE, REMOVE])
+@pytest.mark.parametrize("rescore", [True, False])
+def test_edits_stay_side_by_side(edit: Any, rescore: bool) -> None:
+    """The lowest layer first, then the lower one of the two beside, whatever the others score."""
+    scores = {0: 0.1, 1: 5.0, 2: 2.0, 3: 0.0, 4: 1.0, 5: 3.0, 6: 0.2, 7: 0.3}
+    schedule = Iterative(edit, count=4, rescore=rescore, contiguous=True)
+    assert layers(play(schedule, 8, [scores])) == [3, 4, 2, 5]
+    asked = schedule.choice(History(Record(8).extended([edit.make(3, 0)]), (), scores))
+    assert set(asked.layers) == ({2, 4} if rescore else set(range(8)) - {3})
+    assert layers(play(Iterative(edit, count=4, rescore=rescore, contiguous=True, protect=(2,)), 8, [scores])) == [
+        3,
+        4,
+        5,
+        6,
+    ]
+    with pytest.raises(ValueError, match=r"the layers beside 3 to 4 may not be edited"):
+        play(Iterative(edit, count=4, rescore=rescore, contiguous=True, protect=(2, 5)), 8, [scores])
+
+
 def test_a_stage_says_what_trains_and_how() -> None:
     schedule = Iterative(REPLACE, count=2, per_stage=2, order="middle_out", train="new", lr=0.5, lr_new=0.25, seed=3)
     [stage] = play(schedule)
@@ -212,6 +231,7 @@ def test_values_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: dict
         ({"count": 1, "refit_share": 1.5}, r"schedule.refit_share must be in \[0, 1\], got 1.5"),
         ({"count": 1, "final_share": -0.1}, r"schedule.final_share in \[0, 1\], got"),
         ({"count": 2, "final_share": 1.0, "train": "new"}, "final_share=1 trains in the last stage alone, where"),
+        ({"count": 2, "per_stage": 2, "contiguous": True}, "contiguous=true takes one layer at a time"),
     ],
 )
 def test_values_of_iterative_alone(kwargs: dict[str, Any], message: str) -> None:
