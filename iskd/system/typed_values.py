@@ -37,10 +37,20 @@ def takes(kind: Any) -> dict[str, tuple[Any, Any]]:
         if argument.kind is inspect.Parameter.VAR_KEYWORD:
             # by its text: Python 3.10 has no Unpack, so that no module holds the name at run time
             common = str(argument.annotation).removeprefix("Unpack[").removesuffix("]")
-            found |= takes(_hint(common, makes, key)) if common != str(argument.annotation) else {}
+            handed_on = takes(_hint(common, makes, key)) if common != str(argument.annotation) else {}
+            found |= {name: (hint, _default_above(kind, name)) for name, (hint, _) in handed_on.items()}
         elif argument.annotation is not inspect.Parameter.empty:
             found[key] = (_hint(argument.annotation, makes, key), argument.default)
     return found
+
+
+def _default_above(kind: Any, key: str) -> Any:
+    """The default of an argument that a class hands on to those above it."""
+    for each in inspect.getmro(kind)[1:] if inspect.isclass(kind) else ():
+        argument = inspect.signature(vars(each)["__init__"]).parameters.get(key) if "__init__" in vars(each) else None
+        if argument is not None and argument.default is not inspect.Parameter.empty:
+            return argument.default
+    return inspect.Parameter.empty
 
 
 def _hint(annotation: Any, makes: Any, key: str) -> Any:
