@@ -46,7 +46,7 @@ def leaves(node: dict[str, Any], place: str) -> Iterator[str]:
     for key, value in node.items():
         if isinstance(value, dict) and key not in ("lora", "config"):
             yield from leaves(value, f"{place}.{key}")
-        else:
+        elif not key.startswith("_"):  # of Hydra
             yield f"{place}.{key}"
 
 
