@@ -29,11 +29,26 @@ FIRST = (
 """Files of few tests that take long: a process that is given one of them last works on when the others have ended."""
 
 
+LAWS = ("blocks/test_blocks.py", "blocks/test_fitting.py", "importance/test_importance.py", "mixers/test_mixers.py")
+LIKE_OTHERS = {"gemma2", "olmo2", "smollm3", "granite"}
+"""Families whose every part is tried among the slow tests alone; others that are made alike are tried here."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put whole files in the order in which processes take them up: the longest first, as far as one can tell."""
     tests = Counter(item.path for item in items)
     ranks = {Path(__file__).parent / name: len(FIRST) - rank for rank, name in enumerate(FIRST)}
+    laws = {Path(__file__).parent / name for name in LAWS}
+    for item in items:
+        if item.path in laws and LIKE_OTHERS & {value for value in _parameters(item) if isinstance(value, str)}:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (-ranks.get(item.path, 0), -tests[item.path], item.path))
+
+
+def _parameters(item: pytest.Item) -> list[object]:
+    called = getattr(item, "callspec", None)
+    return [] if called is None else list(called.params.values())
 
 
 def pytest_configure() -> None:

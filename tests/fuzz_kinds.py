@@ -25,6 +25,7 @@ import iskd
 import iskd.blocks
 import iskd.mixers
 from iskd.data.coding import Coding
+from iskd.data.hub_rows import is_commit, kept_commit
 from iskd.data.shards import open_shards
 from iskd.data.splits import SPLITS, Document, Splitter
 from iskd.export.card import _settings as card_settings
@@ -90,6 +91,8 @@ SIZES: dict[str, Any] = {"hidden": 16, "heads": 4, "kv_heads": 2, "mlp": 32, "vo
 @dataclass(frozen=True)
 class Numbered:
     """Documents of a few bytes."""
+
+    revision: str = "ab" * 20
 
     def documents(self) -> Iterator[Document]:
         yield from ((f"document {number} " * 3, None) for number in range(200))
@@ -213,6 +216,7 @@ def _marks(folder: Path) -> Kind:
 def _shards(folder: Path, source: Any = None, tokenizer: Any = None, coding: Coding | None = None) -> Kind:
     """meta.json and the token files beside it."""
     arguments = (source or Numbered(), tokenizer or byte_tokenizer(), Splitter(), folder, coding)
+    before, _, behind = repr(arguments[0]).partition(repr(Numbered.revision))
     opened = open_shards(*arguments)
     meta, train = opened.folder / "meta.json", opened.folder / "train.bin"
     document, stream = json.loads(meta.read_text()), train.read_bytes()
@@ -247,7 +251,10 @@ def _shards(folder: Path, source: Any = None, tokenizer: Any = None, coding: Cod
         _put(meta, json.dumps(changed).encode() if kind < 0.15 else hostile(rng, changed))
 
     def load() -> bool:
+        commit = kept_commit(before, behind, folder)
+        assert commit is None or is_commit(commit)
         shards = open_shards(*arguments)
+        assert commit == Numbered.revision
         for split in SPLITS:
             if shards.tokens(split) >= 16:
                 assert int(shards.windows(split, 16).max(initial=0)) <= shards.meta.max_id

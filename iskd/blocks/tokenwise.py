@@ -44,7 +44,7 @@ class Tokenwise:
         if attention is None:
             raise ValueError("block=tokenwise: a compact block without an attention of its own stands there already")
         hidden = stack.dims.hidden
-        new = copy.deepcopy(_without(copy.copy(old), stack.family.attn))
+        new = copy.deepcopy(old, {id(attention): nn.Identity()})  # in its place, so that no copy of it is made
         weight = next(old.parameters())
         module = _Map(hidden if linear else 0, stack.family).to(device=weight.device, dtype=weight.dtype)
         set_submodule(new, stack.family.attn, module)
@@ -85,12 +85,6 @@ class _Map(nn.Module):
         if cache is not None:
             CacheSlot(cache, self.layer_idx).mark(hidden_states)
         return torch.zeros_like(hidden_states) if self.map is None else self.map(hidden_states), None
-
-
-def _without(block: nn.Module, path: str) -> nn.Module:
-    """A shallow copy of a block in which nothing stands at a path, so that no copy of it is made."""
-    vars(block)["_modules"] = {name: None if name == path else module for name, module in block.named_children()}
-    return block
 
 
 @torch.no_grad()

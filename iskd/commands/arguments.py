@@ -48,7 +48,7 @@ AUTO = "auto"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z][\w.-]{0,95}")
 _TYPO = 0.75  # of difflib's ratio between a model's name and a preset; "gpt2-xl" has 0.73 with gpt2
 _LIST = re.compile(r"\[([^\[\]]*)\]")
-_SOURCE = re.compile(r"data\.sources(\.[^=]+)?=")
+_OPEN = re.compile(r"(data\.sources|eval\.metrics)(\.[^=]+)?=")
 _SWEEP = re.compile(r"[,()\[\]{}*]")  # several values at once, which Hydra reads
 
 
@@ -96,7 +96,7 @@ def _loggers(given: str) -> list[str]:
 
 
 def _literal(given: str, several: bool) -> list[str]:
-    if _SOURCE.match(given):  # which sources a mix has is for whoever sets their keys
+    if _OPEN.match(given):  # which sources a mix has, and of which tasks a metric is chosen, is for whoever sets them
         given = f"++{given}"
     key, equal, value = given.partition("=")
     _refuse_no_choice(key, value)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import yaml
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +27,7 @@ from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
 from iskd.system.text import perhaps
 from iskd.system.typed_values import read_value, shown, takes
-from iskd.system.version import options
+from iskd.system.version import CONF, options
 
 RUN_HOLDS = f"a run's folder (hydra.run.dir) holds {CONFIG_FILE} and, from its first stage on, {STAGES_FILE}"
 """What an error about a folder says."""
@@ -181,6 +182,10 @@ class _Schedule(TypedDict, total=False):
     tokens: NonNegativeInt | None
 
 
+class _Option(TypedDict, total=False):
+    edit: Literal["replace", "remove", "merge", "convert"]
+
+
 # by name, as a `_target_` is: who reads a folder pays for none of them
 _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "data": (_Data, "iskd.data.TextData"),
@@ -242,6 +247,10 @@ def as_meant(config: DictConfig) -> DictConfig:
     for number, step in enumerate(scheduled["steps"] if steps else ()):
         for group, node in step.items():
             _read_node({group: node}, f"schedule.steps[{number}].", ())
+    offered = values["budget"].get("options") if isinstance(values.get("budget"), dict) else None
+    for name, option in (offered or {}).items():
+        if isinstance(option, dict) and "edit" in option:  # without it, and for other kinds, the budget says what to do
+            _read_node(option, f"budget.options.{name}.", _option_kinds(option["edit"]))
     at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
@@ -293,6 +302,14 @@ def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
     if place == "loss.":
         for term in (each for each in node if not isinstance(node[each], dict)):
             raise ValueError(f"loss.{term}={shown(node[term])} is no loss: it takes keys, e.g. loss.{term}.weight=0.5")
+
+
+def _option_kinds(edit: Any) -> tuple[Any, ...]:
+    """Whose arguments the values of an option of `budget.options` become."""
+    if not isinstance(edit, str) or edit not in options("edit"):
+        return (_Option,)
+    values = yaml.safe_load((CONF / "edit" / f"{edit}.yaml").read_text(encoding="utf-8"))
+    return (_Option, get_object(values["_target_"]))
 
 
 def _kinds(name: str, node: Mapping[str, Any]) -> tuple[Any, ...]:

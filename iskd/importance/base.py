@@ -110,7 +110,7 @@ def _last_normed(stack: Stack, states: Iterator[Tensor]) -> Iterator[Tensor]:
     for state in states:
         yield held
         held = state
-    yield stack.final_norm(held)
+    yield stack.normed(held)
 
 
 def cosine_rows(student: PreTrainedModel, batches: Sequence[Tensor], *, published: bool = False) -> Tensor:

@@ -103,4 +103,5 @@ class FinalState:
         s_BTD, t_BTD = at_least_fp32(student.last_hidden), at_least_fp32(teacher.last_hidden.detach())
         if s_BTD.shape != t_BTD.shape:
             raise ValueError(f"FinalState needs equal shapes: student {list(s_BTD.shape)}, teacher {list(t_BTD.shape)}")
-        return (s_BTD - t_BTD).square().mean(-1)
+        # of the states as hosts hand them out: student and teacher are of one family
+        return (student.divisor * (s_BTD - t_BTD)).square().mean(-1)

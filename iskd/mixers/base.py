@@ -159,7 +159,7 @@ class RecurrentMixer(nn.Module):
         if conv_activation != "identity" and not conv:
             raise ValueError(
                 f"mixer.conv_activation={conv_activation} stands behind short convolutions, and mixer.conv=0 has none; "
-                "set mixer.conv=4, or leave it out"
+                "set mixer.conv=4, or mixer.conv_activation=identity"
             )
         check_count("chunk", chunk, 1, MAX_TOKENS)
         check_count("conv", conv, 0, MAX_CONV)

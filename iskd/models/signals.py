@@ -24,6 +24,7 @@ class Signals:
         labels: [B, T] int64 next-token ids, already shifted (labels[t] is the target of position t); -100 = ignored.
         logits: [..., V]; present only inside a vocabulary chunk, because [B, T, V] is never materialised.
         last_hidden: [B, T, D] after the final norm, the input of the head.
+        divisor: What the state after the final norm was divided by to be the input of the head (Granite; else 1).
         hidden: State after layer i, before the final norm, each [B, T, D].
     """
 
@@ -31,6 +32,7 @@ class Signals:
     logits: Tensor | None = None
     last_hidden: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    divisor: float = 1.0
 
 
 def next_tokens(input_ids: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -175,17 +175,25 @@ class Stack:
         return bool(difference[behind:].max() <= 1e-4 * difference[:behind].max())
 
     def final_norm(self, h_BTD: Tensor) -> Tensor:
-        """What the host does between its last block and its head, [B, T, D]: final norm, output projection of OPT."""
+        """What the host does between its last block and its head, [B, T, D]: the head's input."""
+        return self._as_read(self.normed(h_BTD))
+
+    def normed(self, h_BTD: Tensor) -> Tensor:
+        """The last state as hosts hand it out, [B, T, D]: final norm, output projection of OPT."""
         for name in (self.family.norm, "project_out"):
             module = getattr(self.base, name, None)
             if module is not None:
                 h_BTD = module(h_BTD)
-        return self._as_read(h_BTD)
+        return h_BTD
+
+    @property
+    def logits_divisor(self) -> float:
+        """What the head's product is divided by (Granite)."""
+        return float(getattr(self.config, "logits_scaling", None) or 1.0)
 
     def _as_read(self, h_BTD: Tensor) -> Tensor:
-        """Granite divides the head's product by a number: here the states are, so that heads know nothing of it."""
-        scale = float(getattr(self.config, "logits_scaling", None) or 1.0)
-        return h_BTD if scale == 1.0 else h_BTD / scale
+        """Where the head's product is divided by a number, the states are, so that heads know nothing of it."""
+        return h_BTD if self.logits_divisor == 1.0 else h_BTD / self.logits_divisor
 
     def set_layers(self, blocks: list[nn.Module], kept: list[int] | None = None) -> None:
         """Put `blocks` in as the new stack and make config depth, per-layer lists and cache slots true.

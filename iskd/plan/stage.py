@@ -141,5 +141,5 @@ class Stage:
     objective: Annotated[str, one_of(OBJECTIVES)] = "loss"
     shape: Annotated[str, one_of(SHAPES)] = ""
     refit_share: _Share = 1.0
-    step: Count = 0
     refit_budget: Annotated[Count, BeforeValidator(_whole)] = 0
+    step: Count = 0

@@ -110,7 +110,8 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
         raise ValueError(
             f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
             f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "
-            f"{ranks.size * every.shape[1]} each, or give more calibration text (data.calibration_fraction)"
+            f"{ranks.size * every.shape[1]} each (where schedule.local_share says how much they read, "
+            "schedule.tokens), or give more calibration text (data.calibration_fraction)"
         )
     held = torch.zeros(len(every), dtype=torch.bool)
     held[torch.arange(number) * len(every) // number] = True

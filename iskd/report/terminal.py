@@ -58,8 +58,9 @@ def _fit(table: Table, console: Console, spare: list[str]) -> list[str]:
         table.columns = [column for column in table.columns if _plain(column.header) != head]
         left_out.append(head)
     if sum(least) <= room < sum(most):
-        widths = list(least)
-        for _ in range(room - sum(least)):
+        widths, left = list(least), room - sum(least)
+        widths[0] += min(most[0] - least[0], left // 2)  # the name of a row is read and searched for in one piece
+        for _ in range(room - sum(widths)):
             widths[max(range(len(widths)), key=lambda at: most[at] - widths[at])] += 1
         for column, width in zip(table.columns, widths, strict=True):
             column.width = width

@@ -17,7 +17,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BeforeValidator, Strict, TypeAdapter, ValidationError
 
 from iskd.system.files import MAX_NUMBER
 
@@ -101,7 +101,7 @@ def _lenient(hint: Any) -> Any:
         return reduce(lambda read, bound: Annotated[read, bound], inner[1:], _lenient(inner[0]))
     if origin in (Union, types.UnionType):
         # where a text is taken, 10k is one
-        read = [Annotated[each, Strict()] if str in inner and each in _SPELLED else _lenient(each) for each in inner]
+        read = [_STRICT[each] if str in inner and each in _STRICT else _lenient(each) for each in inner]
         return Union[tuple(each for each in read if each is not Any)]  # noqa: UP007 - made of a tuple
     if origin is tuple and inner[-1] is not Ellipsis:
         return Annotated[list[_lenient(inner[0])], BeforeValidator(_of_length(len(inner)))]  # type: ignore[misc]
@@ -165,6 +165,10 @@ def _text(value: Any) -> Any:
 
 
 _SPELLED: Mapping[Any, Any] = {int: _count, float: _number, bool: _truth, str: _text}
+_STRICT: Mapping[Any, Any] = {
+    **{kind: Annotated[kind, Strict()] for kind in _SPELLED},
+    float: Annotated[float, Strict(), AllowInfNan(False)],
+}
 _WORDS = {
     int: "an integer such as 4, 10k or 2e6",
     float: "a finite number",

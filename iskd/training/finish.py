@@ -7,7 +7,7 @@ import logging
 import resource
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -210,12 +210,21 @@ def again(parts: Parts, model_dir: Path | None, spec: EvalSpec | None) -> str:
 
 def _keys(spec: EvalSpec) -> list[str]:
     """Overrides of eval=quick that make it this spec."""
-    found = [f"eval.tasks=[{','.join(spec.tasks)}]"]
+    found, usual = [f"eval.tasks={_in_hydra(spec.tasks)}"], EvalSpec()
     for field in dataclasses.fields(EvalSpec):
         value = getattr(spec, field.name)
-        if field.name not in ("tasks", "every") and value != field.default:
-            found.append(f"eval.{field.name}={'null' if value is None else value}")
+        if field.name not in ("tasks", "every") and value != getattr(usual, field.name):
+            found.append(f"eval.{field.name}={_in_hydra(value)}")
     return ["eval=quick", *found]
+
+
+def _in_hydra(value: object) -> str:
+    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.paths`)."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_hydra(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_in_hydra, value)) + "]"
+    return "null" if value is None else str(value)
 
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:

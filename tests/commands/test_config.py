@@ -37,8 +37,14 @@ def written(group: str, option: str) -> dict[str, Any]:
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8")) or {}
     included = [name for name in values.pop("defaults", []) if name != "_self_"]
     for name in included:
-        values = {**written(group, name), **values}
+        values = merged(written(group, name), values)
     return {key: "given" if value == "???" else value for key, value in values.items()}
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, with the values of the second where both have some, as Hydra merges them."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: merged(below[key], above[key]) for key in both}}
 
 
 def leaves(node: dict[str, Any], place: str) -> Iterator[str]:
@@ -51,13 +57,14 @@ def leaves(node: dict[str, Any], place: str) -> Iterator[str]:
 
 
 def resolved(group: str, option: str) -> dict[str, Any]:
-    """The group as a run has it, with what has to be given."""
+    """The group as a run has it, with what has to be given and what it refers to."""
     values = written(group, option)
     if group == "data" and option == "hf":
         values["source"]["name"] = "a/b"
     if group == "data":
         values["path"] = "a.txt"
-    meant = as_meant(OmegaConf.create({group: values}))
+    around = {"data": {"seq_len": 512}} if group == "loss" else {}
+    meant = as_meant(OmegaConf.create({**around, group: values}))
     assert as_meant(meant) == meant, "read once, it stays"
     return cast(dict[str, Any], plain(meant))
 
@@ -77,9 +84,9 @@ def with_value(config: dict[str, Any], key: str, value: Any) -> Any:
 def test_a_value_of_a_wrong_kind_is_refused_for_every_key_of_every_yaml(group: str, option: str) -> None:
     config = resolved(group, option)
     for key in leaves(config[group], group):
-        mapping = key.endswith((".lora", ".config", ".max_time"))
+        mapping = key.endswith((".lora", ".config", ".max_time", ".mixers"))
         for wrong in ([[1]], math.nan, [1] if mapping else {"of": "another kind"}):
-            with pytest.raises(ValueError, match=f"{key}="):
+            with pytest.raises(ValueError, match=rf"{key}(\[0\])?="):  # or an element of the list
                 as_meant(with_value(config, key, wrong))
 
 
@@ -89,7 +96,8 @@ MEANINGFUL = {
     "trainer.devices": {-1},  # all that there are
 }
 ZERO_IS_NONE = re.compile(
-    r"loss\.\w+\.weight|mixer\.conv|.*\.seed|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
+    r"loss\.\w+\.weight|(.*\.)?mixer\.(conv|sinks|window_dropout)|.*\.seed|eval\.fewshot|importance\.(cache_mb|penalty)|run\.keep_students"
+    r"|budget\.(epochs|rounds|pairs)|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
     r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|samples|protect_\w+|max_skipped|log_every_n_steps)"
 )
 
@@ -104,15 +112,19 @@ def made(group: str, config: dict[str, Any], tmp_path: Path) -> None:
     elif group == "trainer":
         trainer_settings(config[group], config[group])
     elif group == "schedule":
+        if node.get("tokens", 0) is None:
+            del node["tokens"]  # a command asks its machine
         takes = getattr(get_object(node["_target_"]), "takes", ())
         edit: Any = ConvertTo(MIXER) if "Align" in node["_target_"] else RemoveLayers()
         object_of(node, **{name: {"edit": edit, "seed": 0}[name] for name in takes})
     elif group == "data":
         keys = {
-            key: value for key, value in config[group].items() if key not in ("source", "chat") and "path" not in key
+            key: value
+            for key, value in config[group].items()
+            if key not in ("source", "sources", "chat") and "path" not in key
         }
         TextData(TextFiles("a.txt"), byte_tokenizer(), cache_dir=tmp_path, **keys)
-    elif "_target_" in node and group in ("optim", "importance", "eval"):
+    elif "_target_" in node and group in ("optim", "importance", "eval", "budget"):
         takes = getattr(get_object(node["_target_"]), "takes", ())
         object_of(node, **dict.fromkeys(takes))
 
@@ -180,6 +192,8 @@ def test_what_is_plain_is_read_as_meant(hint: Any, value: Any, meant: Any) -> No
         *((float, wrong) for wrong in ("abc", True, None, math.nan, "nan", [1.0])),
         *((bool, wrong) for wrong in (1, 0, "maybe", None, 1.0)),
         *((str, wrong) for wrong in (True, 2.5, None, ["a"])),
+        (float | str, math.nan),
+        (list[float | str], [math.inf]),
         (list[str], "copy"),
         (list[int], 3),
         (list[int], [1, "x"]),

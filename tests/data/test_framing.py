@@ -79,15 +79,17 @@ def test_modes_and_what_tells_documents_apart() -> None:
     assert framing_of(plain, "document") == framing_of(bos, "document") == framing_of(bos) == Framing(head=(1,))
     assert framing_of(both, "none") == framing_of(plain) == Framing(between=(2,))
     assert framing_of(bos, "window") == Framing(between=(2,), window=(1,))
+    assert framing_of(both, "bare") == framing_of(plain, "bare") == Framing()
     assert framing_of(both, "window") == Framing(tail=(2,), window=(1,))
     assert framing_of(gpt2) == Framing(head=(2,))
     begins, ends = Separator(1, begins=True), Separator(2)
     assert [framing_of(t).separator for t in (plain, bos, both, words("$A </s>"))] == [ends, begins, begins, ends]
     assert framing_of(bos, "window").separator == ends
     assert framing_of(gpt2, "window").separator == framing_of(gpt2).separator == Separator(2, begins=True)
+    assert framing_of(bos, "bare").separator is None
     assert framing_of(words(bos=None, eos=None)).separator is None
     assert framing_of(bos).told(bos) == "a document is framed as <s> TEXT"
-    with pytest.raises(ValueError, match=r"data\.bos='head' is unknown; use document, window, none, or null"):
+    with pytest.raises(ValueError, match=r"data\.bos='head' is unknown; use document, window, none, bare, or null"):
         framing_of(plain, "head")
     for mode in ("document", "window"):
         with pytest.raises(ValueError, match=rf"data\.bos={mode} puts the tokenizer's bos token in front, and .* none"):

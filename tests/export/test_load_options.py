@@ -21,7 +21,7 @@ from iskd.export import IskdForCausalLM
 from iskd.export.student import write
 from iskd.models import surgery
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
-from tests.factories import tiny, windows
+from tests.factories import mixer_specs, tiny, windows
 
 EDITS: list[Edit] = [
     Replace(0, Spec("iskd.blocks.linear.Linear", {})),
@@ -154,6 +154,18 @@ def test_a_student_is_copied_pickled_and_grown(folder: Path, tmp_path: Path) -> 
         assert torch.equal(iskd.load(tmp_path)(windows()).logits, said)
         assert again(windows()).logits.shape[-1] == rows + 8
         assert torch.equal(again(windows()).logits, model(windows()).logits)
+
+
+def test_every_mixer_is_pickled() -> None:
+    """With every activation: a mixer holds functions that have a name."""
+    for name, spec in mixer_specs().items():
+        options: dict[str, Any] = {key: "identity" for key in ("activation", "conv_activation") if key in spec.kwargs}
+        for kwargs in (spec.kwargs, {**spec.kwargs, **options}) if options else (spec.kwargs,):
+            model: Any = tiny("llama", layers=1)
+            surgery.apply(model, Record(1), [Convert(0, Spec(spec.target, kwargs))])
+            with torch.no_grad():
+                again = pickle.loads(pickle.dumps(model))(windows()).logits
+                assert torch.equal(again, model(windows()).logits), name
 
 
 def test_files_can_be_read_as_the_umask_says(folder: Path) -> None:

@@ -152,7 +152,7 @@ def test_every_part_has_a_yaml() -> None:
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> None:
-    """The preset as it is, on a tiny model and a tiny budget: model, data and sizes are all that changes."""
+    """The preset as it is, on a tiny model and a tiny budget: model, data, sizes and device are all that changes."""
     layers = 12 if name == "iskd_gpt2_paper" else 24 if name == "iskd_phi1_paper" else 12
     overrides = [f"experiment={name}", f"cache_dir={tmp_path}/cache", "export=false", "trainer.progress=false"]
     overrides += [
@@ -166,6 +166,12 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
     overrides += ["run.efficiency_seconds=0", "run.samples=0", "run.mfu=false"]
     overrides += ["refit.output.tokens=64", "refit.output.held_tokens=32"] if name in ("width", "budget") else []
+    # the time of local work buys few tokens, which all of these refits have to share
+    shared = [
+        f"refit.{part}.{key}=64" for part in ("calibrate", "output", "local") for key in ("tokens", "held_tokens")
+    ]
+    overrides += ["schedule.tokens=3840", *shared] if name == "local_first" else []
+    overrides += ["trainer.accelerator=cpu"] if name.startswith("gpu_") else []
     overrides += ["schedule.epochs=null"] if name.startswith("iskd_") else []
     # the tasks that choose layers are not at hand, and a step of 256 windows is no tiny budget
     overrides += ["importance=ablation", "trainer.accumulate_grad_batches=1"] if name == "ild_paper" else []
@@ -178,7 +184,9 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> Non
         config.schedule.target_layers = layers - 4
     result = run(build.parts(config, tmp_path / "run"))
     expected = {"finetune": 0, "iskd_gpt2_paper": 6, "iskd_phi1_paper": 12}
-    expected |= dict.fromkeys(("l1", "width", "subquadratic", "subquadratic_paper"), layers) | {"budget": 4}
+    expected |= dict.fromkeys(("l1", "width", "subquadratic", "subquadratic_paper", "local_first"), layers) | {
+        "budget": 4
+    }
     expected_edits = expected.get(name, 11)
     assert len(result.record.edits) == (4 if removals else expected_edits)
     assert result.final.tokens > 0

@@ -21,14 +21,17 @@ DOTTED = re.compile(r"(?<![\w./@-])iskd(?:\.[A-Za-z_]\w*)+")
 PLACEHOLDER = re.compile(r"/(?:mine|[A-Z]+)\b")
 MADE = {"modeling_iskd.py"}
 """Written by iskd into its users' folders."""
+OTHERS = {"convert_hf_to_gguf.py"}
+"""Programs of others, by the names they have there: llama.cpp's converter."""
 
 
 def missing(text: str) -> list[str]:
     """What a text names of this repository that is not there; `mine` and capitals stand for what somebody adds."""
     known = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")} | {"train.py"}
     wrong = [path for path in PATH.findall(text) if not ((ROOT / path).exists() or PLACEHOLDER.search(path))]
-    wrong += [name for name in FILE.findall(text) if name not in known | MADE]
-    return wrong + [name for name in DOTTED.findall(text) if not resolves(name)]
+    wrong += [name for name in FILE.findall(text) if name not in known | MADE | OTHERS]
+    files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("iskd.*")}  # iskd.sbatch is no module
+    return wrong + [name for name in DOTTED.findall(text) if name not in files and not resolves(name)]
 
 
 def resolves(dotted: str) -> bool:

@@ -69,7 +69,7 @@ ALLOWED = {
     "training/state/checkpoint: save_file": "safetensors' own writer, in a folder that is moved as a whole",
     "training/state/checkpoint: os.replace": "a checkpoint: the folder as a whole",
     "training/state/checkpoint_files: os.open": "a folder, to have it on the disk",
-    "data/shards: os.replace": "shards into their place, the file that names them last",
+    "data/building: os.replace": "shards into their place, the file that names them last",
     "teacher/row_store: open": "rows at their places in a file of the cache, each with its digest",
     "teacher/row_store: os.open": "without following a link",
     "teacher/bundled: rename": "a converted teacher: the folder as a whole",
@@ -112,7 +112,7 @@ path.open(); path.open("rb"); gzip.open(file, "rt", encoding=codec); open(path);
 
 
 NAMES = {name: value for name, value in vars(run_files).items() if name.isupper() and isinstance(value, str)}
-FOLDERS = {"CHECKPOINTS", "MODEL"}
+FOLDERS = {"CHECKPOINTS", "MODEL", "STUDENTS"}
 
 
 def _literals(path: Path) -> Iterator[tuple[str, int]]:
@@ -155,7 +155,7 @@ def _facts(folder: Path, turn: int) -> None:
     manifest = {"content": str(turn)}
     teacher = SimpleNamespace(source={"name": str(turn)})
     parts = SimpleNamespace(
-        run_dir=folder, resume=False, teacher=teacher, importance=None, data=SimpleNamespace(manifest=lambda: manifest)
+        run_dir=folder, resume=False, teacher=teacher, importances=(), data=SimpleNamespace(manifest=lambda: manifest)
     )
     write_facts(cast(Any, parts), cast(Any, SimpleNamespace(precision="32-true", world_size=1 + turn)))
 

@@ -387,8 +387,12 @@ LOADERS = ("yaml.safe_load", "OmegaConf.load")
 
 def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
     """YAML of unknown origin has one reader; the others read files of the package, and the head of a model card."""
-    readers = {where.split(":")[0] for where, _, name in calls() if name in LOADERS}
-    assert readers == {"iskd/teacher/origin.py", "iskd/evaluation/harness.py"}
+    places = re.compile(r"\(?(?:CONF|TASK_FILES) / ")
+    loads = [(where, ast.unparse(node.args[0])) for where, node, name in calls() if name in LOADERS]
+    assert [(where, read) for where, read in loads if not places.match(read)] == []
+    readers = {"iskd/teacher/origin.py", "iskd/evaluation/harness.py", "iskd/commands/build.py"}
+    readers |= {"iskd/commands/line/sources.py", "iskd/commands/line/steps.py", "iskd/commands/config.py"}
+    assert {where.split(":")[0] for where, _ in loads} == readers
 
 
 def test_a_run_that_could_not_be_read_again_does_not_start(tmp_path: Path) -> None:
@@ -592,7 +596,6 @@ def test_random_weights_come_with_no_more_than_the_students(sizes: dict[str, int
 def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(build, "load_teacher", lambda *given: asked.append(given))
-    monkeypatch.setattr(build, "object_of", lambda config: config)
     newest = tmp_path / "checkpoints" / "000001-boundary"
     (tmp_path / run_files.CONFIG_FILE).write_text("seed: 1\n")
     state = RunState(record=Record(4), identity={"config": config_digest(tmp_path)})
@@ -601,13 +604,9 @@ def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, mo
     newest.mkdir(parents=True)
     (newest / "student.safetensors").touch()
     groups = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run")
-    config = OmegaConf.create(
-        {
-            "resume": str(tmp_path),
-            "seed": 1,
-            **{group: {} if group in ("data", "trainer", "run") else {"x": {}} for group in groups},
-        }
-    )
+    model = {"_target_": "iskd.teacher.load.TeacherSpec", "name": "any"}
+    config = OmegaConf.create({"resume": str(tmp_path), "seed": 1, **{key: {} for key in groups}})
+    config.update({"model": model, "loss": {"x": {}}})
     with pytest.raises(AttributeError):  # of what stands for the teacher
         parts(config, tmp_path)
     assert [within for _, within in asked] == [[newest / "student.safetensors"]]

@@ -22,12 +22,16 @@ PAIRS = [
     *(["schedule=align", "edit=convert"], ["schedule=none"]),
     ["schedule=mixed", "schedule.steps=[{edit: remove, count: 1}, {edit: convert, mixer: gla, layers: [2]}]"],
 ]
+NEEDS = {"budget": ["budget.params=0.5", "budget.use=[remove]", "budget.fit_tokens=128", "budget.held_tokens=128"]}
+"""What has to be said beside the name of an experiment."""
 FAST = ("ild", "iskd_gpt2_paper", "subquadratic")
 """One of each kind; the others differ from them by numbers and parts."""
 WHAT = [
     *PAIRS,
     *(
-        pytest.param([f"experiment={name}"], marks=() if name in FAST else pytest.mark.slow, id=name)
+        pytest.param(
+            [f"experiment={name}", *NEEDS.get(name, [])], marks=() if name in FAST else pytest.mark.slow, id=name
+        )
         for name in EXPERIMENTS
     ),
 ]
@@ -64,7 +68,7 @@ def test_smoke_runs_with_everything(overrides: list[str], cache: Path, tmp_path:
 
 def test_smoke_builds_every_experiment_and_every_block(cache: Path, tmp_path: Path) -> None:
     for name in EXPERIMENTS:
-        built = made([f"experiment={name}"], cache, tmp_path / name)
+        built = made([f"experiment={name}", *NEEDS.get(name, [])], cache, tmp_path / name)
         history = History(Record(4), scores=dict.fromkeys(range(4), 0.0))
         assert built.teacher.model.config.num_hidden_layers == 4
         assert forecast(built.schedule, history), "the schedule fits the tiny model"

@@ -144,7 +144,7 @@ def test_without_edits_and_refits_nothing_is_touched() -> None:
     [
         (
             "refit=[output,outptu]",
-            r"refit has no choice 'outptu' \(did you mean output\?\); choose local, .*replaceme",
+            r"refit has no choice 'outptu' \(did you mean output\?\); choose calibrate, local, .*replaceme",
         ),
         ("loss=[kll]", r"loss has no choice 'kll' \(did you mean kl\?\); choose ce, hidden, .*kl"),
     ],

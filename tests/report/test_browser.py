@@ -70,9 +70,52 @@ onload = () => { document.title = JSON.stringify([...document.querySelectorAll("
 """
 
 
-def removals(last: float, *, undone: int = 0) -> list[StageResult]:
-    """Ten layers removed one by one, scored anew before each removal; `undone` is rolled back."""
-    stages = [stage(0, scores=None)]
+LONG_WORD = "a_word_without_a_break" * 8
+OPTIONS = ("keep", "remove", "a_mixer_with_a_long_name_of_its_own")
+AMOUNTS = {"params": 4e6, "cache_bytes": 3e6, "prefill_seconds": 0.2}
+#: What sections of the page of one run are made of, each with words that are as long as they may be.
+SECTIONS: dict[str, Any] = {
+    "plan": [
+        {"stage": f"stage {i} {LONG_WORD}", "tokens": 1000, "params": 4e6, "train_seconds": 12345.6} for i in range(11)
+    ],
+    "samples": [
+        {"prompt": f"{i} Once upon", "teacher": LONG_WORD, "student": "a time " * 40, "same": 2, "tokens": 40}
+        for i in range(3)
+    ],
+    "budget": {
+        "teacher": "ab",
+        "choice": [OPTIONS[i % 3] for i in range(LAYERS)],
+        "options": {"remove": {"edit": "remove"}, OPTIONS[2]: {"edit": "convert", "mixer": "gla"}},
+        "asked": {"params": 0.5},
+        "limits": AMOUNTS,
+        "teacher_costs": AMOUNTS,
+        "costs": AMOUNTS,
+        "measured": AMOUNTS,
+        "predicted_kl": 0.5,
+        "measured_kl": 0.4,
+        "found": LONG_WORD,
+        "scores": [dict.fromkeys(OPTIONS[1:], 0.1 * i) for i in range(LAYERS)],
+        "tried": [{"choice": list(OPTIONS), "predicted": 0.5 + i, "measured": 0.4 + i} for i in range(4)],
+        "front": [[0.1 * i, 1 / (i + 1)] for i in range(1, 10)],
+    },
+    "efficiency": EFFICIENCY,
+    "evaluation": {
+        **EVALUATION,
+        "quantized": [
+            {"kind": "float32", "bytes": 16e6, "perplexity": 21.4, "tokens_per_s": 123.4},
+            {"kind": "int4", "why": f"not here: {LONG_WORD}"},
+        ],
+    },
+}
+
+
+def removals(last: float, *, undone: int = 0, asked: bool = False) -> list[StageResult]:
+    """Ten layers removed one by one, scored anew before each removal; `undone` is rolled back.
+
+    Tasks are `asked` after every stage.
+    """
+    told = {"evaluation": EVALUATION} if asked else {}
+    stages = [stage(0, scores=None, **told)]
     for i in range(1, 11):
         left = [layer for layer in range(LAYERS) if layer >= i or layer == undone]
         changes: dict[str, Any] = {
@@ -83,6 +126,7 @@ def removals(last: float, *, undone: int = 0) -> list[StageResult]:
             "params": 4_000_000 - 150_000 * i,
             "events": ["an event with a_very_long_word_" + "x" * 60] if i == 2 else [],
             "status": "rolled_back" if i == undone else "kept",
+            **told,
         }
         stages.append(stage(i, **changes))
     return stages
@@ -95,9 +139,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = {"efficiency": EFFICIENCY, "evaluation": EVALUATION}
     for i in range(6):
         config = f"seed: {i % 2}\nschedule:\n  lr: {i // 2}\ndata:\n  path: a_{'long_' * 12}{i // 2}.txt\n"
-        stages = removals(0.9 - 0.05 * i, undone=3 if i == 4 else 0)
+        stages = removals(0.9 - 0.05 * i, undone=3 if i == 4 else 0, asked=i == 0)
+        given = SECTIONS if i == 0 else files if i < 3 else {}
         name = f"run-{i}-" + "and_a_name_without_a_break" * (i == 5)
-        write_run(folder / name, stages, config=config, finished=i != 3, files=files if i < 3 else {}, layers=LAYERS)
+        write_run(folder / name, stages, config=config, finished=i != 3, files=given, layers=LAYERS)
     one = write_report(folder / "run-0-")
     many = write_runs_report([folder, folder / "nothing"], folder / "runs.html")
     return [path.read_text(encoding="utf-8") for path in (one, many, EXAMPLE)]
@@ -117,6 +162,9 @@ def frame(page: str, width: int, height: int = 900) -> str:
 
 
 def test_nothing_sticks_out_and_nothing_is_loaded(pages: list[str], tmp_path: Path) -> None:
+    for heading in ("Budget", "Weights in fewer bits", "Promised and measured", "In their own words"):
+        assert f">{heading}</h2>" in pages[0]
+    assert "cannot be shown" not in pages[0]
     frames = "".join(frame(page, width) for page in pages for width in (PHONE, DESK))
     dom, console = browse(tmp_path, f"{frames}<script>{MEASURE}</script>", "--dump-dom")
     title = re.search("<title>(.*?)</title>", dom, flags=re.DOTALL)
@@ -129,7 +177,7 @@ def test_nothing_sticks_out_and_nothing_is_loaded(pages: list[str], tmp_path: Pa
         assert page["scroll"] <= page["width"], "the page itself never scrolls sideways"
         assert page["loaded"] == []
         assert page["height"] > 900
-    assert [page["figures"] for page in found] == [9, 9, 4, 4, 7, 7]
+    assert [page["figures"] for page in found] == [14, 14, 5, 5, 7, 7]
     assert all(page["tables"] >= 2 for page in found)
     assert console == []
 

@@ -145,7 +145,7 @@ def test_report_is_whole_and_self_contained(run_dir: Path) -> None:
         assert result.name in parsed.text
     for text in ("rolled back", "retention is under the floor", "seed: 7", "2,391,884", "(99 in all)", "2.13.0"):
         assert text in parsed.text
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "Not in this report" not in parsed.text
     assert "script" not in parsed.tags
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
@@ -162,7 +162,7 @@ def test_measurements_are_shown_where_there_are_any(tmp_path: Path) -> None:
     files = {"efficiency": EFFICIENCY, "evaluation": EVALUATION}
     page = write_report(write_run(tmp_path / "all", files=files)).read_text(encoding="utf-8")
     parsed = Balanced(page)
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     assert len(set(parsed.ids)) == len(parsed.ids)
     rows = [["peak memory (MB)", "90.0", "72.0", "0.80"], ["cache at 2,048 (MB)", "3.15", "0.262", "0.08"]]
     rows += [

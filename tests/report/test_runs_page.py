@@ -147,7 +147,7 @@ def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
         assert text in parsed.text
     for text in ("14 runs of 12 configurations", "92.0 (90.0 to 94.0)", "mean of 2", "Ablation", "Fixed", "diverged"):
         assert text in parsed.text
-    assert page.count("<svg") == 4, "parameters, decoding and contexts of the one measured, scoring speed of all"
+    assert page.count("<svg") == 5, "parameters, decoding and contexts of the one measured, speed and stages of all"
     assert not {"script", "img"} & parsed.tags
     assert {target for target in parsed.targets if not target.startswith("#")} == {"compared.csv"}, (
         "no way up from here"
@@ -173,7 +173,7 @@ def test_tasks_count_where_all_runs_have_them(tmp_path: Path) -> None:
     text = Balanced(page).text
     assert "Retention: its mean over tasks" in text
     assert "decode at 2048 (ms/token)" in text
-    assert page.count("<svg") == 3, "with every run's latency measured, scoring speed says nothing more"
+    assert page.count("<svg") == 4, "with every run's latency measured, scoring speed says nothing more"
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"limit": 50}, {"data": {"piqa": "another file"}}, {"excluded": 3}])

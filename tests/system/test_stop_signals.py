@@ -247,7 +247,7 @@ def test_presets_compose(name: str, executor: str, composed: Callable[..., DictC
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-TINY = ("debug=smoke", "export=false", "run.checkpoint_every=10", "trainer.progress=false", "schedule.tokens=16384")
+TINY = ("debug=smoke", "export=false", "run.checkpoint_every=10", "trainer.progress=false", "schedule.tokens=8192")
 EACH_STEP = "trainer.log_every_n_steps=1"
 STEP_TOKENS = 256
 

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import random
+import shlex
 import signal
 import string
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from iskd.commands import build
 from iskd.commands.compose import compose_config
+from iskd.commands.config import object_of
 from iskd.evaluation import EvalSpec
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import surgery
@@ -109,7 +111,7 @@ def test_a_measurement_that_fails_is_named_with_its_command(
         raise ValueError("no lm_eval")
 
     monkeypatch.setattr(finish.efficiency, "measure", full)
-    monkeypatch.setattr(finish, "evaluate", gone)
+    monkeypatch.setattr(finish.AlongTheRun, "ask", gone)
     monkeypatch.setattr(finish, "log_end", gone)
     monkeypatch.setattr(finish, "write_report", gone)
     with caplog.at_level(logging.ERROR):
@@ -166,6 +168,21 @@ def test_the_command_names_what_is_nowhere_on_disk(parts: Parts) -> None:
     )
 
 
+def test_the_command_asks_the_same_again() -> None:
+    """Every field of a spec, whatever kind of value it has."""
+    own: dict[str, Any] = {"limit": None, "data_dir": "a, (b)", "task_dir": "c=d", "metrics": {"gsm8k": "exact_match"}}
+    own |= {"fewshot": 0, "lengths": (64, 128), "text": "it's.txt", "quantize": ("int8", "int4")}
+    numbers = {"seed", "batch_size", "batch_tokens", "tokens", "window", "resamples", "efficiency_seconds"}
+    own |= dict.fromkeys(numbers, 3)
+    spec = EvalSpec(["gsm8k", "copy"], **own)
+    told = {field.name for field in fields(EvalSpec)} - {"tasks", "every"}
+    assert told == own.keys(), "each has another value than its own"
+    assert all(getattr(spec, name) != getattr(EvalSpec(), name) for name in told)
+    _, *words = shlex.split(shlex.join(["iskd", *finish._keys(spec)]))
+    config, _ = compose_config(["debug=smoke", *words], Path("unused"))
+    assert object_of(config.eval) == spec
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -217,13 +234,15 @@ def test_items_that_chose_layers_are_known() -> None:
     assert facts.selected(object()) == {}
 
 
-@pytest.mark.parametrize("place", ["export", "write_report", "efficiency.measure", "evaluate", "log_end"])
+@pytest.mark.parametrize(
+    "place", ["export", "write_report", "efficiency.measure", "AlongTheRun.ask", "write_samples", "log_end"]
+)
 def test_a_signal_ends_what_comes_after_training(place: str, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it comes: the other ranks are let go, what was finished stays, and nothing is half-written."""
     quick(monkeypatch)
     owner, _, name = place.rpartition(".")
-    target = finish.efficiency if owner else finish
-    number = signal.SIGINT if place == "evaluate" else signal.SIGTERM
+    target = getattr(finish, owner) if owner else finish
+    number = signal.SIGINT if name == "ask" else signal.SIGTERM
 
     def stopped(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)

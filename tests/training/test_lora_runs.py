@@ -225,6 +225,7 @@ def test_new_blocks_train_at_their_own_rate(make: Callable[..., Parts], tmp_path
     assert not adapters.adapters(result.student)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(text: Path, tmp_path: Path) -> None:
     """Adapters are part of what DDP synchronises."""
     write_text(tmp_path)

@@ -85,7 +85,7 @@ def test_the_installed_torch_was_tested() -> None:
     assert sharding.UNTESTED is None, "this file passed with it? then add its minor to iskd.models.sharding.TESTED"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(strategy: str, tmp_path: Path) -> None:
     """A few of the trials whose table is in docs/reliability.md."""
     bench = Bench(tmp_path, 2, strategy, seed=1)
@@ -130,7 +130,9 @@ def test_sharded_checkpoints_resume_and_are_whole(folder: Path, one: dict[str, A
     )
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", None), (None, "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("ddp", None), (None, "fsdp"), pytest.param("fsdp", "ddp", marks=pytest.mark.slow)]
+)
 def test_the_number_of_processes_changes_at_a_stage_boundary(
     before: str | None, after: str | None, folder: Path, one: dict[str, Any]
 ) -> None:
@@ -155,7 +157,9 @@ def test_the_number_of_processes_does_not_change_inside_a_stage(folder: Path) ->
     assert "lies inside stage 1, made by 2 processes, and now there are 1" in alone.said()
 
 
-@pytest.mark.parametrize(("strategy", "after"), [("ddp", "ddp"), ("fsdp", "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(
+    ("strategy", "after"), [("ddp", "ddp"), ("fsdp", "fsdp"), pytest.param("fsdp", "ddp", marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     strategy: str, after: str, folder: Path, one: dict[str, Any]
 ) -> None:
@@ -171,7 +175,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert ends(folder, name, "one") < 5e-5
 
 
-@pytest.mark.parametrize("strategy", [None, "fsdp"])
+@pytest.mark.parametrize("strategy", [None, pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_fresh_process_for_every_edit(strategy: str | None, folder: Path, one: dict[str, Any]) -> None:
     """`schedule.restart_at_edit`: as many processes as edits, one after the other, and no private name of torch."""
     name, size = f"restart-{strategy}", MANY[strategy]

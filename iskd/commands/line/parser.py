@@ -153,9 +153,9 @@ def parser_of(command: str) -> _Parser:
         parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu or cuda")
         parser.add_argument(
             "--bos",
-            choices=("document", "window", "none"),
+            choices=("document", "window", "none", "bare"),
             metavar="WHERE",
-            help="document, window or none, as data.bos; default: what the tokenizer puts before a text",
+            help="document, window, none or bare, as data.bos; default: what the tokenizer puts before a text",
         )
     elif command == "push":
         parser.add_argument("folder", type=as_folder, help="of a run or of an export")

@@ -156,7 +156,7 @@ def read_sentences(data_dir: str | Path | None) -> list[Item]:
     try:
         from datasets import load_dataset
 
-        rows = load_dataset("cam-cst/cbt", "CN", split="test")
+        rows = load_dataset("cam-cst/cbt", "CN", split="test", trust_remote_code=False)
         return [_sentence(dict(row), f"{CBT_SENTENCE}-{number}") for number, row in enumerate(rows)]
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -14,7 +14,13 @@ from iskd.mixers.modules.layers import gate_proj, last_bias
 from iskd.mixers.modules.limits import check_memory
 from iskd.models import at_least_fp32
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda x: x}
+
+def identity(x: Tensor) -> Tensor:
+    """No activation; a function with a name, as mixers hold theirs and are pickled."""
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": identity}
 # Where exp(A_log) starts: within the published range of (0, 16) (arXiv 2312.00752, 2405.21060 and 2412.06464)
 RATE = 4.0
 

@@ -120,4 +120,4 @@ def both(
     with standing_in(stack, shared, states.get(shared - 1)), span(StepSpan.STUDENT):
         last, own = read(stack, record.layers, above, input_ids, last=ours.last)
     hidden = {layer: own[layer] if layer in above else states[layer] for layer in sorted(ours.layers)}
-    return BatchSignals(labels, last_hidden=last, hidden=hidden, known=known), original
+    return BatchSignals(labels, last_hidden=last, hidden=hidden, known=known, divisor=stack.logits_divisor), original

@@ -68,6 +68,8 @@ def test_the_projections_are_those_of_the_attention_in_every_family() -> None:
         # the way in which each family's own attention takes a fused projection apart
         if stack.family.fused == "thirds":
             projected = list(projected[0].split(48, dim=2))
+        elif stack.family.fused == "stacked":
+            projected = list(projected[0].split([dims.head_dim * n for n in (dims.heads, *[dims.kv_heads] * 2)], dim=2))
         elif stack.family.fused == "heads":
             projected = [x.flatten(2) for x in projected[0].view(2, 5, dims.heads, -1).chunk(3, dim=-1)]
         for own, hosts in zip((copied.q_proj, copied.k_proj, copied.v_proj), projected, strict=True):

@@ -87,6 +87,18 @@ def test_within_reach_is_what_gets_a_gradient(terms: Terms, edits: tuple[Edit, .
     assert everything == (len(reached) == len(list(module.student.named_parameters())))
 
 
+@torch.no_grad()
+def test_the_final_state_is_the_one_that_hosts_hand_out() -> None:
+    """Granite divides its logits by a number, here what the head reads; the published distance knows nothing of it."""
+    teacher = tiny("granite", layers=LAYERS, logits_scaling=8.0)
+    student = copy.deepcopy(teacher)
+    record = surgery.apply(student, Record(LAYERS), (Remove(1),))
+    signals = both(student, teacher, record, windows(), Wanted(last=True), Wanted(last=True))
+    ours, theirs = (model(windows(), output_hidden_states=True).hidden_states[-1] for model in (student, teacher))
+    assert signals[1] is not None
+    torch.testing.assert_close(FinalState()(signals[0], signals[1]), (ours - theirs).square().mean(-1))
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A world of one process."""
