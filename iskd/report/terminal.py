@@ -14,6 +14,7 @@ from rich.text import Text
 
 _LOG_WIDTH = 120  # characters of a table in a file or a pipe
 _NO_LIMIT = 10_000
+_NAME = 12  # columns that the name of a row gets before others get theirs
 
 
 def terminal(file: IO[str] | None = None) -> Console:
@@ -52,14 +53,15 @@ def _fit(table: Table, console: Console, spare: list[str]) -> list[str]:
         least, most = zip(*(_widths(column) for column in table.columns), strict=True)
         whole = Measurement.get(console, console.options.update(width=_NO_LIMIT), table).maximum
         room = console.width - (whole - sum(most))  # what is no border and no padding
-        if sum(least) <= room or not spare:
+        named = min(most[0], max(least[0], _NAME)) - least[0]  # a row's name is read and searched for in one piece
+        if sum(least) + named <= room or not spare:
             break
         head = spare.pop(0)
         table.columns = [column for column in table.columns if _plain(column.header) != head]
         left_out.append(head)
     if sum(least) <= room < sum(most):
         widths, left = list(least), room - sum(least)
-        widths[0] += min(most[0] - least[0], left // 2)  # the name of a row is read and searched for in one piece
+        widths[0] += max(min(named, left), min(most[0] - least[0], left // 2))
         for _ in range(room - sum(widths)):
             widths[max(range(len(widths)), key=lambda at: most[at] - widths[at])] += 1
         for column, width in zip(table.columns, widths, strict=True):
