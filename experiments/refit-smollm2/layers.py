@@ -10,15 +10,13 @@ WikiText-2 test, docstrings and stories, LAMBADA (300 items). One seed.
 from __future__ import annotations
 
 import copy
-import csv
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from evaluate import Scorer, ild
-from steps import SKIPPED, TOKENS, Text, train
+from steps import SKIPPED, TOKENS, Text, add, train
 from transformers import PreTrainedModel
 
 from iskd.evaluation.likelihood import evaluate
@@ -40,17 +38,6 @@ def score(student: PreTrainedModel, scorer: Scorer) -> dict[str, float]:
     return {**kl, "lambada_nll": round(-lambada.mean("log_p"), 3), "lambada": right}
 
 
-def add(row: dict[str, Any]) -> None:
-    """One line more in layers.csv."""
-    print(row, flush=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(data: Path, tokens: int, choices: Sequence[str]) -> None:
     """Remove, refit, score, train and score."""
     scorer = Scorer(data, 300, 8192, ["lambada"])
@@ -64,10 +51,10 @@ def main(data: Path, tokens: int, choices: Sequence[str]) -> None:
         with ild.autocast():
             refit_survivors([refit], student, teacher, record, edits, lambda _tokens, windows=windows: [windows])
         facts = {"layers": choice.replace(",", " "), "refit_tokens": tokens}
-        add({**facts, "trained": 0, "seconds": round(time.monotonic() - start), **score(student, scorer)})
+        add({**facts, "trained": 0, "seconds": round(time.monotonic() - start), **score(student, scorer)}, RESULTS)
         start = time.monotonic()
         train(student, teacher, text.mixed(TOKENS, SKIPPED), "adamw", 512, 1e-4)
-        add({**facts, "trained": TOKENS, "seconds": round(time.monotonic() - start), **score(student, scorer)})
+        add({**facts, "trained": TOKENS, "seconds": round(time.monotonic() - start), **score(student, scorer)}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -115,11 +115,11 @@ def score(student: PreTrainedModel, scorer: Scorer) -> dict[str, float]:
     }
 
 
-def add(row: dict[str, Any]) -> None:
-    """One line more in steps.csv."""
+def add(row: dict[str, Any], results: Path = RESULTS) -> None:
+    """One line more in a table."""
     print(row, flush=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as stream:
+    fresh = not results.exists()
+    with results.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
         if fresh:
             writer.writeheader()

@@ -140,13 +140,11 @@ def exchange_values(
     at = slice(0, scored, stride)
     finals = _finals(stack, trunk, starts, at, width or (8 if batch.is_cuda else 1))  # [N, D] each, N = B * P
     if metric == "loss":
-        loss = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)  # [C + 1, N], the whole one last
-        values = loss[:-1] - loss[-1]
-    else:
-        # the whole student, where it equals the teacher, is what the others are compared with
-        goal_ND = finals.pop() if untouched else goal_of(teacher, batch, at)[1]
-        values = _divergences(finals, stack, goal_ND, Stack(teacher), chunk)
-    return values.unflatten(1, (batch.shape[0], -1)).float().cpu()  # [C, N] -> [C, B, P]
+        loss = _measured(finals, stack, batch, at, None, chunk)  # [C + 1, B, P], the whole one last
+        return loss[:-1] - loss[-1]
+    # the whole student, where it equals the teacher, is what the others are compared with
+    goal = (teacher, finals.pop()) if untouched else goal_of(teacher, batch, at)
+    return _measured(finals, stack, batch, at, goal, chunk)
 
 
 def _start(stack: Stack, trunk: Trunk, branch: Exchange, lowest: int) -> tuple[int, Tensor]:
@@ -189,6 +187,18 @@ def branch_values(
         chunk: tokens whose logits exist at a time.
     """
     finals = _finals(stack, trunk, branches, at, width or (8 if batch.is_cuda else 1))
+    return _measured(finals, stack, batch, at, goal, chunk)
+
+
+def _measured(
+    finals: Sequence[Tensor],
+    stack: Stack,
+    batch: Tensor,
+    at: slice,
+    goal: tuple[PreTrainedModel, Tensor] | None,
+    chunk: int,
+) -> Tensor:
+    """Of each branch, by what goes into its head [N, D]: values [C, B, P]; arguments as those of `branch_values`."""
     if goal is None:
         found = _cross_entropies(finals, stack, batch[:, 1:][:, at].flatten(), chunk)
     else:

@@ -16,7 +16,7 @@ class Iterative(LayerSchedule):
     Attributes:
         per_stage: edits at a time.
         contiguous: after the first edit only the neighbours of what is edited: removals then leave one gap, which a
-            refit makes up for better than for several (experiments/refit-smollm2/README.md).
+            refit makes up for better than for several, on SmolLM2-135M (experiments/refit-smollm2/README.md).
 
     Source: ISKD (COLING 2025, 2025.coling-main.440); with removals and `rescore`: ILD (arXiv 2511.05085)
     Needs: tokens for every stage
