@@ -6,7 +6,7 @@
 #   SEEDS    order of the data and fresh weights
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-DATA=${DATA:?folder with wikitext2/{train,valid,test}.txt.gz and lambada/eval.jsonl}
+DATA=${DATA:?folder with wikitext2/*.txt.gz and lambada/eval.jsonl}
 TOKENS=${TOKENS:-33792}
 SEEDS=${SEEDS:-0 1}
 TRAINER=${TRAINER:-auto}

@@ -1,0 +1,95 @@
+"""Score students on data that neither training nor selection saw, and make the tables of the README.
+
+`score RUN...` scores the last student of a run as `experiments/ild-smollm2/evaluate.py` does, and writes
+scores/NAME.json with what was asked after every stage. `table` prints a table for every part of the comparison, and
+the scores along the runs that have them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HERE = Path(__file__).parent
+SCORES = HERE / "scores"
+sys.path.insert(0, str(HERE.parent / "ild-smollm2"))
+
+import evaluate as ild  # noqa: E402
+
+from iskd.evaluation.results import evaluation_of  # noqa: E402
+from iskd.training.state import checkpoint  # noqa: E402
+
+
+def score(run: Path, scorer: ild.Scorer) -> None:
+    """Score the student at the end of a run; scores/NAME.json also holds what its stages were asked."""
+    newest = max((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0]))
+    [row] = ild.score(run, [len(checkpoint.read_state(newest).record.layers)], scorer, kept=SCORES)
+    stages = json.loads((run / "stages.json").read_text())
+    along = [
+        {
+            "edited": at,
+            "params": stage["params"],
+            **{task.task: [task.student, task.teacher] for task in evaluation_of(stage["evaluation"]).tasks},
+        }
+        for at, stage in enumerate(stages)
+        if stage.get("evaluation")
+    ]
+    (SCORES / f"{run.name}.json").write_text(json.dumps([{**row, "along": along}]))
+
+
+def table() -> None:
+    """A table for every part, the lowest KL first, and the scores along its runs, means over seeds."""
+    parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    teacher = json.loads((SCORES / "teacher.json").read_text())
+    for file in sorted(SCORES.glob("*-[0-9]*.json")):
+        part, _, name = file.stem.rpartition("-")[0].partition("-")
+        parts[part][name].append(json.loads(file.read_text())[0])
+    heads = ["method", "params M", "seeds", "tokens k", "s", *ild.COLUMNS, "average lost %", ""]
+    for part, methods in parts.items():
+        print(f"\n**{part}**\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
+        for name, rows in [("teacher", [teacher]), *ranked]:
+            whole = ild.line(name, rows, teacher, None)
+            print(whole.replace(f"| {name} |", f"| {name} | {rows[0]['params'] / 1e6:.1f} |", 1))
+        for name, rows in methods.items():
+            if rows[0]["along"]:
+                print(f"\n`{name}`, student / teacher after every block:\n")
+                along(rows)
+
+
+def along(rows: list[dict[str, Any]]) -> None:
+    """Share of the teacher's score that a run keeps, by the number of edits."""
+    tasks = [key for key in rows[0]["along"][0] if key not in ("edited", "params")]
+    print(f"| edits | params M | {' | '.join(f'{task} %' for task in tasks)} |\n|---|---|{'---|' * len(tasks)}")
+    for stages in zip(*(row["along"] for row in rows), strict=True):
+        kept = [mean(100 * stage[task][0] / stage[task][1] for stage in stages) for task in tasks]
+        cells = [str(stages[0]["edited"]), f"{stages[0]['params'] / 1e6:.1f}", *(f"{value:.1f}" for value in kept)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """`score RUN...` or `table`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    scoring = commands.add_parser("score")
+    scoring.add_argument("runs", nargs="+", type=Path)
+    scoring.add_argument("--data", type=Path, required=True)
+    scoring.add_argument("--items", type=int, default=300)
+    scoring.add_argument("--tokens", type=int, default=8192)
+    commands.add_parser("table")
+    asked = parser.parse_args()
+    if asked.command == "table":
+        table()
+        return
+    scorer = ild.Scorer(asked.data, asked.items, asked.tokens)
+    for run in asked.runs:
+        score(run, scorer)
+
+
+if __name__ == "__main__":
+    main()
