@@ -58,10 +58,15 @@ class Busy:
         start, wait = time.monotonic(), self._first
         while not self._done.wait(wait):
             passed = time.monotonic() - start
-            left = "" if self._expected is None else f", about {max(0.0, self._expected - passed):,.0f} s left"
-            self._stream.write(f"{self._what}: {passed:,.0f} s so far{left}\n")
+            self._stream.write(f"{self._what}: {passed:,.0f} s so far{self._left(passed)}\n")
             self._stream.flush()
             wait = self._every
+
+    def _left(self, passed: float) -> str:
+        if self._expected is None:
+            return ""
+        left = self._expected - passed
+        return f", about {left:,.0f} s left" if left > 0 else f", longer than the {self._expected:,.0f} s expected"
 
 
 class ProgressLine:
