@@ -5,7 +5,7 @@ The sums of several processes add up, and those of text that is held out tell th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,14 +105,34 @@ class Ridge:
         zero = torch.zeros_like(weight[:, 0]) if self._bias and bias is None else bias
         return Solution(weight.double(), None if zero is None or not self._bias else zero.double())
 
+    def _as_rows(self, solution: Solution) -> Tensor:
+        """Weights [F, D] as the equations have them: a bias is the last row."""
+        w = solution.weight.T
+        return w if solution.bias is None or not self._bias else torch.cat([w, solution.bias.unsqueeze(0)])
+
     def error(self, solution: Solution) -> float:
         """Sum of the weighted squared errors of some weights on the rows that were added."""
-        w = solution.weight.T
-        if self._bias:
-            assert solution.bias is not None
-            w = torch.cat([w, solution.bias.unsqueeze(0)])
+        w = self._as_rows(solution)
         square = (w * (self._xx @ w)).sum() - 2 * (w * self._xy).sum() + self._sums[-1, 0]
         return float(square.item())
+
+    def errors_from(self, start: Solution) -> Callable[[Solution, Sequence[float]], list[float]]:
+        """`error` of weights at several shares of the way from `start` to others, by one product for all shares.
+
+        |X (W0 + s D) - Y|^2 = |X W0 - Y|^2 - 2 s <D, X^T Y - X^T X W0> + s^2 <D, X^T X D>; the first and the matrix in
+        the second are the same for all D.
+        """
+        w = self._as_rows(start)
+        product = self._xx @ w
+        before = (w * product).sum() - 2 * (w * self._xy).sum() + self._sums[-1, 0]
+        slope = self._xy - product
+
+        def errors(solution: Solution, shares: Sequence[float]) -> list[float]:
+            way = self._as_rows(solution) - w
+            first, second = (way * slope).sum(), (way * (self._xx @ way)).sum()
+            return [float((before - 2 * share * first + share**2 * second).item()) for share in shares]
+
+        return errors
 
     def normal_equations(self, start: Tensor, ridge: float, start_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """X^T X + ridge [F, F] and the solution [F, D] pulled towards `start` [D, F]; a bias is the last row.

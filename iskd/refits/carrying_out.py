@@ -62,7 +62,8 @@ def refit_survivors(
             start, name = time.perf_counter(), refit.name()
             fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
             task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states)
-            before = _kl(task)
+            expected: dict[int, Tensor] = {}
+            before = _kl(task, expected)
             if not ranks.first(math.isfinite(before)):
                 raise ValueError(
                     f"refit.{name}: the KL between teacher and student is not finite on held-out calibration text, "
@@ -71,7 +72,7 @@ def refit_survivors(
                 )
             kept = _weights(student)
             told = refit.refit(task)
-            after = _kl(task)
+            after = _kl(task, expected)
             better = ranks.first(after < before - _ROUNDING)
             if not better:
                 _put_back(student, kept)
@@ -122,10 +123,13 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
     return [batch for batch, _ in batches], [fold for _, fold in batches], list(every[held][mine].split(rows))
 
 
-def _kl(task: RefitTask) -> float:
-    """Nats per token between teacher and student on the held-out windows of all ranks."""
+def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
+    """Nats per token between teacher and student on the held-out windows of all ranks.
+
+    `expected` are the teacher's states there, which are computed where they are missing.
+    """
     batches = [{"input_ids": windows} for windows in task.held]
-    kl = measure_quality(task.student, task.teacher, batches)["kl"]
+    kl = measure_quality(task.student, task.teacher, batches, expected)["kl"]
     sharding.reshard(task.student)  # after a pass the root is whole, and its parameters are not those of the optimizer
     return kl
 

@@ -178,23 +178,16 @@ class Output(BlockRefit):
         pairs = (
             [(Ridge.total(folds, without=fold), fold) for fold in folds] if len(folds) > 1 else [(folds[0], systems[1])]
         )
-        before = sum(judge.error(start) for _, judge in pairs)
+        judged = [judge.errors_from(start) for _, judge in pairs]
+        before = sum(errors(start, [0.0])[0] for errors in judged)
         tried: dict[int, tuple[float, float, list[Solution]]] = {}
 
         def error(number: int) -> float:
             """Of a ridge, with its best share; solved once."""
             if number not in tried:
                 found = [fit.solution(start, self._ridges[number]) for fit, _ in pairs]
-                each = [
-                    (
-                        sum(
-                            judge.error(one.towards(start, share)) for one, (_, judge) in zip(found, pairs, strict=True)
-                        ),
-                        share,
-                    )
-                    for share in shares
-                ]
-                tried[number] = (*min(each), found)
+                by_share = zip(*(errors(one, shares) for one, errors in zip(found, judged, strict=True)), strict=True)
+                tried[number] = (*min(zip(map(sum, by_share), shares, strict=True)), found)
             return tried[number][0]
 
         number = _lowest(error, len(self._ridges), _first(notes, projection.path, self._ridges))

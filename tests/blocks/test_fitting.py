@@ -257,6 +257,19 @@ def test_the_solution_minimises_what_the_docstring_says() -> None:
     assert gradient.abs().max() < 1e-3 * cost(found)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_errors_on_the_way_are_those_of_the_rows(bias: bool) -> None:
+    system, x, y, w = rows(bias)
+    start = system.start(torch.randn(3, 6), torch.randn(3) if bias else None)
+    found, shares = system.solution(start, 0.3), [0.0, 0.25, 1.0]
+    slow = []
+    for share in shares:
+        weights = found.towards(start, share)
+        slow.append(((weights.of(x.double()) - y) * w).square().sum().item())
+        assert system.error(weights) == pytest.approx(slow[-1], rel=1e-5)
+    assert system.errors_from(start)(found, shares) == pytest.approx(slow, rel=1e-5)
+
+
 def test_rows_that_are_not_finite_are_refused() -> None:
     system = Ridge(2, 2, bias=False, device=torch.device("cpu"))
     system.add(torch.full((3, 2), float("inf")), torch.ones(3, 2), torch.ones(3, 1))

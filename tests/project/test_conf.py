@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,15 @@ def override(group: str, option: str) -> str:
     return f"{group}=[{option}]" if group in ("loss", "refit") else f"{group}={option}"
 
 
+@cache
+def targets_of(group: str, option: str) -> list[Any]:
+    """The nodes that make an object, of the config with one option in the place of the usual one."""
+    return list(targets(composed(override(group, option))))
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_every_target_binds(group: str, option: str) -> None:
-    config = composed(override(group, option))
-    for node in targets(config):
+    for node in targets_of(group, option):
         path = node["_target_"]
         assert path.startswith(PREFIXES), path
         module, _, name = path.rpartition(".")
@@ -141,7 +147,7 @@ SHARED |= {"delta"}  # mixers
 
 
 def test_every_part_has_a_yaml() -> None:
-    named = {node["_target_"] for group, option in OPTIONS for node in targets(composed(override(group, option)))}
+    named = {node["_target_"] for group, option in OPTIONS for node in targets_of(group, option)}
     for kind in ("blocks", "mixers", "refits", "importance", "losses", "schedules"):
         for file in (CONF.parent / "iskd" / kind).glob("*.py"):
             module = f"iskd.{kind}.{file.stem}"
