@@ -87,7 +87,7 @@ svg{display:block;width:100%;max-width:100%;height:auto;margin-bottom:.5rem}
 details{margin-top:1.5rem;border-top:1px solid var(--grid);padding-top:.9rem}
 summary+*{margin-top:.8rem}
 summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font:.8rem/1.5 var(--mono);margin:.8rem 0 0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font:.8rem/1.5 var(--mono);margin:.8rem 0 0}
 """
 
 _MOST_ITEMS = 12  # of a list in a manifest; hashes of windows run to thousands

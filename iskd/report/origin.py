@@ -8,17 +8,24 @@ from typing import Any
 from iskd.evaluation.speaking import Sample
 from iskd.report import html
 
-_SHOWN = ("commands", "commit", "versions", "host", "device", "precision", "processes")
-
 
 def made_by(environment: Any) -> str:
-    """Command lines, commit, versions and kind of host; empty where the run does not tell."""
+    """Command lines, commit, versions and kind of host in a few lines; empty where the run does not tell."""
     known = environment if isinstance(environment, dict) and "commands" in environment else {}
     commands = known.get("commands")
     lines = [line for line in commands if isinstance(line, str)] if isinstance(commands, list) else []
-    rest = {key: known[key] for key in _SHOWN[1:] if known.get(key) is not None}
-    body = html.preformatted("\n".join(lines) if lines else None) + html.properties("How it was made", rest)
-    return html.section("How it was made", body)
+    versions = known.get("versions")
+    told = versions.items() if isinstance(versions, dict) else ()
+    facts = [
+        f"commit {known['commit']}" if known.get("commit") else "",
+        ", ".join(f"{name} {version}" for name, version in told if version is not None),
+        str(known.get("host") or ""),
+        ", ".join(str(known[key]) for key in ("device", "precision") if known.get(key) is not None),
+        f"{known['processes']} processes" if known.get("processes", 1) != 1 else "",
+    ]
+    shown = "; ".join(fact for fact in facts if fact)
+    body = html.preformatted("\n".join(lines) if lines else None)
+    return html.section("How it was made", body + (f'<p class="hint">{html.escape(shown)}</p>' if shown else ""))
 
 
 def words_section(samples: Sequence[Sample]) -> str:
