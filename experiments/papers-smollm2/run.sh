@@ -54,7 +54,7 @@ for seed in $SEEDS; do
 
   method importance-kl "$seed" experiment=ild schedule.target_layers=23 importance=racing
   method importance-tasks "$seed" experiment=ild schedule.target_layers=23 importance=task_accuracy importance.data_dir="$DATA" \
-    importance.tasks=[lambada,piqa,arc_easy] importance.items=50
+    importance.tasks=[blimp,copa,openbookqa] importance.items=100
 
   method curve-iskd "$seed" experiment=iskd schedule.count=12 schedule.final_share=0 "${ALONG[@]}"
   method curve-iskd-refit "$seed" experiment=iskd schedule.count=12 schedule.final_share=1 schedule.refit_share=0 schedule.lr_new=1e-4 \
