@@ -1,8 +1,8 @@
 """Where iskd is installed students open, the command line answers and a run goes through, exported and verified.
 
-`make test-floor`, with the lowest versions that pyproject.toml allows: `python -m tests.floor` in an environment with the
-package alone, `python -m tests.floor train` in one with its extra. `make test-pythons`, with the newest versions for each
-interpreter: `python -m tests.floor train any`.
+`make test-floor`, with the lowest versions that pyproject.toml allows: `python -m tests.floor` in an environment with
+the package alone, `python -m tests.floor train` in one with its extra. `make test-pythons`, with the newest versions
+for each interpreter: `python -m tests.floor train any`.
 """
 
 from __future__ import annotations
