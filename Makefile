@@ -34,8 +34,8 @@ endif
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup teacher demo demo-ild measure-recipe test test-slow test-gpu test-floor check format parts docs \
-	image-check lock clean
+.PHONY: help setup teacher demo demo-ild measure-recipe test test-slow test-gpu test-floor test-pythons \
+	test-python check format parts docs image-check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -101,6 +101,22 @@ test-floor: ## import and smoke with the lowest versions that pyproject.toml all
 	@$(LOWEST) --upgrade -e '.[train]' # what is there is no reason to keep it
 	@$(FLOOR)/bin/python -m tests.floor train
 
+# The same without the floors: TORCH and the newest of the rest, in an environment that is gone before the next one's.
+OF_PYTHON = .venv-python
+SUPPORTED = $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml)
+PYTHONS ?= $(shell for v in $(SUPPORTED); do python$$v -c 'import sys; print(sys.executable)' 2>/dev/null; done)
+test-pythons: ## an installation, a run and an export with each supported Python that is here, or each of PYTHONS=
+	@test -n '$(strip $(PYTHONS))' || { echo "test-pythons: no interpreter of $(SUPPORTED) on the PATH: set PYTHONS="; exit 1; }
+	@failed=; for python in $(PYTHONS); do $(MAKE) test-python PYTHON=$$python || failed="$$failed $$python"; done; \
+		rm -rf $(OF_PYTHON); test -z "$$failed" || { echo "test-pythons: failed with$$failed"; exit 1; }
+
+test-python: ## the same for PYTHON= alone
+	@$(PYTHON) -m venv --clear $(OF_PYTHON)
+	@$(OF_PYTHON)/bin/python -m pip install $(PIP_QUIET) --upgrade 'pip>=24.1'
+	@$(OF_PYTHON)/bin/python -m pip install $(PIP_QUIET) $(PIP_TORCH_FLAGS) '$(TORCH)'
+	@$(OF_PYTHON)/bin/python -m pip install $(PIP_QUIET) -e '.[train]'
+	@$(OF_PYTHON)/bin/python -m tests.floor train any
+
 check: $(SETUP) ## format, lint and types, without changing a file
 	@$(PY) -m ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
 	@$(PY) -m ruff check --quiet .
@@ -144,5 +160,5 @@ lock: $(SETUP) ## resolve requirements.lock again from pyproject.toml
 		-o requirements.lock $(ARGS)
 
 clean: ## remove caches and build output; runs, teachers and the environment stay
-	@rm -rf build dist $(FLOOR) $(DOCS) $(LINT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist $(FLOOR) $(OF_PYTHON) $(DOCS) $(LINT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

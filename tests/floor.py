@@ -1,6 +1,8 @@
-"""`make test-floor`: with the lowest versions that pyproject.toml allows, students open and a run goes through.
+"""Where iskd is installed students open, the command line answers and a run goes through, exported and verified.
 
-`python -m tests.floor` in an environment with the package alone, `python -m tests.floor train` in one with its extra.
+`make test-floor`, with the lowest versions that pyproject.toml allows: `python -m tests.floor` in an environment with
+the package alone, `python -m tests.floor train` in one with its extra. `make test-pythons`, with the newest versions
+for each interpreter: `python -m tests.floor train any`.
 """
 
 from __future__ import annotations
@@ -32,9 +34,15 @@ def unreached(extra: str) -> list[str]:
     return found
 
 
-def main(extra: str) -> None:
-    """Raise AssertionError where a floor is not true."""
-    assert not (wrong := unreached(extra)), "; ".join(wrong)
+def iskd_runs(*words: str) -> None:
+    """A command of iskd in a process of its own, with a code of 0."""
+    subprocess.run([sys.executable, "-m", "iskd", *words], cwd=ROOT, check=True)
+
+
+def main(extra: str, versions: str) -> None:
+    """Raise an error where the installation does not work, with `versions` "lowest" also where a floor is not true."""
+    assert versions in ("lowest", "any"), versions
+    assert versions == "any" or not (wrong := unreached(extra)), "; ".join(wrong)
     import iskd
 
     if not extra:
@@ -43,11 +51,13 @@ def main(extra: str) -> None:
     print(f"iskd.load: {sum(p.numel() for p in model.parameters()):,} parameters")
     if extra:
         with tempfile.TemporaryDirectory() as place:
-            run = [sys.executable, "train.py", "debug=smoke", "export.code=bundle", f"hydra.run.dir={place}/run"]
-            subprocess.run(run, cwd=ROOT, check=True)
-            subprocess.run([sys.executable, "-m", "iskd", "verify", f"{place}/run"], cwd=ROOT, check=True)
-    print(f"floors hold: {sys.version.split()[0]}, {extra or 'the package alone'}")
+            iskd_runs("--version")
+            iskd_runs("train", "--help")
+            iskd_runs("train", "debug=smoke", "export.code=bundle", f"hydra.run.dir={place}/run")
+            iskd_runs("verify", f"{place}/run")
+    here = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    print(f"installed and runs: Python {sys.version.split()[0]}, {here}, {extra or 'the package alone'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    main(*(sys.argv[1:] + ["", "lowest"][len(sys.argv) - 1 :]))

@@ -265,6 +265,10 @@ def _refuse_unknown_roots(config: DictConfig) -> None:
     for key in unknown:
         if f"${{{key}}}" not in said and f"${{{key}." not in said:
             raise ValueError(unknown_key(key))
+    for group in ("budget", "eval"):  # without a choice a key that was forced in would be all that there is of it
+        keys = config.get(group) or {}
+        if keys and "_target_" not in keys:
+            raise ValueError(unknown_key(f"{group}.{next(iter(keys))}"))
 
 
 def _refuse_unknown(place: str, node: Mapping[str, Any], kinds: Sequence[Any]) -> None:

@@ -178,8 +178,9 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
         licence = found.get("license")
         if licence == "other" and isinstance(found.get("license_name"), str):
             licence = found["license_name"]
-        if isinstance(licence, str) and licence:
-            return licence
+        several = licence if isinstance(licence, list) else [licence]
+        if several and all(isinstance(each, str) and each for each in several):
+            return " or ".join(several)
     return _LICENCES.get(name) if teacher.get("kind") in ("hub", "bundled") else None
 
 

@@ -95,16 +95,15 @@ def card_notes(card: Path) -> list[str]:
 
 def _refused(head: Mapping[str, Any]) -> dict[str, str]:
     """Keys of a card's head that a hub would refuse, each with what its value must be."""
-    models = head.get("base_model") or []
     found = {
-        "license": "one of the hub's names of licences; any other is `other` with a license_name"
-        if head.get("license") is not None and head["license"] not in LICENCES
+        "license": "one of the hub's names of licences, or a list of such; any other is `other` with a license_name"
+        if not all(isinstance(name, str) and name in LICENCES for name in _many(head.get("license")))
         else "",
         "license_name": "a word of small letters, digits, dots and hyphens"
         if head.get("license_name") is not None and not re.fullmatch(r"[a-z0-9.-]+", str(head["license_name"]))
         else "",
         "base_model": "OWNER/NAME, or a list of such"
-        if any(not _is_repo(name) for name in (models if isinstance(models, list) else [models]))
+        if not all(_is_repo(name) for name in _many(head.get("base_model")))
         else "",
         "base_model_relation": f"one of {', '.join(_RELATIONS)}"
         if head.get("base_model_relation") is not None and head["base_model_relation"] not in _RELATIONS
@@ -112,6 +111,11 @@ def _refused(head: Mapping[str, Any]) -> dict[str, str]:
         "tags": "a list of words" if not all(isinstance(tag, str) for tag in _listed(head.get("tags"))) else "",
     }
     return {key: wrong for key, wrong in found.items() if wrong}
+
+
+def _many(value: Any) -> list[Any]:
+    """Values of a key that takes one or a list."""
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -210,6 +210,11 @@ COMMANDS = [
     (["train", "modle=tiny"], r"no group or key 'modle' \(did you mean model\?\)"),
     (["train", "schedule.cout=3"], r"schedule has no key 'cout' \(did you mean schedule\.count\?\)"),
     (["train", "schedule.mixers_lr=3"], r"schedule\.mixers_lr is a key of schedule=align alone"),
+    *(
+        (["train", f"eval.metrics{given}"], r"eval\.metrics is a key of .*: add one of them")
+        for given in (".a=b", "={a: b}")
+    ),
+    (["train", "+budget.params=0.5"], r"budget\.params is a key of budget=default alone: add it, or leave the key out"),
     (["train", "schedule=backwards"], "backwards"),
     (["train", "experiment=idl"], r"experiment has no choice 'idl' \(did you mean ild\?\); choose ablation_no_heal, "),
     (["train", "loss=[kll]"], r"loss has no choice 'kll' \(did you mean kl\?\)"),

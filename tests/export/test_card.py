@@ -236,6 +236,9 @@ def test_a_header_that_holds_no_keys_is_named_and_left(front: str, tmp_path: Pat
     [
         ("license: mit", "mit"),
         ("license: other\nlicense_name: their-own", "their-own"),
+        ("license: [mit]", "mit"),
+        ("license: [mit, apache-2.0]", "mit or apache-2.0"),
+        ("license: [1, mit]", None),
         ("language: en", None),
         ("license: [", None),
     ],
@@ -245,7 +248,8 @@ def test_licence_is_that_of_the_card_beside_the_weights(front: str, licence: str
     teacher = {"name": "mine", "kind": "local", "path": str(tmp_path)}
     assert licence_of(teacher) == licence
     header, body = card(tmp_path / "card", teacher=teacher)
-    assert header.get("license_name", header.get("license")) == licence, "hubs take no name but their own"
+    named = licence.replace(" ", "-") if licence else None
+    assert header.get("license_name", header.get("license")) == named, "hubs take no name but their own"
     assert f"licence of the teacher: {licence or 'not known'}" in body
     assert licence_of({"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "kind": "bundled"}) == "apache-2.0"
     assert licence_of({"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "kind": "random"}) is None

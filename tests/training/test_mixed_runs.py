@@ -1,4 +1,7 @@
-"""Several edits in one run (`schedule=mixed`), and runs that go on from the student of another (`model=RUN/model`)."""
+"""Several edits in one run (`schedule=mixed`), and runs that go on from the student of another (`model=RUN/model`).
+
+Their text is of two sources (`data=mix`).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from iskd.schedules.mixed import Mixed, Step
 from iskd.schedules.oneshot import Oneshot
 from iskd.training import Result, run
 from iskd.training.state import checkpoint_files
+from tests.documents import ROOT
 from tests.runs import At, Crash, crash, same, weights
 
 REMOVE = RemoveLayers()
@@ -31,7 +35,10 @@ CONVERT = ConvertTo(Spec("iskd.mixers.gla.GLA"))
 TINY = [
     "model=tiny",
     "model.num_layers=6",
-    "data=sample",
+    "data=mix",
+    "data.sources.large.data=sample",
+    f"data.sources.small.path={ROOT / 'LICENSE'}",
+    "data.sources.small.weight=2",
     "data.seq_len=32",
     "data.batch_size=2",
     "data.val_tokens=256",

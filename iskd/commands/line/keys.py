@@ -124,7 +124,9 @@ def unknown_key(name: str) -> str:
         return f"{group} takes a choice: one of {', '.join(options(group))}"
     have = [option for option in options(group) if name in keys_of(group, option)]
     if have:
-        return f"{name} is a key of {', '.join(f'{group}={option}' for option in have)} alone"
+        which = "it" if len(have) == 1 else "one of them"
+        chosen = ", ".join(f"{group}={option}" for option in have)
+        return f"{name} is a key of {chosen} alone: add {which}, or leave the key out"
     keys = [key for key in known(group) if key != group]
     near = nearest(name, keys) or next((key for key in keys if key.endswith(f".{rest}")), None)
     if near:

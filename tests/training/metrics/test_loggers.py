@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import hydra
 import pytest
@@ -19,7 +21,7 @@ from matplotlib.image import imread
 from iskd.commands.compose import compose_config
 from iskd.commands.config import as_meant, plain
 from iskd.plan import StageResult
-from iskd.plan.metric_names import QUALITY
+from iskd.plan.metric_names import METRICS, QUALITY, X_AXIS
 from iskd.plan.results import write_stages
 from iskd.plan.summary import OBJECTIVES, SUMMARY, objectives, summary
 from iskd.report import write_report
@@ -179,6 +181,52 @@ def test_an_agents_sweep_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("WANDB_RUN_ID", "agents")
     (logger,) = loggers_of({**plain(config.logger), "offline": True}, tmp_path, dict)
     assert logger["id"] == "agents"
+
+
+class Described:
+    """Stands in for any class of wandb-workspaces, which is no package of the lock: its name and what it was given."""
+
+    seen: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *values: Any, **named: Any) -> Described:
+        Described.seen.append((self.name, {**dict(enumerate(values)), **named}))
+        return self
+
+
+class Library(ModuleType):
+    """A module in which every name is such a class."""
+
+    def __getattr__(self, name: str) -> Described:
+        return Described(name)
+
+
+def test_the_saved_view_shows_what_runs_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/wandb/workspace.py describes it without a network; its names are those of metrics and of the summary."""
+    for name in ("reports", "reports.v2", "workspaces"):
+        monkeypatch.setitem(sys.modules, f"wandb_workspaces.{name}", Library(name))
+    package = Library("wandb_workspaces")
+    package.reports, package.workspaces = (
+        sys.modules[f"wandb_workspaces.{name}"] for name in ("reports", "workspaces")
+    )
+    package.reports.v2 = sys.modules["wandb_workspaces.reports.v2"]
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", package)
+    monkeypatch.setattr(Described, "seen", [])
+    described = runpy.run_path(str(CONF.parent / "docs" / "wandb" / "workspace.py"))["workspace"]("me", "iskd")
+    seen = Described.seen
+    assert described.name == seen[-1][0] == "Workspace"
+    assert (seen[-1][1]["entity"], seen[-1][1]["project"], len(seen[-1][1]["sections"])) == ("me", "iskd", 3)
+    lines = [named for name, named in seen if name == "LinePlot"]
+    assert {named["x"] for named in lines} == {X_AXIS}
+    assert {y for named in lines for y in named["y"]} <= METRICS.keys()
+    points = [named[axis] for name, named in seen if name == "ScatterPlot" for axis in ("x", "y")]
+    points += [named[0] for name, named in seen if name == "SummaryMetric"]
+    assert points
+    assert set(points) <= SUMMARY.keys()
+    (media,) = (named["media_keys"] for name, named in seen if name == "MediaBrowser")
+    assert media == ["picture", "report"], "keys of log_end"
 
 
 @pytest.mark.parametrize(
