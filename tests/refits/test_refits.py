@@ -45,6 +45,7 @@ REFITS: dict[str, Refit] = {
     "both": Output(**SIZES, projections=("attention", "mlp")),
     "local": Local(**SIZES, lr=1e-3, epochs=2),
     "sublayers": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True),
+    "apart": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True, inputs="teacher"),
     "magnitude": Magnitude(**SIZES),
     "norms": Magnitude(**SIZES, statistic="norm"),
     "replaceme": ReplaceMe(**SIZES, ridge=1e-3),
@@ -113,7 +114,7 @@ def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["both", "sublayers"])
+@pytest.mark.parametrize("name", ["both", "sublayers", "apart"])
 def test_a_cut_is_partly_made_up_for(name: str, family: str) -> None:
     """Judged by the text of the fit, as random models have no other."""
     made, teacher, record = student(family)
