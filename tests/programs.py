@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -19,16 +21,21 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as Tr
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from iskd.models import Stack, sharding
+from iskd.models import Stack, sharding, surgery
 from iskd.models.weights import model_tensors
-from iskd.system import watchdog
+from iskd.plan import Convert, Record, Spec
+from iskd.refits import refit_survivors
+from iskd.refits.local import Local
+from iskd.system import Ranks, watchdog
 from iskd.training import Parts, run
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, StepGuard
 from iskd.training.step.module import StepResult
 from iskd.training.strategies import ranks_of
+from tests.factories import louder, tiny, windows
 from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
 
 
@@ -299,3 +306,26 @@ def _hog() -> None:
         return original(self, input_ids, *rest)
 
     DistillModule.step = greedy  # type: ignore[method-assign]
+
+
+def refitted_by_layers(rank: int, folder: Path, size: int) -> None:
+    """Layers of a student with mixers trained on the teacher's stream, among processes; its weights are kept."""
+    if size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+    teacher = louder(tiny("llama"))
+    student = copy.deepcopy(teacher)
+    edits = [Convert(layer, Spec("iskd.mixers.gla.GLA", {}), seed=layer) for layer in (0, 1, 3)]
+    record = surgery.apply(student, Record(4), edits)
+    mine: list[int] = []
+    train = Local._block
+
+    def noted(self: Local, task: Any, site: Any, apart: bool) -> Any:
+        mine.append(site.layer)
+        return train(self, task, site, apart)
+
+    refit = Local(tokens=320, held_tokens=96, lr=1e-3, epochs=2, sublayers=True, inputs="teacher")
+    text = list(windows(26, 16, seed=5).split(4))
+    with mock.patch.object(Local, "_block", noted):
+        told = refit_survivors([refit], student, teacher, record, edits, lambda _: text, ranks=Ranks(rank, size))
+    save_file(model_tensors(student), folder / f"{size}-{rank}.safetensors")
+    (folder / f"{size}-{rank}.json").write_text(json.dumps({"trained": mine, "told": told[0]}))

@@ -80,6 +80,20 @@ EVALUATION = {
 }
 
 
+LENGTHS = {
+    "tasks": [
+        {"task": f"recall_{length}", "student": student, "student_error": 0.05, "teacher": 0.9, "teacher_error": 0.02}
+        for length, student in ((64, 0.8), (256, 0.5), (1024, 0.1))
+    ],
+    "positions": [
+        {"first": 1, "last": 16, "tokens": 160, "student": 3.5, "teacher": 3.25},
+        {"first": 17, "last": 32, "tokens": 160, "student": 3.25, "teacher": 3.0},
+        {"first": 33, "last": 64, "tokens": 320, "student": 3.0, "teacher": None},
+    ],
+    "models": {"teacher": {"limit": 256}, "student": {"limit": None}},
+}
+
+
 def write_run(
     folder: Path,
     stages: Sequence[StageResult] = STAGES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,14 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key in _CHANGES:
             OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True)
             continue
-        before, now = (_flat(_whole(plain(OmegaConf.select(values, key))), key) for values in (saved, config))
-        changed |= _differences(before, now)
+        before, now = (_flat(_part(_whole(plain(values)), key), key) for values in (saved, config))
+        # naming a part says nothing of keys that its version lacked: it goes on with what the code did without them
+        unsaid = set[str]() if "." in key else _lacking(_part(plain(saved), key), _part(plain(config), key), key)
+        changed |= _differences(before, now, unsaid)
     if any(override.partition("=")[0].lstrip("+~") in ("experiment", "debug") for override in overrides):
         # a preset is no key: what it sets
-        changed |= _differences(_flat(_whole(plain(saved))), _flat(_whole(plain(config))))
+        before, now = (_flat(_whole(plain(values))) for values in (saved, config))
+        changed |= _differences(before, now, _lacking(plain(saved), plain(config), ""))
     if changed:
         listed = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in sorted(changed.items()))
         raise ValueError(
@@ -143,9 +147,13 @@ def _trusts(config: Json) -> bool:
     return isinstance(model, dict) and bool(model.get("trust_remote_code"))
 
 
-def _differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of the leaves that differ and may not; a key that a version lacked is null in another."""
+def _differences(before: Json, now: Json, unsaid: AbstractSet[str]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of the leaves that differ and may not; a key that a version lacked is null in another.
+
+    `unsaid`: keys that nobody has set, or mappings of such.
+    """
     keys = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    keys = [key for key in keys if not any(key == name or key.startswith(f"{name}.") for name in unsaid)]
     bound = [key for key in keys if not {key, key.split(".")[0]} & {*_FREE} and key not in _CHANGES]
     # the commit that a branch of the hub was at when the run began is kept, whoever asks for the branch again
     moved = {key for key in bound if key.startswith("data.") and key.endswith(".revision")}
@@ -161,6 +169,23 @@ def _whole(values: Any) -> Any:
     usual = {key: default for key, (_, default) in takes(made).items()} if isinstance(made, type) else {}
     lacking = {key: each for key, each in usual.items() if key not in values and isinstance(each, _PLAIN)}
     return {**{key: _whole(value) for key, value in values.items()}, **lacking}
+
+
+def _lacking(saved: Any, now: Any, prefix: str) -> set[str]:
+    """Dotted keys that a part of a saved config has not, where the same part has them now."""
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return set()
+    same = "_target_" in saved and saved["_target_"] == now.get("_target_")
+    found = {f"{prefix}.{key}".lstrip(".") for key in now.keys() - saved.keys()} if same else set()
+    return found.union(*(_lacking(saved[key], now[key], f"{prefix}.{key}".lstrip(".")) for key in saved.keys() & now))
+
+
+def _part(values: Json, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    found: Any = values
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,8 @@ from iskd.evaluation.quantize import quantized
 from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
 from iskd.evaluation.results import Evaluation
 from iskd.evaluation.scores import Scored, compare
-from iskd.evaluation.text import TextLoss, TextWindows, read_text, text_loss, text_score, text_windows
+from iskd.evaluation.tasks.made_items import length_of
+from iskd.evaluation.text import TextLoss, TextWindows, by_position, read_text, text_loss, text_score, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import check_same_tokenizer
 from iskd.system import ProgressLine
@@ -119,10 +120,12 @@ class Asking:
             if self._theirs is None:
                 self._theirs = self._answers(self.teacher.model, self.teacher.tokenizer, "teacher", tell)
             theirs = self._theirs
-        found, retention, mean = compare(mine, None if theirs is None else theirs[0], resamples=resamples, seed=seed)
-        scored_text = None
+        draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "beyond": self._beyond()}
+        found, retention, mean = compare(mine, None if theirs is None else theirs[0], **draws)
+        scored_text, positions = None, ()
         if self.windows is not None and loss is not None:
             other = None if theirs is None else theirs[1]
+            positions = by_position(self.windows, loss, other)
             scored_text = text_score(self.windows, loss, other, resamples=resamples, seed=seed)
         named = {"student": _facts(model, source)}
         if self.teacher is not None:
@@ -130,7 +133,12 @@ class Asking:
         settings = {**_settings(spec, self._questions, self.excluded, model), "framing": self.frame.to_json()}
         step = partial(tell, "student in fewer bits, windows of text")
         packed = quantized(model, self.windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
-        return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed)
+        return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed, positions=positions)
+
+    def _beyond(self) -> list[str]:
+        """Tasks of a length that the teacher cannot read."""
+        limit = None if self.teacher is None else Stack(self.teacher.model).limit
+        return [] if limit is None else [name for name in self._questions if (length_of(name) or 0) > limit]
 
     def _answers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str, tell: Tell
@@ -211,7 +219,8 @@ def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:
     facts = {key: source[key] for key in ("name", "kind", "revision", "seed", "sha256") if key in source}
     if facts.get("kind") not in ("hub", "bundled") and "name" in facts:
         facts["name"] = PurePath(str(facts["name"])).name
-    sizes = {"layers": len(Stack(model).layers), "params": surgery.parameters(model)}
+    stack = Stack(model)
+    sizes = {"layers": len(stack.layers), "params": surgery.parameters(model), "limit": stack.limit}
     return {**facts, "type": str(model.config.model_type), **sizes, "dtype": _dtype(model.dtype)}
 
 

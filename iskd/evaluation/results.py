@@ -16,8 +16,10 @@ from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidato
 from iskd.evaluation.fields import Facts, Known, Word, items, only, plain
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
-from iskd.system.reading import between, read_as
+from iskd.system.reading import between, is_number, read_as
 
+_LISTS = ("quantized", "positions")
+"""Keys of evaluation.json that are there where something was measured."""
 _HELD = ("text", "models", "settings")
 """Keys of evaluation.json that are fields, where their values are of the right kind."""
 
@@ -180,6 +182,23 @@ class TextScore:
 
 
 @dataclass(frozen=True)
+class AtPosition:
+    """Loss on a text at some positions of its windows; lower = better.
+
+    Attributes:
+        first, last: how many tokens stand before the scored ones in their windows.
+        tokens: scored.
+        student, teacher: nats per token; nan for a model that cannot read so many at once, None without a teacher.
+    """
+
+    first: Annotated[int, between(1)]
+    last: Annotated[int, between(1)]
+    tokens: Known = math.nan
+    student: Known = math.nan
+    teacher: Known | None = None
+
+
+@dataclass(frozen=True)
 class Quantized:
     """The student with its weights in fewer bits, by torchao; the first of several rows is the student as it is.
 
@@ -212,6 +231,7 @@ class Evaluation:
         settings: what was asked for, hashes of the data, device, precision, versions; no paths and no times.
         rest: what a file says that no field does, as it stands there: keys of others, and values of another kind.
         quantized: the student in fewer bits, where that was asked for.
+        positions: losses on the text by position.
     """
 
     tasks: tuple[TaskScore, ...]
@@ -222,6 +242,7 @@ class Evaluation:
     settings: Facts
     rest: Json = field(default_factory=dict)
     quantized: Annotated[tuple[OnErrorOmit[Quantized], ...], BeforeValidator(items)] = ()
+    positions: Annotated[tuple[OnErrorOmit[AtPosition], ...], BeforeValidator(items)] = ()
 
     @property
     def mean(self) -> Interval:
@@ -234,6 +255,12 @@ class Evaluation:
         known = [value for value in values if math.isfinite(value)]
         return Interval(sum(known) / len(known) if known else math.nan)
 
+    def limit(self, who: str) -> float:
+        """Most tokens that the `student` or the `teacher` reads at once; inf = any number, or not told."""
+        told = self.models.get(who)
+        limit = told.get("limit") if isinstance(told, dict) else None
+        return limit if is_number(limit) else math.inf
+
     @property
     def about(self) -> Json:
         """All but scores and retention, as plain JSON, keys in order."""
@@ -244,8 +271,9 @@ class Evaluation:
         """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
         values = asdict(self)
         rest = values.pop("rest")
-        if not self.quantized:
-            del values["quantized"]
+        for key in _LISTS:
+            if not values[key]:
+                del values[key]
         return json.dumps(plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
 
 
@@ -262,7 +290,7 @@ def evaluation_of(value: Any) -> Evaluation:
         del rest["tasks"]
     if isinstance(by_kind, dict) and all(isinstance(each, dict) for each in by_kind.values()):
         told["retention"] = {kind: {"value": None, **each} for kind, each in rest.pop("retention").items()}
-    told |= {key: rest.get(key) for key in _HELD} | {"quantized": rest.pop("quantized", None)}
+    told |= {key: rest.get(key) for key in _HELD} | {key: rest.pop(key, None) for key in _LISTS}
     found = read_as(Evaluation, told, EVALUATION_FILE, others=True)
     held = {key: value for key, value in asdict(found).items() if key in _HELD}
     rest = {key: value for key, value in rest.items() if key not in held or not _same(value, held[key])}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,12 @@ class Scored:
 
 
 def compare(
-    student: Mapping[str, Scored], teacher: Mapping[str, Scored] | None, *, resamples: int, seed: int
+    student: Mapping[str, Scored],
+    teacher: Mapping[str, Scored] | None,
+    *,
+    resamples: int,
+    seed: int,
+    beyond: Collection[str] = (),
 ) -> tuple[tuple[TaskScore, ...], dict[str, Interval], Interval | None]:
     """Scores by task, mean retention by kind, and over all tasks.
 
@@ -56,6 +61,7 @@ def compare(
         teacher: the same tasks and items; None = nothing to compare with.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        beyond: tasks whose texts the teacher cannot read whole, so that no ratio to its score says anything.
 
     Raises:
         ValueError: the two were not asked the same items.
@@ -69,6 +75,8 @@ def compare(
             continue
         difference = paired(mine.result, theirs.result, mine.metric, resamples=resamples, seed=seed)
         ratios[task] = _ratios(mine, theirs, resamples, zlib.crc32(f"{seed}/{task}".encode()))
+        if task in beyond:
+            ratios[task] = torch.full_like(ratios[task], torch.nan)
         scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
     kept = {task: row for task, row in ratios.items() if row[0].isfinite()}
     means: dict[str, Interval] = {}

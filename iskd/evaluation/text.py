@@ -2,6 +2,7 @@
 
     perplexity    = exp(nats / tokens)
     bits per byte = nats / (ln 2 * bytes)
+    by position   = nats of the tokens that have so many others before them in their window, over their number
 
 over the tokens of the text that have one before them in their window; what frames a document (`iskd.data.framing`) is
 read and never scored, as it is no text. Bytes are the UTF-8 bytes of exactly these tokens, so that
@@ -27,10 +28,11 @@ from iskd.data import Framing
 from iskd.data.files import find_files, read_file
 from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
 from iskd.evaluation.metrics import Perplexity
-from iskd.evaluation.results import TextScore
+from iskd.evaluation.results import AtPosition, TextScore
 from iskd.models import IGNORE, Stack, autocast_head, cap_logits, project, scoring
 from iskd.system.files import hash_files
 
+_FIRST_SPAN = 16  # positions of the first span of them; every further one is as wide as all before it
 _CHARACTERS_PER_TOKEN = 64  # as much text is read for a token; none but runs of spaces are longer
 
 
@@ -53,14 +55,23 @@ class TextWindows:
         """Tokens that are scored, by window [W]."""
         return (self.labels != IGNORE).sum(1)
 
+    def counts_at(self, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """Tokens that are scored, by span of positions [S]."""
+        at_each = (self.labels != IGNORE).sum(0)
+        return torch.stack([at_each[first - 1 : last].sum() for first, last in spans])
+
 
 @dataclass(frozen=True, eq=False)
 class TextLoss:
-    """A model's perplexity, bits per byte, and nats per token of every window [W] in float64."""
+    """A model's perplexity, bits per byte, and nats per token of every window [W] in float64.
+
+    `nats_S` are those of every span of positions (`spans_of`), nan where the model cannot read that far at once.
+    """
 
     perplexity: float
     bits_per_byte: float
     nats_W: Tensor
+    nats_S: Tensor
 
 
 def read_text(path: str | Path, tokens: int) -> list[str]:
@@ -140,6 +151,16 @@ def _spans(text: str, ends: list[int]) -> Tensor:
     return reached.diff()
 
 
+def spans_of(length: int) -> list[tuple[int, int]]:
+    """Spans of positions in windows of so many tokens, as first and last; the token at p has p others before it."""
+    last, end, ends = length - 1, _FIRST_SPAN, list[int]()
+    while 3 * end <= 2 * last:  # the last span is no narrower than half of the one before it
+        ends.append(end)
+        end *= 2
+    ends.append(last)
+    return list(zip([1, *(end + 1 for end in ends)], ends, strict=False))
+
+
 def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int, step: Step) -> TextLoss:
     """Score a text under the caller's autocast; logits exist for a few positions at a time.
 
@@ -152,6 +173,9 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     stack = Stack(model)
     perplexity = Perplexity().to(model.device)
     nats: list[Tensor] = []
+    spans = spans_of(windows.ids.shape[1])
+    sizes = [last - first + 1 for first, last in spans]
+    nats_S = torch.zeros(len(spans), dtype=torch.float64, device=model.device)
     with scoring(model):
         head = autocast_head(stack.head)
         size = max(1, batch_tokens // windows.ids.shape[1])
@@ -160,9 +184,12 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
         for ids_BT, labels_BT in zip(*chunks, strict=True):
             for h_TD, label_T in zip(_read(stack, ids_BT[:, :-1], piece), labels_BT, strict=True):
                 before = perplexity.total.clone()
-                for h_tD, label_t in zip(h_TD.split(HEAD_CHUNK), label_T.split(HEAD_CHUNK), strict=True):
-                    logits_tV = cap_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
-                    perplexity.update(logits_tV, None, label_t)
+                for span, (h_sD, label_s) in enumerate(zip(h_TD.split(sizes), label_T.split(sizes), strict=True)):
+                    so_far = perplexity.total.clone()
+                    for h_tD, label_t in zip(h_sD.split(HEAD_CHUNK), label_s.split(HEAD_CHUNK), strict=True):
+                        logits_tV = cap_logits(project(h_tD, head), scale=1.0, softcap=stack.softcap)
+                        perplexity.update(logits_tV, None, label_t)
+                    nats_S[span] += perplexity.total - so_far
                 nats.append((perplexity.total - before).cpu())
             step(len(nats), len(windows.ids))
     bits_per_byte = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
@@ -170,7 +197,9 @@ def text_loss(model: PreTrainedModel, windows: TextWindows, *, batch_tokens: int
     nats_W = torch.stack(nats) / windows.counts.clamp(min=1)
     if nats_W.isnan().any():
         raise ValueError("the model gives nan on the text: its weights are broken")
-    return TextLoss(perplexity.compute().item(), bits_per_byte.compute().item(), nats_W)
+    nats_S = nats_S.cpu() / windows.counts_at(spans)  # nan where nothing is scored
+    nats_S[torch.tensor([last > piece for _, last in spans])] = torch.nan
+    return TextLoss(perplexity.compute().item(), bits_per_byte.compute().item(), nats_W, nats_S)
 
 
 def _read(stack: Stack, ids_BT: Tensor, piece: int) -> Tensor:
@@ -200,3 +229,12 @@ def text_score(
         low=gap.low,
         high=gap.high,
     )
+
+
+def by_position(windows: TextWindows, student: TextLoss, teacher: TextLoss | None) -> tuple[AtPosition, ...]:
+    """Losses by span of positions; a model that starts anew inside a window has none from there on."""
+    spans = spans_of(windows.ids.shape[1])
+    counts, mine = windows.counts_at(spans).tolist(), student.nats_S.tolist()
+    theirs = [None] * len(spans) if teacher is None else teacher.nats_S.tolist()
+    rows = zip(spans, counts, mine, theirs, strict=True)
+    return tuple(AtPosition(*span, count, own, other) for span, count, own, other in rows if count)

@@ -79,6 +79,11 @@ class Refit(ABC):
     def passes(self) -> float:
         """What it costs, in forward passes of one model's blocks over its text; a backward pass counts two."""
 
+    @property
+    def by_layers(self) -> bool:
+        """Whether processes share out the layers, and each reads all windows; otherwise they share out the windows."""
+        return False
+
     @abstractmethod
     def refit(self, task: RefitTask) -> list[str]:
         """Change the student's weights, on every rank alike; sentences worth telling."""
@@ -196,7 +201,7 @@ class Site:
     Attributes:
         layer, position: in the teacher, and in the student's stack.
         block: the student's, with whole weights.
-        inputs: the student's own stream before it, for every batch [B, T, D].
+        inputs: the student's own stream before it, or the teacher's, for every batch [B, T, D].
         targets: the teacher's state after it, past the gap that may follow it.
         middle: what the teacher's attention at this layer has made of its stream, where the walk was asked for it:
             the state before the MLP. Nothing for blocks whose attention and MLP read the same stream.
@@ -226,7 +231,9 @@ class Site:
             return None
 
 
-def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> Iterator[Site]:
+def walk(
+    task: RefitTask, place: str = "device", *, attention: bool = False, independent: bool = False
+) -> Iterator[Site]:
     """Both models side by side through all of a rank's windows: each block of either runs once.
 
     Yields the surviving blocks in stack order. Whoever takes one may change its weights; the student's stream goes on
@@ -236,6 +243,7 @@ def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> 
         task: student, teacher and text.
         place: where streams lie, one of `PLACES`.
         attention: whether the teacher's states before its MLPs are wanted.
+        independent: whether the teacher's stream goes into every block, so that none waits for those below it.
     """
     ours, theirs = Stack(task.student), Stack(task.teacher)
     batches, device = task.batches, task.device
@@ -252,6 +260,10 @@ def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> 
     for position, layer in enumerate(task.record.layers):
         task.check_stop()
         above = task.record.state_after(layer) + 1
+        if independent:
+            student = Streams(place, device)
+            for index, state in enumerate(teacher):
+                student[index] = state
         for index, (_, original) in enumerate(calls):
             states = kept[index]
             found = None if states is None else states.get(above - 1)
@@ -273,6 +285,8 @@ def walk(task: RefitTask, place: str = "device", *, attention: bool = False) -> 
             block = ours.layers[position]
             site = Site(layer, position, block, student, teacher, between, ours, None, [own for own, _ in calls])
             yield site
+            if independent:
+                continue
             if site.outputs is None:
                 for index in range(len(batches)):
                     student[index] = site.run(index)

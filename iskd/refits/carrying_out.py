@@ -45,7 +45,7 @@ def refit_survivors(
         record: the student's edits.
         edits: those of this stage.
         windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
-        ranks: the processes of the run; each takes its share of the windows.
+        ranks: the processes of the run; each takes its share of the windows, or of the layers (`Refit.by_layers`).
         opened: see `RefitTask`.
         check_stop: see `RefitTask`.
         states: see `RefitTask`.
@@ -60,7 +60,9 @@ def refit_survivors(
     with scoring(student, teacher), without_autocast_cache():
         for refit in refits:
             start, name = time.perf_counter(), refit.name()
-            fit, fold_of, held = split(windows(refit.tokens + refit.held_tokens), refit, ranks)
+            alone = refit.by_layers and not sharding.is_sharded(student)  # a process has whole layers, and all text
+            text = windows(refit.tokens + refit.held_tokens)
+            fit, fold_of, held = split(text, refit, Ranks() if alone else ranks)
             task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states)
             expected: dict[int, Tensor] = {}
             before = _kl(task, expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
-from iskd.refits.base import BlockRefit, RefitTask, Site, attention_end
+from iskd.models.sharding import is_sharded
+from iskd.refits.base import BlockRefit, RefitTask, Site, attention_end, walk
+from iskd.system import Ranks
+
+STUDENT, TEACHER = INPUTS = ("student", "teacher")
+_Trained = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,17 @@ class Local(BlockRefit):
     linearly to 0; after every epoch the error on held-out windows is read, and the best weights stay (those from before
     the first step among them).
 
+    On the student's own stream a block waits for those below it, and processes share out the windows. On the teacher's
+    no block waits: processes share out the layers, each trains its own on all windows, and the weights are what one
+    process gives, to the last bit.
+
     Attributes:
         lr: the first rate.
         lr_new: that of what mixers have beside copied projections; None = `lr`.
         epochs: passes over the text at most; an epoch that is no better on held-out text is the last.
         sublayers: attention and what is before it first, towards the teacher's state between the two, then the rest;
             false = the whole block at once.
+        inputs: what goes into a block, student = the student's own stream, teacher = the teacher's.
 
     Source: sub-module reconstruction of arXiv 2510.14444 (section 3); XMerge (arXiv 2609.02083) for whole blocks
     Needs: calibration tokens (`refit.local.tokens`)
@@ -46,6 +56,7 @@ class Local(BlockRefit):
     lr_new: PositiveFloat | None = None
     epochs: PositiveInt = 4
     sublayers: bool = False
+    inputs: str = "student"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -54,6 +65,8 @@ class Local(BlockRefit):
             raise ValueError(
                 f"refit.local.lr={self.lr} and epochs={self.epochs}: give a positive rate and an epoch or more"
             )
+        if self.inputs not in INPUTS:
+            raise ValueError(f"refit.local.inputs={self.inputs!r}: choose {' or '.join(INPUTS)}")
 
     @property
     def passes(self) -> float:
@@ -64,21 +77,48 @@ class Local(BlockRefit):
         """Where attention and MLP are trained apart."""
         return self.sublayers and stack.sequential
 
+    @property
+    def by_layers(self) -> bool:
+        """On the teacher's stream."""
+        return self.inputs == TEACHER
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Train; see the class."""
+        if not self.by_layers:
+            return super().refit(task)
+        chosen, ranks = self.chosen(task), task.ranks
+        apart, shared = self.between(Stack(task.student)), not is_sharded(task.student)
+        # layers of a round are trained at a time, so that only between rounds do processes agree whether to stop
+        walking = replace(
+            task,
+            ranks=Ranks() if shared else ranks,
+            check_stop=lambda: None,
+            states=task.states if ranks.rank == 0 else None,  # one writes
+        )
+        trained: dict[int, _Trained] = {}
+        sites = (
+            site for site in walk(walking, self.streams, attention=apart, independent=True) if site.layer in chosen
+        )
+        for number, site in enumerate(sites):
+            if not shared or number % ranks.size == 0:
+                task.check_stop()
+            if not shared or number % ranks.size == ranks.rank:
+                trained[site.layer] = self._block(walking, site, apart)
+        if shared:
+            trained = {layer: told for rank in ranks.gather(trained) for layer, told in rank.items()}
+            for number, layer in enumerate(chosen):
+                _hand_on(Stack(task.student).layers[task.record.layers.index(layer)], number % ranks.size, ranks)
+        return _told([trained[layer] for layer in chosen])
+
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Train; see the class."""
         apart = self.between(Stack(task.student))
-        before, after, epochs = [], [], []
-        for site in sites:
-            found = [self._train(task, site, *share) for share in _shares(site, apart)]
-            before.append(found[0][0])
-            after.append(found[-1][1])
-            epochs.append(sum(count for *_, count in found))
-        if not after:
-            return ["no block to train"]
-        return [
-            f"{len(after)} blocks trained, {sum(epochs) / len(epochs):.1f} epochs each: relative squared error on "
-            f"held-out text {sum(before) / len(before):.4f} -> {sum(after) / len(after):.4f}"
-        ]
+        return _told([self._block(task, site, apart) for site in sites])
+
+    def _block(self, task: RefitTask, site: Site, apart: bool) -> _Trained:
+        """One block: held-out error before and after, and the epochs that it took."""
+        found = [self._train(task, site, *share) for share in _shares(site, apart)]
+        return found[0][0], found[-1][1], sum(count for *_, count in found)
 
     def _train(
         self, task: RefitTask, site: Site, parameters: Sequence[nn.Parameter], attention: nn.Module | None
@@ -118,6 +158,25 @@ class Local(BlockRefit):
         for copy, parameter in zip(kept, parameters, strict=True):
             parameter.detach().copy_(copy)
         return first, best, done
+
+
+def _told(trained: Sequence[_Trained]) -> list[str]:
+    if not trained:
+        return ["no block to train"]
+    before, after, epochs = (sum(values) / len(trained) for values in zip(*trained, strict=True))
+    return [
+        f"{len(trained)} blocks trained, {epochs:.1f} epochs each: relative squared error on held-out text "
+        f"{before:.4f} -> {after:.4f}"
+    ]
+
+
+@torch.no_grad()
+def _hand_on(block: nn.Module, owner: int, ranks: Ranks) -> None:
+    """Give every process the weights of a block that one of them has trained, as they are there."""
+    for parameter in block.parameters():
+        sent = parameter.detach().clone() if ranks.rank == owner else torch.zeros_like(parameter)
+        ranks.add(sent)  # one number and zeros
+        parameter.copy_(sent)
 
 
 def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Module | None]]:

@@ -27,14 +27,13 @@ from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
 from iskd.models import Stack
 from iskd.refits.base import BlockRefit, RefitTask, Site
-from iskd.refits.projections import Projection, checked
+from iskd.refits.projections import MIXER_OUT, Projection, checked
 from iskd.refits.streams import Streams
 
 PROJECTIONS = ("attention", "mlp")
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # with one layer out and little text, the larger ones
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Share = Annotated[float, Field(gt=0, le=1)]
-MIXER_OUT = "mixer.projections.o_proj"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from iskd.blocks.ridge import Solution
 from iskd.models.projections import weight_of
 from iskd.refits.base import Site
 
+MIXER_OUT = "mixer.projections.o_proj"
+"""Where the output projection of a mixer is, in the module that stands for an attention."""
 _BEHIND = (
     "{path} of layer {layer}: what it returns is not added to the stream as it is (a norm stands behind it), so it "
     "cannot be re-solved in closed form: use refit=local"

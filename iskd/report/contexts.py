@@ -1,4 +1,7 @@
-"""Efficiency by context length, in the reports: lines of one run and its teacher, or of many, and what was left out."""
+"""What depends on the length of a context, in the reports: efficiency, recall and loss.
+
+Lines of one run and its teacher, or of many; what was left out; rows of the csv beside the page.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from iskd.evaluation import Efficiency
+from iskd.evaluation import Efficiency, Evaluation
 from iskd.evaluation.results import AtContext, Measured
 from iskd.report.figures import short_label
+from iskd.report.figures.by_length import ByLength, by_length, lines_of
 from iskd.report.figures.context import TEACHER, Line, against_context, look_of
 from iskd.report.run_list import Run, differing, telling
 
@@ -34,6 +38,55 @@ def of_runs(numbered: Mapping[str, Sequence[Run]]) -> str | None:
             name = "" if place else short_label(f"{label} {names[label]}", _LONGEST)
             lines.append(Line(name, student.contexts, look_of(index)))
     return against_context(lines)
+
+
+def lengths_of_run(evaluation: Evaluation) -> str | None:
+    """Recall and loss by length, of teacher and student of one run."""
+    return by_length(list(lines_of(evaluation).values()))
+
+
+def lengths_of_runs(numbered: Mapping[str, Sequence[Run]]) -> str | None:
+    """Every run's student, one colour per configuration, and every teacher whose numbers differ."""
+    names, teachers, students = _names(numbered), list[ByLength](), list[ByLength]()
+    for index, (label, group) in enumerate(numbered.items()):
+        found = [lines_of(run.files.evaluation, index) for run in group if run.files.evaluation]
+        for place, lines in enumerate(lines for lines in found if "student" in lines):
+            students.append(lines["student"].named("" if place else f"{label} {names[label]}"))
+        teachers += [lines["teacher"] for lines in found if "teacher" in lines]
+    alike = {(tuple(line.recall), tuple(line.loss)): line for line in teachers}
+    several = len(alike) > 1
+    told = [line.named(f"teacher {at}" if several else "teacher") for at, line in enumerate(alike.values(), 1)]
+    return by_length([*told, *students])
+
+
+def length_rows(evaluations: Mapping[str, Evaluation]) -> list[list[object]]:
+    """Head and rows of a csv: run, what was measured, tokens, who, value, and its standard error where it is known.
+
+    Recall is a share of items, loss nats per token; what a model cannot read at once has no row.
+    """
+    rows: list[list[object]] = [["iskd_run", "measure", "tokens", "model", "value", "standard_error"]]
+    for run, evaluation in evaluations.items():
+        for who, line in lines_of(evaluation).items():
+            errors = ((length, score, error if math.isfinite(error) else None) for length, score, error in line.recall)
+            rows += [[run, "recall", length, who, score, error] for length, score, error in errors]
+            rows += [[run, "loss", last, who, nats, None] for last, nats in line.loss]
+    return rows
+
+
+def reads_less(evaluations: Iterable[Evaluation]) -> str:
+    """Whose curves end before what was asked, in a sentence; "" if nobody's do."""
+    ends: dict[str, set[int]] = {}
+    for each in evaluations:
+        lines = lines_of(each).values()
+        longest = max([at for line in lines for at, *_ in (*line.recall, *line.loss)], default=0)
+        for who in ("teacher", "student"):
+            if (limit := each.limit(who)) < longest:
+                ends.setdefault(who, set()).add(int(limit))
+    return " ".join(
+        f"The {who} reads at most {' or '.join(f'{limit:,}' for limit in sorted(limits))} tokens at once: its curve "
+        "ends there, and longer texts are in no mean."
+        for who, limits in ends.items()
+    )
 
 
 def left_out(models: Iterable[tuple[str, Measured | None]]) -> str:

@@ -42,6 +42,21 @@ def tasks_section(evaluation: Evaluation | None) -> str:
     return html.section("Tasks", body + html.details("How it was evaluated", html.properties("", evaluation.about)))
 
 
+def lengths_section(evaluation: Evaluation | None) -> str:
+    """What both models recall and predict by length; empty where nothing was asked at two lengths."""
+    if evaluation is None:
+        return ""
+    drawn = html.figures([(contexts.lengths_of_run(evaluation), LENGTHS)])
+    told = contexts.reads_less([evaluation])
+    return html.section("By length", drawn + (f'<p class="hint">{escape(told)}</p>' if told else "")) if drawn else ""
+
+
+LENGTHS = (
+    "Recall: a fact, other words, its question; bars: 95 %. Loss: on the text of eval.text, from the position before "
+    "up to this one, in windows of eval.window tokens. Dashed: the teacher."
+)
+
+
 def quantized_section(evaluation: Evaluation | None) -> str:
     """The student in fewer bits beside the student as it is; empty where nobody asked for it."""
     if evaluation is None or not evaluation.quantized:

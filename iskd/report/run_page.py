@@ -23,6 +23,7 @@ from iskd.plan.run_files import (
     EFFICIENCY_FILE,
     ENVIRONMENT_FILE,
     EVALUATION_FILE,
+    LENGTHS_TABLE_FILE,
     METRICS_FILE,
     RECORD_FILE,
     REPORT_FILE,
@@ -31,13 +32,14 @@ from iskd.plan.run_files import (
     STAGES_TABLE_FILE,
 )
 from iskd.report import html
-from iskd.report.beside import links, write_page, write_stage_table
+from iskd.report.beside import links, write_page, write_stage_table, write_table
 from iskd.report.budget import budget_section
+from iskd.report.contexts import length_rows
 from iskd.report.figures import along_run, edit_map, score_curves, timeline
 from iskd.report.figures.importance_rounds import importance_rounds
 from iskd.report.figures.layer_dynamics import layer_dynamics
 from iskd.report.figures.picture import write_picture
-from iskd.report.measured import efficiency_section, quantized_section, speed_tile, tasks_section
+from iskd.report.measured import efficiency_section, lengths_section, quantized_section, speed_tile, tasks_section
 from iskd.report.origin import made_by, words_section
 from iskd.report.promised import promised_section
 from iskd.report.read_run import RunFiles, read_run
@@ -50,6 +52,7 @@ _RAW = (
     (STAGES_TABLE_FILE, "every stage, with the bounds of what was measured"),
     (STAGES_FILE, "the same with edits, scores and events"),
     (EVALUATION_FILE, "tasks"),
+    (LENGTHS_TABLE_FILE, "recall by length, loss by position"),
     (EFFICIENCY_FILE, "size, latency, memory"),
     (SAMPLES_FILE, "what both models said"),
     (BUDGET_FILE, "what every layer becomes within the budget, all scores and plans"),
@@ -77,6 +80,9 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(folder)
     if run.stages and not write_stage_table(folder, run.stages):
         run.notes.append(f"{STAGES_TABLE_FILE} in this folder is not ours and was left alone")
+    rows = length_rows({run.name: run.evaluation}) if run.evaluation else []
+    if len(rows) > 1 and not write_table(folder / LENGTHS_TABLE_FILE, rows):
+        run.notes.append(f"{LENGTHS_TABLE_FILE} in this folder is not ours and was left alone")
     return write_page(folder / REPORT_FILE, _page(run, folder))
 
 
@@ -101,6 +107,7 @@ def _page(run: RunFiles, folder: Path) -> str:
             html.notes(run.notes),
             made_by(run.environment),
             tasks_section(run.evaluation),
+            lengths_section(run.evaluation),
             _stages(run.stages),
             _budget(run),
             html.section("Figures", html.figures(_figures(run))),

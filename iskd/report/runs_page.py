@@ -14,18 +14,22 @@ from urllib.parse import quote
 
 from iskd.evaluation.results import AtContext
 from iskd.plan import StageResult
-from iskd.plan.run_files import REPORT_FILE, RUNS_FILE, RUNS_TABLE_FILE
+from iskd.plan.run_files import REPORT_FILE, RUNS_FILE, RUNS_LENGTHS_FILE, RUNS_TABLE_FILE
 from iskd.report import contexts, html
 from iskd.report.beside import links, write_page, write_table
 from iskd.report.figures.score_curves import retention_curves, score_curve
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
+from iskd.report.measured import LENGTHS
 from iskd.report.run_list import Run, differing, read_runs, telling
 from iskd.system import number
 from iskd.system.text import ABSENT, byte_unit, kl_text, percent
 
 _LONGEST = 60  # characters of a setting in the table; the list of all settings has it whole
 
-_RAW = ((RUNS_TABLE_FILE, "the table above, with every setting that differs"),)
+_RAW = (
+    (RUNS_TABLE_FILE, "the table above, with every setting that differs"),
+    (RUNS_LENGTHS_FILE, "recall by length, loss by position"),
+)
 
 #: Configurations by the number that table and figures call them, with their runs.
 Numbered = Mapping[str, Sequence[Run]]
@@ -47,9 +51,10 @@ def write_runs_report(folders: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     runs, problems = read_runs([Path(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = out.with_name(RUNS_TABLE_FILE)
-    if not write_table(table, _numbers(runs)):
-        problems = [*problems, f"{table.name} beside this page is not ours and was left alone"]
+    lengths = contexts.length_rows({run.name: run.files.evaluation for run in runs if run.files.evaluation})
+    for name, rows in ((RUNS_TABLE_FILE, _numbers(runs)), (RUNS_LENGTHS_FILE, lengths)):
+        if len(rows) > 1 and not write_table(out.with_name(name), rows):
+            problems = [*problems, f"{name} beside this page is not ours and was left alone"]
     return write_page(out, _page(runs, problems, out.parent))
 
 
@@ -69,9 +74,10 @@ def _page(runs: Sequence[Run], problems: Sequence[str], home: Path) -> str:
             html.notes(problems),
             html.section("Retention against cost", _figures(runs, numbered)),
             html.section("Along the runs", _along(runs)),
+            html.section("By length", _by_length(runs, numbered)),
             html.section("Cost against context", _against_context(runs, numbered)),
             _table(numbered, home),
-            links(home, _RAW if not any(problem.startswith(RUNS_TABLE_FILE) for problem in problems) else ()),
+            links(home, [raw for raw in _RAW if not any(problem.startswith(raw[0]) for problem in problems)]),
             _all_differences(runs),
         ],
     )
@@ -226,6 +232,13 @@ def _against_context(runs: Sequence[Run], numbered: Numbered) -> str:
     told = contexts.left_out((run.name, run.measured) for run in runs)
     drawn = html.figures([(contexts.of_runs(numbered), text + _care(_measured_on(runs)))])
     return drawn + (f'<p class="hint">{escape(told)}</p>' if told else "")
+
+
+def _by_length(runs: Sequence[Run], numbered: Numbered) -> str:
+    text = f"{LENGTHS} A line per run, in one colour where they share a configuration."
+    drawn = html.figures([(contexts.lengths_of_runs(numbered), text)])
+    told = contexts.reads_less(run.files.evaluation for run in runs if run.files.evaluation)
+    return drawn + (f'<p class="hint">{escape(told)}</p>' if drawn and told else "")
 
 
 def _measured_on(runs: Sequence[Run]) -> set[str]:

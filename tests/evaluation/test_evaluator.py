@@ -27,11 +27,12 @@ from iskd.evaluation.likelihood import evaluate as ask
 from iskd.evaluation.results import evaluation_of
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored, compare
 from iskd.evaluation.tasks.task_items import TASKS, copy_items, read_task
-from iskd.evaluation.text import text_loss, text_windows
+from iskd.evaluation.text import by_position, spans_of, text_loss, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import byte_tokenizer, check_same_tokenizer
-from iskd.plan import Record, Remove
+from iskd.plan import Convert, Record, Remove, Spec
 from iskd.report import evaluation_table
+from iskd.report.contexts import length_rows, reads_less
 from iskd.system import ProgressLine, progress
 from iskd.teacher import Loaded
 from tests.factories import conf_group, digest, hooks, modes, tiny
@@ -321,6 +322,47 @@ def test_perplexity_and_bits_per_byte_equal_the_slow_way(batch_tokens: int) -> N
     assert loss.nats_W.mean().exp() == pytest.approx(loss.perplexity)
 
 
+def test_losses_by_position_equal_the_slow_way() -> None:
+    """The spans hold every position once; a model that starts anew inside a window has no loss from there on."""
+    model, text = tiny("gpt2", vocab=257, context=48), "Of cats and dogs, and what they said. " * 6
+    for window in (2, 17, 25, 40, 64, 100, 257):
+        spans = spans_of(window)
+        assert [at for first, last in spans for at in range(first, last + 1)] == list(range(1, window))
+    windows = text_windows([text], byte_tokenizer(), tokens=200, window=100, frame=Framing())
+    loss = text_loss(model, windows, batch_tokens=1, step=ignore)
+    with torch.no_grad():
+        logits = model(windows.ids[:, :48]).logits.double()
+    nats = cross_entropy(logits[:, :-1].mT, windows.ids[:, 1:48], reduction="none").mean(0)
+    rows = by_position(windows, loss, loss)
+    assert [(row.last, row.tokens) for row in rows] == [(16, 32), (32, 32), (64, 64), (99, 70)]
+    assert [row.student for row in rows[:2]] == pytest.approx([float(nats[:16].mean()), float(nats[16:32].mean())])
+    assert all(math.isnan(row.student) and row.teacher is not None and math.isnan(row.teacher) for row in rows[2:])
+    whole = text_loss(tiny("gpt2", vocab=257, context=128), windows, batch_tokens=400, step=ignore)
+    weighed = (whole.nats_S * windows.counts_at(spans_of(100))).sum() / windows.counts.sum()
+    assert float(weighed.exp()) == pytest.approx(whole.perplexity)
+
+
+def test_what_a_teacher_cannot_read_is_in_no_mean() -> None:
+    """A student without attention is asked beyond its teacher's context, where no ratio says anything."""
+    teacher, tokenizer = model_of(context=80), byte_tokenizer()
+    student = copy.deepcopy(teacher)
+    surgery.apply(student, Record(4), [Convert(layer, Spec("iskd.mixers.gla.GLA", {})) for layer in range(4)])
+    spec = EvalSpec(["recall"], limit=2, lengths=[64, 128], resamples=20)
+    found = evaluate(student, tokenizer, spec, Loaded(teacher, tokenizer, {"name": "t"}), text=TEXT * 4)
+    near, far = found.tasks
+    assert (found.limit("teacher"), found.limit("student")) == (80, math.inf)
+    assert near.teacher is not None
+    assert math.isnan(far.retention.value)  # type: ignore[union-attr]
+    assert [math.isnan(row.teacher or 0) for row in found.positions] == [row.last > 80 for row in found.positions]
+    assert any(row.last > 80 and math.isfinite(row.student) for row in found.positions)
+    assert evaluation_of(json.loads(found.to_json())).to_json() == found.to_json()
+    rows = length_rows({"run": found})[1:]
+    recalled = [(row[2], row[3]) for row in rows if row[1] == "recall"]
+    assert recalled == [(64, "teacher"), (64, "student"), (128, "student")]
+    assert max(int(str(row[2])) for row in rows if row[1:4:2] == ["loss", "teacher"]) <= 80
+    assert "The teacher reads at most 80 tokens at once" in reads_less([found])
+
+
 @pytest.mark.parametrize("window", [7, 50, 1000])
 def test_bytes_are_those_of_the_scored_tokens(window: int) -> None:
     """Telescoping over characters of several tokens: together the spans are the text."""
@@ -378,6 +420,7 @@ def test_an_evaluation_compares_on_the_same_items_and_repeats_itself(tmp_path: P
     assert data["models"]["teacher"] == {
         **{"name": "teacher", "kind": "local", "sha256": "ab", "type": "llama", "layers": 4, "dtype": "float32"},
         "params": surgery.parameters(model),
+        "limit": 256,
     }
     expected = ask(model, tokenizer, read_task("arc_easy", folder, 4))
     assert found.tasks[0].teacher == expected.mean()
@@ -431,7 +474,7 @@ def test_every_preset_is_a_spec() -> None:
     for name, values in conf_group("eval").items():
         keys = {key: value for key, value in values.items() if key not in ("_target_", "defaults")}
         spec = EvalSpec(**keys)
-        assert set(spec.tasks) <= {*TASKS, "copy"}, name
+        assert set(spec.tasks) <= {*TASKS, "copy", "recall"}, name
     assert set(conf_group("eval")["full"]["tasks"]) == {*TASKS, "copy"} - {"cbt"}, "the harness has no cbt"
 
 

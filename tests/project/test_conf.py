@@ -234,6 +234,24 @@ def test_a_run_is_not_asked_about_the_text_it_trains_on(tmp_path: Path) -> None:
         build.parts(composed(*asked, "export=hf", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
 
 
+@pytest.mark.parametrize(("group", "name", "key"), [("mixer", "sliding", "sinks"), ("model", "smollm2", "config")])
+def test_a_run_made_before_a_key_goes_on_by_its_command(group: str, name: str, key: str, tmp_path: Path) -> None:
+    """The yaml of today gives the key a value that is not the code's: naming the part does not ask for it."""
+    command = [f"{group}={name}", "debug=smoke"] if group == "mixer" else [f"{group}={name}"]
+    config = composed(f"resume={tmp_path}", *command)
+    saved = plain(config)
+    del saved[group][key]
+    OmegaConf.save(OmegaConf.create(saved), tmp_path / "config.yaml")
+    assert key not in resumed(config, command)[group], "what the code does without it, as when it was made"
+    if group == "mixer":
+        same, other = (composed(f"resume={tmp_path}", *command, f"mixer.sinks={number}") for number in (0, 4))
+        assert resumed(same, [*command, "mixer.sinks=0"]).mixer.window == 64
+        with pytest.raises(ValueError, match=r"changes mixer\.sinks: 0 -> 4; drop"):
+            resumed(other, [*command, "mixer.sinks=4"])
+        with pytest.raises(ValueError, match=r"changes mixer\._target_: "):
+            resumed(composed(f"resume={tmp_path}", "mixer=gla"), ["mixer=gla"])
+
+
 def test_resume_may_lay_the_batches_out_anew(tmp_path: Path) -> None:
     """Another preset of the trainer, another micro-batch, other upkeep; nothing that changes a number."""
     saved = composed("debug=smoke", "seed=7", "trainer.progress=false")

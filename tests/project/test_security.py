@@ -560,6 +560,7 @@ def test_every_file_of_a_run_that_is_read_is_attacked() -> None:
     named = {value for name, value in vars(run_files).items() if name.endswith("_FILE")}
     written_only = {run_files.PROFILE_FILE, run_files.REPORT_FILE, run_files.RUNS_FILE}
     written_only |= {run_files.PICTURE_FILE, run_files.STAGES_TABLE_FILE, run_files.RUNS_TABLE_FILE}
+    written_only |= {run_files.LENGTHS_TABLE_FILE, run_files.RUNS_LENGTHS_FILE}
     of_other_kinds = {run_files.RECORD_FILE, run_files.STAGES_FILE}
     as_another = {run_files.KEPT_METRICS_FILE}  # read as METRICS_FILE is
     assert named - written_only - of_other_kinds - as_another == {*RUN_FILES, *NOTES} - {".hydra/hydra.yaml"}

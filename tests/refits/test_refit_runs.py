@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from iskd.plan import Remove, Replace, Stage
@@ -96,3 +97,17 @@ def test_processes_add_up(tmp_path: Path) -> None:
         ends[name] = dict(load_file(tmp_path / f"{name}.safetensors"))
     assert largest_difference(ends["one"], ends["ddp"]) < 5e-5
     assert largest_difference(ends["one"], ends["fsdp"]) < 5e-5
+
+
+@pytest.mark.slow
+def test_layers_are_shared_out_bit_for_bit(tmp_path: Path) -> None:
+    """On the teacher's stream two processes train the layers in turns, and end with the student of one."""
+    programs.refitted_by_layers(0, tmp_path, 1)
+    run_world(2, programs.refitted_by_layers, tmp_path, 2, folder=tmp_path / "logs")
+    one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert [seen["trained"] for seen in (one, *two)] == [[0, 1, 2, 3], [0, 2], [1, 3]]
+    assert {seen["told"] for seen in two} == {one["told"]}
+    expected = load_file(tmp_path / "1-0.safetensors")
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"2-{rank}.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

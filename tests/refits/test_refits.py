@@ -16,13 +16,14 @@ from iskd.blocks.ridge import row_weights
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
-from iskd.plan import Convert, Edit, Record, Remove
+from iskd.plan import Convert, Edit, Record, Remove, Spec
 from iskd.refits import Refit, RefitTask, magnitude, refit_survivors
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
+from iskd.refits.values import Values
 from iskd.teacher import TeacherStates
 from tests.factories import (
     BEHIND,
@@ -44,13 +45,18 @@ REFITS: dict[str, Refit] = {
     "both": Output(**SIZES, projections=("attention", "mlp")),
     "local": Local(**SIZES, lr=1e-3, epochs=2),
     "sublayers": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True),
+    "apart": Local(**SIZES, lr=1e-3, epochs=1, sublayers=True, inputs="teacher"),
     "magnitude": Magnitude(**SIZES),
     "norms": Magnitude(**SIZES, statistic="norm"),
     "replaceme": ReplaceMe(**SIZES, ridge=1e-3),
     "calibrate": Calibrate(**SIZES),
+    "values": Values(**SIZES),
 }
 # what a refit works on, where that is no cut
-EDITS: dict[str, Sequence[Edit]] = {"calibrate": (Convert(1, mixer_specs()["gla"], seed=3),)}
+EDITS: dict[str, Sequence[Edit]] = {
+    "calibrate": (Convert(1, mixer_specs()["gla"], seed=3),),
+    "values": (Convert(1, Spec("iskd.mixers.sliding.Sliding", {"window": 3, "sinks": 1}), seed=3),),
+}
 
 
 def text(tokens: int) -> list[Tensor]:
@@ -108,7 +114,7 @@ def test_kl_on_held_out_text_never_rises(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["both", "sublayers"])
+@pytest.mark.parametrize("name", ["both", "sublayers", "apart"])
 def test_a_cut_is_partly_made_up_for(name: str, family: str) -> None:
     """Judged by the text of the fit, as random models have no other."""
     made, teacher, record = student(family)

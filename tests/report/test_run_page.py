@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import io
 import json
@@ -22,10 +23,11 @@ from iskd.report.figures.edit_map import layer_states
 from iskd.report.figures.importance_rounds import rounds
 from iskd.report.figures.timeline import tokens_by_stage
 from iskd.report.run_page import picture, write_report
+from iskd.report.runs_page import write_runs_report
 from iskd.report.stage_rows import COLUMNS, stage_rows, stage_table
 from iskd.system import number
 from iskd.system.text import layers_text
-from tests.run_folders import EFFICIENCY, EVALUATION, LAYERS, STAGES, Balanced, stage, write_run
+from tests.run_folders import EFFICIENCY, EVALUATION, LAYERS, LENGTHS, STAGES, Balanced, stage, write_run
 
 HOSTILE = "</pre><script>alert('$x$')</script><img src=https://example.org/a.png>-->&"
 
@@ -316,3 +318,28 @@ def test_unusual_runs_are_drawn(stages: list[StageResult], tmp_path: Path) -> No
     assert "record.json is not valid JSON" in text
     if any(result.status == "kept" for result in stages):
         picture(tmp_path, tmp_path / "a.png")
+
+
+def test_recall_and_loss_are_drawn_by_length(tmp_path: Path) -> None:
+    """Each curve up to what its model reads, the numbers beside the page; over runs, a teacher that all share once."""
+    runs = [
+        write_run(tmp_path / f"run-{i}", config=f"seed: 7\na: {i}\n", files={"evaluation": LENGTHS}) for i in range(2)
+    ]
+    page = write_report(runs[0]).read_text(encoding="utf-8")
+    assert page.count("Recall (% of the items)") == page.count("Loss by position (nats") == 1
+    assert "The teacher reads at most 256 tokens at once" in page
+    head, *rows = csv.reader((runs[0] / "lengths.csv").read_text(encoding="utf-8").splitlines())
+    assert head == ["iskd_run", "measure", "tokens", "model", "value", "standard_error"]
+    assert [row[1:5] for row in rows] == [
+        *(["recall", length, "teacher", "0.9"] for length in ("64", "256")),
+        *(["loss", last, "teacher", nats] for last, nats in (("16", "3.25"), ("32", "3.0"))),
+        *(["recall", length, "student", score] for length, score in (("64", "0.8"), ("256", "0.5"), ("1024", "0.1"))),
+        *(["loss", last, "student", nats] for last, nats in (("16", "3.5"), ("32", "3.25"), ("64", "3.0"))),
+    ]
+    compared = write_runs_report(runs, tmp_path / "runs.html").read_text(encoding="utf-8")
+    figure = compared.partition('aria-label="Recall and loss')[2].partition("</figure>")[0]
+    assert [figure.count(f">{label}<") for label in ("teacher", "1 run-0", "2 run-1")] == [1, 1, 1]
+    assert len((tmp_path / "compared_lengths.csv").read_text(encoding="utf-8").splitlines()) == 21
+    alone = write_run(tmp_path / "alone", files={"evaluation": EVALUATION})
+    assert "By length" not in write_report(alone).read_text(encoding="utf-8")
+    assert not (alone / "lengths.csv").exists()

@@ -58,7 +58,7 @@ def against_context(lines: Sequence[Line]) -> str | None:
         top, bottom = figure.subplots(2, 1, sharex=True)
         _panel(top, lines, times, "Time of a token (ms)")
         _panel(bottom, lines, sizes, f"Cache or state ({label})")
-        _context_axis(bottom, contexts)
+        context_axis(bottom, contexts)
         if rows:
             handles = top.get_legend_handles_labels()
             figure.legend(*handles, loc="outside lower left", ncols=columns, columnspacing=1.2, fontsize=9)
@@ -84,7 +84,7 @@ def _panel(axes: Axes, lines: Sequence[Line], points: Sequence[Sequence[tuple[in
     set_heading(axes, heading)
 
 
-def _context_axis(axes: Axes, contexts: Sequence[int]) -> None:
+def context_axis(axes: Axes, contexts: Sequence[int], label: str = "context (tokens)") -> None:
     """Context lengths, each twice as far as the half of it, with ticks where something was measured."""
     from matplotlib.ticker import NullLocator
 
@@ -92,4 +92,4 @@ def _context_axis(axes: Axes, contexts: Sequence[int]) -> None:
     every = math.ceil(len(contexts) / 8)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(contexts[::every], [f"{context:,}" for context in contexts[::every]])
-    axes.set_xlabel("context (tokens)")
+    axes.set_xlabel(label)

@@ -24,6 +24,7 @@ from iskd.plan.run_files import (
     EFFICIENCY_FILE,
     ENVIRONMENT_FILE,
     EVALUATION_FILE,
+    LENGTHS_TABLE_FILE,
     METRICS_FILE,
     MODEL,
     PICTURE_FILE,
@@ -36,6 +37,7 @@ from iskd.plan.run_files import (
 )
 from iskd.plan.saved_config import read_config
 from iskd.plan.summary import summary
+from iskd.report.contexts import length_rows
 from iskd.report.figures.score_curves import score_curve
 from iskd.report.read_run import read_run
 from iskd.report.run_page import picture
@@ -53,6 +55,7 @@ _LIGHTNINGS_AXIS = "trainer/global_step"
 _FILES = (
     *(STAGES_FILE, REPORT_FILE, PICTURE_FILE, CONFIG_FILE, RECORD_FILE, DATA_FILE, ENVIRONMENT_FILE),
     *(EVALUATION_FILE, EFFICIENCY_FILE, SAMPLES_FILE, METRICS_FILE, STAGES_TABLE_FILE),
+    LENGTHS_TABLE_FILE,
 )
 
 
@@ -149,6 +152,9 @@ def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: M
         shown["samples"] = wandb.Table(columns=["prompt", "teacher", "student", "tokens alike"], data=words)
     if said.evaluation is not None:
         tasks = [[task.task, task.items, task.chance, task.student, task.teacher] for task in said.evaluation.tasks]
+        head, *by_length = length_rows({"": said.evaluation})
+        if by_length:
+            shown["lengths"] = wandb.Table(columns=[*map(str, head[1:])], data=[row[1:] for row in by_length])
         shown["tasks"] = wandb.Table(columns=["task", "items", "chance", "student", "teacher"], data=tasks)
     run.log({X_AXIS: values["final/tokens"], **shown})
     run.summary.update(dict(values))
