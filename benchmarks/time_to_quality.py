@@ -152,7 +152,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--timed", type=int, default=28, help="optimizer steps of every way")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="plain is always among them")
     parser.add_argument("--model", choices=TASKS, default="smollm2")
-    parser.add_argument("--tiny", dest="model", action="store_const", const="tiny", help="random weights, to try it out")
+    parser.add_argument(
+        "--tiny", dest="model", action="store_const", const="tiny", help="random weights, to try it out"
+    )
     parser.add_argument("--out", type=Path, help="file that keeps what is measured; what it holds is not run again")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args(given)

@@ -95,8 +95,10 @@ def test_a_fit_by_shared_sums_is_the_one_by_passes(family: str, sizes: dict[str,
     path, stack = data.stack.family.down, data.stack
     fast = Slim.from_block(old, stack, **sizes)
     Slim.fit(fast, old, data, ridge=RIDGE)
-    groups = inputs_of(fast.get_submodule(stack.family.out)) * stack.dims.kv_heads // inputs_of(
-        old.get_submodule(stack.family.out)
+    groups = (
+        inputs_of(fast.get_submodule(stack.family.out))
+        * stack.dims.kv_heads
+        // inputs_of(old.get_submodule(stack.family.out))
     )
     heads, wide, _ = choose_heads(old, data, groups, RIDGE)
     channels = eliminate(

@@ -113,7 +113,9 @@ def test_time_to_a_quality_and_quality_at_a_time(capsys: pytest.CaptureFixture[s
     # what is in the file is not run again, and what is missing can't be run here
     models = list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time_to_quality, "in_a_process", lambda _, model, *__: models.append(model) or {"error": "No trl"})
+        patch.setattr(
+            time_to_quality, "in_a_process", lambda _, model, *__: models.append(model) or {"error": "No trl"}
+        )
         time_to_quality.main(["--repeats", "1", "--ways", "plain"])
         assert models == ["smollm2"]
         patch.setattr(time_to_quality, "in_a_process", lambda *_: {"error": "No module named 'trl'"})
