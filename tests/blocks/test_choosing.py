@@ -90,7 +90,7 @@ def test_the_equations_of_some_channels_are_those_of_the_block_that_has_them(fam
 @pytest.mark.parametrize("sizes", [{"ratio": 0.5}, {"mlp": 0.5}])
 @torch.no_grad()
 def test_a_fit_by_shared_sums_is_the_one_by_passes(family: str, sizes: dict[str, Any]) -> None:
-    """Every head choice refitted and run, the equations of the narrow block summed up again: as far from the teacher."""
+    """Every head choice refitted and run, the equations of the narrow block summed up anew: as far from the teacher."""
     old, data = layer_of(family)
     path, stack = data.stack.family.down, data.stack
     fast = Slim.from_block(old, stack, **sizes)

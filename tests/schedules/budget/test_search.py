@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from iskd.export.student import native_config
@@ -17,6 +18,7 @@ from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.schedules.budget import edits_of, steps_of
 from iskd.schedules.budget import search as searching
+from iskd.schedules.budget.calibration import Calibration, Promise
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, costs_of
 from iskd.schedules.budget.options import able, options_of
@@ -155,6 +157,19 @@ def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> No
             assert each.measured == pytest.approx(scorer.kl(each.choice))
         single = next(each for each in tried if each.found == "single scores")
         assert tried[0].measured <= single.measured
+        added = sum(chooser.scores[layer, name] for layer, name in enumerate(single.choice))
+        changed = sum(name != KEEP for name in single.choice)
+        assert single.promise == Promise(pytest.approx(added), changed)
+    # predictions: of each plan by a curve through the others, whichever budget they were found for
+    seen = chooser._seen
+    assert {choice: pytest.approx(kl) for choice, kl in chooser.predicted().items()} == {
+        choice: Calibration.fit(
+            *zip(*[(one.promise, one.measured) for other, one in seen.items() if other != choice], strict=True), DEPTH
+        ).of(each.promise)
+        for choice, each in seen.items()
+    }
+    expected = spearmanr(list(chooser.predicted().values()), [each.measured for each in seen.values()]).statistic
+    assert chooser.rank_correlation() == pytest.approx(expected)
     shares, kls = zip(*chooser.front(limits, "params", (0.9, 0.7, 0.5)), strict=True)
     assert shares == (0.9, 0.7, 0.5)
     assert list(kls) == sorted(kls)
