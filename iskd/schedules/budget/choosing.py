@@ -69,13 +69,14 @@ class Chooser:
         self.merges = frozenset(option.name for option in options if option.merges)
         self.removes = frozenset(option.name for option in options if option.removes)
         self.widths = None if alike is None else frozenset(alike) - self.removes
-        scores, self.alive = scorer.race(costs.layers, all_of_them=alike is not None)
+        scores, alive = scorer.race(costs.layers, budget.race_tokens)
+        self.alive = alive if alike is None else scorer.singles  # one width for all may be the best nowhere
         self.scores: dict[Single, float] = scores | {(layer, KEEP): 0.0 for layer in range(self.depth)}
         self._around: dict[Choice, dict[Single, float]] = {}
         self._pairs: dict[Pair, float] = {}
         self._kl: dict[Choice, float] = {}
         self._seen: dict[Choice, Tried] = {}
-        self._chain = Chain(scorer)
+        self._chain = Chain(scorer, scores)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -145,7 +146,8 @@ class Chooser:
             problem = replace(problem, refused=[(choice, _APART) for choice in tried])
             if note(solve(problem), problem, "next best by single scores") is None:
                 break
-        self._depth_first(limits, note, tried)
+        if self.budget.rounds:
+            self._depth_first(limits, note, tried)
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
             around = self.around(best.choice)

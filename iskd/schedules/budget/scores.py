@@ -29,7 +29,7 @@ from iskd.system.files import read_plain
 
 _BATCH = 1024  # tokens of the windows that are read together
 _ROOM = 1 << 30  # bytes of fitted blocks in memory at a time
-_ROUNDS = (0.25, 0.5, 1.0)  # shares of the windows after which options may be out
+_ROUNDS = (0.125, 0.25, 0.5, 1.0)  # shares of the windows after which options may be out
 _Z = 2.3  # standard errors
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Scorer:
         return (*base[:layer], name, *base[layer + 1 :])
 
     def race(
-        self, costs: Mapping[Single, Sequence[float]], *, all_of_them: bool = False
+        self, costs: Mapping[Single, Sequence[float]], tokens: int | None = None, *, all_of_them: bool = False
     ) -> tuple[dict[Single, float], list[Single]]:
         """KL of the teacher with one layer exchanged, of every option of every layer; and who is not out.
 
@@ -175,15 +175,18 @@ class Scorer:
 
         Args:
             costs: of every option of every layer, and of keeping it (`KEEP`), as many numbers as count.
+            tokens: of the text for scores, at most; None = all of it.
             all_of_them: nobody is out.
         """
         known, count = self._known(), len(self.windows)
+        if tokens is not None:
+            count = min(count, max(1, tokens // self.windows[0].shape[1]))
         alive = self.singles
         for share in _ROUNDS:
             read = max(1, round(share * count))
             self._read(known, alive, read)
             if not all_of_them and read < count:
-                alive = [single for single in alive if not self._out(single, alive, known, costs, read)]
+                alive = [single for single in alive if not self._out(single, alive, known, costs, read, count)]
         return {single: known[single].mean().item() for single in self.singles}, alive
 
     def _read(self, known: dict[Single, Tensor], alive: Sequence[Single], read: int) -> None:
@@ -208,9 +211,9 @@ class Scorer:
         known: Mapping[Single, Tensor],
         costs: Mapping[Single, Sequence[float]],
         read: int,
+        count: int,
     ) -> bool:
-        layer, count = single[0], len(self.windows)
-        mine = known[single][:read]
+        layer, mine = single[0], known[single][:read]
         for other in alive:
             if other[0] != layer or other == single or self.options[other[1]].merges:  # a merge binds its neighbour
                 continue
