@@ -238,7 +238,7 @@ class Chooser:
         changed = [self.scorer.with_one(self.scorer.with_one(whole, one), other) for one, other in new]
         if not new:
             return False
-        windows = range(len(self.scorer.windows))
+        windows = range(self.scorer.raced(self.budget.race_tokens))  # those of the scores that are taken off
         found = self.scorer.values(whole, changed, windows, what="scoring pairs").mean((1, 2))
         for (one, other), together in zip(new, found.tolist(), strict=True):
             self._pairs[one, other] = together - self.scores[one] - self.scores[other]

@@ -165,6 +165,11 @@ class Scorer:
         layer, name = single
         return (*base[:layer], name, *base[layer + 1 :])
 
+    def raced(self, tokens: int | None) -> int:
+        """How many windows single options are read on, of so many tokens at most; None = all."""
+        count = len(self.windows)
+        return count if tokens is None else min(count, max(1, tokens // self.windows[0].shape[1]))
+
     def race(
         self, costs: Mapping[Single, Sequence[float]], tokens: int | None = None, *, all_of_them: bool = False
     ) -> tuple[dict[Single, float], list[Single]]:
@@ -178,9 +183,7 @@ class Scorer:
             tokens: of the text for scores, at most; None = all of it.
             all_of_them: nobody is out.
         """
-        known, count = self._known(), len(self.windows)
-        if tokens is not None:
-            count = min(count, max(1, tokens // self.windows[0].shape[1]))
+        known, count = self._known(), self.raced(tokens)
         alive = self.singles
         for share in _ROUNDS:
             read = max(1, round(share * count))
@@ -202,7 +205,8 @@ class Scorer:
             for single, row in zip(group, values, strict=True):
                 known[single] = torch.cat([known[single], row]) if have else row
         if lacking:
-            write_whole(self._file, save({self._name(single): rows.contiguous() for single, rows in known.items()}))
+            mine = {self._name(single): rows.contiguous() for single, rows in known.items()}
+            write_whole(self._file, save({**self._written(), **mine}))  # options that are not asked for keep theirs
 
     def _out(
         self,
@@ -233,14 +237,7 @@ class Scorer:
 
     def _known(self) -> dict[Single, Tensor]:
         """What was read before, of options that are there."""
-        try:
-            found = load(read_plain(self._file, max_bytes=self._file.lstat().st_size))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, SafetensorError) as error:
-            _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
-            return {}
-        positions = len(range(0, self.windows[0].shape[1], self.stride))
+        found, positions = self._written(), len(range(0, self.windows[0].shape[1], self.stride))
         return {
             single: found[name]
             for single in self.singles
@@ -249,3 +246,13 @@ class Scorer:
             and found[name].shape[1] == positions
             and len(found[name]) <= len(self.windows)
         }
+
+    def _written(self) -> dict[str, Tensor]:
+        try:
+            found: dict[str, Tensor] = load(read_plain(self._file, max_bytes=self._file.lstat().st_size))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, SafetensorError) as error:
+            _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
+            return {}
+        return found

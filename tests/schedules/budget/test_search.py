@@ -21,6 +21,7 @@ from iskd.schedules.budget import search as searching
 from iskd.schedules.budget.calibration import Calibration, Promise
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, costs_of
+from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import Budget, limit_of
@@ -140,6 +141,48 @@ def test_scores_are_read_off_the_library(world: Any, monkeypatch: pytest.MonkeyP
     first = scorer.race(costs.layers)
     monkeypatch.setattr(scorer, "values", None)
     assert scorer.race(costs.layers) == first
+
+
+def test_scores_of_other_options_stay_and_single_ones_may_be_read_on_less(world: Any) -> None:
+    """A search with some of the options, and more of the text, takes nothing from one with all of them."""
+    teacher, scorer, costs = world
+    others = [option for option in scorer.options.values() if option.name in ("slim_50", "remove")]
+    again, some = (
+        Scorer(teacher, scorer.library, each, scorer.windows, 4) for each in ([*scorer.options.values()], others)
+    )
+    window = len(scorer.windows[0][0])
+    first, _ = again.race(costs.layers, window)
+    assert {len(rows) for rows in again._known().values()} == {1}
+    few, _ = some.race(costs.layers)
+    known = again._known()
+    assert set(known) == set(again.singles)
+    assert len(known[1, "window"]) == 1 < len(known[1, "remove"]) <= len(scorer.windows)
+    assert first[1, "window"] == known[1, "window"].mean().item()
+    assert few[1, "remove"] == known[1, "remove"].mean().item()
+
+
+def test_a_chain_takes_out_who_is_missed_least(world: Any) -> None:
+    """By asking all of them at every step; who is asked fewer takes out the least missed of these."""
+    _, scorer, costs = world
+    scores, _ = scorer.race(costs.layers)
+    chain, base = Chain(scorer, scores), scorer.whole
+    for count in range(1, DEPTH - 1):
+        near = [
+            scorer.with_one(base, (layer, name))
+            for layer in range(DEPTH)
+            for name in ("merge", "remove")
+            if base[layer] == KEEP
+        ]
+        near = [choice for choice in near if possible(choice, scorer.options)]
+        kls = scorer.values(base, near, coarse(len(scorer.windows))).mean((1, 2)).tolist()
+        base = near[kls.index(min(kls))]
+        assert chain.without(count) == base
+    first = Chain(scorer, scores, asked=1).without(1)
+    assert first is not None
+    assert min(scores[single] for single in scorer.singles if single[1] in ("merge", "remove")) == min(
+        scores[layer, name] for layer, name in enumerate(first) if name != KEEP
+    )
+    assert Chain(scorer, scores, asked=3).without(DEPTH) is None
 
 
 def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> None:
