@@ -1,64 +1,59 @@
 """Score the finished students of a budget's runs, draw random plans of the same sizes, and print the table.
 
-`score RUN` scores as `experiments/ild-smollm2/evaluate.py` does, the last checkpoint of a run, beside what its plan
-predicted. `random PLANS OUT` makes of every plan one with options drawn at random, as large as fits. `table` prints.
+`score RUN` scores the student at the end of a run by `experiments/scoring.py`, beside what its plan predicted.
+`random PLANS OUT` makes of every plan one with options drawn at random, as large as fits. `front PLANS` writes
+front.csv of the plans in the folders of PLANS, one folder a method. `table` prints what was scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
+import csv
 import json
 import random
+import sys
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scipy.stats import spearmanr
-
-from iskd.models import surgery, weights
-from iskd.plan import Record
-from iskd.plan.budget_plan import KEEP, BudgetPlan, plan_of, read_plan
-from iskd.plan.run_files import BUDGET_FILE
-from iskd.schedules.budget import edits_of
-from iskd.schedules.budget.options import options_of
-from iskd.teacher import TeacherSpec, load_teacher
-from iskd.training.state import checkpoint
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from scipy.stats import spearmanr  # noqa: E402
+from scoring import Scorer, boundaries, student_at  # noqa: E402
+
+from iskd.models import surgery  # noqa: E402
+from iskd.plan import Record  # noqa: E402
+from iskd.plan.budget_plan import KEEP, BudgetPlan, plan_of, read_plan  # noqa: E402
+from iskd.plan.run_files import BUDGET_FILE  # noqa: E402
+from iskd.schedules.budget import edits_of  # noqa: E402
+from iskd.schedules.budget.calibration import Calibration, Promise  # noqa: E402
+from iskd.schedules.budget.options import options_of  # noqa: E402
+from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
+from iskd.training.state import checkpoint  # noqa: E402
+
 SCORES = HERE / "scores"
 COLUMNS = ("params", "kl", "ppl_wikitext", "lambada_nll", "predicted_kl", "unhealed_kl")
-
-
-def _of_ild() -> Any:
-    """The scores that both comparisons share."""
-    spec = importlib.util.spec_from_file_location("ild_evaluate", HERE.parent / "ild-smollm2" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "found", "choice")
+_AROUND_THE_TEACHER = ("single scores", "next best", "random")
 
 
 def score(run: Path, data: Path, items: int, tokens: int) -> None:
     """Score the student of a run's last checkpoint, and write NAME.json."""
-    scorer = _of_ild().Scorer(data, items, tokens)
+    scorer = Scorer(data, items, tokens)
     SCORES.mkdir(exist_ok=True)
     if not (SCORES / "teacher.json").exists():
         teacher = {"params": surgery.parameters(scorer.teacher.model), **scorer.score(scorer.teacher.model)}
         (SCORES / "teacher.json").write_text(json.dumps(teacher))
-    last = max((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0]))
-    state, model = checkpoint.read_state(last), copy.deepcopy(scorer.teacher.model)
-    surgery.apply(model, Record(state.record.num_layers), state.record.edits)
-    weights.load_model_tensors(model, checkpoint.Stored(last, "student"))
-    plan = read_plan(run / BUDGET_FILE)
+    last = boundaries(run)[-1]
+    model, plan = student_at(last, scorer.teacher.model), read_plan(run / BUDGET_FILE)
     facts = {
-        "params": surgery.parameters(model), "tokens": state.tokens, "predicted_kl": plan.predicted_kl,
-        "unhealed_kl": plan.measured_kl, "costs": plan.costs, "measured": plan.measured, "limits": plan.limits,
-        "seconds": plan.seconds, "tried": [[each.predicted, each.measured] for each in plan.tried],
+        "params": surgery.parameters(model), "tokens": checkpoint.read_state(last).tokens,
+        "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "costs": plan.costs,
+        "measured": plan.measured, "limits": plan.limits, "seconds": plan.seconds,
+        "tried": [[each.predicted, each.measured] for each in plan.tried],
     }  # fmt: skip
     (SCORES / f"{run.name}.json").write_text(json.dumps({**facts, **scorer.score(model)}))
 
@@ -76,7 +71,8 @@ def draw(plan: BudgetPlan, seed: int) -> BudgetPlan:
         names = [name for name in plan.options if plan.options[name]["edit"] != "merge" and sizes[name] > 0]
         choice[layer] = rng.choice(names)
         size -= sizes[choice[layer]]
-    values = {**plan.to_json(), "choice": choice, "tried": [], "found": "random", "front": []}
+    added = sum(plan.scores[layer].get(name, 0.0) for layer, name in enumerate(choice) if name != KEEP)
+    values = {**plan.to_json(), "choice": choice, "tried": [], "found": "random", "front": [], "added_kl": added}
     drawn = plan_of({**values, "costs": {"params": size}, "predicted_kl": 0.0, "measured_kl": 0.0}, "a random plan")
     edits_of(drawn)
     return drawn
@@ -92,6 +88,43 @@ def _sizes(plan: BudgetPlan, name: str) -> float:
     option = options_of({name: plan.options[name]})[0]
     record = Record(len(plan.choice)).extended([option.make(1, 0)])
     return float(surgery.parameters(_teacher()) - surgery.parameters(surgery.rebuild(_teacher(), record, "meta")))
+
+
+def front(plans: Path) -> None:
+    """Write front.csv: every method's plans, by share; and print the rank correlation over all that were measured."""
+    found = [(file.parent.name, read_plan(file)) for file in sorted(plans.glob("*/plan-params-*.json"))]
+    seen = {tried.choice: tried for _, plan in found for tried in plan.tried}
+    calibration = _calibration(found)
+    rows = []
+    for method, plan in sorted(found, key=lambda pair: (-float(pair[1].asked["params"]), pair[0])):
+        drawn = method == "random"
+        predicted = calibration.of(_promise(plan.choice, plan.added_kl or 0.0)) if drawn else plan.predicted_kl
+        measured = "" if drawn else round(plan.measured_kl, 5)
+        kls = [round(plan.added_kl or 0.0, 5), round(predicted, 5), measured]
+        rows.append([method, plan.asked["params"], int(plan.costs["params"]), *kls, plan.found, " ".join(plan.choice)])
+    with (HERE / "front.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([FRONT, *rows])
+    if len(seen) > 2:
+        pairs = [(each.predicted, each.added, each.measured) for each in seen.values()]
+        ranks = [spearmanr([pair[at] for pair in pairs], [pair[2] for pair in pairs]).statistic for at in (0, 1)]
+        print(f"{len(seen)} plans measured: rank correlation {ranks[0]:.3f} predicted, {ranks[1]:.3f} by added scores")
+
+
+def _calibration(found: list[tuple[str, BudgetPlan]]) -> Calibration:
+    """Of added scores, by the plans whose scores were taken around the teacher."""
+    tried = {
+        each.choice: each
+        for _, plan in found
+        for each in plan.tried
+        if each.added is not None and each.found.startswith(_AROUND_THE_TEACHER)
+    }
+    promises = [_promise(each.choice, each.added or 0.0) for each in tried.values()]
+    return Calibration.fit(promises, [each.measured for each in tried.values()], len(found[0][1].choice))
+
+
+def _promise(choice: tuple[str, ...], added: float) -> Promise:
+    return Promise(added, sum(name != KEEP for name in choice))
 
 
 def table() -> None:
@@ -113,21 +146,24 @@ def table() -> None:
 
 
 def main() -> None:
-    """`score RUN`, `random PLANS OUT` or `table`."""
+    """`score RUN`, `random PLANS OUT`, `front PLANS` or `table`."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    scoring = commands.add_parser("score")
-    scoring.add_argument("run", type=Path)
-    scoring.add_argument("--data", type=Path, required=True)
-    scoring.add_argument("--items", type=int, default=300)
-    scoring.add_argument("--tokens", type=int, default=8192)
+    scored = commands.add_parser("score")
+    scored.add_argument("run", type=Path)
+    scored.add_argument("--data", type=Path, required=True)
+    scored.add_argument("--items", type=int, default=300)
+    scored.add_argument("--tokens", type=int, default=8192)
     drawing = commands.add_parser("random")
     drawing.add_argument("plans", type=Path)
     drawing.add_argument("out", type=Path)
+    commands.add_parser("front").add_argument("plans", type=Path)
     commands.add_parser("table")
     asked = parser.parse_args()
     if asked.command == "table":
         table()
+    elif asked.command == "front":
+        front(asked.plans)
     elif asked.command == "random":
         asked.out.mkdir(parents=True, exist_ok=True)
         for seed, file in enumerate(sorted(asked.plans.glob("plan-params-*.json"))):

@@ -1,32 +1,59 @@
 #!/usr/bin/env bash
-# All runs of this comparison, one after the other, each scored as soon as it is done; what has a file in scores/ is skipped.
+# All plans and runs of this comparison. What is there is skipped: plans by their file, rows by their file in scores/, fitted
+# options and scores by the library, so that it may be stopped anywhere and started again, with more SHARES too.
 #
 #   DATA     folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
-#   SHARES   of the blocks' parameters; DECODE: of the teacher's time for a token after 2,048 tokens
-#   TOKENS   training tokens of every run; SEEDS: order of the data
-#   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done
+#   SHARES   of the blocks' parameters; all five of the question: SHARES="0.9 0.8 0.7 0.6 0.5"
+#   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; none = these rows are left out
+#   METHODS  of mixed, removal, slim, merge, width, random
+#   TOKENS   training tokens of every run, 0 = as refitted; SEEDS: order of the data
+#   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
+#   FIT, HELD, SCORE, RACE   tokens that options are fitted to and judged by, that students and single options are scored on
+#   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS: see conf/budget/default.yaml, whose values are
+#            FIT=8192 HELD=2048 SCORE=4096 RACE=null EPOCHS=1 ROUNDS=2 PAIRS=16 PLANS=3
 #   ITEMS    of each task, at most; TEXT: tokens of each text that perplexity is measured on
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
-SHARES=${SHARES:-0.9 0.8 0.7 0.6 0.5}
-DECODE=${DECODE:-70%}
+SHARES=${SHARES:-0.8 0.6}
+DECODE=${DECODE:-}
+METHODS=${METHODS:-mixed removal slim merge width random}
 TOKENS=${TOKENS:-28672}
 SEEDS=${SEEDS:-0 1}
 ONLY=${ONLY:-*}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/budget-smollm2}
+CACHE=${CACHE:-$OUT/cache}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/budget-smollm2
 TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
-       data.source.detokenize=wikitext data.val_tokens=4096 budget.fit_tokens=8192 budget.held_tokens=2048 budget.score_tokens=4096)
+       data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE"
+       budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
+       budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
+       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}")
 RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false export=false schedule.tokens="$TOKENS")
 
-search() { # name, overrides...
-  local name=$1
+has() { [[ " $METHODS " == *" $1 "* ]]; }
+
+search() { # method, overrides...: plans for all shares that lack one; a share that the method cannot have is told and left out
+  local method=$1 lacking=() share
   shift
-  if [ -f "$OUT/plans/$name/front.csv" ]; then return; fi
-  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$name" "budget.params=[${SHARES// /,}]" "$@"
+  has "$method" || return 0
+  for share in $SHARES; do
+    [ -f "$OUT/plans/$method/plan-params-$share.json" ] || lacking+=("$share")
+  done
+  [ ${#lacking[@]} -eq 0 ] && return 0
+  solve "$method" "$(IFS=,; echo "${lacking[*]}")" "$@" && return 0
+  [ ${#lacking[@]} -eq 1 ] && return 0
+  for share in "${lacking[@]}"; do
+    solve "$method" "$share" "$@" || true
+  done
+}
+
+solve() { # method, shares, overrides...
+  local method=$1 shares=$2
+  shift 2
+  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "budget.params=[$shares]" "$@"
 }
 
 run() { # name, share, seed, overrides...
@@ -40,24 +67,29 @@ run() { # name, share, seed, overrides...
   rm -rf "$OUT/$name/checkpoints"
 }
 
+# one library, filled and raced once by `mixed`; the others choose from a part of it
 search mixed
 search removal budget.use=[remove]
 search slim budget.use=[slim_75,slim_50,slim_30]
 search merge budget.use=[merge]
 search width budget.use=[slim_75,slim_50,slim_30] budget.native=true
-"$PYTHON" "$HERE/evaluate.py" random "$OUT/plans/mixed" "$OUT/plans/random"
+if has random; then "$PYTHON" "$HERE/evaluate.py" random "$OUT/plans/mixed" "$OUT/plans/random"; fi
+"$PYTHON" "$HERE/evaluate.py" front "$OUT/plans"
+[ "$ONLY" = plans ] && exit 0
 for share in $SHARES; do
   for seed in $SEEDS; do
-    for method in mixed removal slim merge width random; do
+    for method in $METHODS; do
       plan="$OUT/plans/$method/plan-params-$share.json"
-      [ -f "$plan" ] && run "$method" "$share" "$seed" budget.plan="$plan"
+      if [ -f "$plan" ]; then run "$method" "$share" "$seed" budget.plan="$plan"; fi
     done
   done
 done
-for seed in $SEEDS; do
-  for method in mixed removal; do
-    use=$([ "$method" = removal ] && echo "budget.use=[remove]" || echo "budget.use=null")
-    run "decode-$method" "$DECODE" "$seed" budget.decode_ms="$DECODE" budget.context=2048 "$use"
+if [ -n "$DECODE" ]; then
+  for seed in $SEEDS; do
+    for method in mixed removal; do
+      use=$([ "$method" = removal ] && echo "budget.use=[remove]" || echo "budget.use=null")
+      run "decode-$method" "$DECODE" "$seed" budget.decode_ms="$DECODE" budget.context=2048 "$use"
+    done
   done
-done
+fi
 "$PYTHON" "$HERE/evaluate.py" table

@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -30,15 +31,12 @@ from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from scoring import windows  # noqa: E402
+
 FACTS = ("method", "seed", "params", "tokens", "seconds")
 FIELDS = ("kl_wikitext", "ppl_wikitext", "ppl_docstrings", "lambada_acc", "lambada_nll")
-
-
-def windows(tokenizer: Any, text: str, tokens: int, length: int = 512) -> torch.Tensor:
-    """Evenly spaced windows [n, length] of a text."""
-    ids = torch.tensor(tokenizer(text).input_ids)
-    starts = torch.linspace(0, len(ids) - length - 1, tokens // length).long()
-    return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
 @torch.no_grad()

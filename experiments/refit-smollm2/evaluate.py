@@ -1,7 +1,7 @@
 """Score refitted students on data that neither calibration, training nor selection saw, and make a README's tables.
 
-`score RUN...` scores as `experiments/ild-smollm2/evaluate.py` does, a text of stories beside it, and adds a line for
-each run to results.csv: what it gave, what it cost. `table` prints results.csv, one table for each depth and budget.
+`score RUN...` scores by `experiments/scoring.py`, a text of stories beside it, and adds a line for each run to
+results.csv: what it gave, what it cost. `table` prints results.csv, one table for each depth and budget.
 
 FLOPs are counted, not measured: a refit's passes over its text through the teacher's blocks, and for each training
 token a forward pass of the teacher and three of the student, head included, 2 for every weight that is multiplied.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import importlib.util
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -22,20 +22,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
+sys.path.insert(0, str(HERE.parent))
 
-
-def _of_ild() -> Any:
-    """The scores that both comparisons share."""
-    spec = importlib.util.spec_from_file_location("ild_evaluate", HERE.parent / "ild-smollm2" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ild = _of_ild()
-
+import scoring  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
@@ -44,7 +33,7 @@ from iskd.commands.config import object_of  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
 from iskd.training.state import checkpoint  # noqa: E402
 
-TEXTS = (*ild.TEXTS, "ppl_stories")
+TEXTS = (*scoring.TEXTS, "ppl_stories")
 COLUMNS = (
     "method",
     "seeds",
@@ -52,13 +41,13 @@ COLUMNS = (
     "refit TFLOP",
     "all s",
     "all TFLOP",
-    *ild.COLUMNS[:3],
+    *scoring.COLUMNS[:3],
     "ppl stories",
-    *ild.COLUMNS[3:],
+    *scoring.COLUMNS[3:],
 )
 
 
-class Scorer(ild.Scorer):  # type: ignore[misc, name-defined]
+class Scorer(scoring.Scorer):
     """With stories, which are of the kind of half of the calibration text and not in it."""
 
     def __init__(self, data: Path, items: int, tokens: int, tasks: list[str] | None = None) -> None:
@@ -66,24 +55,23 @@ class Scorer(ild.Scorer):  # type: ignore[misc, name-defined]
         if tasks is not None:
             self.tasks = {name: found for name, found in self.tasks.items() if name in tasks}
         with gzip.open(data / "tinystories" / "valid.txt.gz", "rt", encoding="utf-8") as file:
-            self.texts["stories"] = ild.windows(self.teacher.tokenizer, file.read(), tokens)
-        with ild.autocast():
-            self.goals["stories"] = [ild.last_hidden(self.teacher.model, ids) for ids in self.texts["stories"]]
+            self.texts["stories"] = scoring.windows(self.teacher.tokenizer, file.read(), tokens)
+        with scoring.autocast():
+            self.goals["stories"] = [scoring.last_hidden(self.teacher.model, ids) for ids in self.texts["stories"]]
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         texts = self.texts
         self.texts = {name: text for name, text in texts.items() if name != "stories"}
         found: dict[str, Any] = super().score(model)
         self.texts = texts
-        with ild.autocast():
+        with scoring.autocast():
             return {**found, "ppl_stories": self._on_text(model, "stories")["ppl"]}
 
 
 def score(run: Path, scorer: Scorer) -> None:
     """Score the student at the end of a run, and add its line."""
-    newest = max((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0]))
-    layers = len(checkpoint.read_state(newest).record.layers)
-    [row] = ild.score(run, [layers], scorer, kept=run.parent)
+    layers = len(checkpoint.read_state(scoring.boundaries(run)[-1]).record.layers)
+    [row] = scoring.score(run, [layers], scorer, kept=run.parent)
     if not RESULTS.exists():
         teacher = json.loads((run.parent / "teacher.json").read_text())
         add(summary("teacher", {"depth": teacher["layers"], "budget": 0, "seed": 0}, teacher))
@@ -116,8 +104,8 @@ def summary(method: str, facts: dict[str, Any], row: dict[str, Any]) -> dict[str
     fixed = {"depth": 0, "budget": 0, "seed": 0, "refit_seconds": 0, "refit_tflop": 0, "tflop": 0} | facts
     taken = {key: row[key] for key in ("layers", "params", "tokens", "seconds")}
     texts = {key: round(row[key], 4) for key in TEXTS}
-    tasks = {key: round(100 * mean(row[key]), 1) if key in row else math.nan for key in ild.METRICS}
-    average = round(100 * ild.average(row), 2) if all(key in row for key in ild.AVERAGED) else math.nan
+    tasks = {key: round(100 * mean(row[key]), 1) if key in row else math.nan for key in scoring.METRICS}
+    average = round(100 * scoring.average(row), 2) if all(key in row for key in scoring.AVERAGED) else math.nan
     return {"method": method, **fixed, **taken, **texts, **tasks, "average": average}
 
 
@@ -163,12 +151,13 @@ def line(name: str, rows: list[dict[str, Any]], teachers: list[dict[str, Any]]) 
         f"{mean(float(row[key]) for row in rows):.1f}" for key in ("refit_seconds", "refit_tflop", "seconds", "tflop")
     ]
     texts = [
-        ild.spread([float(row[key]) for row in rows]) for key in ("kl", "ppl_wikitext", "ppl_docstrings", "ppl_stories")
+        scoring.spread([float(row[key]) for row in rows])
+        for key in ("kl", "ppl_wikitext", "ppl_docstrings", "ppl_stories")
     ]
-    texts.append(ild.spread([float(row["lambada_nll"]) for row in rows]))
-    tasks = [ild.spread([float(row[key]) for row in rows], 1) for key in ild.METRICS]
+    texts.append(scoring.spread([float(row["lambada_nll"]) for row in rows]))
+    tasks = [scoring.spread([float(row[key]) for row in rows], 1) for key in scoring.METRICS]
     whole = float(teachers[0]["average"]) if teachers else float("nan")
-    lost = ild.spread([100 * (1 - float(row["average"]) / whole) for row in rows], 1)
+    lost = scoring.spread([100 * (1 - float(row["average"]) / whole) for row in rows], 1)
     return f"| {' | '.join([name, str(len(rows)), *spent, *texts, *tasks, lost])} |"
 
 

@@ -12,12 +12,12 @@ A compact block is a class with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from iskd.blocks.ridge import row_weights
+from iskd.blocks.ridge import Ridge, row_weights
 from iskd.models import Stack
 
 
@@ -30,12 +30,15 @@ class FitData:
         targets: the teacher's stream after the layer, each [B, T, D].
         run: `run(block, h_BTD, i)` calls a block as the host would on batch i.
         stack: the student, for sizes and paths.
+        systems: normal equations that fits on these very data have summed up already, by the block that is replaced
+            and the heads that stay of it; whoever fits several blocks for one hands them on.
     """
 
     inputs: list[Tensor]
     targets: list[Tensor]
     run: Callable[[nn.Module, Tensor, int], Tensor]
     stack: Stack
+    systems: dict[tuple[nn.Module, tuple[int, ...]], Ridge] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Per batch: index, input [B, T, D], target [B, T, D] and row weight [B, T, 1] (`row_weights`)."""

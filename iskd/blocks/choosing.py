@@ -14,6 +14,8 @@ from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import cut, group_width, inputs_of, transposed
 from iskd.models.projections import weight_of
 
+_CROWDED = 0.85  # of the rows of a matrix are to be in use
+
 
 def top(score: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores, ascending; ties go to the lower index on every machine.
@@ -31,31 +33,45 @@ def top(score: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tuple[Tensor, nn.Module]:
-    """Key-value groups to keep [count], and the block with these and all of its channels.
+def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tuple[Tensor, nn.Module, Ridge]:
+    """Key-value groups to keep [count], the block with these and all of its channels, and its `down_system`.
 
     With at most four choices each is tried: what the MLP cannot make up for decides. Otherwise the groups that add most
     to the stream stay.
     """
     stack = data.stack
     device = next(old.parameters()).device
-    every = torch.arange(inputs_of(old.get_submodule(stack.family.down)), device=device)
+    path = stack.family.down
+    every = torch.arange(inputs_of(old.get_submodule(path)), device=device)
     present = inputs_of(old.get_submodule(stack.family.out)) // group_width(stack)
-    choices = [top(head_scores(old, data), count)]
     if math.comb(present, count) <= 4:
         choices = [torch.tensor(c, device=device) for c in itertools.combinations(range(present), count)]
-    best: tuple[float, Tensor, nn.Module] | None = None
+    else:
+        choices = [top(head_scores(old, data), count)]
+    best: tuple[float, Tensor, nn.Module, Ridge] | None = None
     for heads in choices:
         wide = cut(old, stack, heads, every)
-        if len(choices) == 1:
-            return heads, wide
-        refitted = copy.deepcopy(wide)
-        solve_down(refitted, stack.family.down, down_system(wide, stack.family.down, data), ridge)
-        error = fit_error(refitted, data)
+        known = old, tuple(heads.tolist())
+        if known not in data.systems:
+            data.systems[known] = down_system(wide, path, data)
+        system = data.systems[known]
+        error = 0.0 if len(choices) == 1 else _solved_error(wide, system, data, ridge)
         if best is None or error < best[0]:
-            best = (error, heads, wide)  # the refitted one only told the error
+            best = (error, heads, wide, system)
     assert best is not None
-    return best[1], best[2]
+    return best[1:]
+
+
+def _solved_error(block: nn.Module, system: Ridge, data: FitData, ridge: float) -> float:
+    """How far a block is from its targets once its MLP's output projection is re-solved; the block stays as it is."""
+    path = data.stack.family.down
+    if not data.stack.family.post_norms:  # the sums tell it without a pass
+        projection = block.get_submodule(path)
+        start = system.start(weight_of(projection), getattr(projection, "bias", None))
+        return system.error(system.solution(start, ridge))
+    refitted = copy.deepcopy(block)
+    solve_down(refitted, path, system, ridge)
+    return fit_error(refitted, data)
 
 
 @torch.no_grad()
@@ -90,27 +106,33 @@ def eliminate(system: Ridge, projection: nn.Module, keep: int, ridge: float) -> 
     """
     # n inputs are C channels and, where the projection has a bias, a last one of ones, which never leaves
     weight = weight_of(projection)
-    # the matrix that every round shrinks [n, n], and the weights that solve it [n, D]
+    channels = weight.shape[1]
+    # the matrix whose inverse every round updates [n, n], and the weights that solve it [n, D]
     gram, solution = system.normal_equations(weight, ridge, getattr(projection, "bias", None))
-    left = torch.arange(weight.shape[1], device=weight.device)
-    inverse = torch.linalg.inv(gram)  # once; every round updates it
-    while len(left) > keep:
-        # squared error that leaving each channel out adds, once the others are re-solved [len(left)]
-        cost = solution[: len(left)].square().sum(1) / inverse.diagonal()[: len(left)]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    number = torch.arange(channels, device=weight.device)  # of the channel in each row
+    live = torch.ones(channels, dtype=torch.bool, device=weight.device)
+    left = channels
+    while left > keep:
+        # squared error that leaving each channel out adds, once the others are re-solved [len(number)]
+        cost = solution[: len(number)].square().sum(1) / inverse.diagonal()[: len(number)]
         # one at a time would be the exact greedy order, for many times the updates
-        count = min(max(1, len(left) // 64), len(left) - keep)
-        out = torch.sort(cost, stable=True).indices[:count]
-        stay = torch.ones(len(gram), dtype=torch.bool, device=weight.device)
-        stay[out] = False
+        count = min(max(1, left // 64), left - keep)
+        out = torch.sort(torch.where(live, cost, torch.inf), stable=True).indices[:count]
         # block update of inverse and solution when rows and columns `out` leave the system: with A = H^-1
-        #   A' = A_ss - A_so A_oo^-1 A_os        W' = W_s - A_so A_oo^-1 W_o
-        # both right-hand factors from one solve [count, n - count + D]
-        block = torch.linalg.solve(inverse[out][:, out], torch.cat([inverse[out][:, stay], solution[out]], dim=1))
-        cross = inverse[stay][:, out]
-        inverse = inverse[stay][:, stay] - cross @ block[:, : int(stay.sum())]
-        solution = solution[stay] - cross @ block[:, int(stay.sum()) :]
-        gram, left = gram[stay][:, stay], left[stay[: len(left)]]
-    return left
+        #   A' = A - A_:o A_oo^-1 A_o:        W' = W - A_:o A_oo^-1 W_o
+        # which leaves zeros in these rows and columns; they are taken out of memory once they are many
+        cross = inverse[:, out]
+        block = torch.linalg.solve(inverse[out][:, out], torch.cat([inverse[out], solution[out]], dim=1))
+        inverse.addmm_(cross, block[:, : len(inverse)], alpha=-1.0)
+        solution.addmm_(cross, block[:, len(inverse) :], alpha=-1.0)
+        live[out] = False
+        left -= count
+        if left < _CROWDED * len(number):
+            rows = torch.cat([live, live.new_ones(len(inverse) - len(number))]).nonzero()[:, 0]
+            inverse, solution = inverse[rows][:, rows], solution[rows]
+            number, live = number[live], live[live]
+    return number[live]
 
 
 @torch.no_grad()

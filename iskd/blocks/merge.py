@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
-from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down
+from iskd.blocks.choosing import choose_heads, eliminate, solve_down
 from iskd.blocks.slicing import cut, resized, set_width
 from iskd.models.projections import set_submodule, stacked, weight_of
 
@@ -75,11 +75,11 @@ def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float) -> n
     if stack.family.post_norms:
         raise ValueError(_BEHIND)
     wide = side_by_side(lower, upper, data)
-    heads, narrow = choose_heads(wide, data, stack.dims.kv_heads, ridge)
+    heads, narrow, system = choose_heads(wide, data, stack.dims.kv_heads, ridge)
     path = stack.family.down
-    channels = eliminate(down_system(narrow, path, data), narrow.get_submodule(path), stack.dims.mlp, ridge)
+    channels = eliminate(system, narrow.get_submodule(path), stack.dims.mlp, ridge)
     new = cut(wide, stack, heads, channels)
-    solve_down(new, path, down_system(new, path, data), ridge)
+    solve_down(new, path, system.only(channels), ridge)
     return new
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_BLOCK = 384  # features of a product: large enough for full speed
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -87,6 +89,16 @@ class Ridge:
                 found.sums.add_(system.sums)
         return found
 
+    def only(self, features: Tensor) -> Ridge:
+        """The equations of a map that reads some of the features alone: numbers of them, ascending."""
+        found = Ridge(len(features), self._outputs, bias=self._bias, device=self.sums.device)
+        last = torch.arange(self._features, len(self._sums) - 1, device=features.device)  # the bias, if there is one
+        kept = torch.cat([features, last])
+        outputs = torch.arange(len(self._sums) - 1, self._sums.shape[1], device=features.device)
+        found.sums[:-1] = self._sums[kept][:, torch.cat([kept, outputs])]
+        found.sums[-1, :2] = self._sums[-1, :2]
+        return found
+
     def add(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add rows: features [..., F], targets [..., D], weight [..., 1]."""
         with torch.autocast(features.device.type, enabled=False):
@@ -95,7 +107,7 @@ class Ridge:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
             w = weight.float().flatten(0, -2)
             x, y = x * w, targets.float().flatten(0, -2) * w
-            self._xx.add_((x.T @ x).double())
+            self._xx.add_(_gram(x).double())
             self._xy.add_((x.T @ y).double())
             self._sums[-1, 0] += y.square().sum(dtype=torch.float64)
             self._sums[-1, 1] += len(x)
@@ -165,3 +177,14 @@ class Ridge:
         """The weights that solve the equations, pulled towards `start`. Raises ValueError as `normal_equations`."""
         _, solved = self.normal_equations(start.weight, ridge, start.bias)
         return Solution(solved[:-1].T, solved[-1]) if self._bias else Solution(solved.T, None)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """X^T X [F, F] of x [N, F]: half of it by products, the other half by symmetry."""
+    size = x.shape[1]
+    found = x.new_empty(size, size)
+    for begin in range(0, size, _BLOCK):
+        end = begin + _BLOCK
+        found[begin:end, begin:] = x[:, begin:end].T @ x[:, begin:]
+        found[end:, begin:end] = found[begin:end, end:].T
+    return found

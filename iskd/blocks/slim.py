@@ -85,9 +85,12 @@ class Slim:
         if select == "activation":
             groups = inputs_of(new.get_submodule(stack.family.out)) // group_width(stack)
             width = inputs_of(new.get_submodule(path))
-            heads, wide = choose_heads(old, data, groups, ridge)
-            channels = eliminate(down_system(wide, path, data), wide.get_submodule(path), width, ridge)
+            heads, wide, system = choose_heads(old, data, groups, ridge)
+            channels = eliminate(system, wide.get_submodule(path), width, ridge)
             new.load_state_dict(cut(old, stack, heads, channels).state_dict())
+            if not stack.family.post_norms:  # what a channel reads and gives does not depend on the others
+                solve_down(new, path, system.only(channels), ridge)
+                return
         if not stack.family.post_norms:
             solve_down(new, path, down_system(new, path, data), ridge)
             return

@@ -27,11 +27,11 @@ from iskd.losses import Terms
 from iskd.models import Stack
 from iskd.models.weights import present_weights
 from iskd.plan import Spec
-from iskd.plan.budget import ON_CPU, ON_GPU, cpu_budget, gpu_budget
 from iskd.plan.failure import told_in
 from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, FACTS, FAILURE_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
+from iskd.plan.token_budget import ON_CPU, ON_GPU, cpu_token_budget, gpu_token_budget
 from iskd.report.budget import choice_table
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules import ConvertTo, EditKind, Schedule
@@ -103,7 +103,7 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
     processes = [each for each in (trainer.get("devices"), trainer.get("num_nodes")) if isinstance(each, int)]
     sizes = {"batch": values.get("batch_size") or _batch_of(config), "tokens": values["seq_len"]}
     text = str(values.get("path") or source.get("name") or source.get("_target_", "text").rpartition(".")[2])
-    budget = _budget(config, lambda: ON_GPU)
+    told = _default_tokens(config, lambda: ON_GPU)
     ahead = Ahead(
         config=build_config(replace(described, pretrained=False)),
         schedule=_schedule(config),
@@ -112,7 +112,7 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
         windows={**sizes, "accumulated": accumulate, "processes": max(1, math.prod(processes))},
         text=text,
         why=first_sentence(error),
-        budget=budget,
+        tokens_told=told,
     )
     plan_ahead(ahead, run_dir)
 
@@ -127,7 +127,7 @@ def _made(
             teacher, start = teacher_of(config, within)
     stack = Stack(teacher.model)
     data = text_data(config, teacher.tokenizer, stack, source)
-    budget = _budget(config, lambda: len(data.windows("train")) * data.seq_len)
+    told = _default_tokens(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = _schedule(_within_budget(config, teacher, data, run_dir, start) if config.get("budget") else config)
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
@@ -164,7 +164,7 @@ def _made(
         export_code=(asked_export or {}).get("code", CODES[0]),
         evaluation=asked,
         teacher_cache=_teacher_cache(config, losses),
-        budget=budget,
+        tokens_told=told,
         start=start,
     )
 
@@ -470,8 +470,8 @@ def _batch_of(config: DictConfig) -> int:
     return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
 
 
-def _budget(config: DictConfig, text_tokens: Callable[[], int]) -> str:
-    """Put the machine's own budget into a config that names none, and return what the plan says of it.
+def _default_tokens(config: DictConfig, text_tokens: Callable[[], int]) -> str:
+    """Put the machine's own number of tokens into a config that names none, and return what the plan says of it.
 
     It becomes part of the run's config: a run that is continued elsewhere keeps it.
 
@@ -488,7 +488,9 @@ def _budget(config: DictConfig, text_tokens: Callable[[], int]) -> str:
     if not unsaid:
         return ""
     device = _device(config)
-    chosen = gpu_budget(called(device), text_tokens()) if device.type == "cuda" else cpu_budget(called(device))
+    chosen = (
+        gpu_token_budget(called(device), text_tokens()) if device.type == "cuda" else cpu_token_budget(called(device))
+    )
     for number, schedule in enumerate(unsaid):
         schedule.tokens = chosen.tokens // len(unsaid) + (number < chosen.tokens % len(unsaid))
     return chosen.told

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from iskd.commands.line import roots_known, unknown_key
+from iskd.commands.line.offered import options_as_meant
 from iskd.commands.line.sources import describe_sources
 from iskd.commands.line.steps import steps_as_meant
 from iskd.commands.paths import at_home
@@ -247,10 +248,9 @@ def as_meant(config: DictConfig) -> DictConfig:
     for number, step in enumerate(scheduled["steps"] if steps else ()):
         for group, node in step.items():
             _read_node({group: node}, f"schedule.steps[{number}].", ())
-    offered = values["budget"].get("options") if isinstance(values.get("budget"), dict) else None
-    for name, option in (offered or {}).items():
-        if isinstance(option, dict) and "edit" in option:  # without it, and for other kinds, the budget says what to do
-            _read_node(option, f"budget.options.{name}.", _option_kinds(option["edit"]))
+    budget = values.get("budget")
+    for name, option in options_as_meant(budget.get("options") if isinstance(budget, dict) else None).items():
+        _read_node(option, f"budget.options.{name}.", _option_kinds(option["edit"]))
     at_home(values)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)

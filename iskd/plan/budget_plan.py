@@ -23,12 +23,16 @@ _Amounts = Annotated[dict[str, Number], Field(max_length=16)]
 
 @dataclass(frozen=True)
 class TriedPlan:
-    """A plan that was built and measured beside the one that was taken; see `iskd.schedules.budget.choosing`."""
+    """A plan that was built and measured beside the one that was taken; see `iskd.schedules.budget.choosing`.
+
+    `added` is its KL by added scores, `predicted` what the other measured plans make of that.
+    """
 
     choice: Annotated[tuple[_NAME, ...], _MOST]
     predicted: Number
     measured: Number
     found: Annotated[str, Field(max_length=256)] = ""
+    added: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,13 @@ class BudgetPlan:
         teacher_costs, costs: amounts of the teacher and of the student; exact but for times, which are predicted.
         measured: amounts that were measured on the whole student.
         predicted_kl, measured_kl: nats per token on text held out for scores, before any refit or training.
+        added_kl: by added scores as they are, which mostly say too little.
+        rank_correlation: Spearman's, of predicted and measured KL over the plans that were measured for this budget and
+            the others of the same search. compared: how many these were.
         found: by what the plan was found.
         scores: by layer the KL of every option alone.
         tried: the plans that were measured, the best first.
-        front: shares of the blocks and KL predicted by single scores, in the limit that was asked for first.
+        front: shares of the blocks and predicted KL, by single scores, in the limit that was asked for first.
         seconds: what the library, the scores and the search took.
         context, batch: at which cache and time count.
         native: whether it was to be opened by plain transformers.
@@ -67,6 +74,9 @@ class BudgetPlan:
     measured: _Amounts = field(default_factory=dict)
     predicted_kl: Number = float("nan")
     measured_kl: Number = float("nan")
+    added_kl: Number | None = None
+    rank_correlation: Number | None = None
+    compared: Count = 0
     found: Annotated[str, Field(max_length=256)] = ""
     scores: Annotated[tuple[dict[str, Number], ...], _MOST] = ()
     tried: Annotated[tuple[TriedPlan, ...], Field(max_length=10_000)] = ()

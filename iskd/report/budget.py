@@ -51,11 +51,20 @@ def _told(plan: BudgetPlan) -> Iterator[str]:
         yield f"{_NAMES.get(key, key)} {_amount(key, cost)}{share}{asked}" + (
             f", measured {_amount(key, plan.measured[key])}" if key in plan.measured else ""
         )
-    yield f"KL predicted {kl_text(plan.predicted_kl)}, measured {kl_text(plan.measured_kl)} before refit and training"
+    added = "" if plan.added_kl is None else f" (by added scores {kl_text(plan.added_kl)})"
+    measured = f"measured {kl_text(plan.measured_kl)} before refit and training"
+    yield f"KL predicted {kl_text(plan.predicted_kl)}{added}, {measured}"
+    if plan.rank_correlation is not None:
+        yield _ranked(plan)
     if plan.found:
         yield f"found by {plan.found}"
     if plan.seconds:
         yield ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.seconds.items())
+
+
+def _ranked(plan: BudgetPlan) -> str:
+    ranked = "" if plan.rank_correlation is None else number(plan.rank_correlation)
+    return f"rank correlation of predicted and measured KL {ranked} over {plan.compared} plans (each by the others)"
 
 
 def _amount(key: str, value: float) -> str:
@@ -85,11 +94,13 @@ def budget_section(plan: BudgetPlan | None, measured: Mapping[str, Any]) -> str:
         (
             choice.predicted_measured(points, taken),
             "Plans that were built from the library of fitted options: predicted KL, and measured before any refit or "
-            "training.",
+            f"training.{'' if plan.rank_correlation is None else f' {_ranked(plan).capitalize()}.'}",
         ),
         (choice.front(plan.front, None, _NAMES.get(key, key)), "What other budgets would lose, predicted."),
     ]
     rows = [_row(key, plan, measured) for key in plan.costs]
+    if plan.added_kl is not None:
+        rows.append(["KL by added scores", "0", kl_text(plan.added_kl), ABSENT, ABSENT])
     rows.append(["KL", "0", kl_text(plan.predicted_kl), kl_text(plan.measured_kl), _known("kl", measured, kl_text)])
     heads = ("", "teacher", "predicted", "measured, before training", "of the finished student")
     table = html.table("Predicted and measured", heads, rows, kind="named")

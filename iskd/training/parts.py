@@ -33,7 +33,7 @@ class Parts:
     answers are kept on disk, `start` is the exported student that the run goes on from, None = the teacher,
     `evaluation` what the student is asked at the end, None = nothing; `export_dtype` is the
     type of the exported weights, `auto` that in which the teacher's were stored, `export_code` the code beside them;
-    `budget` is what the plan says of a number of tokens that nobody asked for.
+    `tokens_told` is what the plan says of a number of tokens that nobody asked for.
     """
 
     teacher: Loaded
@@ -56,7 +56,7 @@ class Parts:
     export_code: str = "iskd"
     teacher_cache: TeacherCacheSpec | None = None
     evaluation: EvalSpec | None = None
-    budget: str = ""
+    tokens_told: str = ""
     start: Path | None = None
 
     def __post_init__(self) -> None:

@@ -165,7 +165,7 @@ def announce(
     run_dir: Path,
     costs: Costs,
     text: str = "",
-    budget: str = "",
+    tokens_told: str = "",
 ) -> None:
     """Stages, exact parameter counts, steps, and the time and memory that one measured step predicts.
 
@@ -179,7 +179,7 @@ def announce(
         run_dir: gets `plan.json`.
         costs: what is known of the rest; its `token` is measured here.
         text: batch, windows and data in words.
-        budget: what is said of a number of tokens that nobody asked for.
+        tokens_told: what is said of a number of tokens that nobody asked for.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
     seconds, memory = measured_step(module, windows)
@@ -189,7 +189,7 @@ def announce(
     check_plan(rows, plan)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
-        print_plan(rows, text=text, memory=memory, capacity=capacity(module.device), budget=budget)
+        print_plan(rows, text=text, memory=memory, capacity=capacity(module.device), tokens_told=tokens_told)
         if any(map(costs.refit_tokens, plan)) and not any(stage.edits for stage in plan):
             terminal().print("warning: nothing is edited, so that refit= does nothing", style="yellow", soft_wrap=True)
 
@@ -219,7 +219,7 @@ def print_plan(
     unknown: str = "",
     memory: int = 0,
     capacity: int = 0,
-    budget: str = "",
+    tokens_told: str = "",
 ) -> None:
     """The plan as a table, what was decided for the user, and warnings.
 
@@ -230,7 +230,7 @@ def print_plan(
         unknown: why times are left open; "" = they are known.
         memory: bytes that training is expected to take; 0 = not known.
         capacity: bytes that the device has; 0 = not known.
-        budget: see `announce`.
+        tokens_told: see `announce`.
     """
     table = Table(title="plan")
     columns = ("stage", "objective", "trains", "rates", "parameters", "of the blocks", "steps", "tokens", "about")
@@ -250,8 +250,8 @@ def print_plan(
     table.caption = Text("; ".join(filter(None, (trained, text, time, room))))
     console = console or terminal()
     print_table(table, spare=("of the blocks", "trains", "rates", "objective"), console=console)
-    if budget:
-        console.print(budget, soft_wrap=True)
+    if tokens_told:
+        console.print(tokens_told, soft_wrap=True)
     warnings = too_short(rows) if passes is None else []
     if 0 < capacity < memory:
         warnings.append(

@@ -134,7 +134,7 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     )  # fmt: skip
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), editor, parts.budget, along, every, keep if keeps else None,
+        teacher, config_digest(parts.run_dir), editor, parts.tokens_told, along, every, keep if keeps else None,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class StageLoop:
         state: where the run stands; a fresh one at the start. options: see `RunOptions`.
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         editor: where edits are carried out; None = between two stages of this process.
-        budget: what the plan says of its tokens.
+        tokens_told: what the plan says of its tokens.
         along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
             which it is validated inside a stage; None = it is not.
         keep: keeps the students of stages; None = the last one alone is left.
@@ -81,7 +81,7 @@ class StageLoop:
         teacher: str | None = None,
         config: str | None = None,
         editor: Editor | None = None,
-        budget: str = "",
+        tokens_told: str = "",
         along: AlongTheRun | None = None,
         every: int | None = None,
         keep: StudentKeeper | None = None,
@@ -90,7 +90,7 @@ class StageLoop:
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
-        self.editor, self.budget = editor or Editor(), budget
+        self.editor, self.tokens_told = editor or Editor(), tokens_told
         self.along, self.every, self.keep = along, every, keep
         self.preempted = False
         self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
@@ -236,7 +236,9 @@ class StageLoop:
         )
         text = f"steps of {batch}{layout}, on {data.named}"
         with live.forward_context():
-            announce(live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, self.budget)
+            announce(
+                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, self.tokens_told
+            )
 
     def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
         """Raise ValueError where what is to be measured or kept along the run has no room in it."""

@@ -69,7 +69,7 @@ OPEN = {
     "system/typed_values": "keys of a config take what the arguments they become take",
     "system/version": "exports say what wrote them, commands and teachers by name what can be chosen",
     "system/watchdog": "started by the trainer",
-    "plan/budget": "commands ask for the default budget, schedules have that of a CPU",
+    "plan/token_budget": "commands ask for the default number of tokens, schedules have that of a CPU",
     "plan/budget_plan": "found by a search, carried out by a schedule, shown by reports",
     "plan/edits": "what else a record may name, and edits in words",
     "plan/failure": "written where a run fails, read where runs are listed",

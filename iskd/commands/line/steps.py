@@ -43,7 +43,7 @@ def _step(step: Any, place: str) -> dict[str, Any]:
     if "edit" not in step:
         raise ValueError(f"{place} names no edit: set its edit to one of {', '.join(options('edit'))}")
     own: dict[str, Any] = {
-        group: _part(group, step[group], place) for group in GROUPS if group in step and group != "refit"
+        group: part_named(group, step[group], place) for group in GROUPS if group in step and group != "refit"
     }
     if "refit" in step:
         names = step["refit"]
@@ -52,7 +52,7 @@ def _step(step: Any, place: str) -> dict[str, Any]:
     if isinstance(asked, Mapping) and _TARGET in asked:
         return {**own, "schedule": dict(asked)}
     converts = str(own["edit"].get(_TARGET)).endswith("ConvertTo")
-    usual = _part("schedule", asked or ("align" if converts else "iterative"), place)
+    usual = part_named("schedule", asked or ("align" if converts else "iterative"), place)
     if str(usual[_TARGET]).endswith(".Mixed"):
         raise ValueError(f"{place}.schedule=mixed: a step has no steps; write them one after the other")
     given = {key: value for key, value in step.items() if key not in (*GROUPS, "schedule")}
@@ -67,11 +67,14 @@ def _step(step: Any, place: str) -> dict[str, Any]:
 
 def _refits(names: Any, place: str) -> dict[str, Any]:
     chosen = [names] if isinstance(names, str) else list(names or ())
-    return {key: node for name in chosen for key, node in _part("refit", name, place).items()}
+    return {key: node for name in chosen for key, node in part_named("refit", name, place).items()}
 
 
-def _part(group: str, chosen: Any, place: str) -> dict[str, Any]:
-    """The yaml of a choice, with keys of the step's own in it; one in full is taken as it is."""
+def part_named(group: str, chosen: Any, place: str) -> dict[str, Any]:
+    """The yaml of a choice of a group, with keys of its own in it; one in full is taken as it is.
+
+    Raises ValueError where there is no such choice, or a key that it has not.
+    """
     if isinstance(chosen, Mapping) and _TARGET in chosen:
         return dict(chosen)
     keys = dict(chosen) if isinstance(chosen, Mapping) else {}
@@ -79,7 +82,7 @@ def _part(group: str, chosen: Any, place: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in options(group):
         near = perhaps(str(name), options(group))
         raise ValueError(
-            f"{place}.{group}={name!r:.80} is no choice{near}: use one of {', '.join(options(group))}, or "
+            f"{place}.{group}={name or chosen!r:.80} is no choice{near}: use one of {', '.join(options(group))}, or "
             "{name: ONE OF THEM, KEY: VALUE}"
         )
     node: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}

@@ -22,6 +22,10 @@ _NOISE = re.compile(
     r"\n?(Config search path:(.|\n)*|To append to your config.*|\s+(full_key|object_type|reference_type).*)"
 )
 
+_OTHER_SHAPE = re.compile(
+    r"Error merging override (\S.*?)[;\n\s]+Cannot merge (Dict|List)Config with (?:Dict|List)Config"
+)
+
 
 @contextmanager
 def told() -> Iterator[None]:
@@ -61,5 +65,8 @@ def in_own_words(said: str, reason: str = "") -> str:
     if "override_grammar" in said:
         no_value = "missing EQUAL" in said
         return "that is no KEY=VALUE" if no_value else "that cannot be read; quote the value: \"KEY='VALUE'\""
+    if (key := _OTHER_SHAPE.search(f"{said} {reason}")) is not None:
+        takes, other = ("keys, as in {A: 1}", "list") if key[2] == "Dict" else ("a list, as in [A,B]", "mapping")
+        return f"{key[1]} is a {other}, and that key takes {takes}"
     reason = f"\n{reason}" if reason not in said else ""
     return one_sentence(_NOISE.sub("", f"{said.strip()}{reason}"))

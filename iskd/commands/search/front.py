@@ -32,7 +32,10 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
     heads: list[object] = [
         "plan",
         "predicted_kl",
+        "added_kl",
         "measured_kl",
+        "rank_correlation",
+        "compared",
         *_COSTS,
         *(f"{key}_of_teacher" for key in _COSTS),
         "found",
@@ -44,7 +47,9 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
         shares = [_share(plan, key) for key in _COSTS]
         shares_told = ["" if math.isnan(share) else share for share in shares]
         choice = " ".join(plan.choice)
-        rows.append([file.name, plan.predicted_kl, plan.measured_kl, *costs, *shares_told, plan.found, choice])
+        kls = [plan.predicted_kl, "" if plan.added_kl is None else plan.added_kl, plan.measured_kl]
+        ranked = ["" if plan.rank_correlation is None else plan.rank_correlation, plan.compared]
+        rows.append([file.name, *kls, *ranked, *costs, *shares_told, plan.found, choice])
     return [write_csv(folder / FRONT, rows), *files]
 
 

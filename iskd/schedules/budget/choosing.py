@@ -4,7 +4,8 @@ Added scores of single layers mispredict whole blocks that leave together. So be
 the common cost of neighbours measured and added), layers are taken out one by one, each time the one that the student
 so far misses least, and at several depths of that chain the rest of the budget is spent on width, by scores that are
 taken anew around that student. All these plans are built from the library and measured; around the best one scores are
-taken again, and a better plan is looked for within some changes.
+taken again, and a better plan is looked for within some changes. What was measured also puts right what scores promise
+(`calibration`).
 
 Source: "depth first, then width" after Puzzle's experience with dropped blocks (arXiv 2411.19146); chain, pairs and
 rounds, ours.
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from iskd.plan.budget_plan import KEEP
+from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.scores import Scorer, Single
@@ -39,13 +41,13 @@ class Tried:
 
     Attributes:
         choice: an option for every layer.
-        predicted: KL that added scores promised, nats.
+        promise: KL by added scores.
         measured: KL on all windows held out for scores, nats, before any refit or training.
         found: by what.
     """
 
     choice: Choice
-    predicted: float
+    promise: Promise
     measured: float
     found: str
 
@@ -67,12 +69,14 @@ class Chooser:
         self.merges = frozenset(option.name for option in options if option.merges)
         self.removes = frozenset(option.name for option in options if option.removes)
         self.widths = None if alike is None else frozenset(alike) - self.removes
-        scores, self.alive = scorer.race(costs.layers, all_of_them=alike is not None)
+        scores, alive = scorer.race(costs.layers, budget.race_tokens)
+        self.alive = alive if alike is None else scorer.singles  # one width for all may be the best nowhere
         self.scores: dict[Single, float] = scores | {(layer, KEEP): 0.0 for layer in range(self.depth)}
         self._around: dict[Choice, dict[Single, float]] = {}
         self._pairs: dict[Pair, float] = {}
         self._kl: dict[Choice, float] = {}
-        self._chain = Chain(scorer)
+        self._seen: dict[Choice, Tried] = {}
+        self._chain = Chain(scorer, scores)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -125,30 +129,32 @@ class Chooser:
         """Plans within the limits, the best by measured KL first. Raises nothing that `require` has let pass."""
         tried: dict[Choice, Tried] = {}
 
-        def note(choice: Choice | None, predicted: Callable[[Choice], float], found: str) -> Tried | None:
+        def note(choice: Choice | None, problem: Problem, found: str, base: Choice | None = None) -> Tried | None:
             if choice is None or choice in tried:
                 return None if choice is None else tried[choice]
-            tried[choice] = Tried(choice, predicted(choice), self.kl(choice), found)
+            if choice not in self._seen:
+                self._seen[choice] = Tried(choice, self._promise(choice, problem, base), self.kl(choice), found)
+            tried[choice] = self._seen[choice]
             return tried[choice]
 
         problem = self.problem(limits)
-        note(solve(problem), problem.score, "single scores")
+        note(solve(problem), problem, "single scores")
         for choice, paired in self._paired(problem):
-            note(choice, paired.score, "single scores and pairs")
+            note(choice, paired, "single scores and pairs")
             problem = paired
         while len(tried) < self.budget.plans:
             problem = replace(problem, refused=[(choice, _APART) for choice in tried])
-            if note(solve(problem), problem.score, "next best by single scores") is None:
+            if note(solve(problem), problem, "next best by single scores") is None:
                 break
-        self._depth_first(limits, note, tried)
+        if self.budget.rounds:
+            self._depth_first(limits, note, tried)
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
             around = self.around(best.choice)
             problem = self.problem(limits, around)
             reach = max(1, round(_REACH * self.depth))
             problem = replace(problem, near=(best.choice, reach))
-            start = best
-            found = note(solve(problem), lambda choice: start.measured + problem.score(choice), f"round {turn + 1}")  # noqa: B023
+            found = note(solve(problem), problem, f"round {turn + 1}", best.choice)
             if found is None or not found.measured < best.measured:
                 break
             best = found
@@ -160,17 +166,48 @@ class Chooser:
             self._kl[choice] = self.scorer.kl(choice)
         return self._kl[choice]
 
+    def _promise(self, choice: Choice, problem: Problem, base: Choice | None = None) -> Promise:
+        """KL by the scores of a problem, which were taken around a student; None = the teacher."""
+        start = self.scorer.whole if base is None else base
+        count = sum(name != other for name, other in zip(choice, start, strict=True))
+        # an option that is out of the race has a score all the same, and a chain of layers may have taken it
+        scores = problem.scores if base is not None else self.scores
+        added = sum(scores[single] for single in enumerate(choice)) + sum(
+            more for pair, more in problem.pairs.items() if all(choice[layer] == name for layer, name in pair)
+        )
+        return Promise(added + (self.kl(base) if base is not None else 0.0), count)
+
+    # ---- predictions ------------------------------------------------------------------------------------------------
+
+    def predicted(self) -> dict[Choice, float]:
+        """KL of every plan that was measured so far, for any budget, as the other plans let expect it."""
+        seen = list(self._seen.values())
+        found = left_out([each.promise for each in seen], [each.measured for each in seen], self.depth)
+        return dict(zip(self._seen, found, strict=True))
+
+    def calibration(self) -> Calibration:
+        """From promises to predictions, by all plans that were measured so far."""
+        seen = self._seen.values()
+        return Calibration.fit([each.promise for each in seen], [each.measured for each in seen], self.depth)
+
+    def rank_correlation(self) -> float | None:
+        """Of predicted and measured KL, over all plans that were measured so far; None where they are too few."""
+        predicted = self.predicted()
+        return rank_correlation(list(predicted.values()), [self._seen[choice].measured for choice in predicted])
+
     def front(self, limits: Mapping[str, float], key: str, shares: Sequence[float]) -> list[tuple[float, float]]:
         """Predicted KL of the best plans by single scores, at other shares of the teacher's blocks in one limit."""
+        calibration, least = self.calibration(), math.inf
         whole, others = self.costs.of(self.scorer.whole), dict(zip(self.costs.keys, self.costs.others, strict=True))
         found = []
-        for share in shares:
+        for share in sorted(shares):
             limit = others[key] + share * (whole[key] - others[key])
             problem = replace(self.problem({**limits, key: limit}), pairs=self._pairs)
             choice = solve(problem)
-            if choice is not None:
-                found.append((share, problem.score(choice)))
-        return found
+            if choice is not None:  # a plan that keeps a tighter limit keeps this one too
+                least = min(least, calibration.of(self._promise(choice, problem)))
+                found.append((share, least))
+        return found[::-1]
 
     # ---- pairs ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +238,7 @@ class Chooser:
         changed = [self.scorer.with_one(self.scorer.with_one(whole, one), other) for one, other in new]
         if not new:
             return False
-        windows = range(len(self.scorer.windows))
+        windows = range(self.scorer.raced(self.budget.race_tokens))  # those of the scores that are taken off
         found = self.scorer.values(whole, changed, windows, what="scoring pairs").mean((1, 2))
         for (one, other), together in zip(new, found.tolist(), strict=True):
             self._pairs[one, other] = together - self.scores[one] - self.scores[other]
@@ -229,7 +266,7 @@ class Chooser:
     def _depth_first(
         self,
         limits: Mapping[str, float],
-        note: Callable[[Choice | None, Callable[[Choice], float], str], Tried | None],
+        note: Callable[..., Tried | None],
         tried: Mapping[Choice, Tried],
     ) -> None:
         """Plans that take out some layers of the chain and spend the rest of the budget on the others."""
@@ -241,17 +278,12 @@ class Chooser:
             if base is None:
                 return
             if enough:  # layers alone are enough
-                note(base, lambda choice: self.kl(choice), f"{_gone(base, self.removes)} layers out")
+                note(base, self.problem(limits), f"{_gone(base, self.removes)} layers out")
                 return
             problem = self.problem(limits, self.around(base))
             fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
             problem = replace(problem, fixed=fixed)
-            start = self.kl(base)
-            found = note(
-                solve(problem),
-                lambda choice: start + problem.score(choice),  # noqa: B023
-                f"{len(fixed)} layers out, then width",
-            )
+            found = note(solve(problem), problem, f"{len(fixed)} layers out, then width", base)
             worse = worse + 1 if found is None or found.measured > best else 0
 
     def _taken_out(self, count: int, limits: Mapping[str, float], hopeless: float) -> tuple[Choice | None, bool]:

@@ -1,7 +1,9 @@
 """Layers taken out one by one, each time the one that the student so far misses least: such scores do not add up.
 
+Whoever was missed much is not asked at every step: those that were missed least when they were last asked are.
+
 Source: leave-one-out and repeat, as ILD (arXiv 2511.05085), here without healing in between; a merge competes with the
-removal of the same layer.
+removal of the same layer. Asking few again is the lazy greedy search of Minoux (1978), as a heuristic here.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from collections.abc import Mapping
 
 from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.options import Option
-from iskd.schedules.budget.scores import Scorer
+from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.students import Choice
 
+_ASKED = 12
 _COARSE = 0.25  # share of the windows on which scores around a student are taken
 
 
@@ -21,10 +24,13 @@ class Chain:
 
     Args:
         scorer: asks for KLs.
+        scores: of single options, nats.
+        asked: how many are asked at every step.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer, self._students = scorer, [scorer.whole]
+    def __init__(self, scorer: Scorer, scores: Mapping[Single, float], asked: int = _ASKED) -> None:
+        self._scorer, self._students, self._asked = scorer, [scorer.whole], asked
+        self._missed = {single: scores[single] for single in scorer.singles if scorer.options[single[1]].removes}
         self._ended = False
 
     def without(self, count: int) -> Choice | None:
@@ -37,17 +43,18 @@ class Chain:
 
     def _one_less(self, base: Choice) -> Choice | None:
         scorer = self._scorer
-        choices = [
-            scorer.with_one(base, (layer, name))
-            for layer, name in scorer.singles
-            if scorer.options[name].removes and base[layer] == KEEP
-        ]
-        changed = [choice for choice in choices if possible(choice, scorer.options)]
-        if not changed:
+        left = [
+            single
+            for single in sorted(self._missed, key=lambda single: self._missed[single])
+            if base[single[0]] == KEEP and possible(scorer.with_one(base, single), scorer.options)
+        ][: self._asked]
+        if not left:
             return None
+        changed = [base, *(scorer.with_one(base, single) for single in left)]
         windows = coarse(len(scorer.windows))
         kls = scorer.values(base, changed, windows, what="taking out layers").mean((1, 2)).tolist()
-        return min(zip(kls, changed, strict=True))[1]
+        self._missed |= {single: kl - kls[0] for single, kl in zip(left, kls[1:], strict=True)}
+        return min(zip(kls[1:], changed[1:], strict=True))[1]
 
 
 def coarse(windows: int) -> range:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd.blocks import Ridge
 from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import merged
 from iskd.models import Stack, scoring
@@ -82,13 +83,17 @@ def fit_options(
 
 @dataclass(frozen=True)
 class _At:
-    """A layer of the teacher: what enters it and the one below it, its state between the halves, what leaves it."""
+    """A layer of the teacher: what enters it and the one below it, its state between the halves, what leaves it.
+
+    `systems` are the sums that fits of its options share (`FitData`).
+    """
 
     layer: int
     below: Streams | None
     inputs: Streams
     middle: Streams | None
     outputs: Streams
+    systems: dict[tuple[nn.Module, tuple[int, ...]], Ridge] = field(default_factory=dict)
 
 
 class _Walk:
@@ -131,7 +136,7 @@ class _Walk:
             data = self._data(position, inputs, at.outputs, held=False)
             module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
         elif isinstance(edit, Replace) and hasattr(part := edit.block.resolve(), "fit"):
-            data = self._data(position, inputs, at.outputs, held=False)
+            data = replace(self._data(position, inputs, at.outputs, held=False), systems=at.systems)
             part.fit(module, self.stack.layers[position], data, **edit.block.kwargs)
         self._refitted(module, position, inputs, at, edit, budget)
         after = self._error(module, position, inputs, at.outputs)

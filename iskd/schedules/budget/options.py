@@ -22,6 +22,7 @@ from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
 from iskd.plan.edits import REMOVALS, Merge
 from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers, RemoveLayers, ReplaceWith
 from iskd.system.text import perhaps
+from iskd.system.typed_values import read_value, takes
 
 EDITS: Mapping[str, type[Any]] = {
     "replace": ReplaceWith,
@@ -30,6 +31,12 @@ EDITS: Mapping[str, type[Any]] = {
     "convert": ConvertTo,
 }
 _PARTS = ("block", "mixer")
+_MADE_BY = {"block": "from_block", "mixer": "from_attention"}
+_EXAMPLES = {
+    "block": "{_target_: iskd.blocks.slim.Slim, ratio: 0.5}",
+    "mixer": "{_target_: iskd.mixers.gla.GLA}",
+}
+_EXAMPLE = "{edit: remove}"
 _TRIAL = (2, 8)  # windows and tokens on which an option is tried
 
 
@@ -84,53 +91,81 @@ def options_of(described: Mapping[str, Any], use: Sequence[str] | None = None) -
     """The options by name, all of them or those of `use`.
 
     Raises:
-        ValueError: there is none, `use` names one that there is not, or one is described wrongly.
+        ValueError: there is none, `use` names one that there is not, one is described wrongly, or two are the same.
     """
     if not described or (use is not None and not use):
         key = "options={}" if not described else "use=[]"
         raise ValueError(
             f"budget.{key} leaves nothing that could be done to a layer: give options, e.g. budget.use=[remove]"
         )
+    if not isinstance(described, Mapping):
+        raise ValueError(f"budget.options={described!s:.80} are no options: give them by name, as {{NAME: {_EXAMPLE}}}")
+    if KEEP in described:
+        raise ValueError(f"budget.options.{KEEP}: a layer can always be kept, so this name is taken; choose another")
     names = list(described) if use is None else list(use)
     for name in names:
         if name not in described:
-            near = perhaps(name, described)
-            raise ValueError(f"budget.use names {name!r}{near}, and the options are {', '.join(described)}")
+            near = perhaps(str(name), described)
+            raise ValueError(f"budget.use names {name!r}{near}, and the options are {', '.join(map(str, described))}")
         if names.count(name) > 1:
             raise ValueError(f"budget.use names {name!r} twice; name each option once")
+        if use is not None and described[name] is None:
+            raise ValueError(f"budget.use names {name!r}, and budget.options.{name} is null: leave one of them out")
     found = [_option(name, described[name]) for name in names if described[name] is not None]
-    if KEEP in names:
-        raise ValueError(f"budget.options.{KEEP}: a layer can always be kept, so this name is taken; choose another")
     if not found:
         raise ValueError("budget.options: every option is null, so nothing could be done to a layer: give one")
+    named: dict[str, str] = {}
+    for option in found:
+        if option.digest in named:
+            raise ValueError(
+                f"budget.options.{option.name} is the same as budget.options.{named[option.digest]}: leave one out"
+            )
+        named[option.digest] = option.name
     return found
 
 
 def _option(name: str, values: Any) -> Option:
     where = f"budget.options.{name}"
-    if not isinstance(values, Mapping) or values.get("edit") not in EDITS:
-        raise ValueError(f"{where}: say what is done to the layer, with edit: {', '.join(EDITS)}")
-    edit, rest = values["edit"], {key: value for key, value in values.items() if key != "edit"}
-    kind = EDITS[edit]
-    for part in _PARTS:
-        if part not in kind.takes and part in rest:
-            raise ValueError(f"{where}.{part} does not go with edit: {edit}; drop it")
-        if part in kind.takes:
-            rest[part] = _spec(f"{where}.{part}", rest.get(part))
+    edit = values.get("edit") if isinstance(values, Mapping) else None
+    if not isinstance(edit, str) or edit not in EDITS:
+        said = f"={edit!s:.80} is no edit" if edit is not None else f"={values!s:.80} says nothing of an edit"
+        key = f"{where}.edit" if edit is not None else where
+        raise ValueError(f"{key}{said}: say what is done to the layer, with edit: {', '.join(EDITS)}")
+    rest, kind = {key: value for key, value in values.items() if key != "edit"}, EDITS[edit]
+    known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in (*_PARTS, "mixers"))]
+    if rest.pop("mixers", None) is not None:
+        raise ValueError(f"{where}.mixers: an option has one mixer; make an option of each, and drop mixers")
+    for key in rest:
+        if key in _PARTS and key not in kind.takes:
+            raise ValueError(
+                f"{where}.{key} does not go with edit: {edit}; drop it, or give your option a name that is not taken"
+            )
+        if key not in known:
+            near = perhaps(str(key), known)
+            raise ValueError(f"{where}.{key} is no key{near}: use {', '.join(known)}")
+        if key not in _PARTS:
+            rest[key] = read_value(f"{where}.{key}", rest[key], *takes(kind)[key])
+    for part in kind.takes:
+        rest[part] = _spec(f"{where}.{part}", part, rest.get(part))
     try:
         return Option(name, edit, kind(**rest))
-    except TypeError:
-        known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in _PARTS)]
-        wrong = next(key for key in rest if key not in known)
-        raise ValueError(
-            f"{where}.{wrong} is no key{perhaps(wrong, known)}: use {', '.join(known) or 'none'}"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _spec(where: str, values: Any) -> Spec:
+def _spec(where: str, part: str, values: Any) -> Spec:
+    """A block or mixer that is named in full, and can be imported."""
     if not isinstance(values, Mapping) or not isinstance(values.get("_target_"), str):
-        raise ValueError(f"{where}: name the class, e.g. {{_target_: iskd.blocks.slim.Slim, ratio: 0.5}}")
-    return Spec(values["_target_"], {key: value for key, value in values.items() if key != "_target_"})
+        said = "is not given" if values is None else f"is {values!s:.80}"
+        raise ValueError(f"{where} {said}: name the class, as in {_EXAMPLES[part]}")
+    found = Spec(values["_target_"], {str(key): value for key, value in values.items() if key != "_target_"})
+    try:
+        made = found.resolve()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not hasattr(made, _MADE_BY[part]):
+        raise ValueError(f"{where}={found.target} is no {part}: name one, as in {_EXAMPLES[part]}")
+    return found
 
 
 # ---- what a teacher can have -----------------------------------------------------------------------------------------

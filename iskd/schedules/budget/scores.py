@@ -29,7 +29,7 @@ from iskd.system.files import read_plain
 
 _BATCH = 1024  # tokens of the windows that are read together
 _ROOM = 1 << 30  # bytes of fitted blocks in memory at a time
-_ROUNDS = (0.25, 0.5, 1.0)  # shares of the windows after which options may be out
+_ROUNDS = (0.125, 0.25, 0.5, 1.0)  # shares of the windows after which options may be out
 _Z = 2.3  # standard errors
 _log = logging.getLogger(__name__)
 
@@ -165,8 +165,13 @@ class Scorer:
         layer, name = single
         return (*base[:layer], name, *base[layer + 1 :])
 
+    def raced(self, tokens: int | None) -> int:
+        """How many windows single options are read on, of so many tokens at most; None = all."""
+        count = len(self.windows)
+        return count if tokens is None else min(count, max(1, tokens // self.windows[0].shape[1]))
+
     def race(
-        self, costs: Mapping[Single, Sequence[float]], *, all_of_them: bool = False
+        self, costs: Mapping[Single, Sequence[float]], tokens: int | None = None, *, all_of_them: bool = False
     ) -> tuple[dict[Single, float], list[Single]]:
         """KL of the teacher with one layer exchanged, of every option of every layer; and who is not out.
 
@@ -175,15 +180,16 @@ class Scorer:
 
         Args:
             costs: of every option of every layer, and of keeping it (`KEEP`), as many numbers as count.
+            tokens: of the text for scores, at most; None = all of it.
             all_of_them: nobody is out.
         """
-        known, count = self._known(), len(self.windows)
+        known, count = self._known(), self.raced(tokens)
         alive = self.singles
         for share in _ROUNDS:
             read = max(1, round(share * count))
             self._read(known, alive, read)
             if not all_of_them and read < count:
-                alive = [single for single in alive if not self._out(single, alive, known, costs, read)]
+                alive = [single for single in alive if not self._out(single, alive, known, costs, read, count)]
         return {single: known[single].mean().item() for single in self.singles}, alive
 
     def _read(self, known: dict[Single, Tensor], alive: Sequence[Single], read: int) -> None:
@@ -199,7 +205,8 @@ class Scorer:
             for single, row in zip(group, values, strict=True):
                 known[single] = torch.cat([known[single], row]) if have else row
         if lacking:
-            write_whole(self._file, save({self._name(single): rows.contiguous() for single, rows in known.items()}))
+            mine = {self._name(single): rows.contiguous() for single, rows in known.items()}
+            write_whole(self._file, save({**self._written(), **mine}))  # options that are not asked for keep theirs
 
     def _out(
         self,
@@ -208,9 +215,9 @@ class Scorer:
         known: Mapping[Single, Tensor],
         costs: Mapping[Single, Sequence[float]],
         read: int,
+        count: int,
     ) -> bool:
-        layer, count = single[0], len(self.windows)
-        mine = known[single][:read]
+        layer, mine = single[0], known[single][:read]
         for other in alive:
             if other[0] != layer or other == single or self.options[other[1]].merges:  # a merge binds its neighbour
                 continue
@@ -230,14 +237,7 @@ class Scorer:
 
     def _known(self) -> dict[Single, Tensor]:
         """What was read before, of options that are there."""
-        try:
-            found = load(read_plain(self._file, max_bytes=self._file.lstat().st_size))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, SafetensorError) as error:
-            _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
-            return {}
-        positions = len(range(0, self.windows[0].shape[1], self.stride))
+        found, positions = self._written(), len(range(0, self.windows[0].shape[1], self.stride))
         return {
             single: found[name]
             for single in self.singles
@@ -246,3 +246,13 @@ class Scorer:
             and found[name].shape[1] == positions
             and len(found[name]) <= len(self.windows)
         }
+
+    def _written(self) -> dict[str, Tensor]:
+        try:
+            found: dict[str, Tensor] = load(read_plain(self._file, max_bytes=self._file.lstat().st_size))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, SafetensorError) as error:
+            _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
+            return {}
+        return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -118,9 +118,22 @@ def search(
         limits = [_limits(each, costs, scorer.whole) for each in budget.each]
         for each, limit in zip(budget.each, limits, strict=True):
             chooser.require(limit, each.asked)
+        found = [_found(each, limit, chooser, costs, place) for each, limit in zip(budget.each, limits, strict=True)]
+        # what was measured for one budget tells how to read the scores for all
         return [
-            _plan(each, limit, chooser, costs, spent, place) for each, limit in zip(budget.each, limits, strict=True)
+            _plan(each, limit, one, chooser, costs, spent, place)
+            for each, limit, one in zip(budget.each, limits, found, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The best plan of a budget, what else was measured for it, what it was measured to take, and how long it took."""
+
+    best: Tried
+    tried: Sequence[Tried]
+    measured: dict[str, float]
+    seconds: float
 
 
 def natives(
@@ -203,9 +216,8 @@ def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:
     return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in budget.asked.items()}
 
 
-def _plan(
-    budget: Budget, limits: dict[str, float], chooser: Chooser, costs: Costs, spent: dict[str, float], place: Place
-) -> BudgetPlan:
+def _found(budget: Budget, limits: dict[str, float], chooser: Chooser, costs: Costs, place: Place) -> _Found:
+    """Search, and have the best few plans measured."""
     start = time.perf_counter()
     tried = chooser.find(limits)
     best, measured, told = _verdict(budget, limits, tried, chooser, costs, place)
@@ -222,7 +234,20 @@ def _plan(
             tried = sorted({*tried, *again}, key=lambda each: each.measured)
             if told:
                 _log.warning("%s", told)
-    scorer = chooser.scorer
+    return _Found(best, tried, measured, time.perf_counter() - start)
+
+
+def _plan(
+    budget: Budget,
+    limits: dict[str, float],
+    found: _Found,
+    chooser: Chooser,
+    costs: Costs,
+    spent: dict[str, float],
+    place: Place,
+) -> BudgetPlan:
+    """What was found, for people and for the run."""
+    scorer, best, predicted = chooser.scorer, found.best, chooser.predicted()
     key = next(iter(limits))
     return BudgetPlan(
         teacher=model_sha256(scorer.teacher),
@@ -233,17 +258,23 @@ def _plan(
         limits=limits,
         teacher_costs=costs.of(scorer.whole),
         costs=costs.of(best.choice),
-        measured=measured,
-        predicted_kl=best.predicted,
+        measured=found.measured,
+        predicted_kl=predicted[best.choice],
+        added_kl=best.promise.added,
         measured_kl=best.measured,
         found=best.found,
         scores=tuple(
             {name: chooser.scores[layer, name] for name in scorer.options if (layer, name) in chooser.scores}
             for layer in range(chooser.depth)
         ),
-        tried=tuple(TriedPlan(**asdict(each)) for each in tried),
+        tried=tuple(
+            TriedPlan(each.choice, predicted[each.choice], each.measured, each.found, each.promise.added)
+            for each in found.tried
+        ),
+        rank_correlation=chooser.rank_correlation(),
+        compared=len(predicted),
         front=tuple(chooser.front(limits, key, _FRONT)),
-        seconds={**spent, "search": time.perf_counter() - start},
+        seconds={**spent, "search": found.seconds},
         context=budget.context or 1,
         batch=budget.batch,
         native=budget.native,

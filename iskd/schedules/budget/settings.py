@@ -46,9 +46,11 @@ class Budget:
         use: names of the options that are chosen from; None = all that this teacher and device can have.
         fit_tokens, held_tokens: calibration tokens that every option is fitted to, and that judge its fit.
         score_tokens: further ones, for the KL of students.
+        race_tokens: of these, for scores of single options; None = all.
         stride: every so many-th position of them is scored where single layers are compared.
         epochs, lr: local training of every option behind its fit in closed form; 0 epochs = none.
-        rounds: how often the best plan's surroundings are scored again, and a better plan looked for there.
+        rounds: how often the best plan's surroundings are scored again, and a better plan looked for there; 0 = no
+            scores but those of single options, and no students with layers out that the rest of a budget is spent on.
         plans: so many of the best plans are built and measured before one is taken.
         pairs: pairs of neighbouring edits, at most, whose common KL is measured for a plan.
         library: folder of the fitted options; None = one of its own below `cache_dir`.
@@ -71,6 +73,7 @@ class Budget:
     fit_tokens: PositiveInt = 8192
     held_tokens: PositiveInt = 2048
     score_tokens: PositiveInt = 4096
+    race_tokens: PositiveInt | None = None
     stride: PositiveInt = 4
     epochs: NonNegativeInt = 1
     lr: PositiveFloat = 1e-4
@@ -82,7 +85,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for key in ("context", "batch", "fit_tokens", "held_tokens", "score_tokens", "stride", "plans"):
+        for key in ("context", "batch", "fit_tokens", "held_tokens", "score_tokens", "race_tokens", "stride", "plans"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"budget.{key} must be at least 1, got {getattr(self, key)}")
         for key in ("epochs", "rounds", "pairs"):

@@ -34,7 +34,7 @@ class Ahead:
         windows: tokens of a window, windows of a micro-batch, micro-batches of a step, processes.
         text: the text in words.
         why: what cannot be had, in a sentence.
-        budget: what is said of a number of tokens that nobody asked for.
+        tokens_told: what is said of a number of tokens that nobody asked for.
     """
 
     config: PreTrainedConfig
@@ -44,7 +44,7 @@ class Ahead:
     windows: Mapping[str, int]
     text: str
     why: str
-    budget: str = ""
+    tokens_told: str = ""
 
 
 def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
     check_plan(rows, stages)
     write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
     layout = " x ".join(f"{value:,} {name}" for name, value in ahead.windows.items() if value > 1)
-    print_plan(rows, text=f"steps of {layout}, on {ahead.text}", unknown=ahead.why, budget=ahead.budget)
+    print_plan(rows, text=f"steps of {layout}, on {ahead.text}", unknown=ahead.why, tokens_told=ahead.tokens_told)
     return rows
 
 

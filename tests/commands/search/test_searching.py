@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from iskd.commands import compose
+from iskd.commands.config import as_meant, object_of
 from iskd.commands.search import FRONT, front_table, main, write_plans
 from iskd.commands.search.searching import plans_of
 from iskd.export.student import native_config
@@ -19,6 +20,7 @@ from iskd.report import write_report
 from iskd.report.budget import choice_table
 from iskd.report.terminal import terminal
 from iskd.schedules.budget import Budget, edits_of
+from iskd.schedules.budget.options import options_of
 from iskd.training import run
 
 TINY = [
@@ -135,6 +137,48 @@ def test_a_native_plan_is_one_that_plain_transformers_opens(tmp_path: Path, foun
 def test_what_cannot_work_is_told(words: list[str], said: str, tmp_path: Path, found: Any) -> None:
     with pytest.raises(ValueError, match=said):
         parts(tmp_path, *words, f"cache_dir={found[0]}/cache")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("budget.options=[]", r"budget\.options=\[\] is a list, and that key takes keys, as in \{A: 1\}"),
+        ("budget.options=5", r"budget\.options=5 must be keys"),
+        ("+budget.options.x=5", r"budget\.options\.x=5 says nothing of an edit"),
+        ("+budget.options.x={edit: drop}", r"budget\.options\.x\.edit=drop must be replace or remove"),
+        (
+            "+budget.options.x={edit: convert, mixer: glaa}",
+            r"options\.x\.mixer='glaa' is no choice \(did you mean gla\?\)",
+        ),
+        ("+budget.options.x={edit: convert, mixer: {}}", r"options\.x\.mixer=\{\} is no choice"),
+        ("+budget.options.x={edit: convert, mixer: {name: gla, rnak: 4}}", r"options\.x\.mixer\.rnak is no key"),
+        ("+budget.options.x={edit: replace, block: {name: slim, ratio: 3}}", r"options\.x\.block\.ratio=3 must be"),
+        ("+budget.options.window.mixers={gla: odd}", r"options\.window\.mixers: an option has one mixer"),
+        ("+budget.options.slim_50.block.foo.bar=1", r"options\.slim_50\.block\.foo is no key"),
+        ("budget.options.slim_50.edit=remove", r"slim_50\.block does not go with edit: remove; drop it, or give"),
+    ],
+)
+def test_options_of_every_wrong_shape_are_told_in_a_sentence(word: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said) as told:
+        options_named(tmp_path, word)
+    assert "\n" not in str(told.value)
+
+
+def options_named(folder: Path, *words: str) -> list[Any]:
+    config, _ = compose.compose_config([*TINY, "budget=default", "budget.params=0.5", *words], folder)
+    budget = object_of(as_meant(config).budget)
+    return options_of(budget.options, budget.use)
+
+
+def test_an_option_names_its_part_as_the_command_line_does(tmp_path: Path) -> None:
+    words = (
+        "+budget.options.x={edit: convert, mixer: {name: gla, rank: 4}}",
+        "+budget.options.y={edit: convert, mixer: gla}",
+    )
+    found = {option.name: option.described() for option in options_named(tmp_path, *words)}
+    full = {"_target_": "iskd.mixers.gla.GLA", **found["x"]["mixer"], "rank": found["y"]["mixer"]["rank"]}
+    assert found["x"]["mixer"]["rank"] == 4
+    assert found["y"]["mixer"] == full
 
 
 def test_the_command_line_has_it(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from iskd.export.student import native_config
@@ -17,8 +18,10 @@ from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.schedules.budget import edits_of, steps_of
 from iskd.schedules.budget import search as searching
+from iskd.schedules.budget.calibration import Calibration, Promise
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, costs_of
+from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import Budget, limit_of
@@ -140,6 +143,48 @@ def test_scores_are_read_off_the_library(world: Any, monkeypatch: pytest.MonkeyP
     assert scorer.race(costs.layers) == first
 
 
+def test_scores_of_other_options_stay_and_single_ones_may_be_read_on_less(world: Any) -> None:
+    """A search with some of the options, and more of the text, takes nothing from one with all of them."""
+    teacher, scorer, costs = world
+    others = [option for option in scorer.options.values() if option.name in ("slim_50", "remove")]
+    again, some = (
+        Scorer(teacher, scorer.library, each, scorer.windows, 4) for each in ([*scorer.options.values()], others)
+    )
+    window = len(scorer.windows[0][0])
+    first, _ = again.race(costs.layers, window)
+    assert {len(rows) for rows in again._known().values()} == {1}
+    few, _ = some.race(costs.layers)
+    known = again._known()
+    assert set(known) == set(again.singles)
+    assert len(known[1, "window"]) == 1 < len(known[1, "remove"]) <= len(scorer.windows)
+    assert first[1, "window"] == known[1, "window"].mean().item()
+    assert few[1, "remove"] == known[1, "remove"].mean().item()
+
+
+def test_a_chain_takes_out_who_is_missed_least(world: Any) -> None:
+    """By asking all of them at every step; who is asked fewer takes out the least missed of these."""
+    _, scorer, costs = world
+    scores, _ = scorer.race(costs.layers)
+    chain, base = Chain(scorer, scores), scorer.whole
+    for count in range(1, DEPTH - 1):
+        near = [
+            scorer.with_one(base, (layer, name))
+            for layer in range(DEPTH)
+            for name in ("merge", "remove")
+            if base[layer] == KEEP
+        ]
+        near = [choice for choice in near if possible(choice, scorer.options)]
+        kls = scorer.values(base, near, coarse(len(scorer.windows))).mean((1, 2)).tolist()
+        base = near[kls.index(min(kls))]
+        assert chain.without(count) == base
+    first = Chain(scorer, scores, asked=1).without(1)
+    assert first is not None
+    assert min(scores[single] for single in scorer.singles if single[1] in ("merge", "remove")) == min(
+        scores[layer, name] for layer, name in enumerate(first) if name != KEEP
+    )
+    assert Chain(scorer, scores, asked=3).without(DEPTH) is None
+
+
 def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> None:
     _, scorer, costs = world
     chooser = Chooser(scorer, costs, BUDGET)
@@ -155,6 +200,19 @@ def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> No
             assert each.measured == pytest.approx(scorer.kl(each.choice))
         single = next(each for each in tried if each.found == "single scores")
         assert tried[0].measured <= single.measured
+        added = sum(chooser.scores[layer, name] for layer, name in enumerate(single.choice))
+        changed = sum(name != KEEP for name in single.choice)
+        assert single.promise == Promise(pytest.approx(added), changed)
+    # predictions: of each plan by a curve through the others, whichever budget they were found for
+    seen = chooser._seen
+    assert {choice: pytest.approx(kl) for choice, kl in chooser.predicted().items()} == {
+        choice: Calibration.fit(
+            *zip(*[(one.promise, one.measured) for other, one in seen.items() if other != choice], strict=True), DEPTH
+        ).of(each.promise)
+        for choice, each in seen.items()
+    }
+    expected = spearmanr(list(chooser.predicted().values()), [each.measured for each in seen.values()]).statistic
+    assert chooser.rank_correlation() == pytest.approx(expected)
     shares, kls = zip(*chooser.front(limits, "params", (0.9, 0.7, 0.5)), strict=True)
     assert shares == (0.9, 0.7, 0.5)
     assert list(kls) == sorted(kls)
@@ -311,18 +369,67 @@ def test_native_refuses_options_that_are_not(tmp_path: Path) -> None:
         (OPTIONS, ["slim50"], r"budget\.use names 'slim50' \(did you mean slim_50\?\)"),
         (OPTIONS, ["remove", "remove"], r"names 'remove' twice"),
         ({"keep": {"edit": "remove"}}, None, r"budget\.options\.keep: a layer can always be kept"),
+        ([], None, r"budget\.options=\[\]|options=\{\} leaves nothing"),
+        (["remove"], None, r"budget\.options=\['remove'\] are no options: give them by name, as \{NAME: "),
+        ("remove", None, "budget.options=remove are no options"),
+        ({"x": {"edit": "drop"}}, None, r"budget\.options\.x\.edit=drop is no edit: say .* with edit: replace, remove"),
+        ({"x": {"edit": ["remove"]}}, None, r"budget\.options\.x\.edit=\['remove'\] is no edit"),
+        ({"x": {"edit": {"remove": 1}}}, None, "is no edit"),
+        ({"x": {}}, None, r"budget\.options\.x=\{\} says nothing of an edit: say what is done"),
+        ({"x": []}, None, r"budget\.options\.x=\[\] says nothing of an edit"),
+        ({"x": "remove"}, None, r"budget\.options\.x=remove says nothing of an edit"),
         (
-            {"x": {"edit": "drop"}},
+            {"x": {"edit": "replace"}},
             None,
-            r"budget\.options\.x: say what is done to the layer, with edit: replace, remove",
+            r"budget\.options\.x\.block is not given: name the class, as in \{_target_: ",
         ),
-        ({"x": {"edit": "replace"}}, None, r"budget\.options\.x\.block: name the class"),
+        ({"x": {"edit": "convert", "mixer": 5}}, None, r"budget\.options\.x\.mixer is 5: name the class"),
+        ({"x": {"edit": "convert", "mixer": []}}, None, r"x\.mixer is \[\]: name the class"),
+        ({"x": {"edit": "convert", "mixer": {"rank": 4}}}, None, r"x\.mixer is \{'rank': 4\}: name the class"),
         (
-            {"x": {"edit": "remove", "block": {"_target_": "iskd.blocks.slim.Slim"}}},
+            {"x": {"edit": "convert", "mixer": {"_target_": "iskd.mixers.gla.Gla"}}},
             None,
-            r"x\.block does not go with edit",
+            r"x\.mixer: cannot import 'iskd\.mixers\.gla\.Gla'",
+        ),
+        ({"x": {"edit": "convert", "mixer": {"_target_": "os.system"}}}, None, "outside the allow-list"),
+        (
+            {"x": {"edit": "convert", "mixer": {"_target_": "iskd.blocks.slim.Slim"}}},
+            None,
+            r"x\.mixer=iskd\.blocks\.slim\.Slim is no mixer: name one, as in",
+        ),
+        (
+            {"x": {"edit": "replace", "block": {"_target_": "iskd.mixers.gla.GLA"}}},
+            None,
+            r"x\.block=iskd\.mixers\.gla\.GLA is no block",
+        ),
+        (
+            {"x": {**OPTIONS["window"], "mixers": {"gla": "odd"}}},
+            None,
+            r"budget\.options\.x\.mixers: an option has one mixer; make an option of each",
+        ),
+        ({"x": {**OPTIONS["window"], "mixers": {"gla": {"layers": [1], "rank": 4}}}}, None, "has one mixer"),
+        (
+            {"x": {"edit": "remove", "block": OPTIONS["slim_50"]["block"]}},
+            None,
+            r"x\.block does not go with edit: remove",
         ),
         ({"x": {"edit": "merge", "rigde": 1}}, None, r"x\.rigde is no key \(did you mean ridge\?\)"),
+        ({"x": {"edit": "merge", "ridge": "much"}}, None, r"budget\.options\.x\.ridge=much must be a finite number"),
+        ({"x": {"edit": "merge", "ridge": {"a": 1}}}, None, r"budget\.options\.x\.ridge=\{'a': 1\} must be"),
+        (
+            {"x": {"edit": "merge", "fit": False}},
+            None,
+            r"budget\.options\.x: edit\.fit=false: layers are merged by a fit",
+        ),
+        ({"x": {"edit": "remove", 5: 1}}, None, r"budget\.options\.x\.5 is no key"),
+        ({"x": {"edit": "remove", "layers": [1]}}, None, r"budget\.options\.x\.layers is no key"),
+        (
+            {**OPTIONS, "gone": {"edit": "remove"}},
+            None,
+            r"budget\.options\.gone is the same as budget\.options\.remove",
+        ),
+        ({**OPTIONS, "keep": {"edit": "remove"}}, ["remove"], r"budget\.options\.keep: a layer can always be kept"),
+        ({**OPTIONS, "remove": None}, ["remove"], r"budget\.use names 'remove', and budget\.options\.remove is null"),
         ({"x": None}, None, "every option is null"),
     ],
 )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands import build
 from iskd.commands.compose import compose_config
 from iskd.commands.config import as_meant
-from iskd.plan.budget import ON_CPU, ON_GPU, PASSES, gpu_budget
+from iskd.plan.token_budget import ON_CPU, ON_GPU, PASSES, gpu_token_budget
 from iskd.training import run
 from iskd.training.plan_table import print_plan
 
@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(asked: DictConfig, tokens: int) -> tuple[int, str]:
-    told = build._budget(asked, lambda: tokens)
+    told = build._default_tokens(asked, lambda: tokens)
     return asked.schedule.tokens, told
 
 
@@ -45,7 +45,7 @@ def test_a_gpu_is_not_given_the_budget_of_a_cpu(schedule: str) -> None:
     assert BOARD in told
     assert "4.0 passes over the 460,800 tokens" in told
     assert "20,000,000" in told
-    assert told.endswith("more text by data=, another budget by schedule.tokens=N")
+    assert told.endswith("more text by data=, another number by schedule.tokens=N")
     tokens, told = settled(config(*keys), 10**9)
     assert tokens == ON_GPU
     assert "20,000,000 for a run on a GPU (Board 9000, 24 GB)" in told
@@ -71,8 +71,8 @@ def test_micro_batches_of_a_gpu_are_not_short_of_updates() -> None:
 
 
 def test_little_text_is_not_too_little_to_train() -> None:
-    assert gpu_budget(BOARD, 100).tokens == ON_CPU
-    assert gpu_budget(BOARD, ON_GPU // PASSES).tokens == ON_GPU
+    assert gpu_token_budget(BOARD, 100).tokens == ON_CPU
+    assert gpu_token_budget(BOARD, ON_GPU // PASSES).tokens == ON_GPU
 
 
 def test_the_plan_says_what_was_decided_and_the_run_keeps_it(tmp_path: Path, capsys: Any) -> None:

@@ -13,7 +13,7 @@ PASSES = 4
 
 
 @dataclass(frozen=True)
-class Budget:
+class TokenBudget:
     """What was decided, and the sentence that the plan says of it.
 
     Attributes:
@@ -25,16 +25,16 @@ class Budget:
     told: str
 
 
-def cpu_budget(machine: str) -> Budget:
+def cpu_token_budget(machine: str) -> TokenBudget:
     """That of a run on a CPU; `machine` is what it is called."""
-    return Budget(
+    return TokenBudget(
         ON_CPU,
         f"schedule.tokens is not set: {ON_CPU:,} for a run on a CPU ({machine}), which is a first look; "
-        "another budget by schedule.tokens=N",
+        "another number by schedule.tokens=N",
     )
 
 
-def gpu_budget(machine: str, text_tokens: int) -> Budget:
+def gpu_token_budget(machine: str, text_tokens: int) -> TokenBudget:
     """That of a run on a GPU: `ON_GPU`, but at most `PASSES` over the training text and at least what a CPU gets.
 
     Args:
@@ -43,11 +43,11 @@ def gpu_budget(machine: str, text_tokens: int) -> Budget:
     """
     tokens = max(ON_CPU, min(ON_GPU, PASSES * text_tokens))
     if tokens == ON_GPU:
-        how, other = f"{tokens:,} for a run on a GPU ({machine})", "another budget by schedule.tokens=N"
+        how, other = f"{tokens:,} for a run on a GPU ({machine})", "another number by schedule.tokens=N"
     else:
         how = (
             f"{tokens:,} on a GPU ({machine}), {tokens / max(1, text_tokens):.1f} passes over the {text_tokens:,} "
             f"tokens of training text; with more text it would be {ON_GPU:,}"
         )
-        other = "more text by data=, another budget by schedule.tokens=N"
-    return Budget(tokens, f"schedule.tokens is not set: {how}; {other}")
+        other = "more text by data=, another number by schedule.tokens=N"
+    return TokenBudget(tokens, f"schedule.tokens is not set: {how}; {other}")
