@@ -1,6 +1,6 @@
 """Score students on data that neither training nor selection saw, and make the tables of the README.
 
-`score RUN...` scores the last student of a run as `experiments/ild-smollm2/evaluate.py` does, and writes
+`score RUN...` scores the last student of a run as `experiments/scoring.py` does, and writes
 scores/NAME.json with what was asked after every stage. `table` prints a table for every part of the comparison, and
 the scores along the runs that have them.
 """
@@ -17,18 +17,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCORES = HERE / "scores"
-sys.path.insert(0, str(HERE.parent / "ild-smollm2"))
+sys.path[:0] = [str(HERE.parent / "ild-smollm2"), str(HERE.parent)]
 
 import evaluate as ild  # noqa: E402
+import scoring  # noqa: E402
 
 from iskd.evaluation.results import evaluation_of  # noqa: E402
 from iskd.training.state import checkpoint  # noqa: E402
 
 
-def score(run: Path, scorer: ild.Scorer) -> None:
+def score(run: Path, scorer: scoring.Scorer) -> None:
     """Score the student at the end of a run; scores/NAME.json also holds what its stages were asked."""
-    newest = max((run / "checkpoints").glob("*-boundary"), key=lambda path: int(path.name.partition("-")[0]))
-    [row] = ild.score(run, [len(checkpoint.read_state(newest).record.layers)], scorer, kept=SCORES)
+    layers = len(checkpoint.read_state(scoring.boundaries(run)[-1]).record.layers)
+    row = scoring.score(run, [layers], scorer, SCORES)[-1]
     stages = json.loads((run / "stages.json").read_text())
     along = [
         {
@@ -49,7 +50,7 @@ def table() -> None:
     for file in sorted(SCORES.glob("*-[0-9]*.json")):
         part, _, name = file.stem.rpartition("-")[0].partition("-")
         parts[part][name].append(json.loads(file.read_text())[0])
-    heads = ["method", "params M", "seeds", "tokens k", "s", *ild.COLUMNS, "average lost %", ""]
+    heads = ["method", "params M", "seeds", "tokens k", "s", *scoring.COLUMNS, "average lost %", ""]
     for part, methods in parts.items():
         print(f"\n**{part}**\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
@@ -86,7 +87,7 @@ def main() -> None:
     if asked.command == "table":
         table()
         return
-    scorer = ild.Scorer(asked.data, asked.items, asked.tokens)
+    scorer = scoring.Scorer(asked.data, asked.items, asked.tokens)
     for run in asked.runs:
         score(run, scorer)
 
