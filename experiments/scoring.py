@@ -119,8 +119,11 @@ def student_at(path: Path, teacher: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(run: Path, depths: list[int], scorer: Scorer, kept: Path) -> list[dict[str, Any]]:
-    """Score a run's students of the wanted depths, write NAME.json into the folder `kept`, and the teacher's once."""
+def score(run: Path, depths: list[int] | None, scorer: Scorer, kept: Path) -> list[dict[str, Any]]:
+    """Score a run's students of the wanted depths, write NAME.json into the folder `kept`, and the teacher's once.
+
+    Of several students of a depth it is the first; without depths the last student of all.
+    """
     kept.mkdir(exist_ok=True)
     rows = json.loads((run / "stages.json").read_text())
     found: list[dict[str, Any]] = []
@@ -128,10 +131,10 @@ def score(run: Path, depths: list[int], scorer: Scorer, kept: Path) -> list[dict
         size = {"layers": len(Stack(scorer.teacher.model).layers), "params": surgery.parameters(scorer.teacher.model)}
         teacher = {**size, "tokens": 0, "seconds": 0, **scorer.score(scorer.teacher.model)}
         (kept / "teacher.json").write_text(json.dumps(teacher))
-    for path in boundaries(run):
+    for path in boundaries(run) if depths is not None else boundaries(run)[-1:]:
         state = checkpoint.read_state(path)
         layers = len(state.record.layers)
-        if layers not in depths or any(row["layers"] == layers for row in found):
+        if depths is not None and (layers not in depths or any(row["layers"] == layers for row in found)):
             continue
         model = student_at(path, scorer.teacher.model)
         facts = {

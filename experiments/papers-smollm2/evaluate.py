@@ -23,13 +23,11 @@ import evaluate as ild  # noqa: E402
 import scoring  # noqa: E402
 
 from iskd.evaluation.results import evaluation_of  # noqa: E402
-from iskd.training.state import checkpoint  # noqa: E402
 
 
 def score(run: Path, scorer: scoring.Scorer) -> None:
     """Score the student at the end of a run; scores/NAME.json also holds what its stages were asked."""
-    layers = len(checkpoint.read_state(scoring.boundaries(run)[-1]).record.layers)
-    row = scoring.score(run, [layers], scorer, SCORES)[-1]
+    [row] = scoring.score(run, None, scorer, SCORES)
     stages = json.loads((run / "stages.json").read_text())
     along = [
         {

@@ -31,7 +31,6 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from iskd.commands.config import object_of  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
-from iskd.training.state import checkpoint  # noqa: E402
 
 TEXTS = (*scoring.TEXTS, "ppl_stories")
 COLUMNS = (
@@ -70,8 +69,7 @@ class Scorer(scoring.Scorer):
 
 def score(run: Path, scorer: Scorer) -> None:
     """Score the student at the end of a run, and add its line."""
-    layers = len(checkpoint.read_state(scoring.boundaries(run)[-1]).record.layers)
-    [row] = scoring.score(run, [layers], scorer, kept=run.parent)
+    [row] = scoring.score(run, None, scorer, kept=run.parent)
     if not RESULTS.exists():
         teacher = json.loads((run.parent / "teacher.json").read_text())
         add(summary("teacher", {"depth": teacher["layers"], "budget": 0, "seed": 0}, teacher))
