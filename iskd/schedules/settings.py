@@ -28,7 +28,7 @@ class Heal:
     """How the student is trained; of every schedule.
 
     Attributes:
-        tokens: training tokens of the whole run; a command asks its machine where nobody says (`iskd.plan.token_budget`).
+        tokens: training tokens of the whole run; a command asks its machine where nobody says (`plan.token_budget`).
         epochs: in the place of `tokens`: passes over the training text in every stage that trains; of `schedule=align`,
             whose stages are shares of one budget, in the whole run. Stages then see the same text, each in an order of
             its own.
