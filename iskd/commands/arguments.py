@@ -26,9 +26,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import NEEDED, with_export_keys
 from iskd.commands.line import FULL_ERROR, in_own_words, told
-from iskd.commands.paths import assigned, literal, path_of, takes_path
+from iskd.commands.values.config import NEEDED, with_export_keys
+from iskd.commands.values.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange

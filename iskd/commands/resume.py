@@ -10,8 +10,8 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import as_meant, plain, with_export_keys
-from iskd.commands.paths import at_home
+from iskd.commands.values import as_meant, at_home, plain
+from iskd.commands.values.config import with_export_keys
 from iskd.data.hub_rows import is_commit
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP

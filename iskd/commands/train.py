@@ -21,8 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
-from iskd.commands.config import plain
-from iskd.commands.paths import assigned
+from iskd.commands.values import plain
+from iskd.commands.values.paths import assigned
 from iskd.plan import StageResult
 from iskd.plan.failure import write_failure
 from iskd.plan.results import read_stages

@@ -219,7 +219,7 @@ def _keys(spec: EvalSpec) -> list[str]:
 
 
 def _in_hydra(value: object) -> str:
-    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.paths`)."""
+    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.values.paths`)."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_in_hydra(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):

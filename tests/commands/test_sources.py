@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.arguments import literal_paths
 from iskd.commands.build import source_of
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant
 from iskd.commands.resume import _differences
+from iskd.commands.values.config import as_meant
 from iskd.data import HubDataset, Source, TextFiles
 from iskd.data.mix import Mix
 from iskd.data.sources import Docstrings

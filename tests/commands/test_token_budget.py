@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands import build
+from iskd.commands.build import tokens as tokens_of
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant
+from iskd.commands.values.config import as_meant
 from iskd.plan.token_budget import ON_CPU, ON_GPU, PASSES, gpu_token_budget
 from iskd.training import run
 from iskd.training.plan_table import print_plan
@@ -27,11 +28,11 @@ def config(*overrides: str) -> DictConfig:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(build, "called", lambda device: BOARD if device.type == "cuda" else "a processor, 2 cores")
+    monkeypatch.setattr(tokens_of, "called", lambda device: BOARD if device.type == "cuda" else "a processor, 2 cores")
 
 
 def settled(asked: DictConfig, tokens: int) -> tuple[int, str]:
-    told = build._default_tokens(asked, lambda: tokens)
+    told = tokens_of.default_tokens(asked, lambda: tokens)
     return asked.schedule.tokens, told
 
 
@@ -65,9 +66,9 @@ def test_who_asks_for_a_budget_or_the_cpu_gets_it() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_micro_batches_of_a_gpu_are_not_short_of_updates() -> None:
-    assert build._batch_of(config()) == 2
-    assert build._batch_of(config("trainer=cpu")) == 1, "32,768 tokens are 64 steps of one window"
-    assert build._batch_of(config("trainer=cpu", "schedule.tokens=1M")) == 2
+    assert tokens_of.batch_of(config()) == 2
+    assert tokens_of.batch_of(config("trainer=cpu")) == 1, "32,768 tokens are 64 steps of one window"
+    assert tokens_of.batch_of(config("trainer=cpu", "schedule.tokens=1M")) == 2
 
 
 def test_little_text_is_not_too_little_to_train() -> None:

@@ -19,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
 from iskd.commands.arguments import arguments
-from iskd.commands.config import object_of, plain, spec
+from iskd.commands.build.folder import claim
+from iskd.commands.build.tokens import default_tokens
 from iskd.commands.resume import resumed
+from iskd.commands.values.config import object_of, plain, spec
 from iskd.plan.failure import read_failure
 from iskd.plan.options import RunOptions
 from iskd.schedules.align import Align
@@ -108,7 +110,7 @@ def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
 
 
 def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
-    """On a CPU: how much is trained where nobody says follows the machine (tests/commands/test_budget.py)."""
+    """On a CPU: how much is trained where nobody says follows the machine (tests/commands/test_token_budget.py)."""
     config = on_a_cpu(composed())
     assert RunOptions(**plain(config.run)) == RunOptions()
     assert object_of(config.optim) == OptimSpec()
@@ -122,7 +124,7 @@ def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
 
 def on_a_cpu(config: DictConfig) -> DictConfig:
     config.trainer.accelerator = "cpu"
-    assert "32,768" in build._budget(config, None)  # type: ignore[arg-type]
+    assert "32,768" in default_tokens(config, None)  # type: ignore[arg-type]
     return config
 
 
@@ -288,12 +290,12 @@ def test_a_mistyped_value_takes_no_folder(tmp_path: Path) -> None:
     for work in ("stages.json", "record.json", "model", "checkpoints/000001-stage"):
         (tmp_path / work).mkdir(parents=True)
         with pytest.raises(ValueError, match="holds another run"):
-            build._claim(tmp_path, resuming=False)
+            claim(tmp_path, resuming=False)
         run_lock.release(lock)
         (tmp_path / work).rmdir()
-    build._claim(tmp_path, resuming=False)
+    claim(tmp_path, resuming=False)
     with pytest.raises(ValueError, match="holds another run"):
-        build._claim(tmp_path, resuming=False)  # by a run of this process that has come to no checkpoint yet
+        claim(tmp_path, resuming=False)  # by a run of this process that has come to no checkpoint yet
     run_lock.release(lock)
     run(build.parts(composed(*asked, "plan_only=true", f"cache_dir={tmp_path}/cache"), tmp_path))
     assert OmegaConf.load(file).seed == 0

@@ -43,6 +43,8 @@ ROOMS = (
     "training",
     "training/profile",
     "commands/line",
+    "commands/values",
+    "commands/build",
     "commands",
     "commands/search",
 )
@@ -152,8 +154,7 @@ LONG = {
     "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
     "evaluation/results": "what two files of measurements hold, field after field, and one reader for each",
     "evaluation/tasks/task_items": "one table of file formats, a few lines for each task",
-    "commands/config": "from a command line to values as meant, step after step",
-    "commands/build": "every object of a run from its config, each made in a few lines",
+    "commands/values/config": "from a command line to values as meant, step after step",
     "export/card": "one page, section after section",
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
@@ -171,8 +172,8 @@ OUTSIDE = ("tests", "benchmarks", "experiments")
 
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
-    "hydra": {"commands"},
-    "omegaconf": {"commands"},
+    "hydra": {"commands", "commands/build", "commands/values"},
+    "omegaconf": {"commands", "commands/build", "commands/values"},
     "lightning": {
         "data/module",
         "training/callback",

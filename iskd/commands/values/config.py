@@ -19,7 +19,7 @@ from iskd.commands.line import roots_known, unknown_key
 from iskd.commands.line.offered import options_as_meant
 from iskd.commands.line.sources import describe_sources
 from iskd.commands.line.steps import steps_as_meant
-from iskd.commands.paths import at_home
+from iskd.commands.values.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
