@@ -118,11 +118,20 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
         )
     held = torch.zeros(len(every), dtype=torch.bool)
     held[torch.arange(number) * len(every) // number] = True
-    rows, mine = max(1, _BATCH // every.shape[1]), slice(ranks.rank, None, ranks.size)
     fit = every[~held]
     folds = max(1, min(refit.folds, len(fit) // ranks.size))
-    batches = [(batch, fold) for fold in range(folds) for batch in fit[fold::folds][mine].split(rows)]
-    return [batch for batch, _ in batches], [fold for _, fold in batches], list(every[held][mine].split(rows))
+    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], ranks)]
+    return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], ranks)
+
+
+def in_batches(windows: Tensor, ranks: Ranks) -> list[Tensor]:
+    """This rank's of some windows [N, T], at least one for each rank, in as many batches as every other rank has.
+
+    In shards a pass of a block is a collective: a rank with a batch more than the others would wait for them forever.
+    So batches differ in size by a window instead.
+    """
+    rows, most, least = max(1, _BATCH // windows.shape[1]), -(-len(windows) // ranks.size), len(windows) // ranks.size
+    return list(windows[ranks.rank :: ranks.size].tensor_split(min(-(-most // rows), least)))
 
 
 def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
