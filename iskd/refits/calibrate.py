@@ -59,6 +59,10 @@ class Calibrate(Refit):
         """Two of the teacher's blocks, and of the mixers' half a block."""
         return 2.5
 
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The blocks of this stage's mixers."""
+        return task.blocks({edit.layer for edit in task.edits if isinstance(edit, Convert)})
+
     def refit(self, task: RefitTask) -> list[str]:
         """Calibrate; see the class. Raises ValueError for a student in shards."""
         if is_sharded(task.student):

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import measure_quality
@@ -35,6 +36,7 @@ def refit_survivors(
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext(),
     check_stop: Callable[[], None] = lambda: None,
     states: TeacherStates | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """Refit the surviving blocks of `student` after `edits`; a collective.
 
@@ -49,6 +51,7 @@ def refit_survivors(
         opened: see `RefitTask`.
         check_stop: see `RefitTask`.
         states: see `RefitTask`.
+        folder: see `RefitTask`.
 
     Returns:
         Sentences for the run's record: what each refit did, and what it was worth.
@@ -63,7 +66,9 @@ def refit_survivors(
             alone = refit.by_layers and not sharding.is_sharded(student)  # a process has whole layers, and all text
             text = windows(refit.tokens + refit.held_tokens)
             fit, fold_of, held = split(text, refit, Ranks() if alone else ranks)
-            task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states)
+            task = RefitTask(
+                student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
+            )
             expected: dict[int, Tensor] = {}
             before = _kl(task, expected)
             if not ranks.first(math.isfinite(before)):
@@ -72,7 +77,7 @@ def refit_survivors(
                     "before anything is refitted; check the weights of both, or train in float32 "
                     "(trainer.precision=32-true)"
                 )
-            kept = _weights(student)
+            kept = _weights(student, refit.changes(task))
             told = refit.refit(task)
             after = _kl(task, expected)
             better = ranks.first(after < before - _ROUNDING)
@@ -145,10 +150,17 @@ def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
     return kl
 
 
-def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: sharding.local(p.detach()).cpu().clone() for name, p in student.named_parameters()}
+def _weights(student: PreTrainedModel, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The weights of some modules of the student, by their names there; in shards those that are here."""
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {
+        name: sharding.local(parameter.detach()).cpu().clone()
+        for name, parameter in student.named_parameters()
+        if id(parameter) in held
+    }
 
 
 def _put_back(student: PreTrainedModel, kept: dict[str, Tensor]) -> None:
     for name, parameter in student.named_parameters():
-        sharding.local(parameter.detach()).copy_(kept[name])
+        if name in kept:
+            sharding.local(parameter.detach()).copy_(kept[name])

@@ -21,7 +21,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
@@ -95,6 +95,13 @@ class Output(BlockRefit):
         """Where the attention's output is re-solved, and the MLP reads it."""
         return "attention" in self.projections and stack.sequential
 
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The projections of the chosen blocks."""
+        family = Stack(task.student).family
+        paths = {family.down} if "mlp" in self.projections else set()
+        paths |= {family.out, f"{family.attn}.{MIXER_OUT}"} if "attention" in self.projections else set()
+        return [module for block in super().changes(task) for path, module in block.named_modules() if path in paths]
+
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Re-solve; see the class."""
         stack = Stack(task.student)
@@ -121,7 +128,7 @@ class Output(BlockRefit):
         if site.position == 0:
             down.check_last(0)  # blocks of a family are alike
         # what the block gives beside the map, and the map's inputs: all that its output with new weights needs
-        rest, seen, outputs = (Streams(self.streams, task.device) for _ in range(3))
+        rest, seen, outputs = (task.streams(self.streams) for _ in range(3))
         systems = [down.sums() for _ in range(folds + 1)]
         for index, target in enumerate(site.targets):
             with mixed.standing_in(site, index) if mixed else _as_it_is():
@@ -139,7 +146,7 @@ class Output(BlockRefit):
         self, task: RefitTask, site: Site, out: Projection, folds: int, notes: Sequence[_Solved]
     ) -> tuple[_Mixed, _Solved]:
         """The output projection of the attention, or of the mixer in its place, towards the state before the MLP."""
-        seen = Streams(self.streams, task.device)
+        seen = task.streams(self.streams)
         systems = [out.sums() for _ in range(folds + 1)]
         goals = site.targets if site.middle is None else site.middle
         others: Tensor

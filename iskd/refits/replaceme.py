@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
+from torch import nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
@@ -45,6 +46,10 @@ class ReplaceMe(Refit):
     def passes(self) -> float:
         """One of each model."""
         return 2.0
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The blocks below the gaps."""
+        return task.blocks(task.gaps())
 
     def refit(self, task: RefitTask) -> list[str]:
         """Bridge; see the class."""

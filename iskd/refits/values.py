@@ -29,7 +29,6 @@ from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.refits.base import BlockRefit, RefitTask, Site
 from iskd.refits.projections import MIXER_OUT, Projection
-from iskd.refits.streams import Streams
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _CLOSE = 0.05  # relative distance at which mixing by the matrix counts as what the mixer does
@@ -260,7 +259,7 @@ class _Linear:
         self._task, self._v = task, mixer.projections.get_submodule("v_proj")
         self.heads, self._width = mixer.kv_heads, mixer.head_dim
         self._readers = mixer.heads // mixer.kv_heads
-        self._reads, self._mixes, self._lacks = (Streams(place, task.device) for _ in range(3))
+        self._reads, self._mixes, self._lacks = (task.streams(place) for _ in range(3))
         self._out_DHK = out.start().weight.float().unflatten(1, (mixer.heads, self._width))
         self._weights = []
         goals = site.targets if site.middle is None else site.middle

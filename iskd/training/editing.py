@@ -60,6 +60,7 @@ def carry_out(
     forward_context: Callable[[], AbstractContextManager[None]],
     refits: Sequence[Refit] = (),
     windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
+    folder: Path | None = None,
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
@@ -74,6 +75,7 @@ def carry_out(
         forward_context: the precision under which training runs.
         refits: of the surviving blocks, in order; none where the stage edits nothing.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+        folder: where their states on disk lie; None = where the system keeps temporary files.
 
     Raises:
         BrokenOffError: a process was asked to stop between two blocks of a refit.
@@ -96,7 +98,7 @@ def carry_out(
     refits = [refit.on(share) for refit in refits if share]
     if stage.edits and refits:
         with forward_context():
-            refitted = _refit(module, optimizer, record, stage, refits, windows)
+            refitted = _refit(module, optimizer, record, stage, refits, windows, folder)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
@@ -131,6 +133,7 @@ def _refit(
     stage: Stage,
     refits: Sequence[Refit],
     windows: Callable[[int], Sequence[Tensor]],
+    folder: Path | None,
 ) -> list[str]:
     """What the refits say that they did to the student."""
     student = module.student
@@ -148,7 +151,7 @@ def _refit(
 
     return refit_survivors(
         refits, student, module.teacher, record, stage.edits, windows,
-        ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states,
+        ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states, folder=folder,
     )  # fmt: skip
 
 
@@ -159,6 +162,7 @@ class Editor:
         refits: of the surviving blocks after every edit, in order.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
         by_step: in the place of `refits`, those of each step of `schedule=mixed`.
+        folder: where their states on disk lie; None = where the system keeps temporary files.
     """
 
     in_place = True
@@ -169,8 +173,9 @@ class Editor:
         refits: Sequence[Refit] = (),
         windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
         by_step: Sequence[Sequence[Refit]] = (),
+        folder: Path | None = None,
     ) -> None:
-        self.refits, self.windows, self.by_step = refits, windows, by_step
+        self.refits, self.windows, self.by_step, self.folder = refits, windows, by_step, folder
 
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
@@ -208,7 +213,8 @@ class Editor:
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> Edited:
         """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
-        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits_of(stage), self.windows)
+        refits = self.refits_of(stage)
+        return carry_out(module, optimizer, stage, batches(), forward_context, refits, self.windows, self.folder)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

@@ -95,7 +95,9 @@ def test_processes_add_up(tmp_path: Path) -> None:
     changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3, **UNEVEN),)}
     ends = {}
     for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
-        run_world(size, programs.refitted_unevenly, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
+        run_world(
+            size, programs.refitted_unevenly, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name
+        )
         seen = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
         assert all(len(set(step)) == 1 for one in seen for step in one["digests"]), "ranks differ after a step"
         ends[name] = dict(load_file(tmp_path / f"{name}.safetensors"))
