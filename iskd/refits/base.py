@@ -41,7 +41,6 @@ class Refit(ABC):
     Attributes:
         tokens: calibration tokens, over all processes, that weights are fitted to.
         held_tokens: calibration tokens beside them that choose among fits and judge the refit.
-        streams: where the states of all windows lie between two blocks: device, host or disk.
         folds: parts of the text that are fitted to in turn, where a refit does that.
 
     Raises:
@@ -50,7 +49,6 @@ class Refit(ABC):
 
     tokens: PositiveInt = 32_768
     held_tokens: PositiveInt = 8_192
-    streams: str = "device"
     folds: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -62,8 +60,9 @@ class Refit(ABC):
                     f"refit.{name}.{key}={getattr(self, key)}: a refit needs calibration text; give more, or use "
                     "refit=none"
                 )
-        if self.streams not in PLACES:
-            raise ValueError(f"refit.{name}.streams={self.streams!r}: choose {', '.join(PLACES)}")
+        place = getattr(self, "streams", PLACES[0])
+        if place not in PLACES:
+            raise ValueError(f"refit.{name}.streams={place!r}: choose {', '.join(PLACES)}")
 
     @classmethod
     def name(cls) -> str:
@@ -84,6 +83,16 @@ class Refit(ABC):
     def by_layers(self) -> bool:
         """Whether processes share out the layers, and each reads all windows; otherwise they share out the windows."""
         return False
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Raise ValueError where it cannot be carried out after some edits.
+
+        Asked before a run scores or edits anything.
+
+        Args:
+            stack: the teacher, whole or in shards.
+            edits: all of the student by then; which layers they are of may turn out otherwise.
+        """
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
         """Modules that hold all weights it may change: what has to be kept in case that it is taken back."""
@@ -168,12 +177,14 @@ class BlockRefit(Refit):
 
     Attributes:
         blocks: which: those below the gaps (or at the edited layers) of this stage, those `above` too, or all.
+        streams: where the states of all windows lie between two blocks: device, host or disk (below `cache_dir`).
 
     Raises:
         ValueError: a value that cannot work; the message names its key.
     """
 
     blocks: str = "all"
+    streams: str = "device"
 
     def __post_init__(self) -> None:
         """Check the values."""

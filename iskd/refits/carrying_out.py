@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import measure_quality
-from iskd.models import scoring, sharding
+from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
 from iskd.plan import Edit, Record
 from iskd.refits.base import Refit, RefitTask
@@ -63,9 +63,8 @@ def refit_survivors(
     with scoring(student, teacher), without_autocast_cache():
         for refit in refits:
             start, name = time.perf_counter(), refit.name()
-            alone = refit.by_layers and not sharding.is_sharded(student)  # a process has whole layers, and all text
             text = windows(refit.tokens + refit.held_tokens)
-            fit, fold_of, held = split(text, refit, Ranks() if alone else ranks)
+            fit, fold_of, held = split(text, refit, _readers(refit, student, ranks))
             task = RefitTask(
                 student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
             )
@@ -94,6 +93,32 @@ def refit_survivors(
     return events
 
 
+def check_refits(
+    refits: Sequence[Refit],
+    teacher: PreTrainedModel,
+    edits: Sequence[Edit],
+    windows: Callable[[int], Sequence[Tensor]],
+    ranks: Ranks,
+) -> None:
+    """Raise ValueError for refits that could not be carried out, so that no run comes to it after hours.
+
+    Args:
+        refits: in order, on the text that they will read.
+        teacher: the frozen original.
+        edits: all of the student by then.
+        windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
+        ranks: the processes of the run.
+    """
+    for refit in refits:
+        refit.check(Stack(teacher), edits)
+        split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, teacher, ranks))
+
+
+def _readers(refit: Refit, model: PreTrainedModel, ranks: Ranks) -> Ranks:
+    """The processes that share out a refit's windows: this one alone where they share out whole layers."""
+    return Ranks() if refit.by_layers and not sharding.is_sharded(model) else ranks
+
+
 def training_tokens(refits: Sequence[Refit]) -> float:
     """Training tokens that take about as long as some refits of one edit: a step is four passes of the blocks."""
     return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in refits) / 4
@@ -118,8 +143,8 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
         raise ValueError(
             f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
             f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "
-            f"{ranks.size * every.shape[1]} each (where schedule.local_share says how much they read, "
-            "schedule.tokens), or give more calibration text (data.calibration_fraction)"
+            f"{ranks.size * every.shape[1]} each (where schedule.refit_share or local_share says how much "
+            "they read, that or schedule.tokens), or give more calibration text (data.calibration_fraction)"
         )
     held = torch.zeros(len(every), dtype=torch.bool)
     held[torch.arange(number) * len(every) // number] = True

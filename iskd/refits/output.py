@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
 from iskd.models import Stack
+from iskd.plan import Edit
 from iskd.refits.base import BlockRefit, RefitTask, Site
-from iskd.refits.projections import MIXER_OUT, Projection, checked
+from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked
 from iskd.refits.streams import Streams
 
 PROJECTIONS = ("attention", "mlp")
@@ -94,6 +95,10 @@ class Output(BlockRefit):
     def between(self, stack: Stack) -> bool:
         """Where the attention's output is re-solved, and the MLP reads it."""
         return "attention" in self.projections and stack.sequential
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for a model with norms behind what its blocks add."""
+        check_plain(stack, self.name())
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
         """The projections of the chosen blocks."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
+from iskd.models import Stack
 from iskd.models.projections import weight_of
 from iskd.refits.base import Site
 
@@ -18,6 +19,15 @@ _BEHIND = (
     "{path} of layer {layer}: what it returns is not added to the stream as it is (a norm stands behind it), so it "
     "cannot be re-solved in closed form: use refit=local"
 )
+
+
+def check_plain(stack: Stack, name: str) -> None:
+    """Raise ValueError where a refit of a name could re-solve no projection of a model's blocks."""
+    if not stack.adds_plainly:
+        raise ValueError(
+            f"refit={name} re-solves what is added to the stream in closed form, and in this model "
+            f"({stack.config.model_type}) a norm stands behind it: use refit=local"
+        )
 
 
 class _Entered(Exception):
@@ -39,9 +49,9 @@ class Projection:
     def at(cls, site: Site, *paths: str) -> Projection | None:
         """The first of some paths that the block has; None where a compact block has none of them.
 
-        Raises ValueError in a family whose blocks have norms behind them.
+        Raises ValueError in a model whose blocks have norms behind what they add, or behind the sum.
         """
-        if site.stack.family.post_norms:
+        if not site.stack.adds_plainly:
             raise ValueError(_BEHIND.format(path=paths[0], layer=site.layer))
         for path in paths:
             module = site.submodule(path)

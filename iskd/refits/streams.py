@@ -61,7 +61,10 @@ class Streams:
 
 
 def _take_room(file: Path, size: int) -> None:
-    """Make a file of so many bytes; raises OSError where there is no room, which a map of it would end the process by."""
+    """Make a file of so many bytes.
+
+    Raises OSError where there is no room; to write into a map of a file without would end the process.
+    """
     try:
         with file.open("xb") as opened:
             if hasattr(os, "posix_fallocate"):
@@ -72,6 +75,6 @@ def _take_room(file: Path, size: int) -> None:
         free = shutil.disk_usage(file.parent).free
         raise OSError(
             error.errno,
-            f"the states of a refit have no room in {file.parent.parent} ({free / 2**30:.1f} GiB free, {error.strerror}): "
-            "set cache_dir to a larger disk, refit.NAME.streams=host, or fewer refit.NAME.tokens",
+            f"the states of a refit have no room in {file.parent.parent} ({free / 2**30:.1f} GiB free, "
+            f"{error.strerror}): set cache_dir to a larger disk, refit.NAME.streams=host, or fewer refit.NAME.tokens",
         ) from error

@@ -23,7 +23,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, refit_survivors, training_tokens
+from iskd.refits import Refit, check_refits, refit_survivors, training_tokens
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -92,10 +92,7 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
-    share = stage.refit_share
-    if stage.refit_budget and refits:
-        share *= stage.refit_budget / training_tokens(refits)
-    refits = [refit.on(share) for refit in refits if share]
+    refits = _on_text(refits, stage)
     if stage.edits and refits:
         with forward_context():
             refitted = _refit(module, optimizer, record, stage, refits, windows, folder)
@@ -110,6 +107,14 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events, seconds if refitted else 0.0)
+
+
+def _on_text(refits: Sequence[Refit], stage: Stage) -> list[Refit]:
+    """The refits of a stage on as much text as it lets them read; none where that is nothing."""
+    share = stage.refit_share
+    if stage.refit_budget and refits:
+        share *= stage.refit_budget / training_tokens(refits)
+    return [refit.on(share) for refit in refits if share]
 
 
 def _opened(before: Record, edits: Sequence[Edit]) -> list[int]:
@@ -188,6 +193,17 @@ class Editor:
 
     def check(self, *, timed: bool) -> None:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
+
+    def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
+        """Raise ValueError where the refits of a stage of the plan could not be carried out.
+
+        Before anything is scored: which layers the edits are of may turn out otherwise.
+        """
+        edits = list(module.record.edits)
+        for stage in plan:
+            edits += stage.edits
+            if stage.edits:
+                check_refits(_on_text(self.refits_of(stage), stage), module.teacher, edits, self.windows, module.ranks)
 
     def before_wrapping(
         self,
