@@ -22,6 +22,7 @@ from iskd.teacher import TeacherStates
 
 _BATCH = 2048  # tokens
 _ROUNDING = 1e-6  # nats
+_JUDGED = 3  # passes over the text held out
 
 
 def refit_survivors(
@@ -83,7 +84,7 @@ def refit_survivors(
             if not better:
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
-            events += [f"refit {name}: {line}" for line in told]
+            events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
             undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
             events.append(
                 f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
@@ -119,9 +120,29 @@ def _readers(refit: Refit, model: PreTrainedModel, ranks: Ranks) -> Ranks:
     return Ranks() if refit.by_layers and not sharding.is_sharded(model) else ranks
 
 
-def training_tokens(refits: Sequence[Refit]) -> float:
-    """Training tokens that take about as long as some refits of one edit: a step is four passes of the blocks."""
-    return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in refits) / 4
+def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[Tensor]] | None = None) -> float:
+    """Training tokens that take about as long as some refits of one edit: a step is four passes of a model.
+
+    The judge of each takes three passes of whole models over the text held out: the student's before and after it, and
+    the teacher's. `windows` gives the calibration windows of so many tokens, which may be fewer; None = there are all.
+    """
+    passes = 0.0
+    for refit in refits:
+        asked = refit.tokens + refit.held_tokens
+        read = asked if windows is None else min(asked, sum(batch.numel() for batch in windows(asked)))
+        passes += read / asked * (refit.passes * asked + _JUDGED * refit.held_tokens)
+    return passes / 4
+
+
+def short_of(refit: Refit, windows: Sequence[Tensor]) -> list[str]:
+    """A sentence where there is less text than a refit asks for: a whole window or more."""
+    asked, read = refit.tokens + refit.held_tokens, sum(batch.numel() for batch in windows)
+    if read > asked - windows[0].shape[1]:
+        return []
+    return [
+        f"read {read:,} calibration tokens of {asked:,} asked for (tokens and held_tokens), as there are no more: "
+        "give more calibration text (data.calibration_fraction)"
+    ]
 
 
 def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[Tensor], list[int], list[Tensor]]:

@@ -16,7 +16,7 @@ from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
 from iskd.refits.base import Refit, RefitTask, Site, walk
-from iskd.refits.projections import Projection, check_plain, checked
+from iskd.refits.projections import Projection, check_plain, checked, few
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,5 @@ class ReplaceMe(Refit):
         old = down.start()
         down.write(Solution(found @ old.weight, None if old.bias is None else found @ old.bias))
         turn = float((found - identity).norm() / identity.norm())
-        return f"layer {site.layer} bridges its gap with a map at {turn:.2f} times the identity's norm from it"
+        told = f"layer {site.layer} bridges its gap with a map at {turn:.2f} times the identity's norm from it"
+        return "; ".join([told, *few(system.rows, width, "the map", "refit.replaceme.tokens", ridge=self.ridge > 0)])

@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from iskd.blocks.ridge import row_weights
+from iskd.blocks.ridge import row_weights, whole_float32
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import BlockRefit, RefitTask, Site
@@ -215,8 +215,9 @@ class _Sums:
     def add(self, z_RNF: Tensor, wanted_RNK: Tensor, squares: Tensor) -> None:
         """Add rows, already weighted: mixed inputs, and the residuals through the output projection."""
         flat_NF = z_RNF.transpose(0, 1).flatten(1)
-        self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
-        self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
+        with whole_float32():
+            self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
+            self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
         self._squares += squares.double()
 
     def applied(self, change_KF: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ class Editor:
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""
-        whole = training_tokens(self.refits_of(stage))
+        whole = training_tokens(self.refits_of(stage), self.windows)
         return stage.refit_budget if whole and stage.refit_budget else whole
 
     def check(self, *, timed: bool) -> None:
