@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks import Fitted, Merged, warm_start
+from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
@@ -195,13 +195,15 @@ class Editor:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
 
     def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
-        """Raise ValueError where the refits of a stage of the plan could not be carried out.
+        """Raise ValueError where the merges or refits of a stage of the plan could not be carried out.
 
         Before anything is scored: which layers the edits are of may turn out otherwise.
         """
         edits = list(module.record.edits)
         for stage in plan:
             edits += stage.edits
+            if any(isinstance(edit, Merge) for edit in stage.edits):
+                check_mergeable(Stack(module.teacher))
             if stage.edits:
                 check_refits(_on_text(self.refits_of(stage), stage), module.teacher, edits, self.windows, module.ranks)
 
