@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from iskd.models import Stack, sharding, surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Spec
-from iskd.refits import refit_survivors
+from iskd.refits import carrying_out, refit_survivors
 from iskd.refits.local import Local
 from iskd.system import Ranks, watchdog
 from iskd.training import Parts, run
@@ -117,6 +117,14 @@ def parts_of(
 def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]) -> None:
     """One run; every rank writes what `Watch` saw, and rank 0 the final weights."""
     watched(rank, folder, name, parts_of(folder, name, size, strategy, **changes))
+
+
+def refitted_unevenly(
+    rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]
+) -> None:
+    """`train` with batches of a window or two in its refits, so that the windows of the ranks fill not as many."""
+    carrying_out._BATCH = 1
+    train(rank, folder, name, size, strategy, changes)
 
 
 def watched(rank: int, folder: Path, name: str, parts: Parts) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iskd.blocks.ridge import whole_float32
+
 _TOLERANCE, _MOST_STEPS = 1e-9, 500  # of conjugate gradients: residual over right side
 
 
@@ -36,8 +38,9 @@ class HeadSums:
     def add(self, z_RNF: Tensor, wanted_RNK: Tensor, squares: Tensor) -> None:
         """Add rows, already weighted: mixed inputs, and the residuals through the output projection."""
         flat_NF = z_RNF.transpose(0, 1).flatten(1)
-        self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
-        self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
+        with whole_float32():
+            self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
+            self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
         self._squares += squares.double()
 
     def applied(self, change_KF: Tensor) -> Tensor:

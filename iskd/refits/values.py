@@ -26,11 +26,11 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from iskd.blocks.ridge import row_weights
-from iskd.models import Stack
+from iskd.models import Stack, surgery
+from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import BlockRefit, RefitTask, Site
 from iskd.refits.head_sums import HeadSums
-from iskd.refits.projections import MIXER_OUT, Projection
-from iskd.refits.streams import Streams
+from iskd.refits.projections import MIXER_OUT, Projection, check_plain
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _CLOSE = 0.05  # relative distance at which mixing by the matrix counts as what the mixer does
@@ -64,6 +64,19 @@ class Values(BlockRefit):
     @property
     def _ridges(self) -> tuple[float, ...]:
         return (self.ridge,) if isinstance(self.ridge, (int, float)) else tuple(sorted(self.ridge))
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for norms behind what blocks add, and where no mixer's output is linear in its values."""
+        check_plain(stack, self.name())
+        converts = [edit for edit in edits if isinstance(edit, Convert)]
+        if not converts:
+            return
+        student = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), tuple(converts)), "meta"))
+        reasons = [
+            why_not(student.layers[edit.layer].get_submodule(f"{student.family.attn}.mixer")) for edit in converts
+        ]
+        if all(reasons):
+            raise ValueError(f"refit=values: {reasons[0]}; leave values out of refit=[...]")
 
     @property
     def passes(self) -> float:
@@ -187,7 +200,7 @@ class _Linear:
         self._task, self._v = task, mixer.projections.get_submodule("v_proj")
         self.heads, self._width = mixer.kv_heads, mixer.head_dim
         self._readers = mixer.heads // mixer.kv_heads
-        self._reads, self._mixes, self._lacks = (Streams(place, task.device) for _ in range(3))
+        self._reads, self._mixes, self._lacks = (task.streams(place) for _ in range(3))
         self._out_DHK = out.start().weight.float().unflatten(1, (mixer.heads, self._width))
         self._weights = []
         goals = site.targets if site.middle is None else site.middle

@@ -124,7 +124,8 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     teacher = None if digest is None else str(digest)
     steps = parts.schedule.parts if isinstance(parts.schedule, Mixed) else ()
     kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
-    editor = kind(parts.refits, parts.data.calibration, [step.refits for step in steps])
+    by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
+    editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams")
     spec, keeps = parts.evaluation, parts.options.keep_students
     along = along_the_run(parts, spec) if spec is not None and spec.along else None
     every, number = None if spec is None else spec.inside, None if keeps is True else int(keeps)

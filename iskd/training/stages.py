@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +148,9 @@ class StageLoop:
             BrokenOffError: a stop signal came.
         """
         live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
+        stand_ins = dict.fromkeys(state.record.layers, 0.0)  # scores are made below
+        history = replace(history_of(state, module, self.data.pass_tokens), scores=stand_ins)
+        self.editor.check_refits(module, forecast(self.schedule, history))
         with live.breaking_off():
             quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
             self._seconds["teacher"] = taken = time.perf_counter() - start

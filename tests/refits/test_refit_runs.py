@@ -24,6 +24,7 @@ from tests.runs import SLIM, TOKENS, Crash, Scripted, crash, largest_difference,
 from tests.worlds import run_world
 
 SIZES: dict[str, Any] = {"tokens": 512, "held_tokens": 128}
+UNEVEN: dict[str, Any] = {"tokens": 13 * 32, "held_tokens": 5 * 32}  # windows of 32 tokens for two ranks
 REFITS = (Output(**SIZES, folds=3, projections=("attention", "mlp")), Local(**SIZES, lr=1e-3, epochs=2))
 
 
@@ -85,13 +86,18 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
 
 
 def test_processes_add_up(tmp_path: Path) -> None:
-    """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process."""
+    """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process.
+
+    Also where the ranks have unequally many windows: in shards every pass of a block is a collective.
+    """
     write_text(tmp_path)
     # a firm ridge: a weak one makes differences of rounding large
-    changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3),)}
+    changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3, **UNEVEN),)}
     ends = {}
     for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
-        run_world(size, programs.train, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
+        run_world(
+            size, programs.refitted_unevenly, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name
+        )
         seen = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
         assert all(len(set(step)) == 1 for one in seen for step in one["digests"]), "ranks differ after a step"
         ends[name] = dict(load_file(tmp_path / f"{name}.safetensors"))
