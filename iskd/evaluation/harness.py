@@ -28,6 +28,7 @@ from iskd.data import Framing, framing_of
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.tasks import COPY, TASKS, check_task, read_task, subset
+from iskd.evaluation.tasks.examples import fewest_examples, keep_apart
 from iskd.evaluation.tasks.harness_metrics import USUAL, check_metric, higher_is_better, values_of
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
@@ -125,22 +126,27 @@ def draw(
                 drawn = _from_file(manager, name, Path(expanded(data_dir)), limit, seed, frozenset(exclude), fewshot)
             else:
                 drawn = _from_hub(manager, name, limit, seed)
-            if fewshot is not None:
-                _with_examples(drawn, fewshot)
+            _with_examples(drawn, fewshot)
             asked = (metrics or {}).get(name)
             check_metric(name, asked, drawn.leaves)
             yield replace(drawn, metric=asked)
 
 
-def _with_examples(drawn: Drawn, fewshot: int) -> None:
-    """Have every question come after so many examples. Raises ValueError where a task has not so many."""
+def _with_examples(drawn: Drawn, fewshot: int | None) -> None:
+    """Have every question come after so many examples of others. Raises ValueError where a task has not so many."""
     for leaf, task in drawn.leaves.items():
-        task.set_config(key="num_fewshot", value=fewshot)
-        docs = [] if not fewshot else list(task.fewshot_docs() or ())
-        if len(docs) < fewshot + 1 and fewshot:
+        if fewshot is not None:
+            task.set_config(key="num_fewshot", value=fewshot)
+        count = int(task.config.num_fewshot or 0)
+        if not count:
+            continue
+        keep_apart(task)
+        docs = task.eval_docs
+        found = fewest_examples(task, (docs[row] for row in drawn.rows[leaf]))
+        if found < count:
             raise ValueError(
-                f"eval.fewshot={fewshot}: task {leaf!r} has {len(docs)} examples to show, one of which may be the "
-                f"question itself; put more into fewshot.jsonl beside its eval.jsonl, or ask for fewer"
+                f"eval.fewshot={count}: task {leaf!r} has {found} examples to show beside the question; put more into "
+                "fewshot.jsonl beside its eval.jsonl, or ask for fewer"
             )
 
 
@@ -221,14 +227,15 @@ def _from_file(
         files = {"test": str(file)}
         if fewshot:
             shown = data_dir / name / "fewshot.jsonl"
-            files["train"] = str(shown if shown.is_file() else file)
-            config |= {"training_split": "train", "fewshot_split": "train"}
+            files |= {"train": str(shown)} if shown.is_file() else {}
+            config |= {"training_split": "train"} if shown.is_file() else {}
+            config |= {"fewshot_split": "train" if shown.is_file() else "test"}
         config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache), "keep_in_memory": True}
         try:
             leaves = manager.load([config])["tasks"]
         except Exception as error:
             raise ValueError(
-                f"{file} cannot be read by the harness ({error!s:.300}): give all its lines the "
+                f"{file} cannot be read by the harness ({error!s:.300}): give all lines in it and in fewshot.jsonl the "
                 "same fields, each of one kind"
             ) from error
     ((leaf, task),) = leaves.items()

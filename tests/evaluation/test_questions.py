@@ -136,11 +136,66 @@ def test_examples_stand_before_the_question(tmp_path: Path) -> None:
     (task,) = drawn.leaves.values()
     assert task.config.num_fewshot == 2
     assert sorted(doc["goal"] for doc in task.fewshot_docs()) == ["example 0", "example 1", "example 2"]
-    for count, shown in ((3, "fewshot"), (5, "eval")):
-        if shown == "eval":
-            (tmp_path / "piqa" / "fewshot.jsonl").unlink()
-        with pytest.raises(ValueError, match=rf"eval.fewshot={count}: task 'iskd_piqa' has {count} examples to show"):
-            next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=count))
+    with pytest.raises(
+        ValueError, match=r"eval.fewshot=4: task 'iskd_piqa' has 3 examples to show beside the question"
+    ):
+        next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=4))
+    (tmp_path / "piqa" / "fewshot.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"eval.fewshot=5: task 'iskd_piqa' has 4 examples to show beside the question"
+    ):
+        next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=5))
+
+
+ECHO = """
+task: echo
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE, other: FILE}}
+output_type: generate_until
+validation_split: validation
+fewshot_split: SPLIT
+num_fewshot: 3
+doc_to_text: "Q: {{text}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize("where", ["same file", "copied questions", "validation", "other", "first_n"])
+def test_a_question_is_never_among_its_own_examples(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the prompts themselves: of local files, and of tasks whose examples are of the split that is asked."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options: dict[str, Any] = {"limit": None, "seed": 0}
+    if where in ("same file", "copied questions"):
+        folder, name, head = lines(tmp_path, "piqa", piqa(6)), "piqa", "Question: {goal}\n"
+        rows: list[dict[str, Any]] = piqa(6)
+        if where == "copied questions":  # under other names, and with the choices in another order
+            turned = [{**row, "sol1": row["sol2"], "sol2": row["sol1"], "label": 1 - row["label"]} for row in rows]
+            lines(tmp_path, "piqa", [*turned[::-1], *rows], "fewshot.jsonl")
+        options |= {"data_dir": folder, "fewshot": 4}
+    else:
+        name, head, rows = "echo", "Q: {text}\n", [{"text": f"number {n} of all", "answer": str(n)} for n in range(6)]
+        rows.append(rows[0])
+        file, tasks = lines(tmp_path, "rows", rows) / "rows" / "eval.jsonl", tmp_path / "tasks"
+        tasks.mkdir()
+        split = "validation" if where == "first_n" else where
+        config = ECHO.replace("FILE", str(file)).replace("SPLIT", split)
+        config += "fewshot_config: {sampler: first_n}\n" if where == "first_n" else ""
+        (tasks / "echo.yaml").write_text(config.replace('"Q: {{text}}"', '"Q: {{text}}\\n"'))
+        options |= {"data_dir": tmp_path, "task_dir": tasks}
+    (drawn,) = draw([name], **options)
+    ((leaf, task),) = drawn.leaves.items()
+    for _ in range(3):
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(samples=list(drawn.rows[leaf]))
+        prompts = {each.doc_id: each.args[0] for each in task.instances}
+        assert len(prompts) == len(rows)
+        shown = {n: {head.format(**row) for row in rows if head.format(**row) in prompts[n]} for n in prompts}
+        for n, row in enumerate(rows):
+            assert prompts[n].count(head.format(**row)) == 1, "the question itself"
+            assert sum(prompts[n].count(text) for text in shown[n]) == 1 + task.config.num_fewshot
 
 
 def test_the_metric_that_is_compared_can_be_chosen(tmp_path: Path) -> None:
