@@ -189,8 +189,7 @@ def score(
         )
     if lost := sum(cut):
         log.warning("%s: %d texts lost their beginning: the context is %d tokens", drawn.name, lost, lm.max_length)
-    logged = found["samples"]
-    return _scored(drawn, [(leaf, sample) for leaf in drawn.leaves for sample in _first_filter(logged[leaf])])
+    return _scored(drawn, {leaf: found["samples"][leaf] for leaf in drawn.leaves})
 
 
 def _task_manager() -> Any:
@@ -388,18 +387,15 @@ class _Count:
         self._step(self._done, sum(len(task.instances) for task in self._drawn.leaves.values()))
 
 
-def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Tasks that read an answer off a text in several ways log each item once per way."""
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-
-
-def _scored(drawn: Drawn, samples: Sequence[tuple[str, Mapping[str, Any]]]) -> Scored:
-    assert len(samples) == len(drawn.ids)
-    values = values_of(drawn.name, samples, drawn.leaves, drawn.metric)
+def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Scored:
+    usual = "acc_norm" if drawn.name in PER_CHARACTER else ""
+    found = values_of(drawn.name, samples, drawn.leaves, drawn.metric, usual)
+    asked = [sample for logged in samples.values() for sample in logged if sample["filter"] == logged[0]["filter"]]
+    assert len(asked) == len(drawn.ids)
     choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in drawn.leaves.values())
-    chance = sum(1 / len(sample["arguments"]) for _, sample in samples) / len(samples) if choice else 0.0
-    by_character = drawn.metric is None and drawn.name in PER_CHARACTER and "acc_norm" in values
-    main = "acc_norm" if by_character else next(iter(values))
-    higher = higher_is_better(main, drawn.leaves)
-    chance = chance if main in USUAL else 0.0
-    return Scored(CHOICE if choice else GENERATION, main, chance, TaskResult(drawn.ids, values), higher)
+    chance = sum(1 / len(sample["arguments"]) for sample in asked) / len(asked) if choice else 0.0
+    chance = chance if found.main.partition(",")[0] in USUAL else 0.0
+    result = TaskResult(drawn.ids, found.values, found.wholes)
+    return Scored(
+        CHOICE if choice else GENERATION, found.main, chance, result, higher_is_better(found.main, drawn.leaves)
+    )

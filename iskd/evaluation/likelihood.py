@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -24,14 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.bootstrap import interval, resampled_means
+from iskd.evaluation.bootstrap import interval, resampled_means, resampled_together
 from iskd.evaluation.tasks import Item
+from iskd.evaluation.tasks.aggregates import Aggregate
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 HEAD_CHUNK = 256  # positions whose logits exist at a time
+_RESAMPLES = 100  # behind the standard error of what is no mean
 
 Pairs = Sequence[tuple[str, str]]
 Step = Callable[[int, int], None]
@@ -69,23 +71,34 @@ class TaskResult:
         values: by metric, one number per item [N] in float32: `acc`, `acc_norm` and `acc_token` (by the mean over all
             characters, over all tokens), 1 = right; `log_p` of the right
             continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake.
+        wholes: metrics that are a number of all items and no mean over them.
     """
 
     ids: tuple[str, ...]
     values: dict[str, Tensor]
+    wholes: Mapping[str, Aggregate] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all metrics."""
+        return (*self.values, *self.wholes)
 
     def of(self, metric: str) -> Tensor:
-        """Values [N] of a metric. Raises ValueError for an unknown one."""
+        """Values [N] of a metric. Raises ValueError for an unknown one, and for one that items do not have."""
         if metric not in self.values:
             raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(self.values)}")
         return self.values[metric]
 
     def mean(self, metric: str = "acc") -> float:
-        """Mean over the items."""
-        return self.of(metric).double().mean().item()
+        """The metric of all items, which is the mean over them unless it is one of `wholes`."""
+        return self.wholes[metric].whole() if metric in self.wholes else self.of(metric).double().mean().item()
 
     def stderr(self, metric: str = "acc") -> float:
-        """Standard error of the mean; nan for a single item."""
+        """Standard error of the mean; nan for a single item. Of `wholes` the deviation over resamples of the items."""
+        if metric in self.wholes:
+            drawn = resampled_together([self.wholes[metric]], _RESAMPLES, 0)[1:, 0]
+            known = drawn[drawn.isfinite()]
+            return known.std().item() if len(known) > 1 and len(self.ids) > 1 else float("nan")
         values = self.of(metric).double()
         return float("nan") if len(values) < 2 else (values.std() / len(values) ** 0.5).item()
 
@@ -133,6 +146,11 @@ def paired(
         raise ValueError(
             f"a paired difference needs the same items in the same order, got {len(a.ids)} and {len(b.ids)}"
         )
+    if metric in a.wholes:
+        both = resampled_together([a.wholes[metric], b.wholes[metric]], resamples, seed)
+        gaps = both[:, 0] - both[:, 1]
+        known = gaps[1:][gaps[1:].isfinite()]
+        return Paired(gaps[0].item(), *(interval(known, level).tolist() if len(known) else (math.nan, math.nan)))
     differences = (a.of(metric) - b.of(metric)).double()
     low, high = interval(resampled_means(differences, resamples, seed), level).tolist()
     return Paired(differences.mean().item(), low, high)

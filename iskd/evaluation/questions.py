@@ -66,7 +66,8 @@ class EvalSpec:
         task_dir: folder of tasks in the harness's own format (a yaml each), for names that are none of ours.
         fewshot: examples before every question of the harness; None = as many as each task says, 0 of ours. Of local
             files they are the lines of DATA_DIR/NAME/fewshot.jsonl, or the other items.
-        metrics: by task the metric that is compared, one that the harness reports of it; others go by their usual one.
+        metrics: by task the metric that is compared, one that the harness reports of it, as `metric,filter` where it
+            reads answers off texts in several ways; others go by their usual one.
         lengths: tokens of the items of `recall` and of tasks of the harness that are made to a length (RULER's).
         seed: of the items drawn and of the bootstrap.
         batch_size: texts at a time in the harness.

@@ -4,13 +4,15 @@ r"""Translation and summary from local files: a model writes, and its text is co
     summary      DATA_DIR/summary/eval.jsonl: id, text, summary
 
 The model continues "{language}: {source}\n{language}:" or "{text}\nSummary:" by its likeliest tokens up to the end of
-the line. Scores are torchmetrics' own: BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015), ROUGE
-(Lin 2004), all in [0, 1], item by item.
+the line. Scores are torchmetrics' own: BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015, with
+pairs of words), ROUGE (Lin 2004), all in [0, 1], item by item. Words are those of any script (`words`).
 """
 
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +32,15 @@ from iskd.system.files import expanded
 
 WRITTEN = {"translation": "bleu", "summary": "rougeL"}
 """Tasks, and the metric that each is compared by where nobody says another."""
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+METRICS = ("bleu", "chrf", *_ROUGE)
 _FIELDS = {"translation": ("source", "target"), "summary": ("text", "summary")}
+# a character, with the marks that belong to it, of Thai, Lao, Tibetan, Burmese, Khmer, kana and Han
+_UNSPACED = re.compile(
+    "[\u0e00-\u0e30\u0e32-\u0e33\u0e40-\u0e46\u0e80-\u0eb0\u0eb2-\u0eb3\u0ec0-\u0ec6\u0f40-\u0f6c\u1000-\u102a"
+    "\u1780-\u17b3\u3005-\u3007\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u0f71-\u0f84\u102b-\u103e\u17b4-\u17d3]*"
+)
 _ROOM = 1.5  # times the tokens of the reference may be written
 
 
@@ -160,10 +169,28 @@ def compared(text: str, reference: str) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rouge = rouge_score(text, reference, rouge_keys=("rouge1", "rouge2", "rougeL"))
+        rouge = rouge_score(text, reference, normalizer=str.lower, tokenizer=words, rouge_keys=_ROUGE)
+        bleu = {"smooth": True, "tokenize": _bleu_tokens(reference)}
         found: dict[str, Any] = {
-            "bleu": sacre_bleu_score([text], [[reference]], smooth=True) if text else 0.0,
+            "bleu": sacre_bleu_score([text], [[reference]], **bleu) if text else 0.0,
             "chrf": chrf_score([text], [[reference]]) if text else 0.0,
-            **{key: rouge[f"{key}_fmeasure"] for key in ("rouge1", "rouge2", "rougeL")},
+            **{key: rouge[f"{key}_fmeasure"] for key in _ROUGE},
         }
     return {name: float(value) for name, value in found.items()}
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, marks and digits of any script; of scripts that are written without spaces each character.
+
+    torchmetrics' own words are of a-z and 0-9 alone, so that nothing is left of most languages. In English both agree.
+    """
+    kept = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+    return _UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+
+
+def _bleu_tokens(reference: str) -> str:
+    """Which of sacrebleu's tokenizers is for a text's script."""
+    found = "".join(_UNSPACED.findall(reference))
+    if not found:
+        return "13a"
+    return "zh" if all(unicodedata.name(character, "").startswith("CJK") for character in found) else "char"

@@ -260,8 +260,10 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     assert (needles.metric, needles.items, needles.kind) == ("string_match", 4, "generation")
     assert needles.student == needles.teacher
     assert needles.student in (0.25, 0.5, 0.75)
-    assert writing.metric in ("bleu", "chrf")
+    assert writing.metric == "bleu"
     assert 0 <= writing.student <= 1
+    assert writing.retention is not None
+    assert 0 <= writing.metrics["student"]["chrf"] == writing.metrics["teacher"]["chrf"] <= 1
 
 
 # ---- scored here ----------------------------------------------------------------------------------------------------
@@ -319,3 +321,28 @@ def test_texts_are_compared_by_torchmetrics() -> None:
     assert set(compared("", "the cat sat").values()) == {0.0}
     some = compared("a cat sat on the mat", "the cat sat on the mat")
     assert all(0.5 < value < 1 for value in some.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "rouge1"),
+    [
+        ("Кошка спит, на окне!", "кошка спит на столе", 0.75),
+        ("Կատուն քնած է պատուհանին", "կատուն քնած է պատուհանին", 1),
+        ("القطة نائمة على النافذة الكبيرة", "القطة نائمة على النافذة", 8 / 9),
+        ("बिल्ली सो रही है", "बिल्ली सो गई है", 0.75),
+        ("猫坐在窗上", "猫睡在窗上。", 0.8),
+        ("ねこが寝る", "ねこが見る", 0.8),
+        ("แมวนอน", "แมวนั่ง", 6 / 11),
+        ("the Cat's 2 mats", "the cat s 2 mats", 1),
+    ],
+)
+def test_words_of_any_script_are_compared(text: str, reference: str, rouge1: float) -> None:
+    found = compared(text, reference)
+    assert found["rouge1"] == pytest.approx(rouge1)
+    assert 0 < found["rougeL"] <= found["rouge1"] + 1e-6
+    assert [compared(reference, reference)[name] for name in ("bleu", "rouge1", "rougeL")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("reference", ["猫坐在窗户上面看雨", "ねこがまどのそばで寝る", "แมวนอนอยู่บนหน้าต่าง"])
+def test_bleu_reads_characters_where_there_are_no_spaces(reference: str) -> None:
+    assert 0.5 < compared(reference[:-1] + "x", reference)["bleu"] < 1
