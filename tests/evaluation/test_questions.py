@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from iskd.evaluation import EvalSpec, evaluate
+from iskd.evaluation import Asking, EvalSpec, evaluate
 from iskd.evaluation.evaluator import check
 from iskd.evaluation.harness import draw
 from iskd.evaluation.results import TaskScore
@@ -100,6 +100,20 @@ def test_a_student_without_attention_is_read_beyond_its_teachers_context(
     theirs = torch.nn.functional.cross_entropy(pieces.flatten(0, 1), ids[:, 1:].flatten())
     assert found.text.perplexity == pytest.approx(ours.exp().item(), rel=1e-4)
     assert found.text.teacher_perplexity == pytest.approx(theirs.exp().item(), rel=1e-4)
+
+
+def test_along_a_run_a_student_reads_the_text_as_by_itself(tmp_path: Path) -> None:
+    """In windows of its own limit once it reads further than its teacher, and as short ones before."""
+    teacher, file = Loaded(model_of(context=48), BYTES, {}), tmp_path / "text.txt"
+    student = converted(teacher.model)
+    file.write_text("What was said of cats and dogs was said before. " * 8)
+    spec = EvalSpec(text=str(file), tokens=256, window=128, resamples=5)
+    asking = Asking(spec, BYTES, teacher)
+    for model, windows in ((teacher.model, 5), (student, 2), (teacher.model, 5)):
+        along = asking.ask(model, BYTES, {})
+        assert along.to_json() == evaluate(model, BYTES, spec, teacher).to_json()
+        assert along.text is not None
+        assert along.text.windows == windows
 
 
 def test_recall_stands_for_one_task_per_length() -> None:
