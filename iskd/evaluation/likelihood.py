@@ -32,6 +32,8 @@ from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
+METRICS = ("acc", "acc_norm", "acc_token", "log_p", "led")
+"""What `judge` finds; `TaskResult` says what they are."""
 HEAD_CHUNK = 256  # positions whose logits exist at a time
 _RESAMPLES = 100  # behind the standard error of what is no mean
 
@@ -188,7 +190,7 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     columns = torch.tensor(rows).unbind(1)
     return TaskResult(
         tuple(item.id for item in items),
-        dict(zip(("acc", "acc_norm", "acc_token", "log_p", "led"), columns, strict=True)),
+        dict(zip(METRICS, columns, strict=True)),
     )
 
 

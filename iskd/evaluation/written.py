@@ -11,6 +11,7 @@ pairs of words), ROUGE (Lin 2004), all in [0, 1], item by item. Words are those 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import unicodedata
 import warnings
@@ -29,6 +30,8 @@ from iskd.evaluation.scores import GENERATION, Scored
 from iskd.evaluation.tasks.task_items import lines_of, subset_of
 from iskd.models import Stack, scoring
 from iskd.system.files import expanded
+
+log = logging.getLogger(__name__)
 
 WRITTEN = {"translation": "bleu", "summary": "rougeL"}
 """Tasks, and the metric that each is compared by where nobody says another."""
@@ -126,35 +129,36 @@ def write_and_score(
 ) -> Scored:
     """Have a model write every passage greedily, and compare with the references.
 
-    A prompt too long for the model (`Stack.limit`) loses its beginning.
-
-    Raises:
-        ValueError: an unknown metric.
+    A prompt too long for the model (`Stack.limit`) loses its beginning, which is told.
     """
-    if metric is not None and metric not in METRICS:
-        raise ValueError(
-            f"task {name!r} reports no metric {metric!r}: set eval.metrics.{name} to {' or '.join(METRICS)}"
-        )
-    rows = []
+    rows, cut, limit = [], 0, Stack(model).limit
     with scoring(model):
         for done, passage in enumerate(passages, 1):
-            rows.append(compared(_written(model, tokenizer, passage, frame), passage.reference))
+            ids, new = _prompt(tokenizer, passage, frame, limit)
+            cut += limit is not None and len(ids) + new > limit
+            text = _written(model, tokenizer, ids if limit is None else ids[-(limit - new) :], new)
+            rows.append(compared(text, passage.reference))
             step(done, len(passages))
+    if cut:
+        log.warning("%s: %d texts lost their beginning: the context is %d tokens", name, cut, limit)
     main = metric or WRITTEN[name]
     names = [main, *(each for each in METRICS if each != main)]
     values = {each: torch.tensor([row[each] for row in rows]) for each in names}
     return Scored(GENERATION, main, 0.0, TaskResult(tuple(passage.id for passage in passages), values))
 
 
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage, frame: Framing) -> str:
-    """The line that a model writes after a prompt."""
-    limit = Stack(model).limit
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, passage: Passage, frame: Framing, limit: int | None
+) -> tuple[list[int], int]:
+    """The whole prompt's tokens, and how many a model may write after it: at most half of what it reads at once."""
     reference = len(tokenizer(passage.reference, add_special_tokens=False).input_ids)
     new = max(8, int(_ROOM * reference))
     ids = [*frame.front, *tokenizer(passage.prompt, add_special_tokens=False).input_ids]
-    if limit is not None:
-        new = min(new, max(1, limit // 2))
-        ids = ids[-(limit - new) :]
+    return ids, new if limit is None else min(new, max(1, limit // 2))
+
+
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: int) -> str:
+    """The line that a model writes after a prompt."""
     ids_1T = torch.tensor([ids], device=model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     call: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "pad_token_id": padding}

@@ -99,6 +99,15 @@ def before_scoring(adapter: Any, look: Callable[[Sequence[Any]], None]) -> None:
     adapter._loglikelihood_tokens = shown
 
 
+def before_writing(adapter: Any, fit: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+    """Let `fit` answer with the requests that an adapter of lm-eval is to generate for, in the place of those it gets.
+
+    It cuts prompts in silence, and ends with an AssertionError where an answer may be as long as the context.
+    """
+    write = adapter.generate_until
+    adapter.generate_until = lambda requests, *args, **options: write(fit(requests), *args, **options)
+
+
 def before_examples(task: Any, choose: Callable[[Any, list[Any], int], list[Any]]) -> None:
     """Let `choose` answer with the examples that a task of lm-eval shows, given the question, those drawn and how many.
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from iskd.evaluation import Asking, EvalSpec, evaluate
 from iskd.evaluation.evaluator import check
-from iskd.evaluation.harness import draw
+from iskd.evaluation.harness import Drawn, draw
+from iskd.evaluation.questions import questions
 from iskd.evaluation.results import TaskScore
 from iskd.evaluation.tasks.made_items import LENGTHS, copying_items, recall_items
 from iskd.evaluation.tasks.task_items import read_sentences
@@ -119,7 +120,9 @@ def test_along_a_run_a_student_reads_the_text_as_by_itself(tmp_path: Path) -> No
 def test_recall_stands_for_one_task_per_length() -> None:
     spec = EvalSpec(["copy", "recall"], 2, lengths=[64, 96])
     assert list(scores(model_of(), spec)) == ["copy", "recall_64", "recall_96"]
-    assert EvalSpec(["recall"]).lengths == LENGTHS
+    assert list(questions(EvalSpec(["recall"], 1), BYTES, ())) == [f"recall_{length}" for length in LENGTHS]
+    alone = EvalSpec(["recall"], 2, lengths=[64, 96], metrics={"recall_96": "led", "recall": "log_p"}, resamples=5)
+    assert [task.metric for task in scores(model_of(), alone).values()] == ["log_p", "led"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,19 @@ def test_recall_stands_for_one_task_per_length() -> None:
         ({"tasks": ["recall_16"]}, r"task 'recall_16': the length must be between 64 and 8192 tokens"),
         ({"tasks": ["recall"], "lengths": []}, r"eval.lengths=\[\]: give one or more lengths from 64 to 8192"),
         ({"tasks": ["recall"], "lengths": [10]}, r"eval.lengths=\[10\]: give one or more lengths from 64 to 8192"),
+        ({"tasks": ["recall", "niah"], "lengths": [16384]}, r"eval.lengths=\[16384\]: .* from 64 to 8192"),
+        ({"tasks": ["niah"], "lengths": [262144]}, r"eval.lengths=\[262144\]: .* from 64 to 131072"),
         ({"tasks": ["copy"], "metrics": {"piqa": "acc"}}, r"eval.metrics.piqa is of a task that is not asked"),
+        ({"tasks": ["recall"], "metrics": {"recall_100": "acc"}}, r"eval.metrics.recall_100 is of a task that is not"),
+        (
+            {"tasks": ["recall"], "metrics": {"recall_64": "f1"}},
+            r"'recall_64' reports no metric 'f1': set eval.metrics",
+        ),
+        (
+            {"tasks": ["summary"], "metrics": {"summary": "rouge"}},
+            r"no metric 'rouge': did you mean 'rouge.'\? set eval",
+        ),
+        ({"tasks": ["copy", "recall"], "fewshot": 2}, r"eval.fewshot=2: none of copy, recall takes examples"),
         ({"tasks": ["copy"], "fewshot": -1}, r"eval.fewshot=-1 must be at least 0"),
     ],
 )
@@ -220,7 +235,30 @@ def test_the_metric_that_is_compared_can_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'piqa' reports no metric 'f1': set eval.metrics.piqa to acc or acc_norm"):
         check(EvalSpec(**spec, metrics={"piqa": "f1"}), Loaded(model_of(), BYTES, {}))
     with pytest.raises(ValueError, match=r"'copy' reports no metric 'leds': did you mean 'led'\? set eval.metrics"):
-        scores(model_of(), EvalSpec(**spec, metrics={"copy": "leds"}))
+        EvalSpec(**spec, metrics={"copy": "leds"})
+
+
+def test_tasks_that_take_no_examples_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = lines(tmp_path, "piqa", piqa(5))
+    file = str(folder / "piqa" / "eval.jsonl")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "fixed.yaml").write_text(
+        ECHO.replace("FILE", file)
+        .replace("SPLIT", "validation")
+        .replace("num_fewshot: 3", "num_fewshot: 0")
+        .replace("echo", "fixed")
+        .replace("{{text}}", "{{goal}}")
+        .replace("{{answer}}", "{{sol1}}")
+    )
+    ways: dict[str, Any] = {"data_dir": str(folder), "task_dir": str(tmp_path / "tasks"), "fewshot": 2}
+    with caplog.at_level("WARNING"):
+        asked = questions(EvalSpec(["piqa", "copy", "fixed"], 2, **ways), BYTES, ())
+    assert [record.message for record in caplog.records] == [
+        "eval.fewshot=2: no examples stand before the questions of copy",
+        "eval.fewshot=2: task 'fixed' takes no examples, it is asked without",
+    ]
+    counts = [asked[name].leaves[leaf].config.num_fewshot for name, leaf in (("piqa", "iskd_piqa"), ("fixed", "fixed"))]
+    assert counts == [2, 0]
 
 
 NEEDLES = """
@@ -278,6 +316,68 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     assert 0 <= writing.student <= 1
     assert writing.retention is not None
     assert 0 <= writing.metrics["student"]["chrf"] == writing.metrics["teacher"]["chrf"] <= 1
+
+
+def test_answers_leave_room_for_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where an answer might take the whole context, and where the prompt is too long even so; ours cut alike."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"number {n} is" + " one" * 30 * n, "answer": f"{n}", "length": 64} for n in range(2)]
+    folder, tasks = lines(tmp_path, "rows", rows), tmp_path / "tasks"
+    tasks.mkdir()
+    config = WRITING.replace("FILE", str(folder / "rows" / "eval.jsonl")).replace("max_gen_toks: 6", "max_gen_toks: 64")
+    (tasks / "writing.yaml").write_text(config)
+    lines(tmp_path, "summary", [{"text": row["text"], "summary": "ten"} for row in rows])
+    spec = EvalSpec(["writing", "summary"], None, str(folder), task_dir=str(tasks), resamples=5)
+    with caplog.at_level("WARNING"):
+        found = scores(model_of(context=64), spec)
+    assert [task.items for task in found.values()] == [2, 2]
+    assert [record.message for record in caplog.records] == [
+        "writing: answers may have 32 tokens and not 64: half of the context is the question's",
+        "writing: 1 texts lost their beginning: the context is 64 tokens",
+        "summary: 1 texts lost their beginning: the context is 64 tokens",
+    ]
+
+
+LONG = """
+task: long
+dataset_path: ""
+dataset_name: ""
+custom_dataset: !function long.make
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+process_results: !function long.process
+metric_list: [{metric: "4096", aggregation: mean, higher_is_better: true}]
+generation_kwargs: {do_sample: false, max_gen_toks: 4, until: ["."]}
+"""
+MAKE = """
+import datasets
+def make(max_seq_lengths, tokenizer, **_):
+    if min(max_seq_lengths) < 200:
+        raise ValueError(f"Could not generate any sample at max_seq_length={min(max_seq_lengths)}.")
+    rows = [{"text": "one of many", "max_length": length} for length in max_seq_lengths]
+    return {"test": datasets.Dataset.from_list(rows)}
+def process(doc, results):
+    return {"4096": -1.0, str(doc["max_length"]): 1.0}
+"""
+
+
+def test_tasks_of_the_harness_are_made_at_the_lengths_that_are_asked(tmp_path: Path) -> None:
+    """As RULER's; below those that it lists as metrics too."""
+    (tmp_path / "long.yaml").write_text(LONG)
+    (tmp_path / "long.py").write_text(MAKE)
+    ways: dict[str, Any] = {"task_dir": str(tmp_path), "resamples": 5}
+    for lengths, made in (([512, 4096, 16384], [512, 4096, 16384]), (None, [4096, 8192])):
+        (drawn,) = questions(EvalSpec(["long"], None, lengths=lengths, **ways), BYTES, ()).values()
+        assert isinstance(drawn, Drawn)
+        assert [row["max_length"] for row in drawn.leaves["long"].eval_docs] == made
+    found = scores(model_of(), EvalSpec(["long"], None, lengths=[512, 1024], **ways))["long"]
+    assert (found.metric, found.items, found.student) == ("string_match", 2, 1.0)
+    with pytest.raises(ValueError, match=r"'long' cannot be made at eval.lengths=\[128, 512\]: a length is too short"):
+        questions(EvalSpec(["long"], None, lengths=[128, 512], **ways), BYTES, ())
 
 
 # ---- scored here ----------------------------------------------------------------------------------------------------
