@@ -29,6 +29,7 @@ from iskd.evaluation.tasks.made_items import (
     recall_items,
     recall_name,
 )
+from iskd.evaluation.tasks.passages import WRITTEN, Passage, read_passages
 from iskd.evaluation.tasks.task_items import (
     CBT_SENTENCE,
     COPY,
@@ -39,7 +40,7 @@ from iskd.evaluation.tasks.task_items import (
     subset,
 )
 from iskd.evaluation.written import METRICS as WRITTEN_METRICS
-from iskd.evaluation.written import WRITTEN, Passage, read_passages, write_and_score
+from iskd.evaluation.written import write_and_score
 from iskd.system import Busy
 
 log = logging.getLogger(__name__)
@@ -202,10 +203,12 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
             found |= {each.name: each for each in drawn}
     for name in spec.tasks:
         if name in WRITTEN:
-            found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, **options)
+            found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, exclude=exclude, **options)
         elif is_ours(name):
             for each, items in _items(name, spec, tokenizer).items():
                 free = [item for item in items if item.sha256 not in exclude]
+                if not free:
+                    raise ValueError(f"task {each!r}: layers were selected by all of its {len(items)} items")
                 found[each] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
     asked = [each for name in spec.tasks for each in found if each == name or (name == RECALL and length_of(each))]
     return {name: found[name] for name in dict.fromkeys(asked)}

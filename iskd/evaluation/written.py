@@ -1,23 +1,17 @@
-r"""Translation and summary from local files: a model writes, and its text is compared with a reference.
+"""Translation and summary: a model writes, and its text is compared with a reference.
 
-    translation  DATA_DIR/translation/eval.jsonl: id, source, target; optional source_language, target_language
-    summary      DATA_DIR/summary/eval.jsonl: id, text, summary
-
-The model continues "{language}: {source}\n{language}:" or "{text}\nSummary:" by its likeliest tokens up to the end of
-the line. Scores are torchmetrics' own: BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015, with
-pairs of words), ROUGE (Lin 2004), all in [0, 1], item by item. Words are those of any script (`words`).
+It continues the prompt of a passage by its likeliest tokens up to the end of the line. Scores are torchmetrics' own:
+BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015, with pairs of words), ROUGE (Lin 2004), all in
+[0, 1], item by item. Words are those of any script (`words`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,17 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import GENERATION, Scored
-from iskd.evaluation.tasks.task_items import lines_of, subset_of
+from iskd.evaluation.tasks.passages import WRITTEN, Passage
 from iskd.models import Stack, scoring
-from iskd.system.files import expanded
 
 log = logging.getLogger(__name__)
 
-WRITTEN = {"translation": "bleu", "summary": "rougeL"}
-"""Tasks, and the metric that each is compared by where nobody says another."""
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 METRICS = ("bleu", "chrf", *_ROUGE)
-_FIELDS = {"translation": ("source", "target"), "summary": ("text", "summary")}
 # a character, with the marks that belong to it, of Thai, Lao, Tibetan, Burmese, Khmer, kana and Han
 _UNSPACED = re.compile(
     "[\u0e00-\u0e30\u0e32-\u0e33\u0e40-\u0e46\u0e80-\u0eb0\u0eb2-\u0eb3\u0ec0-\u0ec6\u0f40-\u0f6c\u1000-\u102a"
@@ -45,75 +35,6 @@ _UNSPACED = re.compile(
     "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u0f71-\u0f84\u102b-\u103e\u17b4-\u17d3]*"
 )
 _ROOM = 1.5  # times the tokens of the reference may be written
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A text to be written: what the model is shown, and the reference."""
-
-    id: str
-    prompt: str
-    reference: str
-
-
-def read_passages(
-    name: str, data_dir: str | None, *, limit: int | None, seed: int, fewshot: int | None
-) -> list[Passage]:
-    """The passages of a task, each behind so many examples, drawn as items are.
-
-    Raises:
-        ValueError: there is no file, a line is no passage, or there are too few examples.
-    """
-    folder = None if data_dir is None else Path(expanded(data_dir)) / name
-    file = None if folder is None else folder / "eval.jsonl"
-    if folder is None or file is None or not file.is_file():
-        where = "eval.data_dir=DIR" if file is None else str(file)
-        raise ValueError(
-            f"task {name!r} is read from a local file, which is not there ({where}): put its texts into "
-            f"DIR/{name}/eval.jsonl, one JSON object a line with the fields id, {', '.join(_FIELDS[name])}"
-        )
-    found = _read(name, file)
-    shown = _read(name, folder / "fewshot.jsonl") if (folder / "fewshot.jsonl").is_file() else found
-    chosen = found if limit is None else subset_of(found, [passage.prompt for passage in found], limit, seed)
-    return [_with_examples(passage, shown, fewshot or 0, name) for passage in chosen]
-
-
-def _read(name: str, file: Path) -> list[Passage]:
-    passages = []
-    for number, line in enumerate(lines_of(file), 1):
-        if not line.strip():
-            continue
-        try:
-            passages.append(_passage(name, json.loads(line)))
-        except (ValueError, RecursionError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no item of {name}: {error}") from error
-    if not passages:
-        raise ValueError(f"{file} holds no items")
-    return passages
-
-
-def _passage(name: str, row: Any) -> Passage:
-    fields = ("id", *_FIELDS[name])
-    values = [row.get(key) if isinstance(row, dict) else None for key in fields]
-    for key, value in zip(fields, values, strict=True):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"field {key!r} must be a text, not {value!r:.200}")
-    id_, text, reference = (" ".join(str(value).split()) for value in values)
-    if name == "summary":
-        return Passage(id_, f"{text}\nSummary:", reference)
-    ours, theirs = (str(row.get(f"{word.lower()}_language", word)) for word in ("Source", "Target"))
-    return Passage(id_, f"{ours}: {text}\n{theirs}:", reference)
-
-
-def _with_examples(passage: Passage, shown: Sequence[Passage], count: int, name: str) -> Passage:
-    others = [other for other in shown if other.prompt != passage.prompt][:count]
-    if len(others) < count:
-        raise ValueError(
-            f"eval.fewshot={count}: task {name!r} has {len(others)} examples to show beside the question; put more "
-            "into fewshot.jsonl beside its eval.jsonl, or ask for fewer"
-        )
-    before = "".join(f"{other.prompt} {other.reference}\n\n" for other in others)
-    return Passage(passage.id, before + passage.prompt, passage.reference)
 
 
 @torch.no_grad()
