@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from iskd.evaluation.tasks.aggregates import Aggregate
+
 _AT_A_TIME = 1 << 22  # weights of items in memory
+_OF_TEXTS = 100  # resamples of what reads texts; lm-evaluation-harness takes as many
 
 
 def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
@@ -26,6 +31,22 @@ def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
         times_RN.scatter_add_(1, drawn_RN, torch.ones_like(times_RN))
         means.append(times_RN @ values_NK / items)
     return torch.cat(means).reshape(resamples, *values.shape[1:])
+
+
+def resampled_together(models: Sequence[Aggregate], resamples: int, seed: int) -> Tensor:
+    """A metric that is no mean [1 + resamples, models], float64: of all items, then of resamples of them.
+
+    Items are drawn for all models alike. Where texts are read for every number, few resamples are drawn, each of which
+    then stands for several.
+    """
+    items, generator = len(models[0].told), torch.Generator().manual_seed(seed)
+    few = min(resamples, _OF_TEXTS) if models[0].reads_texts else resamples
+    drawn = []
+    for _ in range(few):
+        rows = torch.randint(items, (items,), generator=generator).tolist()
+        drawn.append([model.over(rows) for model in models])
+    whole = [model.whole() for model in models]
+    return torch.tensor([whole, *(drawn[number % few] for number in range(resamples))], dtype=torch.float64)
 
 
 def interval(means: Tensor, level: float = 0.95) -> Tensor:

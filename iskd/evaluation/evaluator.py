@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -64,17 +64,19 @@ def evaluate(
             models and tokenizers that do not belong together. The message names the fix.
     """
     with ProgressLine() as tell:
-        asking = Asking(spec, tokenizer, teacher, [model], text=text, exclude=exclude, frame=frame)
+        asking = Asking(spec, tokenizer, teacher, text=text, exclude=exclude, frame=frame)
         return asking.ask(model, tokenizer, source or {}, tell)
 
 
 class Asking:
     """What a spec asks, drawn once: of one student after another, beside the same teacher, who is asked once.
 
+    Text is cut into windows that the longer of student and teacher reads at once, so that a student is asked the same
+    along a run, at its end, and by itself; the teacher reads it anew where a student reads further than those before.
+
     Args:
         spec, teacher, text, exclude, frame: as of `evaluate`.
         tokenizer: the students' own.
-        students: who sets the length of the windows of text beside the teacher; none = the teacher alone.
 
     Raises:
         ValueError: as `evaluate`, but for what only the scores of a model can tell.
@@ -85,7 +87,6 @@ class Asking:
         spec: EvalSpec,
         tokenizer: PreTrainedTokenizerBase,
         teacher: Loaded | None,
-        students: Sequence[PreTrainedModel] = (),
         *,
         text: str | None = None,
         exclude: Collection[str] = (),
@@ -94,17 +95,29 @@ class Asking:
         if teacher is not None:
             check_same_tokenizer(tokenizer, teacher.tokenizer)
             _check_rows("teacher", teacher.model, teacher.tokenizer)
-        for student in students:
-            _check_rows("student", student, tokenizer)
         self.spec, self.teacher, self.excluded = spec, teacher, len(exclude)
         self.frame = framing_of(tokenizer) if frame is None else frame
-        models = [*students, *([] if teacher is None else [teacher.model])]
-        self.windows = _windows(spec, text, tokenizer, models, self.frame)
+        self._tokenizer, self._documents = tokenizer, _documents(spec, text, self.frame)
+        self._windows: dict[int, TextWindows] = {}
+        self.windows = self._beside(None)
         if not spec.tasks and self.windows is None:
             raise ValueError(_NOTHING)
         check_quantize(spec.quantize, self.windows is not None)
         self._questions = questions(spec, tokenizer, exclude)
-        self._theirs: tuple[dict[str, Scored], TextLoss | None] | None = None
+        self._scores: dict[str, Scored] | None = None
+        self._losses: dict[int, TextLoss] = {}
+
+    def _beside(self, student: PreTrainedModel | None) -> TextWindows | None:
+        """The text as the student or the teacher reads it, whose limit is longer; the other one reads it in pieces."""
+        if self._documents is None:
+            return None
+        models = [*([] if student is None else [student]), *([] if self.teacher is None else [self.teacher.model])]
+        longest = self.spec.window
+        window = min(longest, max((Stack(model).limit or longest for model in models), default=longest))
+        if window not in self._windows:
+            options: dict[str, Any] = {"tokens": self.spec.tokens, "window": window, "frame": self.frame}
+            self._windows[window] = text_windows(self._documents, self._tokenizer, **options)
+        return self._windows[window]
 
     def ask(
         self,
@@ -114,26 +127,25 @@ class Asking:
         tell: Tell = lambda *_: None,
     ) -> Evaluation:
         """Score a model, where it is and under the caller's autocast; `source` is what identifies it."""
-        mine, loss = self._answers(model, tokenizer, "student", tell)
-        theirs, spec, seed, resamples = None, self.spec, self.spec.seed, self.spec.resamples
-        if self.teacher is not None:
-            if self._theirs is None:
-                self._theirs = self._answers(self.teacher.model, self.teacher.tokenizer, "teacher", tell)
-            theirs = self._theirs
+        _check_rows("student", model, tokenizer)
+        spec, seed, resamples = self.spec, self.spec.seed, self.spec.resamples
+        windows = self._beside(model)
+        mine = answers(model, tokenizer, self._questions, spec, "student", tell, self.frame)
+        loss = self._read(model, windows, "student", tell)
+        theirs, other = self._teachers(windows, tell)
         draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "beyond": self._beyond()}
-        found, retention, mean = compare(mine, None if theirs is None else theirs[0], **draws)
+        found, retention, mean = compare(mine, theirs, **draws)
         scored_text: TextScore | None = None
         positions: tuple[AtPosition, ...] = ()
-        if self.windows is not None and loss is not None:
-            other = None if theirs is None else theirs[1]
-            positions = by_position(self.windows, loss, other)
-            scored_text = text_score(self.windows, loss, other, resamples=resamples, seed=seed)
+        if windows is not None and loss is not None:
+            positions = by_position(windows, loss, other)
+            scored_text = text_score(windows, loss, other, resamples=resamples, seed=seed)
         named = {"student": _facts(model, source)}
         if self.teacher is not None:
             named["teacher"] = _facts(self.teacher.model, self.teacher.source)
         settings = {**_settings(spec, self._questions, self.excluded, model), "framing": self.frame.to_json()}
         step = partial(tell, "student in fewer bits, windows of text")
-        packed = quantized(model, self.windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
+        packed = quantized(model, windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
         return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed, positions=positions)
 
     def _beyond(self) -> list[str]:
@@ -141,14 +153,23 @@ class Asking:
         limit = None if self.teacher is None else Stack(self.teacher.model).limit
         return [] if limit is None else [name for name in self._questions if (length_of(name) or 0) > limit]
 
-    def _answers(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str, tell: Tell
-    ) -> tuple[dict[str, Scored], TextLoss | None]:
-        scores = answers(model, tokenizer, self._questions, self.spec, who, tell, self.frame)
-        if self.windows is None:
-            return scores, None
+    def _teachers(self, windows: TextWindows | None, tell: Tell) -> tuple[dict[str, Scored] | None, TextLoss | None]:
+        """The teacher's answers: to the tasks, and on these windows."""
+        if self.teacher is None:
+            return None, None
+        model, tokenizer = self.teacher.model, self.teacher.tokenizer
+        if self._scores is None:
+            self._scores = answers(model, tokenizer, self._questions, self.spec, "teacher", tell, self.frame)
+        length = 0 if windows is None else windows.ids.shape[1]
+        if length not in self._losses and (loss := self._read(model, windows, "teacher", tell)) is not None:
+            self._losses[length] = loss
+        return self._scores, self._losses.get(length)
+
+    def _read(self, model: PreTrainedModel, windows: TextWindows | None, who: str, tell: Tell) -> TextLoss | None:
+        if windows is None:
+            return None
         step = partial(tell, f"{who}, windows of text")
-        return scores, text_loss(model, self.windows, batch_tokens=self.spec.batch_tokens, step=step)
+        return text_loss(model, windows, batch_tokens=self.spec.batch_tokens, step=step)
 
 
 def check(
@@ -195,24 +216,14 @@ def _check_rows(who: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         )
 
 
-def _windows(
-    spec: EvalSpec,
-    text: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    models: Sequence[PreTrainedModel],
-    frame: Framing,
-) -> TextWindows | None:
-    documents = None if text is None else [text]
-    if spec.text is not None:
-        documents = read_text(spec.text, spec.tokens)
-        if not (frame.head or frame.tail):  # nothing is said of documents: a file is one text, as it stands there
-            documents = ["\n\n".join(documents)]
-    if documents is None:
-        return None
-    # as long as the one with the longest limit can read; others read a window in pieces of their own
-    limits = [Stack(model).limit or spec.window for model in models]
-    window = min(spec.window, max(limits, default=spec.window))
-    return text_windows(documents, tokenizer, tokens=spec.tokens, window=window, frame=frame)
+def _documents(spec: EvalSpec, text: str | None, frame: Framing) -> list[str] | None:
+    """The text to score, document by document; None where there is none."""
+    if spec.text is None:
+        return None if text is None else [text]
+    documents = read_text(spec.text, spec.tokens)
+    if frame.head or frame.tail:
+        return documents
+    return ["\n\n".join(documents)]  # nothing is said of documents: a file is one text, as it stands there
 
 
 def _facts(model: PreTrainedModel, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602): the one file that imports lm_eval.
 
-With a data folder the tasks are those of `harness_tasks/*.yaml` over local files, without one the harness's own over
-the hub. Of either a seeded random subset is drawn (the harness's own limit takes the first items, and in BLiMP and MMLU
-these are of one kind), and scores are kept by item, so that two models can be compared on the same items.
+Tasks of ours that a data folder holds are those of `harness_tasks/*.yaml` over local files, all others the harness's
+own over the hub. Of either a seeded random subset is drawn (the harness's own limit takes the first items, and in BLiMP
+and MMLU these are of one kind), and scores are kept by item, so that two models can be compared on the same items.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing, framing_of
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
-from iskd.evaluation.tasks import COPY, TASKS, check_task, read_task, subset
+from iskd.evaluation.tasks import COPY, TASKS, read_task, subset
+from iskd.evaluation.tasks.examples import fewest_examples, keep_apart
 from iskd.evaluation.tasks.harness_metrics import USUAL, check_metric, higher_is_better, values_of
+from iskd.evaluation.tasks.made_items import COPY_DOC, COPY_PARA, RECALL
+from iskd.evaluation.tasks.task_items import CBT_SENTENCE
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
 from iskd.system.files import expanded, scratch
-from iskd.system.patches import before_scoring
+from iskd.system.patches import before_scoring, before_writing
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ TASK_FILES = Path(__file__).parent / "harness_tasks"
 HUB_NAMES = {"lambada": "lambada_openai", "winograd_wsc": "wsc273"}
 # tasks that are reported by the likelihood per character, as is usual for them; all others by plain accuracy
 PER_CHARACTER = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
-_LEAST_LONG = 4096  # tokens of a task that is made to a length, where no longer ones are asked for
+_RULER = (4096, 8192)  # tokens of tasks that are made to a length, where none is asked for
 _FEWSHOT_SEED = 1234  # the harness's own
 _ANY_LENGTH = 1 << 20  # tokens; the harness would take "none" for the context that a config tells
 _INSTALL = "pip install 'iskd[eval]'"
@@ -84,63 +87,94 @@ def draw(
     """Read tasks and draw their items, one task after the other.
 
     Args:
-        names: keys of `iskd.evaluation.tasks.task_items.TASKS`; without a data_dir also any other name that the harness
-            knows.
-        data_dir: folder of NAME/eval.jsonl; None = from the hub.
+        names: keys of `iskd.evaluation.tasks.task_items.TASKS`, and any other name that the harness knows.
+        data_dir: folder of NAME/eval.jsonl; what has no folder NAME there, and None = from the hub.
         limit: at most so many items of each; a larger draw contains a smaller one. None = all.
         seed: of the draw.
-        exclude: `Item.sha256` of items to leave out, those that layers were selected by; needs a data_dir.
+        exclude: `Item.sha256` of items to leave out, those that layers were selected by; in local files alone.
         task_dir: folder of tasks in the harness's own format, for names that are none of ours.
         fewshot: examples before every question; None = as many as the task says.
         metrics: the metric to compare, by task; others are compared by their usual one.
         tokenizer: for tasks that are made to a length in tokens (RULER's).
-        lengths: which lengths these have.
+        lengths: which lengths these have; none = `_RULER`.
 
     Raises:
         ValueError: an unknown task, items that cannot be had, or no lm_eval. The message names the fix.
     """
-    if data_dir is not None:
-        for name in names:
-            if task_dir is None:
-                check_task(name)
-    elif exclude:
+    here = None if data_dir is None else Path(expanded(data_dir))
+    local = [name for name in names if _is_local(name, here)]
+    hub = [name for name in names if name not in local]
+    if exclude and (twice := [name for name in hub if data_dir is None or _asks_as(name)]):
         raise ValueError(
-            f"layers were selected by {len(exclude)} items of local files, which cannot be told among the hub's: set "
-            "eval.data_dir to the folder of these files, and they are left out"
+            f"layers were selected by {len(exclude)} items of local files, which cannot be told among those of "
+            f"{', '.join(twice)} on the hub: set eval.data_dir to the folder of these files, and they are left out"
         )
-    if data_dir is None:
-        log.info("reading lm_eval's index of tasks, which takes some seconds")
+    if moved := [name for name in hub if here is not None and name in TASKS]:
+        log.warning("%s: not in eval.data_dir=%s, so the hub's items are asked", ", ".join(moved), data_dir)
     with scratch("iskd-tokenizer") as folder:
-        options: dict[str, Any] = {"include_defaults": data_dir is None}
+        options: dict[str, Any] = {}
         if task_dir is not None:
             options["include_path"] = expanded(task_dir)
         if tokenizer is not None:  # tasks that are made for it load it by name
             tokenizer.save_pretrained(folder)
-            long = [length for length in lengths if length >= _LEAST_LONG] or [_LEAST_LONG]
-            options["metadata"] = {"tokenizer": str(folder), "max_seq_lengths": long}
-        with _quiet():
-            manager = _task_manager()(**options)
+            options["metadata"] = {"tokenizer": str(folder), "max_seq_lengths": list(lengths) or list(_RULER)}
+        manager = _manager(hub, options)
         for name in names:
-            if data_dir is not None and name in TASKS:
-                drawn = _from_file(manager, name, Path(expanded(data_dir)), limit, seed, frozenset(exclude), fewshot)
+            if here is not None and name in local:
+                drawn = _from_file(manager, name, here, limit, seed, frozenset(exclude), fewshot)
             else:
-                drawn = _from_hub(manager, name, limit, seed)
-            if fewshot is not None:
-                _with_examples(drawn, fewshot)
+                drawn = _from_hub(manager, name, limit, seed, lengths)
+            _with_examples(drawn, fewshot, local=name in local or name == "cbt")
             asked = (metrics or {}).get(name)
             check_metric(name, asked, drawn.leaves)
             yield replace(drawn, metric=asked)
 
 
-def _with_examples(drawn: Drawn, fewshot: int) -> None:
-    """Have every question come after so many examples. Raises ValueError where a task has not so many."""
+def _is_local(name: str, here: Path | None) -> bool:
+    """Whether a task of ours is read from local files: where these have a folder for it, or there are none at all."""
+    return here is not None and name in TASKS and ((here / name).exists() or not here.is_dir())
+
+
+def _asks_as(name: str) -> bool:
+    """Whether a task of the harness may ask what one of ours asks."""
+    known = {*TASKS, *HUB_NAMES.values()}
+    return any(name == other or name.startswith((f"{other}_", f"{other}-")) for other in known)
+
+
+def _manager(names: Sequence[str], options: Mapping[str, Any]) -> Any:
+    """The harness's index of tasks; its own among them only if one of the names needs it, as reading it takes long."""
+    made = _task_manager()
+    with _quiet():
+        manager = made(include_defaults=False, **options)
+    if all(HUB_NAMES.get(name, name) in manager.all_tasks or name == "cbt" for name in names):
+        return manager
+    log.info("reading lm_eval's index of tasks, which takes some seconds")
+    with _quiet():
+        return made(include_defaults=True, **options)
+
+
+def _with_examples(drawn: Drawn, fewshot: int | None, *, local: bool) -> None:
+    """Have every question come after so many examples of others. Raises ValueError where a task has not so many.
+
+    Of the harness's own tasks some take none, as `lm_eval` ignores `--num_fewshot` there too.
+    """
     for leaf, task in drawn.leaves.items():
-        task.set_config(key="num_fewshot", value=fewshot)
-        docs = [] if not fewshot else list(task.fewshot_docs() or ())
-        if len(docs) < fewshot + 1 and fewshot:
+        own = task.config.num_fewshot
+        fixed = task.OUTPUT_TYPE == "loglikelihood_rolling" or (own == 0 and not local)
+        if fewshot and fixed:
+            log.warning("eval.fewshot=%d: task %r takes no examples, it is asked without", fewshot, leaf)
+        if fewshot is not None and not fixed:
+            task.set_config(key="num_fewshot", value=fewshot)
+        count = int(task.config.num_fewshot or 0)
+        if not count or task.OUTPUT_TYPE == "loglikelihood_rolling":
+            continue
+        keep_apart(task)
+        docs = task.eval_docs
+        found = fewest_examples(task, (docs[row] for row in drawn.rows[leaf]))
+        if found < count:
+            more = "put more into fewshot.jsonl beside its eval.jsonl, or ask for fewer" if local else "ask for fewer"
             raise ValueError(
-                f"eval.fewshot={fewshot}: task {leaf!r} has {len(docs)} examples to show, one of which may be the "
-                f"question itself; put more into fewshot.jsonl beside its eval.jsonl, or ask for fewer"
+                f"eval.fewshot={count}: task {leaf!r} has {found} examples to show beside the question; {more}"
             )
 
 
@@ -169,9 +203,11 @@ def score(
     """
     from lm_eval.evaluator import evaluate
 
-    cut: list[int] = []
+    cut, shortened = list[int](), dict[int, int]()
     with scoring(model), _quiet():
-        lm = _adapter(model, tokenizer, batch_size, drawn, step, cut, frame)
+        lm = _adapter(model, tokenizer, batch_size, drawn, step, frame)
+        before_scoring(lm, lambda requests: cut.append(_too_long(drawn.name, requests, lm.max_length)))
+        before_writing(lm, lambda requests: _fitting(lm, requests, cut, shortened))
         for task in drawn.leaves.values():
             task.set_fewshot_seed(_FEWSHOT_SEED)
         found = evaluate(
@@ -181,10 +217,12 @@ def score(
             bootstrap_iters=0,
             log_samples=True,
         )
+    for asked, room in shortened.items():
+        told = "%s: answers may have %d tokens and not %d: half of the context is the question's"
+        log.warning(told, drawn.name, room, asked)
     if lost := sum(cut):
         log.warning("%s: %d texts lost their beginning: the context is %d tokens", drawn.name, lost, lm.max_length)
-    logged = found["samples"]
-    return _scored(drawn, [(leaf, sample) for leaf in drawn.leaves for sample in _first_filter(logged[leaf])])
+    return _scored(drawn, {leaf: found["samples"][leaf] for leaf in drawn.leaves})
 
 
 def _task_manager() -> Any:
@@ -221,14 +259,15 @@ def _from_file(
         files = {"test": str(file)}
         if fewshot:
             shown = data_dir / name / "fewshot.jsonl"
-            files["train"] = str(shown if shown.is_file() else file)
-            config |= {"training_split": "train", "fewshot_split": "train"}
+            files |= {"train": str(shown)} if shown.is_file() else {}
+            config |= {"training_split": "train"} if shown.is_file() else {}
+            config |= {"fewshot_split": "train" if shown.is_file() else "test"}
         config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache), "keep_in_memory": True}
         try:
             leaves = manager.load([config])["tasks"]
         except Exception as error:
             raise ValueError(
-                f"{file} cannot be read by the harness ({error!s:.300}): give all its lines the "
+                f"{file} cannot be read by the harness ({error!s:.300}): give all lines in it and in fewshot.jsonl the "
                 "same fields, each of one kind"
             ) from error
     ((leaf, task),) = leaves.items()
@@ -238,13 +277,14 @@ def _from_file(
     return Drawn(name, leaves, rows, tuple(items[row].id for row in rows[leaf]), f"sha256 {file_sha256(file)}")
 
 
-def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
+def _from_hub(manager: Any, name: str, limit: int | None, seed: int, lengths: Sequence[int] = ()) -> Drawn:
     """A task, group or tag of the harness; of a group the items are drawn over all its tasks."""
     hub_name: Any = HUB_NAMES.get(name, name)
+    made = [COPY, COPY_DOC, COPY_PARA, RECALL, CBT_SENTENCE]
     if hub_name not in manager.all_tasks and name != "cbt":
         if name in TASKS:
             raise ValueError(f"lm_eval has no task {name!r}. {_put(name)}")
-        close = difflib.get_close_matches(name, [*TASKS, COPY, *manager.all_tasks], n=1)
+        close = difflib.get_close_matches(name, [*TASKS, *made, *manager.all_tasks], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"unknown task {name!r}: {hint}lm_eval knows {len(manager.all_tasks)}; ours are {', '.join(TASKS)}"
@@ -257,7 +297,7 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
             leaves = manager.load([hub_name])["tasks"]
             everything = [(leaf, row) for leaf, task in leaves.items() for row in range(len(task.eval_docs))]
     except Exception as error:
-        raise ValueError(_unreachable(name, error)) from error
+        raise ValueError(_unreachable(name, error, lengths)) from error
     drawn = set(everything if limit is None else sorted(everything, key=lambda place: _hash(seed, place))[:limit])
     rows = {leaf: [row for one, row in everything if one == leaf and (one, row) in drawn] for leaf in leaves}
     # the harness takes an empty list for no list
@@ -267,8 +307,11 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
     return Drawn(name, {leaf: leaves[leaf] for leaf in rows}, rows, ids, ", ".join(sources))
 
 
-def _unreachable(name: str, error: Exception) -> str:
+def _unreachable(name: str, error: Exception, lengths: Sequence[int]) -> str:
     first = next(iter(str(error).splitlines()), type(error).__name__)
+    if "max_seq_length" in first:
+        told = list(lengths) or list(_RULER)
+        return f"task {name!r} cannot be made at eval.lengths={told}: a length is too short for its text and answer"
     if isinstance(error, ImportError):
         return f"task {name!r} needs a package that is missing ({first:.300}): pip install 'lm_eval[{_extra(name)}]'"
     if name not in TASKS:
@@ -316,7 +359,6 @@ def _adapter(
     batch_size: int,
     drawn: Drawn,
     step: Step,
-    cut: list[int],
     frame: Framing | None,
 ) -> Any:
     """The harness's adapter, which counts what is done and refuses what it would silently get wrong."""
@@ -334,7 +376,6 @@ def _adapter(
         mixed_precision_dtype=mixed,
         add_bos_token=_adds_bos(tokenizer, frame),
     )
-    before_scoring(lm, lambda requests: cut.append(_too_long(drawn.name, requests, lm.max_length)))
     lm.cache_hook = _Count(drawn, step)
     return lm
 
@@ -367,6 +408,25 @@ def _too_long(name: str, requests: Sequence[Any], context: int) -> int:
     return sum(len(before) + len(ids) > context + 1 for _, before, ids in requests)
 
 
+def _fitting(lm: Any, requests: Sequence[Any], cut: list[int], shortened: dict[int, int]) -> list[Any]:
+    """Requests whose answers leave half of the context to the prompt, and how many lose its beginning even so."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    fitted, lost = [], 0
+    for request in requests:
+        prompt, options = request.args
+        told = normalize_gen_kwargs(options, lm.max_gen_toks)
+        asked, most = int(told["max_gen_toks"]), max(1, lm.max_length // 2)
+        if asked > most:
+            shortened[asked] = most
+            request = copy.copy(request)
+            request.arguments = (prompt, {**told, "max_gen_toks": most})
+        lost += len(lm.tok_encode(prompt)) + min(asked, most) > lm.max_length
+        fitted.append(request)
+    cut.append(lost)
+    return fitted
+
+
 class _Count:
     """Stands where the harness reports each finished request to its cache."""
 
@@ -381,18 +441,15 @@ class _Count:
         self._step(self._done, sum(len(task.instances) for task in self._drawn.leaves.values()))
 
 
-def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Tasks that read an answer off a text in several ways log each item once per way."""
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-
-
-def _scored(drawn: Drawn, samples: Sequence[tuple[str, Mapping[str, Any]]]) -> Scored:
-    assert len(samples) == len(drawn.ids)
-    values = values_of(drawn.name, samples, drawn.leaves, drawn.metric)
+def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Scored:
+    usual = "acc_norm" if drawn.name in PER_CHARACTER else ""
+    found = values_of(drawn.name, samples, drawn.leaves, drawn.metric, usual)
+    asked = [sample for logged in samples.values() for sample in logged if sample["filter"] == logged[0]["filter"]]
+    assert len(asked) == len(drawn.ids)
     choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in drawn.leaves.values())
-    chance = sum(1 / len(sample["arguments"]) for _, sample in samples) / len(samples) if choice else 0.0
-    by_character = drawn.metric is None and drawn.name in PER_CHARACTER and "acc_norm" in values
-    main = "acc_norm" if by_character else next(iter(values))
-    higher = higher_is_better(main, drawn.leaves)
-    chance = chance if main in USUAL else 0.0
-    return Scored(CHOICE if choice else GENERATION, main, chance, TaskResult(drawn.ids, values), higher)
+    chance = sum(1 / len(sample["arguments"]) for sample in asked) / len(asked) if choice else 0.0
+    chance = chance if found.main.partition(",")[0] in USUAL else 0.0
+    result = TaskResult(drawn.ids, found.values, found.wholes)
+    return Scored(
+        CHOICE if choice else GENERATION, found.main, chance, result, higher_is_better(found.main, drawn.leaves)
+    )

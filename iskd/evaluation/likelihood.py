@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -24,14 +24,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.bootstrap import interval, resampled_means
+from iskd.evaluation.bootstrap import interval, resampled_means, resampled_together
 from iskd.evaluation.tasks import Item
+from iskd.evaluation.tasks.aggregates import Aggregate
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
 
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
+METRICS = ("acc", "acc_norm", "acc_token", "log_p", "led", "hits")
+"""What `judge` finds; `TaskResult` says what they are."""
 HEAD_CHUNK = 256  # positions whose logits exist at a time
+_RESAMPLES = 100  # behind the standard error of what is no mean
 
 Pairs = Sequence[tuple[str, str]]
 Step = Callable[[int, int], None]
@@ -47,12 +51,14 @@ class Likelihoods:
         led: how many tokens of the continuation greedy decoding gives before its first mistake [N].
         tokens: length of the continuation in tokens [N].
         characters: its length in characters without the space in front [N].
+        hits: how many of its tokens are the likeliest after the right ones before them [N].
     """
 
     log_p: Tensor
     led: Tensor
     tokens: Tensor
     characters: Tensor
+    hits: Tensor
 
     @property
     def greedy(self) -> Tensor:
@@ -68,24 +74,36 @@ class TaskResult:
         ids: the items' ids.
         values: by metric, one number per item [N] in float32: `acc`, `acc_norm` and `acc_token` (by the mean over all
             characters, over all tokens), 1 = right; `log_p` of the right
-            continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake.
+            continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake;
+            `hits`, the share that are the likeliest after the right ones before them.
+        wholes: metrics that are a number of all items and no mean over them.
     """
 
     ids: tuple[str, ...]
     values: dict[str, Tensor]
+    wholes: Mapping[str, Aggregate] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all metrics."""
+        return (*self.values, *self.wholes)
 
     def of(self, metric: str) -> Tensor:
-        """Values [N] of a metric. Raises ValueError for an unknown one."""
+        """Values [N] of a metric. Raises ValueError for an unknown one, and for one that items do not have."""
         if metric not in self.values:
             raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(self.values)}")
         return self.values[metric]
 
     def mean(self, metric: str = "acc") -> float:
-        """Mean over the items."""
-        return self.of(metric).double().mean().item()
+        """The metric of all items, which is the mean over them unless it is one of `wholes`."""
+        return self.wholes[metric].whole() if metric in self.wholes else self.of(metric).double().mean().item()
 
     def stderr(self, metric: str = "acc") -> float:
-        """Standard error of the mean; nan for a single item."""
+        """Standard error of the mean; nan for a single item. Of `wholes` the deviation over resamples of the items."""
+        if metric in self.wholes:
+            drawn = resampled_together([self.wholes[metric]], _RESAMPLES, 0)[1:, 0]
+            known = drawn[drawn.isfinite()]
+            return known.std().item() if len(known) > 1 and len(self.ids) > 1 else float("nan")
         values = self.of(metric).double()
         return float("nan") if len(values) < 2 else (values.std() / len(values) ** 0.5).item()
 
@@ -133,6 +151,11 @@ def paired(
         raise ValueError(
             f"a paired difference needs the same items in the same order, got {len(a.ids)} and {len(b.ids)}"
         )
+    if metric in a.wholes:
+        both = resampled_together([a.wholes[metric], b.wholes[metric]], resamples, seed)
+        gaps = both[:, 0] - both[:, 1]
+        known = gaps[1:][gaps[1:].isfinite()]
+        return Paired(gaps[0].item(), *(interval(known, level).tolist() if len(known) else (math.nan, math.nan)))
     differences = (a.of(metric) - b.of(metric)).double()
     low, high = interval(resampled_means(differences, resamples, seed), level).tolist()
     return Paired(differences.mean().item(), low, high)
@@ -152,7 +175,7 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     log_p = found.log_p.tolist()
     norm = (found.log_p / found.characters).tolist()
     by_token = (found.log_p / found.tokens).tolist()
-    greedy, led = found.greedy.tolist(), (found.led / found.tokens).tolist()
+    greedy, led, hits = found.greedy.tolist(), *((one / found.tokens).tolist() for one in (found.led, found.hits))
     rows, start = [], 0
     for item in items:  # its choices are start..end-1
         end, gold = start + len(item.pairs), start + item.gold
@@ -165,12 +188,12 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
             right = [greedy[start]] * 3
         else:
             right = [max(range(start, end), key=values.__getitem__) == gold for values in (log_p, norm, by_token)]
-        rows.append([*map(float, right), log_p[gold], led[gold]])
+        rows.append([*map(float, right), log_p[gold], led[gold], hits[gold]])
         start = end
     columns = torch.tensor(rows).unbind(1)
     return TaskResult(
         tuple(item.id for item in items),
-        dict(zip(("acc", "acc_norm", "acc_token", "log_p", "led"), columns, strict=True)),
+        dict(zip(METRICS, columns, strict=True)),
     )
 
 
@@ -230,6 +253,7 @@ def by_branch(
         texts = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame, first_given)
         log_p: list[Tensor] = []
         led: list[Tensor] = []
+        hits: list[Tensor] = []
         done = 0
         for batch in _batches(texts, batch_tokens):
             for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
@@ -237,7 +261,8 @@ def by_branch(
                 if branch == len(log_p):
                     log_p.append(torch.zeros(len(texts), dtype=torch.float64))
                     led.append(torch.zeros(len(texts), dtype=torch.int64))
-                _score(stack, batch, h_BTD, log_p[branch], led[branch])
+                    hits.append(torch.zeros(len(texts), dtype=torch.int64))
+                _score(stack, batch, h_BTD, log_p[branch], led[branch], hits[branch])
             done += len(batch.pairs)
             if step is not None:
                 step(done, len(texts))
@@ -248,7 +273,7 @@ def by_branch(
         )
     tokens = torch.tensor([len(text.targets) for text in texts])
     characters = torch.tensor([len(continuation.removeprefix(" ")) for _, continuation in pairs])
-    return [Likelihoods(*sums, tokens, characters) for sums in zip(log_p, led, strict=True)]
+    return [Likelihoods(*sums, tokens, characters, right) for *sums, right in zip(log_p, led, hits, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -359,17 +384,18 @@ def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
     )
 
 
-def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor) -> None:
+def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor, hits_N: Tensor) -> None:
     """Write the sums of a batch's pairs into [N] tensors."""
     head = autocast_head(stack.head)
     # gathered before the head: logits of the context are never made
     h_MD = h_BTD[batch.row_M.to(h_BTD.device), batch.at_M.to(h_BTD.device)]
-    values, hits = [], []
+    values, right = [], []
     for h_mD, target_m in zip(h_MD.split(HEAD_CHUNK), batch.targets_M.to(h_BTD.device).split(HEAD_CHUNK), strict=True):
         logits_mV = cap_logits(project(h_mD, head), scale=1.0, softcap=stack.softcap)
         values.append(-torch.nn.functional.cross_entropy(logits_mV, target_m, reduction="none").double().cpu())
-        hits.append((logits_mV.argmax(-1) == target_m).long().cpu())
-    found = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(hits).split(batch.lengths), strict=True)
+        right.append((logits_mV.argmax(-1) == target_m).long().cpu())
+    found = zip(batch.pairs, torch.cat(values).split(batch.lengths), torch.cat(right).split(batch.lengths), strict=True)
     for pair, log_p_m, hit_m in found:
         log_p_N[pair] = log_p_m.sum()
         led_N[pair] = hit_m.cumprod(0).sum()  # ones up to the first miss
+        hits_N[pair] = hit_m.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
+from iskd.evaluation.likelihood import METRICS
 from iskd.evaluation.likelihood import evaluate as ask
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.tasks.made_items import (
@@ -27,23 +29,27 @@ from iskd.evaluation.tasks.made_items import (
     recall_items,
     recall_name,
 )
+from iskd.evaluation.tasks.passages import WRITTEN, Passage, read_passages
 from iskd.evaluation.tasks.task_items import (
     CBT_SENTENCE,
     COPY,
     COPY_POOL,
     Item,
-    check_task,
     copy_items,
     read_sentences,
     subset,
 )
-from iskd.evaluation.written import WRITTEN, Passage, read_passages, write_and_score
+from iskd.evaluation.written import METRICS as WRITTEN_METRICS
+from iskd.evaluation.written import write_and_score
 from iskd.system import Busy
+
+log = logging.getLogger(__name__)
 
 Question = Drawn | Sequence[Item] | Sequence[Passage]
 Tell = Callable[[str, int, int], None]
 """Told what is done, how much of it, and of how much."""
 STAGE = "stage"
+_LONGEST = 131072  # tokens, of RULER's
 _MADE = (COPY, COPY_DOC, COPY_PARA, RECALL)
 OURS = (*_MADE, CBT_SENTENCE, *WRITTEN)
 """Tasks that are scored here and not by the harness."""
@@ -54,20 +60,37 @@ def is_ours(name: str) -> bool:
     return name in OURS or length_of(name) is not None
 
 
+def _takes_no_examples(name: str) -> bool:
+    return is_ours(name) and name not in WRITTEN
+
+
+def _check_own_metric(name: str, metric: str) -> None:
+    """Raise ValueError where a task that is scored here has no such metric."""
+    known = WRITTEN_METRICS if name in WRITTEN else METRICS
+    if is_ours(name) and metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"task {name!r} reports no metric {metric!r}: {hint}set eval.metrics.{name} to {' or '.join(known)}"
+        )
+
+
 @dataclass(frozen=True)
 class EvalSpec:
     """What to evaluate; one conf/eval/*.yaml.
 
     Attributes:
-        tasks: keys of `iskd.evaluation.TASKS`, `copy` (random words to be repeated, made here), and without a
-            data_dir any other name that lm-evaluation-harness knows.
+        tasks: keys of `iskd.evaluation.TASKS`, tasks that are scored here (`OURS`, e.g. `copy`: random words to be
+            repeated), and any other name that lm-evaluation-harness knows.
         limit: at most so many items of each task; None = all.
-        data_dir: folder of NAME/eval.jsonl; None = the harness's own tasks, from the hub.
+        data_dir: folder of NAME/eval.jsonl; tasks that have no folder there are the harness's own, from the hub.
         task_dir: folder of tasks in the harness's own format (a yaml each), for names that are none of ours.
         fewshot: examples before every question of the harness; None = as many as each task says, 0 of ours. Of local
             files they are the lines of DATA_DIR/NAME/fewshot.jsonl, or the other items.
-        metrics: by task the metric that is compared, one that the harness reports of it; others go by their usual one.
-        lengths: tokens of the items of `recall` and of tasks of the harness that are made to a length (RULER's).
+        metrics: by task the metric that is compared, one that the harness reports of it, as `metric,filter` where it
+            reads answers off texts in several ways; others go by their usual one.
+        lengths: tokens of the items of `recall` and of tasks of the harness that are made to a length (RULER's); None =
+            `LENGTHS`, and 4,096 and 8,192 of the harness's.
         seed: of the items drawn and of the bootstrap.
         batch_size: texts at a time in the harness.
         batch_tokens: tokens at a time in `copy` and in the text.
@@ -93,7 +116,7 @@ class EvalSpec:
     task_dir: str | None = None
     fewshot: NonNegativeInt | None = None
     metrics: Mapping[str, str] = field(default_factory=dict)
-    lengths: Sequence[int] = LENGTHS
+    lengths: Sequence[int] | None = None
     seed: NonNegativeInt = 0
     batch_size: int = 8
     batch_tokens: int = 4096
@@ -107,20 +130,25 @@ class EvalSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "lengths", None if self.lengths is None else tuple(self.lengths))
         object.__setattr__(self, "quantize", tuple(self.quantize))
-        if stray := [name for name in self.metrics if name not in self.tasks]:
+        if stray := [name for name in self.metrics if name not in self.tasks and not self._recalls(name)]:
             raise ValueError(f"eval.metrics.{stray[0]} is of a task that is not asked: add it to eval.tasks")
-        if not self.lengths or not all(LENGTHS[0] <= length <= LENGTHS[-1] for length in self.lengths):
+        for name, metric in self.metrics.items():
+            _check_own_metric(name, metric)
+        if (self.fewshot or 0) > 0 and self.tasks and all(_takes_no_examples(name) for name in self.tasks):
             raise ValueError(
-                f"eval.lengths={list(self.lengths)}: give one or more lengths from {LENGTHS[0]} to {LENGTHS[-1]} tokens"
+                f"eval.fewshot={self.fewshot}: none of {', '.join(self.tasks)} takes examples: leave it out"
+            )
+        most = LENGTHS[-1] if RECALL in self.tasks else _LONGEST
+        if self.lengths is not None and not (self.lengths and all(LENGTHS[0] <= each <= most for each in self.lengths)):
+            raise ValueError(
+                f"eval.lengths={list(self.lengths)}: give one or more lengths from {LENGTHS[0]} to {most} tokens"
             )
         if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
             raise ValueError(f"eval.tasks lists {twice[0]!r} twice")
-        if self.data_dir is not None and self.task_dir is None:
-            for name in self.tasks:
-                if not is_ours(name):
-                    check_task(name)
+        for name in self.tasks:
+            is_ours(name)
         least = {"limit": 1, "batch_size": 1, "batch_tokens": 1, "tokens": 2, "window": 2, "resamples": 1}
         for key, lowest in (least | {"efficiency_seconds": 0, "fewshot": 0}).items():
             value = getattr(self, key)
@@ -130,6 +158,10 @@ class EvalSpec:
             raise ValueError(f"eval.every={self.every!r}: choose stage, a number of training tokens, or null")
         if self.every != STAGE and (isinstance(self.every, str) or (self.every is not None and self.every < 1)):
             raise ValueError(f"eval.every={self.every}: choose stage, a number of training tokens, or null")
+
+    def _recalls(self, name: str) -> bool:
+        """Whether a name is of one of the lengths that `recall` stands for."""
+        return RECALL in self.tasks and length_of(name) in (LENGTHS if self.lengths is None else self.lengths)
 
     @property
     def asks(self) -> bool:
@@ -154,6 +186,8 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
         ValueError: an unknown task, or items that cannot be had.
     """
     names = [name for name in spec.tasks if not is_ours(name)]
+    if spec.fewshot and (none := [name for name in spec.tasks if _takes_no_examples(name)]):
+        log.warning("eval.fewshot=%d: no examples stand before the questions of %s", spec.fewshot, ", ".join(none))
     found: dict[str, Question] = {}
     options: dict[str, Any] = {"limit": spec.limit, "seed": spec.seed}
     if names:
@@ -163,16 +197,18 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
             "fewshot": spec.fewshot,
             "metrics": spec.metrics,
         }
-        made_for: dict[str, Any] = {"tokenizer": tokenizer, "lengths": spec.lengths}
+        made_for: dict[str, Any] = {"tokenizer": tokenizer, "lengths": spec.lengths or ()}
         with Busy("reading the tasks"):
             drawn = harness.draw(names, data_dir=spec.data_dir, **options, **ways, **made_for)
             found |= {each.name: each for each in drawn}
     for name in spec.tasks:
         if name in WRITTEN:
-            found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, **options)
+            found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, exclude=exclude, **options)
         elif is_ours(name):
             for each, items in _items(name, spec, tokenizer).items():
                 free = [item for item in items if item.sha256 not in exclude]
+                if not free:
+                    raise ValueError(f"task {each!r}: layers were selected by all of its {len(items)} items")
                 found[each] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
     asked = [each for name in spec.tasks for each in found if each == name or (name == RECALL and length_of(each))]
     return {name: found[name] for name in dict.fromkeys(asked)}
@@ -189,7 +225,7 @@ def _items(name: str, spec: EvalSpec, tokenizer: PreTrainedTokenizerBase) -> dic
     length = length_of(name)
     count = POOL if spec.limit is None else spec.limit
     with Busy("making texts to recall from"):
-        lengths = spec.lengths if length is None else (length,)
+        lengths = (spec.lengths or LENGTHS) if length is None else (length,)
         return {recall_name(each): recall_items(tokenizer, each, count, spec.seed) for each in lengths}
 
 
@@ -233,11 +269,5 @@ def _scored(
     usual = "acc_token" if alone else "acc" if length_of(name) else "led"
     frame = Framing() if alone else frame
     result = ask(model, tokenizer, items, batch_tokens=batch_tokens, step=step, frame=frame, first_given=alone)
-    if metric is not None and metric not in result.values:
-        close = difflib.get_close_matches(metric, result.values, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"task {name!r} reports no metric {metric!r}: {hint}set eval.metrics.{name} to {' or '.join(result.values)}"
-        )
     chance = sum(1 / len(item.pairs) for item in items) / len(items) if alone else 0.0
     return Scored(CHOICE if alone else GENERATION, metric or usual, chance, result)

@@ -130,14 +130,15 @@ _Bounds = Annotated[Interval | None, BeforeValidator(_bounds)]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's scores, in [0, 1].
+    """A task's scores, in [0, 1] but for a few metrics (perplexities).
 
     Attributes:
         task: its name.
         kind, metric, chance: as in `iskd.evaluation.scores.Scored`.
         items: how many both models were asked.
-        student, teacher: means over the items; the teacher's is None when there is none.
-        student_error, teacher_error: standard errors of the means; nan for one item.
+        student, teacher: means over the items, or the number of all of them where a metric is no mean (MCC, a
+            perplexity); the teacher's is None when there is none.
+        student_error, teacher_error: standard errors of the two; nan for one item.
         difference: student - teacher, None without a teacher.
         retention: student / teacher, None without a teacher, nan when the teacher gets nothing right.
         metrics: means of all metrics of the task, by `student` and `teacher`.

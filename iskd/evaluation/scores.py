@@ -6,7 +6,8 @@ Chance stands beside every score, as a ratio says nothing about tasks on which b
 
 Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004). Those of means
 over tasks come from the same draws, each task's items drawn on their own: tasks count alike, whatever their metric and
-their number of items, and how much another choice of tasks would change is not in the interval.
+their number of items, and how much another choice of tasks would change is not in the interval. A metric that is no
+mean over items is computed anew on every draw.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iskd.evaluation.bootstrap import interval, resampled_means
+from iskd.evaluation.bootstrap import interval, resampled_means, resampled_together
 from iskd.evaluation.likelihood import Paired, TaskResult, paired
 from iskd.evaluation.results import Interval, TaskScore
 
@@ -108,13 +109,17 @@ def _score(
 
 
 def _means(result: TaskResult) -> dict[str, float]:
-    return {metric: result.mean(metric) for metric in result.values}
+    return {metric: result.mean(metric) for metric in result.metrics}
 
 
 def _ratios(mine: Scored, theirs: Scored, resamples: int, seed: int) -> Tensor:
-    """Student's mean / teacher's [1 + resamples], float64: on the items, then on every resample of them."""
-    both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
-    means = torch.cat([both_N2.mean(0, keepdim=True), resampled_means(both_N2, resamples, seed)])
+    """Student's score / teacher's [1 + resamples], float64: on the items, then on every resample of them."""
+    if mine.metric in mine.result.wholes:
+        both = [one.result.wholes[mine.metric] for one in (mine, theirs)]
+        means = resampled_together(both, resamples, seed)
+    else:
+        both_N2 = torch.stack([one.result.of(mine.metric).double() for one in (mine, theirs)], dim=1)
+        means = torch.cat([both_N2.mean(0, keepdim=True), resampled_means(both_N2, resamples, seed)])
     student, teacher = means.unbind(1)
     if not mine.higher:
         student, teacher = teacher, student

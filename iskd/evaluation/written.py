@@ -1,20 +1,17 @@
-r"""Translation and summary from local files: a model writes, and its text is compared with a reference.
+"""Translation and summary: a model writes, and its text is compared with a reference.
 
-    translation  DATA_DIR/translation/eval.jsonl: id, source, target; optional source_language, target_language
-    summary      DATA_DIR/summary/eval.jsonl: id, text, summary
-
-The model continues "{language}: {source}\n{language}:" or "{text}\nSummary:" by its likeliest tokens up to the end of
-the line. Scores are torchmetrics' own: BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015), ROUGE
-(Lin 2004), all in [0, 1], item by item.
+It continues the prompt of a passage by its likeliest tokens up to the end of the line. Scores are torchmetrics' own:
+BLEU of a sentence (Papineni et al. 2002, smoothed), chrF (Popovic 2015, with pairs of words), ROUGE (Lin 2004), all in
+[0, 1], item by item. Words are those of any script (`words`).
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,84 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import GENERATION, Scored
-from iskd.evaluation.tasks.task_items import lines_of, subset_of
+from iskd.evaluation.tasks.passages import WRITTEN, Passage
 from iskd.models import Stack, scoring
-from iskd.system.files import expanded
 
-WRITTEN = {"translation": "bleu", "summary": "rougeL"}
-"""Tasks, and the metric that each is compared by where nobody says another."""
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
-_FIELDS = {"translation": ("source", "target"), "summary": ("text", "summary")}
+log = logging.getLogger(__name__)
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+METRICS = ("bleu", "chrf", *_ROUGE)
+# a character, with the marks that belong to it, of Thai, Lao, Tibetan, Burmese, Khmer, kana and Han
+_UNSPACED = re.compile(
+    "[\u0e00-\u0e30\u0e32-\u0e33\u0e40-\u0e46\u0e80-\u0eb0\u0eb2-\u0eb3\u0ec0-\u0ec6\u0f40-\u0f6c\u1000-\u102a"
+    "\u1780-\u17b3\u3005-\u3007\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u0f71-\u0f84\u102b-\u103e\u17b4-\u17d3]*"
+)
 _ROOM = 1.5  # times the tokens of the reference may be written
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A text to be written: what the model is shown, and the reference."""
-
-    id: str
-    prompt: str
-    reference: str
-
-
-def read_passages(
-    name: str, data_dir: str | None, *, limit: int | None, seed: int, fewshot: int | None
-) -> list[Passage]:
-    """The passages of a task, each behind so many examples, drawn as items are.
-
-    Raises:
-        ValueError: there is no file, a line is no passage, or there are too few examples.
-    """
-    folder = None if data_dir is None else Path(expanded(data_dir)) / name
-    file = None if folder is None else folder / "eval.jsonl"
-    if folder is None or file is None or not file.is_file():
-        where = "eval.data_dir=DIR" if file is None else str(file)
-        raise ValueError(
-            f"task {name!r} is read from a local file, which is not there ({where}): put its texts into "
-            f"DIR/{name}/eval.jsonl, one JSON object a line with the fields id, {', '.join(_FIELDS[name])}"
-        )
-    found = _read(name, file)
-    shown = _read(name, folder / "fewshot.jsonl") if (folder / "fewshot.jsonl").is_file() else found
-    chosen = found if limit is None else subset_of(found, [passage.prompt for passage in found], limit, seed)
-    return [_with_examples(passage, shown, fewshot or 0, name) for passage in chosen]
-
-
-def _read(name: str, file: Path) -> list[Passage]:
-    passages = []
-    for number, line in enumerate(lines_of(file), 1):
-        if not line.strip():
-            continue
-        try:
-            passages.append(_passage(name, json.loads(line)))
-        except (ValueError, RecursionError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no item of {name}: {error}") from error
-    if not passages:
-        raise ValueError(f"{file} holds no items")
-    return passages
-
-
-def _passage(name: str, row: Any) -> Passage:
-    fields = ("id", *_FIELDS[name])
-    values = [row.get(key) if isinstance(row, dict) else None for key in fields]
-    for key, value in zip(fields, values, strict=True):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"field {key!r} must be a text, not {value!r:.200}")
-    id_, text, reference = (" ".join(str(value).split()) for value in values)
-    if name == "summary":
-        return Passage(id_, f"{text}\nSummary:", reference)
-    ours, theirs = (str(row.get(f"{word.lower()}_language", word)) for word in ("Source", "Target"))
-    return Passage(id_, f"{ours}: {text}\n{theirs}:", reference)
-
-
-def _with_examples(passage: Passage, shown: Sequence[Passage], count: int, name: str) -> Passage:
-    others = [other for other in shown if other.prompt != passage.prompt][:count]
-    if len(others) < count:
-        raise ValueError(
-            f"eval.fewshot={count}: task {name!r} has {len(others)} examples to show beside the question; put more "
-            "into fewshot.jsonl beside its eval.jsonl, or ask for fewer"
-        )
-    before = "".join(f"{other.prompt} {other.reference}\n\n" for other in others)
-    return Passage(passage.id, before + passage.prompt, passage.reference)
 
 
 @torch.no_grad()
@@ -117,35 +50,36 @@ def write_and_score(
 ) -> Scored:
     """Have a model write every passage greedily, and compare with the references.
 
-    A prompt too long for the model (`Stack.limit`) loses its beginning.
-
-    Raises:
-        ValueError: an unknown metric.
+    A prompt too long for the model (`Stack.limit`) loses its beginning, which is told.
     """
-    if metric is not None and metric not in METRICS:
-        raise ValueError(
-            f"task {name!r} reports no metric {metric!r}: set eval.metrics.{name} to {' or '.join(METRICS)}"
-        )
-    rows = []
+    rows, cut, limit = [], 0, Stack(model).limit
     with scoring(model):
         for done, passage in enumerate(passages, 1):
-            rows.append(compared(_written(model, tokenizer, passage, frame), passage.reference))
+            ids, new = _prompt(tokenizer, passage, frame, limit)
+            cut += limit is not None and len(ids) + new > limit
+            text = _written(model, tokenizer, ids if limit is None else ids[-(limit - new) :], new)
+            rows.append(compared(text, passage.reference))
             step(done, len(passages))
+    if cut:
+        log.warning("%s: %d texts lost their beginning: the context is %d tokens", name, cut, limit)
     main = metric or WRITTEN[name]
     names = [main, *(each for each in METRICS if each != main)]
     values = {each: torch.tensor([row[each] for row in rows]) for each in names}
     return Scored(GENERATION, main, 0.0, TaskResult(tuple(passage.id for passage in passages), values))
 
 
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage, frame: Framing) -> str:
-    """The line that a model writes after a prompt."""
-    limit = Stack(model).limit
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, passage: Passage, frame: Framing, limit: int | None
+) -> tuple[list[int], int]:
+    """The whole prompt's tokens, and how many a model may write after it: at most half of what it reads at once."""
     reference = len(tokenizer(passage.reference, add_special_tokens=False).input_ids)
     new = max(8, int(_ROOM * reference))
     ids = [*frame.front, *tokenizer(passage.prompt, add_special_tokens=False).input_ids]
-    if limit is not None:
-        new = min(new, max(1, limit // 2))
-        ids = ids[-(limit - new) :]
+    return ids, new if limit is None else min(new, max(1, limit // 2))
+
+
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: int) -> str:
+    """The line that a model writes after a prompt."""
     ids_1T = torch.tensor([ids], device=model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     call: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "pad_token_id": padding}
@@ -160,10 +94,28 @@ def compared(text: str, reference: str) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rouge = rouge_score(text, reference, rouge_keys=("rouge1", "rouge2", "rougeL"))
+        rouge = rouge_score(text, reference, normalizer=str.lower, tokenizer=words, rouge_keys=_ROUGE)
+        bleu = {"smooth": True, "tokenize": _bleu_tokens(reference)}
         found: dict[str, Any] = {
-            "bleu": sacre_bleu_score([text], [[reference]], smooth=True) if text else 0.0,
+            "bleu": sacre_bleu_score([text], [[reference]], **bleu) if text else 0.0,
             "chrf": chrf_score([text], [[reference]]) if text else 0.0,
-            **{key: rouge[f"{key}_fmeasure"] for key in ("rouge1", "rouge2", "rougeL")},
+            **{key: rouge[f"{key}_fmeasure"] for key in _ROUGE},
         }
     return {name: float(value) for name, value in found.items()}
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, marks and digits of any script; of scripts that are written without spaces each character.
+
+    torchmetrics' own words are of a-z and 0-9 alone, so that nothing is left of most languages. In English both agree.
+    """
+    kept = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+    return _UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+
+
+def _bleu_tokens(reference: str) -> str:
+    """Which of sacrebleu's tokenizers is for a text's script."""
+    found = "".join(_UNSPACED.findall(reference))
+    if not found:
+        return "13a"
+    return "zh" if all(unicodedata.name(character, "").startswith("CJK") for character in found) else "char"

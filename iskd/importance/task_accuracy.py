@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.data import framing_of
-from iskd.evaluation import TASKS
-from iskd.evaluation.likelihood import BATCH_TOKENS, TaskResult, by_branch, judge, pairs_of
-from iskd.evaluation.tasks import COPY, Item, check_task, read_task, subset
-from iskd.evaluation.tasks.task_items import split_items
+from iskd.data import Framing, framing_of
+from iskd.evaluation.likelihood import BATCH_TOKENS, by_branch, judge, pairs_of
+from iskd.evaluation.tasks import Item, check_choosable, file_of, items_of, metric_of, subset
+from iskd.evaluation.tasks.task_items import CBT_SENTENCE, split_items
 from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
@@ -39,8 +38,9 @@ class TaskAccuracy(WindowImportance):
 
     Args:
         data_dir: folder that holds NAME/eval.jsonl of every task.
-        tasks: names in `iskd.evaluation.TASKS`; `lambada` and `copy` are scored by greedy decoding, `copy` by the share
-            of tokens repeated before the first mistake.
+        tasks: names in `iskd.evaluation.TASKS`, `copy`, `copy_doc`, `copy_para`, `cbt_sentence`, `translation` and
+            `summary`. `lambada` is scored by greedy decoding, copying by the share of tokens repeated before the first
+            mistake, written texts by the share of the reference's tokens that are the likeliest after those before.
         items: at most so many of each task.
         share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
             seed gives both sides.
@@ -78,14 +78,15 @@ class TaskAccuracy(WindowImportance):
         bos: str | None = None,
     ) -> None:
         for task in tasks:
-            check_task(task)
+            check_choosable(task)
         if not tasks or len(set(tasks)) < len(tasks):
             raise ValueError(f"importance.tasks must name at least one task and none twice, got {list(tasks)}")
-        if data_dir is None and set(tasks) & set(TASKS):
-            hub = "; ".join(f"{task}: {TASKS[task].hub}" for task in tasks if task in TASKS)
+        read = {task: held for task in tasks if (held := file_of(task)) is not None}
+        if data_dir is None and read:
             raise ValueError(
-                "importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task (on the hub "
-                f"{hub}), or choose a score that needs no tasks, importance=ablation"
+                "importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task (on the hub, "
+                f"or its fields: {'; '.join(f'{task}: {held}' for task, held in read.items())}), or choose a score "
+                "that needs no tasks, importance=ablation"
             )
         if items < 1 or batch_tokens < 1:
             raise ValueError(
@@ -96,7 +97,7 @@ class TaskAccuracy(WindowImportance):
         self.tokenizer, self.metric, self.batch_tokens, self.bos = tokenizer, metric, batch_tokens, bos
         self.selection: dict[str, list[Item]] = {}
         for task in tasks:
-            mine, _ = split_items(read_task(task, data_dir or "."), share, seed)
+            mine, _ = split_items(items_of(task, data_dir), share, seed)
             self.selection[task] = subset(mine, items, seed)
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
@@ -105,27 +106,38 @@ class TaskAccuracy(WindowImportance):
         Raises:
             ValueError: there is no tokenizer, or it does not fit the student.
         """
-        everything = [item for items in self.selection.values() for item in items]
         stack = Stack(student)
         tokenizer = tokenizer_of(teacher) if self.tokenizer is None else _load(self.tokenizer)
+        correct: dict[str, list[Tensor]] = {}
         with scoring(student):
-            found = by_branch(
-                student,
-                tokenizer,
-                pairs_of(everything),
-                lambda ids: without_each(stack, ids),
-                batch_tokens=self.batch_tokens,
-                frame=framing_of(tokenizer, self.bos),
-            )
-        *without, whole = [self._correct(judge(everything, likelihoods)) for likelihoods in found]
+            for alone in (False, True):
+                ways = {"frame": Framing() if alone else framing_of(tokenizer, self.bos), "first_given": alone}
+                correct |= self._correct(stack, student, tokenizer, alone, ways)
+        *without, whole = [torch.cat(each) for each in zip(*(correct[task] for task in self.selection), strict=True)]
         return (whole - torch.stack(without)) * self._weights()
 
-    def _correct(self, result: TaskResult) -> Tensor:
-        """Correctness [items] of the items of all tasks."""
-        sizes = [len(items) for items in self.selection.values()]
-        metrics = ["led" if task == COPY else self.metric for task in self.selection]
-        rows = (result.of(metric).split(sizes)[place] for place, metric in enumerate(metrics))
-        return torch.cat(list(rows))
+    def _correct(
+        self,
+        stack: Stack,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        alone: bool,
+        ways: dict[str, Any],
+    ) -> dict[str, list[Tensor]]:
+        """Correctness [items] by task, without each block and with all; of sentences that stand alone, or of others."""
+        some = {task: items for task, items in self.selection.items() if (task == CBT_SENTENCE) is alone}
+        everything = [item for items in some.values() for item in items]
+        if not everything:
+            return {}
+        sizes, pairs = [len(items) for items in some.values()], pairs_of(everything)
+        found = by_branch(
+            student, tokenizer, pairs, lambda ids: without_each(stack, ids), batch_tokens=self.batch_tokens, **ways
+        )
+        results = [judge(everything, likelihoods) for likelihoods in found]
+        return {
+            task: [result.of(metric_of(task, self.metric)).split(sizes)[place] for result in results]
+            for place, task in enumerate(some)
+        }
 
     def _weights(self) -> Tensor:
         """Factor [items] that turns the mean over items into the mean over tasks."""

@@ -97,3 +97,30 @@ def before_scoring(adapter: Any, look: Callable[[Sequence[Any]], None]) -> None:
         return score(requests, **options)
 
     adapter._loglikelihood_tokens = shown
+
+
+def before_writing(adapter: Any, fit: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+    """Let `fit` answer with the requests that an adapter of lm-eval is to generate for, in the place of those it gets.
+
+    It cuts prompts in silence, and ends with an AssertionError where an answer may be as long as the context.
+    """
+    write = adapter.generate_until
+    adapter.generate_until = lambda requests, *args, **options: write(fit(requests), *args, **options)
+
+
+def before_examples(task: Any, choose: Callable[[Any, list[Any], int], list[Any]]) -> None:
+    """Let `choose` answer with the examples that a task of lm-eval shows, given the question, those drawn and how many.
+
+    Its sampler is not told the question where examples are of another split; lm-eval has no argument for it.
+    """
+    context, draw, asked = task.fewshot_context, task.sampler.sample, list[Any]()
+
+    def shown(question: Any, *args: Any, **options: Any) -> Any:
+        asked[:] = [question]
+        return context(question, *args, **options)
+
+    def drawn(n: int, *args: Any, **options: Any) -> Any:
+        found = draw(n, *args, **options)
+        return choose(asked[0], list(found), n) if asked and n else found
+
+    task.fewshot_context, task.sampler.sample = shown, drawn

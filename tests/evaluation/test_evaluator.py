@@ -150,7 +150,7 @@ def test_draws_are_seeded_and_leave_out_what_chose_layers(tmp_path: Path) -> Non
     assert set(drawn_of("piqa", tmp_path, 16, exclude=exclude).ids).isdisjoint(small)
     with pytest.raises(ValueError, match="layers were selected by all 20 items"):
         drawn_of("piqa", tmp_path, exclude={item.sha256 for item in items})
-    with pytest.raises(ValueError, match=r"cannot be told among the hub's: set eval\.data_dir"):
+    with pytest.raises(ValueError, match=r"cannot be told among those of piqa on the hub: set eval\.data_dir"):
         next(draw(["piqa"], data_dir=None, limit=4, seed=0, exclude=exclude))
 
 
@@ -199,6 +199,28 @@ def test_a_group_is_drawn_over_all_its_tasks(tmp_path: Path, monkeypatch: pytest
         next(draw(["piqa"], data_dir=None, limit=1, seed=0))
     with pytest.raises(ValueError, match=r"'cbt' is neither .* Put its items \(cam-cst/cbt.* into DIR/cbt/eval"):
         next(draw(["cbt"], data_dir=None, limit=1, seed=0))
+
+
+def test_local_and_hub_tasks_are_asked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    hub(tmp_path, monkeypatch)
+    folder = write(tmp_path / "here", "piqa", count=6)
+    options: dict[str, Any] = {"data_dir": folder, "limit": 4, "seed": 0}
+    with caplog.at_level("WARNING"):
+        piqa, blimp, leaf = draw(["piqa", "blimp", "blimp_a"], **options)
+    assert (list(piqa.leaves), piqa.source[:7]) == (["iskd_piqa"], "sha256 ")
+    assert (set(blimp.leaves) <= {"blimp_a", "blimp_b"}, list(leaf.leaves)) == (True, ["blimp_a"])
+    assert [record.message for record in caplog.records] == [
+        f"blimp: not in eval.data_dir={folder}, so the hub's items are asked"
+    ]
+    exclude = {read_task("piqa", folder)[0].sha256}
+    assert next(draw(["piqa"], **options, exclude=exclude)).ids == next(draw(["piqa"], **options, exclude=exclude)).ids
+    with pytest.raises(
+        ValueError, match=r"cannot be told among those of blimp, blimp_a on the hub: set eval\.data_dir"
+    ):
+        next(draw(["piqa", "blimp", "blimp_a"], **options, exclude=exclude))
 
 
 def test_models_and_tokenizers_are_left_as_they_were(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iskd.evaluation import likelihood
+from iskd.data import Framing
+from iskd.evaluation import EvalSpec, likelihood
 from iskd.evaluation.likelihood import (
     Likelihoods,
     TaskResult,
@@ -26,6 +27,7 @@ from iskd.evaluation.likelihood import (
     paired,
     pairs_of,
 )
+from iskd.evaluation.questions import questions
 from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, copy_items, read_task, split_items, subset
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import Stack, surgery
@@ -121,14 +123,15 @@ def one_by_one(model: PreTrainedModel, pairs: list[tuple[str, str]], *, bos: boo
         while led < len(targets) and int(log_p[led].argmax()) == targets[led]:
             led += 1
         total = sum(float(log_p[i, target]) for i, target in enumerate(targets))
-        rows.append((total, led, len(targets), len(continuation) - continuation.startswith(" ")))
+        hits = sum(int(log_p[i].argmax()) == target for i, target in enumerate(targets))
+        rows.append((total, led, len(targets), len(continuation) - continuation.startswith(" "), hits))
     log_p, *counts = zip(*rows, strict=True)
     return Likelihoods(torch.tensor(log_p, dtype=torch.float64), *map(torch.tensor, counts))
 
 
 def assert_same(found: Likelihoods, reference: Likelihoods) -> None:
     torch.testing.assert_close(found.log_p, reference.log_p, atol=1e-5, rtol=1e-5)
-    for name in ("led", "tokens", "characters"):
+    for name in ("led", "tokens", "characters", "hits"):
         assert torch.equal(getattr(found, name), getattr(reference, name)), name
 
 
@@ -408,6 +411,7 @@ def test_accuracy_by_sum_by_character_and_by_greedy_decoding() -> None:
         torch.tensor([0, 0, 1, 0, 3]),
         torch.tensor([2, 2, 2, 2, 4]),
         torch.tensor([2, 6, 2, 2, 4]),
+        torch.tensor([1, 0, 2, 1, 3]),
     )
     result = judge(items, found)
     assert result.ids == ("a", "b", "c")
@@ -415,6 +419,7 @@ def test_accuracy_by_sum_by_character_and_by_greedy_decoding() -> None:
     assert result.of("acc_norm").tolist() == [1, 1, 0]
     assert result.of("log_p").tolist() == [-3, -1, -4]
     assert result.of("led").tolist() == [0, 0.5, 0.75]
+    assert result.of("hits").tolist() == [0, 1, 0.75]
     assert result.mean() == pytest.approx(1 / 3)
     assert result.stderr() == pytest.approx((1 / 3 * 2 / 3 / 2) ** 0.5)
     for bad in ([math.nan, -3.0], [-3.0, math.nan], [-math.inf] * 2):
@@ -533,6 +538,49 @@ def test_importance_is_the_accuracy_lost_without_the_block(family: str, folder: 
     torch.testing.assert_close(rows.mean(1), scores)
 
 
+def test_importance_takes_what_ild_chooses_layers_by(folder: Path) -> None:
+    """Copying of documents, translation, summaries, and sentences of CBT; reports leave out what was chosen by."""
+    words = ["ab", "bat", "stab", "tab", "sat", "bats", "tabs", "at", "as", "sab"]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "translation": [{"source": f"{word} da", "target": f"{word} at bats"} for word in words],
+        "summary": [{"text": f"a {word} sat there", "summary": f"{word} sat at"} for word in words],
+        "cbt": [
+            {"sentences": ["x"] * 2, "question": f"{word} met XXXXX.", "options": words, "answer": word}
+            for word in words
+        ],
+    }
+    for name, held in rows.items():
+        (folder / name).mkdir(exist_ok=True)
+        lines = (json.dumps({"id": f"{name}-{n}", **row}) for n, row in enumerate(held))
+        (folder / name / "eval.jsonl").write_text("\n".join(lines))
+    student = tiny("llama", vocab=257, context=1024, layers=3)
+    with torch.no_grad():  # whatever it is shown, it writes these letters, some of which are right
+        others = [byte for byte in range(257) if byte not in set(b" abst")]
+        Stack(student).head[0].mul_(20)[others] = 0
+    names = ["translation", "cbt_sentence", "copy_doc", "summary"]
+    part = TaskAccuracy(folder, names, items=3)
+    assert list(part.selection) == names
+    lost = torch.zeros(3, len(names))
+    for position in range(3):
+        short = copy.deepcopy(student)
+        surgery.apply(short, Record(3), [Remove(position)])
+        for place, (name, items) in enumerate(part.selection.items()):
+            alone = name == "cbt_sentence"
+            metric = "acc_token" if alone else "led" if name.startswith("copy") else "hits"
+            ways: dict[str, Any] = {"frame": Framing() if alone else None, "first_given": alone}
+            whole, without = (
+                evaluate(model, byte_tokenizer(), items, **ways).mean(metric) for model in (student, short)
+            )
+            lost[position, place] = whole - without
+    torch.testing.assert_close(part(student, student, []), lost.mean(1), atol=1e-5, rtol=1e-4)
+    assert (lost.abs().amax(0)[[0, 3]] > 0).all()
+    used = {item.sha256 for items in part.selection.values() for item in items}
+    asked = questions(EvalSpec([names[n] for n in (0, 1, 3)], None, str(folder)), byte_tokenizer(), used)
+    left = {name: [getattr(each, "item", each) for each in found] for name, found in asked.items()}
+    assert not {item.sha256 for items in left.values() for item in items} & used
+    assert [len(left[name]) for name in ("translation", "summary")] == [7, 7]
+
+
 def test_importance_selects_on_one_side_of_the_split(folder: Path) -> None:
     part = TaskAccuracy(folder, ["openbookqa"], items=4, share=0.4, seed=2)
     mine, rest = split_items(read_task("openbookqa", folder), 0.4, 2)
@@ -593,6 +641,8 @@ def test_the_tokenizer_is_given_or_that_of_the_teacher(folder: Path, monkeypatch
         ({"tasks": []}, "importance.tasks must name at least one"),
         ({"tasks": ["copy", "copy"]}, "none twice"),
         ({"data_dir": None}, r"importance\.data_dir is not set"),
+        ({"data_dir": None, "tasks": ["summary"]}, r"importance\.data_dir is not set.* summary: id, text, summary"),
+        ({"tasks": ["recall"]}, "unknown task 'recall': .* copy_doc, copy_para, cbt_sentence, translation, summary"),
         ({"tasks": ["piqa"]}, "task 'piqa' has no local file"),
         ({"items": 0}, r"importance\.items and .* got 0 and 4096"),
         ({"metric": "f1"}, r"importance\.metric='f1': choose acc or acc_norm"),

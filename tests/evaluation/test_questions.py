@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from iskd.evaluation import EvalSpec, evaluate
+from iskd.evaluation import Asking, EvalSpec, evaluate
 from iskd.evaluation.evaluator import check
-from iskd.evaluation.harness import draw
+from iskd.evaluation.harness import Drawn, draw
+from iskd.evaluation.questions import questions
 from iskd.evaluation.results import TaskScore
 from iskd.evaluation.tasks.made_items import LENGTHS, copying_items, recall_items
 from iskd.evaluation.tasks.task_items import read_sentences
@@ -102,10 +103,26 @@ def test_a_student_without_attention_is_read_beyond_its_teachers_context(
     assert found.text.teacher_perplexity == pytest.approx(theirs.exp().item(), rel=1e-4)
 
 
+def test_along_a_run_a_student_reads_the_text_as_by_itself(tmp_path: Path) -> None:
+    """In windows of its own limit once it reads further than its teacher, and as short ones before."""
+    teacher, file = Loaded(model_of(context=48), BYTES, {}), tmp_path / "text.txt"
+    student = converted(teacher.model)
+    file.write_text("What was said of cats and dogs was said before. " * 8)
+    spec = EvalSpec(text=str(file), tokens=256, window=128, resamples=5)
+    asking = Asking(spec, BYTES, teacher)
+    for model, windows in ((teacher.model, 5), (student, 2), (teacher.model, 5)):
+        along = asking.ask(model, BYTES, {})
+        assert along.to_json() == evaluate(model, BYTES, spec, teacher).to_json()
+        assert along.text is not None
+        assert along.text.windows == windows
+
+
 def test_recall_stands_for_one_task_per_length() -> None:
     spec = EvalSpec(["copy", "recall"], 2, lengths=[64, 96])
     assert list(scores(model_of(), spec)) == ["copy", "recall_64", "recall_96"]
-    assert EvalSpec(["recall"]).lengths == LENGTHS
+    assert list(questions(EvalSpec(["recall"], 1), BYTES, ())) == [f"recall_{length}" for length in LENGTHS]
+    alone = EvalSpec(["recall"], 2, lengths=[64, 96], metrics={"recall_96": "led", "recall": "log_p"}, resamples=5)
+    assert [task.metric for task in scores(model_of(), alone).values()] == ["log_p", "led"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +131,19 @@ def test_recall_stands_for_one_task_per_length() -> None:
         ({"tasks": ["recall_16"]}, r"task 'recall_16': the length must be between 64 and 8192 tokens"),
         ({"tasks": ["recall"], "lengths": []}, r"eval.lengths=\[\]: give one or more lengths from 64 to 8192"),
         ({"tasks": ["recall"], "lengths": [10]}, r"eval.lengths=\[10\]: give one or more lengths from 64 to 8192"),
+        ({"tasks": ["recall", "niah"], "lengths": [16384]}, r"eval.lengths=\[16384\]: .* from 64 to 8192"),
+        ({"tasks": ["niah"], "lengths": [262144]}, r"eval.lengths=\[262144\]: .* from 64 to 131072"),
         ({"tasks": ["copy"], "metrics": {"piqa": "acc"}}, r"eval.metrics.piqa is of a task that is not asked"),
+        ({"tasks": ["recall"], "metrics": {"recall_100": "acc"}}, r"eval.metrics.recall_100 is of a task that is not"),
+        (
+            {"tasks": ["recall"], "metrics": {"recall_64": "f1"}},
+            r"'recall_64' reports no metric 'f1': set eval.metrics",
+        ),
+        (
+            {"tasks": ["summary"], "metrics": {"summary": "rouge"}},
+            r"no metric 'rouge': did you mean 'rouge.'\? set eval",
+        ),
+        ({"tasks": ["copy", "recall"], "fewshot": 2}, r"eval.fewshot=2: none of copy, recall takes examples"),
         ({"tasks": ["copy"], "fewshot": -1}, r"eval.fewshot=-1 must be at least 0"),
     ],
 )
@@ -136,11 +165,66 @@ def test_examples_stand_before_the_question(tmp_path: Path) -> None:
     (task,) = drawn.leaves.values()
     assert task.config.num_fewshot == 2
     assert sorted(doc["goal"] for doc in task.fewshot_docs()) == ["example 0", "example 1", "example 2"]
-    for count, shown in ((3, "fewshot"), (5, "eval")):
-        if shown == "eval":
-            (tmp_path / "piqa" / "fewshot.jsonl").unlink()
-        with pytest.raises(ValueError, match=rf"eval.fewshot={count}: task 'iskd_piqa' has {count} examples to show"):
-            next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=count))
+    with pytest.raises(
+        ValueError, match=r"eval.fewshot=4: task 'iskd_piqa' has 3 examples to show beside the question"
+    ):
+        next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=4))
+    (tmp_path / "piqa" / "fewshot.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"eval.fewshot=5: task 'iskd_piqa' has 4 examples to show beside the question"
+    ):
+        next(draw(["piqa"], data_dir=folder, limit=2, seed=0, fewshot=5))
+
+
+ECHO = """
+task: echo
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE, other: FILE}}
+output_type: generate_until
+validation_split: validation
+fewshot_split: SPLIT
+num_fewshot: 3
+doc_to_text: "Q: {{text}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize("where", ["same file", "copied questions", "validation", "other", "first_n"])
+def test_a_question_is_never_among_its_own_examples(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the prompts themselves: of local files, and of tasks whose examples are of the split that is asked."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options: dict[str, Any] = {"limit": None, "seed": 0}
+    if where in ("same file", "copied questions"):
+        folder, name, head = lines(tmp_path, "piqa", piqa(6)), "piqa", "Question: {goal}\n"
+        rows: list[dict[str, Any]] = piqa(6)
+        if where == "copied questions":  # under other names, and with the choices in another order
+            turned = [{**row, "sol1": row["sol2"], "sol2": row["sol1"], "label": 1 - row["label"]} for row in rows]
+            lines(tmp_path, "piqa", [*turned[::-1], *rows], "fewshot.jsonl")
+        options |= {"data_dir": folder, "fewshot": 4}
+    else:
+        name, head, rows = "echo", "Q: {text}\n", [{"text": f"number {n} of all", "answer": str(n)} for n in range(6)]
+        rows.append(rows[0])
+        file, tasks = lines(tmp_path, "rows", rows) / "rows" / "eval.jsonl", tmp_path / "tasks"
+        tasks.mkdir()
+        split = "validation" if where == "first_n" else where
+        config = ECHO.replace("FILE", str(file)).replace("SPLIT", split)
+        config += "fewshot_config: {sampler: first_n}\n" if where == "first_n" else ""
+        (tasks / "echo.yaml").write_text(config.replace('"Q: {{text}}"', '"Q: {{text}}\\n"'))
+        options |= {"data_dir": tmp_path, "task_dir": tasks}
+    (drawn,) = draw([name], **options)
+    ((leaf, task),) = drawn.leaves.items()
+    for _ in range(3):
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(samples=list(drawn.rows[leaf]))
+        prompts = {each.doc_id: each.args[0] for each in task.instances}
+        assert len(prompts) == len(rows)
+        shown = {n: {head.format(**row) for row in rows if head.format(**row) in prompts[n]} for n in prompts}
+        for n, row in enumerate(rows):
+            assert prompts[n].count(head.format(**row)) == 1, "the question itself"
+            assert sum(prompts[n].count(text) for text in shown[n]) == 1 + task.config.num_fewshot
 
 
 def test_the_metric_that_is_compared_can_be_chosen(tmp_path: Path) -> None:
@@ -151,7 +235,30 @@ def test_the_metric_that_is_compared_can_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'piqa' reports no metric 'f1': set eval.metrics.piqa to acc or acc_norm"):
         check(EvalSpec(**spec, metrics={"piqa": "f1"}), Loaded(model_of(), BYTES, {}))
     with pytest.raises(ValueError, match=r"'copy' reports no metric 'leds': did you mean 'led'\? set eval.metrics"):
-        scores(model_of(), EvalSpec(**spec, metrics={"copy": "leds"}))
+        EvalSpec(**spec, metrics={"copy": "leds"})
+
+
+def test_tasks_that_take_no_examples_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = lines(tmp_path, "piqa", piqa(5))
+    file = str(folder / "piqa" / "eval.jsonl")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "fixed.yaml").write_text(
+        ECHO.replace("FILE", file)
+        .replace("SPLIT", "validation")
+        .replace("num_fewshot: 3", "num_fewshot: 0")
+        .replace("echo", "fixed")
+        .replace("{{text}}", "{{goal}}")
+        .replace("{{answer}}", "{{sol1}}")
+    )
+    ways: dict[str, Any] = {"data_dir": str(folder), "task_dir": str(tmp_path / "tasks"), "fewshot": 2}
+    with caplog.at_level("WARNING"):
+        asked = questions(EvalSpec(["piqa", "copy", "fixed"], 2, **ways), BYTES, ())
+    assert [record.message for record in caplog.records] == [
+        "eval.fewshot=2: no examples stand before the questions of copy",
+        "eval.fewshot=2: task 'fixed' takes no examples, it is asked without",
+    ]
+    counts = [asked[name].leaves[leaf].config.num_fewshot for name, leaf in (("piqa", "iskd_piqa"), ("fixed", "fixed"))]
+    assert counts == [2, 0]
 
 
 NEEDLES = """
@@ -205,8 +312,72 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     assert (needles.metric, needles.items, needles.kind) == ("string_match", 4, "generation")
     assert needles.student == needles.teacher
     assert needles.student in (0.25, 0.5, 0.75)
-    assert writing.metric in ("bleu", "chrf")
+    assert writing.metric == "bleu"
     assert 0 <= writing.student <= 1
+    assert writing.retention is not None
+    assert 0 <= writing.metrics["student"]["chrf"] == writing.metrics["teacher"]["chrf"] <= 1
+
+
+def test_answers_leave_room_for_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where an answer might take the whole context, and where the prompt is too long even so; ours cut alike."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"number {n} is" + " one" * 30 * n, "answer": f"{n}", "length": 64} for n in range(2)]
+    folder, tasks = lines(tmp_path, "rows", rows), tmp_path / "tasks"
+    tasks.mkdir()
+    config = WRITING.replace("FILE", str(folder / "rows" / "eval.jsonl")).replace("max_gen_toks: 6", "max_gen_toks: 64")
+    (tasks / "writing.yaml").write_text(config)
+    lines(tmp_path, "summary", [{"text": row["text"], "summary": "ten"} for row in rows])
+    spec = EvalSpec(["writing", "summary"], None, str(folder), task_dir=str(tasks), resamples=5)
+    with caplog.at_level("WARNING"):
+        found = scores(model_of(context=64), spec)
+    assert [task.items for task in found.values()] == [2, 2]
+    assert [record.message for record in caplog.records] == [
+        "writing: answers may have 32 tokens and not 64: half of the context is the question's",
+        "writing: 1 texts lost their beginning: the context is 64 tokens",
+        "summary: 1 texts lost their beginning: the context is 64 tokens",
+    ]
+
+
+LONG = """
+task: long
+dataset_path: ""
+dataset_name: ""
+custom_dataset: !function long.make
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+process_results: !function long.process
+metric_list: [{metric: "4096", aggregation: mean, higher_is_better: true}]
+generation_kwargs: {do_sample: false, max_gen_toks: 4, until: ["."]}
+"""
+MAKE = """
+import datasets
+def make(max_seq_lengths, tokenizer, **_):
+    if min(max_seq_lengths) < 200:
+        raise ValueError(f"Could not generate any sample at max_seq_length={min(max_seq_lengths)}.")
+    rows = [{"text": "one of many", "max_length": length} for length in max_seq_lengths]
+    return {"test": datasets.Dataset.from_list(rows)}
+def process(doc, results):
+    return {"4096": -1.0, str(doc["max_length"]): 1.0}
+"""
+
+
+def test_tasks_of_the_harness_are_made_at_the_lengths_that_are_asked(tmp_path: Path) -> None:
+    """As RULER's; below those that it lists as metrics too."""
+    (tmp_path / "long.yaml").write_text(LONG)
+    (tmp_path / "long.py").write_text(MAKE)
+    ways: dict[str, Any] = {"task_dir": str(tmp_path), "resamples": 5}
+    for lengths, made in (([512, 4096, 16384], [512, 4096, 16384]), (None, [4096, 8192])):
+        (drawn,) = questions(EvalSpec(["long"], None, lengths=lengths, **ways), BYTES, ()).values()
+        assert isinstance(drawn, Drawn)
+        assert [row["max_length"] for row in drawn.leaves["long"].eval_docs] == made
+    found = scores(model_of(), EvalSpec(["long"], None, lengths=[512, 1024], **ways))["long"]
+    assert (found.metric, found.items, found.student) == ("string_match", 2, 1.0)
+    with pytest.raises(ValueError, match=r"'long' cannot be made at eval.lengths=\[128, 512\]: a length is too short"):
+        questions(EvalSpec(["long"], None, lengths=[128, 512], **ways), BYTES, ())
 
 
 # ---- scored here ----------------------------------------------------------------------------------------------------
@@ -264,3 +435,28 @@ def test_texts_are_compared_by_torchmetrics() -> None:
     assert set(compared("", "the cat sat").values()) == {0.0}
     some = compared("a cat sat on the mat", "the cat sat on the mat")
     assert all(0.5 < value < 1 for value in some.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "rouge1"),
+    [
+        ("Кошка спит, на окне!", "кошка спит на столе", 0.75),
+        ("Կատուն քնած է պատուհանին", "կատուն քնած է պատուհանին", 1),
+        ("القطة نائمة على النافذة الكبيرة", "القطة نائمة على النافذة", 8 / 9),
+        ("बिल्ली सो रही है", "बिल्ली सो गई है", 0.75),
+        ("猫坐在窗上", "猫睡在窗上。", 0.8),
+        ("ねこが寝る", "ねこが見る", 0.8),
+        ("แมวนอน", "แมวนั่ง", 6 / 11),
+        ("the Cat's 2 mats", "the cat s 2 mats", 1),
+    ],
+)
+def test_words_of_any_script_are_compared(text: str, reference: str, rouge1: float) -> None:
+    found = compared(text, reference)
+    assert found["rouge1"] == pytest.approx(rouge1)
+    assert 0 < found["rougeL"] <= found["rouge1"] + 1e-6
+    assert [compared(reference, reference)[name] for name in ("bleu", "rouge1", "rougeL")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("reference", ["猫坐在窗户上面看雨", "ねこがまどのそばで寝る", "แมวนอนอยู่บนหน้าต่าง"])
+def test_bleu_reads_characters_where_there_are_no_spaces(reference: str) -> None:
+    assert 0.5 < compared(reference[:-1] + "x", reference)["bleu"] < 1

@@ -5,6 +5,17 @@ Imports: system, data.
 
 from __future__ import annotations
 
-from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, check_task, read_task, subset
+from iskd.evaluation.tasks.choosing import check_choosable, file_of, items_of, metric_of
+from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, read_task, subset
 
-__all__ = ["COPY", "TASKS", "Item", "check_task", "read_task", "subset"]
+__all__ = [
+    "COPY",
+    "TASKS",
+    "Item",
+    "check_choosable",
+    "file_of",
+    "items_of",
+    "metric_of",
+    "read_task",
+    "subset",
+]
