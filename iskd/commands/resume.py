@@ -152,7 +152,9 @@ def _refuse_foreign(saved: Json, config: Json, file: Path, asked: Sequence[str])
     the same place; the run's own loggers were looked at before (`_kept`). No list of Hydra's is relied on.
 
     Args:
-        saved: the config that is continued. config: of this command line. file: whose config it is.
+        saved: the config that is continued.
+        config: of this command line.
+        file: whose config it is.
         asked: keys of `saved` that are those of the command line.
     """
     own = set(_targets(config))

@@ -41,9 +41,10 @@ from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.metrics.along import AlongTheRun
+from iskd.training.metrics.costs import Costs, export_seconds, scored, speaking_seconds, trials_ahead, writing
 from iskd.training.metrics.loggers import log_inside
 from iskd.training.movement import MovementCheck, require_moved
-from iskd.training.plan_table import Costs, announce, check_alignment
+from iskd.training.plan_table import announce, check_alignment
 from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
@@ -65,6 +66,9 @@ class StageLoop:
         along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
             which it is validated inside a stage; None = it is not.
         keep: keeps the students of stages; None = the last one alone is left.
+        exports: whether the student is written at the end.
+        few: asks a few of the items that the student is asked at the end alone, for the plan, and how many times as
+            many there are; None = it is asked along, or nothing.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -85,6 +89,8 @@ class StageLoop:
         along: AlongTheRun | None = None,
         every: int | None = None,
         keep: StudentKeeper | None = None,
+        exports: bool = False,
+        few: tuple[AlongTheRun, float] | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
@@ -92,6 +98,7 @@ class StageLoop:
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.editor, self.tokens_told = editor or Editor(), tokens_told
         self.along, self.every, self.keep = along, every, keep
+        self.exports, self.few = exports, few
         self.preempted = False
         self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
         self._movement = MovementCheck(options.movement_steps)
@@ -120,6 +127,7 @@ class StageLoop:
         """Measure the teacher and decide the first stage, or take up a resumed run."""
         self._live = live
         module, state = live.module, self.state
+        self.clock.lap()
         check_alignment(module.student, self.schedule)
         module.place_teacher()
         if not self.options.plan_only:
@@ -129,6 +137,7 @@ class StageLoop:
                 self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
         if resume_from is not None:
             self._take_up(resume_from)
+            self.clock.lap()  # the time of a stage is none of taking it up
             return
         state.begin(self._identity())
         try:
@@ -147,6 +156,7 @@ class StageLoop:
             BrokenOffError: a stop signal came.
         """
         live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
+        self.clock.lap()
         with live.breaking_off():
             quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
             self._seconds["teacher"] = taken = time.perf_counter() - start
@@ -156,15 +166,21 @@ class StageLoop:
                 taken - tokens / quality["tokens_per_s"], tokens / quality["tokens_per_s"]
             )
             asked = self._asked(module.teacher)
+        self._tick()
         row = state.stage_measured(module.teacher, "teacher", quality, None, "kept", asked)
         log_row(live.loggers, row, state.first_step)
         if state.record.edits:  # the student of an earlier run
             with live.breaking_off():
                 quality, asked = self._told("measuring the student", self._measure), self._asked()
+            self._tick()
             row = state.stage_measured(module.student, "as given", quality, None, "kept", asked, state.record.edits)
             log_row(live.loggers, row, state.first_step)
+        self._seconds["begun"] = time.perf_counter() - start
         self._decide()
-        self._told("measuring a step for the plan", self._announce)
+        with live.breaking_off():
+            self._sample()
+            self._told("measuring a step for the plan", self._announce)
+        self.clock.lap()  # the plan itself is in nobody's time
 
     def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
@@ -217,18 +233,6 @@ class StageLoop:
         if live.ranks.rank == 0:
             for line in sources:
                 _log.info("data: %s", line)
-        asked = self.along.seconds if self.along is not None else []
-        scores = "each" in {of_stage(self.schedule, stage).scoring for stage in plan}
-        costs = Costs(
-            refit_tokens=self.editor.refit_tokens_of,
-            fit_tokens=self.options.fit_tokens,
-            begun=self._seconds["teacher"] + self._seconds["scores"] + sum(asked),
-            validation=self._seconds["validation"],
-            asking=asked[0] / 2 if asked else 0.0,
-            scoring=self._seconds["scores"] if scores else 0.0,
-            every=self.every,
-            ends=self.options.efficiency_seconds + (asked[0] / 2 if asked else 0.0),
-        )
         data = self.data
         batch = f"{data.batch_size} x {data.seq_len} tokens"
         layout = f", x {live.accumulate} accumulated" * (live.accumulate > 1) + f", x {live.ranks.size} processes" * (
@@ -236,9 +240,59 @@ class StageLoop:
         )
         text = f"steps of {batch}{layout}, on {data.named}"
         with live.forward_context():
+            costs, told = self._costs(plan), self.tokens_told
             announce(
-                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, self.tokens_told
+                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, told, self._ends
             )
+
+    def _costs(self, plan: Sequence[Stage]) -> Costs:
+        """What the parts of the stages ahead take, but for a training token, which is measured last."""
+        options, seconds = self.options, self._seconds
+        history = history_of(self.state, self.live.module, self.data.pass_tokens)
+        asks = scored(self.schedule, plan)
+        known = seconds["scores"] if asks and asks[0] else None
+        return Costs(
+            refit_tokens=self.editor.refit_tokens_of,
+            fit_tokens=options.fit_tokens,
+            begun=seconds["begun"],
+            validation=seconds["validation"],
+            asking=self._asking,
+            scoring=[known if each else 0.0 for each in asks],
+            score_tokens=options.score_tokens * len(self.state.record.layers),
+            trials=trials_ahead(self.schedule, history),
+            before=options.measure_before,
+            every=self.every,
+            keeping=writing(self.keep is not None),
+            saving=writing(True) / 2,
+            checkpoint_every=options.checkpoint_every,
+            ends=options.efficiency_seconds + self._asking + seconds.get("tasks", 0.0),
+        )
+
+    @property
+    def _asking(self) -> float:
+        """Seconds in which a student says something to all tasks and text; the teacher's answers are kept."""
+        asked = self.along.seconds if self.along is not None else []
+        return 0.0 if not asked else asked[1] if len(asked) > 1 else asked[0] / 2
+
+    def _ends(self, token: float) -> float:
+        """Seconds of the export and the samples, by those of a training token."""
+        module = self.live.module
+        written = export_seconds(surgery.parameters(module.student)) if self.exports else 0.0
+        return written + speaking_seconds(self.options.samples, token, module.device)
+
+    def _sample(self) -> None:
+        """Ask a few of the items that the end of the run asks, so that the plan can tell how long all of them take."""
+        if self.few is None or sharding.is_sharded(self.live.module.teacher):
+            return
+        asking, times = self.few
+        try:
+            for _ in range(2):  # the first time items are drawn, and the teacher is asked as well
+                asking.ask(self.live.module.teacher)
+        except Exception as error:  # of what is wrong with it the end of the run tells
+            _log.warning("the plan does not tell how long tasks and text take: %s", error)
+            return
+        # a student and its teacher
+        self._seconds["tasks"] = 2 * times * asking.seconds[1]
 
     def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
         """Raise ValueError where what is to be measured or kept along the run has no room in it."""
@@ -263,14 +317,14 @@ class StageLoop:
         with live.breaking_off():
             self._told("deciding which layers are edited", decided)
         self._seconds["scores"] = time.perf_counter() - start
-        self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
+        self._tick()  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
     def edit(self) -> None:
         """Carry out the stage's edits, prove that they took, and measure what they cost before healing."""
         live, state, stage = self.live, self.state, self.stage
-        self.clock.lap()
+        self._tick()  # the checkpoint before it
 
         def made() -> Edited:
             return self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
@@ -317,7 +371,7 @@ class StageLoop:
 
     def before_training(self) -> None:
         """The stage's micro-batches come next."""
-        self.clock.lap()
+        self._tick()
         self.clock.train(self.state.tokens)
 
     def before_batch(self) -> None:
@@ -439,6 +493,9 @@ class StageLoop:
         status: Status = "rolled_back" if missed else "kept"
         with live.breaking_off():
             asked = None if missed else self._asked()
+            if not missed and self.keep is not None:
+                self.keep.keep(live.module, state.record, len(state.results), live.ranks)
+        self._tick()
         row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status, asked)
         if missed:
             self._back()
@@ -447,8 +504,6 @@ class StageLoop:
             steps = self.count.stage_steps
             state.stage_kept(steps, steps * live.accumulate)
         log_row(live.loggers, row, state.first_step)
-        if not missed and self.keep is not None:
-            self.keep.keep(live.module, state.record, row.index, live.ranks)
         if not missed:
             self._decide()
 

@@ -237,7 +237,7 @@ def test_resume_keeps_what_the_run_was_started_with(tmp_path: Path) -> None:
         assert named[group].get("tasks") == value, override
         assert named.trainer.progress is False
     assert resumed(composed(run, "trainer.progress=true"), [run, "trainer.progress=true"]).trainer.progress is True
-    assert resumed(composed(run, "eval=null"), [run, "eval=null"]).eval is None
+    assert resumed(composed(run, "eval=[]"), [run, "eval=[]"]).eval is None
     cache.rmdir()
     assert resumed(composed(run), [run]).cache_dir is None, "a folder of another machine"
     saved.logger.host = "elsewhere"
