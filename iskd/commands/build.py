@@ -51,7 +51,7 @@ from iskd.teacher.origin import find_teacher
 from iskd.training import Parts
 from iskd.training.facts import selected
 from iskd.training.metrics import loggers_of
-from iskd.training.profile.plan_ahead import Ahead, first_sentence, plan_ahead
+from iskd.training.profile.plan_ahead import Ahead, chained, first_sentence, plan_ahead
 from iskd.training.state.resuming import student_weights
 
 # of the config of every run, from the first version on
@@ -95,8 +95,16 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
     """
     config = as_meant(config)
     described: TeacherSpec = object_of(config.model)
-    if (described.config is None and described.path is None) or config.get("budget"):
-        raise error  # what layers become within a budget depends on the weights
+    start, record = _student_of(described, config.get("reference")), None
+    if start is None and described.config is None and described.path is None:
+        raise error
+    if config.get("budget"):  # what layers become within it depends on the weights
+        raise error
+    if start is None:
+        model = build_config(replace(described, pretrained=False))
+    else:
+        model, record = chained(start, config.get("reference"))
+    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     values, source = plain(config.data), plain(config.data).get("source") or {}
     accumulate, trainer = config.trainer.get("accumulate_grad_batches") or 1, config.trainer
@@ -105,7 +113,9 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
     text = str(values.get("path") or source.get("name") or source.get("_target_", "text").rpartition(".")[2])
     told = _default_tokens(config, lambda: ON_GPU)
     ahead = Ahead(
-        config=build_config(replace(described, pretrained=False)),
+        config=model,
+        record=record,
+        every=(config.get("eval") or {}).get("every"),
         schedule=_schedule(config),
         terms=terms(plain(config.loss)),
         optim=object_of(config.optim),
@@ -122,6 +132,12 @@ def _made(
 ) -> Parts:
     """All objects of a run, of a config whose values are as meant; nothing of the run is written."""
     start: Path | None = None
+    importance = importance_of(config)  # what it lacks is said before a teacher is fetched
+    if isinstance(importance, AttentionImportance) and class_of(config.edit) is not ConvertTo:
+        raise ValueError(
+            f"importance={type(importance).__name__.lower()} says which layers keep their attention when the others "
+            "are converted: use edit=convert and a mixer, or another importance"
+        )
     if teacher is None:
         with Busy("loading the teacher"):
             teacher, start = teacher_of(config, within)
@@ -136,14 +152,14 @@ def _made(
             f"schedule.local_share={config.schedule.local_share} is for refits of the conversions, and there are none: "
             "set refit=[calibrate,output,local], or schedule.local_share=0"
         )
-    importance = importance_of(config)
-    if isinstance(importance, AttentionImportance) and class_of(config.edit) is not ConvertTo:
-        raise ValueError(
-            f"importance={type(importance).__name__.lower()} says which layers keep their attention when the others "
-            "are converted: use edit=convert and a mixer, or another importance"
-        )
     asked_export = _export(plain(config.export))
-    asked = _evaluation(config, teacher, [importance, *(step.importance for step in _steps_of(schedule))], data)
+    try:
+        asked = _evaluation(config, teacher, [importance, *(step.importance for step in _steps_of(schedule))], data)
+    except UnavailableError as error:
+        if not config.plan_only:
+            raise
+        asked = None  # a plan asks nothing
+        told = " ".join(filter(None, (told, f"tasks and text are not in the plan's time: {error}")))
     return Parts(
         teacher=teacher,
         data=data,

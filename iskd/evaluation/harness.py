@@ -31,6 +31,7 @@ from iskd.evaluation.tasks import COPY, TASKS, check_task, read_task, subset
 from iskd.evaluation.tasks.harness_metrics import USUAL, check_metric, higher_is_better, values_of
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, scratch
 from iskd.system.patches import before_scoring
 
@@ -257,7 +258,8 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int) -> Drawn:
             leaves = manager.load([hub_name])["tasks"]
             everything = [(leaf, row) for leaf, task in leaves.items() for row in range(len(task.eval_docs))]
     except Exception as error:
-        raise ValueError(_unreachable(name, error)) from error
+        kind = ValueError if isinstance(error, ImportError) else UnavailableError
+        raise kind(_unreachable(name, error)) from error
     drawn = set(everything if limit is None else sorted(everything, key=lambda place: _hash(seed, place))[:limit])
     rows = {leaf: [row for one, row in everything if one == leaf and (one, row) in drawn] for leaf in leaves}
     # the harness takes an empty list for no list

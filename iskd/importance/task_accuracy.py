@@ -29,6 +29,7 @@ from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
 from iskd.models.tokenizers import byte_tokenizer, load_tokenizer
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
@@ -83,7 +84,7 @@ class TaskAccuracy(WindowImportance):
             raise ValueError(f"importance.tasks must name at least one task and none twice, got {list(tasks)}")
         if data_dir is None and set(tasks) & set(TASKS):
             hub = "; ".join(f"{task}: {TASKS[task].hub}" for task in tasks if task in TASKS)
-            raise ValueError(
+            raise UnavailableError(
                 "importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task (on the hub "
                 f"{hub}), or choose a score that needs no tasks, importance=ablation"
             )

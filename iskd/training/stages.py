@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,15 @@ from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.metrics.along import AlongTheRun
-from iskd.training.metrics.costs import Costs, export_seconds, scored, speaking_seconds, trials_ahead, writing
+from iskd.training.metrics.costs import (
+    Costs,
+    check_every,
+    export_seconds,
+    scored,
+    speaking_seconds,
+    trials_ahead,
+    writing,
+)
 from iskd.training.metrics.loggers import log_inside
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
@@ -129,6 +138,7 @@ class StageLoop:
         module, state = live.module, self.state
         self.clock.lap()
         check_alignment(module.student, self.schedule)
+        self._check_room()
         module.place_teacher()
         if not self.options.plan_only:
             with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
@@ -227,7 +237,6 @@ class StageLoop:
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
-        self._check_room(plan, sum(steps) * step_tokens)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         sources = self.data.plan_mix(sum(steps) * step_tokens)
         if live.ranks.rank == 0:
@@ -294,15 +303,20 @@ class StageLoop:
         # a student and its teacher
         self._seconds["tasks"] = 2 * times * asking.seconds[1]
 
-    def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
-        """Raise ValueError where what is to be measured or kept along the run has no room in it."""
-        if self.every is not None and self.every >= tokens:
-            raise ValueError(
-                f"eval.every={self.every}: the run trains on {tokens:,} tokens, so that no student would be validated "
-                "inside a stage; give fewer, or eval.every=stage"
-            )
+    def _check_room(self) -> None:
+        """Raise ValueError where what is to be measured or kept along the run has no room in it.
+
+        Before anything is measured: which layers are chosen changes neither how many stages there are nor their tokens.
+        """
+        live, state = self.live, self.state
+        ahead, tokens = state.total_stages, state.total_steps * self.count.step_tokens
+        if not state.results:
+            history = history_of(state, live.module, self.data.pass_tokens)
+            plan = forecast(self.schedule, replace(history, scores=dict.fromkeys(state.record.layers, 0.0)))
+            ahead, tokens = len(plan), sum(planned_steps(plan, self.count.step_tokens)) * self.count.step_tokens
+        check_every(self.every, tokens)
         if self.keep is not None and not self.options.plan_only:
-            self.keep.check(self.live.module.student, len(plan))
+            self.keep.check(live.module.student, ahead - len(state.finished))
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""

@@ -240,7 +240,7 @@ def test_resume_keeps_what_the_run_was_started_with(tmp_path: Path) -> None:
     assert resumed(composed(run, "eval=[]"), [run, "eval=[]"]).eval is None
     cache.rmdir()
     assert resumed(composed(run), [run]).cache_dir is None, "a folder of another machine"
-    saved.logger.host = "elsewhere"
+    OmegaConf.update(saved, "logger.host", "elsewhere", force_add=True)
     OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
     assert not resumed(composed(run), [run]).logger, "not as any of conf/logger"
 

@@ -137,3 +137,12 @@ def a_few(spec: Any) -> tuple[Any, float]:
     few = min(_FEW, whole)
     tokens = max(min(spec.tokens, spec.window), spec.tokens * few // whole)
     return replace(spec, limit=few, tokens=tokens, resamples=1, quantize=(), every=None), whole / few
+
+
+def check_every(every: int | str | None, tokens: int) -> None:
+    """Raise ValueError for an `eval.every` that a run of so many training tokens never comes to."""
+    if isinstance(every, int) and every >= tokens:
+        raise ValueError(
+            f"eval.every={every}: the run trains on {tokens:,} tokens, so that no student would be validated inside a "
+            "stage; give fewer, or eval.every=stage"
+        )
