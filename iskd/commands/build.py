@@ -415,8 +415,7 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
                 OmegaConf.update(config.data, key, each.revision)
     streams = any(getattr(each, "streaming", False) for each in sources_of(source).values())
     if streams and values.get("max_train_tokens") is None:
-        most = max(config.schedule.get("tokens") or 0, config.data.val_tokens, config.data.seq_len)
-        values["max_train_tokens"] = most
+        values["max_train_tokens"] = max(_streamed(config), config.data.val_tokens, config.data.seq_len)
     return TextData(
         source,
         tokenizer,
@@ -427,6 +426,28 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         chat_loss=_chat_loss(config),
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def _streamed(config: DictConfig) -> int:
+    """Training tokens that a run takes of a text without an end. Raises ValueError where nobody says how many."""
+    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    passes = next((schedule.epochs for schedule in schedules if schedule.get("epochs")), None)
+    if passes is not None:
+        raise ValueError(
+            f"schedule.epochs={passes:g} takes all of the text, and data.source.streaming=true reads as much as a run "
+            "takes: set schedule.epochs=null and schedule.tokens, or data.max_train_tokens=N (the tokens of a pass), "
+            "or data.source.streaming=false"
+        )
+    tokens = sum(schedule.get("tokens") or 0 for schedule in schedules)
+    if any(schedule.get("tokens", 0) is None for schedule in schedules):
+        device = _device(config)
+        if device.type == "cuda":
+            raise ValueError(
+                "schedule.tokens=null goes by how long the text is, and data.source.streaming=true reads as much as a "
+                "run takes: set schedule.tokens, or data.max_train_tokens"
+            )
+        tokens += cpu_token_budget(called(device)).tokens
+    return tokens
 
 
 def source_of(config: DictConfig, given: Source | None = None) -> Source:
@@ -443,7 +464,9 @@ def source_of(config: DictConfig, given: Source | None = None) -> Source:
         source = object_of(data.source)
     if given is None and files["path"] is not None:
         # a local copy of a known data set keeps that set's way of reading
-        reading = {key: getattr(source, key) for key in ("fmt", "field", "detokenize") if hasattr(source, key)}
+        # as many documents of it too: budgets are counted in passes over them
+        kept = ("fmt", "field", "detokenize", "max_documents")
+        reading = {key: getattr(source, key) for key in kept if hasattr(source, key)}
         source = TextFiles(**files, **reading)
     elif given is None and (files["val_path"] or files["test_path"]) and not isinstance(source, TextFiles):
         raise ValueError("data.val_path and data.test_path belong to a local copy: set data.path=FILE too")
