@@ -143,8 +143,15 @@ class StageLoop:
         if not self.options.plan_only:
             with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
                 module.open_teacher_cache(self.data)
-            if self.options.mfu:
-                self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
+            try:
+                with live.alone():
+                    if self.options.mfu:
+                        self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
+            except BrokenOffError:
+                self.preempted = True
+                if resume_from is None:
+                    state.run_complete()
+                return
         if resume_from is not None:
             self._take_up(resume_from)
             self.clock.lap()  # the time of a stage is none of taking it up
@@ -167,7 +174,7 @@ class StageLoop:
         """
         live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
         self.clock.lap()
-        with live.breaking_off():
+        with live.breaking_off(module.teacher):
             quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
             self._seconds["teacher"] = taken = time.perf_counter() - start
             # from now on the teacher's side is remembered, which is one of two passes
@@ -175,19 +182,22 @@ class StageLoop:
             self._seconds["validation"] = max(
                 taken - tokens / quality["tokens_per_s"], tokens / quality["tokens_per_s"]
             )
+        with live.alone():
             asked = self._asked(module.teacher)
         self._tick()
         row = state.stage_measured(module.teacher, "teacher", quality, None, "kept", asked)
         log_row(live.loggers, row, state.first_step)
         if state.record.edits:  # the student of an earlier run
-            with live.breaking_off():
-                quality, asked = self._told("measuring the student", self._measure), self._asked()
+            with live.breaking_off(module.teacher, module.student):
+                quality = self._told("measuring the student", self._measure)
+            with live.alone():
+                asked = self._asked()
             self._tick()
             row = state.stage_measured(module.student, "as given", quality, None, "kept", asked, state.record.edits)
             log_row(live.loggers, row, state.first_step)
         self._seconds["begun"] = time.perf_counter() - start
         self._decide()
-        with live.breaking_off():
+        with live.alone():
             self._sample()
             self._told("measuring a step for the plan", self._announce)
         self.clock.lap()  # the plan itself is in nobody's time
@@ -296,7 +306,7 @@ class StageLoop:
         asking, times = self.few
         try:
             for _ in range(2):  # the first time items are drawn, and the teacher is asked as well
-                asking.ask(self.live.module.teacher)
+                asking.ask(self.live.module.teacher, look=self.live.look)
         except Exception as error:  # of what is wrong with it the end of the run tells
             _log.warning("the plan does not tell how long tasks and text take: %s", error)
             return
@@ -362,7 +372,7 @@ class StageLoop:
         # without training it is the quality at the end of the stage, which is measured then
         if self.options.measure_before and stage.edits and self.count.batches_left:
             try:
-                with live.breaking_off():
+                with live.breaking_off(live.module.teacher, live.module.student):
                     state.measured_before(self._told("measuring the student", self._measure, "validation"))
             except BrokenOffError:
                 self.preempted = True
@@ -385,6 +395,8 @@ class StageLoop:
 
     def before_training(self) -> None:
         """The stage's micro-batches come next."""
+        if self._validates and not self.state.batch % self.live.accumulate:  # where an earlier process was broken off
+            self._validate_inside()
         self._tick()
         self.clock.train(self.state.tokens)
 
@@ -415,9 +427,7 @@ class StageLoop:
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
         live.module.log_row(live.loggers)
-        before = state.tokens - self.count.step_tokens
-        validates = self.every is not None and state.tokens // self.every > before // self.every
-        validates &= not last and state.tournament is None
+        validates = self._validates
         verdicts = live.module.guard.settle(now=last or due or validates or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:
@@ -428,7 +438,7 @@ class StageLoop:
             require_moved(live.ranks.gather(still), split=sharding.is_sharded(live.module.student))
         if any(verdict.stopping for verdict in verdicts):
             self.preempted = True
-        if validates:
+        if validates and not self.preempted:
             self._validate_inside()
         if self.preempted or due:
             self._tick()
@@ -436,6 +446,15 @@ class StageLoop:
                 self.clock.batch_ends(batch)
                 self._log_speed()
             self._save()
+
+    @property
+    def _validates(self) -> bool:
+        """Whether the student is to be measured inside the stage where it stands, and was not yet."""
+        state, step_tokens = self.state, self.count.step_tokens
+        if self.every is None or state.tournament is not None or not state.batch or not self.count.batches_left:
+            return False
+        passed = state.tokens // self.every > (state.tokens - step_tokens) // self.every
+        return passed and not (state.inside and state.inside[-1]["tokens"] >= state.tokens)
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -467,6 +486,7 @@ class StageLoop:
         except BrokenOffError:
             vars(state).update(before)  # the stage is trained, and what follows is done again
             self.preempted = True
+            sharding.reshard(live.module.student)
             if stage.train != "lora":  # whose adapters are merged: of them the last checkpoint is taken up
                 self._save()
             return
@@ -480,7 +500,7 @@ class StageLoop:
             BrokenOffError: a stop signal came; the student is as it was.
         """
         live, state = self.live, self.state
-        with live.breaking_off():
+        with live.breaking_off(live.module.teacher, live.module.student):
             quality = self._told("measuring the student", self._measure, "validation")
         if self.options.measure_before and stage.edits and not self.count.stage_steps:
             state.measured_before(quality)
@@ -505,7 +525,7 @@ class StageLoop:
                 ]
             )
         status: Status = "rolled_back" if missed else "kept"
-        with live.breaking_off():
+        with live.alone():
             asked = None if missed else self._asked()
             if not missed and self.keep is not None:
                 self.keep.keep(live.module, state.record, len(state.results), live.ranks)
@@ -534,8 +554,20 @@ class StageLoop:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
         live = self.live
         batches = self.data.calibration_batches(self.data.val_tokens)
-        with live.forward_context():
-            kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
+
+        def measured() -> float:
+            with live.forward_context():
+                return float(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
+
+        try:
+            with live.breaking_off(live.module.teacher, live.module.student):
+                kl = live.ranks.first(self._told("judging a trial", measured))
+        except BrokenOffError:  # trained, and judged by the next process
+            self.preempted = True
+            sharding.reshard(live.module.student)
+            if self.stage.train != "lora":
+                self._save()
+            return
         self._back()
         self.state.trial_judged(kl)
         self._save()
@@ -613,7 +645,13 @@ class StageLoop:
     def _validate_inside(self) -> None:
         """Measure the student where it stands, on the windows of every stage's end; no number of the run is changed."""
         live, state, start = self.live, self.state, time.perf_counter()
-        quality = self._measure()
+        try:
+            with live.breaking_off(live.module.teacher, live.module.student):
+                quality = self._told("measuring the student", self._measure, "validation")
+        except BrokenOffError:  # saved where it stands; the next process begins with the measurement
+            self.preempted = True
+            sharding.reshard(live.module.student)
+            return
         sharding.reshard(live.module.student)
         state.measured_inside(quality)
         log_inside(live.loggers, quality, state.tokens, self.count.stage_number, self.count.in_run)
@@ -623,7 +661,8 @@ class StageLoop:
         """What the student, or another model, says to tasks and text; None where nobody asks."""
         if self.along is None or self.options.plan_only:
             return None
-        found: dict[str, Any] = self.live.ranks.first(self.along.told(model or self.live.module.student))
+        told = self.along.told(model or self.live.module.student, self.live.look)
+        found: dict[str, Any] = self.live.ranks.first(told)
         return found
 
     def _tick(self) -> None:
