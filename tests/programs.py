@@ -211,6 +211,23 @@ def stopped(
     run(parts)
 
 
+def stopped_inside(rank: int, folder: Path, name: str, strategy: str, place: str, call: int) -> None:
+    """Rank 1 gets SIGTERM in the middle of long work that all do alike, at the n-th call of a place's function."""
+    parts = parts_of(folder, name, 2, strategy)
+    teacher = parts.teacher.model
+
+    def long_work() -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2000):
+            teacher(torch.zeros(1, 8, dtype=torch.long))
+            time.sleep(0.05)
+        raise AssertionError("the signal was not obeyed")
+
+    interrupt(setattr, place, call, long_work)
+    run(parts)
+
+
 def forgetful(rank: int, folder: Path, name: str) -> None:
     """FSDP2 without the reset that an edit needs."""
     sharding.reset_roots = sharding.reshard

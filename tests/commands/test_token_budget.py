@@ -96,3 +96,34 @@ def test_a_plan_that_does_not_fit_into_memory_says_so(memory: int, warned: bool,
     assert "about 5.6 h" in said
     assert ("of memory" in said) == (memory > 0)
     assert ("warning: 30.0 GiB are more than the 24.0 GiB of this device" in said) == warned
+
+
+def test_tokens_of_the_command_line_are_no_passes_of_a_preset() -> None:
+    papers = ["experiment=iskd_gpt2_paper"]
+    assert compose_config(papers)[0].schedule.epochs == 1
+    for asked in (["schedule.tokens=6144"], ["schedule.tokens=6144", "schedule.epochs=null"]):
+        schedule = compose_config([*papers, *asked])[0].schedule
+        assert (schedule.tokens, schedule.epochs) == (6144, None)
+    assert compose_config([*papers, "schedule.tokens=null"])[0].schedule.epochs == 1
+    assert compose_config(["schedule.epochs=2"])[0].schedule.epochs == 2
+    with pytest.raises(ValueError, match=r"schedule\.tokens=9 and schedule\.epochs=2 both say how long .* drop one"):
+        compose_config([*papers, "schedule.tokens=9", "schedule.epochs=2"])
+
+
+def test_a_stream_is_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are those of the schedule, of all steps of a mixed one, or of the machine; passes have no end."""
+    stream = ["data=tinystories", "++data.source.streaming=true", "trainer=cpu"]
+    steps = "schedule.steps=[{edit: remove, count: 1, tokens: 70000}, {edit: remove, count: 1, tokens: 50000}]"
+    cases = {
+        ("schedule.tokens=90000",): 90_000,
+        ("schedule=mixed", steps): 120_000,
+        ("schedule.tokens=null",): None,
+    }
+    for keys, tokens in cases.items():
+        found = tokens_of.streamed(config(*stream, *keys))
+        assert found == tokens if tokens else found > 16_384, keys
+    with pytest.raises(ValueError, match=r"schedule\.epochs=2 takes all of the text, and data\.source\.streaming=true"):
+        tokens_of.streamed(config(*stream, "schedule.epochs=2"))
+    monkeypatch.setattr(build, "_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"schedule\.tokens=null goes by how long the text is.*set schedule\.tokens"):
+        tokens_of.streamed(config(*stream, "schedule.tokens=null"))

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
-from iskd.commands.arguments import arguments
+from iskd.commands.arguments import arguments, literal_paths
 from iskd.commands.build.folder import claim
 from iskd.commands.build.tokens import default_tokens
 from iskd.commands.resume import resumed
@@ -221,6 +221,30 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
     OmegaConf.save(OmegaConf.create(lost), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"config\.yaml has no schedule, without which there is no run"):
         build.parts(resumed(again, []), tmp_path)
+
+
+def test_resume_keeps_what_the_run_was_started_with(tmp_path: Path) -> None:
+    """Tasks, loggers, progress and cache are not asked for again; what a command line names takes their place."""
+    run, cache = f"resume={tmp_path}", tmp_path / "cache"
+    cache.mkdir()
+    asked = ["eval=quick", "eval.tasks=[copy]", "eval.every=stage", "logger=[wandb,tensorboard]", f"cache_dir={cache}"]
+    saved = composed(*literal_paths(asked), "debug=smoke", "trainer.progress=false")
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    again = resumed(composed(run), [run])
+    for key in ("eval", "logger", "cache_dir"):
+        assert again[key] == saved[key], key
+    assert (again.eval.every, again.trainer.progress) == ("stage", False)
+    for override, group, value in (("eval=validation", "eval", []), ("logger=csv", "logger", None)):
+        named = resumed(composed(run, override), [run, override])
+        assert named[group].get("tasks") == value, override
+        assert named.trainer.progress is False
+    assert resumed(composed(run, "trainer.progress=true"), [run, "trainer.progress=true"]).trainer.progress is True
+    assert resumed(composed(run, "eval=[]"), [run, "eval=[]"]).eval is None
+    cache.rmdir()
+    assert resumed(composed(run), [run]).cache_dir is None, "a folder of another machine"
+    OmegaConf.update(saved, "logger.host", "elsewhere", force_add=True)
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    assert not resumed(composed(run), [run]).logger, "not as any of conf/logger"
 
 
 @pytest.mark.parametrize("value", ["gguf", "none", "off"])

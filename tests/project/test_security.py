@@ -357,7 +357,7 @@ def test_nothing_is_left_to_resolve_in_a_resumed_config(tmp_path: Path) -> None:
     OmegaConf.save(
         {"name": "a", "trainer": {"progress": False}, "logger": {"_target_": "os.system"}}, tmp_path / "config.yaml"
     )
-    final = resumed(asked, [])
+    final = resumed(asked, ["trainer.progress=true"])
     assert final.logger.name == "a-x"
     assert final.trainer.progress is True
     assert OmegaConf.to_container(final, resolve=False) == OmegaConf.to_container(final, resolve=True)

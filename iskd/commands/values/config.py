@@ -74,6 +74,25 @@ def with_export_keys(override: str) -> str:
     return "export={}" if override.lower() in ("export=true", "export=hf") else override
 
 
+def budget_as_asked(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where a command line says `schedule.tokens`, passes over the text that a preset counts in are none of its run.
+
+    Raises:
+        ValueError: it names both.
+    """
+    values = {key.lstrip("+"): value for key, _, value in (given.partition("=") for given in overrides)}
+    asked = {name: values.get(f"schedule.{name}", "null") not in ("null", "None", "") for name in ("tokens", "epochs")}
+    schedule = config.get("schedule")
+    if not asked["tokens"] or schedule is None or not schedule.get("epochs"):
+        return
+    if asked["epochs"]:
+        raise ValueError(
+            f"schedule.tokens={values['schedule.tokens']} and schedule.epochs={values['schedule.epochs']} both say how "
+            "long the run trains: drop one of them"
+        )
+    schedule.epochs = None
+
+
 def plain(config: Any) -> Any:
     """Containers of a config as dicts and lists, interpolations resolved."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
