@@ -159,6 +159,7 @@ LONG = {
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
+    "refits/output": "one regression: its sums, its search and what carries the streams on",
     "refits/base": "what every refit offers, and the one walk that all take",
     "report/runs_page": "one page, section after section",
     "teacher/load": "one way from what a config names to a teacher in memory",

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from iskd.commands.values.config import object_of, plain
+from iskd.commands.values import object_of, plain
 from iskd.data import TextData, framing_of
 from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check

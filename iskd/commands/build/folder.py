@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.values.config import plain
+from iskd.commands.values import plain
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, refuse_strange, work_in
 from iskd.plan.saved_config import read_config
 from iskd.system import global_rank, run_lock, write_whole

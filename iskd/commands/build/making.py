@@ -18,7 +18,7 @@ from iskd.commands.build.schedule import importance_of, schedule_of, steps_in
 from iskd.commands.build.text import text_data
 from iskd.commands.build.tokens import batch_of, default_tokens
 from iskd.commands.build.within_budget import within_budget
-from iskd.commands.values.config import as_meant, class_of, object_of, plain, terms
+from iskd.commands.values import as_meant, class_of, object_of, plain, terms
 from iskd.data import Source
 from iskd.export import CODES
 from iskd.importance import AttentionImportance

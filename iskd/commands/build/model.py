@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from iskd.commands.values.config import object_of
+from iskd.commands.values import object_of
 from iskd.models.weights import present_weights
 from iskd.plan.run_files import FACTS
 from iskd.system.files import expanded

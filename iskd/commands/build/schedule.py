@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.line.steps import GROUPS
-from iskd.commands.values.config import class_of, object_of, plain, spec
+from iskd.commands.values import class_of, object_of, plain, spec
 from iskd.plan import Spec
 from iskd.schedules import ConvertTo, EditKind, Schedule
 from iskd.schedules.edits import EVERY

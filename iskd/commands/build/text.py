@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.build.tokens import batch_of, streamed
-from iskd.commands.values.config import class_of, object_of, plain
+from iskd.commands.values import class_of, object_of, plain
 from iskd.data import HubDataset, Source, TextData, TextFiles
 from iskd.data.mix import Mix, mapped, named, sources_of
 from iskd.data.sources import as_chats, pinned

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.build.at_the_end import export_of
 from iskd.commands.line.steps import steps_as_meant
-from iskd.commands.values.config import class_of, object_of, plain
+from iskd.commands.values import class_of, object_of, plain
 from iskd.data import TextData
 from iskd.export.student import native_config
 from iskd.report.budget import choice_table
