@@ -57,8 +57,8 @@ class Magnitude(Refit):
         """Raise ValueError for blocks that read the stream without a norm."""
         if not stack.reads_norms:
             raise ValueError(
-                f"refit=magnitude makes the stream larger, and blocks of this model ({stack.config.model_type}) read "
-                "it without a norm in front of them: use refit=local"
+                f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
+                "norm in front of them: use refit=local"
             )
 
     def refit(self, task: RefitTask) -> list[str]:

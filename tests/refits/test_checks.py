@@ -24,6 +24,8 @@ from iskd.refits.replaceme import ReplaceMe
 from iskd.refits.values import Values
 from iskd.system import Ranks
 from iskd.training import run
+from iskd.training.editing import Editor
+from iskd.training.plan_table import Costs, plan_rows
 from iskd.training.stages import StageLoop
 from tests.conf_defaults import CONF
 from tests.factories import BEHIND, FAMILIES, louder, mixer_specs, tiny, windows
@@ -81,7 +83,7 @@ def test_magnitude_says_in_a_sentence_what_it_cannot_do() -> None:
     teacher = louder(tiny("opt", **AFTER))
     made = copy.deepcopy(teacher)
     record = surgery.apply(made, Record(4), [Remove(2)])
-    with pytest.raises(ValueError, match=r"refit=magnitude makes the stream larger, .*\(opt\).*use refit=local"):
+    with pytest.raises(ValueError, match=r"refit=magnitude makes the stream larger, .*of opt read.*use refit=local"):
         Magnitude().refit(task_of(made, teacher, record, Remove(2)))
 
 
@@ -122,6 +124,17 @@ def test_a_run_is_refused_before_its_first_measurement(tmp_path: Path, monkeypat
     )
     with pytest.raises(ValueError, match=r"refit\.output: 1 calibration windows of 32 tokens"):
         run(parts)
+
+
+def test_the_plan_counts_what_a_refit_reads_and_its_judge() -> None:
+    """A step is four passes: those of the refit over the text that there is, and three over the text held out."""
+    refit = Output(tokens=320, held_tokens=80)
+    for there, share in ((400, 1.0), (192, 0.48)):
+        editor = Editor([refit], lambda tokens, there=there: [windows(min(tokens, there) // 16, 16)])
+        stage = Stage("remove 1", (Remove(1),), tokens=64, refit_share=0.25)
+        costs = Costs(token=2.0, refit_tokens=editor.refit_tokens_of)
+        row = plan_rows(tiny("llama"), [stage], [1], 64, costs)[1]
+        assert row["refit_seconds"] == pytest.approx(2.0 * 0.25 * share * (400 * refit.passes + 3 * 80) / 4)
 
 
 @pytest.mark.parametrize("name", KINDS)

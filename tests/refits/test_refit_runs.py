@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iskd.losses.kl import KL
 from iskd.plan import Remove, Replace, Stage
 from iskd.refits import base
 from iskd.refits.local import Local
 from iskd.refits.output import Output
+from iskd.teacher import TeacherCacheSpec
 from iskd.training import Parts, Result, run
 from tests import programs
 from tests.runs import SLIM, TOKENS, Crash, Scripted, crash, largest_difference, make_parts, same, weights, write_text
@@ -42,7 +44,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
     text = write_text(folder)
 
     def parts(run_dir: Path, **changes: Any) -> Parts:
-        return make_parts(run_dir, text, folder / "cache", schedule=Scripted(stages()), refits=REFITS, **changes)
+        given = {"schedule": Scripted(stages()), "refits": REFITS, **changes}
+        return make_parts(run_dir, text, folder / "cache", **given)
 
     return parts
 
@@ -83,6 +86,37 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
     times = "seconds", "events", "speed"
     for one, other in zip(resumed.stages, whole.stages, strict=True):
         assert (one.name, one.ppl, one.kl, one.before) == (other.name, other.ppl, other.kl, other.before), times
+
+
+def test_a_run_with_kept_states_of_the_teacher_resumes_bit_for_bit(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off once some states are kept and others are not: the rest is computed, and the student is the same."""
+    original, calls = base._teacher_block, iter(range(10**6))
+
+    def wrapped(*args: Any, **keys: Any) -> Any:
+        if next(calls) == 10:
+            crash()
+        return original(*args, **keys)
+
+    def cached(name: str, **changes: Any) -> Parts:
+        one = Scripted(stages()[2:])
+        parts = make(
+            tmp_path / name, schedule=one, teacher_cache=TeacherCacheSpec(), terms={"kl": (KL(), 1.0)}, **changes
+        )
+        parts.data.cache_dir = tmp_path / f"{name} cache" / "data"
+        return parts
+
+    expected = run(cached("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_teacher_block", wrapped)
+        with pytest.raises(Crash):
+            run(cached("run"))
+    kept = len(list((tmp_path / "run cache" / "teacher").rglob("*.rows")))
+    assert kept, "some states were kept"
+    resumed = run(cached("run", resume=True))
+    assert same(weights(resumed), weights(expected))
+    assert [(s.name, s.kl, s.before) for s in resumed.stages] == [(s.name, s.kl, s.before) for s in expected.stages]
 
 
 def test_processes_add_up(tmp_path: Path) -> None:
