@@ -19,7 +19,7 @@ from iskd.evaluation.harness import Drawn
 from iskd.evaluation.quantize import check as check_quantize
 from iskd.evaluation.quantize import quantized
 from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
-from iskd.evaluation.results import Evaluation
+from iskd.evaluation.results import AtPosition, Evaluation, TextScore
 from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.tasks.made_items import length_of
 from iskd.evaluation.text import TextLoss, TextWindows, by_position, read_text, text_loss, text_score, text_windows
@@ -135,7 +135,8 @@ class Asking:
         theirs, other = self._teachers(windows, tell)
         draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "beyond": self._beyond()}
         found, retention, mean = compare(mine, theirs, **draws)
-        scored_text, positions = None, ()
+        scored_text: TextScore | None = None
+        positions: tuple[AtPosition, ...] = ()
         if windows is not None and loss is not None:
             positions = by_position(windows, loss, other)
             scored_text = text_score(windows, loss, other, resamples=resamples, seed=seed)

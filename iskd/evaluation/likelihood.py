@@ -273,7 +273,8 @@ def by_branch(
         )
     tokens = torch.tensor([len(text.targets) for text in texts])
     characters = torch.tensor([len(continuation.removeprefix(" ")) for _, continuation in pairs])
-    return [Likelihoods(*sums, tokens, characters, right) for *sums, right in zip(log_p, led, hits, strict=True)]
+    sums = zip(log_p, led, hits, strict=True)
+    return [Likelihoods(nats, first, tokens, characters, right) for nats, first, right in sums]
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def compared(text: str, reference: str) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rouge = rouge_score(text, reference, normalizer=str.lower, tokenizer=words, rouge_keys=_ROUGE)
-        bleu = {"smooth": True, "tokenize": _bleu_tokens(reference)}
+        bleu: dict[str, Any] = {"smooth": True, "tokenize": _bleu_tokens(reference)}
         found: dict[str, Any] = {
             "bleu": sacre_bleu_score([text], [[reference]], **bleu) if text else 0.0,
             "chrf": chrf_score([text], [[reference]]) if text else 0.0,
