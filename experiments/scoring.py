@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,6 +39,7 @@ from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 from iskd.training.state import checkpoint  # noqa: E402
 
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
+SMOLLM2 = TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")
 AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
 COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
 TEXTS = ("kl", "ppl_wikitext", "ppl_docstrings", "lambada_nll")
@@ -65,8 +67,15 @@ def autocast() -> torch.autocast:
 class Scorer:
     """Texts and items, and the teacher's distribution on the former."""
 
-    def __init__(self, data: Path, items: int, tokens: int) -> None:
-        self.teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
+    def __init__(
+        self,
+        data: Path,
+        items: int,
+        tokens: int,
+        spec: TeacherSpec = SMOLLM2,
+        metrics: Mapping[str, str] = METRICS,
+    ) -> None:
+        self.teacher, self.metrics = load_teacher(spec), metrics
         with gzip.open(data / "wikitext2" / "test.txt.gz", "rt", encoding="utf-8") as file:
             wikitext = detokenize_wikitext(file.read())
         docstrings = "\n\n".join(text for text, _ in Docstrings().documents())
@@ -74,7 +83,7 @@ class Scorer:
             name: windows(self.teacher.tokenizer, text, tokens)
             for name, text in (("wikitext", wikitext), ("docstrings", docstrings))
         }
-        self.tasks = {name: read_task(name, data, items) for name in METRICS if name != "copy"}
+        self.tasks = {name: read_task(name, data, items) for name in metrics if name != "copy"}
         self.tasks["copy"] = copy_items(min(items, 50))
         with autocast():
             self.goals = {
@@ -88,10 +97,10 @@ class Scorer:
         with autocast():
             wikitext, docstrings = (self._on_text(model, name) for name in self.texts)
             found: dict[str, Any] = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
-            found["ppl_docstrings"] = docstrings["ppl"]
+            found |= {"ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
             for name, items in self.tasks.items():
                 result = evaluate(model, self.teacher.tokenizer, items)
-                found[name] = [round(value, 3) for value in result.of(METRICS[name]).tolist()]
+                found[name] = [round(value, 3) for value in result.of(self.metrics[name]).tolist()]
                 if name == "lambada":
                     found["lambada_nll"] = -result.mean("log_p")
         return found

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from iskd.models import Stack, sharding, surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Record, Spec
-from iskd.refits import refit_survivors
+from iskd.refits import carrying_out, refit_survivors
 from iskd.refits.local import Local
 from iskd.system import Ranks, watchdog
 from iskd.training import Parts, run
@@ -119,6 +119,14 @@ def train(rank: int, folder: Path, name: str, size: int, strategy: str | None, c
     watched(rank, folder, name, parts_of(folder, name, size, strategy, **changes))
 
 
+def refitted_unevenly(
+    rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]
+) -> None:
+    """`train` with batches of a window or two in its refits, so that the windows of the ranks fill not as many."""
+    carrying_out._BATCH = 1
+    train(rank, folder, name, size, strategy, changes)
+
+
 def watched(rank: int, folder: Path, name: str, parts: Parts) -> None:
     watch = Watch()
     parts.callbacks.append(watch)
@@ -200,6 +208,23 @@ def stopped(
     parts = parts_of(folder, name, size, strategy, **changes)
     if rank == victim:
         parts.callbacks.append(At(batch, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    run(parts)
+
+
+def stopped_inside(rank: int, folder: Path, name: str, strategy: str, place: str, call: int) -> None:
+    """Rank 1 gets SIGTERM in the middle of long work that all do alike, at the n-th call of a place's function."""
+    parts = parts_of(folder, name, 2, strategy)
+    teacher = parts.teacher.model
+
+    def long_work() -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2000):
+            teacher(torch.zeros(1, 8, dtype=torch.long))
+            time.sleep(0.05)
+        raise AssertionError("the signal was not obeyed")
+
+    interrupt(setattr, place, call, long_work)
     run(parts)
 
 

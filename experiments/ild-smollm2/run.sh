@@ -47,10 +47,6 @@ for depth in $DEPTHS; do
   for seed in $SEEDS; do
     method ild "$depth" "$seed" experiment=ild importance=racing schedule.tokens="$tokens"
     method ild-any "$depth" "$seed" experiment=ild importance=racing schedule.contiguous=false schedule.tokens="$tokens"
-    # the layers that ablation-untrained takes out by documents, in one gap
-    if [ "$depth" = 23 ]; then
-      method ild-one-gap "$depth" "$seed" experiment=ild schedule.layers=[12,13,14,15,16,17,18] schedule.tokens="$tokens"
-    fi
     TEXT=("${BY_DOCUMENTS[@]}")
     method ild-by-documents "$depth" "$seed" experiment=ild importance=racing schedule.contiguous=false schedule.refit_share=0.25 \
       schedule.tokens="$tokens"

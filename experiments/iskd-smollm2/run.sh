@@ -26,11 +26,13 @@ method() { # name, seed, overrides...
 
 for seed in $SEEDS; do
   method ours "$seed" experiment=iskd
+  method ours-between "$seed" experiment=iskd refit=[none] schedule.final_share=0.3 schedule.refit_share=1 schedule.lr_new=3e-4 data.batch_size=2
+  method width "$seed" experiment=width
   method paper "$seed" experiment=iskd_paper
   method l1 "$seed" experiment=l1
   method kd "$seed" experiment=kd
   method control "$seed" experiment=finetune
 done
 method l1-unhealed 0 experiment=l1 schedule.tokens=0
-method ours-unhealed 0 experiment=iskd schedule=oneshot schedule.tokens=0
+method ours-unhealed 0 experiment=iskd refit=[none] schedule=oneshot schedule.tokens=0
 "$PYTHON" experiments/iskd-smollm2/evaluate.py --data "$DATA" "$OUT"/*-[0-9]

@@ -56,9 +56,9 @@ for seed in $SEEDS; do
   method importance-tasks "$seed" experiment=ild schedule.target_layers=23 importance=task_accuracy importance.data_dir="$DATA" \
     importance.tasks=[blimp,copa,openbookqa] importance.items=100
 
-  method curve-iskd "$seed" experiment=iskd schedule.count=12 schedule.final_share=0 "${ALONG[@]}"
-  method curve-iskd-refit "$seed" experiment=iskd schedule.count=12 schedule.final_share=1 schedule.refit_share=0 schedule.lr_new=1e-4 \
-    refit=[output] "${ALONG[@]}"
+  # healed after every block, as published, and refitted and trained after the last one alone
+  method curve-between "$seed" experiment=iskd schedule.count=12 refit=[none] schedule.final_share=0 schedule.lr_new=3e-4 "${ALONG[@]}"
+  method curve-iskd "$seed" experiment=iskd schedule.count=12 "${ALONG[@]}"
   for blocks in 4 8 12; do
     # bottlenecks in the same layers, and all blocks slimmed to the size that the student has then
     method "curve-kd$blocks" "$seed" experiment=kd schedule.count="$blocks"

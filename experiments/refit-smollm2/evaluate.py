@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from iskd.commands.config import object_of  # noqa: E402
+from iskd.commands.values.config import object_of  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
 
 TEXTS = (*scoring.TEXTS, "ppl_stories")

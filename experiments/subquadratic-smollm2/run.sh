@@ -1,43 +1,80 @@
 #!/usr/bin/env bash
-# Techniques by mixers on SmolLM2-135M, one run after the other; finished ones are skipped.
-# On a machine with a GPU: TRAINER=gpu TOKENS=100000000 TECHNIQUES="kl copy matrix hidden all" MIXERS="$(ls conf/mixer | sed 's/.yaml//')" ./run.sh
+# A row per mixer and technique, and hybrids without a token, one run after the other, each scored as soon as it is done; what has
+# a file in scores/ is skipped, so that the table fills over days.
+# On a machine with a GPU: TRAINER=gpu TOKENS=100000000 ITEMS=1000 EVAL_TOKENS=65536 ./run.sh
 #
-#   DATA        folder with wikitext2/{train,valid}.txt.gz and tinystories/train.txt.gz
-#   TOKENS      training tokens of every run, equal for all
-#   MIXERS      names in conf/mixer; TECHNIQUES  among kl copy matrix hidden all
+#   DATA        folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
+#   TOKENS      training tokens of every run but the hybrids, equal for all
+#   MIXERS      names in conf/mixer; TECHNIQUES  among copy local all (kl matrix hidden, for the paper's grid); HYBRIDS  among
+#               restore gates every_fourth every_second; each may be empty
+#   ONLY        a pattern of names (MIXER-TECHNIQUE, hybrid-CHOICE): the runs that match are done
+#   ITEMS       of each task, at most; EVAL_TOKENS: of each text; SECONDS_OF_DECODING: for timing at 8,192 tokens
+#   MODEL       tiny = random weights, to try the script; EXTRA  further overrides; PLAN=1 shows the plans alone
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-DATA=${DATA:?folder with wikitext2 and tinystories}
+DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
 TOKENS=${TOKENS:-32768}
 SEED=${SEED:-0}
+MODEL=${MODEL:-smollm2}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/subquadratic-smollm2}
+SCORES=${SCORES:-experiments/subquadratic-smollm2/scores}
 PYTHON=${PYTHON:-.venv/bin/python}
-MIXERS=${MIXERS:-sliding gated_deltanet gla linear_attention}
-TECHNIQUES=${TECHNIQUES:-copy all}
-COMMON=(experiment=subquadratic model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz"
-        data.val_path="$DATA/wikitext2/valid.txt.gz" data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len=256 data.batch_size=2
-        schedule.mixers_share=0.1 schedule.hidden_share=0.2 # the published 2.6 and 5.3 % would be 2 and 3 steps
-        schedule.tokens="$TOKENS" run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false
-        seed="$SEED")
+MIXERS=${MIXERS-gated_deltanet gla window sliding $(cd conf/mixer && for file in *.yaml; do echo "${file%.yaml}"; done | grep -vxE 'gated_deltanet|gla|window|sliding')}
+TECHNIQUES=${TECHNIQUES-copy local all}
+HYBRIDS=${HYBRIDS-restore gates every_fourth every_second}
+ONLY=${ONLY:-*}
+HERE=experiments/subquadratic-smollm2
+read -ra EXTRA <<< "${EXTRA:-} ${PLAN:+plan_only=true}"
+if [ "$MODEL" = tiny ]; then LENGTH=64 LAYERS=4; else LENGTH=256 LAYERS=30; fi
+COMMON=(model="$MODEL" trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
+        data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len="$LENGTH" data.batch_size=2 run.score_tokens=2048
+        run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false seed="$SEED")
 
+row() { # name, overrides...
+  local name=$1 dir="$OUT/$1"
+  shift
+  # shellcheck disable=SC2053
+  if [[ $name != $ONLY ]] || [ -f "$SCORES/$name.json" ]; then return; fi
+  if [ ! -f "$dir/model/config.json" ]; then
+    rm -rf "$dir"
+    "$PYTHON" train.py "${COMMON[@]}" "$@" hydra.run.dir="$dir" "${EXTRA[@]}"
+  fi
+  if [ -n "${PLAN:-}" ]; then return; fi
+  rm -rf "$dir/checkpoints"
+  "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$DATA" --items "${ITEMS:-300}" --tokens "${EVAL_TOKENS:-8192}" \
+    --seconds "${SECONDS_OF_DECODING:-60}" --scores "$SCORES"
+  rm -rf "$dir/model"
+}
+
+UNALIGNED=(schedule.mixers=null schedule.hidden=false)
+SHARES=(schedule.mixers_share=0.1 schedule.hidden_share=0.2) # the published 2.6 and 5.3 % would be 2 and 3 steps
+# no token first: minutes each, and what every trained row has to beat
+for choice in $HYBRIDS; do
+  keys=()
+  case $choice in
+    restore | gates) keys=(schedule.attention_share=0.25 importance="$choice") ;;
+    every_fourth) # its attention stays: layers 3, 7, 11 ...
+      layers=""
+      for ((layer = 0; layer < LAYERS; layer++)); do if ((layer % 4 != 3)); then layers+="${layers:+,}$layer"; fi; done
+      keys=(schedule.layers="[$layers]") ;;
+    every_second) keys=(schedule.layers=every_second) ;;
+    *) echo "unknown hybrid $choice" >&2; exit 1 ;;
+  esac
+  row "hybrid-$choice" experiment=subquadratic mixer=window "${UNALIGNED[@]}" schedule.tokens=0 "${keys[@]}"
+done
 for mixer in $MIXERS; do
-  # Mamba has no mixing matrix per head: its outputs are aligned instead
-  matrix=matrix; [ "$mixer" = mamba ] && matrix=mixer_output
   for technique in $TECHNIQUES; do
     case $technique in
-      kl) keys=(mixer.init=random schedule.mixers=null schedule.hidden=false) ;;
-      copy) keys=(schedule.mixers=null schedule.hidden=false) ;;
-      matrix) keys=(mixer.init=random schedule.mixers=$matrix schedule.hidden=false) ;;
-      hidden) keys=(mixer.init=random schedule.mixers=null) ;;
-      all) keys=(schedule.mixers=$matrix) ;;
+      copy) keys=(experiment=subquadratic "${UNALIGNED[@]}") ;;
+      local) keys=(experiment=local_first) ;;
+      all) keys=(experiment=subquadratic "${SHARES[@]}") ;; # mixing matrices, or outputs of a mixer that has none
+      kl) keys=(experiment=subquadratic mixer.init=random "${UNALIGNED[@]}") ;;
+      matrix) keys=(experiment=subquadratic mixer.init=random schedule.hidden=false "${SHARES[@]}") ;;
+      hidden) keys=(experiment=subquadratic mixer.init=random schedule.mixers=null "${SHARES[@]}") ;;
       *) echo "unknown technique $technique" >&2; exit 1 ;;
     esac
-    dir="$OUT/$mixer-$technique"
-    if [ -f "$dir/report.html" ]; then continue; fi
-    rm -rf "$dir"
-    "$PYTHON" train.py "${COMMON[@]}" mixer="$mixer" hydra.run.dir="$dir" "${keys[@]}"
-    rm -rf "$dir/checkpoints"
+    row "$mixer-$technique" "${keys[@]}" mixer="$mixer" schedule.tokens="$TOKENS"
   done
 done
-"$PYTHON" experiments/subquadratic-stories/table.py "$OUT" experiments/subquadratic-smollm2/results.csv
+if [ -z "${PLAN:-}" ]; then "$PYTHON" "$HERE/evaluate.py" table --scores "$SCORES"; fi

@@ -55,14 +55,14 @@ def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tup
         if known not in data.systems:
             data.systems[known] = down_system(wide, path, data)
         system = data.systems[known]
-        error = 0.0 if len(choices) == 1 else _solved_error(wide, system, data, ridge)
+        error = 0.0 if len(choices) == 1 else solved_error(wide, system, data, ridge)
         if best is None or error < best[0]:
             best = (error, heads, wide, system)
     assert best is not None
     return best[1:]
 
 
-def _solved_error(block: nn.Module, system: Ridge, data: FitData, ridge: float) -> float:
+def solved_error(block: nn.Module, system: Ridge, data: FitData, ridge: float) -> float:
     """How far a block is from its targets once its MLP's output projection is re-solved; the block stays as it is."""
     path = data.stack.family.down
     if not data.stack.family.post_norms:  # the sums tell it without a pass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.merge import Merged, merged
+from iskd.blocks.merge import Merged, merged, unlike
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace, states_after, without_autocast_cache
 from iskd.plan import Edit, Record, Replace
@@ -122,8 +122,10 @@ def _merge(
     block: nn.Module, upper: nn.Module, data: FitData, merge: Merge, layer: int, judge: Callable[[], float]
 ) -> Merged:
     """Merge `upper` into the block of the stack, and take it back where that is no nearer to the teacher."""
-    kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     removed = judge()
+    if why := unlike(block, upper, data.stack):
+        return Merged(merge.layer, layer, removed, removed, why)
+    kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     block.load_state_dict(merged(block, upper, data, merge.ridge).state_dict())
     found = Merged(merge.layer, layer, removed, judge())
     if not found.better:

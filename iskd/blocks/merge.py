@@ -1,14 +1,16 @@
 """Two blocks as one of the same sizes: put side by side, the best heads and channels kept, outputs re-solved.
 
 Side by side both read the stream that enters the lower one, so the merged block is what the pair would be if the upper
-one did not read what the lower one writes. Half of its heads and channels then leave as in `slim`, and the
-MLP's output projection is re-solved towards the teacher's state after the upper block. The result is one of the host's
-own blocks: a model of such blocks loads anywhere.
+one did not read what the lower one writes. Half of its heads and channels then leave as in `slim`: channels by
+elimination, and heads by their share in the stream (`choosing.head_scores`), but for pairs with so few key-value groups
+that each choice is tried. What the heads that stay give is re-solved (o_proj) towards what all of them gave, where that
+leaves the MLP less to make up for, and the MLP's output projection towards the teacher's state after the upper block.
+The result is one of the host's own blocks: a model of such blocks loads anywhere.
 
 One entrance norm serves both: with gains g and biases b of the norms, a projection of the upper block that read
 g_u n + b_u reads g_l n + b_l with W' = W diag(g_u / g_l) and W b_u - W' b_l more bias. What that cannot carry is left
 out and shows in the fit: a constant where the projection has no bias, and norms of queries and keys (Qwen3), which
-stay those of the lower block.
+stay those of the lower block. Two attentions that see other tokens or positions (`unlike`) have no common block.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
-from iskd.blocks.choosing import choose_heads, eliminate, solve_down
+from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down, solved_error
+from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import cut, resized, set_width
+from iskd.models import Stack
 from iskd.models.projections import set_submodule, stacked, weight_of
 
 # a gain this much smaller than the largest one of its norm lets nothing through that could be scaled up again
@@ -33,16 +37,24 @@ _BEHIND = (
     "blocks cannot be merged: what attention and MLP give passes a norm before it is added to the stream, so that two "
     "of them have no sum; use edit=remove"
 )
+_AFTER = (
+    "blocks cannot be merged: a norm stands behind the sums of this model, so that two blocks have no norm in front of "
+    "them that they could share; use edit=remove"
+)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge was worth: nats per token to the teacher on held-out windows, removed alone and merged."""
+    """What a merge was worth: nats per token to the teacher on held-out windows, removed alone and merged.
+
+    Both before the refits of the stage, which go on with the better one. `why`: the two have no common block.
+    """
 
     layer: int
     into: int
     removed: float
     merged: float
+    why: str = ""
 
     @property
     def better(self) -> bool:
@@ -51,6 +63,8 @@ class Merged:
 
     def __str__(self) -> str:
         """For the run's record."""
+        if self.why:
+            return f"layer {self.layer} into {self.into}: not merged but removed, as {self.why}"
         kept = "merged" if self.better else "removed, as that is no farther"
         return (
             f"layer {self.layer} into {self.into}: held-out KL {self.removed:.4f} removed, {self.merged:.4f} merged; "
@@ -69,18 +83,79 @@ def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float) -> n
         ridge: of every fit, towards the inherited weights.
 
     Raises:
-        ValueError: a projection of the blocks reads something else than a norm's output, or a fit is singular.
+        ValueError: a projection of the blocks reads something else than a norm's output, the two attentions see other
+            tokens or positions, or a fit is singular.
     """
     stack = data.stack
-    if stack.family.post_norms:
-        raise ValueError(_BEHIND)
+    check_mergeable(stack)
+    if why := unlike(lower, upper, stack):
+        raise ValueError(f"blocks cannot be merged, as {why}; use edit=remove")
     wide = side_by_side(lower, upper, data)
-    heads, narrow, system = choose_heads(wide, data, stack.dims.kv_heads, ridge)
+    _, narrow, system = choose_heads(wide, data, stack.dims.kv_heads, ridge)
+    narrow, system = _with_solved_attention(wide, narrow, system, data, ridge)
     path = stack.family.down
     channels = eliminate(system, narrow.get_submodule(path), stack.dims.mlp, ridge)
-    new = cut(wide, stack, heads, channels)
+    new = cut(narrow, stack, torch.arange(stack.dims.kv_heads, device=channels.device), channels)
     solve_down(new, path, system.only(channels), ridge)
     return new
+
+
+def check_mergeable(stack: Stack) -> None:
+    """Raise ValueError for a model of whose blocks no two can be merged."""
+    if stack.family.post_norms:
+        raise ValueError(_BEHIND)
+    if not stack.reads_norms:
+        raise ValueError(_AFTER)
+
+
+def unlike(lower: nn.Module, upper: nn.Module, stack: Stack) -> str:
+    """Why two attentions cannot become one, by name; "" where nothing speaks against it.
+
+    A block has one way to tell positions, and one window: heads of the other layer would see what they never saw.
+    """
+    ours, theirs = (block.get_submodule(stack.family.attn) for block in (lower, upper))
+    if bool(getattr(ours, "use_rope", True)) != bool(getattr(theirs, "use_rope", True)):
+        which = "lower" if getattr(ours, "use_rope", True) else "upper"
+        return f"only the {which} one of the two has rotary positions (no_rope_layers)"
+    windows = [getattr(one, "sliding_window", None) for one in (ours, theirs)]
+    if windows[0] != windows[1]:
+        told = [f"a window of {window} tokens" if window else "all tokens" for window in windows]
+        return f"the lower one attends to {told[0]} and the upper one to {told[1]} (layer_types)"
+    return ""
+
+
+def _with_solved_attention(
+    wide: nn.Module, narrow: nn.Module, system: Ridge, data: FitData, ridge: float
+) -> tuple[nn.Module, Ridge]:
+    """`narrow` with its attention's output re-solved towards that of `wide`, where its MLP can then do more.
+
+    Returns the better of the two blocks, and the normal equations of its MLP's output projection.
+    """
+    path = data.stack.family.out
+    out, solved = narrow.get_submodule(path), copy.deepcopy(narrow)
+    weight, bias = weight_of(out), getattr(out, "bias", None)
+    sums = Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    for index, h, _, row_weight in data.rows():
+        (inputs, _), (_, wanted) = (_passing(block, path, h, index, data) for block in (narrow, wide))
+        sums.add(inputs, wanted, row_weight)
+    solve_down(solved, path, sums, ridge)
+    other = down_system(solved, data.stack.family.down, data)
+    better = solved_error(solved, other, data, ridge) < solved_error(narrow, system, data, ridge)
+    return (solved, other) if better else (narrow, system)
+
+
+def _passing(block: nn.Module, path: str, h_BTD: Tensor, index: int, data: FitData) -> tuple[Tensor, Tensor]:
+    """What goes into a projection of a block [B, T, F] and what comes out [B, T, D], on a batch of the stream."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = block.get_submodule(path).register_forward_hook(
+        lambda _module, args, output: seen.append((args[0], output))
+    )
+    try:
+        data.run(block, h_BTD, index)
+    finally:
+        handle.remove()
+    inputs, output = (tensor.view(*h_BTD.shape[:2], -1) for tensor in seen[0])
+    return inputs, output
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Config to objects: one file per `iskd COMMAND`, each with a `main`, and `iskd.compress`.
 
-The only room that knows Hydra. Its face is the command line, and `iskd` itself hands on `compress`. Nothing is imported
-here: a command pays for its own imports only. What opens a student is installed with the package, what the commands
-need with its extra `train`.
+The only rooms that know Hydra are this one and its sub-rooms `values` and `build`. Its face is the command line, and
+`iskd` itself hands on `compress`. Nothing is imported here: a command pays for its own imports only. What opens a
+student is installed with the package, what the commands need with its extra `train`.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iskd.commands.config import NEEDED, with_export_keys
 from iskd.commands.line import FULL_ERROR, in_own_words, told
-from iskd.commands.paths import assigned, literal, path_of, takes_path
+from iskd.commands.values.config import NEEDED, budget_as_asked, with_export_keys
+from iskd.commands.values.paths import assigned, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange
@@ -166,6 +166,7 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
             composed.append(True)
             single = HydraConfig.get().mode == RunMode.RUN
             with _set(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
+                budget_as_asked(config, HydraConfig.get().overrides.task)
                 return task(config)
 
         with _set(FULL_ERROR, "1"), _in_words(composed):

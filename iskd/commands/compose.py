@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
 from iskd.commands.arguments import literal_paths, sentence
-from iskd.commands.config import forget_folders, new_folder
 from iskd.commands.resume import resumed
+from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder
 from iskd.data import Source
 from iskd.system.version import CONF
 from iskd.teacher import Loaded
@@ -41,6 +41,7 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
     with open_dict(config):
         config.name = name
         del config["hydra"]
+    budget_as_asked(config, overrides)
     return config, folder
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.commands.arguments import named_model
 from iskd.commands.compose import parts
-from iskd.commands.paths import assigned
+from iskd.commands.values.paths import assigned
 from iskd.data import Source, given_texts
 from iskd.system.allocator import tune
 from iskd.system.files import expanded

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from iskd.commands.config import RUN_HOLDS
 from iskd.commands.line.parser import as_folder
+from iskd.commands.values.config import RUN_HOLDS
 from iskd.report import is_run, read_curve, write_curves
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from iskd.commands.arguments import hydra_main
-from iskd.commands.config import as_meant, object_of
+from iskd.commands.values import as_meant, object_of
 from iskd.data import BOS, framing_of
 from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from iskd.commands.arguments import hydra_main
 from iskd.commands.build import parts
-from iskd.commands.config import as_meant, plain
+from iskd.commands.values import as_meant, plain
 from iskd.report.terminal import print_table, terminal
 from iskd.system import ProgressLine
 from iskd.training.profile import profile_parts, profile_table, write_profile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from iskd.commands.config import RUN_HOLDS
+from iskd.commands.values.config import RUN_HOLDS
 from iskd.report import is_run, write_report, write_runs_report
 from iskd.report.runs_page import runs_file
 

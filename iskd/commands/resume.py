@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.config import as_meant, plain, with_export_keys
-from iskd.commands.paths import at_home
+from iskd.commands.values import as_meant, at_home, plain
+from iskd.commands.values.config import with_export_keys
 from iskd.data.hub_rows import is_commit
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
@@ -19,10 +20,14 @@ from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.saved_config import literal, no_mappings, read_config
 from iskd.plan.trainer_settings import FREE
 from iskd.system import Json
+from iskd.system.files import expanded
 from iskd.system.text import argument
 from iskd.system.typed_values import takes
+from iskd.system.version import CONF, options
 
-# what the command line says, never the saved config
+_log = logging.getLogger(__name__)
+
+# what a command line that continues a run may say anew as a whole; what it does not name stays as it was
 _OWN = ("logger", "cache_dir", "eval", "objectives")
 _PLAIN = (str, int, float, bool)
 # what may differ when a run is continued: nothing that changes its numbers
@@ -56,11 +61,13 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         )
     at_home(found)
     saved = OmegaConf.create(found)
-    for key in _OWN:
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    own = [key for key in _OWN if not _kept(key, found, config, keys)]
+    for key in own:
         saved[key] = asked.get(key)  # as it was written: names in it are those of the run
-    _refuse_foreign(plain(saved), plain(config), saved_file)
-    if "trainer" in saved:  # that one is needed is said where the run is made
-        saved.trainer.progress = config.trainer.progress
+    _refuse_foreign(plain(saved), plain(config), saved_file, own)
+    if "trainer" in saved and ("trainer.progress" in keys or "progress" not in saved.trainer):
+        saved.trainer.progress = config.trainer.progress  # that a trainer is needed is said where the run is made
     changed: dict[str, tuple[Any, Any]] = {}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -96,19 +103,62 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved.resume = str(run_dir)
     # what the command line brought in is resolved once, here: nothing can change after the second look
     values = literal(plain(saved), f"resume={run_dir}")
-    _refuse_foreign(values, plain(config), saved_file)
+    _refuse_foreign(values, plain(config), saved_file, own)
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
     return final
 
 
-def _refuse_foreign(saved: Json, config: Json, file: Path) -> None:
+def _kept(key: str, saved: Json, asked: DictConfig, named: Sequence[str]) -> bool:
+    """Whether a run goes on with what it was started with for a key of `_OWN`, as this command line does not name it.
+
+    The folder may come from anywhere: of loggers those of conf/logger are kept, of folders those that are there.
+    """
+    if key not in saved or any(name.split(".")[0].partition("@")[0] == key for name in named):
+        return False
+    if key == "eval":
+        return True
+    if key == "cache_dir":
+        place = saved[key]
+        return not asked.get(key) and isinstance(place, str) and Path(expanded(place)).is_dir()
+    if key != "logger" or not saved[key]:
+        return False
+    if _ours(saved[key]):
+        return True
+    _log.warning("the run was logged by what is not of conf/logger and is not taken up again; name it: logger=...")
+    return False
+
+
+def _ours(loggers: Any) -> bool:
+    """Whether loggers of a saved config are those of conf/logger, one or a main one with others below it."""
+    files = [read_config(CONF / "logger" / f"{name}.yaml") for name in options("logger")]
+    known = {each["_target_"]: each.keys() for each in files if "_target_" in each}
+    if not isinstance(loggers, dict):
+        return False
+    others = [each for each in loggers.values() if isinstance(each, dict)]
+    main = {name: each for name, each in loggers.items() if not isinstance(each, dict)}
+    return all(
+        isinstance(target := each.get("_target_"), str)
+        and each.keys() <= known.get(target, set())
+        and not list(_targets(each))
+        for each in ([main] if main else []) + others
+    )
+
+
+def _refuse_foreign(saved: Json, config: Json, file: Path, asked: Sequence[str]) -> None:
     """The folder of a run may come from anywhere, and Hydra would import and call whatever its config names.
 
     Accepted are classes of this package and of packages allowed in code, and what this command line names itself, at
-    the same place. No list of Hydra's is relied on.
+    the same place; the run's own loggers were looked at before (`_kept`). No list of Hydra's is relied on.
+
+    Args:
+        saved: the config that is continued.
+        config: of this command line.
+        file: whose config it is.
+        asked: keys of `saved` that are those of the command line.
     """
     own = set(_targets(config))
+    own |= {(key, target) for key, target in _targets(saved) if key == "logger" and key not in asked}
     for key, target in set(_targets(saved)) - own:
         found = _found(target) if str(target).startswith(("iskd.", *allowed())) else None
         if not isinstance(found, type) or not f"{found.__module__}.".startswith(("iskd.", *allowed())):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iskd.commands.arguments import hydra_main
 from iskd.commands.build import importance_of, teacher_of, text_data
-from iskd.commands.config import as_meant
+from iskd.commands.values import as_meant
 from iskd.export import load
 from iskd.export.loading import record_of
 from iskd.importance import layer_scores, rows_of

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
-from iskd.commands.config import plain
-from iskd.commands.paths import assigned
+from iskd.commands.values import plain
+from iskd.commands.values.paths import assigned
 from iskd.plan import StageResult
 from iskd.plan.failure import write_failure
 from iskd.plan.results import read_stages
@@ -66,12 +67,8 @@ def main(config: DictConfig) -> float | list[float] | None:
     if config.resume is not None:
         config = resume.resumed(config, hydra_config.overrides.task)
     try:
-        try:
-            stages = run(build.parts(config, run_dir)).stages
-        except UnavailableError as error:
-            if not config.plan_only:
-                raise
-            build.plan_without(config, run_dir, error)
+        stages = planned(config, run_dir) if config.plan_only else run(build.parts(config, run_dir)).stages
+        if stages is None:
             return None
         return answer(run_dir, result_of, stages) if several else None
     except (Preempted, StartAgain) as stop:
@@ -80,6 +77,44 @@ def main(config: DictConfig) -> float | list[float] | None:
         if isinstance(stop, Preempted) or one_of_several(environment):
             raise
     go_on(run_dir, hydra_config, environment)
+
+
+def planned(config: DictConfig, run_dir: Path) -> list[StageResult] | None:
+    """Show the plan: measured where all that it takes is on this machine, else by the model's sizes (None)."""
+    from iskd.commands import build
+    from iskd.training import run
+
+    try:
+        with nothing_fetched():
+            return run(build.parts(config, run_dir)).stages
+    except UnavailableError as error:
+        build.plan_without(config, run_dir, error)
+        return None
+
+
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, the hub's libraries answer from this machine alone; what is not there is missing.
+
+    A plan needs no weights, text or tasks: it is measured with those that are at hand, and goes by sizes otherwise.
+    """
+    from huggingface_hub import constants
+
+    names, before = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), constants.HF_HUB_OFFLINE
+    kept = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))  # of libraries that are yet to be imported, and of other processes
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        for name, value in kept.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = before
 
 
 def answer(

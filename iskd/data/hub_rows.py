@@ -11,6 +11,7 @@ from iskd.system.faults import UnavailableError
 from iskd.system.files import read_object
 
 OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
+"""Other text."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECONDS = 10.0
 
@@ -56,7 +57,15 @@ def hub_rows(
         if count:
             again = "run the same command again, it reads from the beginning"
             raise ValueError(f"{what} (after {count} rows); {again}") from error
-        raise UnavailableError(f"{what}. Without a network use {OFFLINE}") from error
+        raise UnavailableError(f"{what}. Without a network {offline(name)}") from error
+
+
+def offline(name: str) -> str:
+    """What to do where a data set of the hub cannot be had: fetch it elsewhere, or take other text."""
+    return (
+        f"fetch its files elsewhere (hf download --repo-type dataset {name}) and add data.path=FOLDER, which keeps how "
+        f"many documents are read, how they are framed and split; or, for other text, use {OFFLINE}"
+    )
 
 
 def is_commit(revision: str | None) -> bool:

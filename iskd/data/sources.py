@@ -104,6 +104,7 @@ class TextFiles:
         field: where a row keeps its text.
         detokenize: `wikitext` undoes the word-level spacing of WikiText; None keeps the text as it is.
         chat: rows are conversations (`iskd.data.files.chat`); `field` is not read.
+        max_documents: stop after so many documents of `path`; None takes all.
     """
 
     path: str | None  # None, which a config says of a path that nobody gave, is refused in our own words
@@ -113,6 +114,7 @@ class TextFiles:
     field: str = "text"
     detokenize: str | None = None
     chat: bool = dataclass_field(default=False, repr=False)  # not in `repr`, by which shards of text are found
+    max_documents: PositiveInt | None = dataclass_field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check that there is a path, and the options that have a fixed set of values."""
@@ -128,10 +130,15 @@ class TextFiles:
         Raises:
             ValueError: a path is missing, empty, not text, or lacks the field.
         """
+        left = self.max_documents
         for key, files in sorted(self._files().items(), key=lambda entry: entry[0] == "path"):
             for split, file in files:
                 empty = True
                 for text in read_file(file, self.fmt, ROWS if self.chat else self.field):
+                    if key == "path" and split is None and left is not None:
+                        if not left:
+                            return
+                        left -= 1
                     empty = False
                     yield detokenize_wikitext(text) if self.detokenize else text, split
                 if empty:
@@ -140,7 +147,9 @@ class TextFiles:
     def fingerprint(self) -> str:
         """Hash the bytes of every file, and how they are read where that is new."""
         found = self._files().values()
-        return "-".join(hash_files(file for _, file in files) for files in found) + read_as(chain(*found), self.fmt)
+        hashes = "-".join(hash_files(file for _, file in files) for files in found)
+        most = "" if self.max_documents is None else f"-{self.max_documents} documents"
+        return hashes + read_as(chain(*found), self.fmt) + most
 
     def _files(self) -> dict[str, list[Placed]]:
         assert self.path is not None

@@ -34,6 +34,7 @@ from iskd.evaluation.tasks.made_items import COPY_DOC, COPY_PARA, RECALL
 from iskd.evaluation.tasks.task_items import CBT_SENTENCE
 from iskd.models import Stack, scoring
 from iskd.system import file_sha256
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, scratch
 from iskd.system.patches import before_scoring, before_writing
 
@@ -297,7 +298,8 @@ def _from_hub(manager: Any, name: str, limit: int | None, seed: int, lengths: Se
             leaves = manager.load([hub_name])["tasks"]
             everything = [(leaf, row) for leaf, task in leaves.items() for row in range(len(task.eval_docs))]
     except Exception as error:
-        raise ValueError(_unreachable(name, error, lengths)) from error
+        kind = ValueError if isinstance(error, ImportError) else UnavailableError
+        raise kind(_unreachable(name, error, lengths)) from error
     drawn = set(everything if limit is None else sorted(everything, key=lambda place: _hash(seed, place))[:limit])
     rows = {leaf: [row for one, row in everything if one == leaf and (one, row) in drawn] for leaf in leaves}
     # the harness takes an empty list for no list

@@ -273,8 +273,8 @@ def by_branch(
         )
     tokens = torch.tensor([len(text.targets) for text in texts])
     characters = torch.tensor([len(continuation.removeprefix(" ")) for _, continuation in pairs])
-    sums = zip(log_p, led, hits, strict=True)
-    return [Likelihoods(nats, first, tokens, characters, right) for nats, first, right in sums]
+    each = zip(log_p, led, hits, strict=True)
+    return [Likelihoods(total, greedy, tokens, characters, right) for total, greedy, right in each]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 Weight-only, by torchao's `quantize_` with its own settings for 8 and for 4 bits: every linear map but the head, which
 shares its weight with the embedding in many models and would then be stored twice. Maps that are no `torch.nn.Linear`
-(GPT-2's) stay as they are. Without kernels for it, as on most CPUs, weights are unpacked for every product: fewer
-bytes, and no more speed. Nothing is trained, and the student itself stays as it is.
+(GPT-2's) stay as they are. 4 bits have a scale for every 128 inputs, or 64 or 32 where these alone divide their number;
+a map of another number of inputs stays as it is, on a CPU also one whose outputs 16 does not divide. Without kernels
+for it, as on most CPUs, weights are unpacked for every product: fewer bytes, and no more speed. Nothing is trained, and
+the student itself stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,11 +28,9 @@ from iskd.models import Stack
 from iskd.system.precision import serving_dtype
 
 _log = logging.getLogger(__name__)
-KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "int8": ("Int8WeightOnlyConfig", {}),
-    "int4": ("Int4WeightOnlyConfig", {"int4_packing_format": "tile_packed_to_4d"}),
-}
-"""torchao's config by name, and its settings."""
+KINDS = ("int8", "int4")
+_GROUPS = (128, 64, 32)  # inputs that share a scale in 4 bits: what torchao has kernels for
+_ROWS = 16  # outputs that its kernel for CPUs takes at a time
 _CONTEXT, _DECODED = 64, 16  # tokens
 
 
@@ -96,21 +96,53 @@ def quantized(
 
 
 def packed_as(kind: str, model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with its weights in fewer bits. Raises ValueError where it has no map that torchao could take."""
+    """A copy with its weights in fewer bits.
+
+    Raises:
+        ValueError: it has no map that torchao could take, or torchao has no kernel for this device.
+    """
     from torchao import quantization
 
-    name, settings = KINDS[kind]
-    if kind == "int4" and next(model.parameters()).device.type != "cuda":
-        raise ValueError("torchao's kernels for 4 bits are for CUDA devices")
     packed = copy.deepcopy(model)
-    head = packed.get_output_embeddings()
-    chosen = [part for part in packed.modules() if isinstance(part, nn.Linear) and part is not head]
-    if not chosen:
-        raise ValueError("the model has no torch.nn.Linear beside its head")
-    ours = set(map(id, chosen))
-    config = getattr(quantization, name)(**settings)
-    quantization.quantize_(packed, config, filter_fn=lambda part, _name: id(part) in ours)
+    head, device = packed.get_output_embeddings(), next(packed.parameters()).device.type
+    taken: dict[int, set[int]] = {}
+    for part in packed.modules():
+        # torchao leaves a map whose inputs its groups do not divide as it is, and says nothing
+        if isinstance(part, nn.Linear) and part is not head and (group := _group(kind, device, part)):
+            taken.setdefault(group, set()).add(id(part))
+    if not taken:
+        which = " of a size that 4 bits take" if kind == "int4" else ""
+        raise ValueError(f"the model has no torch.nn.Linear{which} beside its head")
+    for group, parts in taken.items():
+        config = _config(kind, device, group)
+        quantization.quantize_(packed, config, filter_fn=lambda part, _name, parts=parts: id(part) in parts)
     return packed
+
+
+def _group(kind: str, device: str, part: nn.Linear) -> int:
+    """How many inputs share a scale; 0 for a map that cannot be packed."""
+    if kind == "int8":
+        return part.in_features
+    if device == "cpu" and part.out_features % _ROWS:
+        return 0
+    return next((group for group in _GROUPS if part.in_features % group == 0), 0)
+
+
+def _config(kind: str, device: str, group: int) -> Any:
+    """The settings that torchao recommends. Raises ValueError for 4 bits on a device without kernels for them."""
+    from torchao import quantization
+
+    if kind == "int8":
+        return quantization.Int8WeightOnlyConfig()
+    if device == "cuda":
+        return quantization.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    if device != "cpu":
+        raise ValueError("torchao's kernels for 4 bits are for CUDA devices and CPUs")
+    try:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    except ImportError:
+        raise ValueError("4 bits on a CPU need torchao 0.18 or newer: pip install --upgrade torchao") from None
+    return PrototypeInt4WeightOnlyConfig(group_size=group, set_inductor_config=False)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator
 
 from iskd.evaluation.fields import Facts, Known, Word, items, only, plain
+from iskd.evaluation.tasks.made_items import length_of
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
 from iskd.system.reading import between, is_number, read_as
@@ -259,8 +261,24 @@ class Evaluation:
     def limit(self, who: str) -> float:
         """Most tokens that the `student` or the `teacher` reads at once; inf = any number, or not told."""
         told = self.models.get(who)
-        limit = told.get("limit") if isinstance(told, dict) else None
-        return limit if is_number(limit) else math.inf
+        limit: Any = told.get("limit") if isinstance(told, dict) else None
+        return float(limit) if is_number(limit) else math.inf
+
+    def recall(self, who: str) -> list[tuple[int, float, float]]:
+        """Tokens, score and standard error (nan = not known) of every `recall_N` that `who` can read."""
+        found = []
+        for task in self.tasks:
+            with suppress(ValueError):  # a length that there is not: a task of somebody else's
+                length, score = length_of(task.task), getattr(task, who)
+                if length and length <= self.limit(who) and score is not None and math.isfinite(score):
+                    error = getattr(task, f"{who}_error")
+                    found.append((length, float(score), math.nan if error is None else float(error)))
+        return sorted(found)
+
+    def loss_by_position(self, who: str) -> list[tuple[int, float]]:
+        """Last position and nats per token of every span that the student or teacher can read."""
+        found = ((at.last, getattr(at, who)) for at in self.positions)
+        return sorted((last, float(nats)) for last, nats in found if nats is not None and math.isfinite(nats))
 
     @property
     def about(self) -> Json:

@@ -179,8 +179,9 @@ def licence_of(teacher: Mapping[str, Any]) -> str | None:
         if licence == "other" and isinstance(found.get("license_name"), str):
             licence = found["license_name"]
         several = licence if isinstance(licence, list) else [licence]
-        if several and all(isinstance(each, str) and each for each in several):
-            return " or ".join(several)
+        named = [each for each in several if isinstance(each, str) and each]
+        if named and len(named) == len(several):
+            return " or ".join(named)
     return _LICENCES.get(name) if teacher.get("kind") in ("hub", "bundled") else None
 
 

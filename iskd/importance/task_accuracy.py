@@ -28,6 +28,7 @@ from iskd.importance.base import WindowImportance
 from iskd.models import Stack, scoring
 from iskd.models.capture import Trace
 from iskd.models.tokenizers import byte_tokenizer, load_tokenizer
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded
 
 METRICS = ("acc", "acc_norm")
@@ -83,7 +84,7 @@ class TaskAccuracy(WindowImportance):
             raise ValueError(f"importance.tasks must name at least one task and none twice, got {list(tasks)}")
         read = {task: held for task in tasks if (held := file_of(task)) is not None}
         if data_dir is None and read:
-            raise ValueError(
+            raise UnavailableError(
                 "importance.data_dir is not set: give the folder that holds NAME/eval.jsonl of every task (on the hub, "
                 f"or its fields: {'; '.join(f'{task}: {held}' for task, held in read.items())}), or choose a score "
                 "that needs no tasks, importance=ablation"

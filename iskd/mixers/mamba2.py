@@ -44,7 +44,44 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Mamba2(RecurrentMixer):
+class Options(Basics, total=False):
+    """Keywords that both take alike."""
+
+    activation: str
+    conv: NonNegativeInt
+    rotary: bool
+
+
+class _StateSpace(RecurrentMixer):
+    """What both are made of, in the order in which its weights are drawn: decay, D, norm if any, gate."""
+
+    normed: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        memory: PositiveFloat,
+        activation: str = "identity",
+        conv: NonNegativeInt = 4,
+        rotary: bool = False,
+        **common: Unpack[Basics],
+    ) -> None:
+        super().__init__(attention, conv=conv, rotary=rotary, **common)
+        check_memory(memory)
+        self.activation = activation_of(activation)
+        self._forget(memory)
+        self.D = nn.Parameter(torch.zeros(self.heads))
+        if self.normed:
+            self.norm = HeadNorm(self.heads, self.head_dim)
+        self.gate = OutputGate(self.stream, self.heads * self.head_dim)
+
+    def _forget(self, memory: float) -> None:
+        """Make what the decay is computed by."""
+        raise NotImplementedError
+
+
+class Mamba2(_StateSpace):
     """Mamba-2 over inherited projections. Its state is [B, H, K, V], fp32, and the convolutions' last inputs.
 
     Args:
@@ -64,6 +101,7 @@ class Mamba2(RecurrentMixer):
         (experiments/subquadratic-stories/README.md)
     """
 
+    normed: ClassVar[bool] = True
     keep_float32: ClassVar[tuple[str, ...]] = ("A_log",)
     notes: ClassVar[dict[str, str]] = {
         "dt": "fresh: attention has no step size; starts near 1",
@@ -71,24 +109,12 @@ class Mamba2(RecurrentMixer):
         "D": "fresh: attention has no path around its state; starts at 0",
     }
 
-    def __init__(
-        self,
-        attention: Attention,
-        *,
-        activation: str = "identity",
-        memory: PositiveFloat = 256.0,
-        conv: NonNegativeInt = 4,
-        rotary: bool = False,
-        **common: Unpack[Basics],
-    ) -> None:
-        super().__init__(attention, conv=conv, rotary=rotary, **common)
-        check_memory(memory)
-        self.activation = activation_of(activation)
+    def __init__(self, attention: Attention, *, memory: PositiveFloat = 256.0, **options: Unpack[Options]) -> None:
+        super().__init__(attention, memory=memory, **options)
+
+    def _forget(self, memory: float) -> None:
         self.dt = gate_proj(self.stream, self.heads, bias=inverse_softplus(1.0))
         self.A_log = nn.Parameter(torch.full((self.heads,), -math.log(memory)))
-        self.D = nn.Parameter(torch.zeros(self.heads))
-        self.norm = HeadNorm(self.heads, self.head_dim)
-        self.gate = OutputGate(self.stream, self.heads * self.head_dim)
 
     @torch.no_grad()
     def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:
@@ -111,7 +137,7 @@ class Mamba2(RecurrentMixer):
         return self.projections.out(self.norm(self.gate(o_BTHV, x_BTD)).to(x_BTD.dtype))
 
 
-class DiscreteMamba2(RecurrentMixer):
+class DiscreteMamba2(_StateSpace):
     """Mamba-2 whose step size is in its decay alone, without a norm. Its state is that of `Mamba2`.
 
     Args:
@@ -134,22 +160,11 @@ class DiscreteMamba2(RecurrentMixer):
         "D": "fresh: attention has no path around its state; starts at 0",
     }
 
-    def __init__(
-        self,
-        attention: Attention,
-        *,
-        activation: str = "identity",
-        memory: PositiveFloat = 1.4427,
-        conv: NonNegativeInt = 4,
-        rotary: bool = False,
-        **common: Unpack[Basics],
-    ) -> None:
-        super().__init__(attention, conv=conv, rotary=rotary, **common)
-        check_memory(memory)
-        self.activation = activation_of(activation)
+    def __init__(self, attention: Attention, *, memory: PositiveFloat = 1.4427, **options: Unpack[Options]) -> None:
+        super().__init__(attention, memory=memory, **options)
+
+    def _forget(self, memory: float) -> None:
         self.decay = gate_proj(self.stream, self.heads, bias=inverse_softplus(1 / memory))
-        self.D = nn.Parameter(torch.zeros(self.heads))
-        self.gate = OutputGate(self.stream, self.heads * self.head_dim)
 
     @torch.no_grad()
     def calibrate(self, memory_H: Tensor, strength_H: Tensor) -> list[str]:

@@ -18,44 +18,56 @@ class BlockCalls:
     """The stream that enters a model's first block, and what its host passes to every block beside the stream.
 
     Attributes:
-        embedded: state before the first block [B, T, D].
+        embedded: state before the first block [B, T, D]; gone once it was handed over.
     """
 
-    def __init__(self, stack: Stack, input_ids: Tensor) -> None:
-        """One pass on `input_ids` [B, T] in which every block hands on what it was given."""
-        as_tuple = begins_with(stack, input_ids[:1, :2])
+    def __init__(self, stack: Stack, input_ids: Tensor, as_tuple: bool | None = None) -> None:
+        """One pass on `input_ids` [B, T] in which every block hands on what it was given.
+
+        `as_tuple`: whether blocks return tuples (`begins_with`); None = the first one is run to find out.
+        """
+        if as_tuple is None:
+            as_tuple = begins_with(stack, input_ids[:1, :2])
         self._calls: list[Call] = []
+        entered: list[Tensor] = []
         layers = stack.layers
         blocks = list(layers)
         try:
             for position, block in enumerate(blocks):
-                layers[position] = _HandsOn(block, self._calls, as_tuple=as_tuple)
+                layers[position] = _HandsOn(block, self._calls, entered, as_tuple=as_tuple)
             with torch.no_grad():
                 stack.last_hidden(input_ids)
         finally:
             for position, block in enumerate(blocks):
                 layers[position] = block
-        self.embedded = self._calls[0].stream
+        self.embedded = entered[0]
+
+    def hand_over(self) -> Tensor:
+        """`embedded`, which is not kept here any longer: of many windows it may have to lie elsewhere."""
+        embedded = self.embedded
+        del self.embedded
+        return embedded
 
     def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
         """Call `block` as the host calls the block at `position`, on a stream [B, T, D]; returns the one after it."""
         call = self._calls[position]
-        # every host passes the stream by position; everything else is kept as it came
-        return state_of(block(h_BTD, *call.args[1:], **call.kwargs))
+        return state_of(block(h_BTD, *call.args, **call.kwargs))
 
 
 class _HandsOn(nn.Module):
     """Stands where a block stood, returns the stream as it is, and notes the call."""
 
-    def __init__(self, block: nn.Module, calls: list[Call], *, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, calls: list[Call], entered: list[Tensor], *, as_tuple: bool) -> None:
         super().__init__()
         vars(self)["stands_for"] = block  # not a submodule: hosts ask blocks for attributes, never for parameters
-        vars(self)["calls"], vars(self)["as_tuple"] = calls, as_tuple
+        vars(self)["calls"], vars(self)["entered"], vars(self)["as_tuple"] = calls, entered, as_tuple
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["stands_for"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        calls: list[Call] = vars(self)["calls"]
-        calls.append(Call(args, kwargs))
+        calls, entered = vars(self)["calls"], vars(self)["entered"]
+        # every host passes the stream by position; everything else is kept as it came
+        entered.extend(args[:1] if not calls else ())
+        calls.append(Call(args[1:], kwargs))
         return (args[0],) if vars(self)["as_tuple"] else args[0]

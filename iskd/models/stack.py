@@ -70,6 +70,19 @@ class Stack:
         return not (self.config.model_type == "phi" or getattr(self.config, "use_parallel_residual", False))
 
     @property
+    def reads_norms(self) -> bool:
+        """Whether norms stand at the entrance of attention and MLP, so that the size of the stream does not matter.
+
+        A family's, but for OPT 350m, whose norms stand behind the sums.
+        """
+        return self.family.reads_norms and getattr(self.config, "do_layer_norm_before", True) is not False
+
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether the stream is what it was and what attention and MLP give, with no norm behind those or the sum."""
+        return not self.family.post_norms and self.reads_norms
+
+    @property
     def residual_scale(self) -> float:
         """What attention and MLP give is this many times as large when it is added to the stream (Granite)."""
         return float(getattr(self.config, "residual_multiplier", None) or 1.0)

@@ -8,9 +8,10 @@ structure. Whether the student is better for it is judged by `iskd.refits.carryi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,12 +21,12 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
-from iskd.models.capture import state_of
+from iskd.models.capture import begins_with, state_of
 from iskd.plan import Edit, Record
 from iskd.plan.edits import REMOVALS
 from iskd.refits.streams import PLACES, Streams
 from iskd.system import Ranks
-from iskd.teacher import TeacherStates
+from iskd.teacher import BatchStates, TeacherStates
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +41,6 @@ class Refit(ABC):
     Attributes:
         tokens: calibration tokens, over all processes, that weights are fitted to.
         held_tokens: calibration tokens beside them that choose among fits and judge the refit.
-        streams: where the states of all windows lie between two blocks: device, host or disk.
         folds: parts of the text that are fitted to in turn, where a refit does that.
 
     Raises:
@@ -49,7 +49,6 @@ class Refit(ABC):
 
     tokens: PositiveInt = 32_768
     held_tokens: PositiveInt = 8_192
-    streams: str = "device"
     folds: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -61,8 +60,9 @@ class Refit(ABC):
                     f"refit.{name}.{key}={getattr(self, key)}: a refit needs calibration text; give more, or use "
                     "refit=none"
                 )
-        if self.streams not in PLACES:
-            raise ValueError(f"refit.{name}.streams={self.streams!r}: choose {', '.join(PLACES)}")
+        place = getattr(self, "streams", PLACES[0])
+        if place not in PLACES:
+            raise ValueError(f"refit.{name}.streams={place!r}: choose {', '.join(PLACES)}")
 
     @classmethod
     def name(cls) -> str:
@@ -83,6 +83,20 @@ class Refit(ABC):
     def by_layers(self) -> bool:
         """Whether processes share out the layers, and each reads all windows; otherwise they share out the windows."""
         return False
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Raise ValueError where it cannot be carried out after some edits.
+
+        Asked before a run scores or edits anything.
+
+        Args:
+            stack: the teacher, whole or in shards.
+            edits: all of the student by then; which layers they are of may turn out otherwise.
+        """
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """Modules that hold all weights it may change: what has to be kept in case that it is taken back."""
+        return [task.student]
 
     @abstractmethod
     def refit(self, task: RefitTask) -> list[str]:
@@ -105,6 +119,7 @@ class RefitTask:
         opened: puts the block of a layer in with whole weights while a context lasts (`iskd.models.sharding`).
         check_stop: called between blocks; raises where the run is to end.
         states: where the teacher's states are read from and kept; None = its blocks run.
+        folder: where streams on disk lie; None = where the system keeps temporary files.
     """
 
     student: PreTrainedModel
@@ -118,6 +133,11 @@ class RefitTask:
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext()
     check_stop: Callable[[], None] = lambda: None
     states: TeacherStates | None = None
+    folder: Path | None = None
+
+    def streams(self, place: str) -> Streams:
+        """Room at a place of `PLACES` for a tensor of each batch."""
+        return Streams(place, self.device, self.folder)
 
     @property
     def batches(self) -> list[Tensor]:
@@ -138,6 +158,11 @@ class RefitTask:
         """Which fold the batch of that number is in; -1 = it is held out."""
         return -1 if index >= len(self.fit) else self.fold_of[index] if self.fold_of else 0
 
+    def blocks(self, layers: Collection[int]) -> list[nn.Module]:
+        """The student's blocks at some layers of the teacher, in stack order."""
+        stack = Stack(self.student).layers
+        return [block for layer, block in zip(self.record.layers, stack, strict=True) if layer in layers]
+
     def gaps(self) -> list[int]:
         """Surviving layers right below a gap that this stage's edits have made or widened, ascending."""
         removed = {edit.layer for edit in self.edits if isinstance(edit, REMOVALS)}
@@ -152,12 +177,14 @@ class BlockRefit(Refit):
 
     Attributes:
         blocks: which: those below the gaps (or at the edited layers) of this stage, those `above` too, or all.
+        streams: where the states of all windows lie between two blocks: device, host or disk (below `cache_dir`).
 
     Raises:
         ValueError: a value that cannot work; the message names its key.
     """
 
     blocks: str = "all"
+    streams: str = "device"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -174,6 +201,10 @@ class BlockRefit(Refit):
     def between(self, stack: Stack) -> bool:
         """Whether it reads the teacher's states before its MLPs (`Site.middle`)."""
         return False
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The chosen blocks."""
+        return task.blocks(self.chosen(task))
 
     @abstractmethod
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
@@ -246,22 +277,23 @@ def walk(
         independent: whether the teacher's stream goes into every block, so that none waits for those below it.
     """
     ours, theirs = Stack(task.student), Stack(task.teacher)
-    batches, device = task.batches, task.device
-    calls = [(BlockCalls(ours, batch), BlockCalls(theirs, batch)) for batch in batches]
-    student, teacher = Streams(place, device), Streams(place, device)
-    for index, (own, original) in enumerate(calls):
-        student[index], teacher[index] = own.embedded, original.embedded
-    between = Streams(place, device) if attention and theirs.sequential else None
-    kept = [
-        None if task.states is None else task.states.of(batch, original.embedded)
-        for batch, (_, original) in zip(batches, calls, strict=True)
-    ]
+    batches = task.batches
+    calls: list[tuple[BlockCalls, BlockCalls]] = []
+    kept: list[BatchStates | None] = []
+    student, teacher = task.streams(place), task.streams(place)
+    tuples = [begins_with(stack, batch[:1, :2]) for stack in (ours, theirs) for batch in batches[:1]]
+    for index, batch in enumerate(batches):
+        own, original = (BlockCalls(stack, batch, found) for stack, found in zip((ours, theirs), tuples, strict=True))
+        kept.append(None if task.states is None else task.states.of(batch, original.embedded))
+        student[index], teacher[index] = own.hand_over(), original.hand_over()
+        calls.append((own, original))
+    between = task.streams(place) if attention and theirs.sequential else None
     below = 0  # the teacher's next layer
     for position, layer in enumerate(task.record.layers):
         task.check_stop()
         above = task.record.state_after(layer) + 1
         if independent:
-            student = Streams(place, device)
+            student = task.streams(place)
             for index, state in enumerate(teacher):
                 student[index] = state
         for index, (_, original) in enumerate(calls):

@@ -28,7 +28,7 @@ from iskd.models import Stack
 from iskd.models.capture import Call, attention_weights, follow
 from iskd.models.hosting import HostedMixer
 from iskd.models.sharding import is_sharded
-from iskd.plan import Convert
+from iskd.plan import Convert, Edit
 from iskd.refits.base import Refit, RefitTask
 
 LEAST_REACH, MOST_MEMORY = 0.5, 1e6
@@ -59,11 +59,19 @@ class Calibrate(Refit):
         """Two of the teacher's blocks, and of the mixers' half a block."""
         return 2.5
 
-    def refit(self, task: RefitTask) -> list[str]:
-        """Calibrate; see the class. Raises ValueError for a student in shards."""
-        if is_sharded(task.student):
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for a student in shards."""
+        if is_sharded(stack.model):
             raise ValueError("refit=calibrate needs whole weights, and trainer=fsdp holds them in shards: leave it out")
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The blocks of this stage's mixers."""
+        return task.blocks({edit.layer for edit in task.edits if isinstance(edit, Convert)})
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Calibrate; see the class. Raises ValueError as `check`."""
         stack, layers = Stack(task.student), list(task.record.layers)
+        self.check(stack)
         mixers: dict[int, Any] = {}
         for edit in task.edits:
             if isinstance(edit, Convert) and edit.layer in layers:

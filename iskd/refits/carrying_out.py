@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.evaluation import measure_quality
-from iskd.models import scoring, sharding
+from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
 from iskd.plan import Edit, Record
 from iskd.refits.base import Refit, RefitTask
@@ -21,6 +22,7 @@ from iskd.teacher import TeacherStates
 
 _BATCH = 2048  # tokens
 _ROUNDING = 1e-6  # nats
+_JUDGED = 3  # passes over the text held out
 
 
 def refit_survivors(
@@ -35,6 +37,7 @@ def refit_survivors(
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext(),
     check_stop: Callable[[], None] = lambda: None,
     states: TeacherStates | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """Refit the surviving blocks of `student` after `edits`; a collective.
 
@@ -49,6 +52,7 @@ def refit_survivors(
         opened: see `RefitTask`.
         check_stop: see `RefitTask`.
         states: see `RefitTask`.
+        folder: see `RefitTask`.
 
     Returns:
         Sentences for the run's record: what each refit did, and what it was worth.
@@ -60,10 +64,11 @@ def refit_survivors(
     with scoring(student, teacher), without_autocast_cache():
         for refit in refits:
             start, name = time.perf_counter(), refit.name()
-            alone = refit.by_layers and not sharding.is_sharded(student)  # a process has whole layers, and all text
             text = windows(refit.tokens + refit.held_tokens)
-            fit, fold_of, held = split(text, refit, Ranks() if alone else ranks)
-            task = RefitTask(student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states)
+            fit, fold_of, held = split(text, refit, _readers(refit, student, ranks))
+            task = RefitTask(
+                student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
+            )
             expected: dict[int, Tensor] = {}
             before = _kl(task, expected)
             if not ranks.first(math.isfinite(before)):
@@ -72,14 +77,14 @@ def refit_survivors(
                     "before anything is refitted; check the weights of both, or train in float32 "
                     "(trainer.precision=32-true)"
                 )
-            kept = _weights(student)
+            kept = _weights(student, refit.changes(task))
             told = refit.refit(task)
             after = _kl(task, expected)
             better = ranks.first(after < before - _ROUNDING)
             if not better:
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
-            events += [f"refit {name}: {line}" for line in told]
+            events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
             undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
             events.append(
                 f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
@@ -89,9 +94,55 @@ def refit_survivors(
     return events
 
 
-def training_tokens(refits: Sequence[Refit]) -> float:
-    """Training tokens that take about as long as some refits of one edit: a step is four passes of the blocks."""
-    return sum(refit.passes * (refit.tokens + refit.held_tokens) for refit in refits) / 4
+def check_refits(
+    refits: Sequence[Refit],
+    teacher: PreTrainedModel,
+    edits: Sequence[Edit],
+    windows: Callable[[int], Sequence[Tensor]],
+    ranks: Ranks,
+) -> None:
+    """Raise ValueError for refits that could not be carried out, so that no run comes to it after hours.
+
+    Args:
+        refits: in order, on the text that they will read.
+        teacher: the frozen original.
+        edits: all of the student by then.
+        windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
+        ranks: the processes of the run.
+    """
+    for refit in refits:
+        refit.check(Stack(teacher), edits)
+        split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, teacher, ranks))
+
+
+def _readers(refit: Refit, model: PreTrainedModel, ranks: Ranks) -> Ranks:
+    """The processes that share out a refit's windows: this one alone where they share out whole layers."""
+    return Ranks() if refit.by_layers and not sharding.is_sharded(model) else ranks
+
+
+def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[Tensor]] | None = None) -> float:
+    """Training tokens that take about as long as some refits of one edit: a step is four passes of a model.
+
+    The judge of each takes three passes of whole models over the text held out: the student's before and after it, and
+    the teacher's. `windows` gives the calibration windows of so many tokens, which may be fewer; None = there are all.
+    """
+    passes = 0.0
+    for refit in refits:
+        asked = refit.tokens + refit.held_tokens
+        read = asked if windows is None else min(asked, sum(batch.numel() for batch in windows(asked)))
+        passes += read / asked * (refit.passes * asked + _JUDGED * refit.held_tokens)
+    return passes / 4
+
+
+def short_of(refit: Refit, windows: Sequence[Tensor]) -> list[str]:
+    """A sentence where there is less text than a refit asks for: a whole window or more."""
+    asked, read = refit.tokens + refit.held_tokens, sum(batch.numel() for batch in windows)
+    if read > asked - windows[0].shape[1]:
+        return []
+    return [
+        f"read {read:,} calibration tokens of {asked:,} asked for (tokens and held_tokens), as there are no more: "
+        "give more calibration text (data.calibration_fraction)"
+    ]
 
 
 def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[Tensor], list[int], list[Tensor]]:
@@ -113,16 +164,25 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
         raise ValueError(
             f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
             f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "
-            f"{ranks.size * every.shape[1]} each (where schedule.local_share says how much they read, "
-            "schedule.tokens), or give more calibration text (data.calibration_fraction)"
+            f"{ranks.size * every.shape[1]} each (where schedule.refit_share or local_share says how much "
+            "they read, that or schedule.tokens), or give more calibration text (data.calibration_fraction)"
         )
     held = torch.zeros(len(every), dtype=torch.bool)
     held[torch.arange(number) * len(every) // number] = True
-    rows, mine = max(1, _BATCH // every.shape[1]), slice(ranks.rank, None, ranks.size)
     fit = every[~held]
     folds = max(1, min(refit.folds, len(fit) // ranks.size))
-    batches = [(batch, fold) for fold in range(folds) for batch in fit[fold::folds][mine].split(rows)]
-    return [batch for batch, _ in batches], [fold for _, fold in batches], list(every[held][mine].split(rows))
+    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], ranks)]
+    return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], ranks)
+
+
+def in_batches(windows: Tensor, ranks: Ranks) -> list[Tensor]:
+    """This rank's of some windows [N, T], at least one for each rank, in as many batches as every other rank has.
+
+    In shards a pass of a block is a collective: a rank with a batch more than the others would wait for them forever.
+    So batches differ in size by a window instead.
+    """
+    rows, most, least = max(1, _BATCH // windows.shape[1]), -(-len(windows) // ranks.size), len(windows) // ranks.size
+    return list(windows[ranks.rank :: ranks.size].tensor_split(min(-(-most // rows), least)))
 
 
 def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
@@ -136,10 +196,17 @@ def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
     return kl
 
 
-def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: sharding.local(p.detach()).cpu().clone() for name, p in student.named_parameters()}
+def _weights(student: PreTrainedModel, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The weights of some modules of the student, by their names there; in shards those that are here."""
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {
+        name: sharding.local(parameter.detach()).cpu().clone()
+        for name, parameter in student.named_parameters()
+        if id(parameter) in held
+    }
 
 
 def _put_back(student: PreTrainedModel, kept: dict[str, Tensor]) -> None:
     for name, parameter in student.named_parameters():
-        sharding.local(parameter.detach()).copy_(kept[name])
+        if name in kept:
+            sharding.local(parameter.detach()).copy_(kept[name])

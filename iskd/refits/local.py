@@ -41,7 +41,7 @@ class Local(BlockRefit):
         lr: the first rate.
         lr_new: that of what mixers have beside copied projections; None = `lr`.
         epochs: passes over the text at most; an epoch that is no better on held-out text is the last.
-        sublayers: attention and what is before it first, towards the teacher's state between the two, then the rest;
+        sublayers: attention and its norms first, towards the teacher's state between the two, then the rest;
             false = the whole block at once.
         inputs: what goes into a block, student = the student's own stream, teacher = the teacher's.
 
@@ -116,9 +116,11 @@ class Local(BlockRefit):
         return _told([self._block(task, site, apart) for site in sites])
 
     def _block(self, task: RefitTask, site: Site, apart: bool) -> _Trained:
-        """One block: held-out error before and after, and the epochs that it took."""
-        found = [self._train(task, site, *share) for share in _shares(site, apart)]
-        return found[0][0], found[-1][1], sum(count for *_, count in found)
+        """One block: held-out error of its output before and after, and the epochs that it took."""
+        shares = list(_shares(site, apart))
+        before = _held_error(task, site, None) if len(shares) > 1 else None  # the first error is the attention's
+        found = [self._train(task, site, *share) for share in shares]
+        return found[0][0] if before is None else before, found[-1][1], sum(count for *_, count in found)
 
     def _train(
         self, task: RefitTask, site: Site, parameters: Sequence[nn.Parameter], attention: nn.Module | None
@@ -186,9 +188,21 @@ def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Mo
     if attention is None:
         yield every, None
         return
-    yield list(attention.parameters()), attention
+    reached = _before(site, attention)
+    first = [parameter for parameter in every if id(parameter) in reached]
+    yield first, attention
+    if len(first) < len(every):
+        yield [parameter for parameter in every if id(parameter) not in reached], None
+
+
+@torch.enable_grad()
+def _before(site: Site, attention: nn.Module) -> set[int]:
+    """Parameters, by identity, that the state between attention and MLP depends on: norms before and behind it too."""
+    every = list(site.block.parameters())
+    with _training(every):
+        gradients = torch.autograd.grad(_errors(site, 0, attention).mean(), every, allow_unused=True)
     own = {id(parameter) for parameter in attention.parameters()}
-    yield [parameter for parameter in every if id(parameter) not in own], None
+    return own | {id(parameter) for parameter, found in zip(every, gradients, strict=True) if found is not None}
 
 
 def _fresh(site: Site) -> set[int]:

@@ -7,6 +7,7 @@ gain of the final norm shrinks by it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
+from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
 from iskd.refits.base import Refit, RefitTask
 
@@ -51,18 +53,22 @@ class Magnitude(Refit):
         """One of the teacher."""
         return 1.0
 
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for blocks that read the stream without a norm."""
+        if not stack.reads_norms:
+            raise ValueError(
+                f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
+                "norm in front of them: use refit=local"
+            )
+
     def refit(self, task: RefitTask) -> list[str]:
         """Scale; see the class."""
         removed = sorted(edit.layer for edit in task.edits if isinstance(edit, REMOVALS))
         if not removed:
             return ["no layer was removed: nothing to scale"]
         stack = Stack(task.student)
+        self.check(stack)
         family = stack.family
-        if not family.reads_norms:
-            raise ValueError(
-                f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
-                "norm in front of them: use refit=local"
-            )
         for layer, block in zip(task.record.layers, stack.layers, strict=True):
             if layer < removed[-1] and (_writer(block, family.down) is None or _writer(block, family.out) is None):
                 raise ValueError(

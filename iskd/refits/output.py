@@ -15,19 +15,21 @@ than the old weights, those stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
 from iskd.models import Stack
+from iskd.plan import Edit
 from iskd.refits.base import BlockRefit, RefitTask, Site
-from iskd.refits.projections import MIXER_OUT, Projection, checked
+from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked
+from iskd.refits.solved import Solved, first_ridge, lowest, summary
 from iskd.refits.streams import Streams
 
 PROJECTIONS = ("attention", "mlp")
@@ -95,33 +97,56 @@ class Output(BlockRefit):
         """Where the attention's output is re-solved, and the MLP reads it."""
         return "attention" in self.projections and stack.sequential
 
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for a model with norms behind what its blocks add."""
+        check_plain(stack, self.name())
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The projections of the chosen blocks."""
+        family = Stack(task.student).family
+        paths = {family.down} if "mlp" in self.projections else set()
+        paths |= {family.out, f"{family.attn}.{MIXER_OUT}"} if "attention" in self.projections else set()
+        return [module for block in super().changes(task) for path, module in block.named_modules() if path in paths]
+
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Re-solve; see the class."""
         stack = Stack(task.student)
         attention = "attention" in self.projections
         folds = task.folds
-        notes: list[_Solved] = []
+        notes: list[Solved] = []
         skipped: list[int] = []
+        tried: set[type[nn.Module]] = set()  # blocks of a class are alike
         for site in sites:
+            out = down = None
+            if attention:
+                out = Projection.at(site, stack.family.out, f"{stack.family.attn}.{MIXER_OUT}")
+            if "mlp" in self.projections:
+                down = Projection.at(site, stack.family.down)
+            if down is not None and type(site.block) not in tried:
+                tried.add(type(site.block))
+                down.check_last(0)
             found = []
-            mixed: _Mixed | None = None
-            if attention and (out := Projection.at(site, stack.family.out, f"{stack.family.attn}.{MIXER_OUT}")):
-                mixed, solved = self._attention(task, site, out, folds, notes)
-                found.append(solved)
-            if "mlp" in self.projections and (down := Projection.at(site, stack.family.down)):
-                found.append(self._mlp(task, site, down, folds, notes, mixed))
+            if out is not None and site.middle is None:
+                found += self._parallel(task, site, out, down, folds, notes)
+            else:
+                mixed: _Mixed | None = None
+                if out is not None:
+                    mixed, solved = self._attention(task, site, out, folds, notes)
+                    found.append(solved)
+                if down is not None:
+                    found.append(self._mlp(task, site, down, folds, notes, mixed))
+                elif mixed is not None:
+                    site.outputs = self._behind(task, site, mixed)
             notes += found
             skipped += [] if found else [site.layer]
-        return [*_summary(notes), *([f"nothing to re-solve in layers {skipped}"] if skipped else [])]
+        return [*summary(notes), *([f"nothing to re-solve in layers {skipped}"] if skipped else [])]
 
     def _mlp(
-        self, task: RefitTask, site: Site, down: Projection, folds: int, notes: Sequence[_Solved], mixed: _Mixed | None
-    ) -> _Solved:
+        self, task: RefitTask, site: Site, down: Projection, folds: int, notes: Sequence[Solved], mixed: _Mixed | None
+    ) -> Solved:
         """The last linear map of the block, all else held fixed; the block runs once."""
-        if site.position == 0:
-            down.check_last(0)  # blocks of a family are alike
         # what the block gives beside the map, and the map's inputs: all that its output with new weights needs
-        rest, seen, outputs = (Streams(self.streams, task.device) for _ in range(3))
+        rest, seen, outputs = (task.streams(self.streams) for _ in range(3))
         systems = [down.sums() for _ in range(folds + 1)]
         for index, target in enumerate(site.targets):
             with mixed.standing_in(site, index) if mixed else _as_it_is():
@@ -136,23 +161,65 @@ class Output(BlockRefit):
         return solved
 
     def _attention(
-        self, task: RefitTask, site: Site, out: Projection, folds: int, notes: Sequence[_Solved]
-    ) -> tuple[_Mixed, _Solved]:
+        self, task: RefitTask, site: Site, out: Projection, folds: int, notes: Sequence[Solved]
+    ) -> tuple[_Mixed, Solved]:
         """The output projection of the attention, or of the mixer in its place, towards the state before the MLP."""
-        seen = Streams(self.streams, task.device)
+        assert site.middle is not None
+        seen = task.streams(self.streams)
         systems = [out.sums() for _ in range(folds + 1)]
-        goals = site.targets if site.middle is None else site.middle
-        others: Tensor
-        for index, goal in enumerate(goals):
-            if site.middle is None:  # in parallel with the MLP: what the block lacks beside all else that it adds
-                inputs, added, output = out.seen(index)
-                others = output - added
-            else:
-                inputs, others = out.entering(index), site.inputs[index]
+        for index, goal in enumerate(site.middle):
+            inputs, stream = out.entering(index), site.inputs[index]
             seen[index] = inputs
-            systems[task.fold(index)].add(inputs, goal.float() - others.float(), row_weights(goal))
+            systems[task.fold(index)].add(inputs, goal.float() - stream.float(), row_weights(goal))
         solved, carriers = self._solve(task, site, out, systems, self._shares, notes)
         return _Mixed(seen, [carriers[task.fold(index)] for index in range(len(seen))]), solved
+
+    def _behind(self, task: RefitTask, site: Site, mixed: _Mixed) -> Streams:
+        """The block's outputs, of which the attention need not run again."""
+        outputs = task.streams(self.streams)
+        for index in range(len(site.inputs)):
+            with mixed.standing_in(site, index):
+                outputs[index] = site.run(index)
+        return outputs
+
+    def _parallel(
+        self,
+        task: RefitTask,
+        site: Site,
+        out: Projection,
+        down: Projection | None,
+        folds: int,
+        notes: Sequence[Solved],
+    ) -> list[Solved]:
+        """Attention and MLP that read one stream: each towards what the block lacks beside all else that it adds.
+
+        One pass tells the inputs of both maps, which do not change with the weights of either.
+        """
+        reads = {each: task.streams(self.streams) for each in (out, down) if each is not None}
+        rest = task.streams(self.streams)
+        systems = [out.sums() for _ in range(folds + 1)]
+        for index, goal in enumerate(site.targets):
+            inputs, added, output, mlp = out.seen_with(down, index)
+            systems[task.fold(index)].add(inputs, goal.float() - (output - added).float(), row_weights(goal))
+            reads[out][index], rest[index] = inputs, output - added
+            if down is not None and mlp is not None:
+                reads[down][index], rest[index] = mlp[0], output - added - mlp[1]
+        found = []
+        for each, shares in ((out, self._shares), (down, (1.0,))):
+            if each is None:
+                continue
+            if each is down:
+                systems = [each.sums() for _ in range(folds + 1)]
+                for index, goal in enumerate(site.targets):
+                    lacks = goal.float() - rest[index].float()
+                    systems[task.fold(index)].add(reads[each][index], lacks, row_weights(goal))
+            solved, carriers = self._solve(task, site, each, systems, shares, notes)
+            found.append(solved)
+            for index in range(len(rest)):
+                added = carriers[task.fold(index)].of(reads[each][index])
+                rest[index] = rest[index] + added.to(rest[index].dtype)
+        site.outputs = rest
+        return found
 
     def _solve(
         self,
@@ -161,8 +228,8 @@ class Output(BlockRefit):
         projection: Projection,
         systems: Sequence[Ridge],
         shares: Sequence[float],
-        notes: Sequence[_Solved],
-    ) -> tuple[_Solved, list[Solution]]:
+        notes: Sequence[Solved],
+    ) -> tuple[Solved, list[Solution]]:
         """Solve a projection and write its weights.
 
         `systems` are the sums of each fold, and last those of the text held out; `notes` what was solved before: where
@@ -179,42 +246,35 @@ class Output(BlockRefit):
         )
         judged = [judge.errors_from(start) for _, judge in pairs]
         before = sum(errors(start, [0.0])[0] for errors in judged)
+        whole = Ridge.total(folds)
         tried: dict[int, tuple[float, float, list[Solution]]] = {}
 
         def error(number: int) -> float:
-            """Of a ridge, with its best share; solved once."""
+            """Of a ridge, with its best share; solved once. Infinite where its system is singular, unless all are."""
             if number not in tried:
-                found = [fit.solution(start, self._ridges[number]) for fit, _ in pairs]
-                by_share = zip(*(errors(one, shares) for one, errors in zip(found, judged, strict=True)), strict=True)
+                try:
+                    found = [fit.solution(start, self._ridges[number]) for fit, _ in pairs]
+                    final = found[0] if len(folds) == 1 else whole.solution(start, self._ridges[number])
+                except ValueError:
+                    if number == len(self._ridges) - 1:  # the largest: no other is better
+                        raise
+                    tried[number] = math.inf, 1.0, []
+                    return math.inf
+                found.append(final)
+                by_share = zip(*(errors(one, shares) for one, errors in zip(found, judged, strict=False)), strict=True)
                 tried[number] = (*min(zip(map(sum, by_share), shares, strict=True)), found)
             return tried[number][0]
 
-        number = _lowest(error, len(self._ridges), _first(notes, projection.path, self._ridges))
+        number = lowest(error, len(self._ridges), first_ridge(notes, projection.path, self._ridges))
         after, share, found = tried[number]
         rows = max(sum(judge.rows for _, judge in pairs), 1)
-        whole = Ridge.total(folds)
         values = (site.layer, projection.path, before / rows)
         if not after < before:
-            return _Solved(*values, before / rows, 0.0, 0.0, whole.rows, projection.inputs), [start] * len(systems)
-        final = whole.solution(start, self._ridges[number]).towards(start, share)
+            return Solved(*values, before / rows, 0.0, 0.0, whole.rows, projection.inputs), [start] * len(systems)
+        *carriers, final = (one.towards(start, share) for one in found)
         projection.write(final)
-        carriers = [one.towards(start, share) for one in found] if len(folds) > 1 else [final]
-        note = _Solved(*values, after / rows, self._ridges[number], share, whole.rows, projection.inputs)
+        note = Solved(*values, after / rows, self._ridges[number], share, whole.rows, projection.inputs)
         return note, [*carriers, final]
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """One projection: mean weighted squared error on rows left out before and after, and what was chosen."""
-
-    layer: int
-    path: str
-    before: float
-    after: float
-    ridge: float
-    share: float
-    rows: int
-    features: int
 
 
 @dataclass(frozen=True)
@@ -243,44 +303,3 @@ class _Mixed:
 @contextmanager
 def _as_it_is() -> Iterator[None]:
     yield
-
-
-def _lowest(error: Callable[[int], float], count: int, start: int) -> int:
-    """Where a function of 0 .. count - 1 with one valley is lowest, walking downhill from `start`."""
-    at = start
-    while True:
-        near = [number for number in (at - 1, at, at + 1) if 0 <= number < count]
-        best = min(near, key=error)
-        if best == at:
-            return at
-        at = best
-
-
-def _first(notes: Sequence[_Solved], path: str, ridges: Sequence[float]) -> int:
-    """The ridge of the last block that was solved, or the middle one."""
-    found = [ridges.index(note.ridge) for note in notes if note.path == path and note.ridge]
-    return found[-1] if found else len(ridges) // 2
-
-
-def _summary(notes: Sequence[_Solved]) -> list[str]:
-    """A sentence for each kind of projection, and a warning where there is less text than unknowns."""
-    lines = []
-    for path in sorted({note.path for note in notes}):
-        of = [note for note in notes if note.path == path]
-        before, after = (sum(values) / len(of) for values in zip(*((n.before, n.after) for n in of), strict=True))
-        ridges = sorted({note.ridge for note in of if note.ridge})
-        kept = sum(not note.ridge for note in of)
-        lines.append(
-            f"{path} of {len(of)} blocks re-solved: relative squared error on text left out {before:.4f} -> "
-            f"{after:.4f}, ridge {', '.join(f'{ridge:g}' for ridge in ridges) or '-'}"
-            + (f", {kept} left as they were" if kept else "")
-        )
-    short = [note for note in notes if note.rows < note.features]
-    if short:
-        widest = max(short, key=lambda note: note.features)
-        lines.append(
-            f"{widest.rows} calibration tokens for {widest.features} inputs of {widest.path}: the ridge keeps "
-            f"this harmless, but give refit.output.tokens={8 * widest.features} or more, of as much calibration text "
-            "(data.calibration_fraction)"
-        )
-    return lines

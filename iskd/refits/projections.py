@@ -9,15 +9,27 @@ from torch import Tensor, nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
+from iskd.models import Stack
 from iskd.models.projections import weight_of
 from iskd.refits.base import Site
 
 MIXER_OUT = "mixer.projections.o_proj"
 """Where the output projection of a mixer is, in the module that stands for an attention."""
+ENOUGH = 8
+"""Rows for each input with which a fit needs little of its ridge."""
 _BEHIND = (
     "{path} of layer {layer}: what it returns is not added to the stream as it is (a norm stands behind it), so it "
     "cannot be re-solved in closed form: use refit=local"
 )
+
+
+def check_plain(stack: Stack, name: str) -> None:
+    """Raise ValueError where a refit of a name could re-solve no projection of a model's blocks."""
+    if not stack.adds_plainly:
+        raise ValueError(
+            f"refit={name} re-solves what is added to the stream in closed form, and in this model "
+            f"({stack.config.model_type}) a norm stands behind it: use refit=local"
+        )
 
 
 class _Entered(Exception):
@@ -39,9 +51,9 @@ class Projection:
     def at(cls, site: Site, *paths: str) -> Projection | None:
         """The first of some paths that the block has; None where a compact block has none of them.
 
-        Raises ValueError in a family whose blocks have norms behind them.
+        Raises ValueError in a model whose blocks have norms behind what they add, or behind the sum.
         """
-        if site.stack.family.post_norms:
+        if not site.stack.adds_plainly:
             raise ValueError(_BEHIND.format(path=paths[0], layer=site.layer))
         for path in paths:
             module = site.submodule(path)
@@ -76,11 +88,19 @@ class Projection:
 
     def seen(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Its inputs [B, T, F] and what it adds [B, T, D] in a pass on a batch, and the block's output [B, T, D]."""
-        inputs: list[Tensor] = []
-        added: list[Tensor] = []
+        inputs, added, output, _ = self.seen_with(None, index)
+        return inputs, added, output
+
+    def seen_with(
+        self, other: Projection | None, index: int
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """`seen`, and in the same pass inputs and addend of another map of the block."""
+        heard: list[tuple[Tensor, Tensor]] = []
+        others: list[tuple[Tensor, Tensor]] = []
         handles = [
-            self.module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0])),
-            self.module.register_forward_hook(lambda _module, _args, output: added.append(output)),
+            map_.module.register_forward_hook(lambda _module, args, output, into=into: into.append((args[0], output)))
+            for map_, into in ((self, heard), (other, others))
+            if map_ is not None
         ]
         try:
             output = self._site.run(index)
@@ -88,7 +108,8 @@ class Projection:
             for handle in handles:
                 handle.remove()
         shape = output.shape[:-1]  # OPT's MLP sees one long row of tokens
-        return inputs[0].view(*shape, -1), self._scale * added[0].view(*shape, -1), output
+        found = [(inputs.view(*shape, -1), self._scale * added.view(*shape, -1)) for inputs, added in (*heard, *others)]
+        return *found[0], output, found[1] if others else None
 
     def entering(self, index: int) -> Tensor:
         """Its inputs [B, T, F] in a pass on a batch, which ends there."""
@@ -130,6 +151,16 @@ class Projection:
         weight.copy_(solution.weight / self._scale)
         if solution.bias is not None and bias is not None:
             bias.copy_(solution.bias / self._scale)
+
+
+def few(rows: int, features: int, what: str, key: str, *, ridge: bool = True) -> list[str]:
+    """A sentence where a fit has fewer than `ENOUGH` rows for each of its inputs; `key` says how many it asks for."""
+    if rows >= ENOUGH * features:
+        return []
+    return [
+        f"{rows} calibration tokens for {features} inputs of {what}: {'the ridge keeps this harmless, but ' * ridge}"
+        f"give {key}={ENOUGH * features} or more, of as much calibration text (data.calibration_fraction)"
+    ]
 
 
 def checked(sums: Sequence[Ridge], what: str) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
+from torch import nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
+from iskd.models import Stack
+from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
 from iskd.refits.base import Refit, RefitTask, Site, walk
-from iskd.refits.projections import Projection, checked
+from iskd.refits.projections import Projection, check_plain, checked, few
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ReplaceMe(Refit):
 
     Attributes:
         ridge: pull towards the identity, in units of the mean of diag(A^T A); the published value is 0.
+        streams: where the states of all windows lie between two blocks: device, host or disk (below `cache_dir`).
 
     Source: ReplaceMe (arXiv 2505.02819, section 3, least squares)
     Needs: calibration tokens (`refit.replaceme.tokens`); removals with a survivor below them
@@ -34,6 +39,7 @@ class ReplaceMe(Refit):
     _: KW_ONLY
     tokens: PositiveInt = 16_384
     ridge: NonNegativeFloat = 0.0
+    streams: str = "device"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -45,6 +51,14 @@ class ReplaceMe(Refit):
     def passes(self) -> float:
         """One of each model."""
         return 2.0
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for a model with norms behind what its blocks add."""
+        check_plain(stack, self.name())
+
+    def changes(self, task: RefitTask) -> list[nn.Module]:
+        """The blocks below the gaps."""
+        return task.blocks(task.gaps())
 
     def refit(self, task: RefitTask) -> list[str]:
         """Bridge; see the class."""
@@ -79,4 +93,5 @@ class ReplaceMe(Refit):
         old = down.start()
         down.write(Solution(found @ old.weight, None if old.bias is None else found @ old.bias))
         turn = float((found - identity).norm() / identity.norm())
-        return f"layer {site.layer} bridges its gap with a map at {turn:.2f} times the identity's norm from it"
+        told = f"layer {site.layer} bridges its gap with a map at {turn:.2f} times the identity's norm from it"
+        return "; ".join([told, *few(system.rows, width, "the map", "refit.replaceme.tokens", ridge=self.ridge > 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -20,14 +21,17 @@ class Streams:
     """One tensor for each batch of windows.
 
     Args:
-        place: where they lie, one of `PLACES`. device: where they are needed.
+        place: where they lie, one of `PLACES`.
+        device: where they are needed, and come back to.
+        folder: of the files of `place="disk"`; None = where the system keeps temporary files, which may be memory.
     """
 
-    def __init__(self, place: str, device: torch.device) -> None:
+    def __init__(self, place: str, device: torch.device, folder: Path | None = None) -> None:
         self._place, self._device = place, device
         self._kept: dict[int, Tensor] = {}
-        self._folder = draft_of(Path(tempfile.gettempdir()) / "streams") if place == "disk" else None
+        self._folder = draft_of((folder or Path(tempfile.gettempdir())) / "streams") if place == "disk" else None
         if self._folder is not None:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(self._folder.parent)  # those of killed processes
             self._folder.mkdir(mode=0o700)
             # a refit that is broken off leaves none; TemporaryDirectory would warn of a folder that nobody has closed
@@ -37,6 +41,7 @@ class Streams:
         if self._folder is not None:
             file = self._folder / str(index)
             if index not in self._kept:
+                _take_room(file, value.nbytes)
                 kept = torch.from_file(str(file), shared=True, size=value.numel(), dtype=value.dtype)
                 self._kept[index] = kept.view(value.shape)
             self._kept[index].copy_(value)
@@ -45,10 +50,31 @@ class Streams:
 
     def __getitem__(self, index: int) -> Tensor:
         kept = self._kept[index]
-        return kept.clone() if self._folder is not None else kept.to(self._device)
+        # of a file a copy, as later values are written into it
+        return kept.to(self._device, copy=self._folder is not None)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
+
+
+def _take_room(file: Path, size: int) -> None:
+    """Make a file of so many bytes.
+
+    Raises OSError where there is no room; to write into a map of a file without would end the process.
+    """
+    try:
+        with file.open("xb") as opened:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, max(size, 1))
+            else:
+                opened.write(bytes(size))
+    except OSError as error:
+        free = shutil.disk_usage(file.parent).free
+        raise OSError(
+            error.errno,
+            f"the states of a refit have no room in {file.parent.parent} ({free / 2**30:.1f} GiB free, "
+            f"{error.strerror}): set cache_dir to a larger disk, refit.NAME.streams=host, or fewer refit.NAME.tokens",
+        ) from error

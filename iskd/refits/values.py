@@ -26,14 +26,14 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from iskd.blocks.ridge import row_weights
-from iskd.models import Stack
+from iskd.models import Stack, surgery
+from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import BlockRefit, RefitTask, Site
-from iskd.refits.projections import MIXER_OUT, Projection
-from iskd.refits.streams import Streams
+from iskd.refits.head_sums import HeadSums
+from iskd.refits.projections import MIXER_OUT, Projection, check_plain
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _CLOSE = 0.05  # relative distance at which mixing by the matrix counts as what the mixer does
-_TOLERANCE, _MOST_STEPS = 1e-9, 500  # of conjugate gradients: residual over right side
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ class Values(BlockRefit):
     @property
     def _ridges(self) -> tuple[float, ...]:
         return (self.ridge,) if isinstance(self.ridge, (int, float)) else tuple(sorted(self.ridge))
+
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+        """Raise ValueError for norms behind what blocks add, and where no mixer's output is linear in its values."""
+        check_plain(stack, self.name())
+        converts = [edit for edit in edits if isinstance(edit, Convert)]
+        if not converts:
+            return
+        student = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), tuple(converts)), "meta"))
+        reasons = [
+            why_not(student.layers[edit.layer].get_submodule(f"{student.family.attn}.mixer")) for edit in converts
+        ]
+        if all(reasons):
+            raise ValueError(f"refit=values: {reasons[0]}; leave values out of refit=[...]")
 
     @property
     def passes(self) -> float:
@@ -180,79 +193,6 @@ def why_not(mixer: Any) -> str:
     return ""
 
 
-class _Sums:
-    """Normal equations of the change of one key-value head's values [K, F], and the error of any such change.
-
-    Args:
-        out_RDK: what the output projection does with the head, for each query head that reads it.
-        features: inputs of the values' projection F, the one of a bias among them.
-    """
-
-    def __init__(self, out_RDK: Tensor, features: int) -> None:
-        self._readers, _, self._width = out_RDK.shape
-        self._features = features
-        self._mixing = torch.einsum("rdk,sdl->rskl", out_RDK, out_RDK)
-        size = self._readers * features
-        # one tensor, so that processes add theirs in one exchange: C | right side | squared residuals
-        self.flat = torch.zeros(size * size + self._width * features + 1, dtype=torch.float64, device=out_RDK.device)
-        gram, right, self._squares = self.flat.split([size * size, self._width * features, 1])
-        self._gram = gram.view(self._readers, features, self._readers, features)
-        self._right = right.view(self._width, features)
-
-    def add(self, z_RNF: Tensor, wanted_RNK: Tensor, squares: Tensor) -> None:
-        """Add rows, already weighted: mixed inputs, and the residuals through the output projection."""
-        flat_NF = z_RNF.transpose(0, 1).flatten(1)
-        self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
-        self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
-        self._squares += squares.double()
-
-    def applied(self, change_KF: Tensor) -> Tensor:
-        """The left side for a change, without the ridge."""
-        mixed = change_KF @ self._gram.flatten(2)  # [R', K, R F]
-        return torch.einsum("rskl,slrf->kf", self._mixing, mixed.unflatten(-1, (self._readers, -1)))
-
-    def error(self, change_KF: Tensor) -> float:
-        """Sum of the weighted squared errors with a change."""
-        found = (change_KF * (self.applied(change_KF) - 2 * self._right)).sum() + self._squares[0]
-        return float(found.item())
-
-    def solved(self, ridge: float) -> Tensor:
-        """The change [K, F] that solves the equations, pulled towards none."""
-        own = torch.arange(self._readers, device=self.flat.device)
-        mixing = self._mixing[own, own].sum(0)
-        gram = self._gram[own, :, own].mean(0)
-        diagonal = torch.einsum("rskk,rfsf->kf", self._mixing, self._gram)  # of the left side
-        strength = ridge * diagonal.mean().clamp_min(1e-12)
-        (s, q), (c, u) = (torch.linalg.eigh(each) for each in (mixing, gram))
-        scale = (s.clamp_min(0)[:, None] * c.clamp_min(0) + strength).reciprocal()
-
-        def nearly(right: Tensor) -> Tensor:
-            """Solves the equations of readers that all mix alike."""
-            found: Tensor = q @ ((q.T @ right @ u) * scale) @ u.T
-            return found
-
-        if self._readers == 1:
-            return nearly(self._right)
-        return conjugate_gradients(lambda x: self.applied(x) + strength * x, self._right, nearly)
-
-
-def conjugate_gradients(apply: Any, right: Tensor, nearly: Any) -> Tensor:
-    """Solve `apply(x) = right` for a symmetric positive definite map; `nearly` is an inverse of one like it."""
-    x, residual = torch.zeros_like(right), right.clone()
-    ready = nearly(residual)
-    way, size = ready, (residual * ready).sum()
-    for _ in range(_MOST_STEPS):
-        if residual.norm() <= _TOLERANCE * right.norm():
-            break
-        image = apply(way)
-        step = size / (way * image).sum()
-        x, residual = x + step * way, residual - step * image
-        ready = nearly(residual)
-        size, before = (residual * ready).sum(), size
-        way = ready + size / before * way
-    return x
-
-
 class _Linear:
     """A mixer at a site as a linear map of its values' weights: what it reads, how it mixes, what is still missing."""
 
@@ -260,7 +200,7 @@ class _Linear:
         self._task, self._v = task, mixer.projections.get_submodule("v_proj")
         self.heads, self._width = mixer.kv_heads, mixer.head_dim
         self._readers = mixer.heads // mixer.kv_heads
-        self._reads, self._mixes, self._lacks = (Streams(place, task.device) for _ in range(3))
+        self._reads, self._mixes, self._lacks = (task.streams(place) for _ in range(3))
         self._out_DHK = out.start().weight.float().unflatten(1, (mixer.heads, self._width))
         self._weights = []
         goals = site.targets if site.middle is None else site.middle
@@ -286,11 +226,11 @@ class _Linear:
                 "projection as they are, so it is not linear in them; leave values out of refit=[...]"
             )
 
-    def sums(self, head: int, *, held: bool) -> _Sums:
+    def sums(self, head: int, *, held: bool) -> HeadSums:
         """What this rank's windows say of one key-value head, on text that is fitted to or held out."""
         readers = slice(head * self._readers, (head + 1) * self._readers)
         out_RDK = self._out_DHK[:, readers].transpose(0, 1)
-        sums = _Sums(out_RDK.double(), self._features)
+        sums = HeadSums(out_RDK.double(), self._features)
         for index, weights in enumerate(self._weights):
             if (self._task.fold(index) < 0) is held:
                 z = (self._mixes[index][:, readers] @ self._read(index)[:, None]).transpose(0, 1) * weights

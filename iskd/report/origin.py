@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from iskd.evaluation.speaking import Sample
@@ -25,7 +26,7 @@ def made_by(environment: Any) -> str:
     ]
     shown = "; ".join(fact for fact in facts if fact)
     body = html.preformatted("\n".join(lines) if lines else None)
-    return html.section("How it was made", body + (f'<p class="hint">{html.escape(shown)}</p>' if shown else ""))
+    return html.section("How it was made", body + (f'<p class="hint">{escape(shown)}</p>' if shown else ""))
 
 
 def words_section(samples: Sequence[Sample]) -> str:

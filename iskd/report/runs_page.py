@@ -17,7 +17,7 @@ from iskd.plan import StageResult
 from iskd.plan.run_files import REPORT_FILE, RUNS_FILE, RUNS_LENGTHS_FILE, RUNS_TABLE_FILE
 from iskd.report import contexts, html
 from iskd.report.beside import links, write_page, write_table
-from iskd.report.figures.score_curves import retention_curves, score_curve
+from iskd.report.figures.score_curves import MOST_LINES, asked_of, retention_curves, score_curve
 from iskd.report.figures.tradeoff import Cost, Point, tradeoff
 from iskd.report.measured import LENGTHS
 from iskd.report.run_list import Run, differing, read_runs, telling
@@ -208,20 +208,40 @@ def _tradeoffs(runs: Sequence[Run], numbered: Numbered, by_tasks: bool) -> Itera
 
 
 def _along(runs: Sequence[Run]) -> str:
-    """Retention against blocks edited, layers left and tokens, a line per run."""
-    curves = [score_curve(run.name, run.files.stages, run.files.num_layers) for run in runs if run.student]
-    curves = [curve for curve in curves if len(curve.points) > 1]
-    if not all(curve.by_tasks for curve in curves):  # one measure for all
-        curves = [
-            score_curve(run.name, [replace(stage, evaluation=None) for stage in run.files.stages], run.files.num_layers)
-            for run in runs
-            if run.student
-        ]
-    text = (
-        "Retention after every kept stage; bars: 95 %. The mean over tasks where every run was asked them after every "
-        "stage (eval.every=stage), else on validation text."
-    )
-    return html.figures([(retention_curves(curves), text)])
+    """Retention against blocks edited, layers left and tokens, a line per run; which runs have none, and why."""
+    curves = {run.name: score_curve(run.name, run.files.stages, run.files.num_layers) for run in runs}
+    drawn = [run for run in runs if run.student and len(curves[run.name].points) > 1]
+    asked = {_asked_along(run) for run in drawn if curves[run.name].by_tasks}
+    ended = {run.asked for run in drawn if run.asked and curves[run.name].by_tasks}
+    by_tasks = len(asked) == 1 and len(ended) < 2 and all(curves[run.name].by_tasks for run in drawn)
+    if not by_tasks:  # one measure for all
+        without = {run.name: [replace(stage, evaluation=None) for stage in run.files.stages] for run in drawn}
+        curves = {run.name: score_curve(run.name, without[run.name], run.files.num_layers) for run in drawn}
+    lines = [curves[run.name] for run in drawn]
+    measure = "its mean over the tasks that every run was asked" if by_tasks else "on the validation text of each run"
+    text = f"Retention after every kept stage, {measure}; bars: 95 %."
+    if len(lines) > MOST_LINES:
+        text += f" {MOST_LINES} of {len(lines)} runs in a figure, in the order of the table."
+    told = []
+    if not by_tasks and (len(asked) > 1 or len(ended) > 1):
+        told.append("Tasks are not drawn: the runs were asked different items (other tasks, metrics, limit or seed).")
+    elif not by_tasks and asked:
+        some = [run.name for run in drawn if not score_curve(run.name, run.files.stages, run.files.num_layers).by_tasks]
+        told.append(f"Tasks are not drawn: not asked after every stage (eval.every=stage) were {', '.join(some)}.")
+    if lines and (missing := [run.name for run in runs if run not in drawn]):
+        told.append(f"Without a line, as no stage after the teacher was kept: {', '.join(missing)}.")
+    parts = [lines[at : at + MOST_LINES] for at in range(0, len(lines), MOST_LINES)]
+    figures = html.figures([(retention_curves(part, number), text) for number, part in enumerate(parts)])
+    return figures + (f'<p class="hint">{escape(" ".join(told))}</p>' if figures and told else "")
+
+
+def _asked_along(run: Run) -> tuple[object, ...]:
+    """What a run was asked after its stages: equal where the items are the same."""
+    found = next((asked for stage in run.files.stages if (asked := asked_of(stage)) is not None), None)
+    tasks = [] if found is None else [(task.task, task.metric, str(task.items)) for task in found.tasks]
+    keys = ("seed", "limit", "data_dir", "task_dir", "fewshot", "lengths")
+    settings = [run.config.get(f"eval.{key}", "") for key in keys]
+    return (*sorted(tasks), *settings)
 
 
 def _against_context(runs: Sequence[Run], numbered: Numbered) -> str:

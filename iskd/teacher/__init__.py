@@ -8,9 +8,10 @@ from __future__ import annotations
 from iskd.teacher.cache import TeacherCache
 from iskd.teacher.cache_rows import TeacherCacheSpec, check_terms_cached
 from iskd.teacher.load import Loaded, TeacherSpec, load_teacher
-from iskd.teacher.states import TeacherStates
+from iskd.teacher.states import BatchStates, TeacherStates
 
 __all__ = [
+    "BatchStates",
     "Loaded",
     "TeacherCache",
     "TeacherCacheSpec",

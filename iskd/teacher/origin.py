@@ -10,6 +10,7 @@ import yaml
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.run_files import CONFIG_FILE, FACTS, STUDENTS
 from iskd.plan.saved_config import read_config
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, read_object
 from iskd.system.version import CONF, options
 from iskd.teacher.bundled import BUNDLES
@@ -78,7 +79,7 @@ def _of_run(file: Path) -> TeacherSpec:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not say which teacher it was ({error!s:.200}); {_NAME_IT}") from error
     if spec.path is not None and not Path(expanded(spec.path)).is_dir():
-        raise ValueError(
+        raise UnavailableError(
             f"the teacher of this student was {spec.path!r}, as {file} says, and that is no folder here (a model given "
             f"to iskd.compress was in memory); {_NAME_IT}"
         )

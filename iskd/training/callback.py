@@ -21,7 +21,7 @@ from iskd.system.stop_signals import StopSignals
 from iskd.system.text import argument
 from iskd.system.watchdog import Watchdog
 from iskd.training.editing import BrokenOffError
-from iskd.training.live import Live
+from iskd.training.live import AgreedStop, Live
 from iskd.training.stages import StageLoop
 from iskd.training.step import DistillModule
 from iskd.training.strategies import ranks_of, rewrap, whole_device
@@ -48,10 +48,21 @@ class CompressionCallback(Callback):
         """Whether this process was asked to end the run."""
         return self.stop_signals.received is not None or self.late
 
-    def _breaking_off(self) -> AbstractContextManager[None]:
-        """Several processes agree on a stop between two steps; one of them alone would leave the others waiting."""
+    def _alone(self) -> AbstractContextManager[None]:
+        """One process is broken off wherever it is; one of several would leave the others waiting."""
         alone = self.loop.live.ranks.size == 1
         return self.stop_signals.breaking_off(BrokenOffError) if alone else nullcontext()
+
+    def _breaking_off(self, *models: Any) -> AbstractContextManager[None]:
+        """Several processes agree where they are broken off."""
+        return self._alone() if self.loop.live.ranks.size == 1 else self._agreed().inside(*models)
+
+    def _look(self) -> None:
+        if self.loop.live.ranks.size > 1:
+            self._agreed().look()
+
+    def _agreed(self) -> AgreedStop:
+        return AgreedStop(self.loop.live.ranks, self.stop_wanted, BrokenOffError)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
@@ -78,6 +89,8 @@ class CompressionCallback(Callback):
             precision=str(trainer.precision),
             stop_wanted=self.stop_wanted,
             breaking_off=self._breaking_off,
+            alone=self._alone,
+            look=self._look,
         )
         self.loop.begin(live, self.resume_from)
         trainer.should_stop = self.loop.advance() is None

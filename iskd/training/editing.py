@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks import Fitted, Merged, warm_start
+from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, refit_survivors, training_tokens
+from iskd.refits import Refit, check_refits, refit_survivors, training_tokens
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -60,6 +60,7 @@ def carry_out(
     forward_context: Callable[[], AbstractContextManager[None]],
     refits: Sequence[Refit] = (),
     windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
+    folder: Path | None = None,
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
@@ -74,6 +75,7 @@ def carry_out(
         forward_context: the precision under which training runs.
         refits: of the surviving blocks, in order; none where the stage edits nothing.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+        folder: where their states on disk lie; None = where the system keeps temporary files.
 
     Raises:
         BrokenOffError: a process was asked to stop between two blocks of a refit.
@@ -90,13 +92,10 @@ def carry_out(
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
     sharding.freeze(student, origin, optimizer)
     refitted, start = [], time.perf_counter()
-    share = stage.refit_share
-    if stage.refit_budget and refits:
-        share *= stage.refit_budget / training_tokens(refits)
-    refits = [refit.on(share) for refit in refits if share]
+    refits = _on_text(refits, stage)
     if stage.edits and refits:
         with forward_context():
-            refitted = _refit(module, optimizer, record, stage, refits, windows)
+            refitted = _refit(module, optimizer, record, stage, refits, windows, folder)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
@@ -108,6 +107,14 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events, seconds if refitted else 0.0)
+
+
+def _on_text(refits: Sequence[Refit], stage: Stage) -> list[Refit]:
+    """The refits of a stage on as much text as it lets them read; none where that is nothing."""
+    share = stage.refit_share
+    if stage.refit_budget and refits:
+        share *= stage.refit_budget / training_tokens(refits)
+    return [refit.on(share) for refit in refits if share]
 
 
 def _opened(before: Record, edits: Sequence[Edit]) -> list[int]:
@@ -131,6 +138,7 @@ def _refit(
     stage: Stage,
     refits: Sequence[Refit],
     windows: Callable[[int], Sequence[Tensor]],
+    folder: Path | None,
 ) -> list[str]:
     """What the refits say that they did to the student."""
     student = module.student
@@ -148,7 +156,7 @@ def _refit(
 
     return refit_survivors(
         refits, student, module.teacher, record, stage.edits, windows,
-        ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states,
+        ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states, folder=folder,
     )  # fmt: skip
 
 
@@ -159,6 +167,7 @@ class Editor:
         refits: of the surviving blocks after every edit, in order.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
         by_step: in the place of `refits`, those of each step of `schedule=mixed`.
+        folder: where their states on disk lie; None = where the system keeps temporary files.
     """
 
     in_place = True
@@ -169,8 +178,9 @@ class Editor:
         refits: Sequence[Refit] = (),
         windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
         by_step: Sequence[Sequence[Refit]] = (),
+        folder: Path | None = None,
     ) -> None:
-        self.refits, self.windows, self.by_step = refits, windows, by_step
+        self.refits, self.windows, self.by_step, self.folder = refits, windows, by_step, folder
 
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
@@ -178,11 +188,24 @@ class Editor:
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""
-        whole = training_tokens(self.refits_of(stage))
+        whole = training_tokens(self.refits_of(stage), self.windows)
         return stage.refit_budget if whole and stage.refit_budget else whole
 
     def check(self, *, timed: bool) -> None:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
+
+    def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
+        """Raise ValueError where the merges or refits of a stage of the plan could not be carried out.
+
+        Before anything is scored: which layers the edits are of may turn out otherwise.
+        """
+        edits = list(module.record.edits)
+        for stage in plan:
+            edits += stage.edits
+            if any(isinstance(edit, Merge) for edit in stage.edits):
+                check_mergeable(Stack(module.teacher))
+            if stage.edits:
+                check_refits(_on_text(self.refits_of(stage), stage), module.teacher, edits, self.windows, module.ranks)
 
     def before_wrapping(
         self,
@@ -208,7 +231,8 @@ class Editor:
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> Edited:
         """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
-        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits_of(stage), self.windows)
+        refits = self.refits_of(stage)
+        return carry_out(module, optimizer, stage, batches(), forward_context, refits, self.windows, self.folder)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

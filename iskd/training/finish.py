@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import resource
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +27,11 @@ from iskd.models import Stack, sharding
 from iskd.models.weights import weights_sha256
 from iskd.plan import Record, StageResult
 from iskd.plan.results import write_stages
-from iskd.plan.run_files import EVALUATION_FILE, MODEL, REPORT_FILE, write_record
+from iskd.plan.run_files import ENDED, EVALUATION_FILE, MODEL, PLAN_FILE, REPORT_FILE, write_record
 from iskd.report import stage_table, write_report
 from iskd.report.stage_rows import SPARE
 from iskd.report.terminal import print_table, terminal
-from iskd.system import Busy, Preempted, ProgressLine, write_whole
+from iskd.system import Busy, Preempted, ProgressLine, read_json, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
@@ -60,7 +62,7 @@ def finish(
     Raises:
         Preempted: a stop signal came. What was finished stays, nothing is half-written, and a resume does it again.
     """
-    run_dir = parts.run_dir
+    run_dir, start = parts.run_dir, time.perf_counter()
     if parts.options.plan_only:
         return Result(state.results, module.student, state.record, run_dir, None, None)
     student = gathered(module, state.record, ranks_of(trainer))
@@ -76,6 +78,7 @@ def finish(
         with stop_signals.at_once(run_dir):
             _measure(parts, module, student, model_dir, along)
             _speak(parts, module, student)
+            _tell_end(run_dir, time.perf_counter() - start)
             stop_signals.obey()
             report = _report(run_dir)
             _print_end(state.results, report, model_dir)
@@ -155,6 +158,14 @@ def _measure(
             refresh_card(model_dir, parts.run_dir)
 
 
+def _tell_end(run_dir: Path, seconds: float) -> None:
+    """Write beside what the plan promised of the end of the run how long it took."""
+    with _guarded(PLAN_FILE, "The report says nothing of the end's time"):
+        if (run_dir / PLAN_FILE).is_file() and (rows := read_json(run_dir / PLAN_FILE)):
+            rows[-1][ENDED] = round(seconds, 1)
+            write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
+
+
 def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> None:
     """What both models make of the same prompts (samples.json)."""
     teacher, count = module.teacher, parts.options.samples
@@ -219,7 +230,7 @@ def _keys(spec: EvalSpec) -> list[str]:
 
 
 def _in_hydra(value: object) -> str:
-    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.paths`)."""
+    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.values.paths`)."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_in_hydra(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):

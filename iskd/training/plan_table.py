@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,36 +22,12 @@ from iskd.report.terminal import print_table, terminal
 from iskd.schedules import Schedule
 from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import PeakMemory, capacity, clock
+from iskd.training.metrics.costs import Costs
 from iskd.training.step import DistillModule, alignment
 from iskd.training.step.trainable import trainable
 
 ALIGN_STEPS = 20
 """An alignment stage with fewer optimizer steps is warned of: a tenth of them warm up, the last tenth falls."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the time of a run is made of, as far as it is known before its first step; in seconds.
-
-    Attributes:
-        token: of a training token.
-        refit_tokens: of a stage, training tokens that take as long as the refits of its edits, on all of their text.
-        fit_tokens: calibration tokens of a fit, which takes about as long as training on them.
-        begun: what was measured before the plan: the teacher, scores, tasks.
-        validation: of a measurement of the student. asking: of its tasks and text along the run. scoring: of scores.
-        every: training tokens between two measurements inside a stage; None = there are none.
-        ends: export and measurements at the end.
-    """
-
-    token: float = 0.0
-    refit_tokens: Callable[[Stage], float] = lambda _stage: 0.0
-    fit_tokens: int = 0
-    begun: float = 0.0
-    validation: float = 0.0
-    asking: float = 0.0
-    scoring: float = 0.0
-    every: int | None = None
-    ends: float = 0.0
 
 
 def plan_rows(
@@ -82,14 +58,17 @@ def plan_rows(
     rows: list[Json] = [_row(Stage("teacher"), surgery.rebuild(teacher, Record(record.num_layers), "meta"), 0, 0)]
     rows[0] |= {"measure_seconds": round(costs.begun, 1)}
     model = surgery.rebuild(teacher, record, "meta")
-    for stage, count in zip(stages, steps, strict=True):
+    done = 0
+    for number, (stage, count) in enumerate(zip(stages, steps, strict=True)):
         record = surgery.apply(model, record, stage.edits)
         alignment.check(model, record, stage)
         tokens = count * step_tokens
         rates = {"lr": stage.lr, "lr_new": stage.lr_new, "decay": stage.shape or decay} if count else {}
         minimises = losses if stage.objective == "loss" else stage.objective
         trains = {"train": stage.train, "trained": _trained(model, record, stage), "losses": minimises} if count else {}
-        rows.append({**_row(stage, model, count, tokens), **trains, **rates, **_seconds_of(stage, tokens, costs)})
+        row = {**_row(stage, model, count, tokens), **trains, **rates}
+        rows.append({**row, **costs.of(number, stage, row, done)})
+        done += tokens
     rows[-1]["end_seconds"] = round(costs.ends, 1)
     return rows
 
@@ -104,20 +83,6 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int) -> Json:
         "tokens": tokens,
         "train_seconds": 0.0,
         "edits": to_json(stage)["edits"],
-    }
-
-
-def _seconds_of(stage: Stage, tokens: int, costs: Costs) -> Json:
-    """Time of a stage's parts: training, refits, fits, and all that is measured around and inside it."""
-    fits = sum(edit.op in ("replace", "merge") for edit in stage.edits) if stage.fit else 0
-    inside = tokens // costs.every if costs.every else 0
-    validations = 1 + bool(stage.edits and tokens) + inside
-    refits = stage.refit_share * costs.refit_tokens(stage) * costs.token if stage.edits else 0.0
-    return {
-        "train_seconds": round(tokens * costs.token, 1),
-        "refit_seconds": round(refits, 1),
-        "fit_seconds": round(fits * costs.fit_tokens * costs.token, 1),
-        "measure_seconds": round(validations * costs.validation + costs.asking + costs.scoring, 1),
     }
 
 
@@ -166,6 +131,7 @@ def announce(
     costs: Costs,
     text: str = "",
     tokens_told: str = "",
+    ends: Callable[[float], float] = lambda _token: 0.0,
 ) -> None:
     """Stages, exact parameter counts, steps, and the time and memory that one measured step predicts.
 
@@ -180,10 +146,12 @@ def announce(
         costs: what is known of the rest; its `token` is measured here.
         text: batch, windows and data in words.
         tokens_told: what is said of a number of tokens that nobody asked for.
+        ends: of the seconds of a training token those of the end of the run, where they go by them.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
     seconds, memory = measured_step(module, windows)
-    costs = replace(costs, token=seconds / ranks.size)
+    token = seconds / ranks.size
+    costs = replace(costs, token=token, ends=costs.ends + ends(token))
     losses, decay = losses_text(module.terms), module.optim.decay
     rows = plan_rows(module.teacher, plan, steps, step_tokens, costs, record=module.record, losses=losses, decay=decay)
     check_plan(rows, plan)
@@ -280,7 +248,7 @@ def _rates(row: Json) -> str:
 
 
 def seconds_of(row: Json) -> float:
-    """All of a row's times: training, refits, fits, measurements, and the end of the run."""
+    """All of a row's times, and those of the end of the run."""
     return float(sum(value for key, value in row.items() if key.endswith("_seconds")))
 
 

@@ -34,6 +34,7 @@ from iskd.training.editing import Editor, adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import along_the_run, finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
+from iskd.training.metrics.costs import a_few
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
 from iskd.training.restart import EditInFreshProcess, StartAgain
@@ -124,9 +125,14 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     teacher = None if digest is None else str(digest)
     steps = parts.schedule.parts if isinstance(parts.schedule, Mixed) else ()
     kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
-    editor = kind(parts.refits, parts.data.calibration, [step.refits for step in steps])
+    by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
+    editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams")
     spec, keeps = parts.evaluation, parts.options.keep_students
     along = along_the_run(parts, spec) if spec is not None and spec.along else None
+    few = None
+    if spec is not None and spec.asks and along is None:
+        asked, times = a_few(spec)
+        few = along_the_run(parts, asked), times
     every, number = None if spec is None else spec.inside, None if keeps is True else int(keeps)
     keep = StudentKeeper(
         parts.run_dir, parts.teacher, number, stored_in(parts.export_dtype, parts.teacher),
@@ -135,6 +141,7 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
         teacher, config_digest(parts.run_dir), editor, parts.tokens_told, along, every, keep if keeps else None,
+        exports=parts.export, few=few,
     )  # fmt: skip
 
 

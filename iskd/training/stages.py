@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,9 +42,18 @@ from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.metrics.along import AlongTheRun
+from iskd.training.metrics.costs import (
+    Costs,
+    check_every,
+    export_seconds,
+    scored,
+    speaking_seconds,
+    trials_ahead,
+    writing,
+)
 from iskd.training.metrics.loggers import log_inside
 from iskd.training.movement import MovementCheck, require_moved
-from iskd.training.plan_table import Costs, announce, check_alignment
+from iskd.training.plan_table import announce, check_alignment
 from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
@@ -65,6 +75,9 @@ class StageLoop:
         along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
             which it is validated inside a stage; None = it is not.
         keep: keeps the students of stages; None = the last one alone is left.
+        exports: whether the student is written at the end.
+        few: asks a few of the items that the student is asked at the end alone, for the plan, and how many times as
+            many there are; None = it is asked along, or nothing.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -85,6 +98,8 @@ class StageLoop:
         along: AlongTheRun | None = None,
         every: int | None = None,
         keep: StudentKeeper | None = None,
+        exports: bool = False,
+        few: tuple[AlongTheRun, float] | None = None,
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
@@ -92,6 +107,7 @@ class StageLoop:
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.editor, self.tokens_told = editor or Editor(), tokens_told
         self.along, self.every, self.keep = along, every, keep
+        self.exports, self.few = exports, few
         self.preempted = False
         self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
         self._movement = MovementCheck(options.movement_steps)
@@ -120,15 +136,25 @@ class StageLoop:
         """Measure the teacher and decide the first stage, or take up a resumed run."""
         self._live = live
         module, state = live.module, self.state
+        self.clock.lap()
         check_alignment(module.student, self.schedule)
+        self._check_room()
         module.place_teacher()
         if not self.options.plan_only:
             with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
                 module.open_teacher_cache(self.data)
-            if self.options.mfu:
-                self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
+            try:
+                with live.alone():
+                    if self.options.mfu:
+                        self.clock.meter = MfuMeter(module.device, live.forward_context, devices=live.ranks.size)
+            except BrokenOffError:
+                self.preempted = True
+                if resume_from is None:
+                    state.run_complete()
+                return
         if resume_from is not None:
             self._take_up(resume_from)
+            self.clock.lap()  # the time of a stage is none of taking it up
             return
         state.begin(self._identity())
         try:
@@ -147,7 +173,11 @@ class StageLoop:
             BrokenOffError: a stop signal came.
         """
         live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
-        with live.breaking_off():
+        stand_ins = dict.fromkeys(state.record.layers, 0.0)  # scores are made below
+        history = replace(history_of(state, module, self.data.pass_tokens), scores=stand_ins)
+        self.editor.check_refits(module, forecast(self.schedule, history))
+        self.clock.lap()
+        with live.breaking_off(module.teacher):
             quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
             self._seconds["teacher"] = taken = time.perf_counter() - start
             # from now on the teacher's side is remembered, which is one of two passes
@@ -155,16 +185,25 @@ class StageLoop:
             self._seconds["validation"] = max(
                 taken - tokens / quality["tokens_per_s"], tokens / quality["tokens_per_s"]
             )
+        with live.alone():
             asked = self._asked(module.teacher)
+        self._tick()
         row = state.stage_measured(module.teacher, "teacher", quality, None, "kept", asked)
         log_row(live.loggers, row, state.first_step)
         if state.record.edits:  # the student of an earlier run
-            with live.breaking_off():
-                quality, asked = self._told("measuring the student", self._measure), self._asked()
+            with live.breaking_off(module.teacher, module.student):
+                quality = self._told("measuring the student", self._measure)
+            with live.alone():
+                asked = self._asked()
+            self._tick()
             row = state.stage_measured(module.student, "as given", quality, None, "kept", asked, state.record.edits)
             log_row(live.loggers, row, state.first_step)
+        self._seconds["begun"] = time.perf_counter() - start
         self._decide()
-        self._told("measuring a step for the plan", self._announce)
+        with live.alone():
+            self._sample()
+            self._told("measuring a step for the plan", self._announce)
+        self.clock.lap()  # the plan itself is in nobody's time
 
     def advance(self) -> Stage | None:
         """Carry out the edits of the next stage and point the data at it; None where the run, or the process, ends.
@@ -211,24 +250,11 @@ class StageLoop:
         step_tokens = self.count.step_tokens
         steps = planned_steps(plan, step_tokens)
         state.plan_ahead(steps)
-        self._check_room(plan, sum(steps) * step_tokens)
         windows = torch.cat(self.data.calibration(step_tokens))[: self.data.batch_size].to(live.module.device)
         sources = self.data.plan_mix(sum(steps) * step_tokens)
         if live.ranks.rank == 0:
             for line in sources:
                 _log.info("data: %s", line)
-        asked = self.along.seconds if self.along is not None else []
-        scores = "each" in {of_stage(self.schedule, stage).scoring for stage in plan}
-        costs = Costs(
-            refit_tokens=self.editor.refit_tokens_of,
-            fit_tokens=self.options.fit_tokens,
-            begun=self._seconds["teacher"] + self._seconds["scores"] + sum(asked),
-            validation=self._seconds["validation"],
-            asking=asked[0] / 2 if asked else 0.0,
-            scoring=self._seconds["scores"] if scores else 0.0,
-            every=self.every,
-            ends=self.options.efficiency_seconds + (asked[0] / 2 if asked else 0.0),
-        )
         data = self.data
         batch = f"{data.batch_size} x {data.seq_len} tokens"
         layout = f", x {live.accumulate} accumulated" * (live.accumulate > 1) + f", x {live.ranks.size} processes" * (
@@ -236,19 +262,74 @@ class StageLoop:
         )
         text = f"steps of {batch}{layout}, on {data.named}"
         with live.forward_context():
+            costs, told = self._costs(plan), self.tokens_told
             announce(
-                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, self.tokens_told
+                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, told, self._ends
             )
 
-    def _check_room(self, plan: Sequence[Stage], tokens: int) -> None:
-        """Raise ValueError where what is to be measured or kept along the run has no room in it."""
-        if self.every is not None and self.every >= tokens:
-            raise ValueError(
-                f"eval.every={self.every}: the run trains on {tokens:,} tokens, so that no student would be validated "
-                "inside a stage; give fewer, or eval.every=stage"
-            )
+    def _costs(self, plan: Sequence[Stage]) -> Costs:
+        """What the parts of the stages ahead take, but for a training token, which is measured last."""
+        options, seconds = self.options, self._seconds
+        history = history_of(self.state, self.live.module, self.data.pass_tokens)
+        asks = scored(self.schedule, plan)
+        known = seconds["scores"] if asks and asks[0] else None
+        return Costs(
+            refit_tokens=self.editor.refit_tokens_of,
+            fit_tokens=options.fit_tokens,
+            begun=seconds["begun"],
+            validation=seconds["validation"],
+            asking=self._asking,
+            scoring=[known if each else 0.0 for each in asks],
+            score_tokens=options.score_tokens * len(self.state.record.layers),
+            trials=trials_ahead(self.schedule, history),
+            before=options.measure_before,
+            every=self.every,
+            keeping=writing(self.keep is not None),
+            saving=writing(True) / 2,
+            checkpoint_every=options.checkpoint_every,
+            ends=options.efficiency_seconds + self._asking + seconds.get("tasks", 0.0),
+        )
+
+    @property
+    def _asking(self) -> float:
+        """Seconds in which a student says something to all tasks and text; the teacher's answers are kept."""
+        asked = self.along.seconds if self.along is not None else []
+        return 0.0 if not asked else asked[1] if len(asked) > 1 else asked[0] / 2
+
+    def _ends(self, token: float) -> float:
+        """Seconds of the export and the samples, by those of a training token."""
+        module = self.live.module
+        written = export_seconds(surgery.parameters(module.student)) if self.exports else 0.0
+        return written + speaking_seconds(self.options.samples, token, module.device)
+
+    def _sample(self) -> None:
+        """Ask a few of the items that the end of the run asks, so that the plan can tell how long all of them take."""
+        if self.few is None or sharding.is_sharded(self.live.module.teacher):
+            return
+        asking, times = self.few
+        try:
+            for _ in range(2):  # the first time items are drawn, and the teacher is asked as well
+                asking.ask(self.live.module.teacher, look=self.live.look)
+        except Exception as error:  # of what is wrong with it the end of the run tells
+            _log.warning("the plan does not tell how long tasks and text take: %s", error)
+            return
+        # a student and its teacher
+        self._seconds["tasks"] = 2 * times * asking.seconds[1]
+
+    def _check_room(self) -> None:
+        """Raise ValueError where what is to be measured or kept along the run has no room in it.
+
+        Before anything is measured: which layers are chosen changes neither how many stages there are nor their tokens.
+        """
+        live, state = self.live, self.state
+        ahead, tokens = state.total_stages, state.total_steps * self.count.step_tokens
+        if not state.results:
+            history = history_of(state, live.module, self.data.pass_tokens)
+            plan = forecast(self.schedule, replace(history, scores=dict.fromkeys(state.record.layers, 0.0)))
+            ahead, tokens = len(plan), sum(planned_steps(plan, self.count.step_tokens)) * self.count.step_tokens
+        check_every(self.every, tokens)
         if self.keep is not None and not self.options.plan_only:
-            self.keep.check(self.live.module.student, len(plan))
+            self.keep.check(live.module.student, ahead - len(state.finished))
 
     def _decide(self) -> None:
         """Ask the schedule for the next stage, with fresh scores where it wants them."""
@@ -263,14 +344,14 @@ class StageLoop:
         with live.breaking_off():
             self._told("deciding which layers are edited", decided)
         self._seconds["scores"] = time.perf_counter() - start
-        self.state.spent(time.perf_counter() - start)  # scores are part of what the chosen stage costs
+        self._tick()  # scores are part of what the chosen stage costs
 
     # ---- edit -------------------------------------------------------------------------------------------------------
 
     def edit(self) -> None:
         """Carry out the stage's edits, prove that they took, and measure what they cost before healing."""
         live, state, stage = self.live, self.state, self.stage
-        self.clock.lap()
+        self._tick()  # the checkpoint before it
 
         def made() -> Edited:
             return self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
@@ -294,7 +375,7 @@ class StageLoop:
         # without training it is the quality at the end of the stage, which is measured then
         if self.options.measure_before and stage.edits and self.count.batches_left:
             try:
-                with live.breaking_off():
+                with live.breaking_off(live.module.teacher, live.module.student):
                     state.measured_before(self._told("measuring the student", self._measure, "validation"))
             except BrokenOffError:
                 self.preempted = True
@@ -317,7 +398,9 @@ class StageLoop:
 
     def before_training(self) -> None:
         """The stage's micro-batches come next."""
-        self.clock.lap()
+        if self._validates and not self.state.batch % self.live.accumulate:  # where an earlier process was broken off
+            self._validate_inside()
+        self._tick()
         self.clock.train(self.state.tokens)
 
     def before_batch(self) -> None:
@@ -347,9 +430,7 @@ class StageLoop:
         step, last = self.count.in_stage, not self.count.batches_left
         due = not last and not step % self.options.checkpoint_every
         live.module.log_row(live.loggers)
-        before = state.tokens - self.count.step_tokens
-        validates = self.every is not None and state.tokens // self.every > before // self.every
-        validates &= not last and state.tournament is None
+        validates = self._validates
         verdicts = live.module.guard.settle(now=last or due or validates or self._movement.watching)
         state.count_steps(verdicts, most=self.options.max_skipped)
         if step == 1:
@@ -360,7 +441,7 @@ class StageLoop:
             require_moved(live.ranks.gather(still), split=sharding.is_sharded(live.module.student))
         if any(verdict.stopping for verdict in verdicts):
             self.preempted = True
-        if validates:
+        if validates and not self.preempted:
             self._validate_inside()
         if self.preempted or due:
             self._tick()
@@ -368,6 +449,15 @@ class StageLoop:
                 self.clock.batch_ends(batch)
                 self._log_speed()
             self._save()
+
+    @property
+    def _validates(self) -> bool:
+        """Whether the student is to be measured inside the stage where it stands, and was not yet."""
+        state, step_tokens = self.state, self.count.step_tokens
+        if self.every is None or state.tournament is not None or not state.batch or not self.count.batches_left:
+            return False
+        passed = state.tokens // self.every > (state.tokens - step_tokens) // self.every
+        return passed and not (state.inside and state.inside[-1]["tokens"] >= state.tokens)
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -399,6 +489,7 @@ class StageLoop:
         except BrokenOffError:
             vars(state).update(before)  # the stage is trained, and what follows is done again
             self.preempted = True
+            sharding.reshard(live.module.student)
             if stage.train != "lora":  # whose adapters are merged: of them the last checkpoint is taken up
                 self._save()
             return
@@ -412,7 +503,7 @@ class StageLoop:
             BrokenOffError: a stop signal came; the student is as it was.
         """
         live, state = self.live, self.state
-        with live.breaking_off():
+        with live.breaking_off(live.module.teacher, live.module.student):
             quality = self._told("measuring the student", self._measure, "validation")
         if self.options.measure_before and stage.edits and not self.count.stage_steps:
             state.measured_before(quality)
@@ -437,8 +528,11 @@ class StageLoop:
                 ]
             )
         status: Status = "rolled_back" if missed else "kept"
-        with live.breaking_off():
+        with live.alone():
             asked = None if missed else self._asked()
+            if not missed and self.keep is not None:
+                self.keep.keep(live.module, state.record, len(state.results), live.ranks)
+        self._tick()
         row = state.stage_measured(live.module.student, stage.name, quality, self.clock.speed, status, asked)
         if missed:
             self._back()
@@ -447,8 +541,6 @@ class StageLoop:
             steps = self.count.stage_steps
             state.stage_kept(steps, steps * live.accumulate)
         log_row(live.loggers, row, state.first_step)
-        if not missed and self.keep is not None:
-            self.keep.keep(live.module, state.record, row.index, live.ranks)
         if not missed:
             self._decide()
 
@@ -465,8 +557,20 @@ class StageLoop:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
         live = self.live
         batches = self.data.calibration_batches(self.data.val_tokens)
-        with live.forward_context():
-            kl = live.ranks.first(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
+
+        def measured() -> float:
+            with live.forward_context():
+                return float(measure_quality(live.module.student, live.module.teacher, batches)["kl"])
+
+        try:
+            with live.breaking_off(live.module.teacher, live.module.student):
+                kl = live.ranks.first(self._told("judging a trial", measured))
+        except BrokenOffError:  # trained, and judged by the next process
+            self.preempted = True
+            sharding.reshard(live.module.student)
+            if self.stage.train != "lora":
+                self._save()
+            return
         self._back()
         self.state.trial_judged(kl)
         self._save()
@@ -544,7 +648,13 @@ class StageLoop:
     def _validate_inside(self) -> None:
         """Measure the student where it stands, on the windows of every stage's end; no number of the run is changed."""
         live, state, start = self.live, self.state, time.perf_counter()
-        quality = self._measure()
+        try:
+            with live.breaking_off(live.module.teacher, live.module.student):
+                quality = self._told("measuring the student", self._measure, "validation")
+        except BrokenOffError:  # saved where it stands; the next process begins with the measurement
+            self.preempted = True
+            sharding.reshard(live.module.student)
+            return
         sharding.reshard(live.module.student)
         state.measured_inside(quality)
         log_inside(live.loggers, quality, state.tokens, self.count.stage_number, self.count.in_run)
@@ -554,7 +664,8 @@ class StageLoop:
         """What the student, or another model, says to tasks and text; None where nobody asks."""
         if self.along is None or self.options.plan_only:
             return None
-        found: dict[str, Any] = self.live.ranks.first(self.along.told(model or self.live.module.student))
+        told = self.along.told(model or self.live.module.student, self.live.look)
+        found: dict[str, Any] = self.live.ranks.first(told)
         return found
 
     def _tick(self) -> None:

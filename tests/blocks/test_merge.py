@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from iskd.blocks import Merged, warm_start
-from iskd.blocks.base import FitData
+from iskd.blocks import Merged, merge, warm_start
+from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import merged
 from iskd.evaluation import measure_quality
 from iskd.export.student import write
@@ -27,7 +28,7 @@ IDENTITY = Spec("iskd.blocks.identity.Identity")
 
 
 @torch.no_grad()
-def teacher_of(family: str, **sizes: int) -> PreTrainedModel:
+def teacher_of(family: str, **sizes: Any) -> PreTrainedModel:
     """A model whose norms and biases are not all the same, those of queries and keys apart."""
     model, generator = tiny(family, **sizes), torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -150,5 +151,46 @@ def test_what_cannot_be_merged_is_refused_by_name(edits: tuple[Edit, ...], count
 
 def test_norms_behind_the_sums_are_refused() -> None:
     teacher = tiny("opt", do_layer_norm_before=False)
-    with pytest.raises(ValueError, match=r"cannot be merged: what enters self_attn.q_proj .* use edit=remove"):
+    with pytest.raises(ValueError, match=r"cannot be merged: a norm stands behind the sums .* use edit=remove"):
         carried_out(teacher, Merge(UPPER))
+
+
+SLIDING = {"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "why"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, "only the lower one of the two has rotary positions"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "only the upper one of the two has rotary positions"),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, **SLIDING}, "upper one to a window of 8 tokens"),
+    ],
+)
+def test_a_pair_with_other_positions_or_windows_is_removed_by_name(family: str, config: Any, why: str) -> None:
+    """One block cannot see as both did: no merge is tried, and the run goes on with the removal."""
+    teacher = teacher_of(family, **config)
+    lower, upper = (Stack(teacher).layers[position] for position in (LOWER, UPPER))
+    with pytest.raises(ValueError, match=rf"cannot be merged, as .*{why}.*use edit=remove"):
+        merged(lower, upper, data_of(teacher, [windows()]), 0.1)
+    student, _, done, _ = carried_out(teacher, Merge(UPPER))
+    assert digest(student) == digest(start(teacher, Remove(UPPER))[0])
+    assert not done[0].better
+    assert f"layer {UPPER} into {LOWER}: not merged but removed, as" in str(done[0])
+    assert why in str(done[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "phi3"])
+def test_the_attention_is_resolved_where_that_is_better(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the merged block does not rise for it, and for pairs whose heads matter it falls."""
+    model = teacher_of(family)
+    for position in (LOWER, UPPER):
+        for path in (Stack(model).family.out, *Stack(model).family.qkv):
+            Stack(model).layers[position].get_submodule(path).get_parameter("weight").mul_(6)
+    lower, upper = (Stack(model).layers[position] for position in (LOWER, UPPER))
+    data = data_of(model, [windows(8, 32, seed=seed) for seed in range(2)])
+    new = merged(lower, upper, data, 0.1)
+    monkeypatch.setattr(merge, "_with_solved_attention", lambda _wide, narrow, system, *_: (narrow, system))
+    plain = merged(lower, upper, data, 0.1)
+    assert fit_error(new, data) < fit_error(plain, data)
+    assert {n: p.shape for n, p in new.named_parameters()} == {n: p.shape for n, p in lower.named_parameters()}

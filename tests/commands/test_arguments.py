@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from iskd.__main__ import main
 from iskd.commands.arguments import arguments, named_model
-from iskd.commands.config import NEEDED, plain
+from iskd.commands.values.config import NEEDED, plain
 from iskd.system import Busy
 from iskd.system.version import options
 from iskd.training.metrics import loggers_of

@@ -15,8 +15,8 @@ from torch import OutOfMemoryError, nn
 from iskd.__main__ import main
 from iskd.commands import arguments, train
 from iskd.commands.arguments import listed, noted, told_at_the_end
-from iskd.commands.config import forget_folders, new_folder
 from iskd.commands.line import FULL_ERROR
+from iskd.commands.values.config import forget_folders, new_folder
 from iskd.models import sharding
 from iskd.plan.failure import read_failure, write_failure
 from iskd.plan.run_files import FAILURE_FILE, STAGES_FILE

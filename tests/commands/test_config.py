@@ -16,7 +16,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from iskd.__main__ import main
-from iskd.commands.config import as_meant, object_of, plain, terms
+from iskd.commands.values.config import as_meant, object_of, plain, terms
 from iskd.data import TextData, TextFiles
 from iskd.losses import check_terms
 from iskd.models.tokenizers import byte_tokenizer

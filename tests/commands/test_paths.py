@@ -16,10 +16,10 @@ from iskd.commands import curve
 from iskd.commands.arguments import arguments, literal_paths
 from iskd.commands.compose import compose_config
 from iskd.commands.compress import _source
-from iskd.commands.config import as_meant
 from iskd.commands.line.parser import as_folder, dashed
-from iskd.commands.paths import assigned, at_home, takes_path
 from iskd.commands.resume import resumed
+from iskd.commands.values.config import as_meant
+from iskd.commands.values.paths import assigned, at_home, takes_path
 from iskd.data.files.readers import find_files
 from iskd.system.text import argument
 from iskd.system.typed_values import takes

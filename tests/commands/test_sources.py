@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.arguments import literal_paths
 from iskd.commands.build import source_of
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant
 from iskd.commands.resume import _differences
+from iskd.commands.values.config import as_meant
 from iskd.data import HubDataset, Source, TextFiles
+from iskd.data.hub_rows import offline
 from iskd.data.mix import Mix
 from iskd.data.sources import Docstrings
 from tests.documents import ROOT, blocks_of
@@ -143,3 +144,25 @@ def test_a_resumed_run_may_be_told_its_branch_again() -> None:
         assert not _differences({"data.sources.a.revision": commit}, {"data.sources.a.revision": now})
     assert _differences({"data.source.revision": commit}, {"data.source.revision": "b" * 40})
     assert _differences({"model.revision": commit}, {"model.revision": "main"})
+
+
+def test_a_local_copy_keeps_how_much_of_the_set_is_read(tmp_path: Path) -> None:
+    """Documents, framing and splits of a preset stay; only where its rows lie is another place."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "story {number}"}}\n' for number in range(9)))
+    asked, _ = compose_config(["data=tinystories_iskd", f"data.path={rows}", "data.source.max_documents=4"])
+    source = source_of(asked)
+    assert isinstance(source, TextFiles)
+    assert [text for text, _ in source.documents()] == [f"story {number}" for number in range(4)]
+    assert (asked.data.bos, asked.data.validation_fraction) == ("bare", 0.098)
+    assert source.fingerprint() != TextFiles(str(rows)).fingerprint()
+    whole = TextFiles(str(rows), max_documents=50_000)
+    assert source_of(compose_config(["data=tinystories_iskd", f"data.path={rows}"])[0]) == whole
+    held = TextFiles(str(rows), val_path=str(rows), max_documents=2)
+    assert [split for _, split in held.documents()] == ["validation"] * 9 + [None] * 2
+
+
+def test_what_is_away_is_said_with_the_way_that_keeps_the_preset() -> None:
+    said = offline("o/n")
+    assert "hf download --repo-type dataset o/n" in said
+    assert "add data.path=FOLDER" in said

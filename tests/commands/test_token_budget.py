@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands import build
+from iskd.commands.build import tokens as tokens_of
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant
+from iskd.commands.values.config import as_meant
 from iskd.plan.token_budget import ON_CPU, ON_GPU, PASSES, gpu_token_budget
 from iskd.training import run
 from iskd.training.plan_table import print_plan
@@ -27,11 +28,11 @@ def config(*overrides: str) -> DictConfig:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(build, "called", lambda device: BOARD if device.type == "cuda" else "a processor, 2 cores")
+    monkeypatch.setattr(tokens_of, "called", lambda device: BOARD if device.type == "cuda" else "a processor, 2 cores")
 
 
 def settled(asked: DictConfig, tokens: int) -> tuple[int, str]:
-    told = build._default_tokens(asked, lambda: tokens)
+    told = tokens_of.default_tokens(asked, lambda: tokens)
     return asked.schedule.tokens, told
 
 
@@ -65,9 +66,9 @@ def test_who_asks_for_a_budget_or_the_cpu_gets_it() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_micro_batches_of_a_gpu_are_not_short_of_updates() -> None:
-    assert build._batch_of(config()) == 2
-    assert build._batch_of(config("trainer=cpu")) == 1, "32,768 tokens are 64 steps of one window"
-    assert build._batch_of(config("trainer=cpu", "schedule.tokens=1M")) == 2
+    assert tokens_of.batch_of(config()) == 2
+    assert tokens_of.batch_of(config("trainer=cpu")) == 1, "32,768 tokens are 64 steps of one window"
+    assert tokens_of.batch_of(config("trainer=cpu", "schedule.tokens=1M")) == 2
 
 
 def test_little_text_is_not_too_little_to_train() -> None:
@@ -95,3 +96,34 @@ def test_a_plan_that_does_not_fit_into_memory_says_so(memory: int, warned: bool,
     assert "about 5.6 h" in said
     assert ("of memory" in said) == (memory > 0)
     assert ("warning: 30.0 GiB are more than the 24.0 GiB of this device" in said) == warned
+
+
+def test_tokens_of_the_command_line_are_no_passes_of_a_preset() -> None:
+    papers = ["experiment=iskd_gpt2_paper"]
+    assert compose_config(papers)[0].schedule.epochs == 1
+    for asked in (["schedule.tokens=6144"], ["schedule.tokens=6144", "schedule.epochs=null"]):
+        schedule = compose_config([*papers, *asked])[0].schedule
+        assert (schedule.tokens, schedule.epochs) == (6144, None)
+    assert compose_config([*papers, "schedule.tokens=null"])[0].schedule.epochs == 1
+    assert compose_config(["schedule.epochs=2"])[0].schedule.epochs == 2
+    with pytest.raises(ValueError, match=r"schedule\.tokens=9 and schedule\.epochs=2 both say how long .* drop one"):
+        compose_config([*papers, "schedule.tokens=9", "schedule.epochs=2"])
+
+
+def test_a_stream_is_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are those of the schedule, of all steps of a mixed one, or of the machine; passes have no end."""
+    stream = ["data=tinystories", "++data.source.streaming=true", "trainer=cpu"]
+    steps = "schedule.steps=[{edit: remove, count: 1, tokens: 70000}, {edit: remove, count: 1, tokens: 50000}]"
+    cases = {
+        ("schedule.tokens=90000",): 90_000,
+        ("schedule=mixed", steps): 120_000,
+        ("schedule.tokens=null",): None,
+    }
+    for keys, tokens in cases.items():
+        found = tokens_of.streamed(config(*stream, *keys))
+        assert found == tokens if tokens else found > 16_384, keys
+    with pytest.raises(ValueError, match=r"schedule\.epochs=2 takes all of the text, and data\.source\.streaming=true"):
+        tokens_of.streamed(config(*stream, "schedule.epochs=2"))
+    monkeypatch.setattr(tokens_of, "_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"schedule\.tokens=null goes by how long the text is.*set schedule\.tokens"):
+        tokens_of.streamed(config(*stream, "schedule.tokens=null"))

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -121,22 +123,35 @@ def test_bytes_are_those_of_what_a_weight_is_packed_in() -> None:
     assert quantize._bytes(packed) == 64 + 32
 
 
+def test_what_4_bits_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.prototype.quantization.int4", None)  # as before 0.18
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["torchao"].quantization = sys.modules["torchao.quantization"]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="of a size that 4 bits take"):
+        packed_as("int4", tiny("llama", vocab=VOCAB, mlp=40))
+    with pytest.raises(ValueError, match="for CUDA devices and CPUs"):
+        quantize._config("int4", "mps", 32)
+    with pytest.raises(ValueError, match=r"need torchao 0\.18 or newer"):
+        quantize._config("int4", "cpu", 32)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchao_packs_a_student(kind: str) -> None:
     pytest.importorskip("torchao")
-    model = tiny("llama", vocab=VOCAB)
+    model = tiny("llama", vocab=VOCAB, hidden=64, heads=4, kv_heads=2, mlp=208)  # 32 divides the first, 16 both
     ids = windows(vocab=VOCAB, seed=3)
     text = TextWindows(ids, ids[:, 1:], ids.numel())
     as_it_is, row = quantized(model, text, [kind], batch_tokens=256, step=lambda done, of: None)
-    if kind == "int4" and not torch.cuda.is_available():
-        assert row.why == "torchao's kernels for 4 bits are for CUDA devices"
-        return
+    assert not row.why
     head = model.get_output_embeddings()
     maps = [part for part in packed_as(kind, model).modules() if isinstance(part, nn.Linear)]
     packed = [part for part in maps if type(part.weight.data) is not torch.Tensor]
-    assert len(packed) == len(maps) - (head is not None), "all but the head"
+    divided = [part for part in maps if kind == "int8" or part.in_features % 32 == 0]
+    assert len(packed) == len(divided) - (head is not None), "all but the head"
+    assert len(divided) == len(maps) - 4 * (kind == "int4"), "the second map of each MLP"
     assert row.bytes < 0.75 * as_it_is.bytes
     assert row.perplexity == pytest.approx(as_it_is.perplexity, rel=0.05)
     assert row.tokens_per_s > 0

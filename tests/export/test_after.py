@@ -202,9 +202,9 @@ def quantised(folder: Path) -> None:
     assert 0 < difference < 0.1 * before.abs().max()
 
 
-def reported(folder: Path) -> None:
+def reported(folder: Path, kind: str = "int8") -> None:
     pytest.importorskip("torchao.quantization")
-    spec = EvalSpec(quantize=["int8"], tokens=128, window=64)
+    spec = EvalSpec(quantize=[kind], tokens=128, window=64)
     as_it_is, row = evaluate(load(folder), byte_tokenizer(), spec, text="Once upon a time there was " * 20).quantized
     assert not row.why
     assert row.bytes < as_it_is.bytes
@@ -232,6 +232,7 @@ STEPS: dict[str, Callable[[Path], None]] = {
     "ONNX (`torch.onnx.export(dynamo=True)`), run by onnxruntime": onnx,
     "weights of 8 bits (`quantize_`, `Int8WeightOnlyConfig`)": quantised,
     "what 8 bits change, in the report (`eval.quantize=[int8]`)": reported,
+    "what 4 bits change, in the report (`eval.quantize=[int4]`)": lambda folder: reported(folder, "int4"),
 }
 
 

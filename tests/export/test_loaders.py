@@ -259,6 +259,15 @@ def test_the_table_is_what_the_names_and_sizes_say(family: str, tmp_path: Path) 
     assert found == documented()[family]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_vllms_own_registry_has_the_architectures_of_the_table() -> None:
+    """Where vLLM can be imported, which needs no GPU; building a model of it does."""
+    pytest.importorskip("vllm")
+    known = pytest.importorskip("vllm.model_executor.models").ModelRegistry.get_supported_archs()
+    assert {loader.architecture for loader in VLLM.values()} <= set(known)
+    assert "IskdForCausalLM" not in known
+
+
 def test_the_check_notices_what_is_not_there(tmp_path: Path) -> None:
     """A key, a tensor or a row less, or a norm that the loader does not know, is a no."""
     export = native_export("llama", "layers removed", tmp_path / "llama")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import iskd
-from iskd.commands import build
 from iskd.commands.arguments import arguments
+from iskd.commands.build.at_the_end import export_of
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant, plain
 from iskd.commands.resume import resumed
+from iskd.commands.values.config import as_meant, plain
 from iskd.export.probe import ask, differences, probe_from_json
 from iskd.export.storage import STORED, cast_parameters
 from iskd.export.write import export
@@ -93,7 +93,7 @@ def test_a_weight_beyond_the_type_is_named_and_nothing_is_written(tmp_path: Path
 
 def asked_type(value: Any) -> str | None:
     """The type that an export is asked for; None = there is none."""
-    found = build._export(value)
+    found = export_of(value)
     return None if found is None else found["dtype"]
 
 
@@ -107,14 +107,14 @@ def test_the_key_takes_what_it_took_and_a_type() -> None:
         config, _ = compose_config(["debug=smoke", *overrides.split()], Path("unused"))
         assert asked_type(plain(as_meant(config).export)) == kind
     assert arguments(["export=true", "seed=1"]) == ["export={}", "seed=1"], "on the command line too"
-    assert build._export(True) == build._export({}) == {"dtype": "auto", "code": "iskd"}
-    assert build._export({"code": "bundle"}) == {"dtype": "auto", "code": "bundle"}
+    assert export_of(True) == export_of({}) == {"dtype": "auto", "code": "iskd"}
+    assert export_of({"code": "bundle"}) == {"dtype": "auto", "code": "bundle"}
     with pytest.raises(ValueError, match=r"export\.code=none: choose one of iskd, bundle"):
-        build._export({"code": "none"})
+        export_of({"code": "none"})
     with pytest.raises(ValueError, match=r"export\.dtype=int8: choose one of auto, float32"):
-        build._export({"dtype": "int8"})
+        export_of({"dtype": "int8"})
     with pytest.raises(ValueError, match=r"export has no key 'format': drop it, or use dtype or code"):
-        build._export({"dtype": "auto", "format": "gguf"})
+        export_of({"dtype": "auto", "format": "gguf"})
 
 
 def test_a_resumed_run_may_choose_again(tmp_path: Path) -> None:

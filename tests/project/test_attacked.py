@@ -81,9 +81,9 @@ ATTACKED = {
 NOBODY_ELSES = {
     "teacher/origin: read_text": "the package's own yaml",
     "teacher/origin: safe_load": "the package's own yaml",
-    "commands/build: OmegaConf.load": "the package's own yaml",
-    "commands/config: read_text": "the package's own yaml",
-    "commands/config: safe_load": "the package's own yaml",
+    "commands/build/schedule: OmegaConf.load": "the package's own yaml",
+    "commands/values/config: read_text": "the package's own yaml",
+    "commands/values/config: safe_load": "the package's own yaml",
     "data/hub_rows: load_dataset": "the library's own, of a cache or a stream; its rows go the way of the texts",
     "data/sources: read_bytes": "the modules of this Python, parsed and not run",
     "evaluation/harness: read_text": "the package's own yaml",

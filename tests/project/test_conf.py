@@ -18,9 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands import build
-from iskd.commands.arguments import arguments
-from iskd.commands.config import object_of, plain, spec
+from iskd.commands.arguments import arguments, literal_paths
+from iskd.commands.build.folder import claim
+from iskd.commands.build.tokens import default_tokens
 from iskd.commands.resume import resumed
+from iskd.commands.values.config import object_of, plain, spec
 from iskd.plan.failure import read_failure
 from iskd.plan.options import RunOptions
 from iskd.schedules.align import Align
@@ -108,7 +110,7 @@ def test_the_defaults_of_the_code_are_written_into_a_yaml() -> None:
 
 
 def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
-    """On a CPU: how much is trained where nobody says follows the machine (tests/commands/test_budget.py)."""
+    """On a CPU: how much is trained where nobody says follows the machine (tests/commands/test_token_budget.py)."""
     config = on_a_cpu(composed())
     assert RunOptions(**plain(config.run)) == RunOptions()
     assert object_of(config.optim) == OptimSpec()
@@ -122,7 +124,7 @@ def test_a_run_made_by_hand_is_the_one_of_the_command_line() -> None:
 
 def on_a_cpu(config: DictConfig) -> DictConfig:
     config.trainer.accelerator = "cpu"
-    assert "32,768" in build._budget(config, None)  # type: ignore[arg-type]
+    assert "32,768" in default_tokens(config, None)  # type: ignore[arg-type]
     return config
 
 
@@ -221,6 +223,30 @@ def test_resume_takes_the_saved_config_and_refuses_changes(tmp_path: Path) -> No
         build.parts(resumed(again, []), tmp_path)
 
 
+def test_resume_keeps_what_the_run_was_started_with(tmp_path: Path) -> None:
+    """Tasks, loggers, progress and cache are not asked for again; what a command line names takes their place."""
+    run, cache = f"resume={tmp_path}", tmp_path / "cache"
+    cache.mkdir()
+    asked = ["eval=quick", "eval.tasks=[copy]", "eval.every=stage", "logger=[wandb,tensorboard]", f"cache_dir={cache}"]
+    saved = composed(*literal_paths(asked), "debug=smoke", "trainer.progress=false")
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    again = resumed(composed(run), [run])
+    for key in ("eval", "logger", "cache_dir"):
+        assert again[key] == saved[key], key
+    assert (again.eval.every, again.trainer.progress) == ("stage", False)
+    for override, group, value in (("eval=validation", "eval", []), ("logger=csv", "logger", None)):
+        named = resumed(composed(run, override), [run, override])
+        assert named[group].get("tasks") == value, override
+        assert named.trainer.progress is False
+    assert resumed(composed(run, "trainer.progress=true"), [run, "trainer.progress=true"]).trainer.progress is True
+    assert resumed(composed(run, "eval=[]"), [run, "eval=[]"]).eval is None
+    cache.rmdir()
+    assert resumed(composed(run), [run]).cache_dir is None, "a folder of another machine"
+    OmegaConf.update(saved, "logger.host", "elsewhere", force_add=True)
+    OmegaConf.save(OmegaConf.create(plain(saved)), tmp_path / "config.yaml")
+    assert not resumed(composed(run), [run]).logger, "not as any of conf/logger"
+
+
 @pytest.mark.parametrize("value", ["gguf", "none", "off"])
 def test_an_export_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"export={value}: choose hf"):
@@ -288,12 +314,12 @@ def test_a_mistyped_value_takes_no_folder(tmp_path: Path) -> None:
     for work in ("stages.json", "record.json", "model", "checkpoints/000001-stage"):
         (tmp_path / work).mkdir(parents=True)
         with pytest.raises(ValueError, match="holds another run"):
-            build._claim(tmp_path, resuming=False)
+            claim(tmp_path, resuming=False)
         run_lock.release(lock)
         (tmp_path / work).rmdir()
-    build._claim(tmp_path, resuming=False)
+    claim(tmp_path, resuming=False)
     with pytest.raises(ValueError, match="holds another run"):
-        build._claim(tmp_path, resuming=False)  # by a run of this process that has come to no checkpoint yet
+        claim(tmp_path, resuming=False)  # by a run of this process that has come to no checkpoint yet
     run_lock.release(lock)
     run(build.parts(composed(*asked, "plan_only=true", f"cache_dir={tmp_path}/cache"), tmp_path))
     assert OmegaConf.load(file).seed == 0

@@ -29,7 +29,7 @@ from iskd.__main__ import main
 from iskd.commands.arguments import arguments
 from iskd.commands.compose import compose_config
 from iskd.commands.compress import compress
-from iskd.commands.config import object_of
+from iskd.commands.values.config import object_of
 from iskd.models.families import FAMILIES
 from iskd.teacher import load_teacher
 from tests.documents import ROOT, Block, blocks_of, calls_of

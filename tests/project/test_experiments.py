@@ -1,18 +1,23 @@
-"""The scripts of experiments/: every command line of theirs is one that the programs take."""
+"""Scripts of experiments: their command lines compose, and tables come out of scores of several days."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from iskd.commands.compose import compose_config
 
 ROOT = Path(__file__).resolve().parents[2]
+CONVERSION = ROOT / "experiments" / "subquadratic-smollm2"
 SCRIPTS = sorted((ROOT / "experiments").glob("*/run.sh"))
 # In place of Python: notes the arguments of a run, and lets small sums of a script be done.
 RECORDER = """#!/usr/bin/env bash
@@ -23,6 +28,87 @@ case "$1" in
   -c) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
+SIX = ("lambada", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")
+
+
+def lines_of(folder: Path, **variables: str) -> list[list[str]]:
+    """Overrides of every run that run.sh would start."""
+    stub = folder / "python"
+    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$*" >> "$LINES_TO"\n')
+    stub.chmod(0o755)
+    listed = {"LINES_TO": str(folder / "lines"), "OUT": str(folder / "out"), "SCORES": str(folder / "scores")}
+    environment = {**os.environ, "DATA": "texts", "PYTHON": str(stub), **listed, **variables}
+    subprocess.run(["bash", str(CONVERSION / "run.sh")], env=environment, check=True, timeout=60)
+    lines = (folder / "lines").read_text().splitlines()
+    return [line.split()[1:] for line in lines if line.startswith("train.py")]
+
+
+def test_every_row_of_the_conversion_table_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All mixers by default, those with a score skipped; equal tokens for all that train, none for hybrids."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "gla-copy.json").write_text("{}")
+    rows = {
+        line[-2 if "plan_only=true" in line else -1].rpartition("/")[2]: line for line in lines_of(tmp_path, PLAN="1")
+    }
+    mixers = [file.stem for file in (ROOT / "conf" / "mixer").glob("*.yaml")]
+    trained = {f"{mixer}-{technique}" for mixer in mixers for technique in ("copy", "local", "all")} - {"gla-copy"}
+    hybrids = {f"hybrid-{choice}" for choice in ("restore", "gates", "every_fourth", "every_second")}
+    assert rows.keys() == trained | hybrids
+    for name in (*sorted(hybrids), "mamba-copy", "mamba-local", "mamba-all"):
+        overrides = [word for word in rows[name] if not word.startswith(("hydra.", "data.path"))]
+        config, _ = compose_config([*overrides, "model=tiny"], tmp_path / name)
+        assert config.schedule.tokens == (0 if name.startswith("hybrid") else 32768)
+        assert config.plan_only is True
+        assert ("refit" in config and "local" in config.refit) == name.endswith("-local")
+        assert (config.schedule.get("attention_share") == 0.25) == (name in ("hybrid-restore", "hybrid-gates"))
+
+
+@pytest.mark.slow
+def test_plans_of_the_conversion_table_are_made(tmp_path: Path) -> None:
+    """The whole way with random weights, up to the plan."""
+    for name in ("wikitext2/train", "wikitext2/valid", "tinystories/train"):
+        file = tmp_path / "data" / f"{name}.txt.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(file, "wt") as stream:
+            stream.writelines(f"Of cats and dogs, and what they said on day {day} .\n\n" for day in range(2000))
+    chosen = {"MODEL": "tiny", "PLAN": "1", "MIXERS": "mamba", "HYBRIDS": "restore every_fourth", "TRAINER": "cpu"}
+    places = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out"), "ISKD_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHON": sys.executable, **chosen, **places, "SCORES": str(tmp_path / "scores")}
+    done = subprocess.run(
+        ["bash", str(CONVERSION / "run.sh")], env=environment, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "scores").exists()
+
+
+def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best first, recall where it was asked, cost beside the teacher's; other items than the teacher's are told."""
+    kept = tmp_path / "scores"
+    kept.mkdir()
+    texts = {"kl": 0.0, "retention": 1.0, "ppl_wikitext": 20.0, "ppl_docstrings": 16.0, "lambada_nll": 3.0}
+    whole = {**texts, "copy": [0.5], "recall_64": [1.0, 1.0], "recall_256": [1.0]}
+    whole |= {task: [1.0, 0.0] for task in SIX}
+    facts = {"layers": 30, "attention": 0, "params": 10, "tokens": 64, "seconds": 3}
+    worse = {**whole, **facts, "retention": 0.7, "piqa": [0.0, 0.0], "recall_1024": [0.0]}
+    cost = {"student_bytes": 2**20, "teacher_bytes": 2**22, "student_seconds": 0.5, "teacher_seconds": 1.0}
+    found = {
+        "teacher": whole,
+        "gla-all": {**worse, "cost": {}},
+        "window-copy": {**worse, "retention": 0.9, "cost": cost},
+    }
+    for name, row in found.items():
+        (kept / f"{name}.json").write_text(json.dumps(row))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "table", "--scores", str(kept)])
+    runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["teacher", ""], ["window", "copy"], ["gla", "all"]]
+    assert rows[3][9:] == ["83.3", "100.0", "100.0", "0.0", "1.0", "25.0", "50.0"]
+    assert rows[4][-3:] == ["", "", ""]
+    assert (tmp_path / "results.csv").read_text().count("\n") == 4
+    (kept / "gla-all.json").write_text(json.dumps({**worse, "piqa": [1.0]}))
+    with pytest.raises(SystemExit, match=r"gla-all\.json was asked 1 items of piqa, teacher\.json 2"):
+        runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ ROOMS = (
     "training",
     "training/profile",
     "commands/line",
+    "commands/values",
+    "commands/build",
     "commands",
     "commands/search",
 )
@@ -129,6 +131,7 @@ OPEN = {
     "importance/sweep": "what options cost is asked of students near each other",
     "importance/angular": "iskd score draws its runs of layers",
     "report/budget": "a plan by layer is shown before it is carried out",
+    "report/contexts": "W&B gets the rows of the page's curves by length",
     "report/read_run": "W&B is told what the page tells",
     "report/figures/score_curves": "W&B gets the points of the page's curves",
     "report/stage_rows": "which columns of the stages a narrow terminal leaves out",
@@ -149,13 +152,14 @@ LONG = {
     "evaluation/efficiency": "one measurement: warm-up, turns and medians mean something only together",
     "evaluation/harness": "all that knows lm_eval's shapes, behind draw and score",
     "evaluation/likelihood": "one way from texts to log-likelihoods and what follows from them",
+    "evaluation/results": "what two files of measurements hold, field after field, and one reader for each",
     "evaluation/tasks/task_items": "one table of file formats, a few lines for each task",
-    "commands/config": "from a command line to values as meant, step after step",
-    "commands/build": "every object of a run from its config, each made in a few lines",
+    "commands/values/config": "from a command line to values as meant, step after step",
     "export/card": "one page, section after section",
     "importance/racing": "one race, its statistics beside it",
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
+    "refits/output": "one regression: its sums, its search and what carries the streams on",
     "refits/base": "what every refit offers, and the one walk that all take",
     "report/runs_page": "one page, section after section",
     "teacher/load": "one way from what a config names to a teacher in memory",
@@ -169,8 +173,8 @@ OUTSIDE = ("tests", "benchmarks", "experiments")
 
 # Where a library may be imported: rooms or files.
 LIBRARIES = {
-    "hydra": {"commands"},
-    "omegaconf": {"commands"},
+    "hydra": {"commands", "commands/build", "commands/values"},
+    "omegaconf": {"commands", "commands/build", "commands/values"},
     "lightning": {
         "data/module",
         "training/callback",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from iskd.commands import build
 from iskd.commands.compose import compose_config
+from iskd.commands.train import planned
 from iskd.plan.run_files import PLAN_FILE
 from iskd.system.faults import UnavailableError
 
+_SMALL = ("data.seq_len=64", "trainer.accumulate_grad_batches=1")
 AWAY = UnavailableError("the model OWNER/NAME could not be had: there is no network. What works offline: nothing")
 
 
@@ -74,6 +78,43 @@ def test_ild(tmp_path: Path) -> None:
     assert config.importance._target_.endswith("TaskAccuracy")
     shorter, _ = compose_config(["experiment=ild_paper", "data.seq_len=512"])
     assert shorter.loss.kl_sum.seq_len == 512, "the factor follows the window"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that has nothing of the hub and may not ask it."""
+
+    def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a plan asks the network for nothing")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "create_connection", asked)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+
+
+def test_the_command_plans_what_cannot_be_had(offline: None, tmp_path: Path, capsys: Any) -> None:
+    """Text, the files of tasks that layers are chosen by, and tasks of an evaluation: said in the plan, no error."""
+    tiny = ["plan_only=true", "model=tiny", f"cache_dir={tmp_path}/cache", "trainer=cpu", "trainer.progress=false"]
+    cases = {
+        "ild_paper": (
+            ["data=sample", "schedule.target_layers=2", "schedule.tokens=4096"],
+            "importance.data_dir is not",
+        ),
+        "iskd": (["data=tinystories", "schedule.count=1"], "could not be loaded"),
+        "l1": (["data=sample", "eval=quick", "data.seq_len=64"], "tasks and text are not in the plan's time: the data"),
+    }
+    before = constants.HF_HUB_OFFLINE
+    for name, (keys, said) in cases.items():
+        config, folder = compose_config([f"experiment={name}", *tiny, *keys], tmp_path / name)
+        planned(config, folder)
+        assert said in " ".join(capsys.readouterr().out.split()), name
+        assert len(json.loads((folder / PLAN_FILE).read_text())) > 1
+    assert before == constants.HF_HUB_OFFLINE
+
+
+def test_an_every_that_is_longer_than_the_run_is_refused_without_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval\.every=99999: the run trains on [0-9,]+ tokens"):
+        plan_of("ild_paper", tmp_path, "eval=validation", "eval.every=99999", "schedule.tokens=4096", *_SMALL)
 
 
 def test_subquadratic(tmp_path: Path) -> None:

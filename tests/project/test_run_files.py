@@ -16,7 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from iskd.commands.build import _save_config
+from iskd.commands.build.folder import save_config
 from iskd.commands.evaluate import _kept
 from iskd.evaluation import Efficiency, efficiency
 from iskd.evaluation.results import efficiency_of
@@ -210,7 +210,7 @@ def _new_card(folder: Path, turn: int) -> None:
 
 Write = Callable[[Path, int], object]
 LAWFUL: dict[str, tuple[Write, tuple[str, ...]]] = {
-    "config": (lambda folder, turn: _save_config(OmegaConf.create({"seed": turn}), folder), ("config.yaml",)),
+    "config": (lambda folder, turn: save_config(OmegaConf.create({"seed": turn}), folder), ("config.yaml",)),
     "facts": (_facts, ("environment.json", "data.json")),
     "metrics": (_metrics, ("metrics.csv",)),
     "stages": (lambda folder, turn: write_stages(folder, STAGES[: 1 + turn]), ("stages.json",)),

@@ -357,7 +357,7 @@ def test_nothing_is_left_to_resolve_in_a_resumed_config(tmp_path: Path) -> None:
     OmegaConf.save(
         {"name": "a", "trainer": {"progress": False}, "logger": {"_target_": "os.system"}}, tmp_path / "config.yaml"
     )
-    final = resumed(asked, [])
+    final = resumed(asked, ["trainer.progress=true"])
     assert final.logger.name == "a-x"
     assert final.trainer.progress is True
     assert OmegaConf.to_container(final, resolve=False) == OmegaConf.to_container(final, resolve=True)
@@ -390,8 +390,8 @@ def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
     places = re.compile(r"\(?(?:CONF|TASK_FILES) / ")
     loads = [(where, ast.unparse(node.args[0])) for where, node, name in calls() if name in LOADERS]
     assert [(where, read) for where, read in loads if not places.match(read)] == []
-    readers = {"iskd/teacher/origin.py", "iskd/evaluation/harness.py", "iskd/commands/build.py"}
-    readers |= {"iskd/commands/line/sources.py", "iskd/commands/line/steps.py", "iskd/commands/config.py"}
+    readers = {"iskd/teacher/origin.py", "iskd/evaluation/harness.py", "iskd/commands/build/schedule.py"}
+    readers |= {"iskd/commands/line/sources.py", "iskd/commands/line/steps.py", "iskd/commands/values/config.py"}
     assert {where.split(":")[0] for where, _ in loads} == readers
 
 
@@ -596,7 +596,7 @@ def test_random_weights_come_with_no_more_than_the_students(sizes: dict[str, int
 
 def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(build, "load_teacher", lambda *given: asked.append(given))
+    monkeypatch.setattr(build.model, "load_teacher", lambda *given: asked.append(given))
     newest = tmp_path / "checkpoints" / "000001-boundary"
     (tmp_path / run_files.CONFIG_FILE).write_text("seed: 1\n")
     state = RunState(record=Record(4), identity={"config": config_digest(tmp_path)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iskd.commands.compose import compose_config, parts
-from iskd.commands.config import spec
+from iskd.commands.values.config import spec
 from iskd.models import surgery
 from iskd.plan import Record, Replace
 from iskd.schedules import History, forecast

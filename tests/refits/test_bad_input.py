@@ -132,6 +132,23 @@ def test_a_singular_system_is_solved_or_refused(kind: type[Refit]) -> None:
             refitted(ReplaceMe(tokens=240, held_tokens=80), given)
 
 
+@pytest.mark.parametrize("folds", [1, 2])
+@pytest.mark.parametrize("ridges", [(1e-30, 0.1), (1e-30, 1e-29, 1e-28, 1e-27, 0.1)])
+def test_a_ridge_that_is_too_small_is_passed_over(ridges: tuple[float, ...], folds: int) -> None:
+    """Where the search begins, too: the next larger one is taken, and the run goes on."""
+
+    def given(_tokens: int) -> list[Tensor]:
+        return [torch.full((20, 16), 7)]
+
+    told = refitted(Output(tokens=240, held_tokens=80, ridge=ridges, folds=folds), given)
+    solved = [line for line in told if "re-solved" in line]
+    assert solved
+    assert all(line.split("ridge ")[1].split(",")[0] in ("0.1", "-") for line in solved)
+    assert any("ridge 0.1" in line for line in solved)
+    with pytest.raises(ValueError, match=r"singular or not finite; raise its ridge .*refit\.output\.ridge"):
+        refitted(Output(tokens=240, held_tokens=80, ridge=ridges[:-1], folds=folds), given)
+
+
 def test_without_edits_and_refits_nothing_is_touched() -> None:
     teacher = louder(tiny("llama"))
     before = digest(teacher)
@@ -152,3 +169,11 @@ def test_without_edits_and_refits_nothing_is_touched() -> None:
 def test_an_unknown_part_of_a_list_is_refused_with_those_that_there_are(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compose_config([override], Path("unused"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_shorter_than_asked_for_is_said(kind: type[Refit]) -> None:
+    """What was asked for and what was read; text that lacks less than a window is not short."""
+    said = "read 320 calibration tokens of 4,096 asked for"
+    assert said in " ".join(refitted(kind(tokens=3072, held_tokens=1024), lambda _: text(320)))
+    assert "asked for" not in " ".join(refitted(kind(tokens=250, held_tokens=80), text))

@@ -175,7 +175,10 @@ def test_a_share_that_leaves_nothing_is_refused() -> None:
 def test_the_budget_decides_how_much_text_refits_read() -> None:
     refits = [Output(tokens=8000, held_tokens=2000), Local(tokens=8000, held_tokens=2000, epochs=2)]
     asked = training_tokens(refits)
-    assert asked == 10_000 * (refits[0].passes + refits[1].passes) / 4
+    # and three passes of whole models over the text held out, by which each is judged
+    assert asked == (10_000 * (refits[0].passes + refits[1].passes) + 2 * 3 * 2000) / 4
+    assert training_tokens(refits, lambda tokens: [windows(tokens // 2 // 100, 100)]) == pytest.approx(asked / 2)
+    assert training_tokens(refits, lambda tokens: [windows(2 * tokens // 100, 100)]) == asked
     fewer = [refit.on(2500 / asked) for refit in refits]
     assert training_tokens(fewer) == pytest.approx(2500, rel=1e-2)
     more = [refit.on(2 * asked / asked) for refit in refits]

@@ -14,16 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iskd.losses.kl import KL
 from iskd.plan import Remove, Replace, Stage
 from iskd.refits import base
 from iskd.refits.local import Local
 from iskd.refits.output import Output
+from iskd.teacher import TeacherCacheSpec
 from iskd.training import Parts, Result, run
 from tests import programs
 from tests.runs import SLIM, TOKENS, Crash, Scripted, crash, largest_difference, make_parts, same, weights, write_text
 from tests.worlds import run_world
 
 SIZES: dict[str, Any] = {"tokens": 512, "held_tokens": 128}
+UNEVEN: dict[str, Any] = {"tokens": 13 * 32, "held_tokens": 5 * 32}  # windows of 32 tokens for two ranks
 REFITS = (Output(**SIZES, folds=3, projections=("attention", "mlp")), Local(**SIZES, lr=1e-3, epochs=2))
 
 
@@ -41,7 +44,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Parts]:
     text = write_text(folder)
 
     def parts(run_dir: Path, **changes: Any) -> Parts:
-        return make_parts(run_dir, text, folder / "cache", schedule=Scripted(stages()), refits=REFITS, **changes)
+        given = {"schedule": Scripted(stages()), "refits": REFITS, **changes}
+        return make_parts(run_dir, text, folder / "cache", **given)
 
     return parts
 
@@ -84,14 +88,50 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
         assert (one.name, one.ppl, one.kl, one.before) == (other.name, other.ppl, other.kl, other.before), times
 
 
+def test_a_run_with_kept_states_of_the_teacher_resumes_bit_for_bit(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off once some states are kept and others are not: the rest is computed, and the student is the same."""
+    original, calls = base._teacher_block, iter(range(10**6))
+
+    def wrapped(*args: Any, **keys: Any) -> Any:
+        if next(calls) == 10:
+            crash()
+        return original(*args, **keys)
+
+    def cached(name: str, **changes: Any) -> Parts:
+        one = Scripted(stages()[2:])
+        parts = make(
+            tmp_path / name, schedule=one, teacher_cache=TeacherCacheSpec(), terms={"kl": (KL(), 1.0)}, **changes
+        )
+        parts.data.cache_dir = tmp_path / f"{name} cache" / "data"
+        return parts
+
+    expected = run(cached("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_teacher_block", wrapped)
+        with pytest.raises(Crash):
+            run(cached("run"))
+    kept = len(list((tmp_path / "run cache" / "teacher").rglob("*.rows")))
+    assert kept, "some states were kept"
+    resumed = run(cached("run", resume=True))
+    assert same(weights(resumed), weights(expected))
+    assert [(s.name, s.kl, s.before) for s in resumed.stages] == [(s.name, s.kl, s.before) for s in expected.stages]
+
+
 def test_processes_add_up(tmp_path: Path) -> None:
-    """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process."""
+    """DDP and FSDP2: the text is shared out, the sums are one, so the student is that of one process.
+
+    Also where the ranks have unequally many windows: in shards every pass of a block is a collective.
+    """
     write_text(tmp_path)
     # a firm ridge: a weak one makes differences of rounding large
-    changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3),)}
+    changes = {"schedule": Scripted(stages()), "refits": (replace(REFITS[0], ridge=0.3, **UNEVEN),)}
     ends = {}
     for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
-        run_world(size, programs.train, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
+        run_world(
+            size, programs.refitted_unevenly, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name
+        )
         seen = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(size)]
         assert all(len(set(step)) == 1 for one in seen for step in one["digests"]), "ranks differ after a step"
         ends[name] = dict(load_file(tmp_path / f"{name}.safetensors"))

@@ -15,7 +15,8 @@ from iskd.blocks.ridge import row_weights
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record, Spec
 from iskd.refits import RefitTask, refit_survivors
-from iskd.refits.values import Values, conjugate_gradients, why_not
+from iskd.refits.head_sums import conjugate_gradients
+from iskd.refits.values import Values, why_not
 from tests.factories import digest, hooks, louder, mixer_specs, tiny, windows
 
 WINDOW = Spec("iskd.mixers.sliding.Sliding", {"window": 3, "sinks": 1, "feature_map": "none"})

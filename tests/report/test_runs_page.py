@@ -259,3 +259,45 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{page.name} is no page of iskd's and is not overwritten"):
             write()
         assert page.read_text() == "<html>mine</html>"
+
+
+def asked_along(task: str = "copy", items: int = 6, teacher: float = 0.8) -> dict[str, Any]:
+    score = {"task": task, "metric": "led", "items": items, "student": 0.4, "teacher": teacher}
+    bounds = {"value": 0.5, "low": 0.4, "high": 0.6}
+    return {"tasks": [{**score, "retention": bounds}], "retention": {}, "mean_retention": bounds, "text": None}
+
+
+def asked_run(folder: Path, name: str, keys: str = "", **asked: Any) -> None:
+    stages = [stage(number, evaluation=asked_along(**asked)) for number in (0, 1)]
+    write_run(folder / name, stages, config=config() + f"eval:\n  seed: 0\n{keys}")
+
+
+def along(folder: Path) -> str:
+    page = write_runs_report([folder], folder / "runs.html").read_text(encoding="utf-8")
+    return page[page.index("Along the runs") :]
+
+
+@pytest.mark.parametrize(
+    ("other", "by_tasks"),
+    [({}, True), ({"task": "piqa"}, False), ({"items": 7}, False), ({"keys": "  limit: 3\n"}, False)],
+)
+def test_runs_that_were_asked_other_items_share_no_axis(other: dict[str, Any], by_tasks: bool, tmp_path: Path) -> None:
+    asked_run(tmp_path, "a")
+    asked_run(tmp_path, "b", **other)
+    said = along(tmp_path)
+    assert ("its mean over the tasks that every run was asked" in said) is by_tasks
+    assert ("on the validation text of each run" in said) is not by_tasks
+    assert ("the runs were asked different items" in said) is not by_tasks
+
+
+def test_no_run_is_left_out_without_a_word(tmp_path: Path) -> None:
+    asked_run(tmp_path, "asked")
+    for number in range(13):
+        write_run(tmp_path / f"run-{number:02d}", ending(0.9), config=config(number))
+    write_run(tmp_path / "begun", [stage(0)], config=config(), finished=False)
+    said = along(tmp_path)
+    assert said.count("in the order of the table") == 2, "14 lines are two figures"
+    assert 'id="scores-' in said
+    assert 'id="scores1-' in said
+    assert "Without a line, as no stage after the teacher was kept: begun." in said
+    assert "not asked after every stage (eval.every=stage) were run-00, run-01," in said

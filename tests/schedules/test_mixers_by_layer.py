@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iskd.commands.build import _edit
+from iskd.commands.build.schedule import edit_of
 from iskd.commands.compose import compose_config
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Record, Spec, to_json
@@ -47,7 +47,7 @@ def test_the_command_line_names_them() -> None:
     config, _ = compose_config(
         ["edit=convert", "mixer=window", "edit.mixers={mlstm:{layers:odd,memory:64},gla:[0]}", "mixer.window=16"]
     )
-    edit = _edit(config)
+    edit = edit_of(config)
     assert isinstance(edit, ConvertTo)
     kinds = [spec.target.rpartition(".")[2] for spec in mixers_of(edit, 4)]
     assert kinds == ["GLA", "MLSTM", "Sliding", "MLSTM"]
@@ -72,7 +72,7 @@ def test_the_command_line_names_them() -> None:
 def test_what_cannot_be_is_refused(value: str, message: str) -> None:
     config, _ = compose_config(["edit=convert", "mixer=window", f"edit.mixers={value}"])
     with pytest.raises(ValueError, match=message):
-        _edit(config)
+        edit_of(config)
 
 
 def test_a_layer_beyond_the_teacher_is_refused() -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from iskd.commands import build
+from iskd.commands.build.folder import claim
 from iskd.export import export
 from iskd.plan import Record
 from iskd.system import files
@@ -196,7 +196,7 @@ def test_every_start_sweeps_where_it_will_write(tmp_path: Path, monkeypatch: pyt
         put(folder)
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(temporary))
     parts = make_parts(run_dir, write_text(tmp_path), cache)
-    build._claim(run_dir, False)
+    claim(run_dir, False)
     parts.data.prepare()
     with files.scratch("mine"):
         assert drafts(temporary) == ["mine"]

@@ -23,8 +23,9 @@ from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompo
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from iskd.commands import build, verify
+from iskd.commands import verify
 from iskd.commands.arguments import arguments
+from iskd.commands.build.folder import claim
 from iskd.commands.train import resume_folder
 from iskd.plan.run_files import CONFIG_FILE
 from iskd.system.ranks import global_rank
@@ -164,13 +165,13 @@ def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: p
 
 
 def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build._claim(tmp_path, resuming=False)
+    claim(tmp_path, resuming=False)
     (tmp_path / CONFIG_FILE).write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):
-        build._claim(tmp_path, resuming=False)
+        claim(tmp_path, resuming=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")  # first of its node, with LOCAL_RANK 0 or none
-    build._claim(tmp_path, resuming=False)
+    claim(tmp_path, resuming=False)
 
 
 @pytest.mark.parametrize("mode", ["run", "sweep"])

@@ -22,7 +22,7 @@ from iskd.report.figures.score_curves import score_curve
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.schedules.iterative import Iterative
-from iskd.training import Parts, run
+from iskd.training import Parts, run, stages
 from iskd.training.state import students
 from tests.runs import MIXER, TOKENS, At, Crash, crash, make_parts, metric_rows, same, weights, write_text
 
@@ -122,6 +122,10 @@ def test_layers_are_followed_while_they_are_aligned(make: Callable[..., Parts], 
 def test_what_has_no_room_in_a_run_is_refused(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the teacher was measured")
+
+    monkeypatch.setattr(stages, "measure_quality", measured)
     with pytest.raises(ValueError, match=r"eval.every=99999: the run trains on 2,048 tokens"):
         run(make(tmp_path / "long", evaluation=EvalSpec(every=99_999)))
     usage = students.shutil.disk_usage(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.evaluation import EvalSpec
 from iskd.importance.block_influence import BlockInfluence
 from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
@@ -74,4 +75,34 @@ def test_a_stop_is_obeyed_at_once(
     assert same(weights(again), weights(whole))
     assert [row.kl for row in again.stages] == [row.kl for row in whole.stages]
     assert [row.scores for row in again.stages] == [row.scores for row in whole.stages]
+    assert metric_rows(again.run_dir) == metric_rows(whole.run_dir)
+
+
+def inside(**keys: Any) -> dict[str, Any]:
+    """Measured within a stage as well."""
+    schedule = Iterative(ReplaceWith(BOTTLENECK), layers=[2], tokens=6 * TOKENS, lr=1e-3)
+    return {"schedule": schedule, "evaluation": EvalSpec(every=2 * TOKENS), **keys}
+
+
+def trials() -> dict[str, Any]:
+    """Two candidates are tried."""
+    more: dict[str, Any] = {"candidates": 2, "trial_tokens": 2 * TOKENS}
+    return {"schedule": Iterative(ReplaceWith(BOTTLENECK), count=1, tokens=4 * TOKENS, lr=1e-3, **more)}
+
+
+@pytest.mark.parametrize(("keys", "call"), [(inside(), 2), (inside(), 3), (trials(), 2)])
+def test_a_stop_inside_a_stage_is_obeyed_and_nothing_is_missed(
+    keys: dict[str, Any], call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first measurement inside, the second one, the verdict on a trial."""
+    text = write_text(tmp_path)
+    whole = run(make_parts(tmp_path / "whole", text, tmp_path / "cache", **keys))
+    with monkeypatch.context() as patched:
+        interrupt(patched.setattr, "validation", call, stopped)
+        with pytest.raises(Preempted):
+            run(make_parts(tmp_path / "run", text, tmp_path / "cache", **keys))
+    again = run(make_parts(tmp_path / "run", text, tmp_path / "cache", resume=True, **keys))
+    assert same(weights(again), weights(whole))
+    assert [row.inside for row in again.stages] == [row.inside for row in whole.stages]
+    assert [row.events for row in again.stages] == [row.events for row in whole.stages]
     assert metric_rows(again.run_dir) == metric_rows(whole.run_dir)

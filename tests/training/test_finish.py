@@ -20,7 +20,7 @@ import torch
 
 from iskd.commands import build
 from iskd.commands.compose import compose_config
-from iskd.commands.config import object_of
+from iskd.commands.values.config import object_of
 from iskd.evaluation import EvalSpec
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import surgery

@@ -111,6 +111,31 @@ def test_a_rank_that_never_comes_is_not_waited_for(missing: int, strategy: str, 
     assert "ISKD_MEET_SECONDS=SECONDS" in world.said()
 
 
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("strategy", "place", "call"),
+    [
+        ("ddp", "validation", 0),
+        ("ddp", "fit", 0),
+        pytest.param("ddp", "validation", 2, marks=SLOW),
+        pytest.param("fsdp", "validation", 2, marks=SLOW),
+        pytest.param("fsdp", "fit", 0, marks=SLOW),
+    ],
+)
+def test_a_stop_of_one_process_ends_all_in_the_middle_of_their_work(
+    strategy: str, place: str, call: int, folder: Path, one: dict[str, Any]
+) -> None:
+    """Validation of the teacher, a fit, validation after healing; what was begun is done again."""
+    name = f"inside-{strategy}-{place}-{call}"
+    world = World(2, programs.stopped_inside, (folder, name, strategy, place, call), folder / "logs" / name)
+    assert sorted(world.wait(60)) == [0, 143], world.said()
+    again = trained(folder, name, strategy, resume=True)[0]
+    for mine, other in zip(again["stages"], one["stages"], strict=True):
+        assert mine[1:3] == pytest.approx(other[1:3], rel=1e-5, abs=1e-6)
+
+
 def test_sharded_checkpoints_resume_and_are_whole(folder: Path, one: dict[str, Any]) -> None:
     options = {"checkpoints": "sharded", "checkpoint_every": 2}
     world = World(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from iskd.commands.arguments import hydra_main, output_folder
 from iskd.commands.build import asked_of, text_data
-from iskd.commands.config import as_meant, object_of
 from iskd.commands.search.front import front_table, write_plans
+from iskd.commands.values import as_meant, object_of
 from iskd.models import Stack
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules.budget import plans_for

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iskd.evaluation.tasks.task_items import Item, lines_of, subset_of
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded
 
 WRITTEN = {"translation": "bleu", "summary": "rougeL"}
@@ -54,7 +55,7 @@ def read_passages(
     file = None if folder is None else folder / "eval.jsonl"
     if folder is None or file is None or not file.is_file():
         where = "eval.data_dir=DIR" if file is None else str(file)
-        raise ValueError(
+        raise UnavailableError(
             f"task {name!r} is read from a local file, which is not there ({where}): put its texts into "
             f"DIR/{name}/eval.jsonl, one JSON object a line with the fields id, {', '.join(FIELDS[name])}"
         )

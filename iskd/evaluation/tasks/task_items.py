@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from iskd.system.faults import UnavailableError
 from iskd.system.files import expanded, read_plain
 
 COPY = "copy"
@@ -160,7 +161,7 @@ def read_sentences(data_dir: str | Path | None) -> list[Item]:
         return [_sentence(dict(row), f"{CBT_SENTENCE}-{number}") for number, row in enumerate(rows)]
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
+        raise UnavailableError(
             f"the data of task {CBT_SENTENCE!r} is neither on this machine nor did the hub give it ({first:.300}). "
             "Offline: put its items (cam-cst/cbt, CN, on the hub) into DIR/cbt/eval.jsonl, one JSON object a line with "
             f"the fields id, {TASKS['cbt'].fields}, and set eval.data_dir=DIR"
@@ -214,7 +215,7 @@ def _group(item: Item) -> str:
 def _read(name: str, data_dir: Path, reading: Task | None = None) -> Iterator[Item]:
     task, file = reading or TASKS[name], data_dir / name / "eval.jsonl"
     if not file.is_file():
-        raise ValueError(
+        raise UnavailableError(
             f"task {name!r} has no local file {file}: put its items there, one JSON object a line with the fields "
             f"id, {task.fields} (the hub has them as {task.hub}), or set data_dir to the folder of {name}/eval.jsonl"
         )

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from iskd.evaluation import Evaluation
-from iskd.evaluation.tasks.made_items import length_of
 from iskd.report.figures.context import TEACHER, context_axis, look_of
 from iskd.report.figures.style import PALETTE, figure_of, set_heading, short_label, to_svg
 
@@ -45,27 +44,10 @@ def lines_of(evaluation: Evaluation, index: int = 0) -> dict[str, ByLength]:
     """Teacher and student of an evaluation, by name, each up to the length that it can read; none without numbers."""
     found = {}
     for who, look in (("teacher", TEACHER), ("student", look_of(index))):
-        limit = evaluation.limit(who)
-        recall = sorted(
-            (length, score, _known(getattr(task, f"{who}_error")))
-            for task in evaluation.tasks
-            if (length := _length(task.task)) and length <= limit and math.isfinite(score := _known(getattr(task, who)))
-        )
-        loss = sorted((at.last, nats) for at in evaluation.positions if math.isfinite(nats := _known(getattr(at, who))))
+        recall, loss = evaluation.recall(who), evaluation.loss_by_position(who)
         if recall or loss:
             found[who] = ByLength(who, recall, loss, look)
     return found
-
-
-def _length(task: str) -> int | None:
-    try:
-        return length_of(task)
-    except ValueError:  # a length that there is not: a task of somebody else's
-        return None
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def by_length(lines: Sequence[ByLength]) -> str | None:

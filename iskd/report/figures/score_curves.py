@@ -18,7 +18,8 @@ from iskd.report.figures.style import PALETTE, figure_of, set_heading, short_lab
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST = 12  # lines of a panel
+MOST_LINES = 12
+"""Lines of a panel."""
 _LOOKS = (
     *((PALETTE["blue"], "-o"), (PALETTE["vermillion"], "--s"), (PALETTE["green"], "-.^"), (PALETTE["purple"], ":D")),
     *((PALETTE["orange"], "--v"), (PALETTE["sky"], "-.P")),
@@ -97,13 +98,13 @@ _AXES: tuple[tuple[str, Callable[[ScorePoint], float]], ...] = (
 )
 
 
-def retention_curves(curves: Sequence[ScoreCurve]) -> str | None:
+def retention_curves(curves: Sequence[ScoreCurve], number: int = 0) -> str | None:
     """Retention of several runs, or of one, against whatever of the three changes along them; None where nothing does.
 
     Tasks and validation text are different scores: where only some runs have tasks, all are drawn by their text, which
-    the caller has to see to.
+    the caller has to see to. Of more than `MOST_LINES` the first are drawn; `number`: of the figure on its page.
     """
-    curves = [curve for curve in curves if len(curve.points) > 1][:_MOST]
+    curves = [curve for curve in curves if len(curve.points) > 1][:MOST_LINES]
     axes_of = [
         (label, x) for label, x in _AXES if any(len({x(point) for point in curve.points}) > 1 for curve in curves)
     ]
@@ -122,7 +123,7 @@ def retention_curves(curves: Sequence[ScoreCurve]) -> str | None:
         measure = "mean of the tasks" if curves[0].by_tasks else "validation text"
         set_heading(panels[0], f"Retention (% of the teacher's score, {measure})")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        return to_svg(figure, "scores", "Retention along the runs")
+        return to_svg(figure, f"scores{number or ''}", "Retention along the runs")
 
 
 def _draw(
@@ -139,7 +140,7 @@ def _draw(
 def task_curves(curve: ScoreCurve) -> str | None:
     """Score by task of one run, stage by stage; None without tasks at two stages."""
     points = [point for point in curve.points if point.tasks]
-    names = list(dict.fromkeys(name for point in points for name in point.tasks or {}))[:_MOST]
+    names = list(dict.fromkeys(name for point in points for name in point.tasks or {}))[:MOST_LINES]
     if len(points) < 2 or not names:
         return None
     removes = points[0].layers != points[-1].layers

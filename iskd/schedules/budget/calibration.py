@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import lsq_linear
@@ -79,21 +80,20 @@ def left_out(promises: Sequence[Promise], measured: Sequence[float], depth: int)
     """Predicted KL of every plan by a curve through the others: what it was measured to lose has no part in it."""
     found = []
     for at, promise in enumerate(promises):
-        others = [[*values[:at], *values[at + 1 :]] for values in (promises, measured)]
-        found.append(Calibration.fit(*others, depth).of(promise))  # type: ignore[arg-type]
+        others, kls = [*promises[:at], *promises[at + 1 :]], [*measured[:at], *measured[at + 1 :]]
+        found.append(Calibration.fit(others, kls, depth).of(promise))
     return found
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation, equal numbers with their mean rank; None for fewer than three, or all equal."""
-    ranks = [_ranks(values) for values in (first, second)]
-    if len(first) < 3 or not all(np.ptp(values) > 0 for values in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    a, b = (values - values.mean() for values in (_ranks(first), _ranks(second)))
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return None if len(a) < 3 or not size else float(a @ b) / size
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
+def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     _, place, count = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     last = np.cumsum(count)
-    found: np.ndarray = (last - (count - 1) / 2.0)[place]
+    found: np.ndarray[Any, np.dtype[np.float64]] = (last - (count - 1) / 2.0)[place]
     return found

@@ -22,12 +22,11 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
+from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
-from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
+from iskd.schedules.budget.solver import Pair, Problem, solve
 from iskd.schedules.budget.students import Choice
-from iskd.system import number
-from iskd.system.text import byte_unit
 
 _APART = 2  # layers in which the next best plans have to differ
 _STEP = 0.1  # of the teacher's layers, between two depths that are tried
@@ -92,36 +91,8 @@ class Chooser:
         )  # fmt: skip
 
     def require(self, limits: Mapping[str, float], shown: Mapping[str, object]) -> None:
-        """Raise ValueError where no student keeps the limits, with the least that there is.
-
-        Args:
-            limits: amounts of a whole student.
-            shown: as they were given.
-        """
-        problem = self.problem(limits)
-        if solve(problem) is not None:
-            return
-        whole, others = self.costs.of(self.scorer.whole), dict(zip(self.costs.keys, self.costs.others, strict=True))
-        for key, limit in limits.items():
-            least = smallest(replace(problem, limits={key: problem.limits[key]}), key) + others[key]
-            if least > limit:
-                blocks = whole[key] - others[key]
-                share = (least - others[key]) / blocks if blocks else math.nan
-                raise ValueError(
-                    f"budget.{key}={shown[key]} cannot be met with these options: the smallest student has "
-                    f"{amount(key, least)}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or give "
-                    "options that cost less"
-                )
-        for key, limit in limits.items():
-            least = smallest(problem, key) + others[key]
-            rest = " and ".join(f"budget.{other}={shown[other]}" for other in limits if other != key)
-            if math.isfinite(least) and least > limit:
-                raise ValueError(
-                    f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
-                    f"student has {amount(key, least)}; raise one of them"
-                )
-        listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
-        raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
+        """Raise ValueError where no student keeps the limits, given as `shown`, with the least that there is."""
+        require(self.problem(limits), limits, shown, self.costs, self.scorer.whole)
 
     # ---- the search -------------------------------------------------------------------------------------------------
 
@@ -305,13 +276,3 @@ def _measured(tried: Tried) -> float:
 
 def _gone(choice: Choice, removes: Collection[str]) -> int:
     return sum(name in removes for name in choice)
-
-
-def amount(key: str, value: float) -> str:
-    """An amount of a limit for people."""
-    if key == "params":
-        return f"{value:,.0f} parameters"
-    if key in ("bytes", "cache_bytes"):
-        unit, name = byte_unit(value)
-        return f"{value / unit:.4g} {name}{' of cache' if key == 'cache_bytes' else ''}"
-    return f"{number(value)} ms to {'read the context' if key == 'prefill_ms' else 'decode a token'}"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from iskd.blocks import Ridge
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.merge import merged
+from iskd.blocks.merge import merged, unlike
 from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import state_of, without_autocast_cache
@@ -132,7 +132,7 @@ class _Walk:
         made = module
         before = self._error(module, position, inputs, at.outputs)
         kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        if isinstance(edit, Merge):
+        if isinstance(edit, Merge) and not unlike(self.stack.layers[position], self.stack.layers[at.layer], self.stack):
             data = self._data(position, inputs, at.outputs, held=False)
             module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
         elif isinstance(edit, Replace) and hasattr(part := edit.block.resolve(), "fit"):

@@ -131,7 +131,8 @@ def _option(name: str, values: Any) -> Option:
         said = f"={edit!s:.80} is no edit" if edit is not None else f"={values!s:.80} says nothing of an edit"
         key = f"{where}.edit" if edit is not None else where
         raise ValueError(f"{key}{said}: say what is done to the layer, with edit: {', '.join(EDITS)}")
-    rest, kind = {key: value for key, value in values.items() if key != "edit"}, EDITS[edit]
+    rest = {key: value for key, value in values.items() if key != "edit"}
+    kind: Any = EDITS[edit]
     known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in (*_PARTS, "mixers"))]
     if rest.pop("mixers", None) is not None:
         raise ValueError(f"{where}.mixers: an option has one mixer; make an option of each, and drop mixers")

@@ -1,14 +1,13 @@
 """From a budget to plans: text, options, library, scores, costs, the search, and what the best few really take.
 
-Several processes share the work of fitting: process r of n takes the layers r, r + n, ... The first one then waits for
-the others' files, and does all the rest; the library on disk is all that they have in common.
+Several processes share the work of fitting (`filling`); the first one does all the rest.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import BudgetPlan, TriedPlan
 from iskd.schedules.budget.choosing import Chooser, Tried
 from iskd.schedules.budget.costs import DECODED, Costs, costs_of, side_by_side, uniform
+from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, layers_of, options_of
+from iskd.schedules.budget.options import Option, able, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import TIMES, Budget, limit_of
 from iskd.schedules.budget.students import Choice
@@ -33,8 +33,6 @@ from iskd.teacher.cache import answering, autocast_of
 
 _FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 _SLACK = 1.02  # of a limit of time, which is never measured twice alike
-_PATIENCE_S = 1800.0
-_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -100,8 +98,10 @@ def search(
         if place.process == 0:
             for sentence in (*told, f"library of fitted options: {library.folder}"):
                 place.note(sentence)
-        _fill(library, options, teacher, budget, place, lambda jobs, keep, tell: fit_options(
-            teacher, texts, jobs, budget, place.seed, keep, tell))  # fmt: skip
+        fill(
+            library, options, place.process, place.processes, place.told,
+            lambda jobs, tell: fit_options(teacher, texts, jobs, budget, place.seed, library.keep, tell),
+        )  # fmt: skip
         if place.process:
             return []
         fitted = time.perf_counter()
@@ -158,55 +158,6 @@ def natives(
         )
     told = [f"options {', '.join(others)} are left out: plain transformers opens no such student"] if others else []
     return good, told
-
-
-Fill = Callable[..., None]
-
-
-def _fill(
-    library: Library,
-    options: Sequence[Option],
-    teacher: PreTrainedModel,
-    budget: Budget,
-    place: Place,
-    fit: Fill,
-) -> None:
-    """Fit what the library lacks: this process's layers, and on the first one, what others owe in the end."""
-
-    def make(layers: Collection[int]) -> None:
-        jobs = {layer: lacking for layer, lacking in library.missing(options).items() if layer in layers}
-        count, done = sum(map(len, jobs.values())), 0
-
-        def tell() -> None:
-            nonlocal done
-            place.told("fitting options", done, count)
-            done += 1
-
-        fit(jobs, library.keep, tell)
-
-    every = range(len(Stack(teacher).layers))
-    make(every[place.process :: place.processes])
-    if place.process or place.processes == 1:
-        return
-    waiting, last, left = time.monotonic(), -1, 0
-    while left := _files_missing(library, options):
-        if left != last:
-            last, waiting = left, time.monotonic()
-        if time.monotonic() - waiting > _PATIENCE_S:
-            _log.warning("the other processes have not fitted %d options for half an hour: this one does", left)
-            break
-        time.sleep(_WAIT_S)
-    make(every)
-
-
-def _files_missing(library: Library, options: Sequence[Option]) -> int:
-    depth = len(library.stack.layers)
-    return sum(
-        not library.file(layer, option).exists()
-        for option in options
-        if option.fitted
-        for layer in layers_of(option, depth)
-    )
 
 
 def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:

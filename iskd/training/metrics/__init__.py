@@ -2,7 +2,7 @@
 
 Rows and values for its loggers, metrics.csv that outlives kills, and the time of a stage.
 
-Imports: system, plan, teacher, data, evaluation, report, report.figures, training.step, training.state.
+Imports: system, plan, teacher, data, schedules, evaluation, report, report.figures, training.step, training.state.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +41,26 @@ class AlongTheRun:
         self._asking: Asking | None = None
         self.seconds: list[float] = []
 
-    def ask(self, student: PreTrainedModel, source: Json | None = None) -> Evaluation:
-        """Scores of a student as it would be served; modes, random numbers and what keeps documents apart stay."""
+    def ask(
+        self, student: PreTrainedModel, source: Json | None = None, look: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        """Scores of a student as it would be served; modes, random numbers and what keeps documents apart stay.
+
+        Args:
+            student: who is asked.
+            source: what identifies it.
+            look: called after every few items, and may raise to end it.
+        """
         start = time.perf_counter()
         device = student.device
         dtype = serving_dtype(device)
         mixed = torch.autocast(device.type, dtype, enabled=dtype is not None)
-        with undisturbed(student, self.teacher.model), mixed, ProgressLine() as tell:
+        with undisturbed(student, self.teacher.model), mixed, ProgressLine() as line:
+
+            def tell(what: str, done: int, total: int) -> None:
+                line(what, done, total)
+                look()
+
             if self._asking is None:
                 options: dict[str, Any] = {"exclude": self._exclude, "frame": self._frame}
                 self._asking = Asking(self.spec, self.teacher.tokenizer, self.teacher, **options)
@@ -55,7 +68,7 @@ class AlongTheRun:
         self.seconds.append(time.perf_counter() - start)
         return found
 
-    def told(self, student: PreTrainedModel) -> Json:
-        """Scores of a student for the row of its stage."""
-        found = json.loads(self.ask(student).to_json())
+    def told(self, student: PreTrainedModel, look: Callable[[], None] = lambda: None) -> Json:
+        """Scores of a student for the row of its stage; `look` as of `ask`."""
+        found = json.loads(self.ask(student, look=look).to_json())
         return {key: found[key] for key in _TOLD}

@@ -1,6 +1,7 @@
 """Where the time of a training step goes: a few steps of a run, measured by span and by operator.
 
-Imports: system, plan, models, losses, teacher, data, schedules, report, training.step, training.state, training.
+Imports: system, plan, models, losses, teacher, data, schedules, report, export, training.step, training.state,
+training.metrics, training.
 """
 
 from __future__ import annotations

@@ -199,6 +199,7 @@ class RunState:
             events=list(self.events),
         )
         self.results.append(row)
+        self.seconds = 0.0
         return row
 
     def take_up(self, found: Mapping[str, Any]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from iskd.commands import compose
-from iskd.commands.config import as_meant, object_of
 from iskd.commands.search import FRONT, front_table, main, write_plans
 from iskd.commands.search.searching import plans_of
+from iskd.commands.values.config import as_meant, object_of
 from iskd.export.student import native_config
 from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map, read_plan
 from iskd.report import write_report

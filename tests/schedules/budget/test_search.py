@@ -16,7 +16,7 @@ from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
-from iskd.schedules.budget import edits_of, steps_of
+from iskd.schedules.budget import edits_of, filling, steps_of
 from iskd.schedules.budget import search as searching
 from iskd.schedules.budget.calibration import Calibration, Promise
 from iskd.schedules.budget.choosing import Chooser
@@ -302,7 +302,7 @@ def test_processes_share_the_layers_and_the_first_one_answers(tmp_path: Path, mo
     assert searching_for(budget, teacher, tmp_path, process=1, processes=2) == []
     [folder] = tmp_path.iterdir()
     assert sorted(file.name[:3] for file in folder.glob("*.safetensors")) == ["001", "003"]
-    monkeypatch.setattr(searching, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(filling, "_PATIENCE_S", 0.0)
     [plan] = searching_for(budget, teacher, tmp_path, process=0, processes=2)
     [alone] = searching_for(budget, teacher, tmp_path / "alone")
     assert (plan.choice, plan.measured_kl) == (alone.choice, alone.measured_kl)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
 
 from iskd.commands.compose import compose_config
-from iskd.commands.config import as_meant, plain
+from iskd.commands.values.config import as_meant, plain
 from iskd.plan import StageResult
 from iskd.plan.metric_names import METRICS, QUALITY, X_AXIS
 from iskd.plan.results import write_stages

@@ -19,7 +19,7 @@ from iskd.commands.line import roots_known, unknown_key
 from iskd.commands.line.offered import options_as_meant
 from iskd.commands.line.sources import describe_sources
 from iskd.commands.line.steps import steps_as_meant
-from iskd.commands.paths import at_home
+from iskd.commands.values.paths import at_home
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
@@ -72,6 +72,25 @@ OmegaConf.register_new_resolver("at_home", expanded, replace=True)
 def with_export_keys(override: str) -> str:
     """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
     return "export={}" if override.lower() in ("export=true", "export=hf") else override
+
+
+def budget_as_asked(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where a command line says `schedule.tokens`, passes over the text that a preset counts in are none of its run.
+
+    Raises:
+        ValueError: it names both.
+    """
+    values = {key.lstrip("+"): value for key, _, value in (given.partition("=") for given in overrides)}
+    asked = {name: values.get(f"schedule.{name}", "null") not in ("null", "None", "") for name in ("tokens", "epochs")}
+    schedule = config.get("schedule")
+    if not asked["tokens"] or schedule is None or not schedule.get("epochs"):
+        return
+    if asked["epochs"]:
+        raise ValueError(
+            f"schedule.tokens={values['schedule.tokens']} and schedule.epochs={values['schedule.epochs']} both say how "
+            "long the run trains: drop one of them"
+        )
+    schedule.epochs = None
 
 
 def plain(config: Any) -> Any:

@@ -1,0 +1,80 @@
+"""How many tokens a run trains on where nobody says, and in which steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from omegaconf import DictConfig
+
+from iskd.data import BATCH
+from iskd.plan.token_budget import ON_CPU, cpu_token_budget, gpu_token_budget
+from iskd.system.machine import called
+from iskd.system.precision import device_of
+
+_LEAST_STEPS = 64  # of a run, where its micro-batches may be smaller (experiments/refit-smollm2: the size of a step)
+
+
+def streamed(config: DictConfig) -> int:
+    """Training tokens that a run takes of a text without an end. Raises ValueError where nobody says how many."""
+    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    passes = next((schedule.epochs for schedule in schedules if schedule.get("epochs")), None)
+    if passes is not None:
+        raise ValueError(
+            f"schedule.epochs={passes:g} takes all of the text, and data.source.streaming=true reads as much as a run "
+            "takes: set schedule.epochs=null and schedule.tokens, or data.max_train_tokens=N (the tokens of a pass), "
+            "or data.source.streaming=false"
+        )
+    tokens = sum(schedule.get("tokens") or 0 for schedule in schedules)
+    if any(schedule.get("tokens", 0) is None for schedule in schedules):
+        device = _device(config)
+        if device.type == "cuda":
+            raise ValueError(
+                "schedule.tokens=null goes by how long the text is, and data.source.streaming=true reads as much as a "
+                "run takes: set schedule.tokens, or data.max_train_tokens"
+            )
+        tokens += cpu_token_budget(called(device)).tokens
+    return tokens
+
+
+def batch_of(config: DictConfig) -> int:
+    """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
+    step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
+    tokens = config.schedule.get("tokens", 0)
+    if config.schedule.get("epochs"):
+        tokens = 0  # as much as there is text: many steps
+    elif tokens is None and _device(config).type != "cuda":
+        tokens = ON_CPU
+    tokens = tokens or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short, nor is it on a GPU
+    return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
+
+
+def default_tokens(config: DictConfig, text_tokens: Callable[[], int]) -> str:
+    """Put the machine's own number of tokens into a config that names none, and return what the plan says of it.
+
+    It becomes part of the run's config: a run that is continued elsewhere keeps it.
+
+    Args:
+        config: of the run, with values as meant.
+        text_tokens: counts those of the training text, where that matters.
+    """
+    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    unsaid = [schedule for schedule in schedules if schedule.get("tokens", 0) is None]
+    for schedule in unsaid:
+        if schedule.get("epochs"):
+            schedule.tokens = ON_CPU  # the default of the code, which passes over the text take the place of
+    unsaid = [schedule for schedule in unsaid if schedule.tokens is None]
+    if not unsaid:
+        return ""
+    device = _device(config)
+    chosen = (
+        gpu_token_budget(called(device), text_tokens()) if device.type == "cuda" else cpu_token_budget(called(device))
+    )
+    for number, schedule in enumerate(unsaid):
+        schedule.tokens = chosen.tokens // len(unsaid) + (number < chosen.tokens % len(unsaid))
+    return chosen.told
+
+
+def _device(config: DictConfig) -> torch.device:
+    """Where the run trains; what Lightning says of an accelerator that there is not, it says itself."""
+    return device_of("cpu" if config.trainer.get("accelerator") == "cpu" else "auto")

@@ -1,0 +1,58 @@
+"""What a run within a budget is searched for: its steps, and what the search needs to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from iskd.commands.build.at_the_end import export_of
+from iskd.commands.line.steps import steps_as_meant
+from iskd.commands.values import class_of, object_of, plain
+from iskd.data import TextData
+from iskd.export.student import native_config
+from iskd.report.budget import choice_table
+from iskd.report.terminal import print_table, terminal
+from iskd.schedules.budget import Asked, plan_for, steps_of
+from iskd.schedules.mixed import Mixed
+from iskd.system import global_rank
+from iskd.system.files import expanded
+from iskd.teacher import Loaded
+
+
+def within_budget(config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None) -> DictConfig:
+    """Search for a plan within the budget, and show it; the config with its steps in the schedule that carries it out.
+
+    The run's own config stays as it was given: the plan lies beside it, and a resumed run finds it there.
+    """
+    if class_of(config.schedule) is not Mixed:
+        raise ValueError("budget= finds the steps of schedule=mixed: set that too, as experiment=budget does")
+    if config.schedule.steps:
+        raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
+    if start is not None:
+        raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
+    plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
+    if global_rank() == 0:
+        print_table(choice_table(plan))
+    values = plain(config)
+    scheduled = {**values["schedule"], "steps": steps_of(plan)}
+    steps_as_meant(scheduled)
+    carried = OmegaConf.create({**values, "schedule": scheduled})
+    assert isinstance(carried, DictConfig)
+    return carried
+
+
+def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
+    """What a search for plans needs of a run."""
+    dtype = (export_of(plain(config.export)) or {}).get("dtype", "auto")
+    return Asked(
+        teacher=teacher.model,
+        windows=data.calibration,
+        separator=data.separator,
+        trainer=plain(config.trainer),
+        cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")),
+        stored=str(teacher.source.get("stored", "float32")) if dtype == "auto" else dtype,
+        seed=config.seed,
+        native=lambda model: native_config(model) is not None,
+        note=lambda sentence: terminal().print(sentence, soft_wrap=True),
+    )
