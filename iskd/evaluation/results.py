@@ -157,6 +157,11 @@ class TaskScore:
     retention: _Bounds = None
     metrics: Facts = field(default_factory=dict)
 
+    @property
+    def per_cent(self) -> bool:
+        """Whether the scores are shares, told in per cent, and no perplexities or the like."""
+        return not any(abs(value) > 1 for value in (self.student, self.teacher) if is_number(value))
+
 
 @dataclass(frozen=True)
 class TextScore:

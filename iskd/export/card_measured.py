@@ -110,7 +110,10 @@ def _scores(evaluation: Evaluation) -> list[str]:
         [
             task.task,
             task.metric,
-            *(percent(value) for value in (task.chance, task.teacher, task.student)),
+            *(
+                percent(value) if task.per_cent else number(value)
+                for value in (task.chance, task.teacher, task.student)
+            ),
             _interval(task.retention),
             number(task.items),
         ]

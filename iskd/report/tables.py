@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +53,7 @@ def efficiency_table(found: Efficiency) -> Table:
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """One row per task, then the means; numbers in percent, perplexity below."""
+    """One row per task, then the means; shares in percent, tasks' perplexities as they are, the text's below."""
     compared = any(score.teacher is not None for score in evaluation.tasks)
     table = Table(title="evaluation", caption=_below(evaluation), caption_justify="left")
     table.add_column("task")
@@ -61,16 +61,17 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for head in ("items", "metric", "chance %", *heads):
         table.add_column(head, justify="right")
     for score in evaluation.tasks:
-        cells = [score.task, f"{score.items:,}", score.metric, percent(score.chance)]
+        shown: Callable[[float | None], str] = percent if score.per_cent else number
+        cells = [score.task, f"{score.items:,}", score.metric, shown(score.chance)]
         if compared:
             cells += [
-                percent(score.teacher),
-                percent(score.student),
-                _signed(score.difference),
+                shown(score.teacher),
+                shown(score.student),
+                _signed(score.difference, 100 if score.per_cent else 1),
                 _interval(score.retention),
             ]
         else:
-            cells += [percent(score.student), percent(score.student_error)]
+            cells += [shown(score.student), shown(score.student_error)]
         table.add_row(*map(Text, cells))
     if evaluation.retention:
         table.add_section()
@@ -88,10 +89,10 @@ def _interval(estimate: Interval | None) -> str:
     return f"{percent(estimate.value)} ({percent(estimate.low)} .. {percent(estimate.high)})"
 
 
-def _signed(estimate: Interval | None) -> str:
+def _signed(estimate: Interval | None, unit: float) -> str:
     if estimate is None:
         return ABSENT
-    value, low, high = (f"{100 * number:+.1f}" for number in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (f"{unit * bound:+.1f}" for bound in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} .. {high})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 from lm_eval.api import metrics as theirs
+from rich.console import Console
 
 from iskd.evaluation.likelihood import TaskResult
+from iskd.evaluation.results import Evaluation
 from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.tasks.aggregates import Aggregate
 from iskd.evaluation.tasks.harness_metrics import check_metric, values_of
+from iskd.report.tables import evaluation_table
+from iskd.system import number
 
 
 def logged(leaf: str, values: Mapping[str, Sequence[Any]], way: str = "none") -> dict[str, list[dict[str, Any]]]:
@@ -70,6 +75,16 @@ def test_metrics_of_all_items_are_the_harness_s_own() -> None:
     assert score.difference.low < score.difference.value < score.difference.high
     assert 0.02 < score.student_error < 0.2
     assert mean == score.retention
+    (nats,), _, _ = compare(
+        *({"text": Scored("generation", "perplexity", 0, one.result, higher=False)} for one in scored),
+        resamples=5,
+        seed=0,
+    )
+    shown = Console(width=140, file=io.StringIO())
+    shown.print(evaluation_table(Evaluation((score, nats), {}, None, None, {}, {})))
+    rows = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert f"{100 * mcc[0]:.1f}" in next(row for row in rows if "cola" in row)
+    assert number(nats.student) in next(row for row in rows if "perplexity" in row)
     assert math.isnan(Aggregate([(1, 1)], ["x"], {"x": lambda told: math.log(0)}).whole()), "of no resample"
 
 
