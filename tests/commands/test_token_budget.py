@@ -124,6 +124,6 @@ def test_a_stream_is_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None
         assert found == tokens if tokens else found > 16_384, keys
     with pytest.raises(ValueError, match=r"schedule\.epochs=2 takes all of the text, and data\.source\.streaming=true"):
         tokens_of.streamed(config(*stream, "schedule.epochs=2"))
-    monkeypatch.setattr(build, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(tokens_of, "_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match=r"schedule\.tokens=null goes by how long the text is.*set schedule\.tokens"):
         tokens_of.streamed(config(*stream, "schedule.tokens=null"))

@@ -116,7 +116,7 @@ def chained(folder: Path, reference: str | None = None) -> tuple[PreTrainedConfi
     lists = [key for key, value in values.items() if isinstance(value, list) and len(value) == depth != 1]
     for key in lists:
         values.pop(key)
-    kind = type(described.config)
+    kind: Any = type(described.config)
     return kind(**values, num_hidden_layers=record.num_layers), record
 
 
