@@ -84,14 +84,15 @@ class Refit(ABC):
         """Whether processes share out the layers, and each reads all windows; otherwise they share out the windows."""
         return False
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:  # noqa: B027 (most have nothing to refuse)
+    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:  # noqa: B027
         """Raise ValueError where it cannot be carried out after some edits.
 
         Asked before a run scores or edits anything.
 
         Args:
-            stack: the teacher, whole or in shards.
+            stack: the teacher.
             edits: all of the student by then; which layers they are of may turn out otherwise.
+            sharded: whether the student is in shards when it is refitted.
         """
 
     def changes(self, task: RefitTask) -> list[nn.Module]:

@@ -59,9 +59,9 @@ class Calibrate(Refit):
         """Two of the teacher's blocks, and of the mixers' half a block."""
         return 2.5
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
         """Raise ValueError for a student in shards."""
-        if is_sharded(stack.model):
+        if sharded:
             raise ValueError("refit=calibrate needs whole weights, and trainer=fsdp holds them in shards: leave it out")
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
@@ -71,7 +71,7 @@ class Calibrate(Refit):
     def refit(self, task: RefitTask) -> list[str]:
         """Calibrate; see the class. Raises ValueError as `check`."""
         stack, layers = Stack(task.student), list(task.record.layers)
-        self.check(stack)
+        self.check(stack, sharded=is_sharded(task.student))
         mixers: dict[int, Any] = {}
         for edit in task.edits:
             if isinstance(edit, Convert) and edit.layer in layers:

@@ -65,7 +65,7 @@ def refit_survivors(
         for refit in refits:
             start, name = time.perf_counter(), refit.name()
             text = windows(refit.tokens + refit.held_tokens)
-            fit, fold_of, held = split(text, refit, _readers(refit, student, ranks))
+            fit, fold_of, held = split(text, refit, _readers(refit, ranks, sharded=sharding.is_sharded(student)))
             task = RefitTask(
                 student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
             )
@@ -100,6 +100,8 @@ def check_refits(
     edits: Sequence[Edit],
     windows: Callable[[int], Sequence[Tensor]],
     ranks: Ranks,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Raise ValueError for refits that could not be carried out, so that no run comes to it after hours.
 
@@ -108,16 +110,17 @@ def check_refits(
         teacher: the frozen original.
         edits: all of the student by then.
         windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
-        ranks: the processes of the run.
+        ranks: the processes that refit together.
+        sharded: whether the student is in shards then.
     """
     for refit in refits:
-        refit.check(Stack(teacher), edits)
-        split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, teacher, ranks))
+        refit.check(Stack(teacher), edits, sharded=sharded)
+        split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, ranks, sharded=sharded))
 
 
-def _readers(refit: Refit, model: PreTrainedModel, ranks: Ranks) -> Ranks:
+def _readers(refit: Refit, ranks: Ranks, *, sharded: bool) -> Ranks:
     """The processes that share out a refit's windows: this one alone where they share out whole layers."""
-    return Ranks() if refit.by_layers and not sharding.is_sharded(model) else ranks
+    return Ranks() if refit.by_layers and not sharded else ranks
 
 
 def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[Tensor]] | None = None) -> float:

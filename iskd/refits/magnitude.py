@@ -53,7 +53,7 @@ class Magnitude(Refit):
         """One of the teacher."""
         return 1.0
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
         """Raise ValueError for blocks that read the stream without a norm."""
         if not stack.reads_norms:
             raise ValueError(
@@ -109,10 +109,9 @@ def _scalars(task: RefitTask, removed: list[int], statistic: str) -> dict[int, f
                 found = torch.stack([before, after]).abs().sum((1, 2), dtype=torch.float64)
                 sums[layer] = sums[layer] + found if layer in sums else found
     if statistic == "norm":
-        medians = [torch.cat(ratios[layer]).median() for layer in removed]
-        shares = torch.stack(medians).double()
-        task.ranks.add(shares)  # the mean of the ranks' medians
-        shares = shares / task.ranks.size
+        # of all ranks' tokens: a mean of medians would be another number for every number of processes
+        every = [torch.cat(task.ranks.gather(torch.cat(ratios[layer]).cpu())) for layer in removed]
+        shares = torch.stack([one.median() for one in every]).double()
     else:
         for layer in removed:
             task.ranks.add(sums[layer])

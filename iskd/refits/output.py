@@ -97,7 +97,7 @@ class Output(BlockRefit):
         """Where the attention's output is re-solved, and the MLP reads it."""
         return "attention" in self.projections and stack.sequential
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
         """Raise ValueError for a model with norms behind what its blocks add."""
         check_plain(stack, self.name())
 

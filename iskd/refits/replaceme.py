@@ -52,7 +52,7 @@ class ReplaceMe(Refit):
         """One of each model."""
         return 2.0
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
         """Raise ValueError for a model with norms behind what its blocks add."""
         check_plain(stack, self.name())
 

@@ -24,6 +24,7 @@ from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
 from iskd.refits import Refit, check_refits, refit_survivors, training_tokens
+from iskd.system import Ranks
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
@@ -205,7 +206,10 @@ class Editor:
             if any(isinstance(edit, Merge) for edit in stage.edits):
                 check_mergeable(Stack(module.teacher))
             if stage.edits:
-                check_refits(_on_text(self.refits_of(stage), stage), module.teacher, edits, self.windows, module.ranks)
+                refits, sharded = _on_text(self.refits_of(stage), stage), sharding.is_sharded(module.student)
+                # a fresh process edits whole weights, by itself
+                ranks, sharded = (module.ranks, sharded) if self.in_place else (Ranks(), False)
+                check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
 
     def before_wrapping(
         self,

@@ -100,10 +100,8 @@ def test_a_run_with_kept_states_of_the_teacher_resumes_bit_for_bit(
         return original(*args, **keys)
 
     def cached(name: str, **changes: Any) -> Parts:
-        one = Scripted(stages()[2:])
-        parts = make(
-            tmp_path / name, schedule=one, teacher_cache=TeacherCacheSpec(), terms={"kl": (KL(), 1.0)}, **changes
-        )
+        changes |= {"schedule": Scripted(stages()[2:]), "terms": {"kl": (KL(), 1.0)}}
+        parts = make(tmp_path / name, teacher_cache=TeacherCacheSpec(), **changes)
         parts.data.cache_dir = tmp_path / f"{name} cache" / "data"
         return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from iskd.plan import Record, Remove
+from iskd.refits import RefitTask, magnitude
 from iskd.refits.carrying_out import split
 from iskd.refits.output import Output
+from iskd.system import Ranks
+from tests.factories import louder, tiny, windows
 
 LENGTHS, SIZES, FOLDS = (256, 512, 1024, 2048, 4096), (1, 2, 3, 5, 6, 8, 16), (1, 3)
 
@@ -31,13 +36,13 @@ def numbers(batches: list[Tensor]) -> list[int]:
 def test_every_rank_has_as_many_batches_of_each_kind(length: int) -> None:
     """In shards every pass is a collective. The default's text, and texts that are a little shorter."""
     whole = 40_960 // length
-    for windows, size, folds in product(range(max(whole - 2, 2), whole + 1), SIZES, FOLDS):
+    for count, size, folds in product(range(max(whole - 2, 2), whole + 1), SIZES, FOLDS):
         try:
-            found = shares(windows, length, size, folds)
+            found = shares(count, length, size, folds)
         except ValueError:
-            assert round(windows / 5) < size, "only where a rank would have no window held out or none to fit to"
+            assert round(count / 5) < size, "only where a rank would have no window held out or none to fit to"
             continue
-        where = (windows, size, folds)
+        where = (count, size, folds)
         assert len({(tuple(fold_of), len(held)) for _, fold_of, held in found}) == 1, where
         assert all(len(batch) for fit, _, held in found for batch in (*fit, *held)), where
         rows = max(1, 2048 // length)
@@ -56,3 +61,26 @@ def test_every_window_has_the_place_that_one_process_gives_it(windows: int, size
 
     assert [number for number, _ in places(1)] == list(range(windows))
     assert places(size) == places(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("statistic", ["norm", "mean_abs"])
+def test_scalars_do_not_depend_on_the_number_of_processes(statistic: str) -> None:
+    """Three processes of unequal text stand here one after the other, each hearing what all say."""
+    teacher: Any = louder(tiny("llama"))
+    record = Record(4).extended([Remove(2)])
+    text = list(windows(7, 16, seed=5).split(1))
+
+    def scalars(batches: Sequence[Tensor], ranks: Any) -> dict[int, float]:
+        task = RefitTask(teacher, teacher, record, [Remove(2)], batches, [], ranks=ranks)
+        return magnitude._scalars(task, [2], statistic)
+
+    said: list[Any] = []
+    shares = [text[:4], text[4:6], text[6:]]
+    for batches in shares:
+        alone: Any = SimpleNamespace(
+            size=1, gather=lambda x: (said.append(x), [x])[1], add=lambda x: said.append(x.clone())
+        )
+        scalars(batches, alone)
+    together: Any = SimpleNamespace(size=3, gather=lambda _: said, add=lambda x: x.copy_(torch.stack(said).sum(0)))
+    assert scalars(shares[0], together) == pytest.approx(scalars(text, Ranks()), rel=1e-6)
