@@ -157,6 +157,8 @@ LONG = {
     "importance/sweep": "one sweep; its cache must know all that a trunk depends on",
     "mixers/base": "one contract, from projections to the state in the cache",
     "refits/base": "what every refit offers, and the one walk that all take",
+    "refits/output": "the closed form of attention and MLP, one after the other or in parallel",
+    "refits/values": "one system of equations, its sums and its solvers",
     "report/runs_page": "one page, section after section",
     "teacher/load": "one way from what a config names to a teacher in memory",
     "training/stages": "one loop, to be read from top to bottom",
