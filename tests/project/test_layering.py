@@ -161,6 +161,8 @@ LONG = {
     "mixers/base": "one contract, from projections to the state in the cache",
     "refits/output": "one regression: its sums, its search and what carries the streams on",
     "refits/base": "what every refit offers, and the one walk that all take",
+    "refits/output": "the closed form of attention and MLP, one after the other or in parallel",
+    "refits/values": "one system of equations, its sums and its solvers",
     "report/runs_page": "one page, section after section",
     "teacher/load": "one way from what a config names to a teacher in memory",
     "training/stages": "one loop, to be read from top to bottom",
