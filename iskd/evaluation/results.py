@@ -160,7 +160,7 @@ class TaskScore:
     @property
     def per_cent(self) -> bool:
         """Whether the scores are shares, told in per cent, and no perplexities or the like."""
-        return not any(abs(value) > 1 for value in (self.student, self.teacher) if is_number(value))
+        return not any(value is not None and abs(value) > 1 for value in (self.student, self.teacher))
 
 
 @dataclass(frozen=True)
