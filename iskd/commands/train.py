@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +81,7 @@ def main(config: DictConfig) -> float | list[float] | None:
 def planned(config: DictConfig, run_dir: Path) -> list[StageResult] | None:
     """Show the plan: measured where all that it takes is on this machine, else by the model's sizes (None)."""
     from iskd.commands import build
+    from iskd.system.patches import nothing_fetched
     from iskd.training import run
 
     try:
@@ -90,31 +90,6 @@ def planned(config: DictConfig, run_dir: Path) -> list[StageResult] | None:
     except UnavailableError as error:
         build.plan_without(config, run_dir, error)
         return None
-
-
-@contextmanager
-def nothing_fetched() -> Iterator[None]:
-    """Inside, the hub's libraries answer from this machine alone; what is not there is missing.
-
-    A plan needs no weights, text or tasks: it is measured with those that are at hand, and goes by sizes otherwise.
-    """
-    from huggingface_hub import constants
-
-    names, before = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), constants.HF_HUB_OFFLINE
-    kept = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))  # of libraries that are yet to be imported, and of other processes
-    constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        for name, value in kept.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = before
 
 
 def answer(

@@ -8,6 +8,8 @@ would be wrong raises AttributeError.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,3 +126,29 @@ def before_examples(task: Any, choose: Callable[[Any, list[Any], int], list[Any]
         return choose(asked[0], list(found), n) if asked and n else found
 
     task.fewshot_context, task.sampler.sample = shown, drawn
+
+
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, the hub's libraries answer from this machine alone; what is not there is missing.
+
+    A plan needs no weights, text or tasks: it is measured with those that are at hand, and goes by sizes otherwise. The
+    libraries read the variables when they are imported, which may have been long ago.
+    """
+    from huggingface_hub import constants
+
+    names, before = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), constants.HF_HUB_OFFLINE
+    kept = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))  # of libraries that are yet to be imported, and of other processes
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        for name, value in kept.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = before

@@ -140,10 +140,10 @@ def test_a_path_of_a_source_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_resumed_run_may_be_told_its_branch_again() -> None:
     commit = "a" * 40
     for now in (None, "main"):
-        assert not _differences({"data.source.revision": commit}, {"data.source.revision": now})
-        assert not _differences({"data.sources.a.revision": commit}, {"data.sources.a.revision": now})
-    assert _differences({"data.source.revision": commit}, {"data.source.revision": "b" * 40})
-    assert _differences({"model.revision": commit}, {"model.revision": "main"})
+        assert not _differences({"data.source.revision": commit}, {"data.source.revision": now}, set())
+        assert not _differences({"data.sources.a.revision": commit}, {"data.sources.a.revision": now}, set())
+    assert _differences({"data.source.revision": commit}, {"data.source.revision": "b" * 40}, set())
+    assert _differences({"model.revision": commit}, {"model.revision": "main"}, set())
 
 
 def test_a_local_copy_keeps_how_much_of_the_set_is_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "iskd"
 PATCHES = "system/patches.py"
 # Names of this form that their libraries document, or that are no names: a label, the end of a key.
 PUBLIC = {"_target_", "_nolegend_", "_token_id", "_seconds", "_tokens", "_backward", "_exit"}
-LIBRARIES = ("torch", "transformers", "lightning", "lm-eval")
+LIBRARIES = ("torch", "transformers", "lightning", "lm-eval", "huggingface_hub")
 
 
 def is_private(name: str) -> bool:

@@ -392,6 +392,7 @@ def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
     assert [(where, read) for where, read in loads if not places.match(read)] == []
     readers = {"iskd/teacher/origin.py", "iskd/evaluation/harness.py", "iskd/commands/build/schedule.py"}
     readers |= {"iskd/commands/line/sources.py", "iskd/commands/line/steps.py", "iskd/commands/values/config.py"}
+    readers |= {"iskd/training/profile/plan_ahead.py"}
     assert {where.split(":")[0] for where, _ in loads} == readers
 
 
@@ -607,7 +608,8 @@ def test_an_edited_config_is_found_before_its_teacher_is_made(tmp_path: Path, mo
     groups = ("model", "data", "edit", "schedule", "loss", "optim", "trainer", "run")
     model = {"_target_": "iskd.teacher.load.TeacherSpec", "name": "any"}
     config = OmegaConf.create({"resume": str(tmp_path), "seed": 1, **{key: {} for key in groups}})
-    config.update({"model": model, "loss": {"x": {}}})
+    chosen_by = {"_target_": "iskd.importance.magnitude.Magnitude"}
+    config.update({"model": model, "loss": {"x": {}}, "importance": chosen_by})
     with pytest.raises(AttributeError):  # of what stands for the teacher
         parts(config, tmp_path)
     assert [within for _, within in asked] == [[newest / "student.safetensors"]]

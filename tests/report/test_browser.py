@@ -177,7 +177,7 @@ def test_nothing_sticks_out_and_nothing_is_loaded(pages: list[str], tmp_path: Pa
         assert page["scroll"] <= page["width"], "the page itself never scrolls sideways"
         assert page["loaded"] == []
         assert page["height"] > 900
-    assert [page["figures"] for page in found] == [14, 14, 5, 5, 7, 7]
+    assert [page["figures"] for page in found] == [14, 14, 5, 5, 9, 9]
     assert all(page["tables"] >= 2 for page in found)
     assert console == []
 

@@ -66,7 +66,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
 def test_a_run_sees_the_whole_text_in_every_stage(tmp_path: Path) -> None:
     schedule = Iterative(RemoveLayers(), layers=[2, 1], epochs=1, lr=1e-3)
     text = write_text(tmp_path)
-    text.write_text(text.read_text()[:9_000])
+    text.write_text(text.read_text()[:12_000])
     parts = make_parts(tmp_path / "run", text, tmp_path / "cache", schedule=schedule)
     once = parts.data.pass_tokens
     step = parts.data.batch_size * parts.data.seq_len * parts.trainer["accumulate_grad_batches"]

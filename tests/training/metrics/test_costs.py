@@ -145,4 +145,4 @@ def test_tasks_at_the_end_alone_are_in_the_plan(make: Callable[..., Parts], tmp_
         run(make(evaluation=spec, options={"plan_only": True}))
         seconds[limit] = read_json(tmp_path / "run" / "plan.json")[-1]["end_seconds"]
     assert seconds[None] == 0.0
-    assert seconds[400] > 10 * seconds[4] > 0.0
+    assert seconds[400] > max(0.0, 10 * seconds[4])  # told to a tenth of a second, which four items may not take
