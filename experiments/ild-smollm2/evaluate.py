@@ -27,6 +27,8 @@ from scoring import AVERAGED, COLUMNS, METRICS, TEXTS, Scorer, average, score, s
 from torch import Tensor  # noqa: E402
 
 SCORES = HERE / "scores"
+HEADS = ("method", "params M", "seeds", "tokens k", "s", *COLUMNS, "average lost %", "more than ILD")
+"""Of a table whose rows are `line`."""
 
 
 def lost(
@@ -72,8 +74,7 @@ def table() -> None:
         writer.writerows(flat)
     for layers, methods in sorted(groups.items(), reverse=True):
         print(f"\n**{layers} layers**\n")
-        print(f"| method | seeds | tokens k | s | {' | '.join(COLUMNS)} | average lost % | more than ILD |")
-        print("|---|" + "---|" * 14)
+        print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
         print(line("teacher", [teacher], teacher, None))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
             print(line(name, rows, teacher, methods.get("ild")))
@@ -90,7 +91,12 @@ def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any], ild: list[dict[str, Any]] | None) -> str:
     """A row of the table: means over seeds, half the range after the sign."""
-    cells = [str(len(rows)), f"{rows[0]['tokens'] / 1e3:.0f}", f"{mean(row['seconds'] for row in rows):.0f}"]
+    cells = [
+        f"{rows[0]['params'] / 1e6:.1f}",
+        str(len(rows)),
+        f"{rows[0]['tokens'] / 1e3:.0f}",
+        f"{mean(row['seconds'] for row in rows):.0f}",
+    ]
     cells += [spread([row[key] for row in rows]) for key in TEXTS]
     cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
     cells.append(interval(*lost(rows, teacher)))

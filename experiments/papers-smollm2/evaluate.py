@@ -48,13 +48,11 @@ def table() -> None:
     for file in sorted(SCORES.glob("*-[0-9]*.json")):
         part, _, name = file.stem.rpartition("-")[0].partition("-")
         parts[part][name].append(json.loads(file.read_text())[0])
-    heads = ["method", "params M", "seeds", "tokens k", "s", *scoring.COLUMNS, "average lost %", ""]
     for part, methods in parts.items():
-        print(f"\n**{part}**\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        print(f"\n**{part}**\n\n| {' | '.join(ild.HEADS)} |\n|{'---|' * len(ild.HEADS)}")
         ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
         for name, rows in [("teacher", [teacher]), *ranked]:
-            whole = ild.line(name, rows, teacher, None)
-            print(whole.replace(f"| {name} |", f"| {name} | {rows[0]['params'] / 1e6:.1f} |", 1))
+            print(ild.line(name, rows, teacher, None))
         for name, rows in methods.items():
             if rows[0]["along"]:
                 print(f"\n`{name}`, student / teacher after every block:\n")
