@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from iskd.plan.edits import MAX_LAYERS
-from iskd.system import Json, read_json, write_whole
+from iskd.system import Json, number, read_json, write_whole
 from iskd.system.reading import Count, Number, between, read_as
+from iskd.system.text import byte_unit
 
 KEEP = "keep"
 """The name of the choice to leave a layer as it is."""
@@ -135,3 +136,13 @@ def choice_map(plan: BudgetPlan) -> list[tuple[str, list[int]]]:
     names = dict.fromkeys((KEEP, *plan.options))
     found = [(name, [layer for layer, other in enumerate(plan.choice) if other == name]) for name in names]
     return [(name, layers) for name, layers in found if layers]
+
+
+def amount(key: str, value: float) -> str:
+    """An amount of a limit or a cost for people, in its unit."""
+    if key == "params":
+        return f"{value:,.0f}"
+    if key in ("bytes", "cache_bytes"):
+        unit, name = byte_unit(value)
+        return f"{number(value / unit, 4)} {name}"
+    return f"{number(value)} ms"

@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
+from iskd.plan.budget_plan import KEEP, BudgetPlan, amount, choice_map
 from iskd.report import html
 from iskd.report.figures import choice
 from iskd.report.terminal import caption
 from iskd.system import number
-from iskd.system.text import ABSENT, byte_unit, kl_text, layers_text
+from iskd.system.text import ABSENT, kl_text, layers_text
 
 _NAMES = {
     "params": "parameters",
@@ -47,9 +47,9 @@ def _told(plan: BudgetPlan) -> Iterator[str]:
             continue
         whole, limit = plan.teacher_costs.get(key, math.nan), plan.limits.get(key)
         share = f" ({100 * cost / whole:.1f} % of the teacher)" if whole else ""
-        asked = "" if limit is None else f", asked for {_amount(key, limit)}"
-        yield f"{_NAMES.get(key, key)} {_amount(key, cost)}{share}{asked}" + (
-            f", measured {_amount(key, plan.measured[key])}" if key in plan.measured else ""
+        asked = "" if limit is None else f", asked for {amount(key, limit)}"
+        yield f"{_NAMES.get(key, key)} {amount(key, cost)}{share}{asked}" + (
+            f", measured {amount(key, plan.measured[key])}" if key in plan.measured else ""
         )
     added = "" if plan.added_kl is None else f" (by added scores {kl_text(plan.added_kl)})"
     measured = f"measured {kl_text(plan.measured_kl)} before refit and training"
@@ -65,15 +65,6 @@ def _told(plan: BudgetPlan) -> Iterator[str]:
 def _ranked(plan: BudgetPlan) -> str:
     ranked = "" if plan.rank_correlation is None else number(plan.rank_correlation)
     return f"rank correlation of predicted and measured KL {ranked} over {plan.compared} plans (each by the others)"
-
-
-def _amount(key: str, value: float) -> str:
-    if key == "params":
-        return f"{value:,.0f}"
-    if key in ("bytes", "cache_bytes"):
-        unit, name = byte_unit(value)
-        return f"{number(value / unit, 4)} {name}"
-    return f"{number(value)} ms"
 
 
 def budget_section(plan: BudgetPlan | None, measured: Mapping[str, Any]) -> str:
@@ -111,10 +102,10 @@ def _row(key: str, plan: BudgetPlan, measured: Mapping[str, Any]) -> list[str]:
     teacher, cost, found = plan.teacher_costs.get(key), plan.costs[key], plan.measured.get(key)
     return [
         _NAMES.get(key, key),
-        ABSENT if teacher is None else _amount(key, teacher),
-        _amount(key, cost),
-        ABSENT if found is None else _amount(key, found),
-        _known(key, measured, lambda value: _amount(key, value)),
+        ABSENT if teacher is None else amount(key, teacher),
+        amount(key, cost),
+        ABSENT if found is None else amount(key, found),
+        _known(key, measured, lambda value: amount(key, value)),
     ]
 
 

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from iskd.plan.budget_plan import amount
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.solver import Problem, smallest, solve
 from iskd.schedules.budget.students import Choice
-from iskd.system import number
-from iskd.system.text import byte_unit
+
+_OF = {"params": " parameters", "bytes": "", "cache_bytes": " of cache"}
+_OF |= {"prefill_ms": " to read the context", "decode_ms": " to decode a token"}
+"""What a limit is an amount of."""
 
 
 def require(
@@ -35,8 +38,8 @@ def require(
             share = (least - others[key]) / blocks if blocks else math.nan
             raise ValueError(
                 f"budget.{key}={shown[key]} cannot be met with these options: the smallest student has "
-                f"{amount(key, least)}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or give "
-                "options that cost less"
+                f"{amount(key, least)}{_OF[key]}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or "
+                "give options that cost less"
             )
     for key, limit in limits.items():
         least = smallest(problem, key) + others[key]
@@ -44,17 +47,7 @@ def require(
         if math.isfinite(least) and least > limit:
             raise ValueError(
                 f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
-                f"student has {amount(key, least)}; raise one of them"
+                f"student has {amount(key, least)}{_OF[key]}; raise one of them"
             )
     listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
     raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
-
-
-def amount(key: str, value: float) -> str:
-    """An amount of a limit for people."""
-    if key == "params":
-        return f"{value:,.0f} parameters"
-    if key in ("bytes", "cache_bytes"):
-        unit, name = byte_unit(value)
-        return f"{value / unit:.4g} {name}{' of cache' if key == 'cache_bytes' else ''}"
-    return f"{number(value)} ms to {'read the context' if key == 'prefill_ms' else 'decode a token'}"
