@@ -29,9 +29,14 @@ FIRST = (
 """Files of few tests that take long: a process that is given one of them last works on when the others have ended."""
 
 
-LAWS = ("blocks/test_blocks.py", "blocks/test_fitting.py", "importance/test_importance.py", "mixers/test_mixers.py")
+FOR_EVERY_FAMILY = (
+    "models/test_stack.py",
+    "models/test_surgery.py",
+    "models/test_conversion.py",
+    "refits/test_refits.py",
+)
 LIKE_OTHERS = {"gemma2", "olmo2", "smollm3", "granite"}
-"""Families whose every part is tried among the slow tests alone; others that are made alike are tried here."""
+"""Families that are tried in the files above, and elsewhere among the slow tests: others made alike are tried there."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,9 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put whole files in the order in which processes take them up: the longest first, as far as one can tell."""
     tests = Counter(item.path for item in items)
     ranks = {Path(__file__).parent / name: len(FIRST) - rank for rank, name in enumerate(FIRST)}
-    laws = {Path(__file__).parent / name for name in LAWS}
+    always = {Path(__file__).parent / name for name in FOR_EVERY_FAMILY}
     for item in items:
-        if item.path in laws and LIKE_OTHERS & {value for value in _parameters(item) if isinstance(value, str)}:
+        if item.path not in always and LIKE_OTHERS & {value for value in _parameters(item) if isinstance(value, str)}:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (-ranks.get(item.path, 0), -tests[item.path], item.path))
 

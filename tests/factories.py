@@ -70,7 +70,7 @@ def tiny(
         | {"residual_multiplier": 0.5, "logits_scaling": 0.25},
     }.get(family, grouped)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed notes a stack for every kind of device
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **config}))
     return model.eval()
 

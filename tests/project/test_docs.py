@@ -44,6 +44,8 @@ CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "tr
 HYDRA = ("train", "score", "evaluate", "profile")  # commands that compose conf/config.yaml
 
 
+COMPOSED = set[tuple[str, ...]]()  # the same command stands on several pages
+
 BLOCKS = {file: blocks_of(file) for file in DOCUMENTS}
 ALL = [block for blocks in BLOCKS.values() for block in blocks]
 
@@ -147,8 +149,9 @@ def test_every_configuration_composes(file: Path) -> None:
                 overrides = overrides_of([re.sub(r"^resume=RUN_DIR$", f"resume={RUN}", word) for word in stands])
                 if overrides is not None:
                     # what the reader types, and what is run
-                    for given in {tuple(overrides), (*overrides, *block.extra(words))}:
+                    for given in {tuple(overrides), (*overrides, *block.extra(words))} - COMPOSED:
                         check_composition(block, list(given))
+                        COMPOSED.add(given)
     GlobalHydra.instance().clear()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from iskd.commands.compose import compose_config
+from iskd.plan import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERSION = ROOT / "experiments" / "subquadratic-smollm2"
@@ -134,3 +135,20 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
         if words[0] == "-m":  # a sweep: the first of every list of parts
             words = [re.sub(r"^(mixer=[^,]+),.*", r"\1", word) for word in words[1:] if "hydra.sweep" not in word]
         compose_config(words, tmp_path)
+
+
+def test_every_method_of_the_refits_table_is_one() -> None:
+    """Edits that leave as many layers as the depth says, on text that training does not see."""
+    grid = runpy.run_path(str(ROOT / "experiments" / "refit-smollm2" / "methods.py"))
+    source = (ROOT / "experiments" / "refit-smollm2" / "run.py").read_text()
+    calibrated = int(re.findall(r"^SKIPPED = ([\d_]+)", source, re.MULTILINE)[0])
+    for depth, layers in grid["LAYERS"].items():
+        methods = grid["methods"](depth)
+        assert len(methods) >= 10
+        for name, method in methods.items():
+            gone = method.layers or layers
+            left = Record(30).extended(method.edits(gone)).layers
+            gaps = sum(layer - 1 not in gone for layer in gone)
+            assert len(left) == depth + (gaps if name.startswith("linear") else 0)
+            assert all(refit.tokens + refit.held_tokens <= calibrated for refit in method.refits)
+            assert method.recipe.step % method.recipe.window == 0
