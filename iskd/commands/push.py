@@ -13,7 +13,7 @@ from iskd.system import Busy
 def main(asked: Namespace) -> None:
     """List what would go up, and send it; exit code 2 where nothing can be sent."""
     with told():
-        upload = upload_of(asked.folder, asked.repo)
+        upload = upload_of(asked.folder, asked.repo, asked.include)
         print("\n".join(upload.lines()))
         if asked.dry_run:
             print("  nothing was sent")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from iskd.export.lineage import LICENCES
 from iskd.export.loading import describe
-from iskd.export.student_files import CARD, read_facts, student_folder
+from iskd.export.student_files import CARD, belongs, read_facts, student_folder
 from iskd.export.verification import changed
+from iskd.system.files import leads_out
 
 _RELATIONS = ("finetune", "quantized", "adapter", "merge")
 
@@ -47,12 +49,17 @@ class Upload:
         return [*found, *(f"  note: {note}" for note in self.notes)]
 
 
-def upload_of(folder: str | os.PathLike[str], repo: str) -> Upload:
+def upload_of(folder: str | os.PathLike[str], repo: str, include: Sequence[str] = ()) -> Upload:
     """What pushing an export, or the run that holds it, would send; nothing is sent.
+
+    Args:
+        folder: of the export or the run.
+        repo: OWNER/NAME.
+        include: names of files there that go up too, beside the student's own.
 
     Raises:
         ValueError: `repo` is no OWNER/NAME; the folder is no student, or not as it was exported; its card's head is one
-            that a hub refuses.
+            that a hub refuses; a file of it, or one of `include`, is missing or a link out of the folder.
     """
     path = student_folder(Path(folder))
     try:
@@ -69,8 +76,16 @@ def upload_of(folder: str | os.PathLike[str], repo: str) -> Upload:
         notes.append(
             "readers need iskd installed to load it; resume=RUN_DIR export.code=bundle writes it with code of its own"
         )
-    # hidden files are those of editors and of systems; an export has no folders
-    files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    there = sorted(file.name for file in path.iterdir() if file.is_file())
+    if missing := sorted(set(include) - set(there)):
+        raise ValueError(f"{path} has no file {missing[0]!r:.120}: give the name of one that lies in it")
+    files = [path / name for name in there if belongs(name) or name in include]
+    for file in files:
+        if leads_out(file):
+            raise ValueError(f"{file} is a link out of its folder: put the file itself in its place")
+    # hidden files are those of editors and of systems: nobody expects them to go up
+    left = [name for name in there if not (path / name in files or name.startswith("."))]
+    notes += [f"{name} stays here, as it is none of a student's files; --include {name} sends it" for name in left]
     return Upload(path, repo, {file.name: file.stat().st_size for file in files}, tuple(notes))
 
 
@@ -109,6 +124,11 @@ def _refused(head: Mapping[str, Any]) -> dict[str, str]:
         if head.get("base_model_relation") is not None and head["base_model_relation"] not in _RELATIONS
         else "",
         "tags": "a list of words" if not all(isinstance(tag, str) for tag in _listed(head.get("tags"))) else "",
+        "datasets": "a list of names on the hub" if not all(map(_is_repo, _many(head.get("datasets")))) else "",
+        "language": "a code of two or three letters, or a list of such"
+        if not all(re.fullmatch(r"[a-z]{2,3}([-_]\w+)?", str(code)) for code in _many(head.get("language")))
+        else "",
+        "model-index": "what the hub's library reads results from" if not _are_results(head.get("model-index")) else "",
     }
     return {key: wrong for key, wrong in found.items() if wrong}
 
@@ -120,6 +140,13 @@ def _many(value: Any) -> list[Any]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [None]
+
+
+def _are_results(given: Any) -> bool:
+    try:
+        return given is None or bool(model_index_to_eval_results(given))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):  # whatever a wrong shape comes to
+        return False
 
 
 def _is_repo(name: Any) -> bool:
@@ -135,26 +162,59 @@ def push(upload: Upload, *, private: bool = False, revision: str | None = None, 
 
     In the card's own words on loading, DIR becomes the name that readers load.
 
+    Args:
+        upload: what is sent.
+        private: nobody else may see it; False = as the hub makes places for this owner.
+        revision: a branch instead of main.
+        message: of the commit.
+
     Raises:
-        ValueError: it could not be sent, with what the hub or the network said.
+        ValueError: the place is there and public, and `private` was asked; it could not be sent, with what the hub or
+            the network said.
     """
     api = HfApi()
     operations = []
     for name in upload.files:
         content: Any = upload.folder / name
         if name == CARD:
-            text = content.read_text(encoding="utf-8")
-            content = text.replace('from_pretrained("DIR"', f'from_pretrained("{upload.repo}"').encode()
+            content = _for_readers(content.read_text(encoding="utf-8"), upload.repo).encode()
         operations.append(CommitOperationAdd(name, content))
     try:
-        api.create_repo(upload.repo, private=private, exist_ok=True)
+        api.create_repo(upload.repo, private=private or None, exist_ok=True)
+        # of a place that is there already the hub leaves as it is who may see it
+        seen = private and not api.repo_info(upload.repo).private
+    except Exception as error:
+        raise _unsent(upload, error) from error
+    if seen:
+        raise ValueError(f"{upload.repo} is there and public: make it private on the hub, or push without --private")
+    try:
         if revision is not None:
             api.create_branch(upload.repo, branch=revision, exist_ok=True)
         told = message or "A student, written by iskd"
         found = api.create_commit(upload.repo, operations, commit_message=told, revision=revision)
-    except Exception as error:  # the hub's library and the network fail in any way they like
-        raise ValueError(
-            f"{upload.folder} could not be sent to {upload.repo} ({type(error).__name__}: {error!s:.300}): "
-            "sign in with `hf auth login` or set HF_TOKEN, and see that the place is yours"
-        ) from error
+    except Exception as error:
+        raise _unsent(upload, error) from error
     return str(found.commit_url)
+
+
+def _unsent(upload: Upload, error: Exception) -> ValueError:
+    """The hub's library and the network fail in any way they like."""
+    return ValueError(
+        f"{upload.folder} could not be sent to {upload.repo} ({type(error).__name__}: {error!s:.300}): "
+        "sign in with `hf auth login` or set HF_TOKEN, and see that the place is yours"
+    )
+
+
+def _for_readers(card: str, repo: str) -> str:
+    """A card whose lines on loading work for whoever reads it on the hub; `iskd.load` takes folders."""
+    load = f'iskd.load(snapshot_download("{repo}"))'
+    fetching = "import iskd\nfrom huggingface_hub import snapshot_download\n\n"
+    changes = {
+        'from_pretrained("DIR"': f'from_pretrained("{repo}"',
+        'import iskd\n\nmodel = iskd.load("DIR")': f"{fetching}model = {load}",
+        '`iskd.load("DIR")`': f"`{load}` (of `huggingface_hub`)",
+        "`iskd verify DIR`": f"`hf download {repo} --local-dir DIR` and then `iskd verify DIR`",
+    }
+    for written, read in changes.items():
+        card = card.replace(written, read)
+    return card

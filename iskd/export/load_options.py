@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from iskd.system import read_json
-from iskd.system.precision import device_of
+from iskd.system.precision import device_of, is_here
 
 HUB = ("cache_dir", "token", "force_download", "local_files_only")  # how a snapshot of a hub is had
 # What `output_loading_info` tells: loading a student raises where anything does not fit.
@@ -92,10 +92,11 @@ def one_device(value: Any) -> torch.device | None:
         return device_of("auto")
     try:
         place = torch.device(value)
-        torch.empty(0, device=place)
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError):
+        place = None
+    if place is None or not (place.type == "meta" or is_here(place)):
         raise ValueError(
             f"device_map={value!r}: a student is loaded to one device that is here ('auto', 'cpu', 'cuda:0'): load it "
             "first, then spread it"
-        ) from error
+        )
     return place

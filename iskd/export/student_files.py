@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from iskd.models.tokenizers import has_tokenizer, load_tokenizer
-from iskd.plan.run_files import FACTS, MODEL, STAGES_FILE
+from iskd.models.tokenizers import TOKENIZER_FILES, has_tokenizer, load_tokenizer
+from iskd.models.weights import INDEX
+from iskd.plan.run_files import FACTS, MODEL, RECORD_FILE, STAGES_FILE
 from iskd.system import Json
 from iskd.system.files import read_object
 from iskd.system.text import argument
 
 CODE, CARD = "modeling_iskd.py", "README.md"
+
+
+_OWN = {
+    *("config.json", "generation_config.json", FACTS, RECORD_FILE, CARD, CODE, INDEX, *TOKENIZER_FILES),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+}
+
+
+def belongs(name: str) -> bool:
+    """Whether a file of this name in a student's folder is one of its own, or a licence that goes with it."""
+    return name in _OWN or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
 
 
 def installing() -> str:

@@ -18,10 +18,9 @@ from iskd.system.files import read_plain
 EOS = "<|eos|>"
 SENTENCE = "Once upon a time"
 """What a model is given where nobody says what it should continue."""
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-    "config.json",
 )
 _OWN = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _LARGEST = 256 << 20  # bytes
@@ -51,7 +50,7 @@ def check_tokenizer_files(folder: Path) -> None:
         ValueError: a file of it is no plain file, or larger than 256 MiB.
         OSError: it cannot be read.
     """
-    for name in _FILES:
+    for name in (*TOKENIZER_FILES, "config.json"):
         if (folder / name).exists():
             read_plain(folder / name, max_bytes=_LARGEST, links=True)
 
@@ -100,7 +99,7 @@ def load_tokenizer(place: str | Path, *, trust_remote_code: bool = False) -> Pre
 
 def _at_fault(folder: Path, error: Exception) -> tuple[str, object]:
     """The file of a tokenizer that cannot be read by itself, and why; else all that there are."""
-    files = [folder / name for name in _FILES if name != "config.json" and (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for file in files:
         if file.suffix == ".json":
             try:

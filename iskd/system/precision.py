@@ -22,12 +22,12 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
         settings: keywords of the Trainer, of which `accelerator` and `precision` count.
 
     Raises:
-        ValueError: there is no such accelerator; or as `precision`.
+        ValueError: there is no such accelerator, or not on this machine; or as `precision`.
     """
     accelerator = str(settings["accelerator"])
     if accelerator not in _ACCELERATORS:
         raise ValueError(f"trainer.accelerator={accelerator:.80}: choose {', '.join(_ACCELERATORS[:-1])} or tpu")
-    device = device_of("cpu" if accelerator == "cpu" else "auto")
+    device = _accelerator(accelerator)
     if precision(settings["precision"], accelerator) == "bf16-mixed":
         return device, partial(torch.autocast, device.type, torch.bfloat16)
     return device, nullcontext
@@ -36,14 +36,43 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
 def device_of(asked: str) -> torch.device:
     """`auto`: a GPU if there is one, else the CPU; otherwise what is asked for.
 
-    Raises ValueError for a word that names no device.
+    Raises ValueError for a word that names no device, and for one that is not on this machine.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(asked)
+        device = torch.device(asked)
     except RuntimeError:
         raise ValueError(f"device={asked} is no device: choose auto, cpu or cuda") from None
+    if not is_here(device):
+        raise ValueError(f"device={asked} is not on this machine: choose auto or one of {', '.join(_here())}")
+    return device
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has a device that computes (`meta` does not)."""
+    try:
+        return torch.empty(0, device=device).device.type != "meta"
+    except (AssertionError, RuntimeError, NotImplementedError):  # torch says it in any of these ways
+        return False
+
+
+def _here() -> list[str]:
+    """Kinds of devices on this machine."""
+    return ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
+
+
+def _accelerator(name: str) -> torch.device:
+    """The device that an accelerator of the Trainer is; `gpu` is whichever kind there is."""
+    if name in ("auto", "cpu"):
+        return device_of(name)
+    found = [kind for kind in _here() if kind in (("cuda", "mps") if name == "gpu" else (name,))]
+    if not found:
+        raise ValueError(
+            f"trainer.accelerator={name}: there is none on this machine that a single pass can use: choose auto or cpu "
+            "(trainer=cpu)"
+        )
+    return torch.device(found[0])
 
 
 def serving_dtype(device: torch.device) -> torch.dtype | None:

@@ -38,6 +38,9 @@ class Hub:
     def create_repo(self, repo: str, **keys: Any) -> None:
         self.calls["repo"] = (repo, keys)
 
+    def repo_info(self, repo: str) -> Any:
+        return type("Info", (), {"private": repo != "owner/public"})
+
     def create_branch(self, repo: str, **keys: Any) -> None:
         self.calls["branch"] = keys["branch"]
 
@@ -68,8 +71,40 @@ def test_what_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     card = Hub.calls["files"].pop("README.md").decode()
     assert 'from_pretrained("owner/student"' in card
     assert "license: other\nlicense_name: a-licence-of-our-own-v2\n" in card
+    assert '= iskd.load(snapshot_download("owner/student"))' in card
+    assert "DIR" not in card.replace("--local-dir DIR` and then `iskd verify DIR`", "")
     assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_iskd.py"} <= Hub.calls["files"].keys()
     assert "owner/student/commit" in capsys.readouterr().out
+
+
+def test_who_may_see_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub leaves a place that is there as public as it is; without the flag its owner's default counts."""
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    hub.push(hub.upload_of(folder, "owner/public"))
+    assert Hub.calls["repo"][1]["private"] is None
+    with pytest.raises(ValueError, match="owner/public is there and public"):
+        hub.push(hub.upload_of(folder, "owner/public"), private=True)
+    assert "files" not in Hub.calls
+
+
+def test_only_the_students_own_files_go_up(folder: Path, tmp_path: Path) -> None:
+    (folder / "big.log").write_text("mine")
+    (folder / "LICENSE").write_text("yours")
+    (tmp_path / "secret").write_text("mine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    upload = hub.upload_of(folder, "owner/student")
+    assert "LICENSE" in upload.files
+    assert not {"big.log", "notes.txt", ".DS_Store"} & upload.files.keys()
+    assert sum("stays here" in note for note in upload.notes) == 2
+    assert "big.log" in hub.upload_of(folder, "owner/student", ["big.log"]).files
+    with pytest.raises(ValueError, match=r"notes\.txt is a link out of its folder"):
+        hub.upload_of(folder, "owner/student", ["notes.txt"])
+    with pytest.raises(ValueError, match=r"has no file 'other\.txt'"):
+        hub.upload_of(folder, "owner/student", ["other.txt"])
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="LICENSE is a link out of its folder"):
+        hub.upload_of(folder, "owner/student")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +116,9 @@ def test_what_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ("license: [mit, somebody's]", "owner/student", "license in its head is .* must be one of the hub's names"),
         ("base_model: teachers/mine/v2", "owner/student", "base_model in its head .*must be OWNER/NAME"),
         ("base_model_relation: child", "owner/student", "must be one of finetune"),
+        ("datasets: [some texts of mine]", "owner/student", "datasets in its head is .* a list of names on the hub"),
+        ("language: English", "owner/student", "language in its head .* a code of two or three letters"),
+        ("model-index: [{name: mine}]", "owner/student", "model-index in its head"),
         ("tags: [iskd", "owner/student", "its head is no YAML"),
         ("weights", "owner/student", "was changed after it was exported"),
         ("network", "owner/student", r"could not be sent to owner/student \(ConnectionError: no route\).*HF_TOKEN"),

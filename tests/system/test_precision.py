@@ -30,7 +30,7 @@ def test_a_cpu_computes_in_what_it_is_fast_at(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for fast, expected in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(precision, "fast_bf16", lambda fast=fast: fast)
-        for accelerator in ("auto", "cpu", "gpu"):
+        for accelerator in ("auto", "cpu"):
             assert autocast_dtype({"accelerator": accelerator, "precision": "auto"}) == ("cpu", expected)
     assert autocast_dtype({"precision": "bf16-mixed"}) == ("cpu", torch.bfloat16)
     assert autocast_dtype({}) == autocast_dtype({"precision": 32}) == ("cpu", None)
@@ -55,6 +55,19 @@ def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None
         precision.place({"accelerator": "cpu", "precision": 16})
     with pytest.raises(ValueError, match=r"trainer\.accelerator=quantum: choose auto, cpu"):
         precision.place({"accelerator": "quantum", "precision": "auto"})
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "mps", "tpu"])
+def test_a_device_that_is_not_here_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every command: nobody is told numbers of a CPU who asked for a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"trainer.accelerator={name}: there is none on this machine"):
+        precision.place({"accelerator": name, "precision": "auto"})
+    for device in ("cuda", "cuda:7", "mps", "meta", "xpu"):
+        if not precision.is_here(torch.device(device)):  # on a machine that has it nothing is refused
+            with pytest.raises(ValueError, match=f"device={device} is not on this machine: choose auto or one of cpu"):
+                precision.device_of(device)
     for name in {str(name) for name in (*get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS))}:
         if name in ("bf16-mixed", "bf16", "32-true", "32"):
             assert precision.precision(name, "cpu") == {"bf16": "bf16-mixed", "32": "32-true"}.get(name, name)

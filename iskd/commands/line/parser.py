@@ -162,6 +162,13 @@ def parser_of(command: str) -> _Parser:
         parser.add_argument("repo", metavar="OWNER/NAME", help="where to; made where it is not there yet")
         parser.add_argument("--dry-run", action="store_true", help="list what would go up, check it, and send nothing")
         parser.add_argument("--private", action="store_true", help="make a place that nobody else sees")
+        parser.add_argument(
+            "--include",
+            metavar="FILE",
+            action="append",
+            default=[],
+            help="of the folder, which goes up too; repeatable",
+        )
         parser.add_argument("--revision", metavar="BRANCH", help="instead of main")
         parser.add_argument("--message", metavar="TEXT", default="", help="of the commit")
     else:
