@@ -29,14 +29,14 @@ FIRST = (
 """Files of few tests that take long: a process that is given one of them last works on when the others have ended."""
 
 
-FOR_EVERY_FAMILY = (
-    "models/test_stack.py",
-    "models/test_surgery.py",
-    "models/test_conversion.py",
-    "refits/test_refits.py",
-)
-LIKE_OTHERS = {"gemma2", "olmo2", "smollm3", "granite"}
-"""Families that are tried in the files above, and elsewhere among the slow tests: others made alike are tried there."""
+# Families and parts are many, and their products more. What follows is tried here, the rest among the slow tests alone.
+EVERY_FAMILY = ("models/test_stack.py", "models/test_surgery.py", "models/test_conversion.py", "refits/test_refits.py")
+LIKE_OTHERS = {"gemma2", "granite", "mistral", "olmo2", "smollm3"}
+"""Families made like others: tried in the files above."""
+PRODUCTS = ("blocks/test_blocks.py", "export/test_export.py", "importance/test_importance.py", "models/test_surgery.py")
+DEEP = {"ablation", "block_influence", "bottleneck", "slim"}
+"""Parts that read or take over a family's own modules: tried in every family; others, in these files, in three."""
+MET = {"gpt2", "llama", "phi"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,16 +44,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put whole files in the order in which processes take them up: the longest first, as far as one can tell."""
     tests = Counter(item.path for item in items)
     ranks = {Path(__file__).parent / name: len(FIRST) - rank for rank, name in enumerate(FIRST)}
-    always = {Path(__file__).parent / name for name in FOR_EVERY_FAMILY}
     for item in items:
-        if item.path not in always and LIKE_OTHERS & {value for value in _parameters(item) if isinstance(value, str)}:
+        if _for_patient_people(item):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (-ranks.get(item.path, 0), -tests[item.path], item.path))
 
 
-def _parameters(item: pytest.Item) -> list[object]:
-    called = getattr(item, "callspec", None)
-    return [] if called is None else list(called.params.values())
+def _for_patient_people(item: pytest.Item) -> bool:
+    """Whether it is one of many products that are much the same."""
+    named = getattr(item, "callspec", None)
+    given = {} if named is None else {key: value for key, value in named.params.items() if isinstance(value, str)}
+    file = item.path.relative_to(Path(__file__).parent).as_posix()
+    if file not in EVERY_FAMILY and LIKE_OTHERS & set(given.values()):
+        return True
+    part = given.get("name") or given.get("block")
+    return file in PRODUCTS and part is not None and part not in DEEP and given.get("family", "llama") not in MET
 
 
 def pytest_configure() -> None:
