@@ -41,7 +41,7 @@ RUN = ROOT / "tests" / "files" / "0.1" / "finished"
 OUTSIDE = ("wandb", "tensorboard")  # programs of others: shown, never run
 UNMEASURED = ("run.efficiency_seconds=0", "run.samples=0", "run.mfu=false")
 CHOICES = ("block", "mixer", "importance", "experiment", "schedule", "edit", "trainer", "logger")
-HYDRA = ("train", "score", "evaluate", "profile")  # commands that compose conf/config.yaml
+HYDRA = ("train", "score", "evaluate", "profile", "search")  # commands that compose conf/config.yaml
 
 
 COMPOSED = set[tuple[str, ...]]()  # the same command stands on several pages
@@ -126,9 +126,10 @@ def test_every_program_exists(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def overrides_of(words: list[str]) -> list[str] | None:
     """Overrides of a command that composes conf/config.yaml, else None."""
-    asks = words[:2] == ["iskd", "evaluate"] and not any(word.startswith("eval=") for word in words)
+    added = {"evaluate": "eval=quick", "search": "budget=default"}.get(words[1], "") if words[0] == "iskd" else ""
+    lacks = added and not any(word.startswith(f"{added.partition('=')[0]}=") for word in words)
     if words[:2] == ["python", "train.py"] or words[:2] in (["iskd", name] for name in HYDRA):
-        return arguments([word for word in words[2:] if word != "-m"] + ["eval=quick"] * asks)
+        return arguments([word for word in words[2:] if word != "-m"] + [added] * bool(lacks))
     return None
 
 
