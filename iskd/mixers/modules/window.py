@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iskd.mixers.modules.context import Context
 from iskd.mixers.modules.limits import MAX_TOKENS, check_count
-from iskd.mixers.ops.window import Sinks, near, places
+from iskd.mixers.ops.window import Sinks, near, places, running_maximum
 
 
 def check_window(window: int, sinks: int) -> None:
@@ -127,7 +127,7 @@ def _sinks(context: Context, k: Tensor, v: Tensor, seen: Tensor, segments: Tenso
     # where sink j of a token's document is found: in the cache, or in the row behind it; the latest one is its own
     is_sink = seen[..., None] & (at[..., None] == slots)
     spot = torch.arange(k.shape[1], device=k.device)[:, None] + count
-    where = torch.where(is_sink, spot, slots).cummax(1).values  # [B, T, s]
+    where = running_maximum(torch.where(is_sink, spot, slots))  # [B, T, s]
     # the last token knows where all are; with one document in the row every token does
     shared = where[:, -1:]
     found: list[Tensor] = []

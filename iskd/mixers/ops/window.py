@@ -91,10 +91,19 @@ def places(seen_BT: Tensor, segments_BT: Tensor, before_B: Tensor | None = None)
     count = seen.cumsum(1)
     begins = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0), value=True)
     # what was counted before the document began goes off; a running maximum carries it along
-    found = count - (count - seen).masked_fill(~begins, 0).cummax(1).values - 1
+    found = count - running_maximum((count - seen).masked_fill(~begins, 0)) - 1
     if before_B is None:
         return found
     return found + before_B[:, None] * (segments_BT == segments_BT[:, :1])
+
+
+def running_maximum(x_BT: Tensor) -> Tensor:
+    """The largest of every row's values so far [B, T, ...], integers; in steps that double, as ONNX has no `cummax`."""
+    shift, tokens = 1, x_BT.shape[1]
+    while shift < tokens:
+        x_BT = torch.cat([x_BT[:, :shift], torch.maximum(x_BT[:, shift:], x_BT[:, :-shift])], 1)
+        shift *= 2
+    return x_BT
 
 
 def pairs(q_BTHK: Tensor, k_BTGK: Tensor) -> Tensor:

@@ -232,6 +232,7 @@ def test_the_saved_view_shows_what_runs_log(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of that library, on import
 def test_the_saved_view_is_one_of_the_librarys_own() -> None:
     """The classes of wandb-workspaces take what docs/wandb/workspace.py gives them, up to what is sent to W&B."""
     described = runpy.run_path(str(CONF.parent / "docs" / "wandb" / "workspace.py"))["workspace"]("me", "iskd")
