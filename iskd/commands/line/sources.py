@@ -54,7 +54,7 @@ def _tell_unshared(data: Json, name: str, entry: Json) -> None:
     """Warn of what a preset says of all of `data`, where the mix that takes its source from it says something else."""
     if entry.get("data") is None:
         return
-    usual, own = _shared("_keys"), _shared(entry["data"])
+    usual, own = _shared("mix"), _shared(entry["data"])
     lost = [key for key in _SHARED if own[key] != usual[key] and data.get(key, usual[key]) != own[key]]
     if lost:
         _log.warning(
