@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands.line import FULL_ERROR, in_own_words, told
-from iskd.commands.values.config import NEEDED, budget_as_asked, with_export_keys
-from iskd.commands.values.paths import assigned, literal, path_of, takes_path
+from iskd.commands.line.telling import variable
+from iskd.commands.values.config import NEEDED, budget_as_asked, refuse_unknown_of_hydra, with_export_keys
+from iskd.commands.values.paths import assigned, at_fault, literal, path_of, takes_path
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange
@@ -165,11 +166,12 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def as_it_was(config: DictConfig) -> Any:
             composed.append(True)
             single = HydraConfig.get().mode == RunMode.RUN
-            with _set(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
+            with variable(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
+                refuse_unknown_of_hydra(config, HydraConfig.get())
                 budget_as_asked(config, HydraConfig.get().overrides.task)
                 return task(config)
 
-        with _set(FULL_ERROR, "1"), _in_words(composed):
+        with variable(FULL_ERROR, "1"), _in_words(composed):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(as_it_was)()
 
     return main
@@ -177,7 +179,7 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
 @contextmanager
 def _in_words(composed: Sequence[bool] = (True,)) -> Iterator[None]:
-    """What Hydra and OmegaConf raise as a ValueError that begins with the command line.
+    """What Hydra and OmegaConf raise as a ValueError that begins with the command line; a path's error with its key.
 
     Args:
         composed: empty until there is a config: before, a ValueError is Hydra's too, then in the task's own words.
@@ -188,24 +190,10 @@ def _in_words(composed: Sequence[bool] = (True,)) -> Iterator[None]:
         if composed and not isinstance(error, HydraException | OmegaConfBaseException):
             raise
         raise ValueError(f"{' '.join(sys.argv[1:])[:400]}: {sentence(error)}") from error
-
-
-@contextmanager
-def _set(name: str, value: str | None) -> Iterator[None]:
-    """A variable of the environment, or none of that name, inside; as it was afterwards."""
-    before = os.environ.get(name)
-    _write(name, value)
-    try:
-        yield
-    finally:
-        _write(name, before)
-
-
-def _write(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+    except OSError as error:
+        if said := at_fault(error, sys.argv[1:]):
+            raise ValueError(said) from error
+        raise
 
 
 def sentence(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iskd.commands import build
 from iskd.commands.arguments import literal_paths, sentence
 from iskd.commands.resume import resumed
-from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder
+from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder, refuse_unknown_of_hydra
 from iskd.data import Source
 from iskd.system.version import CONF
 from iskd.teacher import Loaded
@@ -38,6 +38,7 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
             name, folder = str(config.name), run_dir or Path(new_folder(str(config.hydra.run.dir)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"overrides {list(overrides)}: {sentence(error)}") from error
+    refuse_unknown_of_hydra(config, config.hydra)
     with open_dict(config):
         config.name = name
         del config["hydra"]

@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.values import as_meant, at_home, plain
-from iskd.commands.values.config import with_export_keys
+from iskd.commands.values.config import refuse_unread_keys, with_export_keys
 from iskd.data.hub_rows import is_commit
 from iskd.plan.edits import allowed
 from iskd.plan.options import UPKEEP
@@ -48,6 +48,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises ValueError when the command line changes a key of it, when it asks for what its folder may not ask for, or
     when its file holds something else than a config.
     """
+    refuse_unread_keys(config, ("eval", "logger"))  # named here, they would take the place of the run's own
     asked, config = OmegaConf.to_container(config, resolve=False), as_meant(config)
     assert isinstance(asked, dict)
     run_dir = Path(config.resume)

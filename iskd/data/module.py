@@ -201,15 +201,19 @@ class TextData(L.LightningDataModule):
             ValueError: there are fewer windows than processes.
         """
         windows, (rank, world_size) = self.validation_windows(), self._ranks()
-        if len(windows) < world_size:
-            raise ValueError(
-                f"data.val_tokens={self.val_tokens} gives {len(windows)} windows for {world_size} processes; "
-                f"raise it to at least {world_size * self.seq_len}, or use more validation text"
-            )
+        self.check_validation(world_size)
         count = -(-(len(windows) // world_size) // self.batch_size)
         marks = self._opened.spread_targets("validation", self.val_tokens)
         mine = windows[rank::world_size].tensor_split(count)
         return batches_of(mine, None if marks is None else marks[rank::world_size])
+
+    def check_validation(self, processes: int) -> None:
+        """Raise ValueError where there are fewer validation windows than processes to share them."""
+        if (windows := len(self.validation_windows())) < processes:
+            raise ValueError(
+                f"data.val_tokens={self.val_tokens} gives {windows} windows for {processes} processes; "
+                f"raise it to at least {processes * self.seq_len}, or use more validation text"
+            )
 
     def set_stage(self, first_step: int, steps: int) -> None:
         """Make the next train_dataloader() yield `steps` batches from global micro-batch `first_step` on.

@@ -63,11 +63,18 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def nearest(word: str, known: Iterable[str], near: float = _NEAR) -> str | None:
-    """The one of `known` that looks most like a word; None where none does."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1, near)), None)
+    """The one of `known` that looks most like a word, in capitals or not; None where none does."""
+    as_known = {each.lower(): each for each in known}
+    return next((as_known[each] for each in difflib.get_close_matches(word.lower(), as_known, 1, near)), None)
 
 
 def perhaps(word: str, known: Iterable[str]) -> str:
     """What an error adds: the word that may have been meant; "" where none looks like it."""
     found = nearest(word, known)
     return f" (did you mean {found}?)" if found else ""
+
+
+def one_of(keys: Iterable[str]) -> str:
+    """The fix of a key that there is not: the keys that there are, if any."""
+    listed = ", ".join(keys)
+    return f"drop it, or use one of {listed}" if listed else "drop it; there are no keys here"

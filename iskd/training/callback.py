@@ -33,7 +33,12 @@ class CompressionCallback(Callback):
     Args:
         loop: the stages. resume_from: the checkpoint that its position comes from; None = the run starts.
         deadline: on the clock of `time.monotonic`, when to stop as on a stop signal; None = never.
+
+    Attributes:
+        planned: see `Live`.
     """
+
+    planned = 0
 
     def __init__(self, loop: StageLoop, resume_from: Path | None = None, deadline: float | None = None) -> None:
         self.loop, self.resume_from, self.deadline = loop, resume_from, deadline
@@ -91,6 +96,7 @@ class CompressionCallback(Callback):
             breaking_off=self._breaking_off,
             alone=self._alone,
             look=self._look,
+            planned=self.planned,
         )
         self.loop.begin(live, self.resume_from)
         trainer.should_stop = self.loop.advance() is None

@@ -37,6 +37,7 @@ class Live:
             of them, between two modules of the models that it is given, or of any where it is given none. They have to
             run as many of these on every process.
         alone: the same for what not every process does alike; of several processes none is broken off.
+        planned: processes of the run whose plan this one makes by itself; 0 = those that there are.
         look: raises it between two steps of work that several processes do alike, where one was asked to stop.
     """
 
@@ -52,6 +53,17 @@ class Live:
     breaking_off: Callable[..., AbstractContextManager[None]] = lambda *_models: nullcontext()
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
     look: Callable[[], None] = lambda: None
+    planned: int = 0
+
+    @property
+    def processes(self) -> int:
+        """Those among which the run's windows are shared out."""
+        return self.planned or self.ranks.size
+
+    @property
+    def speedup(self) -> int:
+        """How many times as fast as this process those of a plan will be together: on a CPU they share its cores."""
+        return self.planned if self.planned and self.module.device.type != "cpu" else 1
 
 
 class AgreedStop:

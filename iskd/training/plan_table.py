@@ -132,6 +132,7 @@ def announce(
     text: str = "",
     tokens_told: str = "",
     ends: Callable[[float], float] = lambda _token: 0.0,
+    speedup: int = 1,
 ) -> None:
     """Stages, exact parameter counts, steps, and the time and memory that one measured step predicts.
 
@@ -147,10 +148,11 @@ def announce(
         text: batch, windows and data in words.
         tokens_told: what is said of a number of tokens that nobody asked for.
         ends: of the seconds of a training token those of the end of the run, where they go by them.
+        speedup: how many times as fast as these the processes are that the run will have.
     """
     alignment.check_whole(module.student, *(stage.objective for stage in plan))
     seconds, memory = measured_step(module, windows)
-    token = seconds / ranks.size
+    token = seconds / ranks.size / speedup
     costs = replace(costs, token=token, ends=costs.ends + ends(token))
     losses, decay = losses_text(module.terms), module.optim.decay
     rows = plan_rows(module.teacher, plan, steps, step_tokens, costs, record=module.record, losses=losses, decay=decay)

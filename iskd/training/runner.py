@@ -6,6 +6,8 @@ import copy
 import inspect
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,14 @@ from iskd.training.stages import StageLoop
 from iskd.training.state import RunState, StudentKeeper, stored_in
 from iskd.training.state.resuming import config_digest, last_position
 from iskd.training.step import DistillModule, adapters
-from iskd.training.strategies import FSDP2Strategy, check_strategy, meet_first, strategy_of
+from iskd.training.strategies import (
+    FSDP2Strategy,
+    check_processes,
+    check_strategy,
+    meet_first,
+    starts_processes,
+    strategy_of,
+)
 
 TRAINER_KEYS = frozenset(inspect.signature(L.Trainer).parameters)
 # what Lightning says about every run of ours, and why it does not matter here
@@ -95,10 +104,14 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
     parts = as_halved(parts, state)
     module = make_module(parts, state)
     callback = CompressionCallback(_loop(parts, state), resume_from, deadline)
-    trainer = _trainer(parts, callback, None if resume_from is None else state.tokens)
+    loggers = _loggers(parts, None if resume_from is None else state.tokens)
+    trainer = _trainer(parts, callback, loggers)
     _check(parts, trainer, callback.loop)
     if trainer.is_global_zero:
         write_facts(parts, trainer)
+    if parts.options.plan_only and starts_processes(trainer.strategy):
+        callback.planned = trainer.world_size
+        trainer = _trainer(_alone(parts), callback, loggers)
     try:
         callback.stop_signals.install()
         try:
@@ -149,6 +162,7 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     """Raise ValueError for a strategy that cannot do what the run asks of it."""
     stage = loop.state.stage
     adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
+    check_processes(trainer.strategy)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
     if loop.along is not None and isinstance(trainer.strategy, FSDP2Strategy):
         raise ValueError(
@@ -223,12 +237,18 @@ def _settings(parts: Parts) -> dict[str, Any]:
     return {**settings, "precision": precision(settings["precision"], str(settings["accelerator"]))}
 
 
-def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None) -> L.Trainer:
+def _alone(parts: Parts) -> Parts:
+    """The same for one process, on the first of the devices."""
+    devices = parts.trainer.get("devices")
+    one = devices[:1] if isinstance(devices, list) else 1
+    return replace(parts, trainer={**parts.trainer, "devices": one, "num_nodes": 1, "strategy": "auto"})
+
+
+def _trainer(parts: Parts, callback: CompressionCallback, loggers: Sequence[Logger]) -> L.Trainer:
     callbacks: list[Callback] = [callback, *parts.callbacks]
     settings = strategy_of(_settings(parts))
     if settings.pop("progress"):
         callbacks.append(StageProgress(callback.loop))
-    loggers = _loggers(parts, resumed_at)
     try:
         trainer = L.Trainer(
             **{
@@ -243,7 +263,7 @@ def _trainer(parts: Parts, callback: CompressionCallback, resumed_at: int | None
                 **settings,
             },
             callbacks=callbacks,
-            logger=loggers,
+            logger=list(loggers),
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         default, given = with_defaults({}), {key: parts.trainer[key] for key in settings if key in parts.trainer}

@@ -182,9 +182,8 @@ class StageLoop:
             self._seconds["teacher"] = taken = time.perf_counter() - start
             # from now on the teacher's side is remembered, which is one of two passes
             tokens = len(self.data.validation_windows()) * self.data.seq_len / live.ranks.size
-            self._seconds["validation"] = max(
-                taken - tokens / quality["tokens_per_s"], tokens / quality["tokens_per_s"]
-            )
+            student = tokens / quality["tokens_per_s"]
+            self._seconds["validation"] = max(taken - student, student) / live.speedup
         with live.alone():
             asked = self._asked(module.teacher)
         self._tick()
@@ -257,15 +256,16 @@ class StageLoop:
                 _log.info("data: %s", line)
         data = self.data
         batch = f"{data.batch_size} x {data.seq_len} tokens"
-        layout = f", x {live.accumulate} accumulated" * (live.accumulate > 1) + f", x {live.ranks.size} processes" * (
-            live.ranks.size > 1
-        )
+        alone = " (a plan starts none: measured by one)" if live.planned else ""
+        layout = f", x {live.accumulate} accumulated" * (live.accumulate > 1)
+        layout += f", x {live.processes} processes{alone}" * (live.processes > 1)
         text = f"steps of {batch}{layout}, on {data.named}"
         with live.forward_context():
             costs, told = self._costs(plan), self.tokens_told
             announce(
-                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, told, self._ends
-            )
+                live.module, plan, steps, step_tokens, windows, live.ranks, self.run_dir, costs, text, told, self._ends,
+                live.speedup,
+            )  # fmt: skip
 
     def _costs(self, plan: Sequence[Stage]) -> Costs:
         """What the parts of the stages ahead take, but for a training token, which is measured last."""
@@ -328,6 +328,7 @@ class StageLoop:
             plan = forecast(self.schedule, replace(history, scores=dict.fromkeys(state.record.layers, 0.0)))
             ahead, tokens = len(plan), sum(planned_steps(plan, self.count.step_tokens)) * self.count.step_tokens
         check_every(self.every, tokens)
+        self.data.check_validation(live.processes)
         if self.keep is not None and not self.options.plan_only:
             self.keep.check(live.module.student, ahead - len(state.finished))
 
@@ -619,7 +620,7 @@ class StageLoop:
     def count(self) -> StepCount:
         """Where the run stands, in steps."""
         live, data = self.live, self.data
-        step_tokens = data.batch_size * data.seq_len * live.accumulate * live.ranks.size
+        step_tokens = data.batch_size * data.seq_len * live.accumulate * live.processes
         return StepCount(self.state, step_tokens, live.accumulate)
 
     def _enter(self) -> None:
@@ -627,7 +628,7 @@ class StageLoop:
         self.live.module.enter(self.stage, self.count.position(self.live.module.optim))
 
     def _identity(self) -> dict[str, Any]:
-        layout = {"processes": self.live.ranks.size, "accumulate": self.live.accumulate}
+        layout = {"processes": self.live.processes, "accumulate": self.live.accumulate}
         config = {} if self.config is None else {"config": self.config}
         return {**self.data.identity(), **layout, **config, "teacher": self.teacher, "precision": self.live.precision}
 

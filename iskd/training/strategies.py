@@ -22,6 +22,7 @@ from torch.distributed import DistError, TCPStore
 
 from iskd.models import sharding
 from iskd.system import Ranks
+from iskd.system.machine import usable_cores
 from iskd.system.patches import before_joining
 from iskd.training.step.adapters import IN_SHARDS
 
@@ -29,6 +30,8 @@ LIMIT = "ISKD_MEET_SECONDS"
 """Environment variable: seconds that the first process waits for the last one."""
 _SECONDS = 300.0
 _EACH = 1.0
+_PER_CORE, _LEAST = 4, 8
+"""Processes on a CPU: at most so many for a core, and so many anywhere."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -164,6 +167,27 @@ def check_strategy(strategy: Strategy, *, edits: bool = True, adapters: bool = F
         raise ValueError(
             "find_unused_parameters=True hides blocks that are not synchronised after an edit; leave it off"
         )
+
+
+def check_processes(strategy: Strategy) -> None:
+    """Raise ValueError where far more processes would be started on a CPU than it has cores: each holds all models."""
+    if not starts_processes(strategy) or strategy.root_device.type != "cpu":
+        return
+    assert isinstance(strategy, DDPStrategy | ModelParallelStrategy)
+    number, most = strategy.num_processes, max(_LEAST, _PER_CORE * usable_cores())
+    if number > most:
+        raise ValueError(
+            f"trainer.devices={number} would start {number} processes, each with teacher and student of its own, "
+            f"and a machine of {usable_cores()} cores takes at most {most}"
+        )
+
+
+def starts_processes(strategy: Strategy) -> bool:
+    """Whether a fit would start other processes: there are several, and neither torchrun nor SLURM has."""
+    if not isinstance(strategy, DDPStrategy | ModelParallelStrategy) or strategy.num_processes == 1:
+        return False
+    cluster = strategy.cluster_environment
+    return cluster is not None and not cluster.creates_processes_externally
 
 
 def whole_device(strategy: Strategy) -> torch.device:

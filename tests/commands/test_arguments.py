@@ -48,6 +48,13 @@ def test_a_name_is_a_preset_a_folder_or_on_the_hub(name: str, overrides: list[st
     assert arguments([f"model={name}", "seed=1"]) == [*(overrides or [f"model={name}"]), "seed=1"]
 
 
+@pytest.mark.parametrize("name", ["SmolLM2", "smolm2", "GPT2", "SMOLLM2_360M"])
+def test_a_mistyped_preset_is_not_asked_of_the_hub(name: str) -> None:
+    near = {"smolm2": "smollm2"}.get(name, name.lower())
+    with pytest.raises(ValueError, match=rf"did you mean {near}\?\); .* is model=hub model\.name={name}"):
+        named_model(name)
+
+
 @pytest.mark.parametrize("name", ["plain", "with space", "a=b,c", "it's, a [folder]", "{x}"])
 def test_a_folder_of_any_name_is_read_by_hydra(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir(exist_ok=True)
@@ -127,6 +134,12 @@ def test_wandb_runs_are_named_after_their_folders(offline: object, tmp_path: Pat
         (logger,) = loggers_of({**plain(node), "offline": offline, **given}, job, instantiate)
         assert (logger._wandb_init["name"], logger._wandb_init["group"]) == expected
     assert loggers_of({}, job, instantiate) == []
+
+
+def test_a_logger_without_its_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iskd.training.metrics.chosen.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs tensorboard, .*: pip install 'iskd\[tensorboard\]'"):
+        loggers_of(plain(OmegaConf.load(CONF / "logger" / "tensorboard.yaml")), tmp_path, instantiate)
 
 
 def test_long_work_says_that_it_goes_on_and_short_work_nothing() -> None:

@@ -7,16 +7,26 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import yaml
+from hydra.conf import HydraConf
 from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from iskd.__main__ import main
-from iskd.commands.values.config import as_meant, object_of, plain, terms
+from iskd.commands.resume import resumed
+from iskd.commands.values.config import (
+    as_meant,
+    object_of,
+    plain,
+    refuse_unknown_of_hydra,
+    refuse_unread_keys,
+    terms,
+)
 from iskd.data import TextData, TextFiles
 from iskd.losses import check_terms
 from iskd.models.tokenizers import byte_tokenizer
@@ -204,6 +214,59 @@ def test_what_is_not_is_refused_by_name(hint: Any, value: Any) -> None:
         read_value("some.key", value, hint)
 
 
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (
+            {"logger": {"project": "mine"}},
+            "logger.project is a key of logger=wandb alone: add it, or leave the key out",
+        ),
+        ({"logger": {"foo": 1}}, "logger has no key 'foo'"),
+        ({"logger": {"tensorboard": {"_target_": "a.B"}, "foo": 1}}, "logger has no key 'foo'"),
+        ({"eval": {"fewshoot": 1}}, "did you mean eval.fewshot?"),
+        ({"refit": {"output": {"foo": 1}}}, "refit has no key 'output.foo'"),
+        ({"refit": {"output": {"ridge": 1}}}, "refit.output.ridge is a key of refit=output alone: add it"),
+        ({"refit": {"output": {}}}, "refit.output={} is no part: choose refit=[output]"),
+        ({"refit": {"output": 1}}, "refit.output=1 is no part: choose refit=[output]"),
+        ({"loss": {"jsd": {"weight": 1}}}, "loss.jsd.weight is a key of loss=jsd alone: add it"),
+        (
+            {"block": {"_target_": "iskd.blocks.identity.Identity", "foo": 1}},
+            "block.foo is no key: drop it; there are no",
+        ),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_by_its_own_name(node: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        as_meant(OmegaConf.create(node))
+
+
+def test_loggers_below_another_are_read() -> None:
+    below = {"tensorboard": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger"}}
+    for node in (below, {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "mine", **below}, {}, None):
+        refuse_unread_keys(OmegaConf.create({"logger": node}))
+
+
+@pytest.mark.parametrize("node", [{"logger": {"project": "mine"}}, {"eval": {"limit": 3}}])
+def test_such_a_key_takes_nothing_from_a_run_that_is_continued(node: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"is a key of .*: add"):
+        resumed(OmegaConf.create({**node, "resume": "run"}), [])
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [("foo", True), ("run.foo", True), ("job.config.foo", True), ("job.env_set.FOO", False), ("sweeper.foo", False)],
+)
+def test_a_key_that_hydra_does_not_read_is_refused_unless_a_value_refers_to_it(key: str, refused: bool) -> None:
+    node = OmegaConf.structured(HydraConf(sweeper={"_target_": "a.B"}))  # of anybody's class: it says so itself
+    refuse_unknown_of_hydra(OmegaConf.create(), node)
+    with open_dict(node):
+        OmegaConf.update(node, key, 1, force_add=True)
+    for used in (f"${{hydra:{key}}}", f"a ${{hydra.{key}}}"):
+        refuse_unknown_of_hydra(OmegaConf.create({"name": used}), node)
+    with pytest.raises(ValueError, match=f"hydra.{key} is no key of Hydra's") if refused else nullcontext():
+        refuse_unknown_of_hydra(OmegaConf.create({"name": "hydra"}), node)
+
+
 COMMANDS = [
     # of Hydra: what composes no config, and values
     (["train", "nokey=3"], "nokey"),
@@ -221,6 +284,7 @@ COMMANDS = [
     (["train", "model=smolm2"], r"did you mean smollm2\?\); a model of the hub by that very name is model=hub model\."),
     (["train", "+modle=tiny"], r"no group or key 'modle' \(did you mean model\?\)"),
     (["train", "+experiment.x=1"], "experiment takes a choice"),
+    (["train", "+hydra.foo=1"], r"hydra\.foo is no key of Hydra's"),
     *((["train", f"+{key}=1"], rf"{key} is no key") for key in ("teacher.x", "profile.x", "data.x", "data.chat.x")),
     *((["train", f"+{key}=1"], rf"{key} is no key") for key in ("loss.kl.wieght", "mixer.x", "block.ratoi")),
     (["train", "logger=wandb", "+logger.projct=x"], r"logger\.projct is no key of .*\(did you mean project\?\)"),

@@ -18,8 +18,8 @@ from iskd.commands.compose import compose_config
 from iskd.commands.compress import _source
 from iskd.commands.line.parser import as_folder, dashed
 from iskd.commands.resume import resumed
-from iskd.commands.values.config import as_meant
-from iskd.commands.values.paths import assigned, at_home, takes_path
+from iskd.commands.values.config import as_meant, new_folder
+from iskd.commands.values.paths import assigned, at_fault, at_home, takes_path
 from iskd.data.files.readers import find_files
 from iskd.system.text import argument
 from iskd.system.typed_values import takes
@@ -207,3 +207,38 @@ def test_the_rule_knows_every_path_of_the_configs() -> None:
                 found |= {f"{prefix}.{key}" for key, (hint, _) in hints.items() if "Path" in str(hint)}
     assert found, sys.modules
     assert all(map(takes_path, found)), found
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ("hydra.run.dir=a.txt", ""),
+        ("hydra.run.dir=a.txt/x", " (PLACE/a.txt)"),
+        ("hydra.sweep.dir='a.txt/x'", " (PLACE/a.txt)"),
+        ("+cache_dir=a.txt", ""),
+        ("data.path=.", " (PLACE/a.txt)"),
+        ("seed=a.txt", None),
+        ("data.path=b.txt", None),
+        ("a.txt", None),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_told_with_its_key(
+    given: str, where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the system fails at it, on the way to it or in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(OSError, match="Not a directory") as failed:
+        next(Path("a.txt").iterdir())
+    said = at_fault(failed.value, ["seed=1", given, "resume=c"])
+    key, _, value = given.lstrip("+").partition("=")
+    named = f"{argument(key, value.strip(chr(39)))} cannot be used: Not a directory"
+    assert said == ("" if where is None else f"{named}{where.replace('PLACE', str(tmp_path))}; name another place")
+    for other in (OSError("in words of our own"), OSError(28, "No space left on device")):
+        assert at_fault(other, [given]) == ""
+
+
+def test_a_folder_for_runs_that_cannot_be_made_is_told_with_the_key(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ValueError, match=r"no folder can be made at .*runs/now \(.*\): set hydra\.run\.dir=DIR"):
+        new_folder(str(tmp_path / "runs" / "now"))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from iskd.commands.arguments import literal_paths
 from iskd.commands.build import source_of
 from iskd.commands.compose import compose_config
+from iskd.commands.line.sources import PRESETS
 from iskd.commands.resume import _differences
 from iskd.commands.values.config import as_meant
 from iskd.data import HubDataset, Source, TextFiles
@@ -82,6 +83,25 @@ def test_sources_are_what_their_few_keys_say() -> None:
     config = config_of(*given)
     again = as_meant(OmegaConf.create(OmegaConf.to_container(config)))  # type: ignore[arg-type]
     assert again == config
+
+
+def test_a_preset_with_files_below_it_is_a_source(caplog: pytest.LogCaptureFixture) -> None:
+    """Every choice of `data` that names a text; what it says of all of `data` beside is the mix's, and told."""
+    given = [f"data.sources.{name}.data={name}" for name in PRESETS]
+    mix = source("data=mix", *given)
+    assert isinstance(mix, Mix)
+    assert mix.sources["tinystories_iskd"][0] == HubDataset("roneneldan/TinyStories", max_documents=50_000)
+    (told,) = caplog.messages
+    assert told.startswith(
+        "data.sources.tinystories_iskd.data=tinystories_iskd: a mix takes the text of a preset alone"
+    )
+    shared = ["data.bos=bare", "data.validation_fraction=0.098", "data.calibration_fraction=0.002"]
+    assert told.endswith(f": {' '.join(shared)}")
+    caplog.clear()
+    source("data=mix", *given, *shared)
+    assert not caplog.messages
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"(a preset: {', '.join(f'`{name}`' for name in PRESETS)};" in page
 
 
 def test_chats_are_of_all_sources() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from iskd.training.runner import run
 from iskd.training.state import RunState, checkpoint, checkpoint_files
 from iskd.training.step import DistillModule
 from iskd.training.step.module import StepResult
-from iskd.training.strategies import FSDP2Strategy, check_strategy
+from iskd.training.strategies import FSDP2Strategy, check_processes, check_strategy, starts_processes
 from tests.factories import tiny
 from tests.runs import (
     At,
@@ -294,6 +295,27 @@ def test_strategies_that_would_lose_an_edit_are_refused() -> None:
     with pytest.raises(ValueError, match="hides blocks that are not synchronised"):
         check_strategy(DDPStrategy(find_unused_parameters=True))
     check_strategy(DDPStrategy())
+
+
+@pytest.mark.parametrize("kind", [DDPStrategy, FSDP2Strategy])
+def test_far_more_processes_than_cores_are_refused_before_one_is_started(
+    kind: type[DDPStrategy] | type[FSDP2Strategy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iskd.training.strategies.usable_cores", lambda: 4)
+
+    def strategy(
+        number: int, device: str = "cpu", environment: Any = LightningEnvironment
+    ) -> DDPStrategy | FSDP2Strategy:
+        made = kind()
+        made.parallel_devices, made.cluster_environment = [torch.device(device)] * number, environment()
+        return made
+
+    for fine in (strategy(1), strategy(16), strategy(17, "cuda"), strategy(17, environment=TorchElasticEnvironment)):
+        check_processes(fine)
+    with pytest.raises(ValueError, match=r"trainer\.devices=17 would start 17 processes, .* takes at most 16"):
+        check_processes(strategy(17))
+    assert [starts_processes(strategy(number)) for number in (1, 2)] == [False, True]
+    assert not starts_processes(strategy(2, environment=TorchElasticEnvironment))
 
 
 def test_an_untested_torch_edits_shards_in_fresh_processes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -282,6 +283,30 @@ def test_plan_only_stops_before_the_first_step(make: Callable[..., Parts], tmp_p
     assert same(weights(result), before)
     assert not (tmp_path / "plan" / "checkpoints").exists()
     assert "replace 2" in capsys.readouterr().out
+
+
+def test_a_plan_starts_no_process_and_counts_those_of_the_run(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def started(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", started)
+    steps = {}
+    for number, strategy in ((1, "auto"), (2, "ddp"), (4, "fsdp")):
+        layout = {"accelerator": "cpu", "devices": number, "strategy": strategy}
+        parts = make(tmp_path / strategy, trainer=layout, options={"plan_only": True}, accumulate=1)
+        run(parts)
+        rows = json.loads((parts.run_dir / "plan.json").read_text())
+        steps[number] = [row["steps"] for row in rows]
+        assert json.loads((parts.run_dir / "environment.json").read_text())["processes"] == number
+        assert (f"x {number} processes (a plan starts none" in capsys.readouterr().out) == (number > 1)
+    assert any(steps[1])
+    assert steps[1] == [2 * each for each in steps[2]] == [4 * each for each in steps[4]]
+    few = make(tmp_path / "few", trainer={"accelerator": "cpu", "devices": 8}, options={"plan_only": True})
+    few.data.val_tokens = few.data.seq_len * 7
+    with pytest.raises(ValueError, match="gives 7 windows for 8 processes"):
+        run(few)
 
 
 def poison(module: Any) -> None:

@@ -30,6 +30,7 @@ from iskd.plan.token_budget import ON_GPU
 from iskd.schedules import ConvertTo
 from iskd.system import Busy, global_rank, run_lock
 from iskd.system.faults import UnavailableError
+from iskd.system.text import one_of, perhaps
 from iskd.teacher import Loaded, TeacherSpec
 from iskd.teacher.load import build_config
 from iskd.training import Parts
@@ -168,5 +169,5 @@ def _options(config: DictConfig) -> RunOptions:
     """The keys of `run`. Raises ValueError for one that is none."""
     values, known = plain(config.run), [field.name for field in fields(RunOptions) if field.name != "plan_only"]
     if unknown := [key for key in values if key not in known]:
-        raise ValueError(f"run has no key {unknown[0]!r}: drop it, or use one of {', '.join(known)}")
+        raise ValueError(f"run has no key {unknown[0]!r}{perhaps(unknown[0], known)}: {one_of(known)}")
     return RunOptions(**values, plan_only=config.plan_only)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from iskd.commands.line.commands import COMMANDS, Command
 from iskd.commands.line.keys import Key, about, choices, keys_of, known, root_keys, unknown_key
+from iskd.system.text import perhaps
 from iskd.system.version import options
 
 _OPTIONS = (
@@ -82,7 +83,8 @@ def _of_group(group: str, option: str) -> str:
             raise ValueError(unknown_key(group))
         return "\n".join(_rows(map(_told, keys)))
     if option and option not in options(group):
-        raise ValueError(f"{group} has no choice {option!r}; choose {', '.join(options(group))}")
+        near = perhaps(option, options(group))
+        raise ValueError(f"{group} has no choice {option!r}{near}; choose {', '.join(options(group))}")
     if not option:
         key = choices()[group]
         head = f"{group}: {key.about}" if key.about else group

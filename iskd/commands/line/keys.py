@@ -121,7 +121,8 @@ def unknown_key(name: str) -> str:
         listed = perhaps(group, roots) or f"; there are {', '.join(roots)}"
         return f"there is no group or key {group!r}{listed}"
     if not rest:
-        return f"{group} takes a choice: one of {', '.join(options(group))}"
+        takes = options(group)
+        return f"{group} takes a choice: one of {', '.join(takes)}" if takes else f"{group} takes {_value_of(group)}"
     have = [option for option in options(group) if name in keys_of(group, option)]
     if have:
         which = "it" if len(have) == 1 else "one of them"
@@ -133,3 +134,9 @@ def unknown_key(name: str) -> str:
         return f"{group} has no key {rest!r} (did you mean {near}?)"
     listed = ", ".join(key.removeprefix(f"{group}.") for key in keys)
     return f"{group} has no key {rest!r}; it has {listed or 'none'}"
+
+
+def _value_of(root: str) -> str:
+    """What a key of the root takes: the keys below it, or a value."""
+    below = [name for name in root_keys() if name.startswith(f"{root}.")]
+    return f"keys: {', '.join(below)}" if below else f"a value: {root}=VALUE"

@@ -18,20 +18,23 @@ from iskd.system.version import __version__
 
 SHELLS = ("bash", "zsh", "fish")
 _HELP = ("-h", "--help")
-# Hydra's own, which it reads itself: (names, whether a value follows)
-_HYDRAS = (
-    (("-m", "--multirun"), 0),
-    (("-r", "--run"), 0),
-    (("-c", "--cfg"), 1),
-    (("-p", "--package"), 1),
-    (("--resolve",), 0),
-    (("-i", "--info"), "?"),
-    (("-cp", "--config-path"), 1),
-    (("-cn", "--config-name"), 1),
-    (("-cd", "--config-dir"), 1),
-    (("-sc", "--shell-completion"), 0),
-    (("--experimental-rerun",), 1),
-    (("--hydra-help",), 0),
+_VERSION = ("-V", "--version")
+_FLAG: dict[str, Any] = {"action": "store_true"}
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+# Hydra's own, which it reads itself: names, and how argparse takes them
+_HYDRAS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("-m", "--multirun"), _FLAG),
+    (("-r", "--run"), _FLAG),
+    (("-c", "--cfg"), {"choices": ("job", "hydra", "all")}),
+    (("-p", "--package"), {}),
+    (("--resolve",), _FLAG),
+    (("-i", "--info"), {"nargs": "?", "const": _INFO[0], "choices": _INFO}),
+    (("-cp", "--config-path"), {}),
+    (("-cn", "--config-name"), {}),
+    (("-cd", "--config-dir"), {}),
+    (("-sc", "--shell-completion"), _FLAG),
+    (("--experimental-rerun",), {}),
+    (("--hydra-help",), _FLAG),
 )
 
 
@@ -41,7 +44,7 @@ class Asked:
 
     Attributes:
         command: which one.
-        words: what follows it.
+        words: what follows it; of a command that Hydra reads, the options first: it takes overrides at one place alone.
         values: the same read, of a command that reads folders.
     """
 
@@ -68,13 +71,25 @@ class _Parser(argparse.ArgumentParser):
     def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """As `parse_known_args`, in any order. Raises ValueError for an option that there is not."""
         values, rest = self.parse_known_args(words)
-        if unknown := [word for word in rest if word[:1] == "-" and word != "--"]:
+        words = [*rest, *getattr(values, "overrides", ())]  # these may stand behind a --
+        if unknown := [word for word in words if word[:1] == "-" and word != "--"]:
             word, known = (
                 unknown[0].partition("=")[0],
-                [name for action in self.known for name in action.option_strings],
+                [*(name for action in self.known for name in action.option_strings), *_HELP, *_VERSION],
             )
             self.error(f"there is no option {word}{perhaps(word, known)}")
         return values, rest
+
+    def options_first(self, words: Sequence[str]) -> list[str]:
+        """The same command line with all options in front of what is none. Raises ValueError as `read`."""
+        values, rest = self.read(words)
+        options = []
+        for action in self.known:
+            given = getattr(values, action.dest) if action.option_strings else action.default
+            if given != action.default:
+                names = action.option_strings
+                options.append(names[0] if given is True else f"{names[-1]}={given}")
+        return [*options, *values.overrides, *(word for word in rest if word != "--")]
 
 
 def parse(words: Sequence[str], started_as: str = "") -> Asked:
@@ -92,7 +107,7 @@ def parse(words: Sequence[str], started_as: str = "") -> Asked:
     command = started_as if started_as in COMMANDS else ""
     if words and words[0] in COMMANDS:
         command, words = words[0], words[1:]
-    if any(word in ("-V", "--version") for word in words):
+    if any(word in _VERSION for word in words):
         _print_and_leave(f"iskd {__version__}")
     if not command:
         _without_command(words)
@@ -101,8 +116,7 @@ def parse(words: Sequence[str], started_as: str = "") -> Asked:
     if len(asks) < len(words):
         _print_and_leave(command_help(command, parser.format_usage(), parser.known, asks))
     if COMMANDS[command].composes:
-        parser.read(words)
-        return Asked(command, list(words))
+        return Asked(command, parser.options_first(words))
     values, rest = parser.read(dashed(parser, words))
     if rest:
         parser.error(f"{rest[0]!r} is one too many")
@@ -112,6 +126,9 @@ def parse(words: Sequence[str], started_as: str = "") -> Asked:
 def _without_command(words: Sequence[str]) -> NoReturn:
     if not words or words[0] in _HELP:
         _print_and_leave(top_help())
+    if words[0][:1] == "-":
+        told = perhaps(words[0], (*_HELP, *_VERSION)) or f"; there are {', '.join((*_HELP, *_VERSION))}"
+        raise ValueError(f"there is no option {words[0]}{told}")
     told = perhaps(words[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
     told = f" (did you mean iskd train {words[0]}?)" if "=" in words[0] else told
     raise ValueError(f"there is no command {words[0]!r}{told}")
@@ -127,9 +144,8 @@ def parser_of(command: str) -> _Parser:
     parser = _Parser(command)
     if COMMANDS[command].composes:
         parser.add_argument("overrides", nargs="*", metavar="GROUP=CHOICE|KEY=VALUE")
-        for names, follows in _HYDRAS:
-            what: dict[str, Any] = {"nargs": follows} if follows == "?" else {} if follows else {"action": "store_true"}
-            parser.add_argument(*names, **what, help=argparse.SUPPRESS)
+        for names, how in _HYDRAS:
+            parser.add_argument(*names, **how, help=argparse.SUPPRESS)
     elif command == "report":
         parser.add_argument("folder", nargs="+", type=as_folder, help="of a run, or one that holds runs")
     elif command == "curve":

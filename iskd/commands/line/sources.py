@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import yaml
-
+from iskd.commands.line.steps import written
 from iskd.system import Json
 from iskd.system.text import perhaps
 from iskd.system.typed_values import shown
-from iskd.system.version import CONF, options
+from iskd.system.version import options
 
 _FILES, _HUB, _MIX = "iskd.data.sources.TextFiles", "iskd.data.sources.HubDataset", "iskd.data.mix.Mix"
 _READING = ("fmt", "field", "detokenize")
 """What files at hand keep of the data set that they are a copy of."""
+_SHARED = ("bos", "boundaries", "validation_fraction", "calibration_fraction", "test_fraction")
+"""Keys of `data` beside its source that say what the text of a preset is cut and framed like: a mix has one of each."""
+PRESETS = tuple(option for option in options("data") if option not in ("mix", "chat", "text", "hf"))
+"""What `data.sources.NAME.data` takes: the choices of `data` that name a text."""
+
+_log = logging.getLogger(__name__)
 
 
 def describe_sources(data: Json, *, resuming: bool) -> None:
@@ -41,6 +47,27 @@ def describe_sources(data: Json, *, resuming: bool) -> None:
             )
         if "_target_" not in entry and not (resuming and not _names(entry)):
             sources[name] = _described(name, entry)
+            _tell_unshared(data, name, entry)
+
+
+def _tell_unshared(data: Json, name: str, entry: Json) -> None:
+    """Warn of what a preset says of all of `data`, where the mix that takes its source from it says something else."""
+    if entry.get("data") is None:
+        return
+    usual, own = _shared("mix"), _shared(entry["data"])
+    lost = [key for key in _SHARED if own[key] != usual[key] and data.get(key, usual[key]) != own[key]]
+    if lost:
+        _log.warning(
+            "data.sources.%s.data=%s: a mix takes the text of a preset alone, and has one framing and one share of "
+            "each split for all its sources; as the preset has them: %s",
+            *(name, entry["data"], " ".join(f"data.{key}={shown(own[key])}" for key in lost)),
+        )
+
+
+def _shared(option: str) -> Json:
+    """What a choice of `data` says of `_SHARED`."""
+    values = written("data", option)
+    return {key: values[key] for key in _SHARED}
 
 
 def _names(entry: Json) -> list[str]:
@@ -66,9 +93,7 @@ def _described(name: str, entry: Json) -> Json:
 
 def _preset(place: str, name: Any) -> Json:
     """What conf/data/NAME.yaml says of its source, without what other keys of `data` would fill in."""
-    known = [option for option in options("data") if option not in ("mix", "chat", "text", "hf")]
-    if name not in known:
-        near = perhaps(str(name), known)
-        raise ValueError(f"{place}.data={shown(name)} is no preset{near}; use one of {', '.join(known)}")
-    values = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return {key: value for key, value in values["source"].items() if not str(value).startswith("${")}
+    if name not in PRESETS:
+        near = perhaps(str(name), PRESETS)
+        raise ValueError(f"{place}.data={shown(name)} is no preset{near}; use one of {', '.join(PRESETS)}")
+    return {key: value for key, value in written("data", name)["source"].items() if not str(value).startswith("${")}

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from iskd.system.text import perhaps
+from iskd.system.text import one_of, perhaps
 from iskd.system.version import CONF, options
 
 GROUPS = ("edit", "block", "mixer", "importance", "refit")
@@ -59,7 +59,7 @@ def _step(step: Any, place: str) -> dict[str, Any]:
     if unknown := [key for key in given if key not in usual]:
         known = [key for key in usual if key != _TARGET]
         near = perhaps(unknown[0], known)
-        raise ValueError(f"{place}.{unknown[0]} is no key{near}: drop it, or use one of {', '.join((*GROUPS, *known))}")
+        raise ValueError(f"{place}.{unknown[0]} is no key{near}: {one_of((*GROUPS, *known))}")
     if not converts and "count" not in given and given.keys() & {"layers", "target_layers", "target_params"}:
         usual["count"] = None
     return {**own, "schedule": {**usual, **given, "_tokens": "tokens" in given or given.get("epochs") is not None}}
@@ -85,11 +85,27 @@ def part_named(group: str, chosen: Any, place: str) -> dict[str, Any]:
             f"{place}.{group}={name or chosen!r:.80} is no choice{near}: use one of {', '.join(options(group))}, or "
             "{name: ONE OF THEM, KEY: VALUE}"
         )
-    node: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    node = written(group, name)
     if unknown := [key for key in keys if key not in node]:
-        known = ", ".join(key for key in node if key != _TARGET)
-        raise ValueError(f"{place}.{group}.{unknown[0]} is no key: drop it, or use one of {known or '(none)'}")
+        known = [key for key in node if key != _TARGET]
+        near = perhaps(unknown[0], known)
+        raise ValueError(f"{place}.{group}.{unknown[0]} is no key{near}: {one_of(known)}")
     return {**node, **keys}
+
+
+def written(group: str, option: str) -> dict[str, Any]:
+    """What the yaml of a choice says, and the files that it includes below it; interpolations as they stand there."""
+    values: dict[str, Any] = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+    found: dict[str, Any] = {}
+    for name in values.pop("defaults", []):
+        found = _merged(found, values if name == "_self_" else written(group, name))
+    return found or values
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, with the values of the second where both have some, as Hydra merges them."""
+    both = [key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)]
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
 
 
 def _share(steps: list[dict[str, Any]], tokens: Any) -> None:

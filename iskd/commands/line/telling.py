@@ -16,6 +16,8 @@ from iskd.system.version import options
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Hydra's variable: 1 = every error with its traceback, on all commands."""
 _UNKNOWN = re.compile(r"Could not (?:load|find) '(\w+)/([^']+)'")
+# of conf/hydra and of the packages themselves: what Hydra's plugins bring, and the extra that they come with
+_PLUGINS = {"sweeper/optuna": "sweep", "launcher/submitit_slurm": "slurm", "launcher/submitit_local": "slurm"}
 _NO_KEY = re.compile(r"Could not override '\+*([\w.]+)'")
 # of Hydra's messages: where it looked, how a typo is forced into a config, the same key once more
 _NOISE = re.compile(
@@ -58,6 +60,9 @@ def in_own_words(said: str, reason: str = "") -> str:
     """
     if unknown := _UNKNOWN.search(said):
         group, name = unknown[1], unknown[2]
+        if group == "hydra" and (extra := _PLUGINS.get(name)):
+            kind, _, plugin = name.partition("/")
+            return f"hydra/{kind}={plugin} comes with a package that is not installed here: pip install 'iskd[{extra}]'"
         if known := options(group):
             return f"{group} has no choice {name!r}{perhaps(name, known)}; choose {', '.join(known)}"
     if (key := _NO_KEY.search(said)) and "Multiple values" not in said:
@@ -70,3 +75,21 @@ def in_own_words(said: str, reason: str = "") -> str:
         return f"{key[1]} is a {other}, and that key takes {takes}"
     reason = f"\n{reason}" if reason not in said else ""
     return one_sentence(_NOISE.sub("", f"{said.strip()}{reason}"))
+
+
+@contextmanager
+def variable(name: str, value: str | None) -> Iterator[None]:
+    """A variable of the environment, or none of that name, inside; as it was afterwards."""
+    before = os.environ.get(name)
+    _write(name, value)
+    try:
+        yield
+    finally:
+        _write(name, before)
+
+
+def _write(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -26,7 +28,7 @@ from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
 from iskd.plan.saved_config import OPTIONAL, literal, no_mappings
 from iskd.system.files import expanded
 from iskd.system.ranks import one_of_several
-from iskd.system.text import perhaps
+from iskd.system.text import one_of, perhaps
 from iskd.system.typed_values import read_value, shown, takes
 from iskd.system.version import CONF, options
 
@@ -43,6 +45,8 @@ def new_folder(path: str) -> str:
 
     Hydra's names go by the second. A process gets the same folder for the same path again, and one of several that
     belong together the name itself: they have to be told a folder (`hydra.run.dir`).
+
+    Raises ValueError where none can be made there.
     """
     path = expanded(path)
     if path in _made.values() or (path not in _made and one_of_several(os.environ)):
@@ -50,13 +54,23 @@ def new_folder(path: str) -> str:
     number = 1
     while path not in _made:
         tried = Path(path if number == 1 else f"{path}-{number}")
-        tried.parent.mkdir(parents=True, exist_ok=True)
         try:
+            tried.parent.mkdir(parents=True, exist_ok=True)
             tried.mkdir()
             _made[path] = str(tried)
-        except FileExistsError:
+        except FileExistsError as error:
+            if not tried.parent.is_dir():
+                raise _no_place(path, error) from error
             number += 1
+        except OSError as error:
+            raise _no_place(path, error) from error
     return _made[path]
+
+
+def _no_place(path: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"no folder can be made at {path} ({error.strerror}): set hydra.run.dir=DIR, or of a sweep hydra.sweep.dir=DIR"
+    )
 
 
 def forget_folders() -> None:
@@ -114,11 +128,9 @@ def object_of(config: DictConfig, **runtime: Any) -> Any:
     takes = inspect.signature(class_of(config)).parameters
     unknown = [key for key in config if key not in takes and not str(key).startswith("_")]
     if unknown and not any(taken.kind is inspect.Parameter.VAR_KEYWORD for taken in takes.values()):
-        keys = ", ".join(key for key in takes if key not in runtime)
-        near = perhaps(str(unknown[0]), takes)
-        raise ValueError(
-            f"{config['_target_']} has no key {unknown[0]!r}{near}: drop it, or use one of {keys or '(none)'}"
-        )
+        keys = [key for key in takes if key not in runtime]
+        near = perhaps(str(unknown[0]), keys)
+        raise ValueError(f"{config['_target_']} has no key {unknown[0]!r}{near}: {one_of(keys)}")
     return instantiate(config, _partial_=True, _convert_="all")(**runtime)
 
 
@@ -284,10 +296,67 @@ def _refuse_unknown_roots(config: DictConfig) -> None:
     for key in unknown:
         if f"${{{key}}}" not in said and f"${{{key}." not in said:
             raise ValueError(unknown_key(key))
-    for group in ("budget", "eval"):  # without a choice a key that was forced in would be all that there is of it
-        keys = config.get(group) or {}
-        if keys and "_target_" not in keys:
-            raise ValueError(unknown_key(f"{group}.{next(iter(keys))}"))
+    refuse_unread_keys(config)
+
+
+_UNCHOSEN = ("budget", "eval", "logger", "refit", "loss")
+"""Groups of which nothing need be chosen, or several by their names."""
+
+
+def refuse_unread_keys(config: DictConfig, groups: Sequence[str] = _UNCHOSEN) -> None:
+    """Of a group without a choice, a key that was forced in is all that there is of it, and nothing reads it.
+
+    Args:
+        config: of the command line.
+        groups: those of `_UNCHOSEN` that are looked at.
+
+    Raises:
+        ValueError: there is such a key.
+    """
+    for group in groups:
+        node = config.get(group)
+        if not OmegaConf.is_dict(node) or "_target_" in node:
+            continue
+        parts = {f"{group}.{key}": each for key, each in node.items()}
+        # one logger may stand below another, which is csv where there is none
+        named = [name for name, each in parts.items() if OmegaConf.is_dict(each) and "_target_" in each]
+        lost = [name for name in parts if name not in named or group in ("budget", "eval")]
+        if not lost or (group == "loss" and not OmegaConf.is_dict(parts[lost[0]])):  # which says so itself
+            continue
+        if group in ("refit", "loss"):  # several are chosen, each by its name
+            name, each = lost[0], parts[lost[0]]
+            if not OmegaConf.is_dict(each) or not each:
+                choice = f"{group}=[{name.partition('.')[2]}]"
+                raise ValueError(f"{name}={shown(plain(each))} is no part: choose {choice}, or leave the key out")
+            raise ValueError(unknown_key(f"{name}.{next(iter(each))}"))
+        raise ValueError(unknown_key(lost[0]))
+
+
+def refuse_unknown_of_hydra(config: DictConfig, node: Any, place: str = "hydra") -> None:
+    """Hydra takes `+hydra.KEY=VALUE` for any key too; what its own classes have no field for, nothing reads.
+
+    Args:
+        config: of the task, whose values may refer to such a key.
+        node: Hydra's own config, or a part of it.
+        place: its dotted name.
+
+    Raises:
+        ValueError: there is such a key, and no value refers to it.
+    """
+    kind = OmegaConf.get_type(node)
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    for key in map(str, node):
+        # a folder would be made by looking at its name
+        unread = OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)
+        value = None if unread else node[key]
+        name, below = f"{place}.{key}", OmegaConf.is_dict(value)
+        if fields is None or key in fields or (below and not value):  # hydra.env, which has no field, is empty
+            if below:
+                refuse_unknown_of_hydra(config, value, name)
+            continue
+        used = rf"\$\{{(hydra:|hydra\.){re.escape(name.removeprefix('hydra.'))}[.}}]"
+        if not re.search(used, OmegaConf.to_yaml(config)):
+            raise ValueError(unknown_key(name))
 
 
 def _refuse_unknown(place: str, node: Mapping[str, Any], kinds: Sequence[Any]) -> None:
@@ -306,7 +375,7 @@ def _refuse_unknown(place: str, node: Mapping[str, Any], kinds: Sequence[Any]) -
     for key, value in node.items():
         nested = isinstance(value, dict) and ("_target_" in value or f"{place}{key}" in _GROUPS)
         if taken and key not in taken and not key.startswith("_") and not nested:
-            raise ValueError(f"{place}{key} is no key{perhaps(key, shown)}: drop it, or use one of {', '.join(shown)}")
+            raise ValueError(f"{place}{key} is no key{perhaps(key, shown)}: {one_of(shown)}")
 
 
 def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
+from pathlib import PurePath
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 
 from iskd.system.files import expanded
+from iskd.system.text import argument
 
 # by their names, as the parts of anybody have them too
 _PATHS = re.compile(
@@ -98,6 +101,27 @@ def path_of(value: str) -> str:
     found = [value, *([meant] if isinstance(meant, str) else [value[1:-1]] if quoted else [])]
     # Lightning puts quotes around a path that may hold them: Hydra cannot read that
     return next((path for path in found if _is_there(path)), found[-1] if quoted else value)
+
+
+def at_fault(error: OSError, overrides: Sequence[str]) -> str:
+    """What is said of a file or a folder that cannot be used: by which argument it was named; "" where by none.
+
+    Args:
+        error: of the system.
+        overrides: as on the command line.
+    """
+    # what somebody has told in other words stays
+    if error.errno is None or error.args[:1] != (error.errno,) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    file = PurePath(os.path.abspath(error.filename))
+    for key, equal, value in (given.lstrip("+").partition("=") for given in overrides):
+        if not equal or not takes_path(key):
+            continue
+        named = PurePath(os.path.abspath(expanded(path_of(value))))
+        if file.is_relative_to(named) or named.is_relative_to(file):  # it, what lies in it, or a folder on the way
+            where = "" if file == named else f" ({file})"
+            return f"{argument(key, path_of(value))} cannot be used: {error.strerror}{where}; name another place"
+    return ""
 
 
 def _parts(value: str, read: Override | None) -> list[str]:

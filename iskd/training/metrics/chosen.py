@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ _HOST = "https://api.wandb.ai"
 _MODES = {"online": False, "offline": True, "dryrun": True, "disabled": True}
 # what a logger hands on to: its arguments are keys too
 _HANDS_ON = {"WandbLogger": "wandb.init", "TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter"}
+# packages of which a logger needs one, and the extra that brings the first
+_PACKAGES = {"TensorBoardLogger": (("tensorboard", "tensorboardX"), "tensorboard")}
 _OURS = ("model",)
 """Keys that are read at the end of a run (`iskd.training.metrics.loggers`)."""
 
@@ -39,7 +42,7 @@ def loggers_of(node: Json, run_dir: Path, make: Callable[..., Any]) -> list[Any]
         make: what builds the object that a mapping with `_target_` describes.
 
     Raises:
-        ValueError: a logger has no such key.
+        ValueError: a logger has no such key, or its package is not installed.
     """
     others = [value for value in node.values() if isinstance(value, dict) and "_target_" in value]
     own = {key: value for key, value in node.items() if value not in others}
@@ -49,6 +52,9 @@ def loggers_of(node: Json, run_dir: Path, make: Callable[..., Any]) -> list[Any]
 
 def _made(values: Json, run_dir: Path, make: Callable[..., Any]) -> Any:
     target = str(values["_target_"])
+    packages, extra = _PACKAGES.get(target.rpartition(".")[2], ((), ""))
+    if packages and not any(map(find_spec, packages)):
+        raise ValueError(f"{target} needs {packages[0]}, which is not installed here: pip install 'iskd[{extra}]'")
     _refuse_unknown(target, values)
     values = {key: value for key, value in values.items() if key not in _OURS}
     if target.endswith(".WandbLogger"):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from iskd.__main__ import main
+from iskd.commands.compose import compose_config
 from iskd.commands.line import parse, unknown_key
 from iskd.commands.line.commands import COMMANDS
 from iskd.commands.line.completion import words_for
 from iskd.commands.line.helping import command_help, main_key, top_help
 from iskd.commands.line.keys import about, choices, keys_of, known, root_keys
 from iskd.commands.line.parser import _HYDRAS, parser_of
-from iskd.commands.line.telling import in_own_words, one_sentence
+from iskd.commands.line.telling import _PLUGINS, in_own_words, one_sentence
 from iskd.data import BOS
 from iskd.system.version import command_line, commit, options
 from tests.factories import CONF
@@ -112,13 +117,57 @@ def test_keys_are_those_that_hydra_composes() -> None:
 
 
 def test_hydras_options_are_known() -> None:
-    ours = {name for names, _ in _HYDRAS for name in names}
-    theirs = {name for action in get_args_parser()._actions for name in action.option_strings}
-    assert theirs - ours == {"-h", "--help", "--version"}
-    assert ours <= theirs
-    words = ["a=1", "-m", "b=2", "--cfg", "job", "+c=3", "~d", "-cd", "x", "--info"]
-    assert parse(["train", *words]).words == words
-    assert parse(words[:1], "train").command == "train", "a process that a launcher starts has no command"
+    ours = {name: how for names, how in _HYDRAS for name in names}
+    theirs = {name: action for action in get_args_parser()._actions for name in action.option_strings}
+    assert theirs.keys() - ours.keys() == {"-h", "--help", "--version"}
+    assert ours.keys() <= theirs.keys()
+    for name, how in ours.items():
+        assert (theirs[name].nargs == 0) == (how == {"action": "store_true"}), name
+        assert list(theirs[name].choices or ()) == list(how.get("choices", ())), name
+        assert (theirs[name].nargs == "?") == (how.get("nargs") == "?"), name
+    assert parse(["a=1"], "train").command == "train", "a process that a launcher starts has no command"
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["a=1", "-m", "b=2"], {"multirun": True}),
+        (["-m", "a=1", "b=2"], {"multirun": True}),
+        (["a=1", "--cfg", "job", "b=2", "-p=x", "--resolve"], {"cfg": "job", "package": "x", "resolve": True}),
+        (["a=1", "--info", "-cd", "x y", "b=2"], {"info": "all", "config_dir": "x y"}),
+        (["--info", "config", "a=1", "b=2", "--config-name=z"], {"info": "config", "config_name": "z"}),
+        (["a=1", "b=2", "--info"], {"info": "all"}),
+        (["a=1", "--multi", "--", "b=2"], {"multirun": True}),
+        (["a=1", "b=2"], {}),
+    ],
+    ids=str,
+)
+def test_options_and_overrides_stand_in_any_order_for_hydra(words: list[str], options: dict[str, object]) -> None:
+    read = vars(get_args_parser().parse_args(parse(["train", *words]).words))
+    assert read["overrides"] == ["a=1", "b=2"]
+    assert {key: value for key, value in read.items() if value and key != "overrides"} == options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hlep"], "there is no option --hlep (did you mean --help?)"),
+        (["--verison"], "there is no option --verison (did you mean --version?)"),
+        (["-x"], "there is no option -x; there are -h, --help, "),
+        (["train", "--hlep"], "did you mean --help?"),
+        (["verify", "x", "--verison"], "did you mean --version?"),
+        (["train", "seed=1", "--", "--hlep=1"], "did you mean --help?"),
+        (["train", "--help", "schedule=itrative"], "no choice 'itrative' (did you mean iterative?)"),
+        (["train", "--cfg", "jobb"], "invalid choice: 'jobb' (choose from "),
+        (["train", "--info", "zzz"], "invalid choice: 'zzz' (choose from "),
+        (["train", "--info", "seed=1"], "invalid choice: 'seed=1' (choose from "),
+        (["Train"], "did you mean train?"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_option_or_choice_is_a_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(words)
 
 
 def test_arguments_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +191,9 @@ def test_arguments_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("run.zzz", "run has no key 'zzz'; it has checkpoint_every, "),
         ("model", "model takes a choice: one of gpt2, "),
         ("hydra.x", "no key of Hydra's"),
+        ("Schedule.COUNT", "(did you mean schedule?)"),
+        ("teacher", "teacher takes keys: teacher.cache, "),
+        ("seed", "seed takes a value: seed=VALUE"),
     ],
 )
 def test_an_unknown_key_says_what_it_may_have_meant(name: str, said: str) -> None:
@@ -155,6 +207,24 @@ def test_errors_of_several_lines_are_one_sentence() -> None:
     )
     assert in_own_words("mismatched\nSee https://hydra.cc/docs/1.2/advanced/override_grammar/basic").startswith("that")
     assert "append" not in in_own_words("Could not add 'x'.\nTo append to your config use +x=1\n    full_key: x")
+
+
+def test_a_plugin_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever conf/hydra starts from is Hydra's own or of an extra, and Hydra's own message says which."""
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    Plugins.instance()  # they bring their configs
+    for file in sorted((CONF / "hydra").glob("*/*.yaml")):
+        kind, (base, *_) = file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
+        plugin = base.partition("@")[0]
+        if plugin == "basic":
+            continue
+        extra = _PLUGINS[f"{kind}/{plugin}"]
+        assert extra in extras
+        with monkeypatch.context() as patch:
+            patch.delitem(ConfigStore.instance().repo["hydra"][kind], f"{plugin}.yaml", raising=False)
+            for chosen in (file.stem, plugin):
+                with pytest.raises(ValueError, match=re.escape(f"pip install 'iskd[{extra}]'")):
+                    compose_config([f"hydra/{kind}={chosen}"])
 
 
 def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
