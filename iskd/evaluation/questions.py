@@ -102,7 +102,8 @@ class EvalSpec:
         every: along a run, for its figures. `stage`: tasks and text are asked at the start and after every stage; a
             number: that too, and inside a stage the student is validated every so many training tokens, on the windows
             of `data.val_tokens`. None = at the end alone.
-        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
+        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`);
+            of a run the last one alone.
         efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
             At the end of a run it is `run.efficiency_seconds` that says so.
 
