@@ -105,8 +105,7 @@ def test_a_student_of_a_stage_is_asked_as_its_run_asked_it(run_dir: Path, tmp_pa
     kept = asked(run_dir / "students" / "001", tmp_path / "out")
     assert kept.evaluation is not None
     assert last is not None
-    assert kept.evaluation.tasks == last.tasks
-    assert kept.evaluation.settings == last.settings
+    assert kept.evaluation.to_json() == last.to_json()
     assert kept.evaluation.settings["excluded"] == COPY_POOL - 3
     assert kept.files == [tmp_path / "out" / "evaluation.json"]
     assert not (run_dir / "evaluation.json").exists()
