@@ -48,6 +48,11 @@ def evaluation_of(
     spec: EvalSpec = object_of(config.eval)
     if not spec.asks and spec.inside:
         return spec
+    if not spec.asks:
+        raise ValueError(
+            "there is nothing to evaluate: set eval.tasks=[...], eval.text=FILE or, to validate inside stages alone, "
+            "eval.every=TOKENS"
+        )
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
