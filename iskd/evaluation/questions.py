@@ -207,7 +207,7 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
             found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, exclude=exclude, **options)
         elif is_ours(name):
             for each, items in _items(name, spec, tokenizer).items():
-                free = [item for item in items if item.sha256 not in exclude]
+                free = [item for item in items if not item.among(exclude)]
                 if not free:
                     raise ValueError(f"task {each!r}: layers were selected by all of its {len(items)} items")
                 found[each] = free if spec.limit is None else subset(free, spec.limit, spec.seed)
