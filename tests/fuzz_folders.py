@@ -131,10 +131,10 @@ def evaluated(folder: Path) -> Kind:
             put(folder / name, hostile(rng, documents[name]))
 
     def load() -> bool:
-        found = evaluate._chosen_by(folder), evaluate._bos(config, folder), evaluate._is_its_teacher(folder, teacher)
+        found = run_files.selected_in(folder), evaluate._bos(config, folder), evaluate._is_its_teacher(folder, teacher)
         evaluate._kept(folder / run_files.EVALUATION_FILE, json.dumps(EVALUATION))
         find_teacher(folder / run_files.MODEL)
-        return found == (["ab", "cd"], evaluate._bos(config, folder), True)
+        return found == ({"piqa": ["ab", "cd"]}, evaluate._bos(config, folder), True)
 
     fresh()
     return place, load

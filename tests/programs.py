@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from iskd.models import Stack, sharding, surgery
@@ -140,6 +141,7 @@ def watched(rank: int, folder: Path, name: str, parts: Parts) -> None:
         "skipped": sum("skipped: the loss" in event for stage in result.stages for event in stage.events),
         "moved": watch.moved,
         "stages": [[s.name, s.ppl, s.kl, s.tokens, s.params, s.status] for s in result.stages],
+        "asked": [s.evaluation for s in result.stages],
     }
     (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
     if rank == 0:
@@ -331,6 +333,18 @@ def _hog() -> None:
         return original(self, input_ids, *rest)
 
     DistillModule.step = greedy  # type: ignore[method-assign]
+
+
+def written_in_shards(rank: int, folder: Path, ends: int) -> None:
+    """What a model in shards of two processes writes, where the second one ends its text at a token of its own."""
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = louder(tiny("llama"))
+    ids = torch.arange(1, 6)[None]
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": ends if rank else -1}
+    alone = copy.deepcopy(model).generate(ids, **options)  # type: ignore[operator]
+    sharding.shard(model, init_device_mesh("cpu", (2,)))
+    found = model.generate(ids, **options)  # type: ignore[operator]
+    (folder / f"written-{rank}.json").write_text(json.dumps([alone.tolist(), found.tolist()]))
 
 
 def refitted_by_layers(rank: int, folder: Path, size: int) -> None:

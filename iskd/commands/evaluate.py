@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -26,6 +25,8 @@ from iskd.plan.run_files import (
     FACTS,
     STAGES_FILE,
     refuse_strange,
+    run_of,
+    selected_in,
 )
 from iskd.plan.saved_config import read_config
 from iskd.plan.trainer_settings import with_defaults
@@ -63,8 +64,9 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     if spec.every is not None:
         raise ValueError(f"eval.every={spec.every} is of a run; iskd evaluate asks once: set eval.every=null")
     student = _student(config.model.path)
-    run = None if student is None else next((d for d in (student, student.parent) if (d / STAGES_FILE).is_file()), None)
-    chosen_by = _chosen_by(run)
+    run = None if student is None else run_of(student)
+    named = [each for each in (student, _student(config.reference)) if each is not None]
+    chosen_by = [sha for each in named for items in selected_in(run_of(each)).values() for sha in items]
     if spec.text is not None and run is not None:
         refuse_training_text(spec.text, str(read_object(run / DATA_FILE).get("content", "")))
     if run is not None and (run / CONFIG_FILE).is_file():
@@ -76,7 +78,9 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     device, forward_context = place(with_defaults(config.trainer))
     for each in filter(None, (model, teacher)):
         nn.Module.to(each.model.eval(), device)
-    shown = run if run is not None and _is_its_teacher(run, teacher) else None
+    # of a student that was kept of a stage the run's page and card do not tell
+    last = student is not None and run in (student, student.parent)
+    shown = run if run is not None and last and _is_its_teacher(run, teacher) else None
     places, files = [folder, *([shown] if shown else [])], list[Path]()
     found: Evaluation | None = None
     cost: Efficiency | None = None
@@ -162,15 +166,6 @@ def _is_its_teacher(run: Path, teacher: Loaded | None) -> bool:
     told = read_object(run / ENVIRONMENT_FILE).get("teacher")
     sha256 = told.get("sha256") if isinstance(told, dict) else None
     return teacher is not None and sha256 in (None, teacher.source.get("sha256"))
-
-
-def _chosen_by(run: Path | None) -> list[str]:
-    """Hashes of the items that the run chose layers by. Raises ValueError where its file holds something else."""
-    chosen = {} if run is None else read_object(run / DATA_FILE).get("selection_sha256", {})
-    lists: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [None]
-    if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists):
-        raise ValueError(f"{run}/{DATA_FILE}: selection_sha256 must be an object of lists of hashes: restore the file")
-    return [sha for items in lists for sha in items]
 
 
 def main() -> None:

@@ -171,6 +171,12 @@ def _refuse_foreign(saved: Json, config: Json, file: Path, asked: Sequence[str])
         raise ValueError(
             f"{file} would run code that comes with the teacher; if you trust it, add model.trust_remote_code=true"
         )
+    tasks = None if "eval" in asked else _part(saved, "eval.task_dir")
+    if tasks is not None:  # yaml of the harness names functions of files beside it
+        raise ValueError(
+            f"{file} asks the tasks in eval.task_dir={tasks!s:.80}, which may hold code; if you trust it, name all of "
+            "eval on the command line too, as the run was started with it"
+        )
 
 
 def _targets(config: Json) -> Iterator[tuple[str, Any]]:

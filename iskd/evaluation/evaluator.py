@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +65,7 @@ def evaluate(
     """
     with ProgressLine() as tell:
         asking = Asking(spec, tokenizer, teacher, text=text, exclude=exclude, frame=frame)
-        return asking.ask(model, tokenizer, source or {}, tell)
+        return asking.ask(model, tokenizer, source or {}, tell, spec.quantize)
 
 
 class Asking:
@@ -125,8 +125,17 @@ class Asking:
         tokenizer: PreTrainedTokenizerBase,
         source: Mapping[str, Any],
         tell: Tell = lambda *_: None,
+        quantize: Sequence[str] = (),
     ) -> Evaluation:
-        """Score a model, where it is and under the caller's autocast; `source` is what identifies it."""
+        """Score a model, where it is and under the caller's autocast.
+
+        Args:
+            model: the student, or any model; left as it was.
+            tokenizer: its own.
+            source: what identifies it.
+            tell: told how far it is.
+            quantize: also measure it in fewer bits; a copy for each kind, so not of every student along a run.
+        """
         _check_rows("student", model, tokenizer)
         spec, seed, resamples = self.spec, self.spec.seed, self.spec.resamples
         windows = self._beside(model)
@@ -145,7 +154,7 @@ class Asking:
             named["teacher"] = _facts(self.teacher.model, self.teacher.source)
         settings = {**_settings(spec, self._questions, self.excluded, model), "framing": self.frame.to_json()}
         step = partial(tell, "student in fewer bits, windows of text")
-        packed = quantized(model, windows, spec.quantize, batch_tokens=spec.batch_tokens, step=step)
+        packed = quantized(model, windows, quantize, batch_tokens=spec.batch_tokens, step=step)
         return Evaluation(found, retention, mean, scored_text, named, settings, quantized=packed, positions=positions)
 
     def _beyond(self) -> list[str]:

@@ -249,7 +249,7 @@ def _from_file(
 ) -> Drawn:
     """A task of ours over DATA_DIR/NAME/eval.jsonl; which items are drawn depends on their texts alone."""
     items = read_task(name, data_dir)
-    free = [item for item in items if item.sha256 not in exclude]
+    free = [item for item in items if not item.among(exclude)]
     if not free:
         raise ValueError(f"task {name!r}: layers were selected by all {len(items)} items; there is none to report on")
     chosen = {item.id for item in (free if limit is None else subset(free, limit, seed))}

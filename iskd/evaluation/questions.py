@@ -102,7 +102,8 @@ class EvalSpec:
         every: along a run, for its figures. `stage`: tasks and text are asked at the start and after every stage; a
             number: that too, and inside a stage the student is validated every so many training tokens, on the windows
             of `data.val_tokens`. None = at the end alone.
-        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`).
+        quantize: also measure the student with its weights in fewer bits: `int8`, `int4` (`iskd.evaluation.quantize`);
+            of a run the last one alone.
         efficiency_seconds: how long `iskd evaluate` may measure latency, memory and cache as well; 0 = not at all.
             At the end of a run it is `run.efficiency_seconds` that says so.
 
@@ -206,7 +207,7 @@ def questions(spec: EvalSpec, tokenizer: PreTrainedTokenizerBase, exclude: Colle
             found[name] = read_passages(name, spec.data_dir, fewshot=spec.fewshot, exclude=exclude, **options)
         elif is_ours(name):
             for each, items in _items(name, spec, tokenizer).items():
-                free = [item for item in items if item.sha256 not in exclude]
+                free = [item for item in items if not item.among(exclude)]
                 if not free:
                     raise ValueError(f"task {each!r}: layers were selected by all of its {len(items)} items")
                 found[each] = free if spec.limit is None else subset(free, spec.limit, spec.seed)

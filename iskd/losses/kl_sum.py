@@ -9,8 +9,9 @@ here are values per token that are averaged over N valid tokens, hence the publi
 
     batch_size * seq_len / divisor = 40.96
 
-and the gradients are the published ones where no position is padding. The factor is fixed, it does not follow the
-data: a sum would weigh the KL against the other terms by whatever batch fits into memory. Two things differ. Published,
+and the gradients are the published ones where no position is padding. The factor follows the length of a window
+(conf/loss/kl_sum.yaml) and not the batch: a sum over that would weigh the KL against the other terms by whatever fits
+into memory. Two things differ. Published,
 padding is scored like text, in all three terms, and pulls the student towards the teacher on pad tokens; windows here
 are packed, and ignored labels count in no term. The last position of a window has no label and is left out as well,
 one of 2048. The hidden term before the gap is `iskd.losses.hidden.HiddenMatch(layers="edited")`.

@@ -45,6 +45,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     # the decoder without its head is no module with hooks of its own, and has to be entered through the root's
     setattr(model, SHARDED_TRUNK, partial(_trunk, Stack(model)))
     register_fsdp_forward_method(model, SHARDED_TRUNK)
+    # every token is a pass, and all processes have to make as many, also where one ends its text before the others
+    cast(Any, model).generate = partial(cast(Any, model).generate, synced_gpus=True)
     return model
 
 

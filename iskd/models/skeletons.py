@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from iskd.models.families import FAMILIES
 from iskd.models.weights import WEIGHTS, present_weights, refuse_pointer
 from iskd.plan.edits import MAX_LAYERS
 from iskd.system import read_json
 
 GENERATION = "generation_config.json"
 _COPY = "copy the config.json that came with the weights"
+_HEADS = "num_attention_heads"
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx")
 _ROTARY = (
     *("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "attention_factor", "partial_rotary_factor"),
@@ -51,6 +53,18 @@ def check_numbers(values: Mapping[str, Any], what: str | Path) -> None:
             number = rope.get(key)
             if number is not None and not (type(number) in (int, float) and 0 < number < math.inf):
                 raise ValueError(f"{what}: {key} must be a number above 0, got {number!r:.80}: {_COPY}")
+
+
+def check_heads(values: Mapping[str, Any], what: str | Path) -> None:
+    """Raise ValueError where a config of a known family does not say how many heads its attention has.
+
+    Weights of one shape fit any number of heads, and transformers takes the one that its class has for a default.
+    """
+    if values.get("model_type") not in FAMILIES:
+        return
+    name = AutoConfig.for_model(values["model_type"]).attribute_map.get(_HEADS, _HEADS)
+    if values.get(name) is None and values.get(_HEADS) is None:
+        raise ValueError(f"{what} has no {name}, which no weight tells: {_COPY}")
 
 
 def refuse_kernels(config: Mapping[str, Any], what: str) -> None:
@@ -94,6 +108,7 @@ def check_config(folder: Path) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold an object, got {type(values).__name__}")
     check_numbers(values, file)
+    check_heads(values, file)
     with within_weights(present_weights(folder), file) as check:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

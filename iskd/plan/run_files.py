@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from iskd.plan.edits import Record
 from iskd.plan.reading import to_json
 from iskd.system import write_whole
-from iskd.system.files import leads_out
+from iskd.system.files import leads_out, read_object
 
 CONFIG_FILE = "config.yaml"
 """What the run was started with; there as soon as all its parts are made, and replaced until there is work of it."""
@@ -106,6 +107,25 @@ def refuse_strange(run_dir: Path) -> None:
                 )
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{path} is a pipe, a socket or a device, which no run leaves behind: remove it")
+
+
+def run_of(student: Path) -> Path | None:
+    """The folder of the run whose last student lies in this folder, or one that it kept of a stage; None = of none."""
+    kept = student.parent.name == STUDENTS
+    above = (student, student.parent, *([student.parent.parent] if kept else []))
+    return next((folder for folder in above if (folder / STAGES_FILE).is_file()), None)
+
+
+def selected_in(run: Path | None) -> dict[str, list[str]]:
+    """Hashes of the items of tasks that a run chose layers by, by task, as it wrote them down; {} without a run.
+
+    Raises ValueError where its file holds something else.
+    """
+    chosen = {} if run is None else read_object(run / DATA_FILE).get("selection_sha256", {})
+    lists: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [None]
+    if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists):
+        raise ValueError(f"{run}/{DATA_FILE}: selection_sha256 must be an object of lists of hashes: restore the file")
+    return dict(chosen)
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -6,12 +6,13 @@ import json
 import os
 import platform
 from contextlib import suppress
+from pathlib import Path
 
 import lightning as L
 import torch
 import transformers
 
-from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE
+from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE, run_of, selected_in
 from iskd.system import Json, write_whole
 from iskd.system.files import read_object
 from iskd.system.machine import host_kind
@@ -63,13 +64,19 @@ def _commands(parts: Parts) -> list[str]:
 
 def write_data(parts: Parts) -> None:
     """What identifies the data, and what layers were selected by."""
-    data = {**parts.data.manifest(), "selection_sha256": selected(*parts.importances)}
+    data = {**parts.data.manifest(), "selection_sha256": selected(*parts.importances, start=parts.start)}
     write_whole(parts.run_dir / DATA_FILE, json.dumps(data, indent=1))
 
 
-def selected(*importances: object) -> dict[str, list[str]]:
-    """Hashes of the items of tasks that layers are chosen by, by task; {} where they are chosen by something else."""
-    found: dict[str, dict[str, None]] = {}
+def selected(*importances: object, start: Path | None = None) -> dict[str, list[str]]:
+    """Hashes of the items of tasks that layers are chosen by, by task; {} where they are chosen by something else.
+
+    Args:
+        importances: of the run.
+        start: the student that it goes on from, whose layers were chosen before.
+    """
+    before = {} if start is None else selected_in(run_of(start))
+    found = {task: dict.fromkeys(hashes) for task, hashes in before.items()}
     for importance in importances:
         for task, items in getattr(importance, "selection", {}).items():
             found.setdefault(task, {}).update(dict.fromkeys(item.sha256 for item in items))

@@ -151,7 +151,8 @@ def _measure(
         with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
             nn.Module.to(student, device)
             exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
-            found = (along or along_the_run(parts, spec)).ask(student, {"kind": "student", **exported})
+            asks = along or along_the_run(parts, spec)
+            found = asks.ask(student, {"kind": "student", **exported}, quantize=spec.quantize)
             write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
     if model_dir is not None:
         with _guarded("the scores in the model card", f"They are in {parts.run_dir} too"):
@@ -187,8 +188,7 @@ def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> Non
 
 def along_the_run(parts: Parts, spec: EvalSpec) -> AlongTheRun:
     """Who asks the run's students what the spec says, but for the items that layers are chosen by."""
-    chosen = [sha for items in selected(*parts.importances).values() for sha in items]
-    spec = dataclasses.replace(spec, quantize=())  # of the last student alone
+    chosen = [sha for items in selected(*parts.importances, start=parts.start).values() for sha in items]
     return AlongTheRun(spec, parts.teacher, chosen, framing_of(parts.teacher.tokenizer, parts.data.bos))
 
 

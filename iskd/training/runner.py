@@ -36,6 +36,7 @@ from iskd.training.editing import Editor, adapt
 from iskd.training.facts import write_facts
 from iskd.training.finish import along_the_run, finish
 from iskd.training.metrics import MetricsFile, keep_metrics, log_start
+from iskd.training.metrics.along import AlongTheRun
 from iskd.training.metrics.costs import a_few
 from iskd.training.parts import Parts, Result
 from iskd.training.progress_bar import StageProgress
@@ -141,19 +142,21 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
     editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams")
     spec, keeps = parts.evaluation, parts.options.keep_students
-    along = along_the_run(parts, spec) if spec is not None and spec.along else None
-    few = None
-    if spec is not None and spec.asks and along is None:
+    along: AlongTheRun | None = None
+    few: tuple[AlongTheRun, float] | None = None
+    if spec is not None and spec.along and not parts.options.plan_only:
+        along = along_the_run(parts, spec)
+    elif spec is not None and spec.asks:
         asked, times = a_few(spec)
         few = along_the_run(parts, asked), times
-    every, number = None if spec is None else spec.inside, None if keeps is True else int(keeps)
+    number = None if keeps is True else int(keeps)
     keep = StudentKeeper(
         parts.run_dir, parts.teacher, number, stored_in(parts.export_dtype, parts.teacher),
         parts.export_code, parts.options.max_shard_bytes,
     )  # fmt: skip
     return StageLoop(
         parts.schedule, parts.importance, parts.data, parts.run_dir, state, parts.options,
-        teacher, config_digest(parts.run_dir), editor, parts.tokens_told, along, every, keep if keeps else None,
+        teacher, config_digest(parts.run_dir), editor, parts.tokens_told, along, spec, keep if keeps else None,
         exports=parts.export, few=few,
     )  # fmt: skip
 
@@ -164,11 +167,6 @@ def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
     check_processes(trainer.strategy)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
-    if loop.along is not None and isinstance(trainer.strategy, FSDP2Strategy):
-        raise ValueError(
-            f"eval.every={loop.along.spec.every} asks whole students, and trainer=fsdp holds them in shards: set "
-            "eval.every=null, and ask the run's student at its end (iskd evaluate)"
-        )
     loop.editor.check(timed=parts.trainer[MAX_TIME] is not None)
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in parts.callbacks):
         raise ValueError("GradientAccumulationScheduler: a run has one size of a step, trainer.accumulate_grad_batches")

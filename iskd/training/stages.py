@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.data import TextData
-from iskd.evaluation import measure_quality
+from iskd.evaluation import EvalSpec, measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.options import RunOptions
@@ -46,6 +46,7 @@ from iskd.training.metrics.costs import (
     Costs,
     check_every,
     export_seconds,
+    quantizing_seconds,
     scored,
     speaking_seconds,
     trials_ahead,
@@ -72,12 +73,12 @@ class StageLoop:
         teacher, config: digests of the teacher's weights and of the run's config; a resumed run must find the same.
         editor: where edits are carried out; None = between two stages of this process.
         tokens_told: what the plan says of its tokens.
-        along: asks the student at the start and after every stage; None = nobody does. every: training tokens after
-            which it is validated inside a stage; None = it is not.
+        along: asks the student at the start and after every stage; None = nobody does.
+        spec: what the run asks, along it or at its end, and how often it validates inside a stage; None = nothing.
         keep: keeps the students of stages; None = the last one alone is left.
         exports: whether the student is written at the end.
-        few: asks a few of the items that the student is asked at the end alone, for the plan, and how many times as
-            many there are; None = it is asked along, or nothing.
+        few: asks a few of the items that the student is going to be asked, for the plan, and how many times as many
+            there are; None = it is asked all of them before the plan, or nothing.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -96,7 +97,7 @@ class StageLoop:
         editor: Editor | None = None,
         tokens_told: str = "",
         along: AlongTheRun | None = None,
-        every: int | None = None,
+        spec: EvalSpec | None = None,
         keep: StudentKeeper | None = None,
         exports: bool = False,
         few: tuple[AlongTheRun, float] | None = None,
@@ -106,7 +107,8 @@ class StageLoop:
         self.state, self.options, self.teacher, self.config = state, options, teacher, config
         self.saver, self.clock = Saver(run_dir, options), StageClock()
         self.editor, self.tokens_told = editor or Editor(), tokens_told
-        self.along, self.every, self.keep = along, every, keep
+        self.along, self.spec, self.keep = along, spec, keep
+        self.every = None if spec is None else spec.inside
         self.exports, self.few = exports, few
         self.preempted = False
         self._seconds: dict[str, float] = {}  # what measuring takes, as the plan tells
@@ -273,12 +275,16 @@ class StageLoop:
         history = history_of(self.state, self.live.module, self.data.pass_tokens)
         asks = scored(self.schedule, plan)
         known = seconds["scores"] if asks and asks[0] else None
+        along = self.spec is not None and self.spec.along
+        # where a plan alone asks a few items, its run asks all: of the teacher, as student too, and of a student given
+        left = len(self.state.results) + 1 if along and self.along is None else 0
+        at_the_end = options.efficiency_seconds + self._asking * (1 if along else 2)
         return Costs(
             refit_tokens=self.editor.refit_tokens_of,
             fit_tokens=options.fit_tokens,
-            begun=seconds["begun"],
+            begun=seconds["begun"] + left * self._asking,
             validation=seconds["validation"],
-            asking=self._asking,
+            asking=self._asking if along else 0.0,
             scoring=[known if each else 0.0 for each in asks],
             score_tokens=options.score_tokens * len(self.state.record.layers),
             trials=trials_ahead(self.schedule, history),
@@ -287,24 +293,30 @@ class StageLoop:
             keeping=writing(self.keep is not None),
             saving=writing(True) / 2,
             checkpoint_every=options.checkpoint_every,
-            ends=options.efficiency_seconds + self._asking + seconds.get("tasks", 0.0),
+            ends=0.0 if sharding.is_sharded(self.live.module.teacher) else at_the_end,
         )
 
     @property
     def _asking(self) -> float:
         """Seconds in which a student says something to all tasks and text; the teacher's answers are kept."""
         asked = self.along.seconds if self.along is not None else []
-        return 0.0 if not asked else asked[1] if len(asked) > 1 else asked[0] / 2
+        if not asked:
+            return self._seconds.get("asking", 0.0)
+        return asked[1] if len(asked) > 1 else asked[0] / 2
 
     def _ends(self, token: float) -> float:
-        """Seconds of the export and the samples, by those of a training token."""
-        module = self.live.module
+        """Seconds of the export, the samples and weights in fewer bits, by those of a training token."""
+        module, spec = self.live.module, self.spec
         written = export_seconds(surgery.parameters(module.student)) if self.exports else 0.0
-        return written + speaking_seconds(self.options.samples, token, module.device)
+        if sharding.is_sharded(module.teacher):  # nothing else is measured there
+            return written
+        packed = 0.0 if spec is None else quantizing_seconds(len(spec.quantize), spec.tokens, token, module.device)
+        return written + packed + speaking_seconds(self.options.samples, token, module.device)
 
     def _sample(self) -> None:
-        """Ask a few of the items that the end of the run asks, so that the plan can tell how long all of them take."""
-        if self.few is None or sharding.is_sharded(self.live.module.teacher):
+        """Ask a few of the items that the run is going to ask, so that the plan can tell how long all of them take."""
+        whole = not sharding.is_sharded(self.live.module.teacher)  # what is in shards is asked along the run alone
+        if self.few is None or self.spec is None or not (whole or self.spec.along):
             return
         asking, times = self.few
         try:
@@ -313,8 +325,7 @@ class StageLoop:
         except Exception as error:  # of what is wrong with it the end of the run tells
             _log.warning("the plan does not tell how long tasks and text take: %s", error)
             return
-        # a student and its teacher
-        self._seconds["tasks"] = 2 * times * asking.seconds[1]
+        self._seconds["asking"] = times * asking.seconds[1]
 
     def _check_room(self) -> None:
         """Raise ValueError where what is to be measured or kept along the run has no room in it.
@@ -329,7 +340,7 @@ class StageLoop:
             ahead, tokens = len(plan), sum(planned_steps(plan, self.count.step_tokens)) * self.count.step_tokens
         check_every(self.every, tokens)
         self.data.check_validation(live.processes)
-        if self.keep is not None and not self.options.plan_only:
+        if self.keep is not None:
             self.keep.check(live.module.student, ahead - len(state.finished))
 
     def _decide(self) -> None:

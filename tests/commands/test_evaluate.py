@@ -94,6 +94,33 @@ def test_a_student_is_compared_with_a_student(run_dir: Path, tmp_path: Path) -> 
     assert not (run_dir / "evaluation.json").exists(), "it is not the run's teacher"
 
 
+def test_a_student_of_a_stage_is_asked_as_its_run_asked_it(run_dir: Path, tmp_path: Path) -> None:
+    """Without the items that layers were chosen by, framed as there, beside the run's teacher; the run's page stays."""
+    told = json.loads((run_dir / "data.json").read_text())
+    (run_dir / "data.json").write_text(json.dumps({**told, "bos": "bare"}))
+    last = asked(run_dir, tmp_path / "out").evaluation
+    (run_dir / "students").mkdir()
+    (run_dir / "model").rename(run_dir / "students" / "001")
+    (run_dir / "evaluation.json").unlink()
+    kept = asked(run_dir / "students" / "001", tmp_path / "out")
+    assert kept.evaluation is not None
+    assert last is not None
+    assert kept.evaluation.to_json() == last.to_json()
+    assert kept.evaluation.settings["excluded"] == COPY_POOL - 3
+    assert kept.files == [tmp_path / "out" / "evaluation.json"]
+    assert not (run_dir / "evaluation.json").exists()
+
+
+def test_items_that_chose_the_layers_of_either_student_are_left_out(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    (other / "data.json").write_text(json.dumps({"selection_sha256": {}}))
+    for model, reference in ((run_dir, other), (other, run_dir)):
+        found = asked(model, tmp_path / "out", f"reference={reference}").evaluation
+        assert found is not None
+        assert [task.items for task in found.tasks] == [3]
+
+
 def test_a_run_without_a_student_says_how_to_get_it(run_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(run_dir / "model")
     for look in (lambda: asked(run_dir, tmp_path / "out"), lambda: generate(run_dir, "Once")):

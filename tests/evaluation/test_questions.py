@@ -17,7 +17,7 @@ from iskd.evaluation.harness import Drawn, draw
 from iskd.evaluation.questions import questions
 from iskd.evaluation.results import TaskScore
 from iskd.evaluation.tasks.made_items import LENGTHS, copying_items, recall_items
-from iskd.evaluation.tasks.task_items import read_sentences
+from iskd.evaluation.tasks.task_items import Item, read_sentences, read_task
 from iskd.evaluation.written import compared
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import byte_tokenizer
@@ -381,6 +381,19 @@ def test_tasks_of_the_harness_are_made_at_the_lengths_that_are_asked(tmp_path: P
 
 
 # ---- scored here ----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_chose_layers_is_asked_in_no_other_form(tmp_path: Path) -> None:
+    """Of the Children's Book Test there are two: with the sentences before and without."""
+    rows = [{"question": f"{n} XXXXX went .", "options": ["Ann", "Bob"], "answer": "Bob"} for n in range(3)]
+    folder = lines(tmp_path, "cbt", [{"sentences": [f"It was {n} .", "x"], **row} for n, row in enumerate(rows)])
+    spec = EvalSpec(["cbt", "cbt_sentence"], None, str(folder))
+    for chosen in (read_task("cbt", folder)[1], read_sentences(folder)[1]):
+        asked = questions(spec, BYTES, [chosen.sha256])
+        drawn, sentences = asked["cbt"], asked["cbt_sentence"]
+        assert isinstance(drawn, Drawn)
+        assert drawn.ids == ("0", "2")
+        assert [item.id for item in sentences if isinstance(item, Item)] == ["0", "2"]
 
 
 def test_a_sentence_of_cbt_is_scored_by_the_mean_loss_of_its_tokens(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from iskd.models.skeletons import check_heads
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.teacher import TeacherSpec, load_teacher
-from tests.factories import tiny
+from tests.factories import FAMILIES, tiny
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -33,6 +34,16 @@ def says(**keys: Any) -> Change:
     def change(folder: Path) -> None:
         file = folder / CONFIG
         file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def lacks(*keys: str) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / CONFIG
+        file.write_text(
+            json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key not in keys})
+        )
 
     return change
 
@@ -116,6 +127,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "class of another family": (says(architectures=["GemmaForCausalLM"]), r"names GemmaForCausalLM.*'gemma': set"),
     "family of another class": (says(model_type="gemma"), r"'gemma' and architectures names LlamaForCausalLM"),
     "byte order mark": (text(CONFIG, "\ufeff{}"), r"config\.json begins with a byte order mark.*UTF-8 without one"),
+    "no heads": (
+        lacks("num_attention_heads", "num_key_value_heads"),
+        r"config\.json has no num_attention_heads, which no",
+    ),
     "layer list": (says(layer_types=["full_attention"] * 2), r"layer_types lists 2 layers, num_hidden_layers is 3"),
     "shape": (says(intermediate_size=40), r"another shape than config\.json says \(model\.layers\.0\.mlp"),
     "spare": (stored(lambda t: t | {"model.extra.weight": torch.ones(1)}), r"no place .*model\.extra\.weight"),
@@ -161,6 +176,17 @@ def test_what_is_no_teacher_is_refused_before_its_weights_are_read(
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=message):
         load_teacher(TeacherSpec("mine", path=str(folder)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_how_many_heads_it_has(family: str) -> None:
+    """Queries of 2 heads of 24 and of 6 heads of 8 are weights of one shape."""
+    whole = tiny(family, layers=1).config.to_dict()
+    check_heads(whole, CONFIG)
+    with pytest.raises(ValueError, match=r"config\.json has no (n_head|num_attention_heads), which no weight tells"):
+        check_heads(
+            {key: value for key, value in whole.items() if key not in ("n_head", "num_attention_heads")}, CONFIG
+        )
 
 
 def test_a_file_in_place_of_a_folder_names_the_folder(folder: Path) -> None:

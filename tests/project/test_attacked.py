@@ -57,6 +57,7 @@ ATTACKED = {
     "plan/budget_plan: read_json": "run",
     "plan/failure: read_json": "notes",
     "plan/results: read_json": "stages",
+    "plan/run_files: read_object": "evaluated",
     "plan/saved_config: read_plain": "run",
     "report/read_run: read_csv": "run",
     "report/read_run: read_json": "stages",

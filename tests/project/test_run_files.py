@@ -156,7 +156,12 @@ def _facts(folder: Path, turn: int) -> None:
     manifest = {"content": str(turn)}
     teacher = SimpleNamespace(source={"name": str(turn)})
     parts = SimpleNamespace(
-        run_dir=folder, resume=False, teacher=teacher, importances=(), data=SimpleNamespace(manifest=lambda: manifest)
+        run_dir=folder,
+        resume=False,
+        teacher=teacher,
+        importances=(),
+        start=None,
+        data=SimpleNamespace(manifest=lambda: manifest),
     )
     write_facts(cast(Any, parts), cast(Any, SimpleNamespace(precision="32-true", world_size=1 + turn)))
 

@@ -311,6 +311,20 @@ def test_a_resumed_config_does_not_ask_for_remote_code_itself(tmp_path: Path) ->
         resumed(asked, [])
 
 
+def test_a_resumed_config_does_not_ask_for_tasks_with_code_itself(tmp_path: Path) -> None:
+    """A yaml of lm-evaluation-harness may say `!function file.name`, of a file beside it."""
+    own = {"tasks": ["mine"], "task_dir": "tasks"}
+    asked = OmegaConf.create({"resume": str(tmp_path), "trainer": {"progress": True}, "eval": own})
+    OmegaConf.save({"eval": {"tasks": ["mine"], "task_dir": str(tmp_path)}}, tmp_path / "config.yaml")
+    with pytest.raises(
+        ValueError, match=r"config\.yaml asks the tasks in eval\.task_dir=.*which may hold code; if you"
+    ):
+        resumed(asked, [])
+    assert resumed(asked, ["eval.task_dir=tasks", "eval.tasks=[mine]"]).eval.task_dir == "tasks"
+    OmegaConf.save({"eval": {"tasks": ["copy"], "task_dir": None}}, tmp_path / "config.yaml")
+    assert resumed(asked, []).eval.tasks == ["copy"]
+
+
 FOREIGN = {
     "true after it was checked": ({"model": {"trust_remote_code": "${trainer.progress}"}}, "holds no interpolation"),
     "a class after it was checked": (

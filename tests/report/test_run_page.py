@@ -21,6 +21,7 @@ from iskd.plan.metric_names import METRICS, NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, write_stages
 from iskd.report.figures.edit_map import layer_states
 from iskd.report.figures.importance_rounds import rounds
+from iskd.report.figures.score_curves import score_curve, task_curves
 from iskd.report.figures.timeline import tokens_by_stage
 from iskd.report.run_page import picture, write_report
 from iskd.report.runs_page import write_runs_report
@@ -318,6 +319,21 @@ def test_unusual_runs_are_drawn(stages: list[StageResult], tmp_path: Path) -> No
     assert "record.json is not valid JSON" in text
     if any(result.status == "kept" for result in stages):
         picture(tmp_path, tmp_path / "a.png")
+
+
+def test_perplexities_of_tasks_are_drawn_as_they_are_beside_shares() -> None:
+    rows = []
+    for index in range(3):
+        tasks = {"piqa": 0.8 - 0.1 * index, "wikitext": 20.0 + 5 * index}
+        edits = [{"op": "remove", "layer": index}] if index else []
+        asked = {"tasks": [{"task": task, "student": score} for task, score in tasks.items()]}
+        rows.append(stage(index, edits=edits, evaluation=asked))
+    drawn = task_curves(score_curve("run", rows, LAYERS))
+    assert drawn is not None
+    assert [drawn.count(f">{heading}<") for heading in ("Score by task (%)", "Score by task")] == [1, 1]
+    assert max(float(tick) for tick in re.findall(r">([\d.]+)<", drawn)) <= 100
+    alone = [dataclasses.replace(row, evaluation={"tasks": (row.evaluation or {})["tasks"][:1]}) for row in rows]
+    assert ">Score by task<" not in (task_curves(score_curve("run", alone, LAYERS)) or "")
 
 
 def test_recall_and_loss_are_drawn_by_length(tmp_path: Path) -> None:

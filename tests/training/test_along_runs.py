@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from iskd.evaluation import EvalSpec
+from iskd.evaluation import EvalSpec, quantize
+from iskd.evaluation.results import evaluation_of
 from iskd.export import load
 from iskd.models import Stack
 from iskd.plan import Record
-from iskd.plan.run_files import EVALUATION_FILE
+from iskd.plan.run_files import EVALUATION_FILE, PLAN_FILE
 from iskd.report import write_report, write_runs_report
 from iskd.report.figures.score_curves import score_curve
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.system import read_json
 from iskd.training import Parts, run, stages
 from iskd.training.state import students
 from tests.runs import MIXER, TOKENS, At, Crash, crash, make_parts, metric_rows, same, weights, write_text
@@ -106,6 +109,35 @@ def test_tasks_are_asked_at_the_start_and_after_every_stage(
     assert same(weights(result), {name: p for name, p in kept.state_dict().items() if name in weights(result)})
 
 
+@pytest.mark.parametrize("every", [None, "stage"])
+def test_the_last_student_alone_is_measured_in_fewer_bits(
+    every: Any, make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a run, whether it is asked along the run or not; the plan counts it there."""
+    packed: list[int] = []
+
+    def as_it_is(_kind: str, model: Any) -> Any:
+        packed.append(len(Stack(model).layers))
+        return copy.deepcopy(model)
+
+    monkeypatch.setattr(quantize, "packed_as", as_it_is)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: name)
+    text = tmp_path / "asked.txt"
+    text.write_text("Sentence number 500 says that 500 plus 3 is 503. " * 8)
+    spec = EvalSpec(text=str(text), tokens=96, window=32, resamples=5, quantize=["int8"], every=every)
+    schedule = Iterative(RemoveLayers(), layers=[2], tokens=2 * TOKENS, lr=1e-3)
+    monkeypatch.setattr(stages, "quantizing_seconds", lambda kinds, tokens, *_: 1e6 * kinds + tokens)
+    result = run(make(tmp_path / "run", schedule=schedule, evaluation=spec))
+    assert 1e6 + 96 <= read_json(result.run_dir / PLAN_FILE)[-1]["end_seconds"] < 1.1e6
+    assert packed == [3], "one kind of one student"
+    found = evaluation_of(read_json(result.run_dir / EVALUATION_FILE))
+    assert [row.kind for row in found.quantized] == ["float32", "int8"]
+    assert found.quantized[1].perplexity == pytest.approx(found.quantized[0].perplexity)
+    assert found.text is not None
+    assert found.quantized[0].perplexity == pytest.approx(found.text.perplexity)
+    assert [stage.evaluation is not None for stage in result.stages] == [every is not None] * 2
+
+
 def test_layers_are_followed_while_they_are_aligned(make: Callable[..., Parts], tmp_path: Path) -> None:
     schedule = Align(ConvertTo(MIXER), tokens=20 * TOKENS, mixers_share=0.3, hidden_share=0.3)
     parts = make(tmp_path / "run", schedule=schedule, options={"keep_students": True})
@@ -130,8 +162,9 @@ def test_what_has_no_room_in_a_run_is_refused(
         run(make(tmp_path / "long", evaluation=EvalSpec(every=99_999)))
     usage = students.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(students.shutil, "disk_usage", lambda _path: type(usage)(usage.total, usage.used, 100))
-    with pytest.raises(ValueError, match=r"run.keep_students: 2 students take about .* has room for .*keep fewer"):
-        run(make(tmp_path / "full", options={"keep_students": True}))
+    for plan_only in (False, True):
+        with pytest.raises(ValueError, match=r"run.keep_students: 2 students take about .* has room for .*keep fewer"):
+            run(make(tmp_path / "full", options={"keep_students": True, "plan_only": plan_only}))
 
 
 @pytest.mark.parametrize("keys", [{"every": "epoch"}, {"every": 0}, {"every": True}, {"every": 1.5}])

@@ -189,6 +189,7 @@ def test_the_command_asks_the_same_again() -> None:
         (["eval.data_dir=nowhere", "eval.tasks=[piqa]"], r"no local file nowhere/piqa/eval\.jsonl: put its items"),
         (["eval.tasks=[copy]", "eval.text=nowhere.txt"], r"nowhere\.txt does not exist"),
         (["eval.tasks=[]"], "nothing to evaluate"),
+        (["eval.tasks=[]", "eval.every=stage"], r"nothing to evaluate: .* inside stages alone, eval\.every=TOKENS"),
         (["eval.tasks=[copy]", "eval.efficiency_seconds=5"], r"for a run set run\.efficiency_seconds"),
     ],
 )

@@ -13,18 +13,22 @@ from typing import Any
 import pytest
 
 from iskd.commands.compose import compose_config, parts
+from iskd.evaluation import EvalSpec
 from iskd.export import load
 from iskd.models import Stack
 from iskd.models.weights import model_tensors
 from iskd.plan import Record, Spec, Stage
 from iskd.plan.reading import record_from_json
-from iskd.plan.run_files import RECORD_FILE
+from iskd.plan.results import write_stages
+from iskd.plan.run_files import DATA_FILE, RECORD_FILE
 from iskd.schedules import History, next_stage
 from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.mixed import Mixed, Step
 from iskd.schedules.oneshot import Oneshot
 from iskd.training import Result, run
+from iskd.training.facts import selected, write_data
+from iskd.training.finish import along_the_run
 from iskd.training.state import checkpoint_files
 from tests.documents import ROOT
 from tests.runs import At, Crash, crash, same, weights
@@ -230,6 +234,26 @@ def test_a_run_on_a_student_keeps_the_first_teacher_and_the_record(
         third = chained(tmp_path / "third", result.model_dir, *keys)
         assert len(Stack(third.teacher.model).layers) == 6, "over two runs"
         assert third.start == result.model_dir
+
+
+def test_items_that_chose_layers_of_earlier_runs_stay_out(native: Result, tmp_path: Path) -> None:
+    """Of a run on a student of a run on a student too, also where it is one that was kept of a stage."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(native.run_dir, first)
+    assert native.model_dir is not None
+    shutil.copytree(native.model_dir, first / "students" / "001")
+    told = json.loads((first / DATA_FILE).read_text())
+    (first / DATA_FILE).write_text(json.dumps({**told, "selection_sha256": {"piqa": ["ab"], "copy": ["cd"]}}))
+    keys = ["edit=remove", "schedule.count=1", "importance=task_accuracy", "importance.tasks=[copy]"]
+    made = chained(second, first / "students" / "001", *keys, "importance.items=4")
+    own = [item.sha256 for item in made.importance.selection["copy"]]
+    assert selected(*made.importances, start=made.start) == {"piqa": ["ab"], "copy": ["cd", *own]}
+    write_data(made)
+    shutil.copytree(first / "model", second / "model")
+    write_stages(second, native.stages)
+    third = chained(tmp_path / "third", second / "model", "edit=remove", "schedule.count=1", "importance=bi_veto")
+    assert selected(*third.importances, start=third.start) == {"piqa": ["ab"], "copy": ["cd", *own]}
+    assert along_the_run(third, EvalSpec(["copy"]))._exclude == ["ab", "cd", *own]
 
 
 def test_a_chained_run_can_be_taken_up(mixed: Result, tmp_path: Path) -> None:

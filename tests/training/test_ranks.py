@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from iskd.evaluation import EvalSpec
+from iskd.export import load
 from iskd.importance.bi_veto import BlockInfluenceVeto
 from iskd.models import sharding
 from iskd.models.weights import model_tensors
@@ -20,9 +22,10 @@ from iskd.schedules.iterative import Iterative
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step.muon import MuonSpec
 from tests import programs
+from tests.evaluation.test_questions import WRITING, lines, piqa
 from tests.factories import tiny
 from tests.reliability import Bench
-from tests.runs import TOKENS, largest_difference, write_text
+from tests.runs import TOKENS, Scripted, every_edit, largest_difference, write_text
 from tests.worlds import World, run_world
 
 STRATEGIES = ("ddp", "fsdp")
@@ -238,6 +241,54 @@ def test_scores_and_choices_are_the_same_in_shards(folder: Path) -> None:
     alone, split = (trained(folder, f"scores-{s}", s, **changes)[0]["stages"] for s in (None, "fsdp"))
     assert [stage[0] for stage in alone] == [stage[0] for stage in split]
     assert [stage[1] for stage in split] == pytest.approx([stage[1] for stage in alone], rel=1e-5)
+
+
+def asking(folder: Path, *names: str) -> EvalSpec:
+    """Likelihoods and texts that are written, here and in the harness, and a text."""
+    rows = [{"text": f"number {n} is", "answer": f"{n}", "summary": f"{n}"} for n in range(2)]
+    file = lines(folder, "summary", rows) / "summary" / "eval.jsonl"
+    tasks, cache = folder / "tasks", json.dumps(str(folder / "cache"))
+    tasks.mkdir(exist_ok=True)
+    config = WRITING.replace("{test: FILE}}", f"{{test: {json.dumps(str(file))}}}, cache_dir: {cache}}}")
+    (tasks / "writing.yaml").write_text(config)
+    (folder / "asked.txt").write_text("Sentence number 500 says that 500 plus 3 is 503. " * 8)
+    options: dict[str, Any] = {"text": str(folder / "asked.txt"), "tokens": 96, "window": 32, "resamples": 5}
+    return EvalSpec(names, 2, str(lines(folder, "piqa", piqa(4))), str(tasks), every="stage", **options)
+
+
+@pytest.mark.parametrize(
+    "names", [("copy", "recall_64", "summary"), pytest.param(("piqa", "writing"), marks=pytest.mark.slow)]
+)
+def test_students_in_shards_are_asked_along_the_run_as_in_one_process(names: tuple[str, ...], folder: Path) -> None:
+    """The teacher, and students with a compact block and a mixer: scores of every task, and perplexity."""
+    replaced, _, converted, _ = every_edit(1)
+    keep = {"options": {"keep_students": 1}}
+    changes = {"schedule": Scripted([replaced, converted]), "evaluation": asking(folder, *names), **keep}
+    runs = [f"{names[0]}-{strategy}" for strategy in (None, "fsdp")]
+    (alone,), split = (trained(folder, run, s, **changes) for run, s in zip(runs, (None, "fsdp"), strict=True))
+    assert split[0]["asked"] == split[1]["asked"], "the first process's count"
+    assert len(split[0]["asked"]) == len(alone["asked"]) == 3
+    for mine, other in zip(split[0]["asked"], alone["asked"], strict=True):
+        assert mine["text"]["sha256"] == other["text"]["sha256"]
+        assert mine["text"]["perplexity"] == pytest.approx(other["text"]["perplexity"], rel=1e-4)
+        scores = [[(task["task"], task["items"], task["metrics"]) for task in each["tasks"]] for each in (mine, other)]
+        assert [score[:2] for score in scores[0]] == [score[:2] for score in scores[1]]
+        for (_, _, ours), (_, _, theirs) in zip(*scores, strict=True):
+            for who in ("student", "teacher"):
+                assert ours[who] == pytest.approx(theirs[who], rel=1e-4, abs=1e-6)
+
+    kept = [dict(load(folder / run / "students" / "002").state_dict()) for run in runs]
+    assert largest_difference(*kept) < 5e-5
+
+
+def test_processes_that_end_a_text_sooner_go_on_with_the_others(folder: Path) -> None:
+    """Every token is a pass in which blocks are gathered: whoever left would leave the others waiting for ever."""
+    run_world(2, programs.written_in_shards, folder, -1, folder=folder / "logs" / "written")
+    (first,), _ = json.loads((folder / "written-0.json").read_text())
+    run_world(2, programs.written_in_shards, folder, first[7], folder=folder / "logs" / "written-sooner")
+    told = [json.loads((folder / f"written-{rank}.json").read_text()) for rank in range(2)]
+    assert all(alone == found for alone, found in told)
+    assert len(told[1][0][0]) < len(told[0][0][0]) == 5 + 8
 
 
 def test_ranks_that_see_different_checkpoints_stop(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -39,7 +40,7 @@ def export_of(value: Any) -> dict[str, str] | None:
 
 
 def evaluation_of(
-    config: DictConfig, teacher: Loaded, importances: Sequence[object], data: TextData
+    config: DictConfig, teacher: Loaded, importances: Sequence[object], data: TextData, start: Path | None = None
 ) -> EvalSpec | None:
     """What the student is asked at the end of the run; that it can be asked is found out now, not after hours."""
     if not config.get("eval"):
@@ -47,12 +48,17 @@ def evaluation_of(
     spec: EvalSpec = object_of(config.eval)
     if not spec.asks and spec.inside:
         return spec
+    if not spec.asks:
+        raise ValueError(
+            "there is nothing to evaluate: set eval.tasks=[...], eval.text=FILE or, to validate inside stages alone, "
+            "eval.every=TOKENS"
+        )
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
         refuse_training_text(spec.text, data.source.fingerprint())
     if global_rank() == 0:
-        chosen = [sha for items in selected(*importances).values() for sha in items]
+        chosen = [sha for items in selected(*importances, start=start).values() for sha in items]
         check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos), seen=data.seen_share)
     return spec
 

@@ -134,7 +134,8 @@ def _made(
         )
     asked_export = export_of(plain(config.export))
     try:
-        asked = evaluation_of(config, teacher, [importance, *(step.importance for step in steps_in(schedule))], data)
+        chosen_by = [importance, *(step.importance for step in steps_in(schedule))]
+        asked = evaluation_of(config, teacher, chosen_by, data, start)
     except UnavailableError as error:
         if not config.plan_only:
             raise

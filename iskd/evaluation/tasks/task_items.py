@@ -28,8 +28,8 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,7 @@ class Item:
         gold: index of the right one among the several.
         group: items of one group (the questions on one passage) stay on one side of a split; "" = those that share
             their contexts.
+        twin: `sha256` of the same question in the form of another task (`cbt`, `cbt_sentence`); "" = there is none.
 
     Raises:
         ValueError: the texts do not fit together, a continuation is blank, or `gold` is not one of them.
@@ -75,6 +76,7 @@ class Item:
     continuations: tuple[str, ...]
     gold: int
     group: str = ""
+    twin: str = ""
 
     def __post_init__(self) -> None:
         if min(len(self.contexts), len(self.continuations)) != 1:
@@ -95,6 +97,10 @@ class Item:
     def sha256(self) -> str:
         """Hash of the texts in hex, whatever the item's name and the order of its choices."""
         return hashlib.sha256(json.dumps([sorted(self.contexts), sorted(self.continuations)]).encode()).hexdigest()
+
+    def among(self, hashes: Collection[str]) -> bool:
+        """Whether the question, in whatever form, is one of those with these `sha256`."""
+        return self.sha256 in hashes or self.twin in hashes
 
 
 def read_task(name: str, data_dir: str | Path, limit: int | None = None, seed: int = 0) -> list[Item]:
@@ -325,6 +331,10 @@ def _blimp(row: Any, id_: str) -> Item:
 
 
 def _cbt(row: Any, id_: str) -> Item:
+    return replace(_cbt_alone(row, id_), twin=_sentence_alone(row, id_).sha256)
+
+
+def _cbt_alone(row: Any, id_: str) -> Item:
     before, gap, after = _text(row, "question").partition(_GAP)
     options, answer = _texts(row, "options"), _text(row, "answer")
     if not gap:
@@ -336,6 +346,11 @@ def _cbt(row: Any, id_: str) -> Item:
 
 
 def _sentence(row: Any, id_: str) -> Item:
+    told = isinstance(row, dict) and "sentences" in row  # what the sentence alone is asked without
+    return replace(_sentence_alone(row, id_), twin=_cbt_alone(row, id_).sha256 if told else "")
+
+
+def _sentence_alone(row: Any, id_: str) -> Item:
     before, gap, after = _text(row, "question").partition(_GAP)
     options, answer = _texts(row, "options"), _text(row, "answer")
     if not gap or answer not in options:

@@ -138,7 +138,10 @@ def _draw(
 
 
 def task_curves(curve: ScoreCurve) -> str | None:
-    """Score by task of one run, stage by stage; None without tasks at two stages."""
+    """Score by task of one run, stage by stage; None without tasks at two stages.
+
+    Shares are drawn in per cent, perplexities and the like as they are, in a panel of their own.
+    """
     points = [point for point in curve.points if point.tasks]
     names = list(dict.fromkeys(name for point in points for name in point.tasks or {}))[:MOST_LINES]
     if len(points) < 2 or not names:
@@ -147,16 +150,25 @@ def task_curves(curve: ScoreCurve) -> str | None:
     label, x = _AXES[1 if removes else 0]
     if len({x(point) for point in points}) < 2:
         label, x = _AXES[2]
-    with figure_of(3.6 + 0.12 * len(names)) as figure:
-        axes = figure.subplots()
-        for name, (colour, form) in zip(names, cycle(_LOOKS), strict=False):
-            found = [(x(point), (point.tasks or {}).get(name, math.nan)) for point in points]
-            found = [(at, score) for at, score in found if math.isfinite(score)]
-            scores = [100 * score for _, score in found]
-            axes.plot([at for at, _ in found], scores, form, color=colour, label=short_label(name))
-        if label == "layers left":
-            axes.invert_xaxis()
-        axes.set_xlabel(label)
-        set_heading(axes, "Score by task (%)")
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in names:
+        told = [(x(point), (point.tasks or {}).get(name, math.nan)) for point in points]
+        found[name] = [(at, score) for at, score in told if math.isfinite(score)]
+    shares = {name for name, told in found.items() if all(abs(score) <= 1 for _, score in told)}
+    looks = dict(zip(names, cycle(_LOOKS), strict=False))
+    panels = [("Score by task (%)", 100, shares), ("Score by task", 1, set(names) - shares)]
+    panels = [panel for panel in panels if panel[2]]
+    with figure_of(3.6 * len(panels) + 0.12 * len(names)) as figure:
+        for axes, (heading, unit, some) in zip(
+            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
+        ):
+            for name in filter(some.__contains__, names):
+                colour, form = looks[name]
+                at, scores = [at for at, _ in found[name]], [unit * score for _, score in found[name]]
+                axes.plot(at, scores, form, color=colour, label=short_label(name))
+            if label == "layers left":
+                axes.invert_xaxis()
+            axes.set_xlabel(label)
+            set_heading(axes, heading)
         figure.legend(loc="outside lower left", ncols=3, columnspacing=1.2)
         return to_svg(figure, "task-scores", "Score by task along the run")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from iskd.data import Framing
 from iskd.evaluation import Asking, EvalSpec, Evaluation
-from iskd.system import Json, ProgressLine
+from iskd.system import Json, ProgressLine, global_rank
 from iskd.system.precision import serving_dtype
 from iskd.teacher import Loaded
 from iskd.training.state.undisturbed import undisturbed
@@ -23,7 +23,8 @@ _TOLD = ("tasks", "retention", "mean_retention", "text")
 class AlongTheRun:
     """Asks one student after another the same questions, beside the teacher, who is asked once.
 
-    Every process asks for itself, as no two of them share a forward pass; equal weights give equal answers.
+    Every process asks for itself, the same items in the same order: equal weights give equal answers, and models in
+    shards are gathered block by block in every pass.
 
     Args:
         spec: what to ask.
@@ -42,7 +43,11 @@ class AlongTheRun:
         self.seconds: list[float] = []
 
     def ask(
-        self, student: PreTrainedModel, source: Json | None = None, look: Callable[[], None] = lambda: None
+        self,
+        student: PreTrainedModel,
+        source: Json | None = None,
+        look: Callable[[], None] = lambda: None,
+        quantize: Sequence[str] = (),
     ) -> Evaluation:
         """Scores of a student as it would be served; modes, random numbers and what keeps documents apart stay.
 
@@ -50,6 +55,7 @@ class AlongTheRun:
             student: who is asked.
             source: what identifies it.
             look: called after every few items, and may raise to end it.
+            quantize: kinds of fewer bits that it is measured in as well; the last student of a run alone is.
         """
         start = time.perf_counter()
         device = student.device
@@ -58,13 +64,14 @@ class AlongTheRun:
         with undisturbed(student, self.teacher.model), mixed, ProgressLine() as line:
 
             def tell(what: str, done: int, total: int) -> None:
-                line(what, done, total)
+                if not global_rank():
+                    line(what, done, total)
                 look()
 
             if self._asking is None:
                 options: dict[str, Any] = {"exclude": self._exclude, "frame": self._frame}
                 self._asking = Asking(self.spec, self.teacher.tokenizer, self.teacher, **options)
-            found = self._asking.ask(student, self.teacher.tokenizer, source or {"kind": "student"}, tell)
+            found = self._asking.ask(student, self.teacher.tokenizer, source or {"kind": "student"}, tell, quantize)
         self.seconds.append(time.perf_counter() - start)
         return found
 

@@ -17,6 +17,7 @@ _DISK = 5e8  # bytes that are written or read in a second, of an ordinary disk
 _PROCESS = 12.0  # seconds until a fresh process has imported torch and transformers
 _NEW_TOKENS = 50  # of a continued prompt
 _STEP = 0.02  # seconds in which a small model takes one decoding step on a CPU
+_TURNS = 128  # decoding steps behind the speed of weights in fewer bits
 _FEW = 2  # items of each task that tell how long all of them take
 _MANY = 1000  # items of a task without a limit
 
@@ -127,8 +128,18 @@ def export_seconds(params: int) -> float:
 
 def speaking_seconds(prompts: int, token: float, device: torch.device) -> float:
     """About how long teacher and student continue so many prompts; `token`: seconds of a training token."""
-    step = max(token, _STEP if device.type == "cpu" else _STEP / 2)
-    return 2 * prompts * _NEW_TOKENS * step
+    return 2 * prompts * _NEW_TOKENS * _decoding(token, device)
+
+
+def _decoding(token: float, device: torch.device) -> float:
+    """About how long a decoding step takes."""
+    return max(token, _STEP if device.type == "cpu" else _STEP / 2)
+
+
+def quantizing_seconds(kinds: int, tokens: int, token: float, device: torch.device) -> float:
+    """About how long so many kinds of fewer bits are measured on a text; `token`: seconds of a training token."""
+    # the text is read as the student is and in each kind, and both write in turns
+    return (bool(kinds) + kinds) * tokens * token / 3 + kinds * _TURNS * _decoding(token, device)
 
 
 def a_few(spec: Any) -> tuple[Any, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from iskd.evaluation import EvalSpec
 from iskd.plan import Record, Remove, Replace, Stage
@@ -20,7 +21,7 @@ from iskd.schedules.oneshot import Oneshot
 from iskd.system import read_json
 from iskd.training import Parts, run
 from iskd.training.metrics.along import AlongTheRun
-from iskd.training.metrics.costs import Costs, a_few, scored, trials_ahead
+from iskd.training.metrics.costs import Costs, a_few, quantizing_seconds, scored, trials_ahead
 from iskd.training.plan_table import plan_rows, seconds_of
 from tests.factories import tiny
 from tests.runs import SLIM, TOKENS, make_parts, write_text
@@ -119,6 +120,18 @@ def test_what_is_promised_is_what_is_measured(
     """Tasks of 100 s, by a clock of their own, are promised at the start and after each stage, and counted there."""
     passed, real = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: real() + passed[0])
+    slow_tasks(monkeypatch, passed)
+    result = run(make(evaluation=EvalSpec(["copy"], 4, resamples=20, every="stage"), options={"keep_students": 1}))
+    plan = read_json(tmp_path / "run" / "plan.json")
+    assert [100 <= row["measure_seconds"] < 150 for row in plan[1:]] == [True, True]
+    assert [100 <= stage.seconds < 150 for stage in result.stages[1:]] == [True, True]
+    assert abs(plan[0]["measure_seconds"] - result.stages[0].seconds) < 1
+    assert 100 <= plan[-1]["end_seconds"] < 150
+    assert 100 <= plan[-1]["ended_after"] < 150
+
+
+def slow_tasks(monkeypatch: pytest.MonkeyPatch, passed: list[float]) -> None:
+    """Tasks of 100 s a model, by the clock of who asks, added to what `passed`."""
     ask = AlongTheRun.ask
 
     def slow(self: AlongTheRun, *args: Any, **ways: Any) -> Any:
@@ -129,13 +142,27 @@ def test_what_is_promised_is_what_is_measured(
         return found
 
     monkeypatch.setattr(AlongTheRun, "ask", slow)
-    result = run(make(evaluation=EvalSpec(["copy"], 4, resamples=20, every="stage"), options={"keep_students": 1}))
+
+
+def test_a_plan_alone_tells_what_its_run_asks_along(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two of four items: 200 s for the teacher as student and as teacher, each student, and the last one again."""
+    slow_tasks(monkeypatch, [0.0])
+    run(make(evaluation=EvalSpec(["copy"], 4, resamples=20, every="stage"), options={"plan_only": True}))
     plan = read_json(tmp_path / "run" / "plan.json")
-    assert [100 <= row["measure_seconds"] < 150 for row in plan[1:]] == [True, True]
-    assert [100 <= stage.seconds < 150 for stage in result.stages[1:]] == [True, True]
-    assert abs(plan[0]["measure_seconds"] - result.stages[0].seconds) < 1
-    assert 100 <= plan[-1]["end_seconds"] < 150
-    assert 100 <= plan[-1]["ended_after"] < 150
+    assert 400 <= plan[0]["measure_seconds"] < 450
+    assert [200 <= row["measure_seconds"] < 250 for row in plan[1:]] == [True, True]
+    assert 200 <= plan[-1]["end_seconds"] < 250
+
+
+def test_weights_in_fewer_bits_are_in_the_plan() -> None:
+    """A text of 600 tokens, read as it is and in each kind, and some turns of writing."""
+    cpu = torch.device("cpu")
+    told = [quantizing_seconds(kinds, 600, 0.01, cpu) for kinds in range(3)]
+    assert told[0] == 0
+    assert told[2] - told[1] == pytest.approx(told[1] - 2.0)  # one reading and the turns for each
+    assert told[1] > 4.0
 
 
 def test_tasks_at_the_end_alone_are_in_the_plan(make: Callable[..., Parts], tmp_path: Path) -> None:
