@@ -126,7 +126,7 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     steps = parts.schedule.parts if isinstance(parts.schedule, Mixed) else ()
     kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
     by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
-    editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams")
+    editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams", parts.options.fit_streams)
     spec, keeps = parts.evaluation, parts.options.keep_students
     along = along_the_run(parts, spec) if spec is not None and spec.along else None
     few = None
