@@ -10,7 +10,8 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,15 +26,23 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from iskd.models import Stack, sharding, surgery
+from iskd.blocks import merge
+from iskd.losses.kl import KL
+from iskd.models import Stack, sharding
 from iskd.models.weights import model_tensors
-from iskd.plan import Convert, Record, Spec
-from iskd.refits import carrying_out, refit_survivors
+from iskd.plan import Convert, Edit, Record, Remove, Spec, Stage
+from iskd.plan.edits import Merge
+from iskd.refits import Refit, carrying_out
+from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
+from iskd.refits.magnitude import Magnitude
+from iskd.refits.replaceme import ReplaceMe
+from iskd.refits.values import Values
 from iskd.system import Ranks, watchdog
 from iskd.training import Parts, run
+from iskd.training.editing import carry_out
 from iskd.training.state import checkpoint, checkpoint_files
-from iskd.training.step import DistillModule, StepGuard
+from iskd.training.step import DistillModule, OptimSpec, StepGuard
 from iskd.training.step.module import StepResult
 from iskd.training.strategies import ranks_of
 from tests.factories import louder, tiny, windows
@@ -347,24 +356,66 @@ def written_in_shards(rank: int, folder: Path, ends: int) -> None:
     (folder / f"written-{rank}.json").write_text(json.dumps([alone.tolist(), found.tolist()]))
 
 
-def refitted_by_layers(rank: int, folder: Path, size: int) -> None:
-    """Layers of a student with mixers trained on the teacher's stream, among processes; its weights are kept."""
+TEXT: dict[str, Any] = {"tokens": 13 * 16, "held_tokens": 5 * 16}  # unequally many windows for two ranks
+GLA, SLIDING = Spec("iskd.mixers.gla.GLA", {}), Spec("iskd.mixers.sliding.Sliding", {"window": 3, "sinks": 1})
+#: Edits and what re-solves the survivors; ridges are firm, as a weak one makes differences of rounding large.
+EDITED: dict[str, tuple[tuple[Edit, ...], tuple[Refit, ...]]] = {
+    "local": ((Remove(1),), (Local(**TEXT, lr=1e-3, epochs=2),)),
+    "layers": (
+        tuple(Convert(layer, GLA, seed=layer) for layer in (0, 1, 3)),
+        (Local(**TEXT, lr=1e-3, epochs=2, sublayers=True, inputs="teacher"),),
+    ),
+    "magnitude": ((Remove(2),), (Magnitude(**TEXT),)),
+    "norms": ((Remove(0), Remove(2)), (Magnitude(**TEXT, statistic="norm"),)),
+    "replaceme": ((Remove(1),), (ReplaceMe(**TEXT, ridge=0.3),)),
+    "calibrate": ((Convert(0, GLA, seed=3), Convert(2, GLA, seed=5)), (Calibrate(**TEXT),)),
+    "values": ((Convert(1, SLIDING, seed=3),), (Values(**TEXT, ridge=0.3),)),
+    "merge": ((Merge(2),), ()),
+}
+
+
+def edited(rank: int, folder: Path, size: int) -> None:
+    """All of `EDITED` by processes that share the text, on whole weights and in shards; each keeps its students."""
     if size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=size)
-    teacher = louder(tiny("llama"))
-    student = copy.deepcopy(teacher)
-    edits = [Convert(layer, Spec("iskd.mixers.gla.GLA", {}), seed=layer) for layer in (0, 1, 3)]
-    record = surgery.apply(student, Record(4), edits)
-    mine: list[int] = []
-    train = Local._block
+    # batches of four windows; what is no better is kept all the same
+    patches = ((carrying_out, "_BATCH", 4 * 16), (carrying_out, "_ROUNDING", -1e9), (merge, "_ROUNDING", -1e9))
+    train, trained = Local._block, list[int]()
 
     def noted(self: Local, task: Any, site: Any, apart: bool) -> Any:
-        mine.append(site.layer)
+        trained.append(site.layer)
         return train(self, task, site, apart)
 
-    refit = Local(tokens=320, held_tokens=96, lr=1e-3, epochs=2, sublayers=True, inputs="teacher")
-    text = list(windows(26, 16, seed=5).split(4))
-    with mock.patch.object(Local, "_block", noted):
-        told = refit_survivors([refit], student, teacher, record, edits, lambda _: text, ranks=Ranks(rank, size))
-    save_file(model_tensors(student), folder / f"{size}-{rank}.safetensors")
-    (folder / f"{size}-{rank}.json").write_text(json.dumps({"trained": mine, "told": told[0]}))
+    with ExitStack() as stack:
+        for target, name, value in patches:
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mock.patch.object(Local, "_block", noted))
+        for strategy in ("one",) if size == 1 else ("ddp", "fsdp"):
+            weights: dict[str, Tensor] = {}
+            seen: dict[str, Any] = {}
+            for name, (edits, refits) in EDITED.items():
+                trained.clear()
+                module, events = edited_as(name, edits, refits, Ranks(rank, size), in_shards=strategy == "fsdp")
+                found = model_tensors(module.student)
+                weights |= {f"{name} {key}": sharding.whole(value).clone() for key, value in found.items()}
+                seen[name] = {"trained": list(trained), "events": events}
+            save_file(weights, folder / f"{strategy}-{rank}.safetensors")
+            (folder / f"{strategy}-{rank}.json").write_text(json.dumps(seen))
+
+
+def edited_as(
+    name: str, edits: Sequence[Edit], refits: Sequence[Refit], ranks: Ranks, *, in_shards: bool
+) -> tuple[DistillModule, list[str]]:
+    """The module after an edit as a run makes it, and what it says."""
+    teacher = louder(tiny("llama", tie_word_embeddings=name == "norms"))
+    module = DistillModule(copy.deepcopy(teacher), teacher, {"kl": (KL(), 1.0)}, OptimSpec(), Record(4))
+    module.join(ranks, lambda: False)
+    if in_shards:
+        mesh = init_device_mesh("cpu", (ranks.size,))
+        for model in (module.student, module.teacher):
+            sharding.shard(model, mesh)
+    stage = Stage(name, tuple(edits), tokens=64, lr=1e-3)
+    text = list(windows(9, 16, seed=5).repeat_interleave(2, 0).split(4))  # held-out text is like that of the fits
+    optimizer = module.configure_optimizers()
+    made = carry_out(module, optimizer, stage, text, nullcontext, refits, lambda _: text)
+    return module, made.events

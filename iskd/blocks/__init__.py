@@ -3,7 +3,7 @@
 They inherit from it by `from_block`, or by a ridge fit on calibration text (`fitting`). `merge` makes one of the host's
 own blocks out of two.
 
-Imports: plan, models.
+Imports: system, plan, models.
 """
 
 from __future__ import annotations

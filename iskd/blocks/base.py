@@ -11,13 +11,14 @@ A compact block is a class with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from iskd.blocks.ridge import Ridge, row_weights
+from iskd.blocks.streams import Streams
 from iskd.models import Stack
 
 
@@ -26,24 +27,28 @@ class FitData:
     """Calibration data of one layer, in batches.
 
     Attributes:
-        inputs: the student's own stream before the layer, each [B, T, D].
-        targets: the teacher's stream after the layer, each [B, T, D].
+        inputs: the student's own stream before the layer, each [B, T, D]; it goes on once the layer is fitted.
+        targets: the teacher's stream after the layer, each [B, T, D]; so does it.
         run: `run(block, h_BTD, i)` calls a block as the host would on batch i.
         stack: the student, for sizes and paths.
         systems: normal equations that fits on these very data have summed up already, by the block that is replaced
             and the heads that stay of it; whoever fits several blocks for one hands them on.
     """
 
-    inputs: list[Tensor]
-    targets: list[Tensor]
+    inputs: Sequence[Tensor] | Streams
+    targets: Sequence[Tensor] | Streams
     run: Callable[[nn.Module, Tensor, int], Tensor]
     stack: Stack
     systems: dict[tuple[nn.Module, tuple[int, ...]], Ridge] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Per batch: index, input [B, T, D], target [B, T, D] and row weight [B, T, 1] (`row_weights`)."""
-        for index, (h, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
-            yield index, h, target, row_weights(target)
+        return (self.row(index) for index in range(len(self.inputs)))
+
+    def row(self, index: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Those of one batch, the target in float32."""
+        target = self.targets[index].float()
+        return index, self.inputs[index], target, row_weights(target)
 
 
 def fit_error(new: nn.Module, data: FitData) -> float:

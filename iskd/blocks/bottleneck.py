@@ -98,11 +98,10 @@ class Bottleneck(nn.Module):
         # a generator of its own: a fit draws the same on every rank and moves nobody's random numbers
         generator = torch.Generator(block.up.weight.device).manual_seed(0)
         nn.init.xavier_uniform_(block.up.weight, gain=0.1, generator=generator)
-        batches = list(data.rows())
         optimizer = torch.optim.Adam(new.parameters(), lr=3e-3)
         with torch.enable_grad():
             for step in range(fit_steps):
-                index, h, target, weight = batches[step % len(batches)]
+                index, h, target, weight = data.row(step % len(data.inputs))
                 for group in optimizer.param_groups:
                     group["lr"] = 3e-3 * (1 - step / fit_steps)
                 error = ((data.run(new, h, index) - target).float() * weight).square().sum(-1).mean()

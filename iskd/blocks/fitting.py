@@ -1,7 +1,8 @@
 """Warm start: compact blocks fitted to the blocks they replace, and pairs merged, before the first training step.
 
 Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on
-the student's own stream (which already went through the compact blocks below it) towards the teacher's stream.
+the student's own stream (which already went through the compact blocks below it) towards the teacher's stream. Between
+two blocks the states of all windows lie where there is room for them (`iskd.blocks.streams`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,13 @@ from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import Merged, merged, unlike
+from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
-from iskd.models.capture import Trace, states_after, without_autocast_cache
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import without_autocast_cache
 from iskd.plan import Edit, Record, Replace
 from iskd.plan.edits import REMOVALS, Merge
+from iskd.plan.options import PLACES
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ def warm_start(
     edits: Iterable[Edit],
     batches: Sequence[Tensor],
     judge: Callable[[Sequence[Tensor]], float] | None = None,
+    place: str = PLACES[0],
+    folder: Path | None = None,
 ) -> list[Fitted | Merged]:
     """Fit the compact blocks that `edits` put into `student`, and merge what they merge.
 
@@ -54,6 +61,8 @@ def warm_start(
         batches: calibration windows, each [B, T].
         judge: says how far the student is from its teacher on windows held out of them (nats per token), which decides
             whether a pair is merged or its upper block only removed. To be given where something is merged.
+        place: where the states of all windows lie, one of `PLACES`: one stream of each model.
+        folder: of those on disk; None = where the system keeps temporary files.
 
     Returns:
         One `Fitted` per fitted block and one `Merged` per merge, in stack order.
@@ -71,9 +80,10 @@ def warm_start(
         judged = partial(judge, held)
     if not (fits or pairs) or not batches:
         return []
+    streams = partial(Streams, place, next(student.parameters()).device, folder)
     # dropout would make fits noisy and draw from the run's random numbers
     with scoring(student, teacher, *old_blocks.values()), without_autocast_cache():
-        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged)
+        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged, streams)
 
 
 def _walk(
@@ -85,25 +95,24 @@ def _walk(
     pairs: dict[int, list[Merge]],
     batches: Sequence[Tensor],
     judge: Callable[[], float] | None,
+    streams: Callable[[], Streams],
 ) -> list[Fitted | Merged]:
     device = next(student.model.parameters()).device
-    positions = [record.layers.index(layer) for layer in (*fits, *pairs)]
     batches = [batch.to(device) for batch in batches]
-    traces = [Trace(student, batch, min(positions), max(positions)) for batch in batches]
-    wanted = {record.state_after(layer) for layer in (*fits, *pairs)}
-    wanted |= {merge.layer for merges in pairs.values() for merge in merges}
-    targets = [states_after(teacher, range(record.num_layers), wanted, batch) for batch in batches]
-    streams = [trace.input for trace in traces]
+    inputs, goals = streams(), streams()
+    ours, theirs = enter(student, batches, inputs, streams()), enter(teacher, batches, goals, streams())
+    last = max(record.layers.index(layer) for layer in (*fits, *pairs))
+    below = 0  # the teacher's next layer
     done: list[Fitted | Merged] = []
-    for position in range(min(positions), max(positions) + 1):
+    for position in range(last + 1):
         layer, block = record.layers[position], student.layers[position]
 
         def run(module: nn.Module, h_BTD: Tensor, index: int, position: int = position) -> Tensor:
-            return traces[index].run(position, module, h_BTD)
+            return ours[index].run(position, module, h_BTD)
 
         if layer in fits:
-            goal = [target[record.state_after(layer)].float() for target in targets]
-            data = FitData(streams, goal, run, student)
+            below = _advance(teacher, theirs, goals, below, record.state_after(layer))
+            data = FitData(inputs, goals, run, student)
             before = fit_error(block, data)
             spec = fits[layer].block
             spec.resolve().fit(block, old_blocks[layer], data, **spec.kwargs)  # type: ignore[attr-defined]
@@ -111,11 +120,22 @@ def _walk(
         for merge in pairs.get(layer, ()):
             # all but the last stand for what is merged so far, the last for the whole gap
             after = record.state_after(layer) if merge is pairs[layer][-1] else merge.layer
-            data = FitData(streams, [target[after].float() for target in targets], run, student)
+            below = _advance(teacher, theirs, goals, below, after)
             assert judge is not None
+            data = FitData(inputs, goals, run, student)
             done.append(_merge(block, old_blocks[merge.layer], data, merge, layer, judge))
-        streams = [run(block, stream, index) for index, stream in enumerate(streams)]
+        if position < last:
+            for index in range(len(batches)):
+                inputs[index] = run(block, inputs[index], index)
     return done
+
+
+def _advance(stack: Stack, calls: Sequence[BlockCalls], stream: Streams, below: int, after: int) -> int:
+    """Take a stream from before the block `below` to after the block `after`; returns the next one."""
+    for number in range(below, after + 1):
+        for index, call in enumerate(calls):
+            stream[index] = call.run(number, stack.layers[number], stream[index])
+    return after + 1
 
 
 def _merge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +21,20 @@ from iskd.system.machine import clock
 _RESAMPLES = 1000
 
 
+class Remembered(Protocol):
+    """Tensors by number, of which the first are there: a dictionary, or what keeps them elsewhere."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Tensor: ...
+    def __setitem__(self, index: int, value: Tensor) -> None: ...
+
+
 @torch.no_grad()
 def measure_quality(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
-    remembered: dict[int, Tensor] | None = None,
+    remembered: Remembered | None = None,
     *,
     intervals: bool = False,
 ) -> dict[str, float]:
@@ -49,10 +58,10 @@ def measure_quality(
     ours, theirs = Stack(student), Stack(teacher)
     device = student.device
     metrics, sums, seconds = QualityMetrics().to(device), _WindowSums().to(device), 0.0
-    known = {} if remembered is None else remembered
+    known: Remembered = {} if remembered is None else remembered
     for index, batch in enumerate(batches):
         input_ids = batch["input_ids"].to(device)
-        expected = known[index] if index in known else theirs.last_hidden(input_ids)
+        expected = known[index] if index < len(known) else theirs.last_hidden(input_ids)
         if remembered is not None:
             remembered[index] = expected
         start = clock(device)

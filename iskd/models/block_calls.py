@@ -5,6 +5,8 @@ So that two models can be walked side by side, block by block over all batches, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +50,42 @@ class BlockCalls:
         del self.embedded
         return embedded
 
+    def lay(self, put: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+        """Keep what blocks are given beside the stream elsewhere: `put` takes a tensor and returns what reads it."""
+        known: dict[int, _Laid] = {}  # the same tensors are given to all blocks
+
+        def laid(tensor: Tensor) -> _Laid:
+            if id(tensor) not in known:
+                known[id(tensor)] = _Laid(put(tensor))
+            return known[id(tensor)]
+
+        self._calls = [
+            Call(_mapped(call.args, Tensor, laid), _mapped(call.kwargs, Tensor, laid)) for call in self._calls
+        ]
+
     def run(self, position: int, block: nn.Module, h_BTD: Tensor) -> Tensor:
         """Call `block` as the host calls the block at `position`, on a stream [B, T, D]; returns the one after it."""
         call = self._calls[position]
-        return state_of(block(h_BTD, *call.args, **call.kwargs))
+        args, kwargs = (_mapped(given, _Laid, lambda laid: laid.read()) for given in (call.args, call.kwargs))
+        return state_of(block(h_BTD, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A tensor that lies elsewhere."""
+
+    read: Callable[[], Tensor]
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A value in which everything of a kind has been changed, in tuples, lists and dictionaries too."""
+    if isinstance(value, kind):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(one, kind, change) for one in value)
+    if type(value) is dict:
+        return {key: _mapped(one, kind, change) for key, one in value.items()}
+    return value
 
 
 class _HandsOn(nn.Module):

@@ -11,6 +11,8 @@ from pydantic import PositiveInt
 # what huggingface_hub, which cuts the files, reads and is no nonsense: no sign, no word
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*[KMGT]B", re.IGNORECASE)
 MOST_SAMPLES = 5
+PLACES = ("device", "host", "disk")
+"""Where the states of many windows can lie."""
 UPKEEP = frozenset(
     {
         "checkpoint_every",
@@ -23,7 +25,7 @@ UPKEEP = frozenset(
         "efficiency_seconds",
         "share_prefix",
     }
-    | {"gradient_checkpointing", "compile", "max_shard_bytes", "samples"}
+    | {"gradient_checkpointing", "compile", "max_shard_bytes", "samples", "fit_streams"}
 )
 """Options that a resumed run may change: upkeep, which changes no number of it."""
 
@@ -38,6 +40,7 @@ class RunOptions:
         keep_students: write the student of every kept stage as a model directory, RUN/students/NNN; a number: so many,
             the newest. False = only the last one, where it is exported.
         fit_tokens: calibration tokens for fitting compact blocks and merging; 0 = no fit.
+        fit_streams: where their states lie between two blocks: device, host or disk (below `cache_dir`).
         score_tokens: calibration tokens for importance scores.
         measure_before: measure quality between edit and healing as well.
         movement_steps: optimizer steps after which every new parameter must have got a gradient and moved.
@@ -64,6 +67,7 @@ class RunOptions:
     keep: int = 2
     keep_students: bool | int = False
     fit_tokens: int = 4096
+    fit_streams: str = PLACES[0]
     score_tokens: int = 2048
     measure_before: bool = True
     movement_steps: int = 4
@@ -89,7 +93,8 @@ class RunOptions:
                 raise ValueError(f"run.{key} must not be negative, got {getattr(self, key)}")
         if self.samples > MOST_SAMPLES:
             raise ValueError(f"run.samples={self.samples}: there are {MOST_SAMPLES} prompts, choose at most as many")
-        for key, choices in (("on_oom", ("stop", "halve")), ("checkpoints", ("full", "sharded"))):
+        options = {"on_oom": ("stop", "halve"), "checkpoints": ("full", "sharded"), "fit_streams": PLACES}
+        for key, choices in options.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"run.{key}={getattr(self, key)!r}: choose {' or '.join(choices)}")
         if not isinstance(self.gradient_checkpointing, bool) and self.gradient_checkpointing != "selective":

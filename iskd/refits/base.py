@@ -19,12 +19,13 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
-from iskd.models.capture import begins_with, state_of
+from iskd.models.capture import state_of
 from iskd.plan import Edit, Record
 from iskd.plan.edits import REMOVALS
-from iskd.refits.streams import PLACES, Streams
+from iskd.plan.options import PLACES
 from iskd.system import Ranks
 from iskd.teacher import BatchStates, TeacherStates
 
@@ -42,6 +43,8 @@ class Refit(ABC):
         tokens: calibration tokens, over all processes, that weights are fitted to.
         held_tokens: calibration tokens beside them that choose among fits and judge the refit.
         folds: parts of the text that are fitted to in turn, where a refit does that.
+        streams: where states of all windows lie, one of `PLACES`.
+        by_steps: whether each batch is a step of training: of as many tokens, however many processes share it.
 
     Raises:
         ValueError: a value that cannot work; the message names its key.
@@ -50,6 +53,8 @@ class Refit(ABC):
     tokens: PositiveInt = 32_768
     held_tokens: PositiveInt = 8_192
     folds: ClassVar[int] = 1
+    streams: ClassVar[str] = PLACES[0]
+    by_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,9 +65,8 @@ class Refit(ABC):
                     f"refit.{name}.{key}={getattr(self, key)}: a refit needs calibration text; give more, or use "
                     "refit=none"
                 )
-        place = getattr(self, "streams", PLACES[0])
-        if place not in PLACES:
-            raise ValueError(f"refit.{name}.streams={place!r}: choose {', '.join(PLACES)}")
+        if self.streams not in PLACES:
+            raise ValueError(f"refit.{name}.streams={self.streams!r}: choose {', '.join(PLACES)}")
 
     @classmethod
     def name(cls) -> str:
@@ -84,7 +88,7 @@ class Refit(ABC):
         """Whether processes share out the layers, and each reads all windows; otherwise they share out the windows."""
         return False
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:  # noqa: B027
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:  # noqa: B027
         """Raise ValueError where it cannot be carried out after some edits.
 
         Asked before a run scores or edits anything.
@@ -92,7 +96,6 @@ class Refit(ABC):
         Args:
             stack: the teacher.
             edits: all of the student by then; which layers they are of may turn out otherwise.
-            sharded: whether the student is in shards when it is refitted.
         """
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
@@ -185,7 +188,7 @@ class BlockRefit(Refit):
     """
 
     blocks: str = "all"
-    streams: str = "device"
+    streams: str = PLACES[0]  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -264,12 +267,13 @@ class Site:
 
 
 def walk(
-    task: RefitTask, place: str = "device", *, attention: bool = False, independent: bool = False
+    task: RefitTask, place: str = PLACES[0], *, attention: bool = False, independent: bool = False
 ) -> Iterator[Site]:
     """Both models side by side through all of a rank's windows: each block of either runs once.
 
     Yields the surviving blocks in stack order. Whoever takes one may change its weights; the student's stream goes on
-    through the new ones. Memory: the streams of all windows, at `place`, and one block of each model.
+    through the new ones. Memory: the streams of all windows, at `place`, and one block of each model; of all windows
+    nothing else lies on the device but their token ids.
 
     Args:
         task: student, teacher and text.
@@ -279,15 +283,13 @@ def walk(
     """
     ours, theirs = Stack(task.student), Stack(task.teacher)
     batches = task.batches
-    calls: list[tuple[BlockCalls, BlockCalls]] = []
-    kept: list[BatchStates | None] = []
     student, teacher = task.streams(place), task.streams(place)
-    tuples = [begins_with(stack, batch[:1, :2]) for stack in (ours, theirs) for batch in batches[:1]]
-    for index, batch in enumerate(batches):
-        own, original = (BlockCalls(stack, batch, found) for stack, found in zip((ours, theirs), tuples, strict=True))
-        kept.append(None if task.states is None else task.states.of(batch, original.embedded))
-        student[index], teacher[index] = own.hand_over(), original.hand_over()
-        calls.append((own, original))
+    own, original = (
+        enter(stack, batches, into, task.streams(place)) for stack, into in ((ours, student), (theirs, teacher))
+    )
+    kept: list[BatchStates | None] = [
+        None if task.states is None else task.states.of(batch, teacher[index]) for index, batch in enumerate(batches)
+    ]
     between = task.streams(place) if attention and theirs.sequential else None
     below = 0  # the teacher's next layer
     for position, layer in enumerate(task.record.layers):
@@ -297,14 +299,13 @@ def walk(
             student = task.streams(place)
             for index, state in enumerate(teacher):
                 student[index] = state
-        for index, (_, original) in enumerate(calls):
-            states = kept[index]
+        for index, states in enumerate(kept):
             found = None if states is None else states.get(above - 1)
             middle = None if states is None or between is None else states.get(layer, between=True)
             if found is None or (between is not None and middle is None):
                 found = teacher[index]
                 for number in range(below, above):
-                    found, added = _teacher_block(theirs, number, original, found, apart=between is not None)
+                    found, added = _teacher_block(theirs, number, original[index], found, apart=between is not None)
                     middle = added if number == layer else middle
                 if states is not None:
                     states.put(above - 1, found)
@@ -316,7 +317,7 @@ def walk(
         below = above
         with task.opened(layer):
             block = ours.layers[position]
-            site = Site(layer, position, block, student, teacher, between, ours, None, [own for own, _ in calls])
+            site = Site(layer, position, block, student, teacher, between, ours, None, own)
             yield site
             if independent:
                 continue

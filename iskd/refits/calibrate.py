@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from iskd.models import Stack
 from iskd.models.capture import Call, attention_weights, follow
 from iskd.models.hosting import HostedMixer
 from iskd.models.sharding import is_sharded
-from iskd.plan import Convert, Edit
+from iskd.plan import Convert
 from iskd.refits.base import Refit, RefitTask
 
 LEAST_REACH, MOST_MEMORY = 0.5, 1e6
@@ -45,8 +45,9 @@ class Calibrate(Refit):
         scale: bring heads to size; else gates alone.
 
     Source: Taylor-Calibrate (arXiv 2606.16429)
-    Needs: `edit=convert`; calibration tokens (`refit.calibrate.tokens`); a trainer other than fsdp
-    Costs: two passes of the teacher, one with its attention written out, and one of the mixers
+    Needs: `edit=convert`; calibration tokens (`refit.calibrate.tokens`)
+    Costs: two passes of the teacher, one with its attention written out, and one of the mixers; in shards the second
+        pass once for each mixer
     Measured: not measured
     """
 
@@ -59,77 +60,92 @@ class Calibrate(Refit):
         """Two of the teacher's blocks, and of the mixers' half a block."""
         return 2.5
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
-        """Raise ValueError for a student in shards."""
-        if sharded:
-            raise ValueError("refit=calibrate needs whole weights, and trainer=fsdp holds them in shards: leave it out")
-
     def changes(self, task: RefitTask) -> list[nn.Module]:
         """The blocks of this stage's mixers."""
         return task.blocks({edit.layer for edit in task.edits if isinstance(edit, Convert)})
 
     def refit(self, task: RefitTask) -> list[str]:
-        """Calibrate; see the class. Raises ValueError as `check`."""
-        stack, layers = Stack(task.student), list(task.record.layers)
-        self.check(stack, sharded=is_sharded(task.student))
-        mixers: dict[int, Any] = {}
-        for edit in task.edits:
-            if isinstance(edit, Convert) and edit.layer in layers:
-                hosted = stack.layers[layers.index(edit.layer)].get_submodule(stack.family.attn)
-                assert isinstance(hosted, HostedMixer)
-                if hasattr(hosted.mixer, "calibrate"):
-                    mixers[edit.layer] = hosted.mixer
-        if not mixers:
+        """Calibrate; see the class."""
+        stack = Stack(task.student)
+        layers = sorted(
+            edit.layer
+            for edit in task.edits
+            if isinstance(edit, Convert) and edit.layer in task.record.layers
+            if hasattr(_mixer(stack, task, edit.layer), "calibrate")
+        )
+        if not layers:
             return ["no mixer of this stage to calibrate"]
-        mixers = dict(sorted(mixers.items()))
-        told = self._gates(task, mixers)
-        return [told, self._scales(task, mixers)] if self.scale else [told]
+        told = self._gates(task, layers)
+        return [told, self._scales(task, layers)] if self.scale else [told]
 
-    def _gates(self, task: RefitTask, mixers: dict[int, Any]) -> str:
-        """Set the gates of mixers by layer."""
-        reach, entropy = _attended(task, list(mixers))
+    def _gates(self, task: RefitTask, layers: Sequence[int]) -> str:
+        """Set the gates of the mixers at some layers."""
+        reach, entropy = _attended(task, layers)
         memory = reach.clamp_min(LEAST_REACH) / math.log(2)
         strength, found = 0.3 + 0.4 * (1 - entropy), []
-        for index, mixer in enumerate(mixers.values()):
-            channels = (mixer.heads, -1)  # as many per head as the mixer has heads
-            width = mixer.projections.get_submodule("o_proj").in_features // memory.shape[1]
-            given = [x[index].repeat_interleave(width).view(channels).mean(1) for x in (memory, strength)]
-            bias = next(mixer.parameters())
-            memory_H, strength_H = (x.to(bias.device, torch.float32) for x in given)
-            found += mixer.calibrate(memory_H.clamp(1, MOST_MEMORY), strength_H.clamp(0.01, 0.99))
+        for index, layer in enumerate(layers):
+            with task.opened(layer):
+                mixer = _mixer(Stack(task.student), task, layer)
+                channels = (mixer.heads, -1)  # as many per head as the mixer has heads
+                width = outs_of(mixer) // memory.shape[1]
+                given = [x[index].repeat_interleave(width).view(channels).mean(1) for x in (memory, strength)]
+                bias = next(mixer.parameters())
+                memory_H, strength_H = (x.to(bias.device, torch.float32) for x in given)
+                found += mixer.calibrate(memory_H.clamp(1, MOST_MEMORY), strength_H.clamp(0.01, 0.99))
         names = ", ".join(sorted(set(found))) or "no gate"
         return (
-            f"{names} of {len(mixers)} mixers set: heads of the teacher look back {reach.min():.3g} to "
+            f"{names} of {len(layers)} mixers set: heads of the teacher look back {reach.min():.3g} to "
             f"{reach.max():.3g} tokens, with {100 * entropy.min():.0f} to {100 * entropy.max():.0f} % of the entropy "
             "of uniform attention"
         )
 
-    def _scales(self, task: RefitTask, mixers: dict[int, Any]) -> str:
-        """Scale the columns of the mixers' output projections by head."""
-        stack, ours = Stack(task.teacher), Stack(task.student)
-        path, layers, width = stack.family.attn, list(mixers), stack.dims.head_dim
-        hosted = [ours.layers[task.record.layers.index(layer)].get_submodule(path) for layer in layers]
-        outs = [stack.layers[layer].get_submodule(stack.family.out) for layer in layers]
-        sums = torch.zeros(len(layers), 2, outs_of(mixers[layers[0]]) // width, dtype=torch.float64, device=task.device)
-
-        def visit(index: int, call: Call, _output: Any) -> None:
-            wanted = heard[0]
-            with _hearing([mixers[layers[index]].get_submodule(OUT)]) as own:
-                hosted[index](*call.args, **{key: value for key, value in call.kwargs.items() if key != cache})
-            y, m = (x.double().unflatten(-1, (-1, width)) for x in (wanted, own[0]))
-            sums[index] += torch.stack([(y * m).sum((0, 1, 3)), m.square().sum((0, 1, 3))])
-            heard.clear()
-
-        cache = stack.family.cache_key
-        for batch in task.fit:
-            with _hearing(outs) as heard:
-                follow(stack, batch.to(task.device), _spans(stack, layers), visit)
-        task.ranks.add(sums)
-        scales = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).clamp(*SCALES)
-        for mixer, scale_H in zip(mixers.values(), scales, strict=True):
-            weight = mixer.get_submodule(OUT).weight
-            weight.mul_(scale_H.repeat_interleave(width).to(weight.dtype))
+    def _scales(self, task: RefitTask, layers: Sequence[int]) -> str:
+        """Bring the heads of the mixers at some layers to the teacher's size."""
+        # one pass for all of them; in shards a block at a time is whole
+        groups = [[layer] for layer in layers] if is_sharded(task.student) else [layers]
+        found = []
+        for group in groups:
+            with ExitStack() as whole:
+                for layer in group:
+                    whole.enter_context(task.opened(layer))
+                found.append(_scaled(task, group))
+        scales = torch.cat(found)
         return f"heads brought to the teacher's size: by {scales.min():.2f} to {scales.max():.2f}"
+
+
+def _mixer(stack: Stack, task: RefitTask, layer: int) -> Any:
+    """The mixer that stands for the attention at a layer."""
+    hosted = stack.layers[task.record.layers.index(layer)].get_submodule(stack.family.attn)
+    assert isinstance(hosted, HostedMixer)
+    return hosted.mixer
+
+
+def _scaled(task: RefitTask, layers: Sequence[int]) -> Tensor:
+    """Scale the columns of the output projections of the mixers at some layers by head; returns by how much [L, H]."""
+    stack, ours = Stack(task.teacher), Stack(task.student)
+    path, cache, width = stack.family.attn, stack.family.cache_key, stack.dims.head_dim
+    hosted = [ours.layers[task.record.layers.index(layer)].get_submodule(path) for layer in layers]
+    mixers = [_mixer(ours, task, layer) for layer in layers]
+    outs = [stack.layers[layer].get_submodule(stack.family.out) for layer in layers]
+    sums = torch.zeros(len(layers), 2, outs_of(mixers[0]) // width, dtype=torch.float64, device=task.device)
+
+    def visit(index: int, call: Call, _output: Any) -> None:
+        wanted = heard[0]
+        with _hearing([mixers[index].get_submodule(OUT)]) as own:
+            hosted[index](*call.args, **{key: value for key, value in call.kwargs.items() if key != cache})
+        y, m = (x.double().unflatten(-1, (-1, width)) for x in (wanted, own[0]))
+        sums[index] += torch.stack([(y * m).sum((0, 1, 3)), m.square().sum((0, 1, 3))])
+        heard.clear()
+
+    for batch in task.fit:
+        with _hearing(outs) as heard:
+            follow(stack, batch.to(task.device), _spans(stack, layers), visit)
+    task.ranks.add(sums)
+    scales = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).clamp(*SCALES)
+    for mixer, scale_H in zip(mixers, scales, strict=True):
+        weight = mixer.get_submodule(OUT).weight
+        weight.mul_(scale_H.repeat_interleave(width).to(weight.dtype))
+    return scales
 
 
 def outs_of(mixer: Any) -> int:

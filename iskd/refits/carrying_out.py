@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd.blocks.streams import Streams
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
@@ -20,7 +21,7 @@ from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
 
-_BATCH = 2048  # tokens
+_BATCH = 2048  # tokens: of a process, or of all in a step of training
 _ROUNDING = 1e-6  # nats
 _JUDGED = 3  # passes over the text held out
 
@@ -69,7 +70,7 @@ def refit_survivors(
             task = RefitTask(
                 student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
             )
-            expected: dict[int, Tensor] = {}
+            expected = task.streams(refit.streams)
             before = _kl(task, expected)
             if not ranks.first(math.isfinite(before)):
                 raise ValueError(
@@ -114,7 +115,7 @@ def check_refits(
         sharded: whether the student is in shards then.
     """
     for refit in refits:
-        refit.check(Stack(teacher), edits, sharded=sharded)
+        refit.check(Stack(teacher), edits)
         split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, ranks, sharded=sharded))
 
 
@@ -174,21 +175,22 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
     held[torch.arange(number) * len(every) // number] = True
     fit = every[~held]
     folds = max(1, min(refit.folds, len(fit) // ranks.size))
-    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], ranks)]
-    return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], ranks)
+    rows = max(1, _BATCH // every.shape[1]) * (1 if refit.by_steps else ranks.size)
+    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], rows, ranks)]
+    return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], rows, ranks)
 
 
-def in_batches(windows: Tensor, ranks: Ranks) -> list[Tensor]:
-    """This rank's of some windows [N, T], at least one for each rank, in as many batches as every other rank has.
+def in_batches(windows: Tensor, rows: int, ranks: Ranks) -> list[Tensor]:
+    """Windows [N, T] in batches of so many at most, or one for each rank; of each batch this rank's share.
 
     In shards a pass of a block is a collective: a rank with a batch more than the others would wait for them forever.
-    So batches differ in size by a window instead.
+    So shares differ in size by a window instead.
     """
-    rows, most, least = max(1, _BATCH // windows.shape[1]), -(-len(windows) // ranks.size), len(windows) // ranks.size
-    return list(windows[ranks.rank :: ranks.size].tensor_split(min(-(-most // rows), least)))
+    batches = windows.tensor_split(min(-(-len(windows) // rows), len(windows) // ranks.size))
+    return [batch[ranks.rank :: ranks.size] for batch in batches]
 
 
-def _kl(task: RefitTask, expected: dict[int, Tensor]) -> float:
+def _kl(task: RefitTask, expected: Streams) -> float:
     """Nats per token between teacher and student on the held-out windows of all ranks.
 
     `expected` are the teacher's states there, which are computed where they are missing.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -33,9 +34,9 @@ class Local(BlockRefit):
     linearly to 0; after every epoch the error on held-out windows is read, and the best weights stay (those from before
     the first step among them).
 
-    On the student's own stream a block waits for those below it, and processes share out the windows. On the teacher's
-    no block waits: processes share out the layers, each trains its own on all windows, and the weights are what one
-    process gives, to the last bit.
+    On the student's own stream a block waits for those below it, and processes share out the windows of a step, 2,048
+    tokens or a window for each process. On the teacher's no block waits: processes share out the layers, each trains
+    its own on all windows, and the weights are what one process gives, to the last bit.
 
     Attributes:
         lr: the first rate.
@@ -57,6 +58,7 @@ class Local(BlockRefit):
     epochs: PositiveInt = 4
     sublayers: bool = False
     inputs: str = "student"
+    by_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -126,27 +128,29 @@ class Local(BlockRefit):
         self, task: RefitTask, site: Site, parameters: Sequence[nn.Parameter], attention: nn.Module | None
     ) -> tuple[float, float, int]:
         """Held-out error before and after, and the epochs that it took."""
-        steps = min(task.ranks.gather(len(task.fit)))
+        tokens = torch.tensor([batch.numel() for batch in task.fit])  # of each step, on all ranks
+        task.ranks.add(tokens)
+        steps = len(tokens)
         generator = torch.Generator().manual_seed(site.layer)
         first = best = _held_error(task, site, attention)
         kept = [parameter.detach().clone() for parameter in parameters]
         fresh = _fresh(site)
-        groups = [
-            {"params": [p for p in parameters if (id(p) in fresh) == new], "lr": rate}
+        shares = [
+            ([p for p in parameters if (id(p) in fresh) == new], rate)
             for new, rate in ((False, self.lr), (True, self.lr_new or self.lr))
         ]
-        rates = [group["lr"] for group in groups if group["params"]]
+        rates = [rate for share, rate in shares if share]
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=0.0, betas=(0.9, 0.95)
+            [{"params": share, "lr": rate} for share, rate in shares if share], weight_decay=0.0, betas=(0.9, 0.95)
         )
         done = 0
         with _training(parameters):
             for epoch in range(self.epochs):
-                for step, index in enumerate(torch.randperm(len(task.fit), generator=generator)[:steps].tolist()):
+                for step, index in enumerate(torch.randperm(steps, generator=generator).tolist()):
                     done_share = (epoch * steps + step) / (self.epochs * steps)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * (1 - done_share)
-                    loss = _errors(site, index, attention).mean()
+                    loss = _errors(site, index, attention).sum() / tokens[index].item()
                     gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                     _share(task, parameters, gradients)
                     optimizer.step()
@@ -243,12 +247,12 @@ def _held_error(task: RefitTask, site: Site, attention: nn.Module | None) -> flo
 
 
 def _share(task: RefitTask, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Give the parameters the mean of the ranks' gradients."""
+    """Give the parameters the sum of the ranks' gradients."""
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     if task.ranks.size > 1:
         flat = torch.cat([gradient.flatten().float() for gradient in found])
         task.ranks.add(flat)
-        pieces = (flat / task.ranks.size).split([gradient.numel() for gradient in found])
+        pieces = flat.split([gradient.numel() for gradient in found])
         found = [piece.view_as(gradient) for piece, gradient in zip(pieces, found, strict=True)]
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient

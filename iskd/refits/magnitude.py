@@ -53,7 +53,7 @@ class Magnitude(Refit):
         """One of the teacher."""
         return 1.0
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
         """Raise ValueError for blocks that read the stream without a norm."""
         if not stack.reads_norms:
             raise ValueError(

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution, row_weights
+from iskd.blocks.streams import Streams
 from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.refits.base import BlockRefit, RefitTask, Site
 from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked
 from iskd.refits.solved import Solved, first_ridge, lowest, summary
-from iskd.refits.streams import Streams
 
 PROJECTIONS = ("attention", "mlp")
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # with one layer out and little text, the larger ones
@@ -97,7 +97,7 @@ class Output(BlockRefit):
         """Where the attention's output is re-solved, and the MLP reads it."""
         return "attention" in self.projections and stack.sequential
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
         """Raise ValueError for a model with norms behind what its blocks add."""
         check_plain(stack, self.name())
 

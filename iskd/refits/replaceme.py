@@ -15,6 +15,7 @@ from iskd.blocks.ridge import Solution
 from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
+from iskd.plan.options import PLACES
 from iskd.refits.base import Refit, RefitTask, Site, walk
 from iskd.refits.projections import Projection, check_plain, checked, few
 
@@ -39,7 +40,7 @@ class ReplaceMe(Refit):
     _: KW_ONLY
     tokens: PositiveInt = 16_384
     ridge: NonNegativeFloat = 0.0
-    streams: str = "device"
+    streams: str = PLACES[0]  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -52,7 +53,7 @@ class ReplaceMe(Refit):
         """One of each model."""
         return 2.0
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
         """Raise ValueError for a model with norms behind what its blocks add."""
         check_plain(stack, self.name())
 

@@ -65,7 +65,7 @@ class Values(BlockRefit):
     def _ridges(self) -> tuple[float, ...]:
         return (self.ridge,) if isinstance(self.ridge, (int, float)) else tuple(sorted(self.ridge))
 
-    def check(self, stack: Stack, edits: Sequence[Edit] = (), *, sharded: bool = False) -> None:
+    def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
         """Raise ValueError for norms behind what blocks add, and where no mixer's output is linear in its values."""
         check_plain(stack, self.name())
         converts = [edit for edit in edits if isinstance(edit, Convert)]

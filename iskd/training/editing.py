@@ -62,6 +62,7 @@ def carry_out(
     refits: Sequence[Refit] = (),
     windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
     folder: Path | None = None,
+    place: str = "device",
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
@@ -76,7 +77,8 @@ def carry_out(
         forward_context: the precision under which training runs.
         refits: of the surviving blocks, in order; none where the stage edits nothing.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
-        folder: where their states on disk lie; None = where the system keeps temporary files.
+        folder: where states on disk lie; None = where the system keeps temporary files.
+        place: where those of a fit lie: device, host or disk.
 
     Raises:
         BrokenOffError: a process was asked to stop between two blocks of a refit.
@@ -90,10 +92,9 @@ def carry_out(
     if batches or any(isinstance(edit, Merge) for edit in stage.edits):
         with forward_context():
             judge = partial(_distance, module)
-            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge)
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
     sharding.freeze(student, origin, optimizer)
-    refitted, start = [], time.perf_counter()
-    refits = _on_text(refits, stage)
+    refits, refitted, start = _on_text(refits, stage), list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
             refitted = _refit(module, optimizer, record, stage, refits, windows, folder)
@@ -168,7 +169,7 @@ class Editor:
         refits: of the surviving blocks after every edit, in order.
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
         by_step: in the place of `refits`, those of each step of `schedule=mixed`.
-        folder: where their states on disk lie; None = where the system keeps temporary files.
+        folder, place: where states on disk lie (None = as temporary files do), and those of a fit (device, host, disk).
     """
 
     in_place = True
@@ -180,8 +181,9 @@ class Editor:
         windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
         by_step: Sequence[Sequence[Refit]] = (),
         folder: Path | None = None,
+        place: str = "device",
     ) -> None:
-        self.refits, self.windows, self.by_step, self.folder = refits, windows, by_step, folder
+        self.refits, self.windows, self.by_step, self.folder, self.place = refits, windows, by_step, folder, place
 
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
@@ -235,8 +237,8 @@ class Editor:
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> Edited:
         """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
-        refits = self.refits_of(stage)
-        return carry_out(module, optimizer, stage, batches(), forward_context, refits, self.windows, self.folder)
+        refits, rest = self.refits_of(stage), (self.windows, self.folder, self.place)
+        return carry_out(module, optimizer, stage, batches(), forward_context, refits, *rest)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

@@ -112,7 +112,7 @@ NOBODY_ELSES = {
     "training/profile/plan_ahead: safe_load": "the package's own yaml",
     "export/probe: read_text": "the answer of a process of this one, in a scratch folder",
     "export/student: read_json": "the config that was written a moment ago",
-    "refits/streams: from_file": "a scratch file of this process",
+    "blocks/streams: from_file": "a scratch file of this process",
     "system/files: open": "what `read_plain` is",
     "system/files: os.open": "what `read_plain` is",
     "system/files: path.open": "digests: no byte is understood",

@@ -70,7 +70,7 @@ ALLOWED = {
     "training/state/checkpoint: os.replace": "a checkpoint: the folder as a whole",
     "training/state/checkpoint_files: os.open": "a folder, to have it on the disk",
     "data/building: os.replace": "shards into their place, the file that names them last",
-    "refits/streams: open": "a scratch file whose room is taken before it is mapped",
+    "blocks/streams: open": "a scratch file whose room is taken before it is mapped",
     "teacher/row_store: open": "rows at their places in a file of the cache, each with its digest",
     "teacher/row_store: os.open": "without following a link",
     "teacher/bundled: rename": "a converted teacher: the folder as a whole",

@@ -95,13 +95,6 @@ def test_mixers_without_linear_values_are_refused_where_all_are_such() -> None:
     Values().check(Stack(teacher), [gla, sliding])
 
 
-def test_mixers_in_shards_cannot_be_calibrated() -> None:
-    asked: Any = ([Calibrate()], tiny("llama"), [], lambda _: TEXT, Ranks())
-    with pytest.raises(ValueError, match="refit=calibrate needs whole weights, and trainer=fsdp holds them in shards"):
-        check_refits(*asked, sharded=True)
-    check_refits(*asked)
-
-
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 4)])
 def test_too_few_windows_are_refused(count: int, size: int) -> None:
     ranks: Any = Ranks()

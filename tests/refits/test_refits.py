@@ -18,7 +18,6 @@ from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Convert, Edit, Record, Remove, Spec
 from iskd.refits import Refit, RefitTask, magnitude, refit_survivors
-from iskd.refits.base import walk
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -187,18 +186,6 @@ def test_all_that_a_refit_changes_can_be_taken_back(name: str) -> None:
     changed = [n for n, p in made.named_parameters() if not torch.equal(p, before[n])]
     assert changed
     assert not [n for n, p in made.named_parameters() if n in changed and id(p) not in held]
-
-
-@torch.no_grad()
-def test_a_walk_keeps_no_stream_on_the_device_but_those_of_its_place() -> None:
-    made, teacher, record = student()
-    task = RefitTask(made, teacher, record, [Remove(1)], text(320), text(96))
-    site = next(iter(walk(task, "disk")))
-    shape = site.inputs[0].shape
-    kept = [vars(call) for call in site._calls]
-    assert not [v for one in kept for call in one["_calls"] for v in (*call.args, *call.kwargs.values())
-                if isinstance(v, Tensor) and v.shape == shape]  # fmt: skip
-    assert not [one for one in kept if "embedded" in one]
 
 
 def solved_slowly(task: RefitTask, ridge: float) -> Any:

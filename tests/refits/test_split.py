@@ -14,6 +14,7 @@ from torch import Tensor
 from iskd.plan import Record, Remove
 from iskd.refits import RefitTask, magnitude
 from iskd.refits.carrying_out import split
+from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.system import Ranks
 from tests.factories import louder, tiny, windows
@@ -61,6 +62,18 @@ def test_every_window_has_the_place_that_one_process_gives_it(windows: int, size
 
     assert [number for number, _ in places(1)] == list(range(windows))
     assert places(size) == places(1)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_step_of_training_has_the_same_windows_in_any_number_of_processes(size: int) -> None:
+    """Of 2,048 tokens; only where these are fewer windows than processes has a step one for each."""
+    for count in (37, 80):
+        ranks: list[Any] = [SimpleNamespace(size=size, rank=rank) for rank in range(size)]
+        text = [torch.arange(count)[:, None].expand(-1, 512)]
+        (alone, *_), *others = (split(text, Local(), rank) for rank in (Ranks(), *ranks))
+        steps = [sorted(numbers(list(shares))) for shares in zip(*(fit for fit, *_ in others), strict=True)]
+        assert all(len(step) in ((3, 4) if size < 4 else range(size, 2 * size)) for step in steps)
+        assert size > 4 or steps == [numbers([batch]) for batch in alone]
 
 
 @torch.no_grad()

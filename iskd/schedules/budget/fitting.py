@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from iskd.blocks import Ridge
 from iskd.blocks.base import FitData, fit_error
 from iskd.blocks.merge import merged, unlike
+from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import state_of, without_autocast_cache
@@ -29,7 +30,6 @@ from iskd.refits import RefitTask
 from iskd.refits.base import Site
 from iskd.refits.local import Local
 from iskd.refits.output import Output
-from iskd.refits.streams import Streams
 from iskd.schedules.budget.options import Option, module_of
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.text import Texts
@@ -101,14 +101,14 @@ class _Walk:
 
     def __init__(self, teacher: PreTrainedModel, texts: Texts) -> None:
         self.teacher, self.texts, self.stack = teacher, texts, Stack(teacher)
-        self.calls = [BlockCalls(self.stack, batch) for batch in (*texts.fit, *texts.held)]
+        self.calls: list[BlockCalls] = []
 
     def through(self, last: int) -> Iterator[_At]:
         """The layers from the lowest to `last`."""
         device = self.teacher.device
         below, inputs = None, Streams("device", device)
-        for index, call in enumerate(self.calls):
-            inputs[index] = call.embedded
+        batches = [*self.texts.fit, *self.texts.held]
+        self.calls = enter(self.stack, batches, inputs, Streams("device", device))
         for layer in range(last + 1):
             outputs = Streams("device", device)
             middle = Streams("device", device) if self.stack.sequential else None
@@ -173,7 +173,7 @@ class _Walk:
             return self.calls[first + index].run(position, block, h_BTD)
 
         chosen = [[streams[number] for number in numbers] for streams in (inputs, goals)]
-        return FitData(chosen[0], [goal.float() for goal in chosen[1]], run, self.stack)
+        return FitData(chosen[0], chosen[1], run, self.stack)
 
     def _error(self, module: nn.Module, position: int, inputs: Streams, goals: Streams) -> float:
         """On held-out text."""

@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from iskd.refits import streams
-from iskd.refits.streams import PLACES, Streams
+from iskd.blocks import streams
+from iskd.blocks.streams import Streams, enter
+from iskd.models import Stack
+from iskd.models.packing import Separator
+from iskd.plan.options import PLACES
+from tests.factories import FAMILIES, hooks, louder, tiny, windows
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -51,3 +57,28 @@ def test_a_full_disk_is_an_error_that_says_what_helps(tmp_path: Path, monkeypatc
     monkeypatch.setattr(streams.os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"no room in .*cache_dir.*streams=host"):
         Streams("disk", torch.device("cpu"), tmp_path)[0] = torch.ones(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["device", "disk"])
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"{family} apart" for family in FAMILIES if family != "opt")])
+def test_blocks_called_one_by_one_on_many_batches_are_the_model(family: str, place: str, tmp_path: Path) -> None:
+    """Masks and positions are kept once for batches of a shape, or with documents apart where the streams lie."""
+    model = louder(tiny(family.split()[0]))
+    stack, apart = Stack(model), family.endswith("apart")
+    stack.keep_apart(Separator(7) if apart else None)
+    batches = [windows(2, 20, seed=1), windows(3, 20, seed=2), windows(2, 20, seed=3)]
+    for number, batch in enumerate(batches):
+        batch[:, 4 + number] = 7
+    stream, beside = (Streams(place, torch.device("cpu"), tmp_path) for _ in range(2))
+    calls = enter(stack, batches, stream, beside)
+    assert len({id(each) for each in calls}) == (3 if apart else 2)
+    assert (len(beside) > 0) == apart
+    tensors = [value for each in calls for call in each._calls for value in tree_leaves((call.args, call.kwargs))]
+    assert not apart or not any(isinstance(value, Tensor) for value in tensors)
+    for position, block in enumerate(stack.layers):
+        for index, call in enumerate(calls):
+            stream[index] = call.run(position, block, stream[index])
+    for index, batch in enumerate(batches):
+        assert torch.equal(stack.final_norm(stream[index]), stack.last_hidden(batch))
+    assert hooks(model) == 0

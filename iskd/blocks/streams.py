@@ -1,4 +1,8 @@
-"""Streams of many windows: on the device, in host memory or on disk, so that text is not bounded by the device."""
+"""Streams of many windows: on the device, in host memory or on disk, so that text is not bounded by the device.
+
+Fits and refits walk through a model block by block, and between two blocks the states of all windows have to lie
+somewhere. Beside them a walk keeps how the host calls its blocks (`enter`).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,16 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from iskd.models import Stack
+from iskd.models.block_calls import BlockCalls
+from iskd.models.capture import begins_with
 from iskd.system.files import draft_of, sweep
-
-PLACES = ("device", "host", "disk")
 
 
 class Streams:
@@ -60,6 +65,38 @@ class Streams:
         return (self[index] for index in range(len(self)))
 
 
+def enter(stack: Stack, batches: Sequence[Tensor], into: Streams, beside: Streams) -> list[BlockCalls]:
+    """Put the states that enter a model's first block into a stream; returns how its blocks are called on each batch.
+
+    What blocks are given beside the stream depends on a batch's shape alone, and is kept once for each. Only with
+    documents apart every batch has masks and positions of its own, which go where the stream does.
+
+    Args:
+        stack: the model.
+        batches: windows [B, T] on its device.
+        into: of the states [B, T, D].
+        beside: of masks and positions.
+    """
+    as_tuple = begins_with(stack, batches[0][:1, :2])
+    shapes: dict[torch.Size, BlockCalls] = {}
+    found = []
+
+    def put(tensor: Tensor) -> Callable[[], Tensor]:
+        number = len(beside)
+        beside[number] = tensor
+        return lambda: beside[number]
+
+    for index, batch in enumerate(batches):
+        calls = BlockCalls(stack, batch, as_tuple)
+        into[index] = calls.hand_over()
+        if stack.separator is None:
+            calls = shapes.setdefault(batch.shape, calls)
+        else:
+            calls.lay(put)
+        found.append(calls)
+    return found
+
+
 def _take_room(file: Path, size: int) -> None:
     """Make a file of so many bytes.
 
@@ -75,6 +112,7 @@ def _take_room(file: Path, size: int) -> None:
         free = shutil.disk_usage(file.parent).free
         raise OSError(
             error.errno,
-            f"the states of a refit have no room in {file.parent.parent} ({free / 2**30:.1f} GiB free, "
-            f"{error.strerror}): set cache_dir to a larger disk, refit.NAME.streams=host, or fewer refit.NAME.tokens",
+            f"the states of all windows have no room in {file.parent.parent} ({free / 2**30:.1f} GiB free, "
+            f"{error.strerror}): set cache_dir to a larger disk, refit.NAME.streams=host (run.fit_streams=host), "
+            "or fewer refit.NAME.tokens (run.fit_tokens)",
         ) from error
