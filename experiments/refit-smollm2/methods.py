@@ -97,6 +97,7 @@ TURNED = {
     **{f"local-epochs{n}": Method([replace(LOCAL, epochs=n)]) for n in (1, 2, 8)},
     "local-sublayers": Method([replace(LOCAL, sublayers=True)]),
     **{f"{name}-layers": Method([OUTPUT], layers=layers) for name, layers in CHOICES.items()},
+    "gap-layers-32k": Method([Output(tokens=32_768, held_tokens=4_096)], layers=CHOICES["gap"]),
 }
 """At 23 layers only: one thing is turned."""
 
