@@ -97,8 +97,6 @@ NOBODY_ELSES = {
     "export/hub: read_text": "the card of a student that its owner sends",
     "export/lineage: read_object": "the config of a teacher that was loaded a moment ago",
     "commands/line/keys: read_text": "the package's own yaml",
-    "commands/line/sources: read_text": "the package's own yaml",
-    "commands/line/sources: safe_load": "the package's own yaml",
     "commands/line/steps: read_text": "the package's own yaml",
     "commands/line/steps: safe_load": "the package's own yaml",
     "evaluation/tasks/task_items: load_dataset": "the library's own cache; its rows go the way of the items",

@@ -313,15 +313,16 @@ def test_a_resumed_config_does_not_ask_for_remote_code_itself(tmp_path: Path) ->
 
 def test_a_resumed_config_does_not_ask_for_tasks_with_code_itself(tmp_path: Path) -> None:
     """A yaml of lm-evaluation-harness may say `!function file.name`, of a file beside it."""
-    own = {"tasks": ["mine"], "task_dir": "tasks"}
+    kind = {"_target_": "iskd.evaluation.evaluator.EvalSpec"}
+    own = {**kind, "tasks": ["mine"], "task_dir": "tasks"}
     asked = OmegaConf.create({"resume": str(tmp_path), "trainer": {"progress": True}, "eval": own})
-    OmegaConf.save({"eval": {"tasks": ["mine"], "task_dir": str(tmp_path)}}, tmp_path / "config.yaml")
+    OmegaConf.save({"eval": {**kind, "tasks": ["mine"], "task_dir": str(tmp_path)}}, tmp_path / "config.yaml")
     with pytest.raises(
         ValueError, match=r"config\.yaml asks the tasks in eval\.task_dir=.*which may hold code; if you"
     ):
         resumed(asked, [])
     assert resumed(asked, ["eval.task_dir=tasks", "eval.tasks=[mine]"]).eval.task_dir == "tasks"
-    OmegaConf.save({"eval": {"tasks": ["copy"], "task_dir": None}}, tmp_path / "config.yaml")
+    OmegaConf.save({"eval": {**kind, "tasks": ["copy"], "task_dir": None}}, tmp_path / "config.yaml")
     assert resumed(asked, []).eval.tasks == ["copy"]
 
 
@@ -405,7 +406,7 @@ def test_no_other_file_of_the_package_reads_the_config_of_a_run() -> None:
     loads = [(where, ast.unparse(node.args[0])) for where, node, name in calls() if name in LOADERS]
     assert [(where, read) for where, read in loads if not places.match(read)] == []
     readers = {"iskd/teacher/origin.py", "iskd/evaluation/harness.py", "iskd/commands/build/schedule.py"}
-    readers |= {"iskd/commands/line/sources.py", "iskd/commands/line/steps.py", "iskd/commands/values/config.py"}
+    readers |= {"iskd/commands/line/steps.py", "iskd/commands/values/config.py"}
     readers |= {"iskd/training/profile/plan_ahead.py"}
     assert {where.split(":")[0] for where, _ in loads} == readers
 

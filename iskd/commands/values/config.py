@@ -345,6 +345,8 @@ def refuse_unknown_of_hydra(config: DictConfig, node: Any, place: str = "hydra")
     """
     kind = OmegaConf.get_type(node)
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    if "_target_" in node:
+        fields = None  # its keys are arguments, which Hydra looks at when it makes it
     for key in map(str, node):
         # a folder would be made by looking at its name
         unread = OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)
