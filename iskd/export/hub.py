@@ -182,10 +182,10 @@ def push(upload: Upload, *, private: bool = False, revision: str | None = None, 
     try:
         api.create_repo(upload.repo, private=private or None, exist_ok=True)
         # of a place that is there already the hub leaves as it is who may see it
-        seen = private and not api.repo_info(upload.repo).private
+        public = private and not api.repo_info(upload.repo).private
     except Exception as error:
         raise _unsent(upload, error) from error
-    if seen:
+    if public:
         raise ValueError(f"{upload.repo} is there and public: make it private on the hub, or push without --private")
     try:
         if revision is not None:

@@ -344,9 +344,10 @@ def refuse_unknown_of_hydra(config: DictConfig, node: Any, place: str = "hydra")
         ValueError: there is such a key, and no value refers to it.
     """
     kind = OmegaConf.get_type(node)
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
-    if "_target_" in node:
-        fields = None  # its keys are arguments, which Hydra looks at when it makes it
+    # keys beside a _target_ are arguments, which Hydra looks at when it makes it
+    fields = None
+    if dataclasses.is_dataclass(kind) and "_target_" not in node:
+        fields = {field.name for field in dataclasses.fields(kind)}
     for key in map(str, node):
         # a folder would be made by looking at its name
         unread = OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)
