@@ -39,7 +39,7 @@ from iskd.refits.magnitude import Magnitude
 from iskd.refits.replaceme import ReplaceMe
 from iskd.refits.values import Values
 from iskd.system import Ranks, watchdog
-from iskd.training import Parts, run
+from iskd.training import Parts, finish, run
 from iskd.training.editing import carry_out
 from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, OptimSpec, StepGuard
@@ -224,7 +224,7 @@ def stopped(
 
 def stopped_inside(rank: int, folder: Path, name: str, strategy: str, place: str, call: int) -> None:
     """Rank 1 gets SIGTERM in the middle of long work that all do alike, at the n-th call of a place's function."""
-    parts = parts_of(folder, name, 2, strategy)
+    parts = parts_of(folder, name, 2, strategy, options={"samples": 1 if place == "samples" else 0})
     teacher = parts.teacher.model
 
     def long_work() -> None:
@@ -235,7 +235,10 @@ def stopped_inside(rank: int, folder: Path, name: str, strategy: str, place: str
             time.sleep(0.05)
         raise AssertionError("the signal was not obeyed")
 
-    interrupt(setattr, place, call, long_work)
+    if place == "samples":  # at the end, in shards
+        finish.samples = lambda *_: long_work()  # type: ignore[assignment, return-value]
+    else:
+        interrupt(setattr, place, call, long_work)
     run(parts)
 
 

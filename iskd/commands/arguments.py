@@ -28,8 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands.line import FULL_ERROR, in_own_words, told
 from iskd.commands.line.telling import variable
-from iskd.commands.values.config import NEEDED, budget_as_asked, refuse_unknown_of_hydra, with_export_keys
+from iskd.commands.values.config import NEEDED, budget_as_asked, with_export_keys
 from iskd.commands.values.paths import assigned, at_fault, literal, path_of, takes_path
+from iskd.commands.values.unread import refuse_unknown_of_hydra
 from iskd.models.model_folder import refuse_missing_folder
 from iskd.plan.failure import in_a_line, read_failure, write_failure
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, refuse_strange

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from iskd.commands import build
 from iskd.commands.arguments import literal_paths, sentence
 from iskd.commands.resume import resumed
-from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder, refuse_unknown_of_hydra
+from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder
+from iskd.commands.values.unread import refuse_unknown_of_hydra
 from iskd.data import Source
 from iskd.system.version import CONF
 from iskd.teacher import Loaded

@@ -15,19 +15,19 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
+from iskd.evaluation.batches import Batch, Stems, Text, stems
 from iskd.evaluation.bootstrap import interval, resampled_means, resampled_together
 from iskd.evaluation.tasks import Item
 from iskd.evaluation.tasks.aggregates import Aggregate
 from iskd.models import Stack, autocast_head, cap_logits, project, scoring
+from iskd.models.cache import forked
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +131,8 @@ def evaluate(
 
     Raises ValueError as `log_likelihoods` does, and when there is no item.
     """
-    stack = Stack(model)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "step": step, "frame": frame}
-    (found,) = by_branch(
-        model, tokenizer, pairs_of(items), lambda ids: [stack.last_hidden(ids)], first_given=first_given, **options
-    )
-    return judge(items, found)
+    return judge(items, log_likelihoods(model, tokenizer, pairs_of(items), first_given=first_given, **options))
 
 
 def paired(
@@ -205,12 +201,14 @@ def log_likelihoods(
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
     frame: Framing | None = None,
+    first_given: bool = False,
 ) -> Likelihoods:
-    """Log-likelihood of each continuation given its context; see `by_branch`, of which this is the plain case."""
-    stack = Stack(model)
-    (found,) = by_branch(
-        model, tokenizer, pairs, lambda ids: [stack.last_hidden(ids)], batch_tokens=batch_tokens, step=step, frame=frame
-    )
+    """Log-likelihood of each continuation given its context; see `by_branch`, of which this is the plain case.
+
+    A context is read once for all its continuations, which go on from its KV cache: up to rounding the same.
+    """
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "step": step, "frame": frame}
+    (found,) = by_branch(model, tokenizer, pairs, None, first_given=first_given, **options)
     return found
 
 
@@ -218,7 +216,7 @@ def by_branch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
-    states: Callable[[Tensor], Iterable[Tensor]],
+    states: Callable[[Tensor], Iterable[Tensor]] | None,
     *,
     batch_tokens: int = BATCH_TOKENS,
     step: Step | None = None,
@@ -235,7 +233,8 @@ def by_branch(
         model: gives the head and the context length; run under the caller's autocast.
         tokenizer: the model's own.
         pairs: N texts and their continuations; the context may be empty.
-        states: for token ids [B, T], the state after the final norm [B, T, D] under each variant in turn.
+        states: for token ids [B, T], the state after the final norm [B, T, D] under each variant in turn; None = the
+            model as it is, which can go on from a cache.
         batch_tokens: most tokens in a batch, padding included, but for a single longer text.
         step: told how many of the pairs are done.
         frame: how the model's texts are framed, of which the front goes before a context; None = as the tokenizer does.
@@ -255,8 +254,10 @@ def by_branch(
         led: list[Tensor] = []
         hits: list[Tensor] = []
         done = 0
-        for batch in _batches(texts, batch_tokens):
-            for branch, h_BTD in enumerate(states(batch.ids.to(model.device))):
+        # windows of several documents have places of their own, which a cache does not know
+        share = states is None and stack.separator is None
+        for batch, found in _read(stack, stems(texts, batch_tokens, share=share), states):
+            for branch, h_BTD in enumerate(found):
                 # how many branches there are is known when the first batch has gone through
                 if branch == len(log_p):
                     log_p.append(torch.zeros(len(texts), dtype=torch.float64))
@@ -277,29 +278,26 @@ def by_branch(
     return [Likelihoods(total, greedy, tokens, characters, right) for total, greedy, right in each]
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Input ids of one pair, and the ids that its last positions predict."""
-
-    ids: tuple[int, ...]
-    targets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Padded rows [B, T] and the M positions in them that predict continuations, pair by pair."""
-
-    ids: Tensor
-    row_M: Tensor
-    at_M: Tensor
-    targets_M: Tensor
-    pairs: list[int]
-    lengths: list[int]
+def _read(
+    stack: Stack, each: Iterable[Stems], states: Callable[[Tensor], Iterable[Tensor]] | None
+) -> Iterator[tuple[Batch, Iterable[Tensor]]]:
+    """Every batch with the states [B, T, D] of its rows, under each variant."""
+    device = stack.model.device
+    for stem in each:
+        cache = stack.new_cache() if stem.ids.numel() else None
+        if cache is not None:
+            stack.last_hidden(stem.ids.to(device), cache=cache)
+        for batch in stem.batches:
+            ids = batch.ids.to(device)
+            if states is not None:
+                yield batch, states(ids)
+            else:
+                yield batch, [stack.last_hidden(ids, cache=None if cache is None else forked(cache, batch.stem_B))]
 
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, frame: Framing, first_given: bool = False
-) -> list[_Text]:
+) -> list[Text]:
     """Input and targets of every pair; space at a context's end belongs to the continuation's first token."""
     if not pairs:
         raise ValueError("there is nothing to score: no items")
@@ -311,6 +309,7 @@ def _encode(
     encoded = tokenizer(stripped, add_special_tokens=False).input_ids
     lengths = {text: len(ids) for text, ids in zip(stripped, encoded, strict=True)}
     rows, context_tokens, texts, cut = stack.head[0].shape[0], stack.limit, [], 0
+    numbers = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
     for (context, continuation), whole in zip(pairs, wholes, strict=True):
         length = lengths[context.rstrip()]
         if first_given and not (length or front):
@@ -331,7 +330,7 @@ def _encode(
                 f"the tokenizer gives id {max(whole)}, the model has {rows} rows: they do not belong together"
             )
         cut += len(ids) > limit
-        texts.append(_Text(ids[-limit:], targets))
+        texts.append(Text(ids[-limit:], targets, numbers[context]))
     if cut:
         log.warning("%d of %d texts lost their beginning: the context is %d tokens", cut, len(texts), context_tokens)
     return texts
@@ -343,49 +342,7 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if bos is None else bos
 
 
-def _batches(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Batch]:
-    """All texts, the longest first; at most a quarter of a batch is padding."""
-    rows = sorted(_rows(texts), key=lambda row: -len(texts[row[0]].ids))  # a batch that does not fit fails at once
-    start = 0
-    while start < len(rows):
-        longest = len(texts[rows[start][0]].ids)
-        # a batch ends when it is full, or at the first row that would be more than a quarter padding
-        full = start + max(1, batch_tokens // longest)
-        end = next((i for i in range(start, len(rows)) if 4 * len(texts[rows[i][0]].ids) < 3 * longest), len(rows))
-        yield _batch(texts, rows[start : min(full, end)])
-        start = min(full, end)
-
-
-def _rows(texts: Sequence[_Text]) -> list[list[int]]:
-    """Indices of texts by the row that scores them: in a causal model an input gives all that its beginnings give."""
-    rows: list[list[int]] = []
-    # in order, an input is followed by one that it begins, if there is any
-    for i in sorted(range(len(texts)), key=lambda i: texts[i].ids, reverse=True):
-        ids = texts[i].ids
-        # choices of one token share their input: one row of the model answers them all
-        if rows and texts[rows[-1][0]].ids[: len(ids)] == ids:
-            rows[-1].append(i)
-        else:
-            rows.append([i])
-    return rows
-
-
-def _batch(texts: Sequence[_Text], rows: Sequence[Sequence[int]]) -> _Batch:
-    placed = [(number, texts[i]) for number, row in enumerate(rows) for i in row]
-    # the last input predicts the last target, so M of the B * T states are read, pair by pair
-    at = [range(len(text.ids) - len(text.targets), len(text.ids)) for _, text in placed]
-    return _Batch(
-        # no position sees a later one, so any token can pad; with their own, hosts would warn that no mask came along
-        pad_sequence([torch.tensor(texts[row[0]].ids) for row in rows], True, float(placed[0][1].ids[-1])),
-        torch.tensor([number for number, text in placed for _ in text.targets]),
-        torch.tensor(list(chain.from_iterable(at))),
-        torch.tensor(list(chain.from_iterable(text.targets for _, text in placed))),
-        [i for row in rows for i in row],
-        [len(text.targets) for _, text in placed],
-    )
-
-
-def _score(stack: Stack, batch: _Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor, hits_N: Tensor) -> None:
+def _score(stack: Stack, batch: Batch, h_BTD: Tensor, log_p_N: Tensor, led_N: Tensor, hits_N: Tensor) -> None:
     """Write the sums of a batch's pairs into [N] tensors."""
     head = autocast_head(stack.head)
     # gathered before the head: logits of the context are never made

@@ -111,18 +111,16 @@ class Sample:
     tokens: int = 0
 
 
-def write_samples(
-    folder: Path,
+def samples(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     front: Sequence[int],
     count: int,
-) -> Path:
-    """Let both continue the first `count` prompts, and write what they said into the folder of a run.
+) -> list[Sample]:
+    """Let both continue the first `count` prompts. Models in shards: a collective.
 
     Args:
-        folder: the run's.
         student: on the teacher's device; where both know documents apart, a prompt is one of them.
         teacher: the original.
         tokenizer: of both.
@@ -143,6 +141,11 @@ def write_samples(
         )
         same = next((at for at, pair in enumerate(zip(theirs.ids, ours.ids, strict=False)) if len({*pair}) > 1), new)
         found.append(Sample(prompt, theirs.text, ours.text, min(same, len(ours.ids), len(theirs.ids)), len(ours.ids)))
+    return found
+
+
+def write_samples(folder: Path, found: Sequence[Sample]) -> Path:
+    """Write what both models said into the folder of a run."""
     return write_whole(folder / SAMPLES_FILE, json.dumps([asdict(sample) for sample in found], indent=1))
 
 

@@ -5,6 +5,7 @@ A cache is transformers' own: keys and values of attention, states of converted 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -45,6 +46,14 @@ def lengthen(cache: Any, tokens: int) -> None:
             layer.tokens += tokens
         else:
             layer.update(*(_repeated(kept, tokens) for kept in (layer.keys, layer.values)))
+
+
+def forked(cache: Any, sequences: Tensor) -> Any:
+    """A cache of its own for each of `sequences` [B], numbers of sequences in `cache`, which is left as it is."""
+    own = copy.deepcopy(cache)
+    for layer in own.layers:
+        layer.batch_select_indices(sequences)
+    return own
 
 
 def _repeated(kept_BHTK: Tensor, tokens: int) -> Tensor:

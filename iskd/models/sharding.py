@@ -50,8 +50,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     return model
 
 
-def _trunk(stack: Stack, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    return stack.trunk(input_ids, attention_mask)
+def _trunk(stack: Stack, *given: Any) -> Tensor:
+    return stack.trunk(*given)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from iskd.models.families import dims_of, family_of
 from iskd.models.packing import ONE_TEXT, Separator, positions_in
@@ -117,19 +117,29 @@ class Stack:
             return ""
         return f"the table of {limit} learned positions" if self.family.positions else f"the context of {limit}"
 
-    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def last_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """State after the final norm [B, T, D] for `input_ids` [B, T]: the head's input.
 
+        With a cache (`new_cache`) they go on from what it holds, and are in it afterwards.
         A model in shards must be entered through its root: there the method is `trunk` with the root's hooks around it.
         """
-        trunk: Callable[[Tensor, Tensor | None], Tensor] = getattr(self.model, SHARDED_TRUNK, self.trunk)
-        return trunk(input_ids, attention_mask)
+        trunk: Callable[[Tensor, Tensor | None, Cache | None], Tensor] = getattr(self.model, SHARDED_TRUNK, self.trunk)
+        return trunk(input_ids, attention_mask, cache)
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def new_cache(self) -> Cache:
+        """An empty KV cache of the kind that the model makes for itself."""
+        return DynamicCache(config=self.config)
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The decoder without its head, called as it is; documents apart where `keep_apart` was asked for it.
 
         Raises ValueError for more tokens than there are learned positions; torch would name an index and no cause.
         """
+        if cache is not None:
+            read = self.base(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+            return self._as_read(read.last_hidden_state)
         if self.family.positions and self.context and input_ids.shape[1] > self.context:
             raise ValueError(f"a text of {input_ids.shape[1]} tokens is longer than {self.bound}: shorten it")
         known = self.separator is None and attention_mask is None

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning as L
@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.data import framing_of
-from iskd.evaluation import EvalSpec, efficiency
-from iskd.evaluation.speaking import write_samples
+from iskd.evaluation import EvalSpec, Evaluation, efficiency
+from iskd.evaluation.speaking import samples, write_samples
 from iskd.export import export
 from iskd.export.card_measured import refresh_card
 from iskd.models import Stack, sharding
@@ -31,11 +31,13 @@ from iskd.plan.run_files import ENDED, EVALUATION_FILE, MODEL, PLAN_FILE, REPORT
 from iskd.report import stage_table, write_report
 from iskd.report.stage_rows import SPARE
 from iskd.report.terminal import print_table, terminal
-from iskd.system import Busy, Preempted, ProgressLine, read_json, write_whole
+from iskd.system import Busy, Preempted, ProgressLine, Ranks, global_rank, read_json, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
+from iskd.training.editing import BrokenOffError
 from iskd.training.facts import selected, write_data
+from iskd.training.live import AgreedStop
 from iskd.training.metrics import log_end
 from iskd.training.metrics.along import AlongTheRun
 from iskd.training.parts import Parts, Result
@@ -65,19 +67,36 @@ def finish(
     run_dir, start = parts.run_dir, time.perf_counter()
     if parts.options.plan_only:
         return Result(state.results, module.student, state.record, run_dir, None, None)
-    student = gathered(module, state.record, ranks_of(trainer))
+    ranks, in_shards = ranks_of(trainer), sharding.is_sharded(module.teacher)
+    student = gathered(module, state.record, ranks)
+    written, agreed = False, AgreedStop(ranks, lambda: stop_signals.received is not None, BrokenOffError)
     if not trainer.is_global_zero:
         trainer.strategy.barrier("finish")
+        if in_shards:
+            _ask_in_shards(parts, module, agreed, None, along)
         return Result(state.results, student, state.record, run_dir, None, None)
     try:
         try:
             with stop_signals.at_once(run_dir):
                 model_dir, failed = _write(parts, student, state)
+            written = True
         finally:
-            trainer.strategy.barrier("finish")  # the others are done: measuring may last longer than they would wait
+            # where models are whole the others are done: measuring may last longer than they would wait
+            trainer.strategy.barrier("finish")
+            if in_shards and not written:
+                _leave(ranks)
+        found = _ask_in_shards(parts, module, agreed, model_dir, along) if in_shards else None
         with stop_signals.at_once(run_dir):
-            _measure(parts, module, student, model_dir, along)
-            _speak(parts, module, student)
+            if in_shards:
+                _tell_unmeasured(parts, model_dir, found)
+            else:
+                found = _measure(parts, module, student, model_dir, along)
+                _speak(parts, module, student)
+            if found is not None:
+                write_whole(run_dir / EVALUATION_FILE, found.to_json())
+            if model_dir is not None:
+                with _guarded("the scores in the model card", f"They are in {run_dir} too"):
+                    refresh_card(model_dir, run_dir)
             _tell_end(run_dir, time.perf_counter() - start)
             stop_signals.obey()
             report = _report(run_dir)
@@ -126,37 +145,70 @@ def _measure(
     module: DistillModule,
     student: PreTrainedModel,
     model_dir: Path | None,
-    along: AlongTheRun | None = None,
-) -> None:
-    """Latency, memory and cache beside the teacher's (efficiency.json), and tasks if asked for (evaluation.json)."""
-    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, parts.evaluation
-    spec = spec if spec is not None and spec.asks else None
-    measuring = {
-        "efficiency": again(parts, model_dir, None) if seconds else None,
-        "evaluation": again(parts, model_dir, spec) if spec else None,
-    }
-    if sharding.is_sharded(teacher):
-        for what, command in measuring.items():
-            if command is not None:
-                log.warning("%s was not measured, as the teacher lies in shards. On one device: %s", what, command)
-        return
+    along: AlongTheRun | None,
+) -> Evaluation | None:
+    """Latency, memory and cache beside the teacher's (efficiency.json), and what tasks say if they are asked."""
+    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, _spec(parts)
     device = next(teacher.parameters()).device
-    dtype = serving_dtype(device)
     if seconds:
-        with _guarded("efficiency", f"Again: {measuring['efficiency']}"), ProgressLine() as line:
+        with _guarded("efficiency", f"Again: {again(parts, model_dir, None)}"), ProgressLine() as line:
             nn.Module.to(student, device)
-            models = {"teacher": teacher, "student": student}
+            models, dtype = {"teacher": teacher, "student": student}, serving_dtype(device)
             efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=dtype, progress=line))
     if spec is not None:
-        with _guarded("evaluation", f"Again: {measuring['evaluation']}"):
+        with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
             nn.Module.to(student, device)
-            exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
             asks = along or along_the_run(parts, spec)
-            found = asks.ask(student, {"kind": "student", **exported}, quantize=spec.quantize)
-            write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
-    if model_dir is not None:
-        with _guarded("the scores in the model card", f"They are in {parts.run_dir} too"):
-            refresh_card(model_dir, parts.run_dir)
+            return asks.ask(student, _source(model_dir), quantize=spec.quantize)
+    return None
+
+
+def _ask_in_shards(
+    parts: Parts, module: DistillModule, agreed: AgreedStop, model_dir: Path | None, along: AlongTheRun | None
+) -> Evaluation | None:
+    """Tasks and samples of models in shards: all processes make every pass, and leave together where one has to.
+
+    Raises:
+        Preempted: a stop signal came to one of them.
+    """
+    found, spec = None, _spec(parts)
+    try:
+        with agreed.inside(module.student, module.teacher):
+            if spec is not None:
+                with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
+                    found = (along or along_the_run(parts, spec)).ask(module.student, _source(model_dir))
+            _speak(parts, module, module.student)
+    except BrokenOffError:
+        raise Preempted(parts.run_dir) from None
+    return found
+
+
+def _leave(ranks: Ranks) -> None:
+    """Tell the other processes, which are about to ask, that this one will not."""
+    with suppress(BrokenOffError):
+        AgreedStop(ranks, lambda: True, BrokenOffError).look()
+
+
+def _tell_unmeasured(parts: Parts, model_dir: Path | None, found: Evaluation | None) -> None:
+    """What models in shards are not measured by, and the command for it."""
+    spec, commands = _spec(parts), {}
+    if parts.options.efficiency_seconds:
+        commands["efficiency"] = again(parts, model_dir, None)
+    if spec is not None and found is not None and spec.quantize:
+        commands["the student in fewer bits"] = again(parts, model_dir, spec)
+    for what, command in commands.items():
+        log.warning("%s was not measured, as the models lie in shards. On one device: %s", what, command)
+
+
+def _spec(parts: Parts) -> EvalSpec | None:
+    """What a run asks, if anything."""
+    spec = parts.evaluation
+    return spec if spec is not None and spec.asks else None
+
+
+def _source(model_dir: Path | None) -> dict[str, str]:
+    """What identifies the student: the export's weights, where there is one."""
+    return {"kind": "student", **({} if model_dir is None else {"sha256": weights_sha256(model_dir)})}
 
 
 def _tell_end(run_dir: Path, seconds: float) -> None:
@@ -170,7 +222,7 @@ def _tell_end(run_dir: Path, seconds: float) -> None:
 def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> None:
     """What both models make of the same prompts (samples.json)."""
     teacher, count = module.teacher, parts.options.samples
-    if not count or sharding.is_sharded(teacher):
+    if not count:
         return
     again = f"Again: {shlex.join(['iskd', 'train', f'resume={parts.run_dir}'])}"
     with _guarded("what the models say", again), Busy("letting teacher and student continue prompts"):
@@ -180,7 +232,9 @@ def _speak(parts: Parts, module: DistillModule, student: PreTrainedModel) -> Non
             stack.keep_apart(None)
         try:
             front = framing_of(parts.teacher.tokenizer, parts.data.bos).front
-            write_samples(parts.run_dir, student, teacher, parts.teacher.tokenizer, front, count)
+            found = samples(student, teacher, parts.teacher.tokenizer, front, count)
+            if not global_rank():
+                write_samples(parts.run_dir, found)
         finally:
             for stack in models:
                 stack.keep_apart(parts.data.separator, check=False)

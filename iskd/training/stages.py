@@ -278,7 +278,8 @@ class StageLoop:
         along = self.spec is not None and self.spec.along
         # where a plan alone asks a few items, its run asks all: of the teacher, as student too, and of a student given
         left = len(self.state.results) + 1 if along and self.along is None else 0
-        at_the_end = options.efficiency_seconds + self._asking * (1 if along else 2)
+        whole = not sharding.is_sharded(self.live.module.teacher)  # else nobody's speed is measured
+        at_the_end = whole * options.efficiency_seconds + self._asking * (1 if along else 2)
         return Costs(
             refit_tokens=self.editor.refit_tokens_of,
             fit_tokens=options.fit_tokens,
@@ -293,7 +294,7 @@ class StageLoop:
             keeping=writing(self.keep is not None),
             saving=writing(True) / 2,
             checkpoint_every=options.checkpoint_every,
-            ends=0.0 if sharding.is_sharded(self.live.module.teacher) else at_the_end,
+            ends=at_the_end,
         )
 
     @property
@@ -308,15 +309,13 @@ class StageLoop:
         """Seconds of the export, the samples and weights in fewer bits, by those of a training token."""
         module, spec = self.live.module, self.spec
         written = export_seconds(surgery.parameters(module.student)) if self.exports else 0.0
-        if sharding.is_sharded(module.teacher):  # nothing else is measured there
-            return written
-        packed = 0.0 if spec is None else quantizing_seconds(len(spec.quantize), spec.tokens, token, module.device)
+        kinds = 0 if spec is None or sharding.is_sharded(module.teacher) else len(spec.quantize)
+        packed = 0.0 if spec is None else quantizing_seconds(kinds, spec.tokens, token, module.device)
         return written + packed + speaking_seconds(self.options.samples, token, module.device)
 
     def _sample(self) -> None:
         """Ask a few of the items that the run is going to ask, so that the plan can tell how long all of them take."""
-        whole = not sharding.is_sharded(self.live.module.teacher)  # what is in shards is asked along the run alone
-        if self.few is None or self.spec is None or not (whole or self.spec.along):
+        if self.few is None or self.spec is None:
             return
         asking, times = self.few
         try:

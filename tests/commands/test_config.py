@@ -23,10 +23,9 @@ from iskd.commands.values.config import (
     as_meant,
     object_of,
     plain,
-    refuse_unknown_of_hydra,
-    refuse_unread_keys,
     terms,
 )
+from iskd.commands.values.unread import refuse_unknown_of_hydra, refuse_unread_keys
 from iskd.data import TextData, TextFiles
 from iskd.losses import check_terms
 from iskd.models.tokenizers import byte_tokenizer

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
 from iskd.evaluation import EvalSpec, likelihood
+from iskd.evaluation.batches import Text, stems
 from iskd.evaluation.likelihood import (
     Likelihoods,
     TaskResult,
@@ -32,10 +33,12 @@ from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, copy_items, read
 from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.models import Stack, surgery
 from iskd.models import project as original
+from iskd.models.packing import Separator
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Record, Remove, Replace, Spec
-from tests.factories import digest, hooks, modes, silence, tiny
+from tests.factories import digest, hooks, mixer_specs, modes, silence, tiny
 
+MIXERS = mixer_specs()
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS: dict[str, dict[str, Any]] = {
     "hellaswag": {
@@ -82,6 +85,9 @@ PAIRS = [
     *[("The cat", text) for text in (" sat", " sat on the mat.", " ran")],  # one begins another
     *[("", " Cats sleep."), ("", "x"), ("ends in spaces  ", " a"), ("\n", "b"), ("x" * 200, " too long")],
     ("caf\u00e9", " \u00fcber"),
+    # go on from one context, of which all but the last token is read once
+    *[("A man walks into", text) for text in (" a bar", " a barn full of hay", " it")],
+    *[("Nobody was ever", text) for text in (" there.", " so")],
 ]
 
 
@@ -334,12 +340,47 @@ def test_no_input_is_run_twice_and_logits_are_few(monkeypatch: pytest.MonkeyPatc
     assert sum(projected) == int(found.tokens.sum()) == 4 * 2 + 4 * 2 + 16
 
 
+def test_a_context_is_read_once_for_all_that_goes_on_from_it() -> None:
+    contexts = {"A man walks into": ("a bar", "a barn full of hay", "it"), "Nobody was": ("there", "so")}
+    pairs = [(context, f" {text}") for context, texts in contexts.items() for text in texts]
+    model, read = model_of(), []
+
+    def note(module: Any, positional: Any, given: dict[str, Any]) -> None:
+        read.append(given["input_ids"].numel())
+
+    Stack(model).base.register_forward_pre_hook(note, with_kwargs=True)
+    log_likelihoods(model, byte_tokenizer(), pairs, batch_tokens=1)
+    # what begins another is no input of its own; the last token of a context predicts, and is read with what follows
+    stems = [len(context) - 1 for context in contexts]
+    behind = [1 + len(text) for text in (" a barn full of ha", " i", " ther", " s")]
+    assert sum(read) == sum(stems) + sum(behind)
+    assert_same(log_likelihoods(model, byte_tokenizer(), pairs), one_by_one(model, pairs))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_choices_go_on_from_the_state_of_a_mixer(mixer: str) -> None:
+    model = model_of()
+    surgery.apply(model, Record(4), [Convert(layer, MIXERS[mixer], seed=layer) for layer in range(0, 4, 2)])
+    assert_same(log_likelihoods(model.eval(), byte_tokenizer(), PAIRS), one_by_one(model, PAIRS))
+
+
+def test_documents_that_are_told_apart_are_read_whole() -> None:
+    model = model_of()
+    Stack(model).keep_apart(Separator(ord(" "), begins=False))
+    whole = evaluate(model, byte_tokenizer(), items_of())
+    apart = likelihood.by_branch(
+        model, byte_tokenizer(), pairs_of(items_of()), lambda ids: [Stack(model).last_hidden(ids)]
+    )
+    assert torch.equal(whole.of("log_p"), judge(items_of(), apart[0]).of("log_p"))
+
+
 def test_padding_is_at_most_a_quarter() -> None:
-    texts = [likelihood._Text(tuple(range(i, 2 * i)), (1,)) for i in range(4, 120)]
-    for batch in likelihood._batches(texts, 500):
-        longest = batch.ids.shape[1]
-        assert batch.ids.numel() <= 500
-        assert min(int(at) + 1 for at in batch.at_M) >= 0.75 * longest
+    texts = [Text(tuple(range(i, 2 * i)), (1,), i) for i in range(4, 120)]
+    for stem in stems(texts, 500, share=True):
+        for batch in stem.batches:
+            longest = batch.ids.shape[1]
+            assert batch.ids.numel() <= 500
+            assert min(int(at) + 1 for at in batch.at_M) >= 0.75 * longest
 
 
 @torch.no_grad()

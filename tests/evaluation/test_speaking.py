@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from iskd.evaluation import measure_quality
-from iskd.evaluation.speaking import PROMPTS, samples_of, write_samples
+from iskd.evaluation.speaking import PROMPTS, samples, samples_of, write_samples
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan.options import MOST_SAMPLES
 from iskd.report import write_report
@@ -23,11 +23,11 @@ def test_both_models_continue_the_same_prompts(tmp_path: Path) -> None:
     """Side by side on the page; the same model says the same, and markup in a text stays text."""
     teacher, tokenizer = louder(tiny("llama", vocab=257, context=128)), byte_tokenizer()
     student = louder(tiny("llama", vocab=257, context=128, seed=1))
-    write_samples(tmp_path, student, teacher, tokenizer, (), 2)
+    write_samples(tmp_path, samples(student, teacher, tokenizer, (), 2))
     found = samples_of(json.loads((tmp_path / "samples.json").read_text()))
     assert [sample.prompt for sample in found] == list(PROMPTS[:2])
     assert all(sample.same < sample.tokens == 48 for sample in found)
-    write_samples(tmp_path, teacher, teacher, tokenizer, (), 1)
+    write_samples(tmp_path, samples(teacher, teacher, tokenizer, (), 1))
     (same,) = samples_of(json.loads((tmp_path / "samples.json").read_text()))
     assert (same.same, same.teacher) == (48, same.student)
     run = write_run(tmp_path / "run")

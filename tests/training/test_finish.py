@@ -145,17 +145,33 @@ def test_an_export_that_fails_is_raised_after_the_measurements(parts: Parts, mon
     assert "Scores by task" in (parts.run_dir / "report.html").read_text()
 
 
-def test_a_teacher_in_shards_is_measured_by_a_command(
+def test_in_shards_speed_and_fewer_bits_are_measured_by_a_command(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(finish.sharding, "is_sharded", lambda model: model is parts.teacher.model)
+    spec = replace(SPEC, quantize=("int8",), text=str(parts.run_dir.parent / "text.txt"))
     with caplog.at_level(logging.WARNING):
-        ended(parts)
+        ended(replace(parts, evaluation=spec))
     said = [record.getMessage() for record in caplog.records if "in shards" in record.getMessage()]
-    assert [message.partition(" ")[0] for message in said] == ["efficiency", "evaluation"]
+    assert [message.partition(" was")[0] for message in said] == ["efficiency", "the student in fewer bits"]
     assert all("On one device: iskd evaluate model=" in message for message in said)
-    assert not (parts.run_dir / "evaluation.json").exists()
+    found = json.loads((parts.run_dir / "evaluation.json").read_text())
+    assert [task["task"] for task in found["tasks"]] == ["copy"]
+    assert not found["quantized"]
+    assert not (parts.run_dir / "efficiency.json").exists()
+
+
+def test_a_process_that_ends_while_writing_tells_those_that_wait_to_ask(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(finish.sharding, "is_sharded", lambda model: model is parts.teacher.model)
+    monkeypatch.setattr(finish, "_leave", told.append)
+    monkeypatch.setattr(finish, "write_stages", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        ended(parts)
+    assert len(told) == 1
 
 
 def test_the_command_names_what_is_nowhere_on_disk(parts: Parts) -> None:
@@ -236,7 +252,7 @@ def test_items_that_chose_layers_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["export", "write_report", "efficiency.measure", "AlongTheRun.ask", "write_samples", "log_end"]
+    "place", ["export", "write_report", "efficiency.measure", "AlongTheRun.ask", "samples", "log_end"]
 )
 def test_a_signal_ends_what_comes_after_training(place: str, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it comes: the other ranks are let go, what was finished stays, and nothing is half-written."""

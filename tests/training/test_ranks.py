@@ -125,12 +125,13 @@ SLOW = pytest.mark.slow
         pytest.param("ddp", "validation", 2, marks=SLOW),
         pytest.param("fsdp", "validation", 2, marks=SLOW),
         pytest.param("fsdp", "fit", 0, marks=SLOW),
+        pytest.param("fsdp", "samples", 0, marks=SLOW),
     ],
 )
 def test_a_stop_of_one_process_ends_all_in_the_middle_of_their_work(
     strategy: str, place: str, call: int, folder: Path, one: dict[str, Any]
 ) -> None:
-    """Validation of the teacher, a fit, validation after healing; what was begun is done again."""
+    """Validation of the teacher, a fit, validation after healing, the end; what was begun is done again."""
     name = f"inside-{strategy}-{place}-{call}"
     world = World(2, programs.stopped_inside, (folder, name, strategy, place, call), folder / "logs" / name)
     assert sorted(world.wait(60)) == [0, 143], world.said()
@@ -259,10 +260,10 @@ def asking(folder: Path, *names: str) -> EvalSpec:
 @pytest.mark.parametrize(
     "names", [("copy", "recall_64", "summary"), pytest.param(("piqa", "writing"), marks=pytest.mark.slow)]
 )
-def test_students_in_shards_are_asked_along_the_run_as_in_one_process(names: tuple[str, ...], folder: Path) -> None:
-    """The teacher, and students with a compact block and a mixer: scores of every task, and perplexity."""
+def test_students_in_shards_are_asked_as_in_one_process(names: tuple[str, ...], folder: Path) -> None:
+    """The teacher, and students with a compact block and a mixer: scores of every task, perplexity, words."""
     replaced, _, converted, _ = every_edit(1)
-    keep = {"options": {"keep_students": 1}}
+    keep = {"options": {"keep_students": 1, "samples": 2}}
     changes = {"schedule": Scripted([replaced, converted]), "evaluation": asking(folder, *names), **keep}
     runs = [f"{names[0]}-{strategy}" for strategy in (None, "fsdp")]
     (alone,), split = (trained(folder, run, s, **changes) for run, s in zip(runs, (None, "fsdp"), strict=True))
@@ -277,6 +278,14 @@ def test_students_in_shards_are_asked_along_the_run_as_in_one_process(names: tup
             for who in ("student", "teacher"):
                 assert ours[who] == pytest.approx(theirs[who], rel=1e-4, abs=1e-6)
 
+    for run, told in zip(runs, (alone, split[0]), strict=True):  # the last stage's student is the run's
+        at_the_end = json.loads((folder / run / "evaluation.json").read_text())
+        assert [task["metrics"] for task in at_the_end["tasks"]] == [
+            task["metrics"] for task in told["asked"][-1]["tasks"]
+        ]
+    said = [json.loads((folder / run / "samples.json").read_text()) for run in runs]
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
     kept = [dict(load(folder / run / "students" / "002").state_dict()) for run in runs]
     assert largest_difference(*kept) < 5e-5
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -17,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from iskd.commands.line import roots_known, unknown_key
 from iskd.commands.line.offered import options_as_meant
 from iskd.commands.line.sources import describe_sources
 from iskd.commands.line.steps import steps_as_meant
 from iskd.commands.values.paths import at_home
+from iskd.commands.values.unread import refuse_unknown_roots
 from iskd.losses import Terms
 from iskd.plan import Spec
 from iskd.plan.run_files import CONFIG_FILE, STAGES_FILE
@@ -261,7 +259,7 @@ def as_meant(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:  # an interpolation that names nothing
         raise ValueError(str(error)) from None
     if values.get("resume") is None:
-        _refuse_unknown_roots(config)
+        refuse_unknown_roots(config)
     literal(values, "this run")  # what one look left to resolve would be resolved at the next
     for group in no_mappings(values):
         takes_keys = group in OPTIONAL and group != "refit"
@@ -286,80 +284,6 @@ def as_meant(config: DictConfig) -> DictConfig:
     final = OmegaConf.create(values)
     assert isinstance(final, DictConfig)
     return final
-
-
-def _refuse_unknown_roots(config: DictConfig) -> None:
-    """Hydra takes `+KEY=VALUE` for any key, and nothing would read it; one that another value refers to is used."""
-    known = {*roots_known(), "hydra"} - {"experiment", "debug"}  # whose files have no place of their own
-    unknown = [str(key) for key in config if str(key) not in known]
-    said = OmegaConf.to_yaml(config) if unknown else ""
-    for key in unknown:
-        if f"${{{key}}}" not in said and f"${{{key}." not in said:
-            raise ValueError(unknown_key(key))
-    refuse_unread_keys(config)
-
-
-_UNCHOSEN = ("budget", "eval", "logger", "refit", "loss")
-"""Groups of which nothing need be chosen, or several by their names."""
-
-
-def refuse_unread_keys(config: DictConfig, groups: Sequence[str] = _UNCHOSEN) -> None:
-    """Of a group without a choice, a key that was forced in is all that there is of it, and nothing reads it.
-
-    Args:
-        config: of the command line.
-        groups: those of `_UNCHOSEN` that are looked at.
-
-    Raises:
-        ValueError: there is such a key.
-    """
-    for group in groups:
-        node = config.get(group)
-        if not OmegaConf.is_dict(node) or "_target_" in node:
-            continue
-        parts = {f"{group}.{key}": each for key, each in node.items()}
-        # one logger may stand below another, which is csv where there is none
-        named = [name for name, each in parts.items() if OmegaConf.is_dict(each) and "_target_" in each]
-        lost = [name for name in parts if name not in named or group in ("budget", "eval")]
-        if not lost or (group == "loss" and not OmegaConf.is_dict(parts[lost[0]])):  # which says so itself
-            continue
-        if group in ("refit", "loss"):  # several are chosen, each by its name
-            name, each = lost[0], parts[lost[0]]
-            if not OmegaConf.is_dict(each) or not each:
-                choice = f"{group}=[{name.partition('.')[2]}]"
-                raise ValueError(f"{name}={shown(plain(each))} is no part: choose {choice}, or leave the key out")
-            raise ValueError(unknown_key(f"{name}.{next(iter(each))}"))
-        raise ValueError(unknown_key(lost[0]))
-
-
-def refuse_unknown_of_hydra(config: DictConfig, node: Any, place: str = "hydra") -> None:
-    """Hydra takes `+hydra.KEY=VALUE` for any key too; what its own classes have no field for, nothing reads.
-
-    Args:
-        config: of the task, whose values may refer to such a key.
-        node: Hydra's own config, or a part of it.
-        place: its dotted name.
-
-    Raises:
-        ValueError: there is such a key, and no value refers to it.
-    """
-    kind = OmegaConf.get_type(node)
-    # keys beside a _target_ are arguments, which Hydra looks at when it makes it
-    fields = None
-    if dataclasses.is_dataclass(kind) and "_target_" not in node:
-        fields = {field.name for field in dataclasses.fields(kind)}
-    for key in map(str, node):
-        # a folder would be made by looking at its name
-        unread = OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)
-        value = None if unread else node[key]
-        name, below = f"{place}.{key}", OmegaConf.is_dict(value)
-        if fields is None or key in fields or (below and not value):  # hydra.env, which has no field, is empty
-            if below:
-                refuse_unknown_of_hydra(config, value, name)
-            continue
-        used = rf"\$\{{(hydra:|hydra\.){re.escape(name.removeprefix('hydra.'))}[.}}]"
-        if not re.search(used, OmegaConf.to_yaml(config)):
-            raise ValueError(unknown_key(name))
 
 
 def _refuse_unknown(place: str, node: Mapping[str, Any], kinds: Sequence[Any]) -> None:
