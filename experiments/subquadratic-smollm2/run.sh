@@ -4,9 +4,11 @@
 # On a machine with a GPU: TRAINER=gpu TOKENS=100000000 ITEMS=1000 EVAL_TOKENS=65536 ./run.sh
 #
 #   DATA        folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
-#   TOKENS      training tokens of every run but the hybrids, equal for all
+#   TOKENS      training tokens of every run but the hybrids without a token, equal for all; rows of other budgets than
+#               32,768 stand beside those, as TECHNIQUE@TOKENS: KL against tokens is TOKENS=8192, 32768 and 131072
 #   MIXERS      names in conf/mixer; TECHNIQUES  among copy local all (kl matrix hidden, for the paper's grid); HYBRIDS  among
-#               restore gates every_fourth every_second; each may be empty
+#               restore gates every_fourth every_second (which keeps half); TRAINED  mixers in conf/mixer, with a quarter of the
+#               layers left as restore says and TOKENS of local work and training; each may be empty
 #   ONLY        a pattern of names (MIXER-TECHNIQUE, hybrid-CHOICE): the runs that match are done
 #   ITEMS       of each task, at most; EVAL_TOKENS: of each text; SECONDS_OF_DECODING: for timing at 8,192 tokens
 #   MODEL       tiny = random weights, to try the script; EXTRA  further overrides; PLAN=1 shows the plans alone
@@ -23,6 +25,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 MIXERS=${MIXERS-gated_deltanet gla window sliding $(cd conf/mixer && for file in *.yaml; do echo "${file%.yaml}"; done | grep -vxE 'gated_deltanet|gla|window|sliding')}
 TECHNIQUES=${TECHNIQUES-copy local all}
 HYBRIDS=${HYBRIDS-restore gates every_fourth every_second}
+TRAINED=${TRAINED-sliding gated_deltanet}
 ONLY=${ONLY:-*}
 HERE=experiments/subquadratic-smollm2
 read -ra EXTRA <<< "${EXTRA:-} ${PLAN:+plan_only=true}"
@@ -30,6 +33,8 @@ if [ "$MODEL" = tiny ]; then LENGTH=64 LAYERS=4; else LENGTH=256 LAYERS=30; fi
 COMMON=(model="$MODEL" trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
         data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len="$LENGTH" data.batch_size=2 run.score_tokens=2048
         run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false seed="$SEED")
+
+AT=$([ "$TOKENS" = 32768 ] || echo "@$TOKENS")
 
 row() { # name, overrides...
   local name=$1 dir="$OUT/$1"
@@ -63,6 +68,9 @@ for choice in $HYBRIDS; do
   esac
   row "hybrid-$choice" experiment=subquadratic mixer=window "${UNALIGNED[@]}" schedule.tokens=0 "${keys[@]}"
 done
+for mixer in $TRAINED; do
+  row "hybrid_$mixer-restore$AT" experiment=local_first mixer="$mixer" schedule.attention_share=0.25 importance=restore schedule.tokens="$TOKENS"
+done
 for mixer in $MIXERS; do
   for technique in $TECHNIQUES; do
     case $technique in
@@ -74,7 +82,7 @@ for mixer in $MIXERS; do
       hidden) keys=(experiment=subquadratic mixer.init=random schedule.mixers=null "${SHARES[@]}") ;;
       *) echo "unknown technique $technique" >&2; exit 1 ;;
     esac
-    row "$mixer-$technique" "${keys[@]}" mixer="$mixer" schedule.tokens="$TOKENS"
+    row "$mixer-$technique$AT" "${keys[@]}" mixer="$mixer" schedule.tokens="$TOKENS"
   done
 done
 if [ -z "${PLAN:-}" ]; then "$PYTHON" "$HERE/evaluate.py" table --scores "$SCORES"; fi

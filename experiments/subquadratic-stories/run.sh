@@ -12,7 +12,7 @@ TOKENS=${TOKENS:-307200}
 SEED=${SEED:-0}
 OUT=${OUT:-runs/subquadratic-stories}
 PYTHON=${PYTHON:-.venv/bin/python}
-MIXERS=${MIXERS:-$(cd conf/mixer && ls *.yaml | sed 's/.yaml//')}
+MIXERS=${MIXERS-$(cd conf/mixer && ls *.yaml | sed 's/.yaml//')}
 LOCAL=${LOCAL-gated_deltanet gla sliding}
 SHARES=${SHARES-0.3 0.8 0.95}
 COMMON=(model=local model.path="$DATA/stories260k" data=text data.path="$DATA/tinystories/train.txt.gz"

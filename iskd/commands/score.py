@@ -15,6 +15,7 @@ from iskd.export import load
 from iskd.export.loading import record_of
 from iskd.importance import layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
+from iskd.importance.base import AttentionImportance
 from iskd.models import Stack
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores
@@ -58,6 +59,8 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     batches = [batch.to(device) for batch in windows]
     with forward_context():
         importance, depth = importance_of(config), len(stack.layers)
+        if isinstance(importance, AttentionImportance):
+            importance.layers = layers
         rows = rows_of(importance, model, teacher.model, batches)
         runs = None
         if isinstance(importance, Angular) and depth > 1:

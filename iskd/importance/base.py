@@ -27,8 +27,11 @@ from iskd.plan import Convert, Edit
 class WindowImportance(ABC):
     """An importance whose score is the mean of its rows; a metric that reads no windows has one column."""
 
-    def choosing(self, candidates: Sequence[int], number: int) -> WindowImportance:
-        """This importance for a choice of the `number` lowest among some positions; most score all blocks anyway."""
+    def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> WindowImportance:
+        """This importance for a choice of the `number` lowest among some positions; most score all blocks anyway.
+
+        `layers` are the numbers of the student's layers, which are positions of the teacher.
+        """
         return self
 
     def scored(
@@ -173,6 +176,7 @@ class AttentionImportance(WindowImportance):
     seed: int
     candidates: tuple[int, ...] | None = None  # which may be converted; None = all that have an attention
     number: int | None = None  # how many of them are going to be converted
+    layers: tuple[int, ...] | None = None  # numbers of the student's layers; None = it has all of the teacher's
 
     def in_question(self, student: PreTrainedModel) -> tuple[list[int], dict[int, nn.Module]]:
         """Positions in question, and each one's block with a mixer for its attention.
@@ -193,7 +197,9 @@ class AttentionImportance(WindowImportance):
         found = [position for position in having if self.candidates is None or position in self.candidates]
         if not found:
             raise ValueError(f"importance={name}: no block that may be converted has an attention of its own left")
-        edits = {} if self.convert is None else {position: self.convert.make(position, self.seed) for position in found}
+        numbers = self.layers or range(len(stack.layers))
+        convert, seed = self.convert, self.seed
+        edits = {} if convert is None else {at: convert.make(numbers[at], seed) for at in found}
         made = {
             position: surgery.build_converted(stack, stack.layers[position], edit)
             for position, edit in edits.items()

@@ -73,10 +73,10 @@ class Gates(AttentionImportance):
         self.metric, self.steps, self.lr, self.penalty, self.share = metric, steps, lr, penalty, share
         self.chunk, self.convert, self.seed = chunk, convert, seed
 
-    def choosing(self, candidates: Sequence[int], number: int) -> Gates:
+    def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Gates:
         """These gates among some positions, the `number` lowest of which are going to be converted."""
         chosen = copy.copy(self)
-        chosen.candidates, chosen.number = tuple(candidates), number
+        chosen.candidates, chosen.number, chosen.layers = tuple(candidates), number, tuple(layers)
         return chosen
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:

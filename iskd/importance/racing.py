@@ -123,7 +123,7 @@ class Racing(WindowImportance):
         self.candidates: tuple[int, ...] | None = None  # who races; None = every block
         self.number = 1
 
-    def choosing(self, candidates: Sequence[int], number: int) -> Racing:
+    def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Racing:
         """This race among some positions, for the `number` lowest of them; the kept streams are shared."""
         chosen = copy.copy(self)
         chosen.candidates, chosen.number = tuple(candidates), number

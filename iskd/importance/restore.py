@@ -66,10 +66,10 @@ class Restore(AttentionImportance):
         self.convert, self.seed = convert, seed
         self.prefix_cache = PrefixCache(cache_mb)
 
-    def choosing(self, candidates: Sequence[int], number: int) -> Restore:
+    def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Restore:
         """This importance for a choice of the `number` lowest among some positions: the others keep their attention."""
         chosen = copy.copy(self)
-        chosen.candidates, chosen.number = tuple(candidates), number
+        chosen.candidates, chosen.number, chosen.layers = tuple(candidates), number, tuple(layers)
         return chosen
 
     def rows(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:

@@ -182,6 +182,8 @@ class RecurrentMixer(nn.Module):
         inner = self.projections.inner_dim**-0.5
         scaling = getattr(attention.module, "scaling", None) or inner  # of Gemma and Granite it is a number of its own
         self.scale = self.head_dim**-0.5 * (float(scaling) / inner)
+        # Gemma 2's softmax; what of it a mixer keeps sees scores as it does
+        self.softcap: float | None = getattr(attention.module, "attn_logit_softcapping", None)
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 

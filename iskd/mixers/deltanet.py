@@ -12,7 +12,8 @@ DeltaProduct (arXiv 2502.10297, section 4) does so n times for every token, each
     S_t = (prod_j I - beta_tj k_tj k_tj^T) a_t S_{t-1} + what the steps write        o_t = K^-1/2 q_t^T S_t
 
 so that one token can turn the state by more than a reflection. The first step has the copied key and value; the others'
-are drawn as the host draws its weights, with a beta that starts near 1/20, so that they disturb the first one little.
+are drawn as the host draws its weights, with a beta that starts near 1/20 (near 1/10
+where it may reach 2), so that they disturb the first one little.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ class MLSTMWindow(MLSTM):
         q, k = s.extra
         near = Window.read(context, k, s.v, size=self.window, sinks=self.sinks)
         with torch.autocast(q.device.type, enabled=False):
-            soft = near.softmax(at_least_fp32(q) * self.scale, reach=self.window, size=self.chunk)
+            q = at_least_fp32(q) * self.scale
+            soft = near.softmax(q, reach=self.window, size=self.chunk, softcap=self.softcap)
         o, state = super().mix(s, context, state_BGKV)
         return torch.cat([o, (soft[..., :-1] / soft[..., -1:].clamp_min(EPS)).to(o.dtype)], dim=-1), state
 

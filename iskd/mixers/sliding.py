@@ -34,7 +34,7 @@ from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
 from iskd.mixers.modules import Context
 from iskd.mixers.modules.features import FIXED, SIGNED, Hedgehog
 from iskd.mixers.modules.window import Window, check_window, seen_of, segments_of
-from iskd.mixers.ops.window import pairs, places, unnormalised
+from iskd.mixers.ops.window import capped, pairs, places, unnormalised
 from iskd.models import at_least_fp32
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Sliding(RecurrentMixer):
         s, reach = streams, self._reach(context)
         near = Window.read(context, s.k, s.v, size=self.window, sinks=self.sinks)
         with torch.autocast(s.q.device.type, enabled=False):
-            o = near.softmax(at_least_fp32(s.q) * s.scale, reach=reach, size=self.chunk)
+            o = near.softmax(at_least_fp32(s.q) * s.scale, reach=reach, size=self.chunk, softcap=self.softcap)
         if self.linear:
             phi_q, phi_k = self._maps()
             # token t finds in the state what has left its window: keys and values come that much later
@@ -163,7 +163,8 @@ class Sliding(RecurrentMixer):
             own = (number[:, None] == segments[..., None])[:, None]
             back = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).tril()
             behind = back.tril(-reach) & ~first
-            both = unnormalised(pairs(at_least_fp32(s.q) * s.scale, at_least_fp32(s.k)), own & back & ~behind)
+            scores = capped(pairs(at_least_fp32(s.q) * s.scale, at_least_fp32(s.k)), self.softcap)
+            both = unnormalised(scores, own & back & ~behind)
             if self.linear:
                 phi_q, phi_k = self._maps()
                 linear = pairs(at_least_fp32(phi_q(s.q)), at_least_fp32(phi_k(s.k))) * (own & behind)

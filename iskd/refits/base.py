@@ -45,6 +45,7 @@ class Refit(ABC):
         folds: parts of the text that are fitted to in turn, where a refit does that.
         streams: where states of all windows lie, one of `PLACES`.
         by_steps: whether each batch is a step of training: of as many tokens, however many processes share it.
+        for_mixers: whether it changes mixers alone, and a run without conversions has no use for it.
 
     Raises:
         ValueError: a value that cannot work; the message names its key.
@@ -55,6 +56,7 @@ class Refit(ABC):
     folds: ClassVar[int] = 1
     streams: ClassVar[str] = PLACES[0]
     by_steps: ClassVar[bool] = False
+    for_mixers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -6,8 +6,8 @@
 
 with y_h what the teacher's head gives to its output projection, and m_h what the mixer's does on the teacher's own
 inputs; s_h goes into the columns of the mixer's output projection. (Taylor-Calibrate, arXiv 2606.16429; its scale goes
-into the values, which a norm behind the heads would undo.) The first token of a window takes no part in d and e: what
-rests on it is a sink, no memory.
+into the values, which a norm behind the heads would undo.) The first token of a document takes no part in d and e:
+what rests on it is a sink, no memory.
 
 Such a start is said to pay only before the layers are trained one by one, as `refit=[calibrate,output,local]` does.
 """
@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from iskd.models import Stack
 from iskd.models.capture import Call, attention_weights, follow
 from iskd.models.hosting import HostedMixer
+from iskd.models.packing import positions_in
 from iskd.models.sharding import is_sharded
 from iskd.plan import Convert
 from iskd.refits.base import Refit, RefitTask
@@ -51,6 +52,7 @@ class Calibrate(Refit):
     Measured: not measured
     """
 
+    for_mixers: ClassVar[bool] = True
     _: KW_ONLY
     tokens: PositiveInt = 2048
     scale: bool = True
@@ -182,29 +184,38 @@ def _attended(task: RefitTask, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         weights = output[1]
         if weights is None:
             raise ValueError("refit=calibrate: the teacher's attention gives no weights in this family: leave it out")
-        new, old = _statistics(weights), found[index]
+        new, old = _statistics(weights, places), found[index]
         found[index] = new if old is None else old + new
 
     with attention_weights(stack):
         for batch in task.fit:
+            places = positions_in(batch.to(task.device), stack.separator)
             follow(stack, batch.to(task.device), _spans(stack, layers), visit)
     sums = torch.stack([one for one in found if one is not None])  # [L, 3, H]
     task.ranks.add(sums)
     mass, reach, entropy = sums.cpu().unbind(1)
+    if not mass.amax(1).all():
+        raise ValueError(
+            "refit=calibrate: nowhere in the calibration text does the teacher look at another token than the first of "
+            f"a document: windows of {task.fit[0].shape[1]} tokens tell nothing of its gates; raise data.seq_len, or "
+            "leave calibrate out of refit=[...]"
+        )
     mass = mass.clamp_min(torch.finfo(torch.float64).tiny)
     return reach / mass, (entropy / mass).clamp(0, 1)
 
 
-def _statistics(weights_BHTT: Tensor) -> Tensor:
+def _statistics(weights_BHTT: Tensor, places: Tensor) -> Tensor:
     """Sums over rows, weighted by what a row does not give to the first token: of that weight, look-back and entropy.
 
-    [3, H], float64. A row's entropy is over log t, that of uniform weights on its t tokens but the first.
+    [3, H], float64. A row's entropy is over log t, that of uniform weights on its t tokens but the first. `places` of
+    the tokens in their documents [B or 1, T]: each has a first token of its own.
     """
-    weights = weights_BHTT[:, :, 2:, 1:].double()  # the first row that could look at two such tokens is the third
-    tokens = weights_BHTT.shape[-1]
-    place = torch.arange(tokens, device=weights.device)
-    back = (place[2:, None] - place[1:]).clamp_min(0)
+    place = places[:, None]
+    # the first row that could look at two such tokens is the third
+    weights = weights_BHTT.double() * ((place > 0)[..., None, :] & (place > 1)[..., None])
+    spot = torch.arange(weights.shape[-1], device=weights.device)
+    back = (spot[:, None] - spot).clamp_min(0)
     mass = weights.sum(-1)
     shares = weights / mass.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
-    entropy = torch.special.entr(shares).sum(-1) / place[2:].double().log()
+    entropy = torch.special.entr(shares).sum(-1) / place.clamp_min(2).double().log()
     return torch.stack([(x * mass).sum((0, 2)) for x in (torch.ones_like(mass), (shares * back).sum(-1), entropy)])

@@ -132,6 +132,7 @@ class Local(BlockRefit):
         task.ranks.add(tokens)
         steps = len(tokens)
         generator = torch.Generator().manual_seed(site.layer)
+        drawn = torch.Generator().manual_seed(site.layer)
         first = best = _held_error(task, site, attention)
         kept = [parameter.detach().clone() for parameter in parameters]
         fresh = _fresh(site)
@@ -150,7 +151,8 @@ class Local(BlockRefit):
                     done_share = (epoch * steps + step) / (self.epochs * steps)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * (1 - done_share)
-                    loss = _errors(site, index, attention).sum() / tokens[index].item()
+                    with _dropping(site, drawn):
+                        loss = _errors(site, index, attention).sum() / tokens[index].item()
                     gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                     _share(task, parameters, gradients)
                     optimizer.step()
@@ -164,6 +166,22 @@ class Local(BlockRefit):
         for copy, parameter in zip(kept, parameters, strict=True):
             parameter.detach().copy_(copy)
         return first, best, done
+
+
+@contextmanager
+def _dropping(site: Site, drawn: torch.Generator) -> Iterator[None]:
+    """What a mixer does in training alone (`mixer.window_dropout`): alike on all ranks, whatever else was drawn."""
+    mixer = site.submodule(f"{site.stack.family.attn}.mixer")
+    if mixer is None or not any(isinstance(module, nn.Dropout) and module.p for module in mixer.modules()):
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):  # the draw is the host's
+        torch.manual_seed(int(torch.randint(2**31, (), generator=drawn)))
+        mixer.train()
+        try:
+            yield
+        finally:
+            mixer.eval()
 
 
 def _told(trained: Sequence[_Trained]) -> list[str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat
@@ -52,6 +52,7 @@ class Values(BlockRefit):
     Measured: not measured
     """
 
+    for_mixers: ClassVar[bool] = True
     _: KW_ONLY
     ridge: Sequence[PositiveFloat] | PositiveFloat = RIDGES
 
@@ -69,7 +70,7 @@ class Values(BlockRefit):
         """Raise ValueError for norms behind what blocks add, and where no mixer's output is linear in its values."""
         check_plain(stack, self.name())
         converts = [edit for edit in edits if isinstance(edit, Convert)]
-        if not converts:
+        if not converts:  # of a step before those that convert
             return
         student = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), tuple(converts)), "meta"))
         reasons = [

@@ -123,9 +123,8 @@ class ConvertTo:
                 )
             for layer in self._shown(layers):
                 if layer in found:
-                    raise ValueError(
-                        f"edit.mixers names layer {layer} for {found[layer]} and for {name}: a layer has one mixer"
-                    )
+                    twice = "twice" if found[layer] == name else f"for {found[layer]} and"
+                    raise ValueError(f"edit.mixers names layer {layer} {twice} for {name}: a layer has one mixer")
                 found[layer] = name
         if self.fit:
             raise ValueError("edit.fit=true: mixers have no fit before training; set edit.fit=false")

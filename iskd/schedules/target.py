@@ -91,18 +91,21 @@ class Target:
         else:
             left = self._count(history, protected) - done
         if left > len(available):
+            fewer = "raise schedule.attention_share" if self.kept is not None else "edit fewer"
             raise ValueError(
-                f"{self}, but only {done + len(available)} layers may be edited (protected: {sorted(protected)}); "
-                "edit fewer or protect fewer"
+                f"{self}, but only {done + len(available)} layers may be edited (protected or left out: "
+                f"{sorted(protected)}); {fewer}, or let more layers be edited"
             )
         return left
 
     def _count(self, history: History, protected: Collection[int]) -> int:
         depth = history.record.num_layers
         if self.kept is not None:
-            count = depth - math.ceil(self.kept * depth)
-            if not count:
-                raise ValueError(f"{self} of {depth} layers leaves none to convert: give a smaller share")
+            whole = depth - len(set(history.foreign))  # what others edited keeps no attention of the teacher's
+            count = whole - math.ceil(self.kept * depth - 1e-9)  # 0.28 * 25 is a little more than 7
+            if count < 1:
+                edited = f", {depth - whole} of which are edited otherwise," if whole < depth else ""
+                raise ValueError(f"{self} of {depth} layers{edited} leaves none to convert: give a smaller share")
             return count
         free = set(range(depth)) - set(protected) - set(history.foreign)
         count = self.count if self.count and self.count > 0 else len(free)

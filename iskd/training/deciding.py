@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.importance import Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
+from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import surgery
 from iskd.plan import to_json
 from iskd.plan.reading import stage_from_json
@@ -25,9 +25,15 @@ Importance = Callable[[PreTrainedModel, PreTrainedModel, Sequence[Tensor]], Tens
 def check_importance(schedule: Schedule, importance: Importance | None) -> None:
     """Raise ValueError where the schedule asks for scores that it cannot get."""
     if isinstance(schedule, Mixed):
-        for part in schedule.parts:
-            check_importance(part.schedule, importance if part.importance is None else part.importance)
+        for part in schedule.parts:  # the run's own may be for others of them
+            own = part.importance is not None or part.schedule.scoring == "never"
+            check_importance(part.schedule, part.importance if own else importance)
         return
+    if schedule.scoring == "never" and isinstance(importance, AttentionImportance):
+        raise ValueError(
+            f"importance={type(importance).__name__.lower()} says which layers keep their attention, and this schedule "
+            "is told which layers to edit: set schedule.attention_share or schedule.count, or leave the importance out"
+        )
     if schedule.scoring != "never" and importance is None:
         raise ValueError(
             "schedule.order=importance needs scores; choose one: importance=bi_veto, ablation, block_influence, ..."
@@ -91,7 +97,7 @@ def _scored(
     """Scores [L], and which of the layers not chosen the calibration windows cannot tell from the last one chosen."""
     positions = [layers.index(layer) for layer in choice.layers]
     if isinstance(importance, WindowImportance):
-        asked = importance.choosing(positions, min(choice.number + choice.spare, len(positions)))
+        asked = importance.choosing(positions, min(choice.number + choice.spare, len(positions)), layers)
         scores, rows = asked.scored(module.student, module.teacher, batches)
     else:
         scores = importance(module.student, module.teacher, batches)

@@ -212,6 +212,12 @@ class Editor:
                 # a fresh process edits whole weights, by itself
                 ranks, sharded = (module.ranks, sharded) if self.in_place else (Ranks(), False)
                 check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
+        idle = [refit.name() for stage in plan for refit in self.refits_of(stage) if refit.for_mixers]
+        if idle and not any(isinstance(edit, Convert) for edit in edits):
+            raise ValueError(
+                f"refit={idle[0]} is for the mixers of edit=convert, and this run converts no layer: leave {idle[0]} "
+                "out of refit=[...]"
+            )
 
     def before_wrapping(
         self,

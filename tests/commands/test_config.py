@@ -18,6 +18,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf, open_dict
 
 from iskd.__main__ import main
+from iskd.commands.compose import compose_config
 from iskd.commands.resume import resumed
 from iskd.commands.values.config import (
     as_meant,
@@ -237,6 +238,22 @@ def test_what_is_not_is_refused_by_name(hint: Any, value: Any) -> None:
 def test_a_key_that_nothing_reads_is_refused_by_its_own_name(node: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         as_meant(OmegaConf.create(node))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group", "left"),
+    [
+        (["experiment=local_first", "refit=[output]"], "refit", {"output"}),
+        (["experiment=local_first", "refit=[calibrate,output]"], "refit", {"calibrate", "output"}),
+        (["experiment=ild_paper", "loss=[kl]"], "loss", {"kl", "final"}),
+    ],
+)
+def test_a_presets_keys_go_with_the_part_that_was_not_chosen(overrides: list[str], group: str, left: set[str]) -> None:
+    config, _ = compose_config(overrides)
+    assert set(as_meant(config)[group]) == left
+    named = compose_config([*overrides, f"+{group}.hidden.weight=2"])[0]
+    with pytest.raises(ValueError, match=rf"{group}(\.hidden\.weight is a key of loss=hidden| has no key)"):
+        as_meant(named)
 
 
 def test_loggers_below_another_are_read() -> None:

@@ -292,7 +292,7 @@ def test_all_real_files_are_read() -> None:
 # ---- likelihoods ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma", "gemma3_text"])
 def test_batches_equal_one_text_at_a_time(family: str) -> None:
     model = model_of(family)
     reference = one_by_one(model, PAIRS)

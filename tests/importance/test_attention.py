@@ -59,7 +59,7 @@ def test_a_restored_layer_is_the_student_with_that_attention_put_back(family: st
 
 def test_later_rounds_measure_what_is_left_to_gain() -> None:
     teacher = teacher_of(layers=5)
-    asked = Restore(rounds=2, stride=1, convert=ConvertTo(MIXER)).choosing(range(5), 3)
+    asked = Restore(rounds=2, stride=1, convert=ConvertTo(MIXER)).choosing(range(5), 3, range(5))
     scores = asked(teacher, teacher, BATCHES)
     once = Restore(stride=1, convert=ConvertTo(MIXER))(teacher, teacher, BATCHES)
     first = int(once.argmax())
@@ -111,7 +111,7 @@ def copier() -> PreTrainedModel:
 def test_gates_open_where_attention_is_missed(metric: str) -> None:
     """Layers that add nothing to the stream need no attention, whatever they hold."""
     teacher = copier()
-    gates = Gates(metric, steps=6, lr=0.3, convert=ConvertTo(MIXER)).choosing(range(3), 2)
+    gates = Gates(metric, steps=6, lr=0.3, convert=ConvertTo(MIXER)).choosing(range(3), 2, range(4))
     scores = gates(copy.deepcopy(teacher), teacher, BATCHES)
     assert ((scores > 0) & (scores < 1)).all()
     if metric == "kl":
@@ -122,7 +122,7 @@ def test_gates_open_where_attention_is_missed(metric: str) -> None:
 def test_gates_keep_to_the_share() -> None:
     teacher = copier()
     for number, most in ((1, 0.75), (2, 0.5)):
-        gates = Gates(steps=8, lr=0.3, penalty=50.0, convert=ConvertTo(MIXER)).choosing(range(3), number)
+        gates = Gates(steps=8, lr=0.3, penalty=50.0, convert=ConvertTo(MIXER)).choosing(range(3), number, range(4))
         assert gates(teacher, teacher, BATCHES).mean() < most
 
 
@@ -160,7 +160,23 @@ def test_blocks_without_an_attention_of_their_own_stay_as_they_are(kind: Any) ->
     assert scores.shape == (5,)
     assert scores.isfinite().all()
     with scoring(student), pytest.raises(ValueError, match="no block that may be converted has an attention"):
-        kind(convert=ConvertTo(MIXER)).choosing([0, 1], 1).rows(student, teacher, BATCHES)
+        kind(convert=ConvertTo(MIXER)).choosing([0, 1], 1, [0, 2, 3, 4, 5]).rows(student, teacher, BATCHES)
+
+
+def test_behind_a_gap_a_layer_is_scored_with_its_own_mixer() -> None:
+    """Numbers of layers say which mixer a layer gets and what its fresh weights are, not places in the stack."""
+    student = teacher_of(layers=5)
+    surgery.apply(student, Record(5), [Remove(1)])
+    convert = ConvertTo(MIXER, {"gla": (GLA, "odd")})
+    asked = Restore(convert=convert, seed=3).choosing(range(4), 2, (0, 2, 3, 4))
+    _, blocks = asked.in_question(student)
+    edits = {at: convert.make(layer, 3) for at, layer in enumerate((0, 2, 3, 4))}
+    stack = Stack(student)
+    for at, block in blocks.items():
+        made = surgery.build_converted(stack, stack.layers[at], edits[at])  # type: ignore[arg-type]
+        assert digest(block) == digest(made)
+    kinds = [type(block.get_submodule("self_attn.mixer")).__name__ for _, block in sorted(blocks.items())]
+    assert kinds == ["Sliding", "Sliding", "GLA", "Sliding"]
 
 
 @pytest.mark.parametrize("kind", [Restore, Gates])

@@ -294,7 +294,7 @@ def test_the_race_is_among_those_who_may_go() -> None:
     teacher = tiny("llama", layers=6)
     silence(teacher, 0)
     full = Ablation(1)(teacher, teacher, BATCHES)
-    scores = Racing().choosing([1, 2, 3, 4, 5], 2)(teacher, teacher, BATCHES)
+    scores = Racing().choosing([1, 2, 3, 4, 5], 2, range(6))(teacher, teacher, BATCHES)
     assert set(scores.argsort()[:2].tolist()) == set((full[1:].argsort()[:2] + 1).tolist())
     assert scores.argmax() == 0, "it did not race"
 

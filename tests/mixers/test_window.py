@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from iskd.mixers.sliding import Sliding
 from iskd.models import CacheSlot, Stack, surgery
 from iskd.models.cache import cache_bytes
 from iskd.plan import Convert, Record, Spec
-from tests.factories import tiny, windows
+from tests.factories import FAMILIES, louder, tiny, windows
 from tests.mixers.test_mixer_kinds import agree, fresh, made, projected, randn
 
 
@@ -71,14 +72,51 @@ def test_softmax_in_the_window_and_features_behind_it(window: int, sinks: int, f
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "qwen3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_up_to_its_window_it_is_the_teachers_attention(family: str) -> None:
-    teacher, model, ids = tiny(family), tiny(family), windows(2, 16)
-    mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 16, "chunk": 5})
-    surgery.apply(model, Record(4), [Convert(layer, mixer) for layer in range(4)])
-    torch.testing.assert_close(model(ids).logits, teacher(ids).logits, atol=1e-5, rtol=1e-4)
-    longer = windows(2, 24)
-    assert (model(longer).logits - teacher(longer).logits)[:, 16:].abs().max() > 1e-4
+    """Whatever a family does to its scores, such as Gemma 2's cap; so do a window with sinks and an mLSTM's share."""
+    teacher, ids = louder(tiny(family, initializer_range=0.2)), windows(2, 12)
+    wanted = teacher(ids).logits
+    for sinks in (0, 2):
+        model = copy.deepcopy(teacher)
+        mixer = Spec("iskd.mixers.sliding.Sliding", {"window": 12, "sinks": sinks, "chunk": 5})
+        surgery.apply(model, Record(4), [Convert(layer, mixer) for layer in range(4)])
+        assert_near(model(ids).logits, wanted)
+        longer = windows(2, 24)
+        assert (model(longer).logits - teacher(longer).logits)[:, 16:].abs().max() > 1e-4
+    both = copy.deepcopy(teacher)
+    surgery.apply(both, Record(4), [Convert(layer, Spec("iskd.mixers.mlstm.MLSTMWindow")) for layer in range(4)])
+    for module in both.modules():
+        if isinstance(module, MLSTMWindow):  # all of it the window's
+            module.window_gate.fill_(100.0)
+            module.gate = Open()
+    assert_near(both(ids).logits, wanted)
+
+
+class Open(nn.Module):
+    """A gate that lets everything through."""
+
+    def forward(self, mixed: Tensor, _stream: Tensor) -> Tensor:
+        return mixed
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_capped_scores_are_those_of_the_matrix() -> None:
+    model = louder(tiny("gemma2", initializer_range=0.2))
+    surgery.apply(model, Record(4), [Convert(0, mixer_spec(window=5, sinks=2))])
+    stack = Stack(model)
+    one: Any = stack.layers[0].get_submodule(f"{stack.family.attn}.mixer")
+    assert one.softcap == model.config.attn_logit_softcapping
+    x, options = 9 * torch.randn(1, 11, 48), {"positions": torch.arange(11)[None]}
+    v = one.projections.v_proj(x).unflatten(-1, (one.kv_heads, -1)).repeat_interleave(one.heads // one.kv_heads, 2)
+    mixed = torch.einsum("bhts,bshv->bthv", one.matrix(x, **options), v)
+    torch.testing.assert_close(one.projections.out(mixed), one(x, **options), atol=1e-4, rtol=1e-4)
+    one.softcap = None
+    assert (one.projections.out(mixed) - one(x, **options)).abs().max() > 1e-3, "the cap is felt"
 
 
 @torch.no_grad()

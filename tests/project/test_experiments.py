@@ -55,14 +55,22 @@ def test_every_row_of_the_conversion_table_composes(tmp_path: Path, monkeypatch:
     mixers = [file.stem for file in (ROOT / "conf" / "mixer").glob("*.yaml")]
     trained = {f"{mixer}-{technique}" for mixer in mixers for technique in ("copy", "local", "all")} - {"gla-copy"}
     hybrids = {f"hybrid-{choice}" for choice in ("restore", "gates", "every_fourth", "every_second")}
-    assert rows.keys() == trained | hybrids
-    for name in (*sorted(hybrids), "mamba-copy", "mamba-local", "mamba-all"):
+    mixed = {"hybrid_sliding-restore", "hybrid_gated_deltanet-restore"}
+    assert rows.keys() == trained | hybrids | mixed
+    for name in (*sorted(hybrids | mixed), "mamba-copy", "mamba-local", "mamba-all"):
         overrides = [word for word in rows[name] if not word.startswith(("hydra.", "data.path"))]
         config, _ = compose_config([*overrides, "model=tiny"], tmp_path / name)
-        assert config.schedule.tokens == (0 if name.startswith("hybrid") else 32768)
+        assert config.schedule.tokens == (0 if name in hybrids else 32768)
         assert config.plan_only is True
-        assert ("refit" in config and "local" in config.refit) == name.endswith("-local")
-        assert (config.schedule.get("attention_share") == 0.25) == (name in ("hybrid-restore", "hybrid-gates"))
+        assert ("refit" in config and "local" in config.refit) == (name.endswith("-local") or name in mixed)
+        keeps = {"hybrid-restore", "hybrid-gates"} | mixed
+        assert (config.schedule.get("attention_share") == 0.25) == (name in keeps)
+    (tmp_path / "lines").unlink()
+    fewer = lines_of(tmp_path, TOKENS="8192", MIXERS="gla", HYBRIDS="")
+    assert {line[-1].rpartition("/")[2] for line in fewer} == {
+        *(f"gla-{technique}@8192" for technique in ("copy", "local", "all")),
+        *(f"{name}@8192" for name in mixed),
+    }
 
 
 @pytest.mark.slow
@@ -104,7 +112,7 @@ def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, mon
     runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert [row[:2] for row in rows[2:]] == [["teacher", ""], ["window", "copy"], ["gla", "all"]]
-    assert rows[3][9:] == ["83.3", "100.0", "100.0", "0.0", "1.0", "25.0", "50.0"]
+    assert rows[3][11:] == ["83.3", "100.0", "100.0", "0.0", "1.0", "25.0", "50.0"]
     assert rows[4][-3:] == ["", "", ""]
     assert (tmp_path / "results.csv").read_text().count("\n") == 4
     (kept / "gla-all.json").write_text(json.dumps({**worse, "piqa": [1.0]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from iskd.models.capture import attention_weights
 from iskd.plan import Convert, Record, Remove, Spec
 from iskd.refits import refit_survivors, training_tokens
 from iskd.refits.base import RefitTask
-from iskd.refits.calibrate import Calibrate, _attended
+from iskd.refits.calibrate import Calibrate, _attended, _statistics
 from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.schedules import ConvertTo, History
@@ -70,6 +71,21 @@ def test_look_back_and_entropy_are_those_of_the_rows() -> None:
                     spread += row.sum() * torch.special.entr(share).sum() / math.log(t)
             assert reach[index, head].item() == pytest.approx(float(back / total), rel=1e-5)
             assert entropy[index, head].item() == pytest.approx(float(spread / total), rel=1e-5)
+
+
+@torch.no_grad()
+def test_every_document_of_a_window_has_a_first_token_of_its_own() -> None:
+    """Two documents in a window are as two windows; windows without a pair to look at tell nothing."""
+    torch.manual_seed(0)
+    alone = [torch.rand(1, 6, tokens, tokens).tril() for tokens in (7, 9)]
+    together = torch.zeros(1, 6, 16, 16)
+    together[..., :7, :7], together[..., 7:, 7:] = alone
+    places = torch.tensor([[*range(7), *range(9)]])
+    apart = sum(_statistics(each, torch.arange(each.shape[-1])[None]) for each in alone)
+    torch.testing.assert_close(_statistics(together, places), apart)
+    _, _, task = converted("gla")
+    with pytest.raises(ValueError, match=r"windows of 2 tokens tell nothing of its gates; raise data\.seq_len"):
+        Calibrate(tokens=64, held_tokens=32).refit(dataclasses.replace(task, fit=[windows(4, 2)]))
 
 
 @pytest.mark.parametrize("name", WITH_DECAY)
@@ -199,11 +215,28 @@ def test_a_share_of_the_layers_keeps_attention(share: float, converted_layers: i
     assert schedule.choice(History(Record(30))).number == converted_layers
 
 
+def test_a_share_of_the_teachers_layers_keeps_attention_beside_other_edits() -> None:
+    """Layers that went before keep none: those that the share asks for are left of the others."""
+    schedule = Align(ConvertTo(SPECS["gla"]), attention_share=0.25, mixers=None, hidden=False)
+    gone = tuple(Remove(layer) for layer in range(7))
+    seen = History(Record(30).extended(gone), scores={layer: float(layer) for layer in range(7, 30)}, before=7)
+    [stage] = schedule.candidates_for(seen)
+    assert [edit.layer for edit in stage.edits] == list(range(7, 22)), "8 of the 30 are left, the highest"
+    assert len({round(share * 50) for share in (0.14, 0.28, 0.56)}) == 3
+    for share in (0.14, 0.28, 0.56):  # as floats a little more than a whole number of layers
+        exact = Align(ConvertTo(SPECS["gla"]), attention_share=share, mixers=None, hidden=False)
+        [stage] = exact.candidates_for(History(Record(50), scores=dict.fromkeys(range(50), 0.0)))
+        assert len(stage.edits) == 50 - round(50 * share)
+
+
 def test_a_share_of_attention_that_cannot_be_is_refused() -> None:
     convert = ConvertTo(SPECS["gla"])
     with pytest.raises(ValueError, match=r"schedule.attention_share=1.0 must be in \(0, 1\)"):
         Align(convert, attention_share=1.0)
     with pytest.raises(ValueError, match="are two targets"):
         Align(convert, attention_share=0.5, count=3)
+    most = History(Record(4).extended([Remove(0), Remove(1)]), scores={2: 0.0, 3: 1.0}, before=2)
+    with pytest.raises(ValueError, match="of 4 layers, 2 of which are edited otherwise, leaves none to convert"):
+        Align(convert, attention_share=0.5).candidates_for(most)
     with pytest.raises(ValueError, match="leaves none to convert"):
         Align(convert, attention_share=0.9).candidates_for(History(Record(4), scores=dict.fromkeys(range(4), 0.0)))

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from iskd.mixers.sliding import Sliding
 from iskd.models import Stack, surgery
-from iskd.plan import Record, Remove
+from iskd.plan import Convert, Record, Remove, Spec
 from iskd.refits import RefitTask
 from iskd.refits.base import walk
 from iskd.refits.local import Local, _shares
-from tests.factories import louder, tiny, windows
+from tests.factories import digest, louder, tiny, windows
 
 NORMS = {
     "llama": {"input_layernorm"},
@@ -49,6 +50,38 @@ def test_the_first_share_is_attention_and_its_norms(family: str) -> None:
     assert found.isdisjoint(names[id(parameter)] for parameter in second)
     assert len(first) + len(second) == len(names)
     assert not any(parameter.grad is not None for parameter in site.block.parameters())
+
+
+@torch.no_grad()
+def test_a_window_drops_out_while_local_work_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes with gradients alone, alike whatever was drawn before; afterwards the mixer is as it was."""
+    reached: list[tuple[bool, int]] = []
+    original = Sliding._reach
+
+    def reach(self: Sliding, context: Any) -> int:
+        reached.append((torch.is_grad_enabled(), original(self, context)))
+        return reached[-1][1]
+
+    monkeypatch.setattr(Sliding, "_reach", reach)
+    spec = Spec("iskd.mixers.sliding.Sliding", {"window": 4, "sinks": 1, "window_dropout": 0.5})
+    edits = [Convert(layer, spec, seed=layer) for layer in (0, 2)]
+    found = []
+    for seed in (0, 1):
+        teacher: Any = louder(tiny("llama"))
+        student = copy.deepcopy(teacher)
+        record = surgery.apply(student, Record(4), edits)
+        student.eval()
+        torch.manual_seed(seed)
+        drawn = torch.get_rng_state()
+        work = Local(tokens=128, held_tokens=64, lr=1e-3, epochs=4)
+        work.refit(RefitTask(student, teacher, record, edits, TEXT[:2], TEXT[2:]))
+        assert torch.equal(drawn, torch.get_rng_state())
+        assert not any(module.training for module in student.modules())
+        found.append((list(reached), digest(student)))
+        reached.clear()
+    assert {seen for training, seen in found[0][0] if training} == {1, 4}
+    assert {seen for training, seen in found[0][0] if not training} == {4}
+    assert found[0] == found[1]
 
 
 @torch.no_grad()

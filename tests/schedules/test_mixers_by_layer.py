@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from iskd.commands.build.schedule import edit_of
 from iskd.commands.compose import compose_config
+from iskd.commands.values import as_meant
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Record, Spec, to_json
 from iskd.plan.reading import record_from_json
@@ -60,11 +62,12 @@ def test_the_command_line_names_them() -> None:
         ("{mlstm:odd,gla:[1]}", "edit.mixers names layer 1 for mlstm and for gla: a layer has one mixer"),
         ("{mlstm:[2],gla:[2]}", "names layer 2 for mlstm and for gla"),
         ("{mlstm:even,gla:even}", "names layer 0 for mlstm and for gla"),
-        ("{mlstm:[1,1]}", "names layer 1 for mlstm and for mlstm"),
+        ("{mlstm:[1,1]}", "names layer 1 twice for mlstm"),
         ("{mlstm:third}", "say which layers, as a list or as even or odd"),
         ("{mlstm:[]}", "give at least one layer"),
         ("{mlstm:{memory:64}}", "say which layers"),
-        ("{mlstm:{layers:odd,temper:2}}", "mlstm has no key 'temper'"),
+        ("{mlstm:{layers:odd,temper:2}}", "mlstm has no key 'temper'; it has memory, "),
+        ("{mlstm:{layers:odd,_target_:a.B}}", "mlstm has no key '_target_'"),
         ("{lstm:odd}", "edit.mixers has no mixer 'lstm': choose among"),
         ("mlstm", "give mixers by name with their layers"),
     ],
@@ -73,6 +76,20 @@ def test_what_cannot_be_is_refused(value: str, message: str) -> None:
     config, _ = compose_config(["edit=convert", "mixer=window", f"edit.mixers={value}"])
     with pytest.raises(ValueError, match=message):
         edit_of(config)
+
+
+@pytest.mark.parametrize("place", ["edit.mixers", "schedule.steps[0].edit.mixers"])
+def test_values_of_their_keys_are_read_under_their_own_names(place: str) -> None:
+    def asked(value: object) -> list[str]:
+        mixers = f"{{mlstm:{{layers:odd,memory:{value}}}}}"
+        if place == "edit.mixers":
+            return ["edit=convert", "mixer=window", f"edit.mixers={mixers}"]
+        step = f"{{edit:{{name:convert,mixers:{mixers}}},mixer:window}}"
+        return ["schedule=mixed", "schedule.tokens=256", f"schedule.steps=[{step}]"]
+
+    with pytest.raises(ValueError, match=rf"^{re.escape(place)}\.mlstm\.memory=abc must be a finite number"):
+        as_meant(compose_config(asked("abc"))[0])
+    as_meant(compose_config(asked(64))[0])
 
 
 def test_a_layer_beyond_the_teacher_is_refused() -> None:

@@ -14,10 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.importance import Fixed, WindowImportance
-from iskd.plan import Record
+from iskd.importance.restore import Restore
+from iskd.plan import Record, Spec
+from iskd.refits.calibrate import Calibrate
+from iskd.refits.values import Values
 from iskd.schedules import Choice, History
-from iskd.schedules.edits import RemoveLayers
+from iskd.schedules.align import Align
+from iskd.schedules.edits import ConvertTo, RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.schedules.mixed import Mixed, Step
 from iskd.schedules.oneshot import Oneshot
 from iskd.training import deciding, stages
 from iskd.training.deciding import check_importance, no_better_than_guessing
@@ -131,6 +136,21 @@ def test_scores_that_cannot_be_had_are_refused_before_anything_runs() -> None:
         check_importance(scored, Fixed(order=[2, 0, 1]))
     check_importance(Iterative(RemoveLayers(), count=2, tokens=0), Fixed(order=[2, 0, 1]))
     check_importance(Iterative(RemoveLayers(), layers=[1], tokens=0), None)
+
+
+def test_what_a_run_has_no_use_for_is_refused(make: Callable[..., Parts], tmp_path: Path) -> None:
+    """Which layers keep attention, where all are converted; refits of mixers, where there are none."""
+    everywhere = Align(ConvertTo(Spec("iskd.mixers.gla.GLA")), mixers=None, hidden=False)
+    asked = Restore(convert=everywhere.edit)
+    with pytest.raises(ValueError, match=r"importance=restore says .* set schedule\.attention_share or "):
+        check_importance(everywhere, asked)
+    check_importance(Align(everywhere.edit, attention_share=0.5, mixers=None, hidden=False), asked)
+    steps = [Step(everywhere, None, ()), Step(Iterative(RemoveLayers(), count=1, tokens=0), None, ())]
+    check_importance(Mixed(steps), Fixed(order=[2, 0, 1]))
+    removal = Iterative(RemoveLayers(), layers=[1], tokens=0)
+    for refit in (Calibrate(tokens=64, held_tokens=32), Values(tokens=64, held_tokens=32)):
+        with pytest.raises(ValueError, match=f"refit={refit.name()} is for the mixers of edit=convert"):
+            run(make(tmp_path / refit.name(), schedule=removal, refits=[refit]))
 
 
 @pytest.mark.parametrize(

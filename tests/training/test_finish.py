@@ -150,6 +150,7 @@ def test_in_shards_speed_and_fewer_bits_are_measured_by_a_command(
 ) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(finish.sharding, "is_sharded", lambda model: model is parts.teacher.model)
+    monkeypatch.setattr("iskd.evaluation.evaluator.check_quantize", lambda *_: None)  # its package is not needed here
     spec = replace(SPEC, quantize=("int8",), text=str(parts.run_dir.parent / "text.txt"))
     with caplog.at_level(logging.WARNING):
         ended(replace(parts, evaluation=spec))

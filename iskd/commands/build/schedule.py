@@ -66,8 +66,9 @@ def _mixers(named: Any) -> dict[str, tuple[Spec, Any]]:
         if not isinstance(layers, str | list):
             raise ValueError(f"edit.mixers={{{name}: {value}}}: say which layers, as a list or as {' or '.join(EVERY)}")
         config = OmegaConf.load(CONF / "mixer" / f"{name}.yaml")
-        if unknown := [key for key in keys if key not in config]:
-            raise ValueError(f"edit.mixers: {name} has no key {unknown[0]!r}; it has {', '.join(map(str, config))}")
+        known = [str(key) for key in config if not str(key).startswith("_")]
+        if unknown := [key for key in keys if key not in known]:
+            raise ValueError(f"edit.mixers: {name} has no key {unknown[0]!r}; it has {', '.join(known)}")
         found[name] = spec(OmegaConf.merge(config, keys)), layers  # type: ignore[arg-type]
     return found
 

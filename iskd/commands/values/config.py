@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 import yaml
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -103,6 +103,19 @@ def budget_as_asked(config: DictConfig, overrides: Sequence[str]) -> None:
             "long the run trains: drop one of them"
         )
     schedule.epochs = None
+
+
+def without_presets_keys(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop what a preset says of refits and losses in whose place the command line has chosen others."""
+    typed = [given.partition("=")[0].lstrip("+") for given in overrides]
+    for group in ("refit", "loss"):
+        node = config.get(group)
+        if not OmegaConf.is_dict(node) or "_target_" in node:
+            continue
+        for key in [key for key, value in node.items() if OmegaConf.is_dict(value) and "_target_" not in value]:
+            if not any(f"{name}.".startswith(f"{group}.{key}.") for name in typed):
+                with open_dict(node):
+                    del node[key]
 
 
 def plain(config: Any) -> Any:
@@ -212,6 +225,10 @@ class _Schedule(TypedDict, total=False):
     tokens: NonNegativeInt | None
 
 
+class _Mixer(TypedDict, total=False):
+    layers: Any
+
+
 class _Option(TypedDict, total=False):
     edit: Literal["replace", "remove", "merge", "convert"]
 
@@ -274,9 +291,14 @@ def as_meant(config: DictConfig) -> DictConfig:
     if steps:
         steps_as_meant(scheduled)
     _read_node(values, "", (_Root,))
-    for number, step in enumerate(scheduled["steps"] if steps else ()):
+    in_steps = list(enumerate(scheduled["steps"] if steps else ()))
+    for number, step in in_steps:
         for group, node in step.items():
             _read_node({group: node}, f"schedule.steps[{number}].", ())
+    edits = {"": values.get("edit")} | {f"schedule.steps[{at}].": each.get("edit") for at, each in in_steps}
+    for place, edit in edits.items():
+        for name, own, kind in _own_mixers(edit):
+            _read_node(own, f"{place}edit.mixers.{name}.", (_Mixer, kind))
     budget = values.get("budget")
     for name, option in options_as_meant(budget.get("options") if isinstance(budget, dict) else None).items():
         _read_node(option, f"budget.options.{name}.", _option_kinds(option["edit"]))
@@ -321,6 +343,17 @@ def _read_node(node: dict[str, Any], place: str, kinds: Sequence[Any]) -> None:
     if place == "loss.":
         for term in (each for each in node if not isinstance(node[each], dict)):
             raise ValueError(f"loss.{term}={shown(node[term])} is no loss: it takes keys, e.g. loss.{term}.weight=0.5")
+
+
+def _own_mixers(edit: Any) -> list[tuple[str, dict[str, Any], Any]]:
+    """Keys of `edit.mixers` by mixer, beside whose arguments they become."""
+    named = edit.get("mixers") if isinstance(edit, dict) else None
+    found = []
+    for name, own in named.items() if isinstance(named, dict) else ():
+        if isinstance(own, dict) and name in options("mixer"):  # else it is told when they are made
+            values = yaml.safe_load((CONF / "mixer" / f"{name}.yaml").read_text(encoding="utf-8"))
+            found.append((str(name), own, get_object(values["_target_"])))
+    return found
 
 
 def _option_kinds(edit: Any) -> tuple[Any, ...]:

@@ -64,20 +64,21 @@ class Window:
         context.last[place + 2] = (number[:, tokens:] == segments[:, -1:]).to(counted.dtype)
         return cls(k, v, number, segments, found)
 
-    def softmax(self, q_BTHK: Tensor, *, reach: int, size: int) -> Tensor:
+    def softmax(self, q_BTHK: Tensor, *, reach: int, size: int, softcap: float | None = None) -> Tensor:
         """Unnormalised softmax of the last `reach` tokens and the sinks, [B, T, H, V + 1] as `near` returns it.
 
         Args:
             q_BTHK: queries, scaled, in the wide dtype.
             reach: tokens that are seen, at most w.
             size: most queries per block; changes the speed, not the result.
+            softcap: of the scores, as of `capped`.
         """
         cut, wide = self._before - reach, q_BTHK.dtype
         sinks = self.sinks
         if sinks is not None:
             sinks = Sinks(sinks.k.to(wide), sinks.v.to(wide), sinks.places)
         k, v = self.k[:, cut:].to(wide), self.v[:, cut:].to(wide)
-        return near(q_BTHK, k, v, self.number[:, cut:], self.segments, size=size, sinks=sinks)
+        return near(q_BTHK, k, v, self.number[:, cut:], self.segments, size=size, sinks=sinks, softcap=softcap)
 
     def behind(self, reach: int) -> tuple[Tensor, Tensor, Tensor]:
         """Key, value and whether they count of the token that leaves the reach of each of the T tokens."""

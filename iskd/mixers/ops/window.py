@@ -32,6 +32,7 @@ def near(
     *,
     size: int,
     sinks: Sinks | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sums over every token's window and sinks with weights exp(score - c), c its largest score; linear in T.
 
@@ -43,6 +44,7 @@ def near(
         queries_BT: the queries' document.
         size: most queries per block; changes the speed, not the result.
         sinks: what is seen beside the window.
+        softcap: as of `capped`.
 
     Returns:
         Of the values, then, in a last column, of the weights: [B, T, H, V + 1]; zeros where a query sees nothing.
@@ -57,7 +59,7 @@ def near(
 
     q = blocks(q_BTHK).unflatten(3, (groups, -1))
     k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unfold(1, step, size) for x in (k_BSGK, v_BSGV))
-    scores = torch.einsum("bncgrk,bngkj->bngrcj", q, k)
+    scores = capped(torch.einsum("bncgrk,bngkj->bngrcj", q, k), softcap)
     keys = F.pad(keys_BS, (0, fill), value=-1).unfold(1, step, size)[:, :, None]
     queries = blocks(queries_BT)[..., None]
     # query i of a block finds itself at place i + w
@@ -71,7 +73,7 @@ def near(
     s = sinks.k.shape[2]
     first_k, first_v = (x.unsqueeze(2) if x.shape[1] == 1 else blocks(x) for x in sinks[:2])
     there = blocks(sinks.places, -1)[..., None] >= torch.arange(s, device=q.device)
-    scores = torch.cat([torch.einsum("bncgrk,bncjgk->bngrcj", q, first_k), scores], -1)
+    scores = torch.cat([capped(torch.einsum("bncgrk,bncjgk->bngrcj", q, first_k), softcap), scores], -1)
     allowed = torch.cat([there, allowed], -1)
     weights = unnormalised(scores, allowed[:, :, None, None])
     o = torch.einsum("bngrcj,bngvj->bncgrv", weights[..., s:], v)
@@ -110,6 +112,11 @@ def pairs(q_BTHK: Tensor, k_BTGK: Tensor) -> Tensor:
     """q^T k of every query with every key of its group [B, H, T, T]."""
     q = q_BTHK.unflatten(2, (k_BTGK.shape[2], -1))
     return torch.einsum("btgrk,bsgk->bgrts", q, k_BTGK).flatten(1, 2)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores of softmax held within +-softcap by tanh (Gemma 2, arXiv 2408.00118, section 2); None = as they are."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def unnormalised(scores: Tensor, allowed: Tensor) -> Tensor:
