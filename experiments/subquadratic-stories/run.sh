@@ -4,6 +4,7 @@
 #   DATA     folder with stories260k/ (the teacher) and tinystories/{train,valid}.txt.gz
 #   TOKENS   training tokens of every run, equal for all
 #   MIXERS   names in conf/mixer
+#   TECHNIQUES  among kl copy matrix hidden all
 #   SHARES   of the tokens that go into local work, for LOCAL, the mixers of the second table; either may be empty
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,6 +14,7 @@ SEED=${SEED:-0}
 OUT=${OUT:-runs/subquadratic-stories}
 PYTHON=${PYTHON:-.venv/bin/python}
 MIXERS=${MIXERS-$(cd conf/mixer && ls *.yaml | sed 's/.yaml//')}
+TECHNIQUES=${TECHNIQUES-kl copy matrix hidden all}
 LOCAL=${LOCAL-gated_deltanet gla sliding}
 SHARES=${SHARES-0.3 0.8 0.95}
 COMMON=(model=local model.path="$DATA/stories260k" data=text data.path="$DATA/tinystories/train.txt.gz"
@@ -25,6 +27,7 @@ OFF=(schedule.mixers=null schedule.hidden=false)
 
 technique() { # name, mixers, preset, overrides...
   local name=$1 left="" mixer
+  if [[ $name != local* && " $TECHNIQUES " != *" $name "* ]]; then return; fi
   for mixer in $2; do
     if [ ! -f "$OUT/$mixer-$name/report.html" ]; then
       rm -rf "$OUT/$mixer-$name"
