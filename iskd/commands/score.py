@@ -13,9 +13,8 @@ from iskd.commands.build import importance_of, teacher_of, text_data
 from iskd.commands.values import as_meant
 from iskd.export import load
 from iskd.export.loading import record_of
-from iskd.importance import layer_scores, rows_of
+from iskd.importance import AttentionImportance, layer_scores, rows_of
 from iskd.importance.angular import Angular, angular_windows
-from iskd.importance.base import AttentionImportance
 from iskd.models import Stack
 from iskd.plan.trainer_settings import with_defaults
 from iskd.report import score_table, write_scores

@@ -16,7 +16,7 @@ from iskd.blocks.streams import Streams
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
-from iskd.plan import Edit, Record
+from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
@@ -117,6 +117,16 @@ def check_refits(
     for refit in refits:
         refit.check(Stack(teacher), edits)
         split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, ranks, sharded=sharded))
+
+
+def check_used(refits: Sequence[Refit], edits: Sequence[Edit]) -> None:
+    """Raise ValueError for a refit of mixers where none of a run's edits makes one."""
+    idle = [refit.name() for refit in refits if refit.for_mixers]
+    if idle and not any(isinstance(edit, Convert) for edit in edits):
+        raise ValueError(
+            f"refit={idle[0]} is for the mixers of edit=convert, and this run converts no layer: leave {idle[0]} out "
+            "of refit=[...]"
+        )
 
 
 def _readers(refit: Refit, ranks: Ranks, *, sharded: bool) -> Ranks:

@@ -23,7 +23,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, check_refits, refit_survivors, training_tokens
+from iskd.refits import Refit, check_refits, check_used, refit_survivors, training_tokens
 from iskd.system import Ranks
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
@@ -198,10 +198,7 @@ class Editor:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
 
     def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
-        """Raise ValueError where the merges or refits of a stage of the plan could not be carried out.
-
-        Before anything is scored: which layers the edits are of may turn out otherwise.
-        """
+        """Raise ValueError, before anything is scored, where merges or refits of the plan could not be carried out."""
         edits = list(module.record.edits)
         for stage in plan:
             edits += stage.edits
@@ -212,12 +209,7 @@ class Editor:
                 # a fresh process edits whole weights, by itself
                 ranks, sharded = (module.ranks, sharded) if self.in_place else (Ranks(), False)
                 check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
-        idle = [refit.name() for stage in plan for refit in self.refits_of(stage) if refit.for_mixers]
-        if idle and not any(isinstance(edit, Convert) for edit in edits):
-            raise ValueError(
-                f"refit={idle[0]} is for the mixers of edit=convert, and this run converts no layer: leave {idle[0]} "
-                "out of refit=[...]"
-            )
+        check_used([refit for stage in plan for refit in self.refits_of(stage)], edits)
 
     def before_wrapping(
         self,

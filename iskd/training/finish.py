@@ -69,11 +69,11 @@ def finish(
         return Result(state.results, module.student, state.record, run_dir, None, None)
     ranks, in_shards = ranks_of(trainer), sharding.is_sharded(module.teacher)
     student = gathered(module, state.record, ranks)
-    written, agreed = False, AgreedStop(ranks, lambda: stop_signals.received is not None, BrokenOffError)
+    written = False
     if not trainer.is_global_zero:
         trainer.strategy.barrier("finish")
         if in_shards:
-            _ask_in_shards(parts, module, agreed, None, along)
+            _ask_in_shards(parts, module, ranks, stop_signals, along)
         return Result(state.results, student, state.record, run_dir, None, None)
     try:
         try:
@@ -85,7 +85,7 @@ def finish(
             trainer.strategy.barrier("finish")
             if in_shards and not written:
                 _leave(ranks)
-        found = _ask_in_shards(parts, module, agreed, model_dir, along) if in_shards else None
+        found = _ask_in_shards(parts, module, ranks, stop_signals, along, model_dir) if in_shards else None
         with stop_signals.at_once(run_dir):
             if in_shards:
                 _tell_unmeasured(parts, model_dir, found)
@@ -148,7 +148,7 @@ def _measure(
     along: AlongTheRun | None,
 ) -> Evaluation | None:
     """Latency, memory and cache beside the teacher's (efficiency.json), and what tasks say if they are asked."""
-    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, _spec(parts)
+    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, parts.asked
     device = next(teacher.parameters()).device
     if seconds:
         with _guarded("efficiency", f"Again: {again(parts, model_dir, None)}"), ProgressLine() as line:
@@ -164,22 +164,24 @@ def _measure(
 
 
 def _ask_in_shards(
-    parts: Parts, module: DistillModule, agreed: AgreedStop, model_dir: Path | None, along: AlongTheRun | None
+    parts: Parts,
+    module: DistillModule,
+    ranks: Ranks,
+    signals: StopSignals,
+    along: AlongTheRun | None,
+    model_dir: Path | None = None,
 ) -> Evaluation | None:
-    """Tasks and samples of models in shards: all processes make every pass, and leave together where one has to.
-
-    Raises:
-        Preempted: a stop signal came to one of them.
-    """
-    found, spec = None, _spec(parts)
+    """Tasks and samples of models in shards: all make every pass, and leave together (`Preempted`) where one has to."""
+    found, spec = None, parts.asked
     try:
-        with agreed.inside(module.student, module.teacher):
+        stopped = AgreedStop(ranks, lambda: signals.received is not None, BrokenOffError)
+        with stopped.inside(module.student, module.teacher):
             if spec is not None:
                 with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
                     found = (along or along_the_run(parts, spec)).ask(module.student, _source(model_dir))
             _speak(parts, module, module.student)
     except BrokenOffError:
-        raise Preempted(parts.run_dir) from None
+        raise Preempted(parts.run_dir, number=signals.received) from None
     return found
 
 
@@ -191,19 +193,13 @@ def _leave(ranks: Ranks) -> None:
 
 def _tell_unmeasured(parts: Parts, model_dir: Path | None, found: Evaluation | None) -> None:
     """What models in shards are not measured by, and the command for it."""
-    spec, commands = _spec(parts), {}
+    spec, commands = parts.asked, {}
     if parts.options.efficiency_seconds:
         commands["efficiency"] = again(parts, model_dir, None)
     if spec is not None and found is not None and spec.quantize:
         commands["the student in fewer bits"] = again(parts, model_dir, spec)
     for what, command in commands.items():
         log.warning("%s was not measured, as the models lie in shards. On one device: %s", what, command)
-
-
-def _spec(parts: Parts) -> EvalSpec | None:
-    """What a run asks, if anything."""
-    spec = parts.evaluation
-    return spec if spec is not None and spec.asks else None
 
 
 def _source(model_dir: Path | None) -> dict[str, str]:

@@ -63,6 +63,11 @@ class Parts:
         self.trainer = with_defaults(self.trainer)
 
     @property
+    def asked(self) -> EvalSpec | None:
+        """What the student is asked at the end, if it is asked anything."""
+        return self.evaluation if self.evaluation is not None and self.evaluation.asks else None
+
+    @property
     def importances(self) -> list[Any]:
         """All that layers are chosen by: of several steps each its own."""
         steps = self.schedule.parts if isinstance(self.schedule, Mixed) else ()
