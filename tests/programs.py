@@ -363,10 +363,10 @@ TEXT: dict[str, Any] = {"tokens": 13 * 16, "held_tokens": 5 * 16}  # unequally m
 GLA, SLIDING = Spec("iskd.mixers.gla.GLA", {}), Spec("iskd.mixers.sliding.Sliding", {"window": 3, "sinks": 1})
 #: Edits and what re-solves the survivors; ridges are firm, as a weak one makes differences of rounding large.
 EDITED: dict[str, tuple[tuple[Edit, ...], tuple[Refit, ...]]] = {
-    "local": ((Remove(1),), (Local(**TEXT, lr=1e-3, epochs=2),)),
+    "local": ((Remove(1),), (Local(**TEXT, lr=1e-3, epochs=2, step_tokens=64),)),
     "layers": (
         tuple(Convert(layer, GLA, seed=layer) for layer in (0, 1, 3)),
-        (Local(**TEXT, lr=1e-3, epochs=2, sublayers=True, inputs="teacher"),),
+        (Local(**TEXT, lr=1e-3, epochs=2, sublayers=True, inputs="teacher", step_tokens=64),),
     ),
     "magnitude": ((Remove(2),), (Magnitude(**TEXT),)),
     "norms": ((Remove(0), Remove(2)), (Magnitude(**TEXT, statistic="norm"),)),

@@ -44,7 +44,7 @@ class Refit(ABC):
         held_tokens: calibration tokens beside them that choose among fits and judge the refit.
         folds: parts of the text that are fitted to in turn, where a refit does that.
         streams: where states of all windows lie, one of `PLACES`.
-        by_steps: whether each batch is a step of training: of as many tokens, however many processes share it.
+        step_tokens: of each batch, where one is a step of training, however many processes share it; 0 = of none.
         for_mixers: whether it changes mixers alone, and a run without conversions has no use for it.
 
     Raises:
@@ -55,7 +55,7 @@ class Refit(ABC):
     held_tokens: PositiveInt = 8_192
     folds: ClassVar[int] = 1
     streams: ClassVar[str] = PLACES[0]
-    by_steps: ClassVar[bool] = False
+    step_tokens: ClassVar[int] = 0
     for_mixers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from iskd.refits.base import Refit, RefitTask
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
 
-_BATCH = 2048  # tokens: of a process, or of all in a step of training
+_BATCH = 2048  # tokens of a process
 _ROUNDING = 1e-6  # nats
 _JUDGED = 3  # passes over the text held out
 
@@ -185,8 +185,9 @@ def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[T
     held[torch.arange(number) * len(every) // number] = True
     fit = every[~held]
     folds = max(1, min(refit.folds, len(fit) // ranks.size))
-    rows = max(1, _BATCH // every.shape[1]) * (1 if refit.by_steps else ranks.size)
-    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], rows, ranks)]
+    rows = max(1, _BATCH // every.shape[1]) * ranks.size
+    step = max(1, refit.step_tokens // every.shape[1]) if refit.step_tokens else rows
+    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], step, ranks)]
     return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], rows, ranks)
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -34,13 +33,14 @@ class Local(BlockRefit):
     linearly to 0; after every epoch the error on held-out windows is read, and the best weights stay (those from before
     the first step among them).
 
-    On the student's own stream a block waits for those below it, and processes share out the windows of a step, 2,048
-    tokens or a window for each process. On the teacher's no block waits: processes share out the layers, each trains
+    On the student's own stream a block waits for those below it, and processes share out the windows of a step, a
+    window for each process or more. On the teacher's no block waits: processes share out the layers, each trains
     its own on all windows, and the weights are what one process gives, to the last bit.
 
     Attributes:
         lr: the first rate.
         lr_new: that of what mixers have beside copied projections; None = `lr`.
+        step_tokens: calibration tokens of a step, over all processes; a window at least.
         epochs: passes over the text at most; an epoch that is no better on held-out text is the last.
         sublayers: attention and its norms first, towards the teacher's state between the two, then the rest;
             false = the whole block at once.
@@ -58,7 +58,7 @@ class Local(BlockRefit):
     epochs: PositiveInt = 4
     sublayers: bool = False
     inputs: str = "student"
-    by_steps: ClassVar[bool] = True
+    step_tokens: PositiveInt = 512  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check the values."""

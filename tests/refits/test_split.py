@@ -66,11 +66,11 @@ def test_every_window_has_the_place_that_one_process_gives_it(windows: int, size
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_a_step_of_training_has_the_same_windows_in_any_number_of_processes(size: int) -> None:
-    """Of 2,048 tokens; only where these are fewer windows than processes has a step one for each."""
+    """Of `step_tokens`; only where these are fewer windows than processes has a step one for each."""
     for count in (37, 80):
         ranks: list[Any] = [SimpleNamespace(size=size, rank=rank) for rank in range(size)]
         text = [torch.arange(count)[:, None].expand(-1, 512)]
-        (alone, *_), *others = (split(text, Local(), rank) for rank in (Ranks(), *ranks))
+        (alone, *_), *others = (split(text, Local(step_tokens=2048), rank) for rank in (Ranks(), *ranks))
         steps = [sorted(numbers(list(shares))) for shares in zip(*(fit for fit, *_ in others), strict=True)]
         assert all(len(step) in ((3, 4) if size < 4 else range(size, 2 * size)) for step in steps)
         assert size > 4 or steps == [numbers([batch]) for batch in alone]
