@@ -25,7 +25,7 @@ from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
-from iskd.schedules.budget.solver import Pair, Problem, solve
+from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
 from iskd.schedules.budget.students import Choice
 
 _APART = 2  # layers in which the next best plans have to differ
@@ -93,6 +93,10 @@ class Chooser:
     def require(self, limits: Mapping[str, float], shown: Mapping[str, object]) -> None:
         """Raise ValueError where no student keeps the limits, given as `shown`, with the least that there is."""
         require(self.problem(limits), limits, shown, self.costs, self.scorer.whole)
+
+    def least(self, limits: Mapping[str, float], key: str) -> float:
+        """The least that a whole student costs in `key`, all other limits kept; infinite where nothing keeps them."""
+        return smallest(self.problem(limits), key) + self.costs.others[self.costs.keys.index(key)]
 
     # ---- the search -------------------------------------------------------------------------------------------------
 
