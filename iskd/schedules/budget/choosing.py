@@ -14,7 +14,7 @@ rounds, ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
+from iskd.schedules.budget.options import Option
 from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
@@ -51,6 +52,34 @@ class Tried:
     found: str
 
 
+def problem_of(
+    options: Iterable[Option],
+    depth: int,
+    scores: Mapping[Single, float],
+    costs: Costs,
+    limits: Mapping[str, float],
+    alike: Collection[str] | None = None,
+) -> Problem:
+    """The choice of one option for every layer within limits on a whole student.
+
+    Args:
+        options: what there is beside keeping a layer.
+        depth: layers of the teacher.
+        scores: of what may be chosen.
+        costs: of all options of all layers.
+        limits: amounts of a whole student.
+        alike: see `Chooser`.
+    """
+    kinds, others = list(options), dict(zip(costs.keys, costs.others, strict=True))
+    removes = frozenset(option.name for option in kinds if option.removes)
+    return Problem(
+        depth, scores, {key: costs.column(key) for key in limits},
+        {key: limit - others[key] for key, limit in limits.items()},
+        frozenset(option.name for option in kinds if option.merges), removes,
+        None if alike is None else frozenset(alike) - removes,
+    )  # fmt: skip
+
+
 class Chooser:
     """Finds plans within limits, for any number of budgets, from one library; what was scored is not scored again.
 
@@ -62,12 +91,9 @@ class Chooser:
     """
 
     def __init__(self, scorer: Scorer, costs: Costs, budget: Budget, alike: Collection[str] | None = None) -> None:
-        self.scorer, self.costs, self.budget = scorer, costs, budget
+        self.scorer, self.costs, self.budget, self.alike = scorer, costs, budget, alike
         self.depth = scorer.depth
-        options = scorer.options.values()
-        self.merges = frozenset(option.name for option in options if option.merges)
-        self.removes = frozenset(option.name for option in options if option.removes)
-        self.widths = None if alike is None else frozenset(alike) - self.removes
+        self.removes = frozenset(option.name for option in scorer.options.values() if option.removes)
         scores, alive = scorer.race(costs.layers, budget.race_tokens)
         self.alive = alive if alike is None else scorer.singles  # one width for all may be the best nowhere
         self.scores: dict[Single, float] = scores | {(layer, KEEP): 0.0 for layer in range(self.depth)}
@@ -80,15 +106,16 @@ class Chooser:
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def problem(self, limits: Mapping[str, float], scores: Mapping[Single, float] | None = None) -> Problem:
-        """The choice within limits on a whole student."""
-        others = dict(zip(self.costs.keys, self.costs.others, strict=True))
-        alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
-        known = {single: score for single, score in (scores or self.scores).items() if single in alive}
-        return Problem(
-            self.depth, known, {key: self.costs.column(key) for key in limits},
-            {key: limit - others[key] for key, limit in limits.items()},
-            self.merges, self.removes, self.widths,
-        )  # fmt: skip
+        """The choice within limits on a whole student.
+
+        Args:
+            limits: amounts of it.
+            scores: of what may be chosen; None = single ones, of who is not out of the race.
+        """
+        if scores is None:
+            alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
+            scores = {single: score for single, score in self.scores.items() if single in alive}
+        return problem_of(self.scorer.options.values(), self.depth, scores, self.costs, limits, self.alike)
 
     def require(self, limits: Mapping[str, float], shown: Mapping[str, object]) -> None:
         """Raise ValueError where no student keeps the limits, given as `shown`, with the least that there is."""

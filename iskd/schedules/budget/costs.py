@@ -63,31 +63,32 @@ class Costs:
         return {single: row[at] for single, row in self.layers.items()}
 
 
-def costs_of(
+Told = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """Nobody is told."""
+
+
+def counted(
     teacher: PreTrainedModel,
     options: Sequence[Option],
     budget: Budget,
     *,
     itemsize: int,
-    library: Library,
     seed: int,
-    dtype: torch.dtype | None = None,
-    told: Callable[[str, int, int], None] = lambda _what, _done, _of: None,
+    told: Told = _silent,
 ) -> Costs:
-    """Count, fill caches, and where a limit is one of time measure.
+    """What is exact, and known before anything is fitted: parameters and bytes off shapes, the cache off real ones.
 
     Args:
         teacher: the original, in evaluation mode, on its device.
         options: to choose from.
         budget: at which context and batch.
         itemsize: bytes of a number in the exported weights.
-        library: keeps what was measured.
         seed: of fresh weights.
-        dtype: in which times are measured; None = as it is.
-        told: called with what is being done, how much of it is done, and of how much.
-
-    Raises:
-        ValueError: there is no memory for what is to be measured.
+        told: see `Told`.
     """
     stack = Stack(teacher)
     depth = len(stack.layers)
@@ -110,14 +111,45 @@ def costs_of(
             cached[layer, option.name] = float(held[layer])
     table = {"params": params, "bytes": {at: size * itemsize for at, size in params.items()}, "cache_bytes": cached}
     others = {"params": float(outside), "bytes": float(outside * itemsize), "cache_bytes": 0.0}
-    if budget.timed:
-        times, rest = _times(teacher, options, budget, library, seed, dtype, told)
-        table, others = table | times, others | rest
     keys = tuple(key for key in LIMITS if key in table)
     return Costs(
         keys,
         {single: tuple(table[key][single] for key in keys) for single in params},
         tuple(others[key] for key in keys),
+    )
+
+
+def timed(
+    costs: Costs,
+    teacher: PreTrainedModel,
+    options: Sequence[Option],
+    budget: Budget,
+    *,
+    library: Library,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    told: Told = _silent,
+) -> Costs:
+    """Costs that were counted, and times beside them.
+
+    Args:
+        costs: as `counted` has them.
+        teacher: the original, in evaluation mode, on its device.
+        options: to choose from.
+        budget: at which context and batch.
+        library: keeps what was measured.
+        seed: of fresh weights.
+        dtype: in which times are measured; None = as it is.
+        told: see `Told`.
+
+    Raises:
+        ValueError: there is no memory for what is to be measured.
+    """
+    times, rest = _times(teacher, options, budget, library, seed, dtype, told)
+    return Costs(
+        (*costs.keys, *TIMES),
+        {single: (*row, *(times[key][single] for key in TIMES)) for single, row in costs.layers.items()},
+        (*costs.others, *(rest[key] for key in TIMES)),
     )
 
 
@@ -158,7 +190,7 @@ def _times(
     library: Library,
     seed: int,
     dtype: torch.dtype | None,
-    told: Callable[[str, int, int], None],
+    told: Told,
 ) -> tuple[dict[str, dict[Single, float]], dict[str, float]]:
     """By kind of time what each option of each layer takes in ms, and what is left without layers."""
     stack = Stack(teacher)

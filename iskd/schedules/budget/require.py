@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context, Decimal
 
 from iskd.plan.budget_plan import amount
 from iskd.schedules.budget.costs import Costs
+from iskd.schedules.budget.settings import TIMES
 from iskd.schedules.budget.solver import Problem, smallest, solve
 from iskd.schedules.budget.students import Choice
 
@@ -34,11 +36,9 @@ def require(
     for key, limit in limits.items():
         least = smallest(replace(problem, limits={key: problem.limits[key]}), key) + others[key]
         if least > limit:
-            blocks = whole[key] - others[key]
-            share = (least - others[key]) / blocks if blocks else math.nan
             raise ValueError(
                 f"budget.{key}={shown[key]} cannot be met with these options: the smallest student has "
-                f"{amount(key, least)}{_OF[key]}, {100 * share:.4g} % of the teacher's blocks; raise it to that, or "
+                f"{_enough(key, least)}{_OF[key]}{_share(key, least, whole[key], others[key])}; raise it to that, or "
                 "give options that cost less"
             )
     for key, limit in limits.items():
@@ -47,7 +47,23 @@ def require(
         if math.isfinite(least) and least > limit:
             raise ValueError(
                 f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
-                f"student has {amount(key, least)}{_OF[key]}; raise one of them"
+                f"student has {_enough(key, least)}{_OF[key]}; raise one of them"
             )
     listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
     raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
+
+
+def _enough(key: str, least: float) -> str:
+    """An amount that is not below the least one: who follows the advice is not refused again."""
+    return amount(key, least if key == "params" else _up(least, 3 if key in TIMES else 4))
+
+
+def _share(key: str, least: float, whole: float, others: float) -> str:
+    """A share that is not below the least one, of what shares of this limit are of."""
+    part, of = (least, whole) if key in TIMES else (least - others, whole - others)
+    return f", {_up(100 * part / of, 4):.10g} % of the teacher's{'' if key in TIMES else ' blocks'}" if of else ""
+
+
+def _up(value: float, digits: int) -> float:
+    """The number of so many digits that is next, from `value` up."""
+    return float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack
 from iskd.models.weights import model_sha256
-from iskd.plan.budget_plan import BudgetPlan, TriedPlan
-from iskd.schedules.budget.choosing import Chooser, Tried
-from iskd.schedules.budget.costs import DECODED, Costs, costs_of, side_by_side, uniform
+from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
+from iskd.schedules.budget.choosing import Chooser, Tried, problem_of
+from iskd.schedules.budget.costs import DECODED, Costs, counted, side_by_side, timed, uniform
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, options_of
+from iskd.schedules.budget.options import Option, able, layers_of, options_of
+from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer
-from iskd.schedules.budget.settings import TIMES, Budget, limit_of
+from iskd.schedules.budget.settings import TIMES, Amount, Budget, limit_of
 from iskd.schedules.budget.students import Choice
 from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext
@@ -78,7 +79,8 @@ def search(
         place: where and how.
 
     Raises:
-        ValueError: nothing meets a budget, or there is no option, too little text, another library in the folder.
+        RefusedError: nothing meets a limit of time of some budget; those of others come with it.
+        ValueError: nothing meets an exact limit, or there is no option, too little text, another library in the folder.
     """
     start = time.perf_counter()
     for each in budget.each:
@@ -93,6 +95,13 @@ def search(
     if budget.native:
         options, left_out = natives(options, teacher, place, named=named)
         told += left_out
+    itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
+    begun = time.perf_counter()
+    with place.forward_context():
+        costs = counted(teacher, options, budget, itemsize=place.itemsize, seed=place.seed, told=place.told)
+    for each in budget.each:
+        refuse(each, costs, options, itself, alike)
+    counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
     with place.forward_context():
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
@@ -107,25 +116,64 @@ def search(
         if place.process:
             return []
         fitted = time.perf_counter()
-        costs = costs_of(
-            teacher, options, budget, itemsize=place.itemsize, library=library, seed=place.seed, dtype=place.dtype,
-            told=place.told,
-        )  # fmt: skip
-        counted = time.perf_counter()
+        if budget.timed:
+            costs = timed(
+                costs, teacher, options, budget, library=library, seed=place.seed, dtype=place.dtype, told=place.told
+            )
+        priced = time.perf_counter()
         scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
-        alike = [option.name for option in options] if budget.native else None
         chooser = Chooser(scorer, costs, budget, alike)
         scored = time.perf_counter()
-        spent = {"library": fitted - start, "costs": counted - fitted, "scores": scored - counted}
-        limits = [_limits(each, costs, scorer.whole) for each in budget.each]
-        for each, limit in zip(budget.each, limits, strict=True):
-            chooser.require(limit, each.asked)
-        found = [_found(each, limit, chooser, place) for each, limit in zip(budget.each, limits, strict=True)]
+        spent = {
+            "library": fitted - start - counting,
+            "costs": counting + priced - fitted,
+            "scores": scored - priced,
+        }
+        found, refused = list[tuple[Budget, dict[str, float], _Found]](), list[str]()
+        for each in budget.each:
+            limits = _limits(each.asked, costs, itself)
+            try:
+                chooser.require(limits, each.asked)
+            except ValueError as error:
+                refused.append(str(error))
+            else:
+                found.append((each, limits, _found(each, limits, chooser, place)))
         # what was measured for one budget tells how to read the scores for all
-        return [
-            _plan(each, limit, one, chooser, costs, spent, place)
-            for each, limit, one in zip(budget.each, limits, found, strict=True)
-        ]
+        plans = [_plan(each, limits, one, chooser, costs, spent, place) for each, limits, one in found]
+    if refused:
+        raise RefusedError("; ".join(refused), plans)
+    return plans
+
+
+class RefusedError(ValueError):
+    """Some of several budgets cannot be met.
+
+    Attributes:
+        plans: for all the others.
+    """
+
+    def __init__(self, said: str, plans: Sequence[BudgetPlan]) -> None:
+        super().__init__(said)
+        self.plans = list(plans)
+
+
+def refuse(
+    budget: Budget, costs: Costs, options: Sequence[Option], teacher: Choice, alike: Sequence[str] | None
+) -> None:
+    """Raise ValueError where no student keeps the limits that are exact, before anything is fitted.
+
+    Args:
+        budget: one.
+        costs: those that are exact.
+        options: to choose from.
+        teacher: the choice that is the teacher itself.
+        alike: see `Chooser`.
+    """
+    asked = {key: value for key, value in budget.asked.items() if key in costs.keys}
+    limits, depth = _limits(asked, costs, teacher), len(teacher)
+    singles = [(layer, option.name) for option in options for layer in layers_of(option, depth)]
+    scores = dict.fromkeys([*enumerate(teacher), *singles], 0.0)
+    require(problem_of(options, depth, scores, costs, limits, alike), limits, asked, costs, teacher)
 
 
 @dataclass(frozen=True)
@@ -162,11 +210,11 @@ def natives(
     return good, told
 
 
-def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:
+def _limits(asked: Mapping[str, Amount], costs: Costs, whole: Choice) -> dict[str, float]:
     """Limits as amounts of a whole student."""
     teacher, others = costs.of(whole), dict(zip(costs.keys, costs.others, strict=True))
     blocks = {key: teacher[key] - (0.0 if key in TIMES else others[key]) for key in teacher}
-    return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in budget.asked.items()}
+    return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in asked.items()}
 
 
 def _found(budget: Budget, limits: dict[str, float], chooser: Chooser, place: Place) -> _Found:
@@ -225,7 +273,7 @@ def _timed(
     chooser: Chooser,
     place: Place,
 ) -> _Timed:
-    """The best of a few plans, whose students are measured until one keeps its limits; `rows` gets what was measured."""
+    """The best of a few plans, whose students are measured until one keeps its limits; `rows` gets all that were."""
     teacher, few = chooser.costs.of(chooser.scorer.whole), tried[: budget.plans]
     for number, each in enumerate(few):
         if each.choice not in rows:

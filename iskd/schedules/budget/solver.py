@@ -25,6 +25,7 @@ from iskd.schedules.budget.students import Choice
 
 Pair = tuple[Single, Single]
 _ROUNDING = 1e-9  # relative, of limits that are no whole numbers
+_SHARE = 1e-12  # relative: 0.29 of 100 is less than 29 in floating point
 _TRIES = 5
 
 
@@ -188,5 +189,5 @@ def _limit(
     """A limit in the units in which the solver's tolerance means nothing."""
     costs = [problem.costs[key][single] for single in options]
     unit = float(math.gcd(*(int(cost) for cost in costs)) or 1) if _whole(problem, key) else max(*costs, 1e-300)
-    most = math.floor(limit / unit) if _whole(problem, key) else limit / unit
+    most = math.floor(limit / unit * (1 + _SHARE)) if _whole(problem, key) else limit / unit
     return {at: cost / unit for at, cost in enumerate(costs) if cost}, -math.inf, float(most)

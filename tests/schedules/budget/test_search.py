@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -16,15 +18,16 @@ from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
-from iskd.schedules.budget import edits_of, filling, steps_of
+from iskd.schedules.budget import RefusedError, edits_of, filling, steps_of
 from iskd.schedules.budget import search as searching
 from iskd.schedules.budget.calibration import Calibration, Promise
-from iskd.schedules.budget.choosing import Chooser
-from iskd.schedules.budget.costs import Costs, costs_of
+from iskd.schedules.budget.choosing import Chooser, problem_of
+from iskd.schedules.budget.costs import Costs, counted
 from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
+from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer
-from iskd.schedules.budget.settings import Budget, limit_of
+from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.students import places
 from tests.factories import louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
@@ -40,9 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Sc
     options, _ = able(options_of(OPTIONS, USE), teacher, 0, named=True)
     library, texts = opened(teacher, tmp_path_factory.mktemp("library"))
     fill(library, texts, teacher, options)
-    costs = costs_of(
-        teacher, options, Budget(params=0.5, options=OPTIONS, context=32), itemsize=4, library=library, seed=0
-    )
+    costs = counted(teacher, options, Budget(params=0.5, options=OPTIONS, context=32), itemsize=4, seed=0)
     return teacher, Scorer(teacher, library, options, texts.score, 2), costs
 
 
@@ -218,6 +219,22 @@ def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> No
     assert list(kls) == sorted(kls)
 
 
+def test_width_is_spent_on_a_student_whose_layers_went_by_a_merge_that_is_out_of_the_race(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, scorer, costs = world
+    chooser = Chooser(scorer, costs, BUDGET)
+    chooser.alive = [single for single in chooser.alive if single[1] != "merge"]
+    bases = [tuple("merge" if at in gone else KEEP for at in range(DEPTH)) for gone in ([], [2], [2, 4])]
+    monkeypatch.setattr(chooser._chain, "without", lambda count: bases[count] if count < len(bases) else None)
+    tried = chooser.find(limits_of(costs, params=0.5))
+    found = {each.found: each for each in tried}
+    for count in (1, 2):
+        each = found[f"{count} layers out, then width"]
+        assert [at for at, name in enumerate(each.choice) if name == "merge"] == [2, 4][:count]
+        assert each.measured == pytest.approx(scorer.kl(each.choice))
+
+
 def limits_of(costs: Costs, **shares: float) -> dict[str, float]:
     others = dict(zip(costs.keys, costs.others, strict=True))
     whole = {
@@ -230,14 +247,84 @@ def limits_of(costs: Costs, **shares: float) -> dict[str, float]:
 def test_a_budget_that_cannot_be_met_is_told_the_smallest_that_can(world: Any) -> None:
     _, scorer, costs = world
     chooser = Chooser(scorer, costs, BUDGET)
-    with pytest.raises(
-        ValueError, match=r"budget\.params=0\.01 cannot be met .* smallest student has [\d,]+ parameters, ([\d.]+) %"
-    ) as told:
+    said = (
+        r"budget\.params=0\.01 cannot be met .* smallest student has ([\d,]+) parameters, ([\d.]+) % of the teacher's b"
+    )
+    with pytest.raises(ValueError, match=said) as told:
         chooser.require(limits_of(costs, params=0.01), {"params": 0.01})
-    least = float(str(told.value).split("parameters, ")[1].split(" %")[0]) / 100
-    chooser.require(limits_of(costs, params=least * 1.001), {"params": least})
+    number, share = re.findall(said, str(told.value))[0]
+    chooser.require({"params": float(number.replace(",", ""))}, {"params": number})
+    chooser.require(limits_of(costs, params=float(share) / 100), {"params": share})
     with pytest.raises(ValueError, match=r"cannot be met"):
-        chooser.require(limits_of(costs, params=least * 0.99), {"params": least})
+        chooser.require(limits_of(costs, params=float(share) / 100 - 1e-3), {"params": share})
+    with pytest.raises(ValueError, match=r"cannot be met"):
+        chooser.require({"params": float(number.replace(",", "")) - 1}, {"params": number})
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("key", LIMITS)
+def test_whoever_follows_the_advice_is_not_refused_again(key: str, seed: int) -> None:
+    """Amounts and shares as they are told, of costs of any size; a share of time is one of the whole teacher."""
+    draw = np.random.default_rng(seed)
+    whole = key not in TIMES
+    size = 10 ** draw.uniform(0.5, 9 if whole else 3)
+    drawn = sorted((2 + size * draw.uniform(0.3, 1.0, 3)).tolist(), reverse=True)
+    rows = [float(round(x)) if whole else x for x in (*drawn, 0.7 * drawn[-1])]
+    layers = {
+        (at, name): (row if name == KEEP else rows[3],) for at, row in enumerate(rows[:3]) for name in (KEEP, "x")
+    }
+    costs = Costs((key,), layers, (rows[3] + 1.0,))
+    option = options_of({"x": OPTIONS["slim_50"]})
+    least, teacher = costs.of(("x",) * 3)[key], costs.of((KEEP,) * 3)[key]
+
+    def asked(value: float | str) -> dict[str, float]:
+        return searching._limits({key: value}, costs, (KEEP,) * 3)
+
+    def ask(value: float | str) -> None:
+        limits = asked(value)
+        problem = problem_of(option, 3, dict.fromkeys(layers, 0.0), costs, limits)
+        require(problem, limits, {key: value}, costs, (KEEP,) * 3)
+
+    with pytest.raises(ValueError, match="cannot be met") as told:
+        ask(0.9 * least)
+    amount, unit, share = re.findall(r"has ([\d,.]+) ?(\w*) ?[a-z ]*, ([\d.]+) % of the teacher's", str(told.value))[0]
+    assert ("teacher's blocks;" in str(told.value)) == whole
+    units = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+    value = float(amount.replace(",", "")) * units.get(unit, 1)
+    assert least * (1 - 1e-9) <= value <= 1.01 * least
+    ask(value)
+    ask(f"{share}%")
+    of = teacher if not whole else teacher - costs.others[0]
+    assert float(share) / 100 * of == pytest.approx(least if not whole else least - costs.others[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"params": 0.01}, r"budget\.params=0\.01 cannot be met"),
+        ({"bytes": [0.9, 0.01]}, r"budget\.bytes=0\.01 cannot be met"),
+        ({"cache_bytes": 1000, "decode_ms": "90%"}, r"budget\.cache_bytes=1000 cannot be met"),
+    ],
+)
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_exact_limit_that_cannot_be_met_is_refused_before_anything_is_fitted(
+    limits: Any, said: str, process: int, tmp_path: Path
+) -> None:
+    budget = Budget(options=OPTIONS, use=["slim_50"], context=32, **limits, **SMALL)
+    with pytest.raises(ValueError, match=said):
+        searching_for(budget, tiny("llama", layers=4), tmp_path, process=process, processes=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plans_come_with_the_refusal_of_other_limits_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch)
+    values: dict[str, Any] = {"context": 32, "options": OPTIONS, "use": ["remove"], "rounds": 0, "plans": 1, **SMALL}
+    with pytest.raises(
+        RefusedError, match=r"^budget\.decode_ms=1\.0 cannot be met[^;]* 50 % of the teacher's; "
+    ) as told:
+        searching_for(Budget(decode_ms=[5.5, 1.0, "70%"], **values), louder(tiny("llama", layers=4)), tmp_path)
+    assert [plan.asked["decode_ms"] for plan in told.value.plans] == [5.5, "70%"]
+    assert [plan.costs["decode_ms"] for plan in told.value.plans] == pytest.approx([5.0, 4.0])
 
 
 def test_budgets_that_contradict_each_other_are_told_so(world: Any) -> None:
