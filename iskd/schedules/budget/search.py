@@ -5,6 +5,8 @@ Several processes share the work of fitting (`filling`); the first one does all 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, layers_of, options_of
 from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer
-from iskd.schedules.budget.settings import TIMES, Amount, Budget, limit_of
+from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
 from iskd.schedules.budget.students import Choice
 from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext
@@ -36,6 +38,7 @@ _FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 _SLACK = 1.02  # of a limit of time, which is never measured twice alike
 _TIGHTENED = 5  # times that a limit of time is drawn tighter
 _ALIKE = 1e-9  # relative
+_ELSEWHERE = ("options", "use", "library", "plan")  # keys that decide nothing, or by what they describe
 _log = logging.getLogger(__name__)
 
 
@@ -86,10 +89,7 @@ def search(
     for each in budget.each:
         each.asked  # noqa: B018 - refused before hours of work
     stack = Stack(teacher)
-    # a table of learned positions ends for the tokens that are decoded behind the context too
-    budget = budget.at(
-        None if stack.limit is None else stack.limit - DECODED * bool(stack.family.positions), stack.bound
-    )
+    budget = settled(budget, stack)
     named = budget.use is not None
     options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
     if budget.native:
@@ -103,6 +103,7 @@ def search(
         refuse(each, costs, options, itself, alike)
     counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
+    requests = [request_of(each, texts.digest, place.itemsize, place.seed) for each in budget.each]
     with place.forward_context():
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
         library = Library.open(budget, place.folder, recipe, teacher, place.seed)
@@ -129,20 +130,43 @@ def search(
             "costs": counting + priced - fitted,
             "scores": scored - priced,
         }
-        found, refused = list[tuple[Budget, dict[str, float], _Found]](), list[str]()
-        for each in budget.each:
+        found, refused = list[tuple[Budget, str, dict[str, float], _Found]](), list[str]()
+        for each, request in zip(budget.each, requests, strict=True):
             limits = _limits(each.asked, costs, itself)
             try:
                 chooser.require(limits, each.asked)
             except ValueError as error:
                 refused.append(str(error))
             else:
-                found.append((each, limits, _found(each, limits, chooser, place)))
+                found.append((each, request, limits, _found(each, limits, chooser, place)))
         # what was measured for one budget tells how to read the scores for all
-        plans = [_plan(each, limits, one, chooser, costs, spent, place) for each, limits, one in found]
+        plans = [_plan(*each, chooser, costs, spent, place) for each in found]
     if refused:
         raise RefusedError("; ".join(refused), plans)
     return plans
+
+
+def settled(budget: Budget, stack: Stack) -> Budget:
+    """A budget at the context that a teacher has. Raises ValueError where a longer one was asked for."""
+    # a table of learned positions ends for the tokens that are decoded behind the context too
+    behind = DECODED * bool(stack.family.positions)
+    return budget.at(None if stack.limit is None else stack.limit - behind, stack.bound)
+
+
+def request_of(budget: Budget, text: str, itemsize: int, seed: int) -> str:
+    """Hex SHA-256 of all that decides what is found for a teacher; where it is searched, and by whom, does not.
+
+    Args:
+        budget: one, settled.
+        text: digest of the calibration text.
+        itemsize: bytes of a number in the exported weights.
+        seed: of fresh weights.
+    """
+    values = {key: value for key, value in vars(budget).items() if key not in (*LIMITS, *_ELSEWHERE)}
+    asked = budget.asked
+    options = {option.name: option.described() for option in options_of(budget.options, budget.use)}
+    every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed]
+    return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
 
 
 class RefusedError(ValueError):
@@ -302,6 +326,7 @@ def _tighter(
 
 def _plan(
     budget: Budget,
+    request: str,
     limits: dict[str, float],
     found: _Found,
     chooser: Chooser,
@@ -319,8 +344,10 @@ def _plan(
         seed=place.seed,
         asked=dict(budget.asked),
         limits=limits,
+        request=request,
         teacher_costs=costs.of(scorer.whole),
         costs=costs.of(best.choice),
+        others=dict(zip(costs.keys, costs.others, strict=True)),
         measured=found.measured,
         predicted_kl=predicted[best.choice],
         added_kl=best.promise.added,
