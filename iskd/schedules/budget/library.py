@@ -29,15 +29,18 @@ from iskd.schedules.budget.fitting import Fit
 from iskd.schedules.budget.options import Option, layers_of, module_of
 from iskd.schedules.budget.settings import Budget
 from iskd.system import read_json, write_whole
-from iskd.system.files import hash_files, read_plain, sweep
+from iskd.system.files import hash_files, is_draft, read_plain, sweep
 from iskd.system.version import PACKAGE
 
 META = "meta.json"
 _VERSION = 1
 _TOLD = "iskd"
 _LENGTH = 8  # bytes of the length of a safetensors header
-# what a fitted option depends on
-_CODE = ("blocks", "mixers", "refits", "schedules/budget/fitting.py", "schedules/budget/options.py")
+# what a fitted option and its scores depend on
+_CODE = (
+    *("blocks", "mixers", "refits", "importance/sweep.py", "schedules/budget/fitting.py"),
+    *("schedules/budget/options.py", "schedules/budget/scores.py", "schedules/budget/students.py"),
+)
 _WORDS = {
     "teacher": "of another teacher",
     "text": "of other calibration text",
@@ -50,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 def code_digest() -> str:
-    """Of the source that decides what a fitted option is."""
+    """Of the source that decides what a fitted option is, and what its scores are."""
     files: list[Path] = []
     for name in _CODE:
         place = PACKAGE / name
@@ -109,7 +112,9 @@ class Library:
     def _claim(self) -> None:
         path = self.folder / META
         if not path.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            # other processes that start now may have come further: their drafts are none of anybody else's files
+            strange = self.folder.is_dir() and not all(map(is_draft, self.folder.iterdir()))
+            if strange and not path.exists():
                 raise ValueError(f"budget.library={self.folder} holds other files and no library: give another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(self.recipe, indent=1))
