@@ -50,7 +50,8 @@ class BudgetPlan:
         teacher_costs, costs: amounts of the teacher and of the student; exact but for times, which are predicted.
         others: of these, what lies outside the blocks.
         measured: amounts that were measured on the whole student.
-        predicted_kl, measured_kl: nats per token on text held out for scores, before any refit or training.
+        predicted_kl, measured_kl: nats per token on text held out for scores, of a student of blocks that the library
+            has fitted one by one; the run fits them anew and trains.
         added_kl: by added scores as they are, which mostly say too little.
         rank_correlation: Spearman's, of predicted and measured KL over the plans that were measured for this budget and
             the others of the same search. compared: how many these were.

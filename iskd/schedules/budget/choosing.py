@@ -42,7 +42,7 @@ class Tried:
     Attributes:
         choice: an option for every layer.
         promise: KL by added scores.
-        measured: KL on all windows held out for scores, nats, before any refit or training.
+        measured: KL on all windows held out for scores, nats, of blocks as the library has them.
         found: by what.
     """
 
