@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from iskd.schedules.budget.text import texts_of
 from iskd.system import ProgressLine, global_rank
 from iskd.system.precision import place as placed
 from iskd.system.precision import serving_dtype
+from iskd.system.ranks import started_together
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WAIT_S = 1.0
@@ -70,14 +72,17 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
     nn.Module.to(model, device)
     stack.keep_apart(asked.separator)
     try:
-        with ProgressLine() as progress, torch.no_grad():
+        # kernels that are not torch's own run on the current device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with current, ProgressLine() as progress, torch.no_grad():
             return search(
                 budget,
                 model,
                 asked.windows,
                 Place(
                     asked.cache_dir / "budget", forward_context, asked.native, itemsize_of(asked.stored),
-                    serving_dtype(device), asked.seed, global_rank(), processes(os.environ), progress, asked.note,
+                    serving_dtype(device), asked.seed, global_rank(), started_together(os.environ), progress,
+                    asked.note,
                 ),
             )  # fmt: skip
     finally:
@@ -168,11 +173,3 @@ def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
 def itemsize_of(stored: str) -> int:
     """Bytes of a number in weights of a type."""
     return _BYTES.get(stored, 4)
-
-
-def processes(environment: Mapping[str, str]) -> int:
-    """How many processes were started together: by torchrun, or as tasks of SLURM."""
-    for key in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if environment.get(key, "").isdigit():
-            return max(1, int(environment[key]))
-    return 1

@@ -111,7 +111,7 @@ def search(
             for sentence in (*told, f"library of fitted options: {library.folder}"):
                 place.note(sentence)
         fill(
-            library, options, place.process, place.processes, place.told,
+            library, options, place.process, place.processes, place.told, place.note,
             lambda jobs, tell: fit_options(teacher, texts, jobs, budget, place.seed, library.keep, tell),
         )  # fmt: skip
         if place.process:

@@ -37,7 +37,8 @@ def text(tokens: int) -> list[Tensor]:
 
 
 def place(folder: Path, **others: Any) -> Place:
-    return Place(folder, nullcontext, lambda model: native_config(model) is not None, note=lambda _said: None, **others)
+    others = {"note": lambda _said: None, **others}
+    return Place(folder, nullcontext, lambda model: native_config(model) is not None, **others)
 
 
 def opened(teacher: PreTrainedModel, folder: Path, budget: Budget = BUDGET, **others: Any) -> tuple[Library, Texts]:

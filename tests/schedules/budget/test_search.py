@@ -390,7 +390,11 @@ def test_processes_share_the_layers_and_the_first_one_answers(tmp_path: Path, mo
     [folder] = tmp_path.iterdir()
     assert sorted(file.name[:3] for file in folder.glob("*.safetensors")) == ["001", "003"]
     monkeypatch.setattr(filling, "_PATIENCE_S", 0.0)
-    [plan] = searching_for(budget, teacher, tmp_path, process=0, processes=2)
+    for file in folder.glob("003-*.safetensors"):
+        file.unlink()
+    said: list[str] = []
+    [plan] = searching_for(budget, teacher, tmp_path, process=0, processes=2, note=said.append)
+    assert said[-1] == "waiting for 1 options, which the other 1 of 2 processes fit"
     [alone] = searching_for(budget, teacher, tmp_path / "alone")
     assert (plan.choice, plan.measured_kl) == (alone.choice, alone.measured_kl)
 
