@@ -7,7 +7,9 @@ turns with the teacher: what a layer costs is the difference to a student that h
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ from iskd.system import machine, read_json, write_whole
 
 _PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter
 _REPEATS, DECODED = 5, 16
+_log = logging.getLogger(__name__)
 _PASSING = ("load", "note", "allocator")  # what a machine is at one time and not at another
 
 
@@ -195,8 +198,8 @@ def _times(
     """By kind of time what each option of each layer takes in ms, and what is left without layers."""
     stack = Stack(teacher)
     depth = len(stack.layers)
-    timed = [option for option in options if not option.removes]
-    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in timed}
+    there = [option for option in options if not option.removes]
+    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in there}
     file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
     facts = {key: value for key, value in facts.items() if key not in _PASSING}
     known = _known(file, facts)
@@ -205,7 +208,8 @@ def _times(
         if name not in known:
             blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
             known[name] = side_by_side(teacher, assembled(teacher, blocks), budget, dtype)
-            write_whole(file, json.dumps({"machine": facts, "times": known}, indent=1))
+            written = {"machine": facts, "times": known, "digest": _digest(facts, known)}
+            write_whole(file, json.dumps(written, indent=1))
     # seconds of the teacher in all of these measurements, and of every student relative to the teacher beside it
     whole = [statistics.median(row[1][at] for row in known.values()) for at in range(len(TIMES))]
     ratio = {name: [row[0][at] / row[1][at] for at in range(len(TIMES))] for name, row in known.items()}
@@ -213,7 +217,7 @@ def _times(
     others: dict[str, float] = {}
     for at, key in enumerate(TIMES):
         bare = ratio[""][at] * whole[at]
-        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in timed}
+        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in there}
         per_layer |= {KEEP: (whole[at] - bare) / depth} | {option.name: 0.0 for option in options if option.removes}
         others[key] = 1e3 * bare
         layers[key] = {
@@ -246,10 +250,18 @@ def side_by_side(
     return rows[0], rows[1]
 
 
+def _digest(facts: object, times: object) -> str:
+    """Hex SHA-256 of what is written down."""
+    return hashlib.sha256(json.dumps([facts, times], sort_keys=True).encode()).hexdigest()
+
+
 def _known(file: object, facts: object) -> dict[str, tuple[list[float], list[float]]]:
     """What was measured before on this very machine."""
     try:
         found = read_json(file)  # type: ignore[arg-type]
+        if found["digest"] != _digest(found["machine"], found["times"]):
+            _log.warning("%s is damaged: times are measured anew", file)
+            return {}
         if found["machine"] != json.loads(json.dumps(facts)):
             return {}
         return {

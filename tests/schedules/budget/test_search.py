@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from iskd.models import Stack, scoring, surgery
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.schedules.budget import RefusedError, edits_of, filling, steps_of
+from iskd.schedules.budget import costs as costs_file
 from iskd.schedules.budget import search as searching
 from iskd.schedules.budget.calibration import Calibration, Promise
 from iskd.schedules.budget.choosing import Chooser, problem_of
-from iskd.schedules.budget.costs import Costs, counted
+from iskd.schedules.budget.costs import Costs, counted, timed
 from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
 from iskd.schedules.budget.require import require
@@ -142,6 +144,31 @@ def test_scores_are_read_off_the_library(world: Any, monkeypatch: pytest.MonkeyP
     first = scorer.race(costs.layers)
     monkeypatch.setattr(scorer, "values", None)
     assert scorer.race(costs.layers) == first
+
+
+def test_scores_and_times_of_which_a_bit_is_flipped_are_taken_anew(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher, scorer, costs = world
+    first = scorer.race(costs.layers)
+    content = bytearray(scorer._file.read_bytes())
+    content[-3] ^= 64
+    scorer._file.write_bytes(content)
+    assert scorer._known() == {}
+    assert "options are scored anew" in caplog.text
+    assert scorer.race(costs.layers) == first
+    library, _ = opened(teacher, tmp_path)
+    clock(monkeypatch)
+    budget, options = Budget(decode_ms=4.0, options=OPTIONS, context=32), list(scorer.options.values())
+    times = timed(costs, teacher, options, budget, library=library, seed=0)
+    [file] = library.folder.glob("times-*.json")
+    told = json.loads(file.read_text())
+    told["times"][""][0][1] *= 2
+    file.write_text(json.dumps(told))
+    assert timed(costs, teacher, options, budget, library=library, seed=0) == times
+    assert f"{file} is damaged: times are measured anew" in caplog.text
+    monkeypatch.setattr(costs_file, "side_by_side", None)
+    assert timed(costs, teacher, options, budget, library=library, seed=0) == times, "what is whole is read"
 
 
 def test_scores_of_other_options_stay_and_single_ones_may_be_read_on_less(world: Any) -> None:
@@ -406,7 +433,6 @@ def clock(monkeypatch: pytest.MonkeyPatch, mixed: float = 1.0) -> None:
         monkeypatch: puts it in.
         mixed: how many times longer students take whose layers are of several kinds.
     """
-    from iskd.schedules.budget import costs as costs_file
 
     def clocked(
         teacher: PreTrainedModel, student: PreTrainedModel, budget: Budget, dtype: Any
