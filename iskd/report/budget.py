@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from iskd.evaluation.results import Efficiency
+from iskd.evaluation import Efficiency
 from iskd.plan.budget_plan import KEEP, BudgetPlan, amount, choice_map
 from iskd.report import html
 from iskd.report.figures import choice

@@ -14,7 +14,7 @@ rounds, ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,8 +22,7 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
-from iskd.schedules.budget.options import Option
-from iskd.schedules.budget.require import require
+from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
@@ -50,34 +49,6 @@ class Tried:
     promise: Promise
     measured: float
     found: str
-
-
-def problem_of(
-    options: Iterable[Option],
-    depth: int,
-    scores: Mapping[Single, float],
-    costs: Costs,
-    limits: Mapping[str, float],
-    alike: Collection[str] | None = None,
-) -> Problem:
-    """The choice of one option for every layer within limits on a whole student.
-
-    Args:
-        options: what there is beside keeping a layer.
-        depth: layers of the teacher.
-        scores: of what may be chosen.
-        costs: of all options of all layers.
-        limits: amounts of a whole student.
-        alike: see `Chooser`.
-    """
-    kinds, others = list(options), dict(zip(costs.keys, costs.others, strict=True))
-    removes = frozenset(option.name for option in kinds if option.removes)
-    return Problem(
-        depth, scores, {key: costs.column(key) for key in limits},
-        {key: limit - others[key] for key, limit in limits.items()},
-        frozenset(option.name for option in kinds if option.merges), removes,
-        None if alike is None else frozenset(alike) - removes,
-    )  # fmt: skip
 
 
 class Chooser:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from decimal import ROUND_CEILING, Context, Decimal
 
 from iskd.plan.budget_plan import amount
 from iskd.schedules.budget.costs import Costs
+from iskd.schedules.budget.options import Option
+from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.settings import TIMES
 from iskd.schedules.budget.solver import Problem, smallest, solve
 from iskd.schedules.budget.students import Choice
@@ -16,6 +18,34 @@ from iskd.schedules.budget.students import Choice
 _OF = {"params": " parameters", "bytes": "", "cache_bytes": " of cache"}
 _OF |= {"prefill_ms": " to read the context", "decode_ms": " to decode a token"}
 """What a limit is an amount of."""
+
+
+def problem_of(
+    options: Iterable[Option],
+    depth: int,
+    scores: Mapping[Single, float],
+    costs: Costs,
+    limits: Mapping[str, float],
+    alike: Collection[str] | None = None,
+) -> Problem:
+    """The choice of one option for every layer within limits on a whole student.
+
+    Args:
+        options: what there is beside keeping a layer.
+        depth: layers of the teacher.
+        scores: of what may be chosen.
+        costs: of all options of all layers.
+        limits: amounts of a whole student.
+        alike: see `Chooser`.
+    """
+    kinds, others = list(options), dict(zip(costs.keys, costs.others, strict=True))
+    removes = frozenset(option.name for option in kinds if option.removes)
+    return Problem(
+        depth, scores, {key: costs.column(key) for key in limits},
+        {key: limit - others[key] for key, limit in limits.items()},
+        frozenset(option.name for option in kinds if option.merges), removes,
+        None if alike is None else frozenset(alike) - removes,
+    )  # fmt: skip
 
 
 def require(

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 from iskd.models import Stack
 from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
-from iskd.schedules.budget.choosing import Chooser, Tried, problem_of
-from iskd.schedules.budget.costs import DECODED, Costs, counted, side_by_side, timed, uniform
+from iskd.schedules.budget.choosing import Chooser
+from iskd.schedules.budget.costs import DECODED, Costs, counted, timed, uniform
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
+from iskd.schedules.budget.keeping import Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, layers_of, options_of
-from iskd.schedules.budget.require import require
+from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
 from iskd.schedules.budget.students import Choice
@@ -35,9 +36,6 @@ from iskd.system.precision import ForwardContext
 from iskd.teacher.cache import answering, autocast_of
 
 _FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
-_SLACK = 1.02  # of a limit of time, which is never measured twice alike
-_TIGHTENED = 5  # times that a limit of time is drawn tighter
-_ALIKE = 1e-9  # relative
 _ELSEWHERE = ("options", "use", "library", "plan")  # keys that decide nothing, or by what they describe
 _log = logging.getLogger(__name__)
 
@@ -130,7 +128,7 @@ def search(
             "costs": counting + priced - fitted,
             "scores": scored - priced,
         }
-        found, refused = list[tuple[Budget, str, dict[str, float], _Found]](), list[str]()
+        found, refused = list[tuple[Budget, str, dict[str, float], Found]](), list[str]()
         for each, request in zip(budget.each, requests, strict=True):
             limits = _limits(each.asked, costs, itself)
             try:
@@ -138,7 +136,7 @@ def search(
             except ValueError as error:
                 refused.append(str(error))
             else:
-                found.append((each, request, limits, _found(each, limits, chooser, place)))
+                found.append((each, request, limits, kept_within(each, limits, chooser, place.dtype, place.told)))
         # what was measured for one budget tells how to read the scores for all
         plans = [_plan(*each, chooser, costs, spent, place) for each in found]
     if refused:
@@ -200,16 +198,6 @@ def refuse(
     require(problem_of(options, depth, scores, costs, limits, alike), limits, asked, costs, teacher)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The best plan of a budget, what else was measured for it, what it was measured to take, and how long it took."""
-
-    best: Tried
-    tried: Sequence[Tried]
-    measured: dict[str, float]
-    seconds: float
-
-
 def natives(
     options: Sequence[Option], teacher: PreTrainedModel, place: Place, *, named: bool
 ) -> tuple[list[Option], list[str]]:
@@ -241,94 +229,11 @@ def _limits(asked: Mapping[str, Amount], costs: Costs, whole: Choice) -> dict[st
     return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in asked.items()}
 
 
-def _found(budget: Budget, limits: dict[str, float], chooser: Chooser, place: Place) -> _Found:
-    """Search, and have the best few plans measured; where none of them keeps the limits of time, search within less.
-
-    What layers take does not add up to what the student takes. A limit is drawn tighter by as much as the best plan so
-    far takes more than predicted, which leaves that plan out, until one keeps the limits or there is none left.
-    """
-    start = time.perf_counter()
-    if not budget.timed:
-        every = chooser.find(limits)
-        return _Found(every[0], every, {}, time.perf_counter() - start)
-    tried, rows, bounds = dict[Choice, Tried](), dict[Choice, _Timed](), limits
-    for _ in range(1 + _TIGHTENED):
-        found = chooser.find(bounds)
-        tried |= {each.choice: each for each in found}
-        best = _timed(budget, limits, found, rows, chooser, place)
-        tighter = _tighter(best, limits, bounds, chooser) if best.over(limits) else None
-        if tighter is None:
-            break
-        bounds = tighter
-    best = min(rows.values(), key=lambda row: row.rank(limits))
-    if over := best.over(limits):
-        _log.warning(
-            "budget.%s=%s is not kept: of %d plans that were built, the one that comes nearest takes %.4g ms, and the "
-            "limit is %.4g ms; it is taken all the same",
-            over[0], budget.asked[over[0]], len(rows), best.measured[over[0]], limits[over[0]],
-        )  # fmt: skip
-    every = sorted(tried.values(), key=lambda each: each.measured)
-    return _Found(best.plan, every, best.measured, time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """A plan, and the ms that its student was measured to take."""
-
-    plan: Tried
-    measured: dict[str, float]
-
-    def over(self, limits: dict[str, float]) -> list[str]:
-        """The limits of time that it does not keep."""
-        return [key for key in TIMES if key in limits and self.measured[key] > _SLACK * limits[key]]
-
-    def rank(self, limits: dict[str, float]) -> tuple[bool, float]:
-        """Lower is better: of plans that keep the limits by KL, of others by how far they are over."""
-        if not self.over(limits):
-            return False, self.plan.measured
-        return True, max(self.measured[key] / limits[key] for key in TIMES if key in limits)
-
-
-def _timed(
-    budget: Budget,
-    limits: dict[str, float],
-    tried: Sequence[Tried],
-    rows: dict[Choice, _Timed],
-    chooser: Chooser,
-    place: Place,
-) -> _Timed:
-    """The best of a few plans, whose students are measured until one keeps its limits; `rows` gets all that were."""
-    teacher, few = chooser.costs.of(chooser.scorer.whole), tried[: budget.plans]
-    for number, each in enumerate(few):
-        if each.choice not in rows:
-            place.told("measuring the best plans", number, len(few))
-            student = chooser.scorer.student(each.choice)
-            mine, theirs = side_by_side(chooser.scorer.teacher, student, budget, place.dtype)
-            taken = {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
-            rows[each.choice] = _Timed(each, taken)
-        if not rows[each.choice].over(limits):
-            break
-    return min((rows[each.choice] for each in few if each.choice in rows), key=lambda row: row.rank(limits))
-
-
-def _tighter(
-    row: _Timed, limits: dict[str, float], bounds: dict[str, float], chooser: Chooser
-) -> dict[str, float] | None:
-    """Bounds that leave out a plan that takes too long, and no further down than there are plans; None = nothing is."""
-    predicted, bounds = chooser.costs.of(row.plan.choice), dict(bounds)
-    for key in row.over(limits):
-        wanted, least = limits[key] * predicted[key] / row.measured[key], chooser.least(bounds, key)
-        if least >= predicted[key] * (1 - _ALIKE):
-            return None
-        bounds[key] = min(bounds[key], max(wanted, least))
-    return bounds
-
-
 def _plan(
     budget: Budget,
     request: str,
     limits: dict[str, float],
-    found: _Found,
+    found: Found,
     chooser: Chooser,
     costs: Costs,
     spent: dict[str, float],

@@ -19,15 +19,15 @@ from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
-from iskd.schedules.budget import RefusedError, edits_of, filling, steps_of
+from iskd.schedules.budget import RefusedError, edits_of, filling, keeping, steps_of
 from iskd.schedules.budget import costs as costs_file
 from iskd.schedules.budget import search as searching
 from iskd.schedules.budget.calibration import Calibration, Promise
-from iskd.schedules.budget.choosing import Chooser, problem_of
+from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, counted, timed
 from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
-from iskd.schedules.budget.require import require
+from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.students import places
@@ -446,7 +446,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, mixed: float = 1.0) -> None:
         return seconds(student), seconds(teacher)
 
     monkeypatch.setattr(costs_file, "side_by_side", clocked)
-    monkeypatch.setattr(searching, "side_by_side", clocked)
+    monkeypatch.setattr(keeping, "side_by_side", clocked)
 
 
 def test_a_limit_of_time_is_measured_and_checked_on_whole_students(
