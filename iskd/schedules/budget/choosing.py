@@ -22,10 +22,9 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
-from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
-from iskd.schedules.budget.solver import Pair, Problem, smallest, solve
+from iskd.schedules.budget.solver import Pair, Problem, problem_of, require, smallest, solve
 from iskd.schedules.budget.students import Choice
 
 _APART = 2  # layers in which the next best plans have to differ

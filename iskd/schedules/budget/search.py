@@ -27,9 +27,9 @@ from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.keeping import Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, layers_of, options_of
-from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
+from iskd.schedules.budget.solver import problem_of, require
 from iskd.schedules.budget.students import Choice
 from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext

@@ -27,9 +27,9 @@ from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, counted, timed
 from iskd.schedules.budget.depth import Chain, coarse, possible
 from iskd.schedules.budget.options import able, options_of
-from iskd.schedules.budget.require import problem_of, require
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
+from iskd.schedules.budget.solver import problem_of, require
 from iskd.schedules.budget.students import places
 from tests.factories import louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
