@@ -46,9 +46,12 @@ class BudgetPlan:
         options: what the names mean, as in `budget.options`.
         seed: of fresh weights.
         asked: the limits as they were given. limits: as amounts of a whole student.
+        request: hex SHA-256 of all that decides what a search finds: limits, options, settings, text, seed.
         teacher_costs, costs: amounts of the teacher and of the student; exact but for times, which are predicted.
+        others: of these, what lies outside the blocks.
         measured: amounts that were measured on the whole student.
-        predicted_kl, measured_kl: nats per token on text held out for scores, before any refit or training.
+        predicted_kl, measured_kl: nats per token on text held out for scores, of a student of blocks that the library
+            has fitted one by one; the run fits them anew and trains.
         added_kl: by added scores as they are, which mostly say too little.
         rank_correlation: Spearman's, of predicted and measured KL over the plans that were measured for this budget and
             the others of the same search. compared: how many these were.
@@ -70,8 +73,10 @@ class BudgetPlan:
     seed: Count = 0
     asked: Annotated[dict[str, Any], Field(max_length=16)] = field(default_factory=dict)
     limits: _Amounts = field(default_factory=dict)
+    request: Annotated[str, Field(max_length=64)] = ""
     teacher_costs: _Amounts = field(default_factory=dict)
     costs: _Amounts = field(default_factory=dict)
+    others: _Amounts = field(default_factory=dict)
     measured: _Amounts = field(default_factory=dict)
     predicted_kl: Number = float("nan")
     measured_kl: Number = float("nan")

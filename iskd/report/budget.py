@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from iskd.evaluation import Efficiency
 from iskd.plan.budget_plan import KEEP, BudgetPlan, amount, choice_map
 from iskd.report import html
 from iskd.report.figures import choice
@@ -23,6 +24,7 @@ _NAMES = {
     "prefill_ms": "prefill",
     "decode_ms": "a token",
 }
+_TIMES = ("prefill_ms", "decode_ms")
 
 
 def choice_table(plan: BudgetPlan) -> Table:
@@ -52,7 +54,7 @@ def _told(plan: BudgetPlan) -> Iterator[str]:
             f", measured {amount(key, plan.measured[key])}" if key in plan.measured else ""
         )
     added = "" if plan.added_kl is None else f" (by added scores {kl_text(plan.added_kl)})"
-    measured = f"measured {kl_text(plan.measured_kl)} before refit and training"
+    measured = f"measured {kl_text(plan.measured_kl)} with the blocks of the library"
     yield f"KL predicted {kl_text(plan.predicted_kl)}{added}, {measured}"
     if plan.rank_correlation is not None:
         yield _ranked(plan)
@@ -67,12 +69,13 @@ def _ranked(plan: BudgetPlan) -> str:
     return f"rank correlation of predicted and measured KL {ranked} over {plan.compared} plans (each by the others)"
 
 
-def budget_section(plan: BudgetPlan | None, measured: Mapping[str, Any]) -> str:
+def budget_section(plan: BudgetPlan | None, measured: Mapping[str, float], efficiency: Efficiency | None = None) -> str:
     """The section of a run's page; empty without a plan.
 
     Args:
         plan: of the run.
         measured: what became of it: `params` and `kl` of the finished student, as far as they are known.
+        efficiency: what that costs, where it was measured.
     """
     if plan is None:
         return ""
@@ -84,18 +87,46 @@ def budget_section(plan: BudgetPlan | None, measured: Mapping[str, Any]) -> str:
         (choice.choice_map(names, plan.choice, KEEP), "What every layer became."),
         (
             choice.predicted_measured(points, taken),
-            "Plans that were built from the library of fitted options: predicted KL, and measured before any refit or "
-            f"training.{'' if plan.rank_correlation is None else f' {_ranked(plan).capitalize()}.'}",
+            "Plans that were built from the library, whose blocks are fitted one by one: predicted KL, and measured, "
+            "both before the run fits and trains them anew."
+            f"{'' if plan.rank_correlation is None else f' {_ranked(plan).capitalize()}.'}",
         ),
-        (choice.front(plan.front, None, _NAMES.get(key, key)), "What other budgets would lose, predicted."),
+        (choice.front(plan.front, _here(plan, key), _NAMES.get(key, key)), "What other budgets would lose, predicted."),
     ]
-    rows = [_row(key, plan, measured) for key in plan.costs]
+    finished = dict(measured) | _finished(plan, measured.get("params"), efficiency)
+    rows = [_row(key, plan, finished) for key in plan.costs]
     if plan.added_kl is not None:
         rows.append(["KL by added scores", "0", kl_text(plan.added_kl), ABSENT, ABSENT])
     rows.append(["KL", "0", kl_text(plan.predicted_kl), kl_text(plan.measured_kl), _known("kl", measured, kl_text)])
-    heads = ("", "teacher", "predicted", "measured, before training", "of the finished student")
+    heads = ("", "teacher", "predicted", "measured, of blocks of the library", "of the finished student")
     table = html.table("Predicted and measured", heads, rows, kind="named")
     return html.section("Budget", f"{table}{html.figures(drawn)}")
+
+
+def _here(plan: BudgetPlan, key: str) -> tuple[float, float] | None:
+    """Where a plan is among other budgets: its share of the teacher's blocks, and its predicted KL."""
+    if not {key} <= plan.costs.keys() & plan.others.keys() & plan.teacher_costs.keys():
+        return None
+    outside = plan.others[key]
+    blocks = plan.teacher_costs[key] - outside
+    return ((plan.costs[key] - outside) / blocks, plan.predicted_kl) if blocks else None
+
+
+def _finished(plan: BudgetPlan, params: float | None, efficiency: Efficiency | None) -> dict[str, float]:
+    """What the finished student costs beside its parameters, as far as it is known.
+
+    Weights follow from the parameters, the cache from the plan where the student is the one that was planned. Times are
+    there where they were taken at the plan's context.
+    """
+    found: dict[str, float] = {}
+    if params is not None and plan.teacher_costs.get("params") and "bytes" in plan.teacher_costs:
+        found["bytes"] = params * plan.teacher_costs["bytes"] / plan.teacher_costs["params"]
+    if params is not None and params == plan.costs.get("params") and "cache_bytes" in plan.costs:
+        found["cache_bytes"] = plan.costs["cache_bytes"]
+    student = None if efficiency is None or plan.batch != 1 else efficiency.student
+    if student is not None and (at := student.at(plan.context)) is not None:
+        found |= {"prefill_ms": 1e3 * at.prefill_seconds, "decode_ms": 1e3 * at.decode_seconds_per_token}
+    return found
 
 
 def _row(key: str, plan: BudgetPlan, measured: Mapping[str, Any]) -> list[str]:
@@ -104,7 +135,7 @@ def _row(key: str, plan: BudgetPlan, measured: Mapping[str, Any]) -> list[str]:
         _NAMES.get(key, key),
         ABSENT if teacher is None else amount(key, teacher),
         amount(key, cost),
-        ABSENT if found is None else amount(key, found),
+        "exact" if key not in _TIMES else ABSENT if found is None else amount(key, found),
         _known(key, measured, lambda value: amount(key, value)),
     ]
 

@@ -201,7 +201,8 @@ def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: S
 
 def _budget(run: RunFiles) -> str:
     student = student_of(run.stages)
-    return budget_section(run.budget, {} if student is None else {"params": student.params, "kl": student.kl})
+    measured = {} if student is None else {"params": student.params, "kl": student.kl}
+    return budget_section(run.budget, measured, run.efficiency)
 
 
 def _stages(stages: Sequence[StageResult]) -> str:

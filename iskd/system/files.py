@@ -81,6 +81,11 @@ def scratch(name: str, folder: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
+def is_draft(path: Path) -> bool:
+    """Whether a name is one of `draft_of`: something that is being written, or was when its process died."""
+    return _DRAFT.fullmatch(path.name) is not None
+
+
 def sweep(folder: Path) -> None:
     """Remove the drafts in a folder, files and folders, whose process is dead; links in it are never followed.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+
+from iskd.system.ranks import local_rank
 
 _KNOWN = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "32-true": "32-true", "32": "32-true"}
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -18,6 +21,8 @@ ForwardContext = Callable[[], AbstractContextManager[Any]]
 def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
     """Device and precision of a pass outside the trainer, chosen as the trainer chooses them.
 
+    Processes that share a machine have a GPU each, as far as there are GPUs.
+
     Args:
         settings: keywords of the Trainer, of which `accelerator` and `precision` count.
 
@@ -27,7 +32,7 @@ def place(settings: Mapping[str, Any]) -> tuple[torch.device, ForwardContext]:
     accelerator = str(settings["accelerator"])
     if accelerator not in _ACCELERATORS:
         raise ValueError(f"trainer.accelerator={accelerator:.80}: choose {', '.join(_ACCELERATORS[:-1])} or tpu")
-    device = _accelerator(accelerator)
+    device = _of_this_process(_accelerator(accelerator))
     if precision(settings["precision"], accelerator) == "bf16-mixed":
         return device, partial(torch.autocast, device.type, torch.bfloat16)
     return device, nullcontext
@@ -73,6 +78,14 @@ def _accelerator(name: str) -> torch.device:
             "(trainer=cpu)"
         )
     return torch.device(found[0])
+
+
+def _of_this_process(device: torch.device) -> torch.device:
+    """The GPU of this one of the processes that share a machine; where each sees one alone, that."""
+    own = local_rank(os.environ)
+    if device.type != "cuda" or not own:
+        return device
+    return torch.device("cuda", own % max(1, torch.cuda.device_count()))
 
 
 def serving_dtype(device: torch.device) -> torch.dtype | None:

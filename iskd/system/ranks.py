@@ -24,6 +24,23 @@ def global_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_rank(environment: Mapping[str, str]) -> int:
+    """Which of the run's processes on this machine this one is, 0-based: of torchrun, Lightning or a step of SLURM."""
+    found = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", ""))
+    return int(found) if found.isdigit() else 0
+
+
+def started_together(environment: Mapping[str, str]) -> int:
+    """How many processes were started together: by torchrun, or as tasks of a step of SLURM.
+
+    A job's number of tasks (`SLURM_NTASKS`) says nothing by itself: without srun, one process has all of the job.
+    """
+    for key in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if environment.get(key, "").isdigit():
+            return max(1, int(environment[key]))
+    return 1
+
+
 def one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether something else started this process as one of several, and has to start them again."""
     return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1

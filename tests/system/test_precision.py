@@ -48,6 +48,32 @@ def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert precision.device_of("cpu").type == "cpu"
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({}, 4, "cuda"),
+        ({"LOCAL_RANK": "0"}, 4, "cuda"),
+        ({"LOCAL_RANK": "3", "RANK": "7"}, 4, "cuda:3"),
+        ({"SLURM_LOCALID": "2", "SLURM_PROCID": "6"}, 4, "cuda:2"),
+        ({"LOCAL_RANK": "2"}, 1, "cuda:0"),
+    ],
+)
+def test_processes_that_share_a_machine_have_a_gpu_each(
+    environment: dict[str, str], gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for accelerator in ("auto", "gpu", "cuda"):
+        found, _ = precision.place({"accelerator": accelerator, "precision": "auto"})
+        assert found == torch.device(expected)
+    found, _ = precision.place({"accelerator": "cpu", "precision": "auto"})
+    assert found == torch.device("cpu")
+
+
 def test_what_is_no_device_or_no_precision_of_a_single_pass_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer.precision=16-mixed: fp16 overflows"):
         precision.place({"accelerator": "cpu", "precision": "16-mixed"})

@@ -11,7 +11,7 @@ from iskd.commands.search.front import front_table, write_plans
 from iskd.commands.values import as_meant, object_of
 from iskd.models import Stack
 from iskd.report.terminal import print_table, terminal
-from iskd.schedules.budget import plans_for
+from iskd.schedules.budget import RefusedError, plans_for
 from iskd.teacher import load_teacher
 
 if TYPE_CHECKING:
@@ -27,17 +27,30 @@ def main() -> None:
 
 @hydra_main
 def _main(config: Any) -> None:
-    plans = plans_of(config)
+    refused: RefusedError | None = None
+    try:
+        plans = plans_of(config)
+    except RefusedError as error:  # of some budgets; what was found for the others is written first
+        plans, refused = error.plans, error
+    if refused and not plans:
+        raise refused
     if not plans:
         return  # a process that has fitted its share of the layers
     console = terminal()
     print_table(front_table(plans), spare=("of the teacher",), console=console)
     for file in write_plans(output_folder(), plans):
         console.print(str(file), soft_wrap=True)
+    if refused:
+        raise refused
 
 
 def plans_of(config: Any) -> list[BudgetPlan]:
-    """A plan for every budget of a config."""
+    """A plan for every budget of a config.
+
+    Raises:
+        RefusedError: some limits of time cannot be met; plans for the others come with it.
+        ValueError: nothing can be searched for.
+    """
     config = as_meant(config)
     if not config.get("budget"):
         raise ValueError("iskd search needs a budget: set budget=default and budget.params=[0.9,0.8,0.7]")

@@ -68,7 +68,7 @@ def predicted_measured(points: Sequence[tuple[float, float]], taken: int) -> str
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("predicted KL")
-        set_heading(axes, "measured KL before refit and training (diamond: taken)")
+        set_heading(axes, "measured KL with blocks of the library (diamond: taken)")
         return to_svg(figure, "predicted", "Predicted and measured KL of the plans that were tried")
 
 
@@ -86,9 +86,10 @@ def front(points: Sequence[tuple[float, float]], here: tuple[float, float] | Non
     with figure_of(3.2) as figure:
         axes = figure.subplots()
         axes.plot([100 * x for x, _ in known], [y for _, y in known], "-o", color=PALETTE["blue"])
-        if here is not None and all(map(math.isfinite, here)):
+        drawn = here is not None and all(map(math.isfinite, here))
+        if here is not None and drawn:
             axes.plot([100 * here[0]], [here[1]], "D", color=PALETTE["vermillion"])
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"{name}, % of the teacher's blocks")
-        set_heading(axes, "predicted KL by budget, by single scores (diamond: this plan)")
+        set_heading(axes, f"predicted KL by budget, by single scores{' (diamond: this plan)' * drawn}")
         return to_svg(figure, "front", "Predicted KL by budget")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from iskd.schedules.budget.options import edits_of, steps_of
 from iskd.schedules.budget.running import Asked, plan_for, plans_for
+from iskd.schedules.budget.search import RefusedError
 from iskd.schedules.budget.settings import Budget
 
-__all__ = ["Asked", "Budget", "edits_of", "plan_for", "plans_for", "steps_of"]
+__all__ = ["Asked", "Budget", "RefusedError", "edits_of", "plan_for", "plans_for", "steps_of"]

@@ -22,10 +22,9 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, coarse, possible
-from iskd.schedules.budget.require import require
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
-from iskd.schedules.budget.solver import Pair, Problem, solve
+from iskd.schedules.budget.solver import Pair, Problem, problem_of, require, smallest, solve
 from iskd.schedules.budget.students import Choice
 
 _APART = 2  # layers in which the next best plans have to differ
@@ -41,7 +40,7 @@ class Tried:
     Attributes:
         choice: an option for every layer.
         promise: KL by added scores.
-        measured: KL on all windows held out for scores, nats, before any refit or training.
+        measured: KL on all windows held out for scores, nats, of blocks as the library has them.
         found: by what.
     """
 
@@ -62,12 +61,9 @@ class Chooser:
     """
 
     def __init__(self, scorer: Scorer, costs: Costs, budget: Budget, alike: Collection[str] | None = None) -> None:
-        self.scorer, self.costs, self.budget = scorer, costs, budget
+        self.scorer, self.costs, self.budget, self.alike = scorer, costs, budget, alike
         self.depth = scorer.depth
-        options = scorer.options.values()
-        self.merges = frozenset(option.name for option in options if option.merges)
-        self.removes = frozenset(option.name for option in options if option.removes)
-        self.widths = None if alike is None else frozenset(alike) - self.removes
+        self.removes = frozenset(option.name for option in scorer.options.values() if option.removes)
         scores, alive = scorer.race(costs.layers, budget.race_tokens)
         self.alive = alive if alike is None else scorer.singles  # one width for all may be the best nowhere
         self.scores: dict[Single, float] = scores | {(layer, KEEP): 0.0 for layer in range(self.depth)}
@@ -80,19 +76,24 @@ class Chooser:
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     def problem(self, limits: Mapping[str, float], scores: Mapping[Single, float] | None = None) -> Problem:
-        """The choice within limits on a whole student."""
-        others = dict(zip(self.costs.keys, self.costs.others, strict=True))
-        alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
-        known = {single: score for single, score in (scores or self.scores).items() if single in alive}
-        return Problem(
-            self.depth, known, {key: self.costs.column(key) for key in limits},
-            {key: limit - others[key] for key, limit in limits.items()},
-            self.merges, self.removes, self.widths,
-        )  # fmt: skip
+        """The choice within limits on a whole student.
+
+        Args:
+            limits: amounts of it.
+            scores: of what may be chosen; None = single ones, of who is not out of the race.
+        """
+        if scores is None:
+            alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
+            scores = {single: score for single, score in self.scores.items() if single in alive}
+        return problem_of(self.scorer.options.values(), self.depth, scores, self.costs, limits, self.alike)
 
     def require(self, limits: Mapping[str, float], shown: Mapping[str, object]) -> None:
         """Raise ValueError where no student keeps the limits, given as `shown`, with the least that there is."""
         require(self.problem(limits), limits, shown, self.costs, self.scorer.whole)
+
+    def least(self, limits: Mapping[str, float], key: str) -> float:
+        """The least that a whole student costs in `key`, all other limits kept; infinite where nothing keeps them."""
+        return smallest(self.problem(limits), key) + self.costs.others[self.costs.keys.index(key)]
 
     # ---- the search -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ turns with the teacher: what a layer costs is the difference to a student that h
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ from iskd.system import machine, read_json, write_whole
 
 _PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter
 _REPEATS, DECODED = 5, 16
+_log = logging.getLogger(__name__)
 _PASSING = ("load", "note", "allocator")  # what a machine is at one time and not at another
 
 
@@ -63,31 +66,32 @@ class Costs:
         return {single: row[at] for single, row in self.layers.items()}
 
 
-def costs_of(
+Told = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """Nobody is told."""
+
+
+def counted(
     teacher: PreTrainedModel,
     options: Sequence[Option],
     budget: Budget,
     *,
     itemsize: int,
-    library: Library,
     seed: int,
-    dtype: torch.dtype | None = None,
-    told: Callable[[str, int, int], None] = lambda _what, _done, _of: None,
+    told: Told = _silent,
 ) -> Costs:
-    """Count, fill caches, and where a limit is one of time measure.
+    """What is exact, and known before anything is fitted: parameters and bytes off shapes, the cache off real ones.
 
     Args:
         teacher: the original, in evaluation mode, on its device.
         options: to choose from.
         budget: at which context and batch.
         itemsize: bytes of a number in the exported weights.
-        library: keeps what was measured.
         seed: of fresh weights.
-        dtype: in which times are measured; None = as it is.
-        told: called with what is being done, how much of it is done, and of how much.
-
-    Raises:
-        ValueError: there is no memory for what is to be measured.
+        told: see `Told`.
     """
     stack = Stack(teacher)
     depth = len(stack.layers)
@@ -110,14 +114,45 @@ def costs_of(
             cached[layer, option.name] = float(held[layer])
     table = {"params": params, "bytes": {at: size * itemsize for at, size in params.items()}, "cache_bytes": cached}
     others = {"params": float(outside), "bytes": float(outside * itemsize), "cache_bytes": 0.0}
-    if budget.timed:
-        times, rest = _times(teacher, options, budget, library, seed, dtype, told)
-        table, others = table | times, others | rest
     keys = tuple(key for key in LIMITS if key in table)
     return Costs(
         keys,
         {single: tuple(table[key][single] for key in keys) for single in params},
         tuple(others[key] for key in keys),
+    )
+
+
+def timed(
+    costs: Costs,
+    teacher: PreTrainedModel,
+    options: Sequence[Option],
+    budget: Budget,
+    *,
+    library: Library,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    told: Told = _silent,
+) -> Costs:
+    """Costs that were counted, and times beside them.
+
+    Args:
+        costs: as `counted` has them.
+        teacher: the original, in evaluation mode, on its device.
+        options: to choose from.
+        budget: at which context and batch.
+        library: keeps what was measured.
+        seed: of fresh weights.
+        dtype: in which times are measured; None = as it is.
+        told: see `Told`.
+
+    Raises:
+        ValueError: there is no memory for what is to be measured.
+    """
+    times, rest = _times(teacher, options, budget, library, seed, dtype, told)
+    return Costs(
+        (*costs.keys, *TIMES),
+        {single: (*row, *(times[key][single] for key in TIMES)) for single, row in costs.layers.items()},
+        (*costs.others, *(rest[key] for key in TIMES)),
     )
 
 
@@ -158,13 +193,13 @@ def _times(
     library: Library,
     seed: int,
     dtype: torch.dtype | None,
-    told: Callable[[str, int, int], None],
+    told: Told,
 ) -> tuple[dict[str, dict[Single, float]], dict[str, float]]:
     """By kind of time what each option of each layer takes in ms, and what is left without layers."""
     stack = Stack(teacher)
     depth = len(stack.layers)
-    timed = [option for option in options if not option.removes]
-    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in timed}
+    there = [option for option in options if not option.removes]
+    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in there}
     file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
     facts = {key: value for key, value in facts.items() if key not in _PASSING}
     known = _known(file, facts)
@@ -173,7 +208,8 @@ def _times(
         if name not in known:
             blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
             known[name] = side_by_side(teacher, assembled(teacher, blocks), budget, dtype)
-            write_whole(file, json.dumps({"machine": facts, "times": known}, indent=1))
+            written = {"machine": facts, "times": known, "digest": _digest(facts, known)}
+            write_whole(file, json.dumps(written, indent=1))
     # seconds of the teacher in all of these measurements, and of every student relative to the teacher beside it
     whole = [statistics.median(row[1][at] for row in known.values()) for at in range(len(TIMES))]
     ratio = {name: [row[0][at] / row[1][at] for at in range(len(TIMES))] for name, row in known.items()}
@@ -181,7 +217,7 @@ def _times(
     others: dict[str, float] = {}
     for at, key in enumerate(TIMES):
         bare = ratio[""][at] * whole[at]
-        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in timed}
+        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in there}
         per_layer |= {KEEP: (whole[at] - bare) / depth} | {option.name: 0.0 for option in options if option.removes}
         others[key] = 1e3 * bare
         layers[key] = {
@@ -214,10 +250,18 @@ def side_by_side(
     return rows[0], rows[1]
 
 
+def _digest(facts: object, times: object) -> str:
+    """Hex SHA-256 of what is written down."""
+    return hashlib.sha256(json.dumps([facts, times], sort_keys=True).encode()).hexdigest()
+
+
 def _known(file: object, facts: object) -> dict[str, tuple[list[float], list[float]]]:
     """What was measured before on this very machine."""
     try:
         found = read_json(file)  # type: ignore[arg-type]
+        if found["digest"] != _digest(found["machine"], found["times"]):
+            _log.warning("%s is damaged: times are measured anew", file)
+            return {}
         if found["machine"] != json.loads(json.dumps(facts)):
             return {}
         return {

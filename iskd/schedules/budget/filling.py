@@ -25,6 +25,7 @@ def fill(
     process: int,
     processes: int,
     told: Callable[[str, int, int], None],
+    note: Callable[[str], None],
     fit: Callable[[Jobs, Callable[[], None]], None],
 ) -> None:
     """Fit this process's layers, and on the first one, what others owe in the end.
@@ -35,6 +36,7 @@ def fill(
         process: which one this is, from 0.
         processes: how many there are.
         told: called with what is being done, how much of it is done, and of how much.
+        note: called with sentences for people.
         fit: fits options by layer and keeps them, and calls its second argument before each.
     """
     depth = len(library.stack.layers)
@@ -55,7 +57,10 @@ def fill(
     if process or processes == 1:
         return
     waiting, last, left = time.monotonic(), -1, 0
+    if others := _files_missing(library, options):
+        note(f"waiting for {others} options, which the other {processes - 1} of {processes} processes fit")
     while left := _files_missing(library, options):
+        told("waiting for other processes", others - left, others)
         if left != last:
             last, waiting = left, time.monotonic()
         if time.monotonic() - waiting > _PATIENCE_S:

@@ -29,15 +29,18 @@ from iskd.schedules.budget.fitting import Fit
 from iskd.schedules.budget.options import Option, layers_of, module_of
 from iskd.schedules.budget.settings import Budget
 from iskd.system import read_json, write_whole
-from iskd.system.files import hash_files, read_plain, sweep
+from iskd.system.files import hash_files, is_draft, read_plain, sweep
 from iskd.system.version import PACKAGE
 
 META = "meta.json"
 _VERSION = 1
 _TOLD = "iskd"
 _LENGTH = 8  # bytes of the length of a safetensors header
-# what a fitted option depends on
-_CODE = ("blocks", "mixers", "refits", "schedules/budget/fitting.py", "schedules/budget/options.py")
+# what a fitted option and its scores depend on
+_CODE = (
+    *("blocks", "mixers", "refits", "importance/sweep.py", "schedules/budget/fitting.py"),
+    *("schedules/budget/options.py", "schedules/budget/scores.py", "schedules/budget/students.py"),
+)
 _WORDS = {
     "teacher": "of another teacher",
     "text": "of other calibration text",
@@ -50,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 def code_digest() -> str:
-    """Of the source that decides what a fitted option is."""
+    """Of the source that decides what a fitted option is, and what its scores are."""
     files: list[Path] = []
     for name in _CODE:
         place = PACKAGE / name
@@ -109,7 +112,9 @@ class Library:
     def _claim(self) -> None:
         path = self.folder / META
         if not path.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            # other processes that start now may have come further: their drafts are none of anybody else's files
+            strange = self.folder.is_dir() and not all(map(is_draft, self.folder.iterdir()))
+            if strange and not path.exists():
                 raise ValueError(f"budget.library={self.folder} holds other files and no library: give another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(self.recipe, indent=1))
@@ -149,15 +154,8 @@ class Library:
     def keep(self, layer: int, option: Option, fit: Fit) -> None:
         """Write a fitted option down."""
         tensors = {name: tensor.cpu() for name, tensor in model_tensors(fit.module).items()}
-        told = {
-            "digest": _digest(tensors),
-            "layer": layer,
-            "option": option.described(),
-            "before": fit.before,
-            "after": fit.after,
-        }
-        # under one key: safetensors writes several in an order of its own, and equal fits are to be equal files
-        write_whole(self.file(layer, option), save(tensors, metadata={_TOLD: json.dumps(told, sort_keys=True)}))
+        facts = {"layer": layer, "option": option.described(), "before": fit.before, "after": fit.after}
+        write_whole(self.file(layer, option), packed(tensors, facts))
 
     def block(self, layer: int, option: Option) -> nn.Module | None:
         """The fitted block, on the teacher's device; None of a removal.
@@ -191,13 +189,10 @@ class Library:
             _log.warning("%s cannot be read (%s): it is fitted anew", path, error)
             return None
         try:
-            tensors = load(content)
-            length = int.from_bytes(content[:_LENGTH], "little")
-            told = json.loads(content[_LENGTH : _LENGTH + length])["__metadata__"][_TOLD]
-            facts = json.loads(told)
+            tensors, facts = unpacked(content)
             errors = float(facts["before"]), float(facts["after"])
-            whole = facts["digest"] == _digest(tensors) and facts["layer"] == layer
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+            whole = facts["layer"] == layer
+        except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             _log.warning("%s is damaged: it is fitted anew", path)
@@ -205,9 +200,31 @@ class Library:
         return tensors, errors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 of names, types, shapes and bytes."""
-    found = hashlib.sha256()
+def packed(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    """A safetensors file of tensors and of facts in plain JSON, which says whether it is what was written."""
+    # under one key: safetensors writes several in an order of its own, and equal fits are to be equal files
+    told = json.dumps({**facts, "digest": _digest(tensors, facts)}, sort_keys=True)
+    return save(dict(tensors), metadata={_TOLD: told})
+
+
+def unpacked(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of such a file. Raises ValueError where it is not what was written."""
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:_LENGTH], "little")
+        facts = json.loads(json.loads(content[_LENGTH : _LENGTH + length])["__metadata__"][_TOLD])
+        digest = facts.pop("digest")
+        whole = digest == _digest(tensors, facts)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is damaged: {error!s:.200}") from error
+    if not whole:
+        raise ValueError("it is not what was written")
+    return tensors, facts
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of facts, names, types, shapes and bytes."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())

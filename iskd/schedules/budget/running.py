@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.models import Stack
+from iskd.models import Stack, surgery
 from iskd.models.packing import Separator
 from iskd.models.weights import model_sha256
-from iskd.plan.budget_plan import BudgetPlan, check_teacher, read_plan
-from iskd.plan.run_files import BUDGET_FILE
+from iskd.plan import Record
+from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
+from iskd.plan.run_files import BUDGET_FILE, work_in
 from iskd.plan.trainer_settings import with_defaults
 from iskd.schedules.budget.options import edits_of
-from iskd.schedules.budget.search import Place, search
-from iskd.schedules.budget.settings import Budget
+from iskd.schedules.budget.search import Place, request_of, search, settled
+from iskd.schedules.budget.settings import LIMITS, Budget
+from iskd.schedules.budget.text import texts_of
 from iskd.system import ProgressLine, global_rank
 from iskd.system.precision import place as placed
 from iskd.system.precision import serving_dtype
+from iskd.system.ranks import started_together
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WAIT_S = 1.0
@@ -68,14 +72,17 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
     nn.Module.to(model, device)
     stack.keep_apart(asked.separator)
     try:
-        with ProgressLine() as progress, torch.no_grad():
+        # kernels that are not torch's own run on the current device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with current, ProgressLine() as progress, torch.no_grad():
             return search(
                 budget,
                 model,
                 asked.windows,
                 Place(
-                    asked.cache_dir / "budget", forward_context, asked.native, _BYTES.get(asked.stored, 4),
-                    serving_dtype(device), asked.seed, global_rank(), processes(os.environ), progress, asked.note,
+                    asked.cache_dir / "budget", forward_context, asked.native, itemsize_of(asked.stored),
+                    serving_dtype(device), asked.seed, global_rank(), started_together(os.environ), progress,
+                    asked.note,
                 ),
             )  # fmt: skip
     finally:
@@ -89,26 +96,69 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
     """The plan of a run: the one in its folder, the one that `budget.plan` names, or a new one, which is kept there.
 
     Raises:
-        ValueError: there is no such plan, it is another teacher's, it edits nothing; or as `search`.
+        ValueError: there is no such plan, it is another teacher's, it edits nothing, the budget's other keys say
+            otherwise; the run is at work on another one; or as `search`.
     """
-    file, digest, layers = run_dir / BUDGET_FILE, model_sha256(asked.teacher), len(Stack(asked.teacher).layers)
+    file, digest, stack = run_dir / BUDGET_FILE, model_sha256(asked.teacher), Stack(asked.teacher)
     if budget.plan is not None:
         plan = read_plan(Path(budget.plan))
-        check_teacher(plan, digest, layers, f"budget.plan={budget.plan}")
+        check_teacher(plan, digest, len(stack.layers), f"budget.plan={budget.plan}")
+        _agrees(plan, budget, asked)
+        if file.exists() and not _alike(plan, read_plan(file)):
+            _refuse_work(run_dir, f"budget.plan={budget.plan} is another plan")
         return _kept(plan, file)
-    wanted = budget.asked  # refused before anything is read
+    budget.asked  # noqa: B018 - refused before anything is read
+    text = texts_of(budget, asked.windows).digest
+    request = request_of(settled(budget, stack), text, itemsize_of(asked.stored), asked.seed)
     if file.exists():
         plan = read_plan(file)
-        check_teacher(plan, digest, layers, str(file))
-        if _same(plan, budget, wanted, asked.seed):
+        check_teacher(plan, digest, len(stack.layers), str(file))
+        if plan.request == request:
             return plan
+        _refuse_work(run_dir, "its budget, options, settings of the search, text, seed or export.dtype were others")
     found = plans_for(budget, asked)
     if found:
         return _kept(found[0], file)
     while True:  # the first process says what it has found, or ends, and whoever started all of them ends this one too
-        if file.exists() and _same(plan := read_plan(file), budget, wanted, asked.seed):
+        if file.exists() and (plan := read_plan(file)).request == request:
             return plan
         time.sleep(_WAIT_S)
+
+
+def _refuse_work(run_dir: Path, why: str) -> None:
+    """A run that has come to something goes on with the plan that it has."""
+    if work := work_in(run_dir):
+        raise ValueError(
+            f"{run_dir} holds {work[0]} of the plan in its {BUDGET_FILE}, and {why}: leave that as it was, or choose "
+            "another hydra.run.dir"
+        )
+
+
+def _alike(one: BudgetPlan, other: BudgetPlan) -> bool:
+    """Whether two plans do the same."""
+    return (one.choice, one.options, one.seed) == (other.choice, other.options, other.seed)
+
+
+def _agrees(plan: BudgetPlan, budget: Budget, asked: Asked) -> None:
+    """Raise ValueError where other keys of a budget say otherwise than the plan that it names."""
+    said = f"budget.plan={budget.plan} was searched for with"
+    end = "leave that out, or search again without budget.plan"
+    for key, value in budget.asked.items() if any(getattr(budget, key) is not None for key in LIMITS) else ():
+        if plan.asked.get(key) != value:
+            raise ValueError(f"{said} budget.{key}={plan.asked.get(key, 'null')}, not {value}: {end}")
+    for key, mine, usual in (("context", plan.context, None), ("batch", plan.batch, 1)):
+        if getattr(budget, key) not in (usual, mine):
+            raise ValueError(f"{said} budget.{key}={mine}, not {getattr(budget, key)}: {end}")
+    others = sorted({*plan.choice} - {KEEP, *(budget.use or plan.options)})
+    if others:
+        raise ValueError(f"budget.plan={budget.plan} has {', '.join(others)}, and budget.use does not: {end}")
+    if budget.native:
+        record = Record(len(plan.choice)).extended(edits_of(plan))
+        if not asked.native(surgery.rebuild(asked.teacher, record, "meta")):
+            raise ValueError(
+                f"budget.plan={budget.plan} makes a student that plain transformers does not open, and "
+                f"budget.native=true: {end}"
+            )
 
 
 def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
@@ -120,17 +170,6 @@ def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
     return plan
 
 
-def _same(plan: BudgetPlan, budget: Budget, wanted: Mapping[str, Any], seed: int) -> bool:
-    """Whether a plan answers this very budget."""
-    said = (plan.asked, plan.seed, plan.native, plan.batch)
-    known = all(name in plan.options for name in budget.use or ())
-    there = budget.context in (None, plan.context)
-    return said == (dict(wanted), seed, budget.native, budget.batch) and known and there
-
-
-def processes(environment: Mapping[str, str]) -> int:
-    """How many processes were started together: by torchrun, or as tasks of SLURM."""
-    for key in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if environment.get(key, "").isdigit():
-            return max(1, int(environment[key]))
-    return 1
+def itemsize_of(stored: str) -> int:
+    """Bytes of a number in weights of a type."""
+    return _BYTES.get(stored, 4)

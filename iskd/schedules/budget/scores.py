@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +19,7 @@ from iskd.importance.racing import doubt
 from iskd.importance.sweep import Exchange, exchange_values
 from iskd.models import Stack, scoring
 from iskd.plan.budget_plan import KEEP
-from iskd.schedules.budget.library import Library
+from iskd.schedules.budget.library import Library, packed, unpacked
 from iskd.schedules.budget.options import Option, layers_of
 from iskd.schedules.budget.students import Choice, Place, assembled, places
 from iskd.system import write_whole
@@ -206,7 +204,9 @@ class Scorer:
                 known[single] = torch.cat([known[single], row]) if have else row
         if lacking:
             mine = {self._name(single): rows.contiguous() for single, rows in known.items()}
-            write_whole(self._file, save({**self._written(), **mine}))  # options that are not asked for keep theirs
+            write_whole(
+                self._file, packed({**self._written(), **mine}, {})
+            )  # options that are not asked for keep theirs
 
     def _out(
         self,
@@ -249,10 +249,10 @@ class Scorer:
 
     def _written(self) -> dict[str, Tensor]:
         try:
-            found: dict[str, Tensor] = load(read_plain(self._file, max_bytes=self._file.lstat().st_size))
+            found, _ = unpacked(read_plain(self._file, max_bytes=self._file.lstat().st_size))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
             return {}
         return found

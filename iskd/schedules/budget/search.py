@@ -5,9 +5,11 @@ Several processes share the work of fitting (`filling`); the first one does all 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,22 +19,24 @@ from transformers import PreTrainedModel
 
 from iskd.models import Stack
 from iskd.models.weights import model_sha256
-from iskd.plan.budget_plan import BudgetPlan, TriedPlan
-from iskd.schedules.budget.choosing import Chooser, Tried
-from iskd.schedules.budget.costs import DECODED, Costs, costs_of, side_by_side, uniform
+from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
+from iskd.schedules.budget.choosing import Chooser
+from iskd.schedules.budget.costs import DECODED, Costs, counted, timed, uniform
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
+from iskd.schedules.budget.keeping import Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, options_of
+from iskd.schedules.budget.options import Option, able, layers_of, options_of
 from iskd.schedules.budget.scores import Scorer
-from iskd.schedules.budget.settings import TIMES, Budget, limit_of
+from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
+from iskd.schedules.budget.solver import problem_of, require
 from iskd.schedules.budget.students import Choice
 from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext
 from iskd.teacher.cache import answering, autocast_of
 
 _FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
-_SLACK = 1.02  # of a limit of time, which is never measured twice alike
+_ELSEWHERE = ("options", "use", "library", "plan")  # keys that decide nothing, or by what they describe
 _log = logging.getLogger(__name__)
 
 
@@ -76,22 +80,28 @@ def search(
         place: where and how.
 
     Raises:
-        ValueError: nothing meets a budget, or there is no option, too little text, another library in the folder.
+        RefusedError: nothing meets a limit of time of some budget; those of others come with it.
+        ValueError: nothing meets an exact limit, or there is no option, too little text, another library in the folder.
     """
     start = time.perf_counter()
     for each in budget.each:
         each.asked  # noqa: B018 - refused before hours of work
     stack = Stack(teacher)
-    # a table of learned positions ends for the tokens that are decoded behind the context too
-    budget = budget.at(
-        None if stack.limit is None else stack.limit - DECODED * bool(stack.family.positions), stack.bound
-    )
+    budget = settled(budget, stack)
     named = budget.use is not None
     options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
     if budget.native:
         options, left_out = natives(options, teacher, place, named=named)
         told += left_out
+    itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
+    begun = time.perf_counter()
+    with place.forward_context():
+        costs = counted(teacher, options, budget, itemsize=place.itemsize, seed=place.seed, told=place.told)
+    for each in budget.each:
+        refuse(each, costs, options, itself, alike)
+    counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
+    requests = [request_of(each, texts.digest, place.itemsize, place.seed) for each in budget.each]
     with place.forward_context():
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
         library = Library.open(budget, place.folder, recipe, teacher, place.seed)
@@ -99,41 +109,93 @@ def search(
             for sentence in (*told, f"library of fitted options: {library.folder}"):
                 place.note(sentence)
         fill(
-            library, options, place.process, place.processes, place.told,
+            library, options, place.process, place.processes, place.told, place.note,
             lambda jobs, tell: fit_options(teacher, texts, jobs, budget, place.seed, library.keep, tell),
         )  # fmt: skip
         if place.process:
             return []
         fitted = time.perf_counter()
-        costs = costs_of(
-            teacher, options, budget, itemsize=place.itemsize, library=library, seed=place.seed, dtype=place.dtype,
-            told=place.told,
-        )  # fmt: skip
-        counted = time.perf_counter()
+        if budget.timed:
+            costs = timed(
+                costs, teacher, options, budget, library=library, seed=place.seed, dtype=place.dtype, told=place.told
+            )
+        priced = time.perf_counter()
         scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
-        alike = [option.name for option in options] if budget.native else None
         chooser = Chooser(scorer, costs, budget, alike)
         scored = time.perf_counter()
-        spent = {"library": fitted - start, "costs": counted - fitted, "scores": scored - counted}
-        limits = [_limits(each, costs, scorer.whole) for each in budget.each]
-        for each, limit in zip(budget.each, limits, strict=True):
-            chooser.require(limit, each.asked)
-        found = [_found(each, limit, chooser, costs, place) for each, limit in zip(budget.each, limits, strict=True)]
+        spent = {
+            "library": fitted - start - counting,
+            "costs": counting + priced - fitted,
+            "scores": scored - priced,
+        }
+        found, refused = list[tuple[Budget, str, dict[str, float], Found]](), list[str]()
+        for each, request in zip(budget.each, requests, strict=True):
+            limits = _limits(each.asked, costs, itself)
+            try:
+                chooser.require(limits, each.asked)
+            except ValueError as error:
+                refused.append(str(error))
+            else:
+                found.append((each, request, limits, kept_within(each, limits, chooser, place.dtype, place.told)))
         # what was measured for one budget tells how to read the scores for all
-        return [
-            _plan(each, limit, one, chooser, costs, spent, place)
-            for each, limit, one in zip(budget.each, limits, found, strict=True)
-        ]
+        plans = [_plan(*each, chooser, costs, spent, place) for each in found]
+    if refused:
+        raise RefusedError("; ".join(refused), plans)
+    return plans
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The best plan of a budget, what else was measured for it, what it was measured to take, and how long it took."""
+def settled(budget: Budget, stack: Stack) -> Budget:
+    """A budget at the context that a teacher has. Raises ValueError where a longer one was asked for."""
+    # a table of learned positions ends for the tokens that are decoded behind the context too
+    behind = DECODED * bool(stack.family.positions)
+    return budget.at(None if stack.limit is None else stack.limit - behind, stack.bound)
 
-    best: Tried
-    tried: Sequence[Tried]
-    measured: dict[str, float]
-    seconds: float
+
+def request_of(budget: Budget, text: str, itemsize: int, seed: int) -> str:
+    """Hex SHA-256 of all that decides what is found for a teacher; where it is searched, and by whom, does not.
+
+    Args:
+        budget: one, settled.
+        text: digest of the calibration text.
+        itemsize: bytes of a number in the exported weights.
+        seed: of fresh weights.
+    """
+    values = {key: value for key, value in vars(budget).items() if key not in (*LIMITS, *_ELSEWHERE)}
+    asked = budget.asked
+    options = {option.name: option.described() for option in options_of(budget.options, budget.use)}
+    every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed]
+    return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
+
+
+class RefusedError(ValueError):
+    """Some of several budgets cannot be met.
+
+    Attributes:
+        plans: for all the others.
+    """
+
+    def __init__(self, said: str, plans: Sequence[BudgetPlan]) -> None:
+        super().__init__(said)
+        self.plans = list(plans)
+
+
+def refuse(
+    budget: Budget, costs: Costs, options: Sequence[Option], teacher: Choice, alike: Sequence[str] | None
+) -> None:
+    """Raise ValueError where no student keeps the limits that are exact, before anything is fitted.
+
+    Args:
+        budget: one.
+        costs: those that are exact.
+        options: to choose from.
+        teacher: the choice that is the teacher itself.
+        alike: see `Chooser`.
+    """
+    asked = {key: value for key, value in budget.asked.items() if key in costs.keys}
+    limits, depth = _limits(asked, costs, teacher), len(teacher)
+    singles = [(layer, option.name) for option in options for layer in layers_of(option, depth)]
+    scores = dict.fromkeys([*enumerate(teacher), *singles], 0.0)
+    require(problem_of(options, depth, scores, costs, limits, alike), limits, asked, costs, teacher)
 
 
 def natives(
@@ -160,38 +222,18 @@ def natives(
     return good, told
 
 
-def _limits(budget: Budget, costs: Costs, whole: Choice) -> dict[str, float]:
+def _limits(asked: Mapping[str, Amount], costs: Costs, whole: Choice) -> dict[str, float]:
     """Limits as amounts of a whole student."""
     teacher, others = costs.of(whole), dict(zip(costs.keys, costs.others, strict=True))
     blocks = {key: teacher[key] - (0.0 if key in TIMES else others[key]) for key in teacher}
-    return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in budget.asked.items()}
-
-
-def _found(budget: Budget, limits: dict[str, float], chooser: Chooser, costs: Costs, place: Place) -> _Found:
-    """Search, and have the best few plans measured."""
-    start = time.perf_counter()
-    tried = chooser.find(limits)
-    best, measured, told = _verdict(budget, limits, tried, chooser, costs, place)
-    if told:
-        # what layers take adds up to less than the student takes: the limit is drawn tighter by as much
-        tighter = {key: limit * limit / measured[key] if key in TIMES else limit for key, limit in limits.items()}
-        try:
-            chooser.require(tighter, budget.asked)
-        except ValueError:
-            _log.warning("%s", told)
-        else:
-            again = chooser.find(tighter)
-            best, measured, told = _verdict(budget, limits, again, chooser, costs, place)
-            tried = sorted({*tried, *again}, key=lambda each: each.measured)
-            if told:
-                _log.warning("%s", told)
-    return _Found(best, tried, measured, time.perf_counter() - start)
+    return {key: limit_of(key, value, teacher[key], blocks[key]) for key, value in asked.items()}
 
 
 def _plan(
     budget: Budget,
+    request: str,
     limits: dict[str, float],
-    found: _Found,
+    found: Found,
     chooser: Chooser,
     costs: Costs,
     spent: dict[str, float],
@@ -207,8 +249,10 @@ def _plan(
         seed=place.seed,
         asked=dict(budget.asked),
         limits=limits,
+        request=request,
         teacher_costs=costs.of(scorer.whole),
         costs=costs.of(best.choice),
+        others=dict(zip(costs.keys, costs.others, strict=True)),
         measured=found.measured,
         predicted_kl=predicted[best.choice],
         added_kl=best.promise.added,
@@ -230,31 +274,3 @@ def _plan(
         batch=budget.batch,
         native=budget.native,
     )
-
-
-def _verdict(
-    budget: Budget, limits: dict[str, float], tried: Sequence[Tried], chooser: Chooser, costs: Costs, place: Place
-) -> tuple[Tried, dict[str, float], str]:
-    """The best plan that keeps its limits of time when it is built, what it was measured to take, and a complaint."""
-    if not budget.timed:
-        return tried[0], {}, ""
-    teacher = costs.of(chooser.scorer.whole)
-    rows: list[tuple[Tried, dict[str, float]]] = []
-    for each in tried[: budget.plans]:
-        place.told("measuring the best plans", len(rows), min(budget.plans, len(tried)))
-        mine, theirs = side_by_side(chooser.scorer.teacher, chooser.scorer.student(each.choice), budget, place.dtype)
-        found = {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
-        rows.append((each, found))
-        if all(found[key] <= _SLACK * limits[key] for key in TIMES if key in limits):
-            return each, found, ""
-
-    def excess(row: tuple[Tried, dict[str, float]]) -> float:
-        return max(row[1][key] / limits[key] for key in TIMES if key in limits)
-
-    best, found = min(rows, key=excess)
-    over = next(key for key in TIMES if key in limits and found[key] > _SLACK * limits[key])
-    told = (
-        f"budget.{over}={budget.asked[over]}: the best plans take {found[over]:.4g} ms when they are built, more than "
-        f"the {limits[over]:.4g} ms of the limit"
-    )
-    return best, found, told

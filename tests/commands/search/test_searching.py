@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from iskd.commands import compose
-from iskd.commands.search import FRONT, front_table, main, write_plans
+from iskd.commands.search import FRONT, front_table, main, searching, write_plans
 from iskd.commands.search.searching import plans_of
 from iskd.commands.values.config import as_meant, object_of
 from iskd.export.student import native_config
@@ -19,7 +19,7 @@ from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map, read_plan
 from iskd.report import write_report
 from iskd.report.budget import choice_table
 from iskd.report.terminal import terminal
-from iskd.schedules.budget import Budget, edits_of
+from iskd.schedules.budget import Budget, RefusedError, edits_of
 from iskd.schedules.budget.options import options_of
 from iskd.training import run
 
@@ -193,3 +193,19 @@ def test_the_command_line_has_it(
     assert "plans by budget" in capsys.readouterr().out
     assert KEEP in read_plan(tmp_path / "out" / "plan-params-0.9.json").choice
     assert Budget(params=0.5).asked == {"params": 0.5}
+
+
+def test_plans_are_written_before_other_budgets_are_refused(
+    tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some(_config: Any) -> Any:
+        raise RefusedError("budget.decode_ms=1.0 cannot be met", found[1][:2])
+
+    monkeypatch.setattr(searching, "plans_of", some)
+    monkeypatch.setattr(sys, "argv", ["iskd", *TINY, "budget.decode_ms=[3,2,1]", f"hydra.run.dir={tmp_path}/out"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    there = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {FRONT, "plan-params-0.9.json", "plan-params-70_.json"} <= there
+    assert "error: budget.decode_ms=1.0 cannot be met" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from iskd.schedules.budget.options import Option, able, layers_of, options_of
 from iskd.schedules.budget.search import Place
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.text import Texts, texts_of
+from iskd.system.files import draft_of
+from iskd.system.version import PACKAGE
 from iskd.teacher.cache import answering
 from tests.factories import FAMILIES, conf_group, digest, hooks, louder, tiny, windows
 
@@ -35,7 +37,8 @@ def text(tokens: int) -> list[Tensor]:
 
 
 def place(folder: Path, **others: Any) -> Place:
-    return Place(folder, nullcontext, lambda model: native_config(model) is not None, note=lambda _said: None, **others)
+    others = {"note": lambda _said: None, **others}
+    return Place(folder, nullcontext, lambda model: native_config(model) is not None, **others)
 
 
 def opened(teacher: PreTrainedModel, folder: Path, budget: Budget = BUDGET, **others: Any) -> tuple[Library, Texts]:
@@ -174,6 +177,35 @@ def test_a_library_is_bound_to_teacher_text_and_code(tmp_path: Path, monkeypatch
     strange = Budget(params=0.7, options=OPTIONS, library=str(tmp_path / "strange"))
     with pytest.raises(ValueError, match="holds other files and no library"):
         opened(teacher, tmp_path, strange)
+
+
+def test_processes_that_start_together_share_a_new_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that looks while another one writes: its draft lies there, or all of it and a first fit."""
+    teacher = tiny("llama", layers=2)
+    mine = Budget(params=0.7, options=OPTIONS, library=str(tmp_path / "mine"), epochs=0, **SMALL)
+    meta = tmp_path / "mine" / "meta.json"
+    meta.parent.mkdir()
+    draft_of(meta).write_text("{")
+    opened(teacher, tmp_path, mine)
+    assert json.loads(meta.read_text())["version"] == 1
+    whole = meta.read_text()
+    meta.unlink()
+    look = Path.iterdir
+
+    def meanwhile(self: Path) -> Iterator[Path]:
+        if self == meta.parent and not meta.exists():
+            meta.write_text(whole)
+            (self / "000-slim_50-0123456789abcdef.safetensors").write_bytes(b"")
+        return look(self)
+
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    opened(teacher, tmp_path, mine)
+
+
+def test_all_code_that_decides_what_is_written_down_is_there() -> None:
+    assert not [name for name in library_file._CODE if not (PACKAGE / name).exists()]
+    for name in ("sweep.py", "scores.py", "students.py", "fitting.py"):
+        assert any(each.endswith(name) for each in library_file._CODE)
 
 
 def test_the_header_says_what_a_file_is(tmp_path: Path) -> None:

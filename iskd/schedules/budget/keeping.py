@@ -1,0 +1,123 @@
+"""The best plan that keeps its limits when it is built: limits of time are measured on whole students."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from iskd.schedules.budget.choosing import Chooser, Tried
+from iskd.schedules.budget.costs import Told, side_by_side
+from iskd.schedules.budget.settings import TIMES, Budget
+from iskd.schedules.budget.students import Choice
+
+_SLACK = 1.02  # of a limit of time, which is never measured twice alike
+_TIGHTENED = 5  # times that a limit of time is drawn tighter
+_ALIKE = 1e-9  # relative
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best plan of a budget, what else was measured for it, what it was measured to take, and how long it took."""
+
+    best: Tried
+    tried: Sequence[Tried]
+    measured: dict[str, float]
+    seconds: float
+
+
+def kept_within(
+    budget: Budget, limits: dict[str, float], chooser: Chooser, dtype: torch.dtype | None, told: Told
+) -> Found:
+    """Search, and have the best few plans measured; where none of them keeps the limits of time, search within less.
+
+    What layers take does not add up to what the student takes. A limit is drawn tighter by as much as the best plan so
+    far takes more than predicted, which leaves that plan out, until one keeps the limits or there is none left.
+
+    Args:
+        budget: one.
+        limits: as amounts of a whole student, which can be met by what is predicted.
+        chooser: finds plans.
+        dtype: in which times are measured; None = that of the teacher in memory.
+        told: called with what is being done, how much of it is done, and of how much.
+    """
+    start = time.perf_counter()
+    if not budget.timed:
+        every = chooser.find(limits)
+        return Found(every[0], every, {}, time.perf_counter() - start)
+    tried, rows, bounds = dict[Choice, Tried](), dict[Choice, _Timed](), limits
+    for _ in range(1 + _TIGHTENED):
+        found = chooser.find(bounds)
+        tried |= {each.choice: each for each in found}
+        best = _timed(budget, limits, found, rows, chooser, dtype, told)
+        tighter = _tighter(best, limits, bounds, chooser) if best.over(limits) else None
+        if tighter is None:
+            break
+        bounds = tighter
+    best = min(rows.values(), key=lambda row: row.rank(limits))
+    if over := best.over(limits):
+        _log.warning(
+            "budget.%s=%s is not kept: of %d plans that were built, the one that comes nearest takes %.4g ms, and the "
+            "limit is %.4g ms; it is taken all the same",
+            over[0], budget.asked[over[0]], len(rows), best.measured[over[0]], limits[over[0]],
+        )  # fmt: skip
+    every = sorted(tried.values(), key=lambda each: each.measured)
+    return Found(best.plan, every, best.measured, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A plan, and the ms that its student was measured to take."""
+
+    plan: Tried
+    measured: dict[str, float]
+
+    def over(self, limits: dict[str, float]) -> list[str]:
+        """The limits of time that it does not keep."""
+        return [key for key in TIMES if key in limits and self.measured[key] > _SLACK * limits[key]]
+
+    def rank(self, limits: dict[str, float]) -> tuple[bool, float]:
+        """Lower is better: of plans that keep the limits by KL, of others by how far they are over."""
+        if not self.over(limits):
+            return False, self.plan.measured
+        return True, max(self.measured[key] / limits[key] for key in TIMES if key in limits)
+
+
+def _timed(
+    budget: Budget,
+    limits: dict[str, float],
+    tried: Sequence[Tried],
+    rows: dict[Choice, _Timed],
+    chooser: Chooser,
+    dtype: torch.dtype | None,
+    told: Told,
+) -> _Timed:
+    """The best of a few plans, whose students are measured until one keeps its limits; `rows` gets all that were."""
+    teacher, few = chooser.costs.of(chooser.scorer.whole), tried[: budget.plans]
+    for number, each in enumerate(few):
+        if each.choice not in rows:
+            told("measuring the best plans", number, len(few))
+            student = chooser.scorer.student(each.choice)
+            mine, theirs = side_by_side(chooser.scorer.teacher, student, budget, dtype)
+            taken = {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
+            rows[each.choice] = _Timed(each, taken)
+        if not rows[each.choice].over(limits):
+            break
+    return min((rows[each.choice] for each in few if each.choice in rows), key=lambda row: row.rank(limits))
+
+
+def _tighter(
+    row: _Timed, limits: dict[str, float], bounds: dict[str, float], chooser: Chooser
+) -> dict[str, float] | None:
+    """Bounds that leave out a plan that takes too long, and no further down than there are plans; None = nothing is."""
+    predicted, bounds = chooser.costs.of(row.plan.choice), dict(bounds)
+    for key in row.over(limits):
+        wanted, least = limits[key] * predicted[key] / row.measured[key], chooser.least(bounds, key)
+        if least >= predicted[key] * (1 - _ALIKE):
+            return None
+        bounds[key] = min(bounds[key], max(wanted, least))
+    return bounds
