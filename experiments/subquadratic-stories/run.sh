@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 MIXERS=${MIXERS-$(cd conf/mixer && ls *.yaml | sed 's/.yaml//')}
 TECHNIQUES=${TECHNIQUES-kl copy matrix hidden all}
 LOCAL=${LOCAL-gated_deltanet gla sliding}
-SHARES=${SHARES-0.3 0.8 0.95}
+SHARES=${SHARES-0 0.3 0.8 0.95}
 COMMON=(model=local model.path="$DATA/stories260k" data=text data.path="$DATA/tinystories/train.txt.gz"
         data.val_path="$DATA/tinystories/valid.txt.gz" data.seq_len=256 data.batch_size=8 data.val_tokens=32768
         schedule.lr=3e-3 # at a width of 64; with the published 3e-4 of width 960 GLA's copy ends at a KL of 1.83, not 1.71
@@ -54,6 +54,10 @@ technique hidden "$MIXERS" subquadratic "${ALIGN[@]}" mixer.init=random schedule
 technique all "$WITH" subquadratic "${ALIGN[@]}" schedule.mixers=matrix
 technique all "$WITHOUT" subquadratic "${ALIGN[@]}" schedule.mixers=mixer_output
 for share in $SHARES; do
-  technique "local$share" "$LOCAL" local_first schedule.local_share="$share"
+  if [ "$share" = 0 ]; then
+    technique local0 "$LOCAL" subquadratic "${ALIGN[@]}" "${OFF[@]}"
+  else
+    technique "local$share" "$LOCAL" local_first schedule.local_share="$share"
+  fi
 done
 "$PYTHON" experiments/subquadratic-stories/table.py "$OUT" experiments/subquadratic-stories/results.csv

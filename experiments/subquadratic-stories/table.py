@@ -68,7 +68,7 @@ def main() -> None:
     shares = sorted({name for runs in found.values() for name in runs if name.startswith(LOCAL)})
     if shares:
         local = {mixer: runs for mixer, runs in found.items() if set(shares) & runs.keys()}
-        show(local, {"copy": "none"} | {name: f"{100 * float(name.removeprefix(LOCAL)):.0f} %" for name in shares})
+        show(local, {name: f"{100 * float(name.removeprefix(LOCAL)):.0f} %" for name in shares})
 
 
 if __name__ == "__main__":
