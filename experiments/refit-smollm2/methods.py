@@ -95,6 +95,7 @@ TURNED = {
     "output-attention": Method([replace(OUTPUT, projections=["attention"])]),
     **{f"output-share{s}": Method([replace(OUTPUT, attention_share=[s])]) for s in (0.25, 0.5, 1.0)},
     **{f"local-epochs{n}": Method([replace(LOCAL, epochs=n)]) for n in (1, 2, 8)},
+    "local-step2048": Method([replace(LOCAL, step_tokens=2048)]),
     "local-sublayers": Method([replace(LOCAL, sublayers=True)]),
     **{f"{name}-layers": Method([OUTPUT], layers=layers) for name, layers in CHOICES.items()},
     "gap-layers-32k": Method([Output(tokens=32_768, held_tokens=4_096)], layers=CHOICES["gap"]),
