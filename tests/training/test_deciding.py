@@ -39,7 +39,7 @@ class Known(WindowImportance):
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], int]] = []
 
-    def choosing(self, candidates: Sequence[int], number: int) -> Known:
+    def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Known:
         self.asked.append((list(candidates), number))
         return self
 

@@ -158,7 +158,7 @@ def test_rotary_positions_are_the_hosts(family: str) -> None:
     attention = block.get_submodule(stack.family.attn)
     kind = rotary_of(stack.config, getattr(attention, "layer_type", None))
     turn = stack.base.get_submodule(str(stack.family.rotary))(x, positions, *kind)
-    vars(attention).update(attn_logit_softcapping=None)  # of Gemma 2; no mixer has one
+    vars(attention).update(attn_logit_softcapping=None)  # of Gemma 2, of which linear attention knows nothing
     hidden = torch.full((7, 7), -1e30).triu(1)[None, None]
     wanted = attention(x, position_embeddings=turn, attention_mask=hidden)[0]
     spec = Spec(TARGETS["linear"], {"rotary": True})
