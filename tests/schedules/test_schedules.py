@@ -251,7 +251,7 @@ def test_no_edits_and_no_tokens_is_no_run() -> None:
         ({"count": 9, "order": "middle_out"}, "schedule.count=9, but only 8 layers may be edited"),
         (
             {"count": 6, "order": "middle_out", "protect": [0, 1, 7]},
-            r"schedule.count=6, but only 5 layers may be edited \(protected: \[0, 1, 7\]\)",
+            r"schedule.count=6, but only 5 layers may be edited \(protected or left out: \[0, 1, 7\]\)",
         ),
         ({"layers": [3, 8]}, r"schedule.layers names layer 8; the teacher has layers 0\.\.7"),
         ({"layers": [-1]}, "schedule.layers names layer -1"),
@@ -480,7 +480,7 @@ def test_merges_are_removals_that_spare_the_lowest_layer() -> None:
     assert schedule.removes
     assert [stage.edits for stage in play(schedule)] == [(Merge(2, 0.5),), (Merge(1, 0.5),)]
     assert all(stage.fit for stage in play(schedule))
-    with pytest.raises(ValueError, match=r"only 2 layers may be edited \(protected: \[0\]\)"):
+    with pytest.raises(ValueError, match=r"only 2 layers may be edited \(protected or left out: \[0\]\)"):
         play(Iterative(MergeLayers(), layers=[1, 0, 2], tokens=0))
     with pytest.raises(ValueError, match=r"edit.fit=false: layers are merged by a fit; use edit=remove"):
         MergeLayers(fit=False)
@@ -504,7 +504,7 @@ def test_a_depth_or_a_size_is_for_removals(edit: Any, target: str) -> None:
         ({"target_params": 90}, "schedule.target_params=90: the model has only 90 parameters"),
         (
             {"target_layers": 2, "protect_first": 2, "protect_last": 2},
-            r"schedule.target_layers=2, but only 4 layers may be edited \(protected: \[0, 1, 6, 7\]\)",
+            r"schedule.target_layers=2, but only 4 layers may be edited \(protected or left out: \[0, 1, 6, 7\]\)",
         ),
         ({"target_layers": 4, "protect": range(8)}, "schedule.target_layers=4, but only 0 layers may be edited"),
         ({"target_layers": 4, "protect_last": 40}, "schedule.target_layers=4, but only 0 layers may be edited"),
