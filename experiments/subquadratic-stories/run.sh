@@ -5,6 +5,7 @@
 #   TOKENS   training tokens of every run, equal for all
 #   MIXERS   names in conf/mixer
 #   TECHNIQUES  among kl copy matrix hidden all
+#   EXTRA    further overrides of the runs with local work
 #   SHARES   of the tokens that go into local work, for LOCAL, the mixers of the second table; either may be empty
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -17,6 +18,7 @@ MIXERS=${MIXERS-$(cd conf/mixer && ls *.yaml | sed 's/.yaml//')}
 TECHNIQUES=${TECHNIQUES-kl copy matrix hidden all}
 LOCAL=${LOCAL-gated_deltanet gla sliding}
 SHARES=${SHARES-0 0.3 0.8 0.95}
+read -ra EXTRA <<< "${EXTRA:-}"
 COMMON=(model=local model.path="$DATA/stories260k" data=text data.path="$DATA/tinystories/train.txt.gz"
         data.val_path="$DATA/tinystories/valid.txt.gz" data.seq_len=256 data.batch_size=8 data.val_tokens=32768
         schedule.lr=3e-3 # at a width of 64; with the published 3e-4 of width 960 GLA's copy ends at a KL of 1.83, not 1.71
@@ -57,7 +59,7 @@ for share in $SHARES; do
   if [ "$share" = 0 ]; then
     technique local0 "$LOCAL" subquadratic "${ALIGN[@]}" "${OFF[@]}"
   else
-    technique "local$share" "$LOCAL" local_first schedule.local_share="$share"
+    technique "local$share" "$LOCAL" local_first schedule.local_share="$share" "${EXTRA[@]}"
   fi
 done
 "$PYTHON" experiments/subquadratic-stories/table.py "$OUT" experiments/subquadratic-stories/results.csv

@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands.line import FULL_ERROR, in_own_words, told
 from iskd.commands.line.telling import variable
-from iskd.commands.values.config import NEEDED, budget_as_asked, with_export_keys, without_presets_keys
+from iskd.commands.values.asked import as_asked, with_export_keys
+from iskd.commands.values.config import NEEDED
 from iskd.commands.values.paths import assigned, at_fault, literal, path_of, takes_path
 from iskd.commands.values.unread import refuse_unknown_of_hydra
 from iskd.models.model_folder import refuse_missing_folder
@@ -169,8 +170,7 @@ def hydra_main(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
             single = HydraConfig.get().mode == RunMode.RUN
             with variable(FULL_ERROR, before), told() if single else nullcontext(), _in_words():
                 refuse_unknown_of_hydra(config, HydraConfig.get())
-                budget_as_asked(config, HydraConfig.get().overrides.task)
-                without_presets_keys(config, HydraConfig.get().overrides.task)
+                as_asked(config, HydraConfig.get().overrides.task)
                 return task(config)
 
         with variable(FULL_ERROR, "1"), _in_words(composed):

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from iskd.commands import build
 from iskd.commands.arguments import literal_paths, sentence
 from iskd.commands.resume import resumed
-from iskd.commands.values.config import budget_as_asked, forget_folders, new_folder, without_presets_keys
+from iskd.commands.values.asked import as_asked
+from iskd.commands.values.config import forget_folders, new_folder
 from iskd.commands.values.unread import refuse_unknown_of_hydra
 from iskd.data import Source
 from iskd.system.version import CONF
@@ -43,8 +44,7 @@ def compose_config(overrides: Sequence[str], run_dir: Path | None = None) -> tup
     with open_dict(config):
         config.name = name
         del config["hydra"]
-    budget_as_asked(config, overrides)
-    without_presets_keys(config, overrides)
+    as_asked(config, overrides)
     return config, folder
 
 

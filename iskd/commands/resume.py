@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.values import as_meant, at_home, plain
-from iskd.commands.values.config import with_export_keys
+from iskd.commands.values.asked import with_export_keys
 from iskd.commands.values.unread import refuse_unread_keys
 from iskd.data.hub_rows import is_commit
 from iskd.plan.edits import allowed

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 SHORTEST_STEM = 8
-"""Tokens below which a stem's own pass costs more than it saves."""
+"""Tokens below which a stem has no pass of its own: it would be a small one for little. Not measured."""
 
 
 @dataclass(frozen=True)

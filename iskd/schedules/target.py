@@ -101,7 +101,7 @@ class Target:
     def _count(self, history: History, protected: Collection[int]) -> int:
         depth = history.record.num_layers
         if self.kept is not None:
-            whole = depth - len(set(history.foreign))  # what others edited keeps no attention of the teacher's
+            whole = depth - len(history.foreign)  # what others edited keeps no attention of the teacher's
             count = whole - math.ceil(self.kept * depth - 1e-9)  # 0.28 * 25 is a little more than 7
             if count < 1:
                 edited = f", {depth - whole} of which are edited otherwise," if whole < depth else ""

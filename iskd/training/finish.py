@@ -9,7 +9,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.data import framing_of
-from iskd.evaluation import EvalSpec, Evaluation, efficiency
+from iskd.evaluation import EvalSpec, efficiency
 from iskd.evaluation.speaking import samples, write_samples
 from iskd.export import export
 from iskd.export.card_measured import refresh_card
@@ -69,12 +69,12 @@ def finish(
         return Result(state.results, module.student, state.record, run_dir, None, None)
     ranks, in_shards = ranks_of(trainer), sharding.is_sharded(module.teacher)
     student = gathered(module, state.record, ranks)
-    written = False
     if not trainer.is_global_zero:
         trainer.strategy.barrier("finish")
         if in_shards:
             _ask_in_shards(parts, module, ranks, stop_signals, along)
         return Result(state.results, student, state.record, run_dir, None, None)
+    written = False
     try:
         try:
             with stop_signals.at_once(run_dir):
@@ -85,15 +85,13 @@ def finish(
             trainer.strategy.barrier("finish")
             if in_shards and not written:
                 _leave(ranks)
-        found = _ask_in_shards(parts, module, ranks, stop_signals, along, model_dir) if in_shards else None
+        if in_shards:
+            _ask_in_shards(parts, module, ranks, stop_signals, along, model_dir)
         with stop_signals.at_once(run_dir):
             if in_shards:
-                _tell_unmeasured(parts, model_dir, found)
+                _tell_unmeasured(parts, model_dir)
             else:
-                found = _measure(parts, module, student, model_dir, along)
-                _speak(parts, module, student)
-            if found is not None:
-                write_whole(run_dir / EVALUATION_FILE, found.to_json())
+                _measure(parts, module, student, model_dir, along)
             if model_dir is not None:
                 with _guarded("the scores in the model card", f"They are in {run_dir} too"):
                     refresh_card(model_dir, run_dir)
@@ -146,21 +144,16 @@ def _measure(
     student: PreTrainedModel,
     model_dir: Path | None,
     along: AlongTheRun | None,
-) -> Evaluation | None:
-    """Latency, memory and cache beside the teacher's (efficiency.json), and what tasks say if they are asked."""
-    teacher, seconds, spec = module.teacher, parts.options.efficiency_seconds, parts.asked
-    device = next(teacher.parameters()).device
+) -> None:
+    """Latency, memory and cache beside the teacher's (efficiency.json), then tasks and samples."""
+    teacher, seconds = module.teacher, parts.options.efficiency_seconds
     if seconds:
         with _guarded("efficiency", f"Again: {again(parts, model_dir, None)}"), ProgressLine() as line:
-            nn.Module.to(student, device)
+            nn.Module.to(student, device := next(teacher.parameters()).device)
             models, dtype = {"teacher": teacher, "student": student}, serving_dtype(device)
             efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=dtype, progress=line))
-    if spec is not None:
-        with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
-            nn.Module.to(student, device)
-            asks = along or along_the_run(parts, spec)
-            return asks.ask(student, _source(model_dir), quantize=spec.quantize)
-    return None
+    _ask(parts, module, student, model_dir, along, () if parts.asked is None else parts.asked.quantize)
+    _speak(parts, module, student)
 
 
 def _ask_in_shards(
@@ -170,19 +163,35 @@ def _ask_in_shards(
     signals: StopSignals,
     along: AlongTheRun | None,
     model_dir: Path | None = None,
-) -> Evaluation | None:
+) -> None:
     """Tasks and samples of models in shards: all make every pass, and leave together (`Preempted`) where one has to."""
-    found, spec = None, parts.asked
     try:
         stopped = AgreedStop(ranks, lambda: signals.received is not None, BrokenOffError)
         with stopped.inside(module.student, module.teacher):
-            if spec is not None:
-                with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
-                    found = (along or along_the_run(parts, spec)).ask(module.student, _source(model_dir))
+            _ask(parts, module, module.student, model_dir, along)
             _speak(parts, module, module.student)
     except BrokenOffError:
         raise Preempted(parts.run_dir, number=signals.received) from None
-    return found
+
+
+def _ask(
+    parts: Parts,
+    module: DistillModule,
+    student: PreTrainedModel,
+    model_dir: Path | None,
+    along: AlongTheRun | None,
+    quantize: Sequence[str] = (),
+) -> None:
+    """What the run's tasks and text say of the student (evaluation.json), if they are asked."""
+    if (spec := parts.asked) is None:
+        return
+    with _guarded("evaluation", f"Again: {again(parts, model_dir, spec)}"):
+        nn.Module.to(student, next(module.teacher.parameters()).device)
+        exported = {} if model_dir is None else {"sha256": weights_sha256(model_dir)}
+        asks = along or along_the_run(parts, spec)
+        found = asks.ask(student, {"kind": "student", **exported}, quantize=quantize)
+        if not global_rank():
+            write_whole(parts.run_dir / EVALUATION_FILE, found.to_json())
 
 
 def _leave(ranks: Ranks) -> None:
@@ -191,20 +200,13 @@ def _leave(ranks: Ranks) -> None:
         AgreedStop(ranks, lambda: True, BrokenOffError).look()
 
 
-def _tell_unmeasured(parts: Parts, model_dir: Path | None, found: Evaluation | None) -> None:
+def _tell_unmeasured(parts: Parts, model_dir: Path | None) -> None:
     """What models in shards are not measured by, and the command for it."""
-    spec, commands = parts.asked, {}
+    told, spec = "%s was not measured, as the models lie in shards. On one device: %s", parts.asked
     if parts.options.efficiency_seconds:
-        commands["efficiency"] = again(parts, model_dir, None)
-    if spec is not None and found is not None and spec.quantize:
-        commands["the student in fewer bits"] = again(parts, model_dir, spec)
-    for what, command in commands.items():
-        log.warning("%s was not measured, as the models lie in shards. On one device: %s", what, command)
-
-
-def _source(model_dir: Path | None) -> dict[str, str]:
-    """What identifies the student: the export's weights, where there is one."""
-    return {"kind": "student", **({} if model_dir is None else {"sha256": weights_sha256(model_dir)})}
+        log.warning(told, "efficiency", again(parts, model_dir, None))
+    if spec is not None and spec.quantize:
+        log.warning(told, "the student in fewer bits", again(parts, model_dir, spec))
 
 
 def _tell_end(run_dir: Path, seconds: float) -> None:

@@ -1,0 +1,54 @@
+"""What the command line says where a preset says otherwise: the preset's keys that go with it are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+def with_export_keys(override: str) -> str:
+    """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
+    return "export={}" if override.lower() in ("export=true", "export=hf") else override
+
+
+def as_asked(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Take out of a composed config what a preset says of things in whose place the command line has others.
+
+    Raises:
+        ValueError: the command line names two of which one can be.
+    """
+    _one_budget(config, overrides)
+    _without_presets_keys(config, overrides)
+
+
+def _one_budget(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where a command line says `schedule.tokens`, passes over the text that a preset counts in are none of its run.
+
+    Raises:
+        ValueError: it names both.
+    """
+    values = {key.lstrip("+"): value for key, _, value in (given.partition("=") for given in overrides)}
+    asked = {name: values.get(f"schedule.{name}", "null") not in ("null", "None", "") for name in ("tokens", "epochs")}
+    schedule = config.get("schedule")
+    if not asked["tokens"] or schedule is None or not schedule.get("epochs"):
+        return
+    if asked["epochs"]:
+        raise ValueError(
+            f"schedule.tokens={values['schedule.tokens']} and schedule.epochs={values['schedule.epochs']} both say how "
+            "long the run trains: drop one of them"
+        )
+    schedule.epochs = None
+
+
+def _without_presets_keys(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop what a preset says of refits and losses in whose place the command line has chosen others."""
+    typed = [given.partition("=")[0].lstrip("+") for given in overrides]
+    for group in ("refit", "loss"):
+        node = config.get(group)
+        if not OmegaConf.is_dict(node) or "_target_" in node:
+            continue
+        for key in [key for key, value in node.items() if OmegaConf.is_dict(value) and "_target_" not in value]:
+            if not any(f"{name}.".startswith(f"{group}.{key}.") for name in typed):
+                with open_dict(node):
+                    del node[key]
