@@ -114,7 +114,9 @@ def test_removal_scores_are_those_of_leaving_one_out(world: Any) -> None:
         assert scores[layer, "remove"] == pytest.approx(row, abs=1e-6)
 
 
-def test_a_race_puts_out_only_who_is_worse_and_no_cheaper(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_race_puts_out_only_who_is_worse_and_no_cheaper(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By planted values: layer 1 has an option that is worse than a cheaper one, and a better one that costs more."""
     _, scorer, costs = world
     asked: list[int] = []
@@ -128,13 +130,14 @@ def test_a_race_puts_out_only_who_is_worse_and_no_cheaper(world: Any, monkeypatc
         return rows + 0.05 * torch.randn(len(found), len(windows), 8, generator=noise)
 
     monkeypatch.setattr(scorer, "values", planted)
-    monkeypatch.setattr(scorer, "_known", dict)
+    monkeypatch.setattr(Scorer, "_file", tmp_path / "planted.safetensors")  # never beside what was measured
     scores, alive = scorer.race(costs.layers)
     out = set(scorer.singles) - set(alive)
     assert (1, "window") in out
     assert not out & {(1, "slim_50"), (2, "remove"), (1, "remove")}, "a merge binds its neighbour; the smallest stay"
     assert asked[0] == len(scorer.singles) > asked[-1]
     assert scores[1, "window"] > 2.5
+    (tmp_path / "planted.safetensors").unlink()
     everybody, all_alive = scorer.race(costs.layers, all_of_them=True)
     assert set(all_alive) == set(everybody) == set(scorer.singles)
 
