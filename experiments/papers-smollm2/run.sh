@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
-TOKENS=${TOKENS:-29696}
+TOKENS=${TOKENS:-14848}
 SEEDS=${SEEDS:-0 1}
 ONLY=${ONLY:-*}
 TRAINER=${TRAINER:-auto}
