@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from iskd.commands.arguments import hydra_main
+from iskd.commands.build.text import shards_of
 from iskd.commands.values import as_meant, object_of
-from iskd.data import BOS, framing_of
+from iskd.data import BOS, framing_of, learned, seen_share
 from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
@@ -24,6 +25,7 @@ from iskd.plan.run_files import (
     EVALUATION_FILE,
     FACTS,
     STAGES_FILE,
+    learned_in,
     refuse_strange,
     run_of,
     selected_in,
@@ -67,8 +69,9 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     run = None if student is None else run_of(student)
     named = [each for each in (student, _student(config.reference)) if each is not None]
     chosen_by = [sha for each in named for items in selected_in(run_of(each)).values() for sha in items]
-    if spec.text is not None and run is not None:
-        refuse_training_text(spec.text, str(read_object(run / DATA_FILE).get("content", "")))
+    texts = learned_in(run)
+    if spec.text is not None:
+        refuse_training_text(spec.text, [text.content for text in texts])
     if run is not None and (run / CONFIG_FILE).is_file():
         read_config(run / CONFIG_FILE)  # its card is written from it at the end, which may be hours away
     if run is not None:
@@ -89,6 +92,9 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
             found = evaluate(
                 model.model, model.tokenizer, spec, teacher,
                 exclude=chosen_by, source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
+                seen=lambda ids: seen_share(
+                    ids.numpy(), learned(shards_of(config), [text.cache for text in texts], model.tokenizer)
+                ),
             )  # fmt: skip
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]
         files += [write_whole(place / EVALUATION_FILE, found.to_json()) for place in places]

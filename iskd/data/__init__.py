@@ -9,6 +9,7 @@ from iskd.data.framing import BOS, Framing, framing_of
 from iskd.data.given import given_texts
 from iskd.data.loader import StageLoader
 from iskd.data.module import BATCH, TextData
+from iskd.data.overlap import learned, seen_share
 from iskd.data.sources import HubDataset, Source, TextFiles
 
 __all__ = [
@@ -22,4 +23,6 @@ __all__ = [
     "TextFiles",
     "framing_of",
     "given_texts",
+    "learned",
+    "seen_share",
 ]

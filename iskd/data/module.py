@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from iskd.data.building import Asked
 from iskd.data.coding import Coding
 from iskd.data.loader import Batch, StageLoader, batches_of, pinned, to_tensor
 from iskd.data.mix import Mix
-from iskd.data.overlap import seen_share, tell_seen
+from iskd.data.overlap import learned, seen_share, tell_seen
 from iskd.data.shards import Shards, Tokens, open_shards
 from iskd.data.sources import Source
 from iskd.data.splits import SPLITS, Splitter
@@ -53,6 +54,7 @@ class TextData(L.LightningDataModule):
             tokenizer does.
         chat_loss: documents are conversations (`iskd.data.files.chat`), of which `all` is learned, or what the
             `assistant` says; None = they are text.
+        before: names of the shards in `cache_dir` that the student has learned from in earlier runs.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TextData(L.LightningDataModule):
         boundaries: bool = False,
         bos: str | None = None,
         chat_loss: str | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         super().__init__()
         batch_size = BATCH if batch_size is None else batch_size
@@ -90,6 +93,7 @@ class TextData(L.LightningDataModule):
         self._shards: Shards | None = None
         self._stage: tuple[int, int] | None = None
         self._calibrations: dict[int, str] = {}
+        self._before = before
         self._splits: SplitWindows | None = None
 
     def prepare(self) -> None:
@@ -187,8 +191,12 @@ class TextData(L.LightningDataModule):
         return list(to_tensor(windows).split(max(1, _CALIBRATION_BATCH // self.seq_len)))
 
     def seen_share(self, windows: torch.Tensor) -> float:
-        """Share of the passages of `windows` [W, T] that are in training or calibration text (`iskd.data.overlap`)."""
-        return seen_share(windows.numpy(), [self.windows("train"), self.windows("calibration")])
+        """Share of the passages of `windows` [W, T] that are in training or calibration text (`iskd.data.overlap`).
+
+        Of this run, and of those that its student comes from.
+        """
+        own = [self.windows("train"), self.windows("calibration")]
+        return seen_share(windows.numpy(), [*own, *learned(self.cache_dir, self._before, self.tokenizer)])
 
     def validation(self) -> list[Batch]:
         """Return this rank's validation batches: each window is on one rank, every rank has as many batches.

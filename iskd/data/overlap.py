@@ -6,16 +6,23 @@ Source: GPT-3 (arXiv 2005.14165, appendix C).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from iskd.data.shards import kept_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PASSAGE = 13  # tokens
 MOST = 1 << 25  # tokens that are searched in each text
 _NOTICED = 0.1  # of the passages, as boilerplate is in every corpus
 _PIECE = 1 << 20  # tokens at a time
+_ROW = 1 << 12  # tokens of the windows that shards of earlier runs are cut into
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 _log = logging.getLogger(__name__)
@@ -43,10 +50,30 @@ def seen_share(windows: Windows, others: Iterable[Windows]) -> float:
     return float(seen[np.searchsorted(values, wanted)].mean())
 
 
+def learned(cache_dir: Path, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Windows]:
+    """What a student has learned from in earlier runs: training and calibration text in windows [W, T].
+
+    Args:
+        cache_dir: the folder of token shards.
+        names: of the shards there; those that are not at hand are told and left out.
+        tokenizer: of the student.
+    """
+    for name in dict.fromkeys(names):
+        shards = kept_shards(cache_dir, name, tokenizer)
+        if shards is None:
+            _log.warning(
+                "what the student learned from in an earlier run is not at hand (%s in %s): no text is held against it",
+                *(name or "unnamed", cache_dir),
+            )
+            continue
+        for split in ("train", "calibration"):
+            yield shards.windows(split, min(_ROW, shards.tokens(split)))
+
+
 def tell_seen(share: float) -> None:
     """Warn where much of the validation text is what a run trains or calibrates on."""
     if share >= _NOTICED:
-        told = "%.0f %% of the passages of the validation text are in what is trained or calibrated on: %s"
+        told = "%.0f %% of the passages of the validation text are in what the student trains or calibrates on: %s"
         advice = "scores on it flatter the student; take such documents out, or set data.val_path"
         _log.warning(told, 100 * share, advice)
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.integer[Any]]
 
 _VERSION = 1
+_NAMES = re.compile("[0-9a-f]{16}")
 _log = logging.getLogger(__name__)
 
 
@@ -162,6 +164,27 @@ def open_shards(
         build(recipe, source, tokenizer, splitter, folder, coding, asked or Asked())
     shards = Shards(folder, recipe, _read_meta(folder, recipe))
     _check(shards)
+    return shards
+
+
+def kept_shards(cache_dir: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> Shards | None:
+    """The shards that an earlier run names, of the same tokenizer; None where they are not here, or not whole any more.
+
+    Args:
+        cache_dir: parent of all folders of shards.
+        name: of the folder.
+        tokenizer: of the run that asks.
+    """
+    folder = cache_dir / name
+    if not _NAMES.fullmatch(name) or not (folder / "meta.json").is_file():
+        return None
+    try:
+        recipe = {"tokenizer": tokenizer_hash(tokenizer)}
+        shards = Shards(folder, recipe, _read_meta(folder, recipe))
+        _check(shards)
+    except ValueError as error:
+        _log.warning("the text of an earlier run cannot be read: %s", error)
+        return None
     return shards
 
 

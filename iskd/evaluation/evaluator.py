@@ -44,6 +44,7 @@ def evaluate(
     exclude: Collection[str] = (),
     source: Mapping[str, Any] | None = None,
     frame: Framing | None = None,
+    seen: Callable[[Tensor], float] = lambda _ids: 0.0,
 ) -> Evaluation:
     """Score a model, and its teacher on the same items, where they are and under the caller's autocast.
 
@@ -58,13 +59,15 @@ def evaluate(
         exclude: `Item.sha256` of items to leave out: those that layers were selected by, from the run's data.json.
         source: where the model came from, as `Loaded.source`; what identifies it goes into the result.
         frame: how the text of both models is framed; None = as the tokenizer does.
+        seen: which share of windows of text [W, T] the student has trained or calibrated on.
 
     Raises:
-        ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed, or
-            models and tokenizers that do not belong together. The message names the fix.
+        ValueError: nothing to evaluate, an unknown task, items or text that cannot be had, lm_eval is not installed,
+            models and tokenizers that do not belong together, or most of the text was seen. The message names the fix.
     """
     with ProgressLine() as tell:
         asking = Asking(spec, tokenizer, teacher, text=text, exclude=exclude, frame=frame)
+        asking.check_unseen(seen)
         return asking.ask(model, tokenizer, source or {}, tell, spec.quantize)
 
 
@@ -118,6 +121,20 @@ class Asking:
             options: dict[str, Any] = {"tokens": self.spec.tokens, "window": window, "frame": self.frame}
             self._windows[window] = text_windows(self._documents, self._tokenizer, **options)
         return self._windows[window]
+
+    def check_unseen(self, seen: Callable[[Tensor], float]) -> None:
+        """Raise ValueError where most of the text of the spec is what the student learns from; tell of some."""
+        if self.spec.text is None or self.windows is None:
+            return
+        share = seen(self.windows.ids)
+        told = (
+            f"{100 * share:.1f} % of the passages of eval.text={self.spec.text} are in what the student trains or "
+            "calibrates on"
+        )
+        if share >= _MOSTLY:
+            raise ValueError(f"{told}; report on text that it never sees")
+        if share >= _NOTICED:
+            _log.warning("%s: scores on it flatter the student", told)
 
     def ask(
         self,
@@ -198,22 +215,12 @@ def check(
         teacher: whose tokenizer and context count.
         exclude: items that are not asked.
         frame: how documents are framed.
-        seen: which share of windows of text [W, T] the run trains or calibrates on.
+        seen: which share of windows of text [W, T] the run, or one that its student comes from, learns from.
 
     Raises:
-        ValueError: as `evaluate`, but for what only the scores of a model can tell; or most of the text is the run's.
+        ValueError: as `evaluate`, but for what only the scores of a model can tell.
     """
-    asking = Asking(spec, teacher.tokenizer, teacher, exclude=exclude, frame=frame)
-    if asking.windows is not None:
-        _check_unseen(spec, seen(asking.windows.ids))
-
-
-def _check_unseen(spec: EvalSpec, share: float) -> None:
-    told = f"{100 * share:.1f} % of the passages of eval.text={spec.text} are in what the run trains or calibrates on"
-    if share >= _MOSTLY:
-        raise ValueError(f"{told}; report on text that it never sees")
-    if share >= _NOTICED:
-        _log.warning("%s: scores on it flatter the student", told)
+    Asking(spec, teacher.tokenizer, teacher, exclude=exclude, frame=frame).check_unseen(seen)
 
 
 def _check_rows(who: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

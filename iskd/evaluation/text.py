@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -91,16 +91,18 @@ def read_text(path: str | Path, tokens: int) -> list[str]:
     return documents
 
 
-def refuse_training_text(text: str | Path, content: str) -> None:
+def refuse_training_text(text: str | Path, contents: Iterable[str]) -> None:
     """Raise ValueError where the files to report on, together or one of them, are all that a run trained on.
 
     Args:
         text: file, folder or glob.
-        content: what identifies the run's data (`data.json`): of local files their hash, before those of validation.
+        contents: what identifies the data of a run, and of those that its student comes from (`data.json`): of local
+            files their hash, before those of validation.
     """
-    trained, files = content.partition("-")[0], find_files(str(text), "eval.text")
-    if trained in {hash_files(files), *(hash_files([file]) for file in files)}:
-        raise ValueError(f"eval.text={text} is what the run trains on; report on text that it never sees")
+    files = find_files(str(text), "eval.text")
+    asked = {hash_files(files), *(hash_files([file]) for file in files)}
+    if asked & {content.partition("-")[0] for content in contents}:
+        raise ValueError(f"eval.text={text} is what the student trains on; report on text that it never sees")
 
 
 def text_windows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,38 @@ def selected_in(run: Path | None) -> dict[str, list[str]]:
     if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists):
         raise ValueError(f"{run}/{DATA_FILE}: selection_sha256 must be an object of lists of hashes: restore the file")
     return dict(chosen)
+
+
+@dataclass(frozen=True)
+class LearnedText:
+    """What a run trained and calibrated on.
+
+    Attributes:
+        content: identifies its source: of local files their hash, before those of validation.
+        cache: name of the folder of its token shards; "" where the run did not say.
+    """
+
+    content: str
+    cache: str
+
+
+def learned_in(run: Path | None) -> list[LearnedText]:
+    """The text of a run behind those of the runs that its student comes from, as it wrote them down; [] without a run.
+
+    Raises ValueError where its file holds something else.
+    """
+    if run is None:
+        return []
+    told = read_object(run / DATA_FILE)
+    before, found = told.get("before", []), list[LearnedText]()
+    for text in [*before, told] if isinstance(before, list) else [None]:
+        values: list[Any] = [text.get("content", ""), text.get("cache", "")] if isinstance(text, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(
+                f"{run}/{DATA_FILE}: content and cache must be strings, before a list of such objects: restore the file"
+            )
+        found.append(LearnedText(*values))
+    return found
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -6,13 +6,14 @@ import json
 import os
 import platform
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
 import torch
 import transformers
 
-from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE, run_of, selected_in
+from iskd.plan.run_files import DATA_FILE, ENVIRONMENT_FILE, learned_in, run_of, selected_in
 from iskd.system import Json, write_whole
 from iskd.system.files import read_object
 from iskd.system.machine import host_kind
@@ -63,8 +64,10 @@ def _commands(parts: Parts) -> list[str]:
 
 
 def write_data(parts: Parts) -> None:
-    """What identifies the data, and what layers were selected by."""
-    data = {**parts.data.manifest(), "selection_sha256": selected(*parts.importances, start=parts.start)}
+    """What identifies the data, what the student has learned from in earlier runs, and what layers were selected by."""
+    before = [] if parts.start is None else [asdict(text) for text in learned_in(run_of(parts.start))]
+    chosen = selected(*parts.importances, start=parts.start)
+    data = {**parts.data.manifest(), **({"before": before} if before else {}), "selection_sha256": chosen}
     write_whole(parts.run_dir / DATA_FILE, json.dumps(data, indent=1))
 
 

@@ -13,6 +13,7 @@ from iskd.commands import evaluate
 from iskd.commands.compose import compose_config
 from iskd.commands.evaluate import Found
 from iskd.commands.generate import generate
+from iskd.data import TextData, TextFiles
 from iskd.evaluation.tasks.task_items import COPY_POOL, copy_items
 from iskd.export import export
 from iskd.models import surgery
@@ -139,6 +140,25 @@ def test_a_run_is_not_reported_on_what_it_was_trained_on(run_dir: Path, tmp_path
         with pytest.raises(ValueError, match="text that it never sees"):
             asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/{text}")
     found = asked(run_dir, tmp_path / "out", f"eval.text={tmp_path}/new.txt")
+    assert found.evaluation is not None
+
+
+def test_nor_on_passages_of_it(run_dir: Path, tmp_path: Path) -> None:
+    """Other files with the same text, and that of a run before."""
+    text = "".join(f"Tom saw {number} ships. " for number in range(300))
+    (tmp_path / "seen.txt").write_text(text)
+    (tmp_path / "part.txt").write_text("Now. " + text[1000:3000])
+    coding = {"seq_len": 32, "cache_dir": tmp_path / "cache" / "data"}
+    cache = TextData(
+        TextFiles(str(tmp_path / "seen.txt"), val_path=str(tmp_path / "part.txt")), byte_tokenizer(), **coding
+    )
+    before = {"content": "0-0-0", "cache": cache.manifest()["cache"]}
+    for data in (before, {"content": "1-1-1", "before": [before]}):
+        (run_dir / "data.json").write_text(json.dumps({"selection_sha256": {}, **data}))
+        with pytest.raises(ValueError, match=r"9\d\.\d % of the passages of eval.text"):
+            asked(run_dir, tmp_path / "out", f"cache_dir={tmp_path}/cache", f"eval.text={tmp_path}/part.txt")
+    (tmp_path / "new.txt").write_text("What was not seen. " * 40)
+    found = asked(run_dir, tmp_path / "out", f"cache_dir={tmp_path}/cache", f"eval.text={tmp_path}/new.txt")
     assert found.evaluation is not None
 
 

@@ -5,6 +5,7 @@ Their text is of two sources (`data=mix`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from iskd.models.weights import model_tensors
 from iskd.plan import Record, Spec, Stage
 from iskd.plan.reading import record_from_json
 from iskd.plan.results import write_stages
-from iskd.plan.run_files import DATA_FILE, RECORD_FILE
+from iskd.plan.run_files import DATA_FILE, RECORD_FILE, learned_in
 from iskd.schedules import History, next_stage
 from iskd.schedules.edits import ConvertTo, RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
@@ -254,6 +255,43 @@ def test_items_that_chose_layers_of_earlier_runs_stay_out(native: Result, tmp_pa
     third = chained(tmp_path / "third", second / "model", "edit=remove", "schedule.count=1", "importance=bi_veto")
     assert selected(*third.importances, start=third.start) == {"piqa": ["ab"], "copy": ["cd", *own]}
     assert along_the_run(third, EvalSpec(["copy"]))._exclude == ["ab", "cd", *own]
+
+
+def test_text_to_report_on_is_held_against_that_of_earlier_runs(
+    native: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run on a student of a run on a student, each trained on other text."""
+    new, part = tmp_path / "new.txt", tmp_path / "part.txt"
+    new.write_text("\n\n".join(hashlib.sha256(bytes([number])).hexdigest() for number in range(256)))
+    part.write_text("No file that was trained on. " + (ROOT / "LICENSE").read_text())
+    second, third = tmp_path / "second", tmp_path / "third"
+    keys = [*QUICK, "data.seq_len=32", "data.val_tokens=256", "schedule=oneshot", "edit=remove", "schedule.count=1"]
+    keys += ["data.validation_fraction=0.2", "data.calibration_fraction=0.2"]
+
+    def made(folder: Path, student: Path | None, *more: str) -> Any:
+        text = ["data=text", f"data.path={new}", "importance=bi_veto", "loss=[kl]"]
+        return parts(["model=local", f"model.path={student}", *keys, *text, *more], folder)
+
+    write_data(made(second, native.model_dir))
+    write_stages(second, native.stages)
+    shutil.copytree(native.run_dir / "model", second / "model")
+    first, other = (json.loads((folder / DATA_FILE).read_text()) for folder in (native.run_dir, second))
+    assert [text.cache for text in learned_in(second)] == [first["cache"], other["cache"]]
+    assert other["before"] == [{"content": first["content"], "cache": first["cache"]}]
+
+    made(third, second / "model").data.prepare()
+    assert not caplog.records
+    made(tmp_path / "validated", second / "model", f"data.val_path={part}").data.prepare()
+    assert "88 % of the passages of the validation text are in what the student trains" in caplog.text
+    asked = ["eval=quick", "eval.tasks=[]"]
+    with pytest.raises(ValueError, match=r"[89]\d\.\d % of the passages of eval.text=.*report on text that it never sees"):
+        made(tmp_path / "asked", second / "model", *asked, f"eval.text={part}")
+    (second / DATA_FILE).write_text(json.dumps({**other, "before": [{"cache": "../" + first["cache"]}]}))
+    made(tmp_path / "elsewhere", second / "model").data.prepare()
+    assert "is not at hand" in caplog.text
+    (second / DATA_FILE).write_text(json.dumps({**other, "before": [{"content": 1}]}))
+    with pytest.raises(ValueError, match="content and cache must be strings"):
+        made(tmp_path / "damaged", second / "model")
 
 
 def test_a_chained_run_can_be_taken_up(mixed: Result, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from iskd.evaluation import EvalSpec, refuse_training_text
 from iskd.evaluation.evaluator import check
 from iskd.export import CODES, STORED
 from iskd.losses import Terms
+from iskd.plan.run_files import learned_in, run_of
 from iskd.system import global_rank
 from iskd.teacher import Loaded, TeacherCacheSpec, check_terms_cached
 from iskd.training.facts import selected
@@ -56,7 +57,8 @@ def evaluation_of(
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
-        refuse_training_text(spec.text, data.source.fingerprint())
+        earlier = learned_in(None if start is None else run_of(start))
+        refuse_training_text(spec.text, [data.source.fingerprint(), *(text.content for text in earlier)])
     if global_rank() == 0:
         chosen = [sha for items in selected(*importances, start=start).values() for sha in items]
         check(spec, teacher, exclude=chosen, frame=framing_of(teacher.tokenizer, data.bos), seen=data.seen_share)

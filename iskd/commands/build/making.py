@@ -122,7 +122,7 @@ def _made(
         with Busy("loading the teacher"):
             teacher, start = teacher_of(config, within)
     stack = Stack(teacher.model)
-    data = text_data(config, teacher.tokenizer, stack, source)
+    data = text_data(config, teacher.tokenizer, stack, source, start)
     told = default_tokens(config, lambda: len(data.windows("train")) * data.seq_len)
     schedule = schedule_of(within_budget(config, teacher, data, run_dir, start) if config.get("budget") else config)
     losses = terms(plain(config.loss))

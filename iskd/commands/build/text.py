@@ -14,20 +14,24 @@ from iskd.data import HubDataset, Source, TextData, TextFiles
 from iskd.data.mix import Mix, mapped, named, sources_of
 from iskd.data.sources import as_chats, pinned
 from iskd.models import Stack
+from iskd.plan.run_files import learned_in, run_of
 from iskd.system.files import expanded
 
 
-def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None) -> TextData:
+def text_data(
+    config: DictConfig, tokenizer: Any, stack: Stack, given: Source | None = None, start: Path | None = None
+) -> TextData:
     """The data module that `data` names; `given` stands for where it would read.
 
-    What a run keeps is written into the config: its batch, and the commits of its data sets.
+    `start` is the student of an earlier run that this one goes on from. What a run keeps is written into the config:
+    its batch, and the commits of its data sets.
     """
     apart = ("source", "sources", "chat", "path", "val_path", "test_path")
     values: dict[str, Any] = {key: value for key, value in config.data.items() if key not in apart}
     source = source_of(config, given)
     if values.get("batch_size") is None:
         values["batch_size"] = config.data.batch_size = batch_of(config)
-    cache_dir = Path(config.cache_dir or expanded("~/.cache/iskd")) / "data"
+    cache_dir = shards_of(config)
     if config.resume is None:  # a run keeps the commits that it began with, also when it is resumed
         source = mapped(source, partial(pinned, shards=cache_dir))
         for name, each in sources_of(source).items():
@@ -45,8 +49,14 @@ def text_data(config: DictConfig, tokenizer: Any, stack: Stack, given: Source | 
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
         chat_loss=_chat_loss(config),
+        before=[text.cache for text in learned_in(None if start is None else run_of(start))],
         **{key: plain(value) for key, value in values.items()},
     )
+
+
+def shards_of(config: DictConfig) -> Path:
+    """The folder of token shards."""
+    return Path(config.cache_dir or expanded("~/.cache/iskd")) / "data"
 
 
 def source_of(config: DictConfig, given: Source | None = None) -> Source:
