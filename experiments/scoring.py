@@ -85,10 +85,10 @@ class Scorer:
         }
         self.tasks = {name: read_task(name, data, items) for name in metrics if name != "copy"}
         self.tasks["copy"] = copy_items(min(items, 50))
+        torch.nn.Module.to(self.teacher.model, DEVICE)
         with autocast():
             self.goals = {
-                name: [last_hidden(self.teacher.model.to(DEVICE), ids) for ids in text]
-                for name, text in self.texts.items()
+                name: [last_hidden(self.teacher.model, ids) for ids in text] for name, text in self.texts.items()
             }
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -157,15 +157,3 @@ def score(run: Path, depths: list[int] | None, scorer: Scorer, kept: Path) -> li
         print(run.name, {k: round(mean(v), 3) if isinstance(v, list) else v for k, v in found[-1].items()}, flush=True)
     (kept / f"{run.name}.json").write_text(json.dumps(found))
     return found
-
-
-def average(row: dict[str, Any], drawn: dict[str, Tensor] | None = None) -> float:
-    """Mean accuracy over the four tasks, on all items or on drawn ones."""
-    values = {name: torch.tensor(row[name], dtype=torch.float64) for name in AVERAGED}
-    return mean((v if drawn is None else v[drawn[name]]).mean().item() for name, v in values.items())
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and half the range of some values."""
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"

@@ -22,39 +22,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 tune()
 
-import torch  # noqa: E402
-from scoring import AVERAGED, COLUMNS, METRICS, TEXTS, Scorer, average, score, spread  # noqa: E402
-from torch import Tensor  # noqa: E402
+from scoring import METRICS, TEXTS, Scorer, score  # noqa: E402
+from tables import head, line  # noqa: E402
 
 SCORES = HERE / "scores"
-HEADS = ("method", "params M", "seeds", "tokens k", "s", *COLUMNS, "average lost %", "more than ILD")
-"""Of a table whose rows are `line`."""
-
-
-def lost(
-    rows: list[dict[str, Any]],
-    teacher: dict[str, Any],
-    than: list[dict[str, Any]] | None = None,
-    resamples: int = 1000,
-) -> tuple[float, float, float]:
-    """Share of the teacher's average accuracy that is lost, mean over seeds, with its 95 % bootstrap interval.
-
-    With `than`: how much more is lost than by these; every resample draws the same items for all.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def once(drawn: dict[str, Tensor] | None) -> float:
-        kept = mean(average(row, drawn) for row in rows) / average(teacher, drawn)
-        others = 1.0 if than is None else mean(average(row, drawn) for row in than) / average(teacher, drawn)
-        return others - kept
-
-    sizes = {name: len(teacher[name]) for name in AVERAGED}
-    draws = [
-        once({name: torch.randint(size, (size,), generator=generator) for name, size in sizes.items()})
-        for _ in range(resamples)
-    ]
-    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return once(None), low, high
 
 
 def table() -> None:
@@ -74,7 +45,7 @@ def table() -> None:
         writer.writerows(flat)
     for layers, methods in sorted(groups.items(), reverse=True):
         print(f"\n**{layers} layers**\n")
-        print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+        print(head("ILD"))
         print(line("teacher", [teacher], teacher, None))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
             print(line(name, rows, teacher, methods.get("ild")))
@@ -89,36 +60,16 @@ def summary(name: str, seed: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"method": name, "seed": seed, **facts, **texts, **scores, "left": left}
 
 
-def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any], ild: list[dict[str, Any]] | None) -> str:
-    """A row of the table: means over seeds, half the range after the sign."""
-    cells = [
-        f"{rows[0]['params'] / 1e6:.1f}",
-        str(len(rows)),
-        f"{rows[0]['tokens'] / 1e3:.0f}",
-        f"{mean(row['seconds'] for row in rows):.0f}",
-    ]
-    cells += [spread([row[key] for row in rows]) for key in TEXTS]
-    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
-    cells.append(interval(*lost(rows, teacher)))
-    cells.append("" if ild is None or name == "ild" else interval(*lost(rows, teacher, ild)))
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def interval(share: float, low: float, high: float) -> str:
-    """In percent."""
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def main() -> None:
     """`score RUN...` or `table`."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    scoring = commands.add_parser("score")
-    scoring.add_argument("runs", nargs="+", type=Path)
-    scoring.add_argument("--data", type=Path, required=True)
-    scoring.add_argument("--depths", nargs="+", type=int, required=True)
-    scoring.add_argument("--items", type=int, default=300)
-    scoring.add_argument("--tokens", type=int, default=8192)
+    asking = commands.add_parser("score")
+    asking.add_argument("runs", nargs="+", type=Path)
+    asking.add_argument("--data", type=Path, required=True)
+    asking.add_argument("--depths", nargs="+", type=int, required=True)
+    asking.add_argument("--items", type=int, default=300)
+    asking.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "table":

@@ -17,10 +17,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCORES = HERE / "scores"
-sys.path[:0] = [str(HERE.parent / "ild-smollm2"), str(HERE.parent)]
+AGAINST = {"loss": "kl", "importance": "kl", "curve": "iskd", "edits": "all"}
+"""Of every part, the method that the others are held against."""
+sys.path.insert(0, str(HERE.parent))
 
-import evaluate as ild  # noqa: E402
 import scoring  # noqa: E402
+from tables import head, line  # noqa: E402
 
 from iskd.evaluation.results import evaluation_of  # noqa: E402
 
@@ -49,10 +51,11 @@ def table() -> None:
         part, _, name = file.stem.rpartition("-")[0].partition("-")
         parts[part][name].append(json.loads(file.read_text())[0])
     for part, methods in parts.items():
-        print(f"\n**{part}**\n\n| {' | '.join(ild.HEADS)} |\n|{'---|' * len(ild.HEADS)}")
+        print(f"\n**{part}**\n\n{head(AGAINST[part])}")
         ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
-        for name, rows in [("teacher", [teacher]), *ranked]:
-            print(ild.line(name, rows, teacher, None))
+        print(line("teacher", [teacher], teacher, None))
+        for name, rows in ranked:
+            print(line(name, rows, teacher, methods.get(AGAINST[part])))
         for name, rows in methods.items():
             if rows[0]["along"]:
                 print(f"\n`{name}`, student / teacher after every block:\n")
@@ -73,11 +76,11 @@ def main() -> None:
     """`score RUN...` or `table`."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    scoring = commands.add_parser("score")
-    scoring.add_argument("runs", nargs="+", type=Path)
-    scoring.add_argument("--data", type=Path, required=True)
-    scoring.add_argument("--items", type=int, default=300)
-    scoring.add_argument("--tokens", type=int, default=8192)
+    asking = commands.add_parser("score")
+    asking.add_argument("runs", nargs="+", type=Path)
+    asking.add_argument("--data", type=Path, required=True)
+    asking.add_argument("--items", type=int, default=300)
+    asking.add_argument("--tokens", type=int, default=8192)
     commands.add_parser("table")
     asked = parser.parse_args()
     if asked.command == "table":

@@ -38,6 +38,7 @@ sys.path.insert(0, str(HERE.parent))
 import scoring  # noqa: E402
 import torch  # noqa: E402
 from methods import LAYERS, STEPS, Method, Recipe, methods  # noqa: E402
+from tables import spread  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
@@ -207,7 +208,7 @@ class Rows:
             trained, start = (copy.deepcopy(student) if tokens else student), time.monotonic()
             if tokens:
                 self.train(trained, method.recipe, tokens, seed)
-            cost = 2 * tokens * (surgery.parameters(self.teacher) + 3 * facts["params"]) / 1e12
+            cost = 2 * tokens * (surgery.parameters(self.teacher) + 3 * surgery.parameters(trained)) / 1e12
             spent = {"train_seconds": round(time.monotonic() - start) if tokens else 0, "tflop": round(refit + cost, 1)}
             write({**facts, "tokens": tokens, "seed": seed, **spent, **self.scorer.score(trained)})
 
@@ -256,9 +257,7 @@ def _cell(values: list[float], column: str) -> str:
         return ""
     if column == "params":
         return f"{values[0] / 1e6:.1f} M"
-    return scoring.spread(
-        values, 3 if column.startswith("kl") else 2 if column.startswith(("ppl", "lambada_nll")) else 1
-    )
+    return spread(values, 3 if column.startswith("kl") else 2 if column.startswith(("ppl", "lambada_nll")) else 1)
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class RoomAhead(DynamicLayer):
     """Keys and values of one layer in memory that is there from the start; what is handed out are views of it."""
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def seconds(model: PreTrainedModel, cache: Cache, position: int, steps: int) -> 
 def measure(names: list[str], contexts: list[int], repeats: int, steps: int) -> list[dict[str, Any]]:
     """A row per model and context: time in units of attention's at the first context, and bytes."""
     teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")).model
-    plain = teacher.to(DEVICE, DTYPE)
+    plain = torch.nn.Module.to(teacher, DEVICE, DTYPE)
     rows = []
     for name in names:
         attends = name.startswith(ATTENTION)

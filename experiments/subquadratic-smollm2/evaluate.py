@@ -31,6 +31,7 @@ SIX = {
 sys.path.insert(0, str(HERE.parent))
 
 import scoring  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 import iskd  # noqa: E402
@@ -61,10 +62,12 @@ class Scorer(scoring.Scorer):
 
     def cost(self, student: PreTrainedModel, seconds: float) -> dict[str, float]:
         """Bytes held and time of a token after `CONTEXT` tokens, of student and teacher in turns; {} = not measured."""
-        models = {"teacher": self.teacher.model.to(scoring.DEVICE), "student": student.to(scoring.DEVICE)}
+        models = {"teacher": self.teacher.model, "student": student}
+        for model in models.values():
+            nn.Module.to(model, scoring.DEVICE)
         with scoring.autocast():
             found = efficiency.measure(models, contexts=(128, CONTEXT), seconds=seconds, repeats=3)
-        values = {}
+        values = dict[str, float]()
         for who, measured in found.models.items():
             if at := measured.at(CONTEXT):
                 values |= {f"{who}_bytes": at.cache_bytes, f"{who}_seconds": at.decode_seconds_per_token}

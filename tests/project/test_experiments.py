@@ -145,6 +145,19 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
         compose_config(words, tmp_path)
 
 
+def test_scripts_have_types(tmp_path: Path) -> None:
+    """A name of a module that something else takes, or a keyword that is gone, would show after an hour of training."""
+    for script in [*(ROOT / "experiments").glob("*.py"), *(ROOT / "experiments").glob("*/*.py")]:
+        apart = script.name in ("evaluate.py", "run.py")  # several are called so
+        (tmp_path / (f"{script.parent.name}_{script.name}".replace("-", "_") if apart else script.name)).write_bytes(
+            script.read_bytes()
+        )
+    command = [sys.executable, "-m", "mypy", *map(str, tmp_path.glob("*.py"))]  # of what the check has typed its cache
+    environment = {**os.environ, "MYPYPATH": "."}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_method_of_the_refits_table_is_one() -> None:
     """Edits that leave as many layers as the depth says, on text that training does not see."""
     grid = runpy.run_path(str(ROOT / "experiments" / "refit-smollm2" / "methods.py"))
