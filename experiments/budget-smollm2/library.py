@@ -20,6 +20,7 @@ tune()
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from iskd.refits.local import Local  # noqa: E402
 from iskd.schedules.budget.fitting import Fit, fit_options  # noqa: E402
 from iskd.schedules.budget.options import Option, layers_of, options_of  # noqa: E402
 from iskd.schedules.budget.settings import Budget  # noqa: E402
@@ -28,7 +29,7 @@ from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "budget" / "default.yaml"
-LENGTH, BATCH = 256, 4
+LENGTH = 256
 
 
 def main() -> None:
@@ -36,16 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-4, help="of local training")
     parser.add_argument("--only", nargs="+", help="names of options; all where it is left out")
     asked = parser.parse_args()
     values = yaml.safe_load(CONF.read_text(encoding="utf-8"))
-    budget = Budget(params=0.5, options=values["options"])
+    budget = Budget(params=0.5, options=values["options"], lr=asked.lr)
     teacher = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
     with gzip.open(asked.data / "wikitext2" / "train.txt.gz", "rt", encoding="utf-8") as file:
         ids = teacher.tokenizer(file.read(400_000))["input_ids"]
     fit, held = budget.fit_tokens // LENGTH, budget.held_tokens // LENGTH
     windows = torch.tensor(ids[: (fit + held) * LENGTH]).view(-1, LENGTH)
-    texts = Texts(list(windows[:fit].split(BATCH)), list(windows[fit:].split(BATCH)), [])
+    texts = Texts(list(windows[:fit].split(Local.step_tokens // LENGTH)), list(windows[fit:].split(4)), [])
     depth = teacher.model.config.num_hidden_layers
     options = [each for each in options_of(budget.options, asked.only) if each.fitted]
     options = [each for each in options if asked.layer in layers_of(each, depth)]

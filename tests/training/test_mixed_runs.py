@@ -284,7 +284,9 @@ def test_text_to_report_on_is_held_against_that_of_earlier_runs(
     made(tmp_path / "validated", second / "model", f"data.val_path={part}").data.prepare()
     assert "88 % of the passages of the validation text are in what the student trains" in caplog.text
     asked = ["eval=quick", "eval.tasks=[]"]
-    with pytest.raises(ValueError, match=r"[89]\d\.\d % of the passages of eval.text=.*report on text that it never sees"):
+    with pytest.raises(
+        ValueError, match=r"[89]\d\.\d % of the passages of eval.text=.*report on text that it never sees"
+    ):
         made(tmp_path / "asked", second / "model", *asked, f"eval.text={part}")
     (second / DATA_FILE).write_text(json.dumps({**other, "before": [{"cache": "../" + first["cache"]}]}))
     made(tmp_path / "elsewhere", second / "model").data.prepare()

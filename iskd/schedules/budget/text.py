@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iskd.refits.local import Local
 from iskd.schedules.budget.settings import Budget
 
-_BATCH = 1024  # tokens
+_BATCH = 1024  # tokens that are read together
 _SEED = 20
 
 
@@ -20,7 +21,7 @@ class Texts:
     """Windows in batches, [B, T] each; no window is in two of the three.
 
     Attributes:
-        fit: options are fitted to them.
+        fit: options are fitted to them; a batch is a step of training.
         held: they choose among fits and end training.
         score: students are compared on them, one window at a time.
     """
@@ -70,5 +71,5 @@ def texts_of(budget: Budget, windows: Callable[[int], Sequence[Tensor]]) -> Text
     held, score = (min(max(1, round(count * share / sum(asked))), (count - 1) // 2) for share in asked[1:])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     parts = order[held + score :].sort().values, order[:held].sort().values, order[held : held + score].sort().values
-    rows = max(1, _BATCH // length)
-    return Texts(list(every[parts[0]].split(rows)), list(every[parts[1]].split(rows)), list(every[parts[2]].split(1)))
+    step, rows = (max(1, tokens // length) for tokens in (Local.step_tokens, _BATCH))
+    return Texts(list(every[parts[0]].split(step)), list(every[parts[1]].split(rows)), list(every[parts[2]].split(1)))

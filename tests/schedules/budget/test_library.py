@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.export.student import native_config
+from iskd.refits.local import Local
 from iskd.schedules.budget import library as library_file
 from iskd.schedules.budget.fitting import Fit, fit_options
 from iskd.schedules.budget.library import Library, recipe_of
@@ -218,6 +219,14 @@ def test_the_header_says_what_a_file_is(tmp_path: Path) -> None:
     told = json.loads(header["__metadata__"]["iskd"])
     assert told["option"] == option.described()
     assert (told["layer"], told["after"] <= told["before"]) == (1, True)
+
+
+def test_a_batch_to_fit_to_is_a_step_of_local_training() -> None:
+    """As in `refit=local`: several windows go into one only where they are short."""
+    for length, expected in ((128, 4), (256, 2), (512, 1), (1024, 1)):
+        texts = texts_of(BUDGET, lambda _tokens, length=length: [windows(12, length)])
+        assert {len(batch) for batch in texts.fit[:-1]} == {expected}
+        assert expected == max(1, Local.step_tokens // length)
 
 
 def test_the_three_parts_of_the_text_have_no_window_in_common() -> None:
