@@ -41,8 +41,15 @@ from iskd.training.state import checkpoint  # noqa: E402
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
 SMOLLM2 = TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")
 AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
-COLUMNS = ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy")
 TEXTS = ("kl", "ppl_wikitext", "ppl_docstrings", "lambada_nll")
+NAMES = dict(
+    zip(
+        (*TEXTS, *METRICS),
+        ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy"),
+        strict=True,
+    )
+)
+"""In the heads of tables."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

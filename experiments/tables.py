@@ -6,19 +6,23 @@ from statistics import mean
 from typing import Any
 
 import torch
-from scoring import AVERAGED, COLUMNS, METRICS, TEXTS
+from scoring import AVERAGED, METRICS, NAMES, TEXTS
 from torch import Tensor
 
 
-def head(than: str) -> str:
-    """The head of a table whose rows are `line`, in Markdown; `than`: the method that the others are held against."""
-    heads = ("method", "params M", "seeds", "tokens k", "s", *COLUMNS, "average lost %", f"more than {than}")
+def head(teacher: dict[str, Any], than: str) -> str:
+    """The head of a table whose rows are `line`, in Markdown: of what the teacher was asked.
+
+    `than` is the method that the others are held against.
+    """
+    columns = [name for key, name in NAMES.items() if key in teacher]
+    heads = ("method", "params M", "seeds", "tokens k", "s", *columns, "average lost %", f"more than {than}")
     return f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
 
 
 def average(row: dict[str, Any], drawn: dict[str, Tensor] | None = None) -> float:
-    """Mean accuracy over the four tasks, on all items or on drawn ones."""
-    values = {name: torch.tensor(row[name], dtype=torch.float64) for name in AVERAGED}
+    """Mean accuracy over the tasks that were asked, on all items or on drawn ones."""
+    values = {name: torch.tensor(row[name], dtype=torch.float64) for name in AVERAGED if name in row}
     return mean((v if drawn is None else v[drawn[name]]).mean().item() for name, v in values.items())
 
 
@@ -45,7 +49,7 @@ def lost(
         others = 1.0 if than is None else mean(average(row, drawn) for row in than) / average(teacher, drawn)
         return others - kept
 
-    sizes = {name: len(teacher[name]) for name in AVERAGED}
+    sizes = {name: len(teacher[name]) for name in AVERAGED if name in teacher}
     draws = [
         once({name: torch.randint(size, (size,), generator=generator) for name, size in sizes.items()})
         for _ in range(resamples)
@@ -63,7 +67,7 @@ def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any], than: l
         f"{mean(row['seconds'] for row in rows):.0f}",
     ]
     cells += [spread([row[key] for row in rows]) for key in TEXTS]
-    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS]
+    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS if key in teacher]
     cells.append(interval(*lost(rows, teacher)))
     cells.append("" if than is None or than is rows else interval(*lost(rows, teacher, than)))
     return f"| {name} | " + " | ".join(cells) + " |"

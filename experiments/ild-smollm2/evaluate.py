@@ -45,7 +45,7 @@ def table() -> None:
         writer.writerows(flat)
     for layers, methods in sorted(groups.items(), reverse=True):
         print(f"\n**{layers} layers**\n")
-        print(head("ILD"))
+        print(head(teacher, "ILD"))
         print(line("teacher", [teacher], teacher, None))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
             print(line(name, rows, teacher, methods.get("ild")))

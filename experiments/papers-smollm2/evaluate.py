@@ -17,6 +17,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCORES = HERE / "scores"
+TASKS = ("lambada", "piqa", "arc_easy", "copy")
 AGAINST = {"loss": "kl", "importance": "kl", "curve": "iskd", "edits": "all"}
 """Of every part, the method that the others are held against."""
 sys.path.insert(0, str(HERE.parent))
@@ -51,7 +52,7 @@ def table() -> None:
         part, _, name = file.stem.rpartition("-")[0].partition("-")
         parts[part][name].append(json.loads(file.read_text())[0])
     for part, methods in parts.items():
-        print(f"\n**{part}**\n\n{head(AGAINST[part])}")
+        print(f"\n**{part}**\n\n{head(teacher, AGAINST[part])}")
         ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
         print(line("teacher", [teacher], teacher, None))
         for name, rows in ranked:
@@ -81,12 +82,14 @@ def main() -> None:
     asking.add_argument("--data", type=Path, required=True)
     asking.add_argument("--items", type=int, default=300)
     asking.add_argument("--tokens", type=int, default=8192)
+    asking.add_argument("--tasks", nargs="+", default=TASKS, help=f"among {', '.join(scoring.METRICS)}")
     commands.add_parser("table")
     asked = parser.parse_args()
     if asked.command == "table":
         table()
         return
-    scorer = scoring.Scorer(asked.data, asked.items, asked.tokens)
+    metrics = {name: scoring.METRICS[name] for name in asked.tasks}
+    scorer = scoring.Scorer(asked.data, asked.items, asked.tokens, metrics=metrics)
     for run in asked.runs:
         score(run, scorer)
 
