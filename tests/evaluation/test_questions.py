@@ -457,7 +457,7 @@ def shown(count: int) -> list[Passage]:
 
 
 def written(model: Any, groups: list[list[Passage]]) -> dict[tuple[int, ...], Tensor]:
-    """Logits [new, V] of all that a model writes, by the ids of prompt and text; a group of passages is asked together."""
+    """Logits [new, V] of all that a model writes, by the ids of prompt and text; groups are asked together."""
     found, generate = dict[tuple[int, ...], Tensor](), model.generate
 
     def noted(*args: Any, **options: Any) -> Tensor:
