@@ -141,6 +141,22 @@ def mixer_specs() -> dict[str, Spec]:
     return specs
 
 
+def mixer_variants() -> dict[str, Spec]:
+    """Mixers of conf/mixer with keys that give them other parts or another state, each under a name of its own."""
+    changed: dict[str, tuple[str, dict[str, Any]]] = {
+        "t2r": ("linear_attention", {"feature_map": "t2r"}),
+        "dpfp": ("linear_attention", {"feature_map": "dpfp", "nu": 2}),
+        "sliding_elu1": ("sliding", {"feature_map": "elu1"}),
+        "grouped": ("gated_deltanet", {"group": 4}),
+        "three_steps": ("deltaproduct", {"steps": 3}),
+        "bare": ("deltaproduct", {"steps": 1, "decay": False, "gate": False, "conv": 0}),
+        "shifted": ("rwkv6", {"token_shift": True}),
+        "turned": ("gla", {"rotary": True, "conv": 4, "conv_activation": "silu"}),
+    }
+    specs = mixer_specs()
+    return {name: Spec(specs[mixer].target, {**specs[mixer].kwargs, **keys}) for name, (mixer, keys) in changed.items()}
+
+
 @torch.no_grad()
 def louder(model: PreTrainedModel) -> PreTrainedModel:
     """Larger weights and no zero biases, so that what a mixer does shows in the logits of a random model."""

@@ -16,13 +16,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
 from iskd.evaluation.likelihood import Step, TaskResult
 from iskd.evaluation.scores import GENERATION, Scored
 from iskd.evaluation.tasks.passages import WRITTEN, Passage
 from iskd.models import Stack, scoring
+from iskd.models.cache import forked
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +51,26 @@ def write_and_score(
 ) -> Scored:
     """Have a model write every passage greedily, and compare with the references.
 
-    A prompt too long for the model (`Stack.limit`) loses its beginning, which is told.
+    What several prompts begin with, such as the same examples, is read once, and each goes on from its KV cache: up to
+    rounding the same. A prompt too long for the model (`Stack.limit`) loses its beginning, which is told.
     """
-    rows, cut, limit = [], 0, Stack(model).limit
+    stack = Stack(model)
+    limit, rows = stack.limit, dict[int, dict[str, float]]()
     with scoring(model):
-        for done, passage in enumerate(passages, 1):
-            ids, new = _prompt(tokenizer, passage, frame, limit)
-            cut += limit is not None and len(ids) + new > limit
-            text = _written(model, tokenizer, ids if limit is None else ids[-(limit - new) :], new)
-            rows.append(compared(text, passage.reference))
-            step(done, len(passages))
+        wholes = [_prompt(tokenizer, passage, frame, limit) for passage in passages]
+        prompts = [ids if limit is None else ids[-(limit - new) :] for ids, new in wholes]
+        cut = sum(len(whole) > len(ids) for (whole, _), ids in zip(wholes, prompts, strict=True))
+        for group in _groups(prompts):
+            begun = _begun(stack, [prompts[number] for number in group])
+            for number in group:
+                text = _written(model, tokenizer, prompts[number], wholes[number][1], begun)
+                rows[number] = compared(text, passages[number].reference)
+                step(len(rows), len(passages))
     if cut:
         log.warning("%s: %d texts lost their beginning: the context is %d tokens", name, cut, limit)
     main = metric or WRITTEN[name]
     names = [main, *(each for each in METRICS if each != main)]
-    values = {each: torch.tensor([row[each] for row in rows]) for each in names}
+    values = {each: torch.tensor([rows[number][each] for number in range(len(passages))]) for each in names}
     return Scored(GENERATION, main, 0.0, TaskResult(tuple(passage.id for passage in passages), values))
 
 
@@ -78,11 +84,48 @@ def _prompt(
     return ids, new if limit is None else min(new, max(1, limit // 2))
 
 
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: int) -> str:
-    """The line that a model writes after a prompt."""
+def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Numbers of the prompts, those together of which each has half of its tokens or more in common with the first.
+
+    A passage that is itself among the examples has others before it.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(range(len(prompts)), key=prompts.__getitem__):
+        if groups and 2 * _alike(prompts[groups[-1][0]], prompts[number]) >= len(prompts[number]):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two prompts begin with."""
+    return next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+
+
+def _begun(stack: Stack, group: Sequence[Sequence[int]]) -> Cache | None:
+    """The KV cache of what the prompts of a group begin with; None for a single one, or where documents are told apart.
+
+    The last token of a prompt is read with the prompt itself: it says what comes next.
+    """
+    # they are in order: what the first and the last have in common, all have
+    length = min(_alike(group[0], group[-1]), min(map(len, group)) - 1)
+    if len(group) < 2 or length < 1 or stack.separator is not None:
+        return None
+    cache = stack.new_cache()
+    stack.last_hidden(torch.tensor([group[0][:length]], device=stack.model.device), cache=cache)
+    return cache
+
+
+def _written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: int, begun: Cache | None
+) -> str:
+    """The line that a model writes after a prompt, of which `begun` holds the beginning."""
     ids_1T = torch.tensor([ids], device=model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     call: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "pad_token_id": padding}
+    if begun is not None:
+        call |= {"past_key_values": forked(begun, torch.zeros(1, dtype=torch.int64)), "use_cache": True}
     sequence: Tensor = cast(Any, model).generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **call)
     text = str(tokenizer.decode(sequence[0, len(ids) :].tolist(), skip_special_tokens=True))
     return text.strip().split("\n", 1)[0].strip()

@@ -135,6 +135,10 @@ class Align(Layers, Heal):
         """The layers that may be converted, and how many of them are."""
         return self._conversions.choice(history)
 
+    def chosen(self, history: History) -> list[int] | None:
+        """All layers that are still to be converted, the first one first; None where nobody has scored them yet."""
+        return self._conversions.chosen(history)
+
     def candidates_for(self, history: History) -> list[Stage]:
         """The next stage, the first one with all conversions; none when the run is complete.
 

@@ -6,7 +6,7 @@ Each kind makes the edit of one layer, a frozen value. `takes` names the groups 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,8 +131,9 @@ class ConvertTo:
 
     def make(self, layer: int, seed: int) -> Edit:
         """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
-        own = [mixer for mixer, layers in (self.mixers or {}).values() if _among(layer, layers)]
-        return Convert(layer, own[0] if own else self.mixer, seed=seed * 10_007 + layer)
+        name = self.entry_of(layer)
+        mixer = self.mixer if name is None or self.mixers is None else self.mixers[name][0]
+        return Convert(layer, mixer, seed=seed * 10_007 + layer)
 
     @property
     def every(self) -> list[Spec]:
@@ -147,6 +148,29 @@ class ConvertTo:
                 raise ValueError(
                     f"edit.mixers={{{name}: ...}} names layer {far[0]}; the teacher has layers 0..{depth - 1}"
                 )
+
+    def check_used(self, converted: Collection[int], *, all_listed: bool = True) -> None:
+        """Raise ValueError where an entry of `mixers` would silently do nothing.
+
+        Args:
+            converted: the layers that are converted.
+            all_listed: whether each layer of a list has to be among them; else one of an entry's, as for words.
+        """
+        for name, (_, layers) in (self.mixers or {}).items():
+            hit = [layer for layer in sorted(converted) if _among(layer, layers)]
+            idle = [] if isinstance(layers, str) else [layer for layer in layers if layer not in converted]
+            if hit and not (idle and all_listed):
+                continue
+            what = f"layers that are {layers}" if isinstance(layers, str) else f"layer {', '.join(map(str, idle))}"
+            found = ", ".join(map(str, sorted(converted))) or "none"
+            raise ValueError(
+                f"edit.mixers={{{name}: {layers}}}: {what} would not be converted; those that are converted: {found}. "
+                "Name some of these, or drop what is named in vain"
+            )
+
+    def entry_of(self, layer: int) -> str | None:
+        """The entry of `mixers` that a layer gets its mixer from; None = it gets `mixer`."""
+        return next((name for name, (_, layers) in (self.mixers or {}).items() if _among(layer, layers)), None)
 
     def _shown(self, layers: str | Sequence[int]) -> list[int]:
         """Layers of a list; of a word, those up to the highest that any list names and the next two."""

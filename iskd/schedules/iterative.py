@@ -42,6 +42,10 @@ class Iterative(LayerSchedule):
         """Edits of every stage but the last; None = all in one."""
         return self.per_stage
 
+    def chosen(self, history: History) -> list[int] | None:
+        """As in `LayerSchedule`; which neighbours come later is decided then."""
+        return None if self.contiguous else super().chosen(history)
+
     def open_among(self, available: Sequence[int], history: History) -> list[int]:
         """The layers on either side of those that are edited, with `contiguous`; else all.
 

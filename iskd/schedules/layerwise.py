@@ -136,6 +136,23 @@ class LayerSchedule(Layers, Heal):
         """Those of the layers that may be edited which the next stage may take, in their order; here all."""
         return list(available)
 
+    def chosen(self, history: History) -> list[int] | None:
+        """All layers that are still to be edited, the first one first; None where what comes later decides on some.
+
+        Raises ValueError as `candidates_for` does.
+        """
+        if self.scoring == "each" or self.candidates > 1 or (self.scoring == "once" and history.scores is None):
+            return None
+        available, left = self._open(history)
+        return available[:left]
+
+    def _open(self, history: History) -> tuple[list[int], int]:
+        """The layers that may still be edited, in order, and how many of them are."""
+        protected = self.protected(history.record)
+        order = self.in_order(history.record, history.scores)
+        available = first_available(order, self.used(history), protected, len(order))
+        return available, self.target.left(history, available, protected)
+
     def candidates_for(self, history: History) -> list[Stage]:
         """The next stage with the best choice of layers, then with the next best in place of its last layer, and so on.
 
@@ -146,10 +163,7 @@ class LayerSchedule(Layers, Heal):
         """
         if self.complete(history):
             return []
-        record, protected = history.record, self.protected(history.record)
-        order = self.in_order(record, history.scores)
-        available = first_available(order, self.used(history), protected, len(order))
-        left = self.target.left(history, available, protected)
+        available, left = self._open(history)
         number = min(self.edits_per_stage or left, left)
         stages = -(-left // number)
         available = self.open_among(available, history)

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 from iskd.plan import Stage
 from iskd.schedules.base import Choice, History, Schedule
+from iskd.schedules.edits import ConvertTo
+from iskd.schedules.settings import Layers
+from iskd.schedules.stages_ahead import forecast
 
 
 @dataclass(frozen=True)
@@ -156,3 +159,30 @@ def turn_of(schedule: Schedule, importance: Any, history: History) -> Turn | Non
 def of_stage(schedule: Schedule, stage: Stage) -> Schedule:
     """The schedule that a stage comes from."""
     return schedule.parts[stage.step].schedule if isinstance(schedule, Mixed) else schedule
+
+
+def refuse_in_vain(schedule: Schedule, history: History) -> None:
+    """Raise ValueError where `edit.mixers` names layers that are not converted, as far as that is known at the start.
+
+    Which layers scores choose is not: a mixer is then held against all that may be, and so is one of a step after them.
+    """
+    known = True
+    for part in schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]:
+        each, seen = part.schedule, replace(history, stages=(), scores=None, before=len(history.record.edits))
+        known = known and each.scoring == "never"
+        if isinstance(each, Layers) and isinstance(each.edit, ConvertTo):
+            chosen = each.chosen(seen) if known else None
+            each.edit.check_used(each.may_edit(seen) if chosen is None else chosen)
+        for stage in forecast(each, seen) if known else ():
+            history = history.after(stage)
+
+
+def in_vain(schedule: Schedule, history: History) -> str:
+    """What is wrong where, by the scores of `history`, a mixer is named for layers of which none is chosen; else ""."""
+    chosen = schedule.chosen(history) if isinstance(schedule, Layers) else None
+    if isinstance(schedule, Layers) and isinstance(schedule.edit, ConvertTo) and chosen is not None:
+        try:
+            schedule.edit.check_used(chosen, all_listed=False)
+        except ValueError as error:
+            return str(error)
+    return ""

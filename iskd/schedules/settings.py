@@ -13,7 +13,7 @@ from iskd.plan.stage import LoraSpec, lora_of
 from iskd.plan.token_budget import ON_CPU
 from iskd.schedules.base import History
 from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers
-from iskd.schedules.orders import NAMES, ordered
+from iskd.schedules.orders import NAMES, first_available, ordered
 
 # by name of a choice of layers, the first one and the step to the next
 NAMED = {"all": (0, 1), "every_second": (1, 2)}
@@ -133,6 +133,16 @@ class Layers:
     def used(self, history: History) -> Sequence[int]:
         """Layers that are not edited again; a list may name some that were edited before this schedule began."""
         return history.record.edited if self.listed is None else history.own
+
+    def may_edit(self, history: History) -> list[int]:
+        """All layers that may still be edited, ascending; reads no scores."""
+        record = history.record
+        among = record.layers if self.listed is None else self.in_order(record, None)
+        return sorted(first_available(among, self.used(history), self.protected(record), record.num_layers))
+
+    def chosen(self, history: History) -> list[int] | None:
+        """All layers that are still to be edited, the first one first; None where that is not known yet."""
+        return None
 
     def in_order(self, record: Record, scores: Mapping[int, float] | None) -> list[int]:
         """All layers that may ever be edited, protected ones among them, the first to be edited first.

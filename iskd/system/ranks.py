@@ -14,36 +14,45 @@ if TYPE_CHECKING:  # torch takes seconds, and a command that asks which process 
 def global_rank() -> int:
     """Rank among all processes of the run, 0-based.
 
-    `RANK` is set by torchrun. srun sets `SLURM_PROCID`, which means a rank only where it started several tasks: under
-    one task the processes are Lightning's own, and those, as on one machine without SLURM, differ in `LOCAL_RANK`.
+    `RANK` is set by torchrun. SLURM sets `SLURM_PROCID`, which means a rank only in a step of several tasks: under one
+    task, and in a batch script, the processes are Lightning's own, and those, as on one machine without SLURM, differ
+    in `LOCAL_RANK`.
     """
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    if _number(os.environ, _STEP_TASKS, 1) > 1 and "SLURM_PROCID" in os.environ:
         return int(os.environ["SLURM_PROCID"])
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
     """Which of the run's processes on this machine this one is, 0-based: of torchrun, Lightning or a step of SLURM."""
-    found = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", ""))
-    return int(found) if found.isdigit() else 0
+    return _number(environment, "LOCAL_RANK" if "LOCAL_RANK" in environment else "SLURM_LOCALID", 0)
 
 
 def started_together(environment: Mapping[str, str]) -> int:
-    """How many processes were started together: by torchrun, or as tasks of a step of SLURM.
+    """How many processes were started together: by torchrun, by Lightning, or as tasks of a step of SLURM.
 
-    A job's number of tasks (`SLURM_NTASKS`) says nothing by itself: without srun, one process has all of the job.
+    A job's number of tasks (`SLURM_NTASKS`) says nothing by itself: without srun, one process has all of the job. Where
+    nobody says how many there are, there are at least those up to this one's own rank.
     """
-    for key in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+    for key in ("WORLD_SIZE", _STEP_TASKS):
         if environment.get(key, "").isdigit():
             return max(1, int(environment[key]))
-    return 1
+    return 1 + max(_number(environment, key, 0) for key in ("RANK", "LOCAL_RANK"))
 
 
 def one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether something else started this process as one of several, and has to start them again."""
-    return "LOCAL_RANK" in environment or "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) > 1
+    return started_together(environment) > 1
+
+
+_STEP_TASKS = "SLURM_STEP_NUM_TASKS"  # srun sets it for what it starts, and salloc's own shell has 1
+
+
+def _number(environment: Mapping[str, str], key: str, otherwise: int) -> int:
+    found = environment.get(key, "")
+    return int(found) if found.isdigit() else otherwise
 
 
 class Ranks:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
-from iskd.models import surgery
-from iskd.plan import to_json
+from iskd.models import Stack, surgery
+from iskd.plan import Convert, Edit, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
-from iskd.schedules import Choice, History, Schedule
-from iskd.schedules.mixed import Mixed, of_stage, turn_of
+from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast
+from iskd.schedules.mixed import Mixed, Step, in_vain, of_stage, refuse_in_vain, turn_of
+from iskd.schedules.settings import Layers
 from iskd.system import Ranks
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule
@@ -43,6 +46,57 @@ def check_importance(schedule: Schedule, importance: Importance | None) -> None:
             "importance=fixed holds one entry per block of the student, and a removal leaves fewer; set "
             "schedule.rescore=false"
         )
+
+
+def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) -> None:
+    """Raise ValueError, before anything is scored, for a mixer that is named in vain or a part that cannot be made.
+
+    A part calls its keys `mixer.KEY` or `block.KEY`: of an entry of `edit.mixers` or a step they are told as they were
+    written. Nothing has weights here.
+
+    Args:
+        schedule: of the run.
+        teacher: its teacher, on any device.
+        history: of a run that begins, with scores of any value.
+    """
+    refuse_in_vain(schedule, history)
+    steps = schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]
+    kinds = [getattr(each.schedule, "edit", None) for each in steps]
+    if not isinstance(schedule, Mixed) and not getattr(kinds[0], "mixers", None):
+        return  # the plan says the same, under the right names
+    model, record = surgery.rebuild(teacher, history.record, "meta"), history.record
+    for stage in forecast(schedule, history):
+        for edit in stage.edits:
+            with _named(schedule, stage.step, edit):
+                record = surgery.apply(model, record, [edit])
+    # scores to come may choose other layers: of each entry one that they may choose is tried
+    stack, layers = Stack(surgery.rebuild(teacher, history.record, "meta")), history.record.layers
+    for number, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
+        if isinstance(kind, ConvertTo) and isinstance(step.schedule, Layers) and step.schedule.scoring != "never":
+            entries = {kind.entry_of(layer): layer for layer in step.schedule.may_edit(history)}
+            for edit in (kind.make(layer, 0) for entry, layer in entries.items() if entry is not None):
+                assert isinstance(edit, Convert)
+                with _named(schedule, number, edit):
+                    surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
+
+
+@contextmanager
+def _named(schedule: Schedule, step: int, edit: Edit) -> Iterator[None]:
+    """Errors about an edit's part name its keys as the user wrote them."""
+    try:
+        yield
+    except ValueError as error:
+        mixed = isinstance(schedule, Mixed)
+        written = schedule.steps[step] if isinstance(schedule, Mixed) and schedule.steps else {}
+        kind = getattr(schedule.parts[step].schedule if isinstance(schedule, Mixed) else schedule, "edit", None)
+        entry = kind.entry_of(edit.layer) if isinstance(kind, ConvertTo) else None
+        place = f"schedule.steps[{step}]." if mixed else ""
+        own = {group: f"{place}{group}." for group in ("block", "mixer") if group in written}
+        own |= {} if entry is None else {"mixer": f"{place}edit.mixers.{entry}."}
+        said = str(error)
+        for group, name in own.items():
+            said = re.sub(rf"(?<![\w.]){group}\.", name, said)
+        raise ValueError(said) from error
 
 
 def history_of(state: RunState, module: DistillModule, pass_tokens: int | None = None) -> History:
@@ -85,6 +139,11 @@ def decide(
             scores, note = _scored(turn.step.importance, module, batches, state.record.layers, choice)
         state.scored(ranks.first(by_layer(scores, state.record.layers)))
         events = [note] if note else []
+    if turn is not None and turn.begins:
+        vain = in_vain(turn.step.schedule, replace(turn.history, scores=state.scores))
+        if vain and not state.finished:
+            raise ValueError(vain)
+        events += [vain] if vain else []  # of a later step: what was trained by then is kept
     found = schedule.candidates_for(history_of(state, module, pass_tokens))
     stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
     trial_tokens = of_stage(schedule, stages[0]).trial_tokens if stages else 0

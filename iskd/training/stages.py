@@ -37,7 +37,14 @@ from iskd.schedules.mixed import of_stage
 from iskd.system import Busy
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.system.text import argument
-from iskd.training.deciding import Importance, check_importance, decide, history_of, no_better_than_guessing
+from iskd.training.deciding import (
+    Importance,
+    check_edits,
+    check_importance,
+    decide,
+    history_of,
+    no_better_than_guessing,
+)
 from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
@@ -177,6 +184,7 @@ class StageLoop:
         live, state, module, start = self.live, self.state, self.live.module, time.perf_counter()
         stand_ins = dict.fromkeys(state.record.layers, 0.0)  # scores are made below
         history = replace(history_of(state, module, self.data.pass_tokens), scores=stand_ins)
+        check_edits(self.schedule, module.teacher, history)
         self.editor.check_refits(module, forecast(self.schedule, history))
         self.clock.lap()
         with live.breaking_off(module.teacher):

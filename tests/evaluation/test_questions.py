@@ -9,28 +9,32 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.data import Framing
 from iskd.evaluation import Asking, EvalSpec, evaluate
 from iskd.evaluation.evaluator import check
 from iskd.evaluation.harness import Drawn, draw
 from iskd.evaluation.questions import questions
 from iskd.evaluation.results import TaskScore
 from iskd.evaluation.tasks.made_items import LENGTHS, copying_items, recall_items
+from iskd.evaluation.tasks.passages import Passage
 from iskd.evaluation.tasks.task_items import Item, read_sentences, read_task
-from iskd.evaluation.written import compared
+from iskd.evaluation.written import compared, write_and_score
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import byte_tokenizer
 from iskd.plan import Convert, Record, Spec
 from iskd.teacher import Loaded
-from tests.factories import tiny
+from tests.factories import mixer_specs, tiny
 
 MIXER = Spec("iskd.mixers.linear_attention.LinearAttention", {})
 BYTES = byte_tokenizer()
+MIXERS = mixer_specs()
 
 
-def model_of(context: int = 256) -> PreTrainedModel:
-    model = tiny("llama", vocab=257, context=context)
+def model_of(context: int = 256, family: str = "llama") -> PreTrainedModel:
+    model = tiny(family, vocab=257, context=context)
     with torch.no_grad():
         Stack(model).head[0].mul_(20)
     return model.eval()
@@ -441,6 +445,60 @@ def test_translations_and_summaries_are_written_and_compared(tmp_path: Path) -> 
     lines(tmp_path, "summary", [{"text": "a"}])
     with pytest.raises(ValueError, match=r"line 1 is no item of summary: field 'summary' must be a text"):
         check(EvalSpec(**spec), model)
+
+
+def shown(count: int) -> list[Passage]:
+    """Passages behind two examples; the first two of them, which are those of the others, behind others."""
+    texts = [f"{chr(97 + n) * 3}: " for n in range(count)]
+    return [
+        Passage(str(n), "".join(f"{text}is seen\n" for text in texts if text != own)[: 2 * 13] + own, "is seen too")
+        for n, own in enumerate(texts)
+    ]
+
+
+def written(model: Any, groups: list[list[Passage]]) -> dict[tuple[int, ...], Tensor]:
+    """Logits [new, V] of all that a model writes, by the ids of prompt and text; groups are asked together."""
+    found, generate = dict[tuple[int, ...], Tensor](), model.generate
+
+    def noted(*args: Any, **options: Any) -> Tensor:
+        made = generate(*args, **options, output_logits=True, return_dict_in_generate=True)
+        found[tuple(made.sequences[0].tolist())] = torch.cat(made.logits)
+        sequences: Tensor = made.sequences
+        return sequences
+
+    model.generate = noted
+    for group in groups:
+        write_and_score(model, BYTES, "summary", group, metric=None, step=lambda *_: None, frame=Framing())
+    model.generate = generate
+    return found
+
+
+def check_written(model: PreTrainedModel, passages: list[Passage]) -> tuple[int, int]:
+    """Asked together or one by one, passages give the same; the tokens that are read for either."""
+    read = list[int]()
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    together, once = written(model, [passages]), sum(read)
+    apart = written(model, [[passage] for passage in passages])
+    assert together.keys() == apart.keys()
+    assert len(together) == len(passages)
+    for text, logits in apart.items():
+        torch.testing.assert_close(together[text], logits, atol=1e-3, rtol=1e-4)
+    return once, sum(read) - once
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma", "gemma3_text"])
+def test_examples_of_several_passages_are_read_once(family: str) -> None:
+    together, apart = check_written(model_of(family=family), shown(6))
+    # four passages begin with the same 26 characters, the other two with examples of their own
+    assert apart - together == 3 * 26
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_texts_go_on_from_the_state_of_a_mixer(mixer: str) -> None:
+    model, passages = model_of(), shown(4)[2:]
+    surgery.apply(model, Record(4), [Convert(layer, MIXERS[mixer], seed=layer) for layer in range(0, 4, 2)])
+    together, apart = check_written(model.eval(), passages)
+    assert apart - together == 26
 
 
 def test_texts_are_compared_by_torchmetrics() -> None:

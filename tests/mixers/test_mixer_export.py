@@ -16,9 +16,9 @@ from iskd.export.student import write
 from iskd.models import surgery
 from iskd.plan import Convert, Record, Remove
 from tests.documents import ROOT
-from tests.factories import louder, mixer_specs, tiny, windows
+from tests.factories import louder, mixer_specs, mixer_variants, tiny, windows
 
-SPECS = mixer_specs()
+SPECS = {**mixer_specs(), **mixer_variants()}
 # imports iskd and nothing of the tests; `answers` of both processes are made by these lines
 ANSWERS = """
 import sys, torch, iskd

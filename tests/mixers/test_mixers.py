@@ -1,4 +1,4 @@
-"""Laws of mixers, for every mixer in conf/mixer inside every family."""
+"""Laws of mixers, for every mixer in conf/mixer, and what its keys make of it, inside every family."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from iskd.mixers.base import Context
 from iskd.models import CacheSlot, Stack, surgery
 from iskd.models.cache import StateLayer, cache_held_bytes
 from iskd.plan import Convert, Record, Remove, Replace, Spec
-from tests.factories import FAMILIES, conf_group, louder, mixer_specs, padded, tiny, windows
+from tests.factories import FAMILIES, conf_group, louder, mixer_specs, mixer_variants, padded, tiny, windows
 from tests.laws import check_beams, check_cache, check_generation, check_padding, check_past, generate, logits, same
 
-SPECS = mixer_specs()
+VARIANTS = mixer_variants()
+SPECS = {**mixer_specs(), **VARIANTS}
 LINEAR = "iskd.mixers.linear_attention.LinearAttention"
 LAYERS = (0, 2)
-# laws about hosts: two mixers, one grouped and one with gates, in every family, and all others in two
+# laws about hosts: two mixers, one grouped and one with gates, in every family, all others in two, variants in one
 WIDE = ("linear_attention", "gla")
 EVERY = [
     pytest.param(family, name, id=f"{family}-{name}")
     for name in SPECS
-    for family in (FAMILIES if name in WIDE else ("llama", "gpt2"))
+    for family in (FAMILIES if name in WIDE else ("llama",) if name in VARIANTS else ("llama", "gpt2"))
 ]
 
 
@@ -318,7 +319,7 @@ def test_a_converted_student_is_saved_and_loaded(name: str, tmp_path: Path) -> N
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", mixer_specs())
 def test_a_yaml_shows_what_every_mixer_takes(name: str) -> None:
     """All keys of a yaml are taken, or no mixer above were built; some every yaml shows."""
     assert {"init", "heads", "chunk"} <= set(conf_group("mixer")[name])

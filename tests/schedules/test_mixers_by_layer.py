@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +13,25 @@ from iskd.commands.build.schedule import edit_of
 from iskd.commands.compose import compose_config
 from iskd.commands.values import as_meant
 from iskd.models import Stack, surgery
-from iskd.plan import Convert, Record, Spec, to_json
+from iskd.plan import Convert, Record, Remove, Spec, to_json
 from iskd.plan.reading import record_from_json
 from iskd.schedules import ConvertTo, History
 from iskd.schedules.align import Align
+from iskd.schedules.edits import RemoveLayers, ReplaceWith
+from iskd.schedules.iterative import Iterative
+from iskd.schedules.mixed import Mixed, Step, in_vain, refuse_in_vain
 from iskd.schedules.oneshot import Oneshot
+from iskd.training.deciding import check_edits
 from tests.factories import mixer_specs, tiny
 from tests.laws import check_cache, check_generation
 
 SPECS = mixer_specs()
 WINDOW, MLSTM, GLA = (SPECS[name] for name in ("window", "mlstm", "gla"))
+
+
+def steps(first: dict[str, Any], second: dict[str, Any], schedule: Any) -> Mixed:
+    """A removal and another step, as they were written."""
+    return Mixed([Step(Oneshot(RemoveLayers(), layers=[0])), Step(schedule)], [first, second])
 
 
 def mixers_of(edit: Any, depth: int = 6) -> list[Spec]:
@@ -96,6 +107,100 @@ def test_a_layer_beyond_the_teacher_is_refused() -> None:
     schedule = Align(ConvertTo(WINDOW, {"mlstm": (MLSTM, [1, 9])}), mixers=None, hidden=False)
     with pytest.raises(ValueError, match=r"names layer 9; the teacher has layers 0\.\.5"):
         schedule.candidates_for(History(Record(6)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "named", "said"),
+    [
+        (Oneshot, {"layers": [0, 1, 2]}, [1, 3], "layer 3 would not be converted; those that are converted: 0, 1, 2"),
+        (Oneshot, {"layers": [0, 2]}, "odd", "layers that are odd would not be converted; those .*: 0, 2"),
+        (Oneshot, {"layers": "every_second", "order": "middle_out"}, "even", r"those that are converted: 1, 3, 5"),
+        (Oneshot, {"count": -1, "protect": [3]}, [3], "layer 3 would not .*: 0, 1, 2, 4, 5"),
+        (
+            Oneshot,
+            {"count": -1, "protect_first": 1, "protect_last": 1},
+            [0, 2, 5],
+            "layer 0, 5 would not .*: 1, 2, 3, 4",
+        ),
+        (Oneshot, {"count": 2, "order": "middle_out"}, [2, 4], "layer 4 would not .*: 2, 3"),
+        (Iterative, {"count": 2, "order": "middle_out", "tokens": 8}, "even", None),
+        (Iterative, {"count": 2, "order": "middle_out", "tokens": 8}, [1], "layer 1 would not .*: 2, 3"),
+        (Iterative, {"count": 2, "contiguous": True, "order": "middle_out"}, [4], None),
+        (Align, {"layers": [1, 4]}, [1, 2], "layer 2 would not .*: 1, 4"),
+        (Align, {"protect": [5]}, [5], "layer 5 would not"),
+        (Align, {"attention_share": 0.5, "protect": [0]}, [0], "layer 0 would not .*: 1, 2, 3, 4, 5"),
+        (Align, {"attention_share": 0.5}, [0, 1, 2, 3], None),
+    ],
+)
+def test_a_mixer_for_layers_that_are_not_converted_is_refused(
+    kind: Any, keys: dict[str, Any], named: Any, said: str | None
+) -> None:
+    """Before anything is scored: of layers that scores choose, those that they may choose count."""
+    schedule, history = kind(ConvertTo(WINDOW, {"gla": (GLA, named)}), **keys), History(Record(6))
+    with nullcontext() if said is None else pytest.raises(ValueError, match=rf"edit.mixers=\{{gla: .*{said}"):
+        refuse_in_vain(schedule, history)
+
+
+def test_layers_that_are_gone_count_for_no_mixer() -> None:
+    convert = ConvertTo(WINDOW, {"gla": (GLA, [2, 4])})
+    by_hand, scored = Oneshot(RemoveLayers(), layers=[2]), Oneshot(RemoveLayers(), count=1)
+    rest = Align(convert)
+    with pytest.raises(ValueError, match="layer 2 would not be converted; those that are converted: 0, 1, 3, 4, 5"):
+        refuse_in_vain(Mixed([Step(by_hand), Step(rest)]), History(Record(6)))
+    refuse_in_vain(Mixed([Step(scored), Step(rest)]), History(Record(6)))
+    # of a student that a run goes on from, too
+    with pytest.raises(ValueError, match="layer 2 would not be converted"):
+        refuse_in_vain(Oneshot(convert, count=2), History(Record(6, (Remove(2),))))
+    assert in_vain(rest, History(Record(6, (Remove(2), Remove(4))), before=2)).startswith("edit.mixers={gla: [2, 4]}")
+    assert not in_vain(rest, History(Record(6, (Remove(2),)), before=1))
+
+
+def test_scores_that_choose_no_layer_of_a_mixer_are_told() -> None:
+    scores = {layer: float(layer) for layer in range(6)}
+    for named, vain in (([3, 4], True), ([1, 4], False), ("odd", False)):
+        schedule = Align(ConvertTo(WINDOW, {"gla": (GLA, named)}), count=2, order="importance")
+        refuse_in_vain(schedule, History(Record(6)))
+        said = in_vain(schedule, History(Record(6), scores=scores))
+        assert bool(said) == vain
+        assert not vain or said.endswith(
+            "those that are converted: 0, 1. Name some of these, or drop what is named in vain"
+        )
+
+
+BAD_WINDOW = replace(SPECS["mlstm_window"], kwargs={**SPECS["mlstm_window"].kwargs, "window": 2, "sinks": 3})
+BAD_HEADS = replace(GLA, kwargs={**GLA.kwargs, "heads": 5})
+LARGE = Spec("iskd.blocks.slim.Slim", {"ratio": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (
+            Align(ConvertTo(GLA, {"mlstm_window": (BAD_WINDOW, "odd")})),
+            "edit.mixers.mlstm_window.sinks=3 is more than edit.mixers.mlstm_window.window=2: .* set "
+            "edit.mixers.mlstm_window.sinks to 2 or less",
+        ),
+        (Align(ConvertTo(WINDOW, {"gla": (BAD_HEADS, [3])})), "edit.mixers.gla.heads=5 does not divide"),
+        # the layers that stand-ins for scores choose have none of it
+        (Oneshot(ConvertTo(WINDOW, {"gla": (BAD_HEADS, [3])}), count=1), "edit.mixers.gla.heads=5 does not divide"),
+        (Align(ConvertTo(BAD_HEADS, {"window": (WINDOW, [3])})), "mixer.heads=5 does not divide"),
+        (steps({}, {"mixer": {}}, Align(ConvertTo(BAD_HEADS))), r"schedule.steps\[1\].mixer.heads=5 does not divide"),
+        (steps({}, {}, Align(ConvertTo(BAD_HEADS))), "mixer.heads=5 does not divide"),
+        (
+            steps({}, {"mixer": {}}, Align(ConvertTo(WINDOW, {"gla": (BAD_HEADS, "odd")}))),
+            r"schedule.steps\[1\].edit.mixers.gla.heads=5 does not divide",
+        ),
+        (steps({"block": {}}, {}, Oneshot(ReplaceWith(LARGE), layers=[3])), "block.ratio must be in"),
+        (
+            steps({}, {"block": {}}, Oneshot(ReplaceWith(LARGE), layers=[3])),
+            r"schedule.steps\[1\].block.ratio must be in",
+        ),
+    ],
+)
+def test_what_a_part_says_of_its_keys_is_told_as_they_were_written(schedule: Any, said: str) -> None:
+    teacher = tiny("llama")
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_edits(schedule, teacher, History(Record(4), scores=dict.fromkeys(range(4), 0.0)))
 
 
 def test_matrices_are_aligned_where_all_mixers_have_one() -> None:

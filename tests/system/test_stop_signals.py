@@ -36,7 +36,7 @@ from tests.commands.test_cli import NAME, ROOT
 from tests.factories import CONF
 from tests.worlds import Command
 
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SUBMITIT_EXECUTOR", "SUBMITIT_PREEMPT_SIGNAL")
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SUBMITIT_EXECUTOR", "SUBMITIT_PREEMPT_SIGNAL")
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +147,7 @@ def test_other_threads_install_nothing() -> None:
         ({}, 0),
         ({"LOCAL_RANK": "1"}, 1),
         ({"RANK": "5", "LOCAL_RANK": "1"}, 5),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "LOCAL_RANK": "1"}, 3),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "LOCAL_RANK": "2"}, 2),
-        ({"RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, 1),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, 3),
     ],
 )
 def test_rank_and_exit_code(variables: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +167,7 @@ def test_only_rank_zero_claims_a_directory(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / CONFIG_FILE).write_text("seed: 1")
     with pytest.raises(ValueError, match="holds another run"):
         claim(tmp_path, resuming=False)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")  # first of its node, with LOCAL_RANK 0 or none
     claim(tmp_path, resuming=False)
 

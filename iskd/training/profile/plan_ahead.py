@@ -25,6 +25,7 @@ from iskd.system.version import CONF, options
 from iskd.teacher import TeacherSpec
 from iskd.teacher.load import build_config
 from iskd.teacher.origin import find_teacher
+from iskd.training.deciding import check_edits
 from iskd.training.metrics.costs import check_every
 from iskd.training.plan_table import check_plan, losses_text, plan_rows, print_plan
 from iskd.training.step import OptimSpec
@@ -72,9 +73,9 @@ def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
     scores = dict.fromkeys(record.layers, 0.0)
     epochs = [getattr(each, "epochs", None) for each in _schedules(ahead.schedule)]
     before = len(record.edits)
-    stages = forecast(
-        ahead.schedule, History(record, (), scores, sizes, others, _A_PASS if any(epochs) else None, before)
-    )
+    history = History(record, (), scores, sizes, others, _A_PASS if any(epochs) else None, before)
+    check_edits(ahead.schedule, teacher, history)
+    stages = forecast(ahead.schedule, history)
     step_tokens = 1
     for size in ahead.windows.values():
         step_tokens *= size

@@ -15,7 +15,6 @@ from iskd.plan.run_files import BUDGET_FILE, STAGES_FILE
 from iskd.schedules.budget import running
 from iskd.schedules.budget.running import Asked, plan_for
 from iskd.schedules.budget.settings import Budget
-from iskd.system.ranks import started_together
 from tests.factories import louder, tiny
 from tests.schedules.budget.test_library import OPTIONS, SMALL, text
 
@@ -131,19 +130,3 @@ def test_other_keys_beside_a_plan_file_that_say_otherwise_are_refused(
     with pytest.raises(ValueError, match=said) as told:
         plan_for(budget, asked, tmp_path)
     assert "\n" not in str(told.value)
-
-
-@pytest.mark.parametrize(
-    ("environment", "count"),
-    [
-        ({}, 1),
-        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, 4),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, 1),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}, 4),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}, 1),
-        ({"WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": "0"}, 1),
-    ],
-)
-def test_only_processes_that_were_started_together_are_waited_for(environment: dict[str, str], count: int) -> None:
-    """In a job of four tasks without srun there is one."""
-    assert started_together(environment) == count
