@@ -13,7 +13,7 @@ from torch import nn
 from iskd.commands.arguments import hydra_main
 from iskd.commands.build.text import shards_of
 from iskd.commands.values import as_meant, object_of
-from iskd.data import BOS, framing_of, learned, seen_share
+from iskd.data import BOS, framing_of, seen_before
 from iskd.evaluation import Efficiency, EvalSpec, Evaluation, efficiency, evaluate, refuse_training_text
 from iskd.export import load, student_folder, tokenizer_of
 from iskd.export.card_measured import refresh_card
@@ -92,8 +92,8 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
             found = evaluate(
                 model.model, model.tokenizer, spec, teacher,
                 exclude=chosen_by, source=model.source, frame=framing_of(model.tokenizer, _bos(config, run)),
-                seen=lambda ids: seen_share(
-                    ids.numpy(), learned(shards_of(config), [text.cache for text in texts], model.tokenizer)
+                seen=lambda ids: seen_before(
+                    ids.numpy(), shards_of(config), [text.cache for text in texts], model.tokenizer
                 ),
             )  # fmt: skip
         files += [*([] if shown is None else _kept(shown / EVALUATION_FILE, found.to_json()))]

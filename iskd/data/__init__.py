@@ -8,12 +8,11 @@ from __future__ import annotations
 from iskd.data.framing import BOS, Framing, framing_of
 from iskd.data.given import given_texts
 from iskd.data.loader import StageLoader
-from iskd.data.module import BATCH, TextData
-from iskd.data.overlap import learned, seen_share
+from iskd.data.module import TextData
+from iskd.data.overlap import seen_before
 from iskd.data.sources import HubDataset, Source, TextFiles
 
 __all__ = [
-    "BATCH",
     "BOS",
     "Framing",
     "HubDataset",
@@ -23,6 +22,5 @@ __all__ = [
     "TextFiles",
     "framing_of",
     "given_texts",
-    "learned",
-    "seen_share",
+    "seen_before",
 ]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_BATCH = 1024  # tokens
-BATCH = 2  # windows, where nobody says
 
 
 class TextData(L.LightningDataModule):
@@ -57,6 +56,9 @@ class TextData(L.LightningDataModule):
         before: names of the shards in `cache_dir` that the student has learned from in earlier runs.
     """
 
+    BATCH: ClassVar[int] = 2
+    """Windows of a micro-batch, where nobody says."""
+
     def __init__(
         self,
         source: Source,
@@ -79,7 +81,7 @@ class TextData(L.LightningDataModule):
         before: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        batch_size = BATCH if batch_size is None else batch_size
+        batch_size = self.BATCH if batch_size is None else batch_size
         sizes = {"seq_len": seq_len, "batch_size": batch_size, "val_tokens": val_tokens}
         check_sizes(sizes, boundaries=boundaries, seed=seed, max_context=max_context, max_train_tokens=max_train_tokens)
         self._mix = source if isinstance(source, Mix) else None

@@ -50,6 +50,11 @@ def seen_share(windows: Windows, others: Iterable[Windows]) -> float:
     return float(seen[np.searchsorted(values, wanted)].mean())
 
 
+def seen_before(windows: Windows, cache_dir: Path, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the passages inside `windows` [W, T] that a student learned from in earlier runs; see `learned`."""
+    return seen_share(windows, learned(cache_dir, names, tokenizer))
+
+
 def learned(cache_dir: Path, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Windows]:
     """What a student has learned from in earlier runs: training and calibration text in windows [W, T].
 

@@ -129,7 +129,7 @@ class ConvertTo:
         if self.fit:
             raise ValueError("edit.fit=true: mixers have no fit before training; set edit.fit=false")
 
-    def make(self, layer: int, seed: int) -> Edit:
+    def make(self, layer: int, seed: int) -> Convert:
         """The edit of one layer; the seed of its fresh weights depends on run seed and layer only."""
         name = self.entry_of(layer)
         mixer = self.mixer if name is None or self.mixers is None else self.mixers[name][0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
 
-from iskd.plan import Stage
+from iskd.plan import Convert, Stage
 from iskd.schedules.base import Choice, History, Schedule
 from iskd.schedules.edits import ConvertTo
 from iskd.schedules.settings import Layers
@@ -175,6 +175,15 @@ def refuse_in_vain(schedule: Schedule, history: History) -> None:
             each.edit.check_used(each.may_edit(seen) if chosen is None else chosen)
         for stage in forecast(each, seen) if known else ():
             history = history.after(stage)
+
+
+def possible(schedule: Schedule, history: History) -> Iterator[tuple[int, Convert]]:
+    """Where scores choose the layers, one conversion for each entry of `edit.mixers` that they may choose; its step."""
+    parts = schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]
+    for number, each in enumerate(part.schedule for part in parts):
+        if isinstance(each, Layers) and isinstance(each.edit, ConvertTo) and each.scoring != "never":
+            entries = {each.edit.entry_of(layer): layer for layer in each.may_edit(history)}
+            yield from ((number, each.edit.make(layer, 0)) for entry, layer in entries.items() if entry is not None)
 
 
 def in_vain(schedule: Schedule, history: History) -> str:

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import Stack, surgery
-from iskd.plan import Convert, Edit, to_json
+from iskd.plan import Edit, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast
-from iskd.schedules.mixed import Mixed, Step, in_vain, of_stage, refuse_in_vain, turn_of
-from iskd.schedules.settings import Layers
+from iskd.schedules.mixed import Mixed, in_vain, of_stage, possible, refuse_in_vain, turn_of
 from iskd.system import Ranks
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule
@@ -60,9 +59,7 @@ def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) 
         history: of a run that begins, with scores of any value.
     """
     refuse_in_vain(schedule, history)
-    steps = schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]
-    kinds = [getattr(each.schedule, "edit", None) for each in steps]
-    if not isinstance(schedule, Mixed) and not getattr(kinds[0], "mixers", None):
+    if not isinstance(schedule, Mixed) and not getattr(getattr(schedule, "edit", None), "mixers", None):
         return  # the plan says the same, under the right names
     model, record = surgery.rebuild(teacher, history.record, "meta"), history.record
     for stage in forecast(schedule, history):
@@ -71,13 +68,9 @@ def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) 
                 record = surgery.apply(model, record, [edit])
     # scores to come may choose other layers: of each entry one that they may choose is tried
     stack, layers = Stack(surgery.rebuild(teacher, history.record, "meta")), history.record.layers
-    for number, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
-        if isinstance(kind, ConvertTo) and isinstance(step.schedule, Layers) and step.schedule.scoring != "never":
-            entries = {kind.entry_of(layer): layer for layer in step.schedule.may_edit(history)}
-            for edit in (kind.make(layer, 0) for entry, layer in entries.items() if entry is not None):
-                assert isinstance(edit, Convert)
-                with _named(schedule, number, edit):
-                    surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
+    for number, edit in possible(schedule, history):
+        with _named(schedule, number, edit):
+            surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
 
 
 @contextmanager

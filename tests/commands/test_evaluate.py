@@ -145,10 +145,10 @@ def test_a_run_is_not_reported_on_what_it_was_trained_on(run_dir: Path, tmp_path
 
 def test_nor_on_passages_of_it(run_dir: Path, tmp_path: Path) -> None:
     """Other files with the same text, and that of a run before."""
-    text = "".join(f"Tom saw {number} ships. " for number in range(300))
+    text = "\n\n".join(f"{number} ships were seen by Tom, and {number * number} by Ann." for number in range(300))
     (tmp_path / "seen.txt").write_text(text)
     (tmp_path / "part.txt").write_text("Now. " + text[1000:3000])
-    coding = {"seq_len": 32, "cache_dir": tmp_path / "cache" / "data"}
+    coding = {"seq_len": 32, "cache_dir": tmp_path / "cache" / "data", "calibration_fraction": 0.3}
     cache = TextData(
         TextFiles(str(tmp_path / "seen.txt"), val_path=str(tmp_path / "part.txt")), byte_tokenizer(), **coding
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from omegaconf import DictConfig
 
-from iskd.data import BATCH
+from iskd.data import TextData
 from iskd.plan.token_budget import ON_CPU, cpu_token_budget, gpu_token_budget
 from iskd.system.machine import called
 from iskd.system.precision import device_of
@@ -45,8 +45,10 @@ def batch_of(config: DictConfig) -> int:
         tokens = 0  # as much as there is text: many steps
     elif tokens is None and _device(config).type != "cuda":
         tokens = ON_CPU
-    tokens = tokens or BATCH * _LEAST_STEPS * step  # where nothing is trained, nothing is short, nor is it on a GPU
-    return max(1, min(BATCH, tokens // (_LEAST_STEPS * step)))
+    tokens = (
+        tokens or TextData.BATCH * _LEAST_STEPS * step
+    )  # where nothing is trained, nothing is short, nor is it on a GPU
+    return max(1, min(TextData.BATCH, tokens // (_LEAST_STEPS * step)))
 
 
 def default_tokens(config: DictConfig, text_tokens: Callable[[], int]) -> str:
