@@ -34,7 +34,7 @@ method() { # name, seed, overrides...
 
 # ILD's loss (sum-KL/100, MSE of the state before the gap and after the final norm) and its neighbours, and which weights learn:
 # the same seven layers out at once, no refit
-SEVEN=(schedule=oneshot edit=remove schedule.count=null schedule.layers=[12,13,14,15,16,17,18] schedule.lr=1e-4)
+SEVEN=(schedule=oneshot edit=remove schedule.layers=[12,13,14,15,16,17,18] schedule.lr=1e-4)
 MSE=(+loss.hidden.kind=mse +loss.hidden.layers=stage)
 FINAL=(+loss.final._target_=iskd.losses.kl_sum.FinalState +loss.final.weight=1.0)
 # ISKD's students: blocks replaced one after the other, from 1 to 12, with tasks after every one

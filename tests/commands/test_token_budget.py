@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands import build
 from iskd.commands.build import tokens as tokens_of
+from iskd.commands.build.schedule import schedule_of
 from iskd.commands.compose import compose_config
 from iskd.commands.values.config import as_meant
 from iskd.plan.token_budget import ON_CPU, ON_GPU, PASSES, gpu_token_budget
@@ -127,3 +128,24 @@ def test_a_stream_is_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tokens_of, "_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match=r"schedule\.tokens=null goes by how long the text is.*set schedule\.tokens"):
         tokens_of.streamed(config(*stream, "schedule.tokens=null"))
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (["schedule=oneshot", "schedule.layers=[1,2,3,0,4,5]"], {"layers": [1, 2, 3, 0, 4, 5]}),
+        (["schedule=iterative", "schedule.layers=[3,1,2]", "schedule.count=2"], {"layers": [3, 1, 2], "count": 2}),
+        (["schedule=iterative", "edit=remove", "schedule.target_layers=2"], {"target_layers": 2}),
+        (["schedule=iterative", "schedule.layers=null"], {"count": 4}),
+        (["experiment=ild", "schedule.count=2"], {"count": 2}),
+        (["experiment=ild", "schedule.target_params=90000"], {"target_params": 90000}),
+        (["experiment=ild"], {"target_layers": 26}),
+        (["experiment=subquadratic", "schedule.attention_share=0.25"], {"attention_share": 0.25}),
+        (["experiment=subquadratic", "schedule.layers=every_second"], {"layers": "every_second"}),
+    ],
+)
+def test_layers_of_the_command_line_are_not_cut_to_a_presets_number(words: list[str], left: dict[str, Any]) -> None:
+    schedule = compose_config(["model=tiny", *words])[0].schedule
+    keys = ("layers", "count", "target_layers", "target_params", "attention_share")
+    assert {key: schedule.get(key) for key in keys if schedule.get(key) is not None} == left
+    schedule_of(compose_config(["model=tiny", *words, "schedule.tokens=64"])[0])

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+_TARGETS = ("count", "target_layers", "target_params", "attention_share")
+"""How many layers are edited, or left: a run has one of them."""
+
 
 def with_export_keys(override: str) -> str:
     """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
@@ -19,6 +22,7 @@ def as_asked(config: DictConfig, overrides: Sequence[str]) -> None:
         ValueError: the command line names two of which one can be.
     """
     _one_budget(config, overrides)
+    _one_target(config, overrides)
     _without_presets_keys(config, overrides)
 
 
@@ -28,17 +32,34 @@ def _one_budget(config: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         ValueError: it names both.
     """
-    values = {key.lstrip("+"): value for key, _, value in (given.partition("=") for given in overrides)}
-    asked = {name: values.get(f"schedule.{name}", "null") not in ("null", "None", "") for name in ("tokens", "epochs")}
-    schedule = config.get("schedule")
-    if not asked["tokens"] or schedule is None or not schedule.get("epochs"):
+    asked, schedule = _schedule_asked(overrides), config.get("schedule")
+    if "tokens" not in asked or schedule is None or not schedule.get("epochs"):
         return
-    if asked["epochs"]:
+    if "epochs" in asked:
         raise ValueError(
-            f"schedule.tokens={values['schedule.tokens']} and schedule.epochs={values['schedule.epochs']} both say how "
-            "long the run trains: drop one of them"
+            f"schedule.tokens={asked['tokens']} and schedule.epochs={asked['epochs']} both say how long the run "
+            "trains: drop one of them"
         )
     schedule.epochs = None
+
+
+def _one_target(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where a command line says which layers are edited, or how many, a preset's number of them is none of its run.
+
+    A list of six would lose its last two to a preset's four. Where a command line says both, the list is an order.
+    """
+    asked, schedule = _schedule_asked(overrides), config.get("schedule")
+    if schedule is not None and asked.keys() & {"layers", *_TARGETS}:
+        for key in _TARGETS:
+            if key in schedule and key not in asked:
+                schedule[key] = None
+
+
+def _schedule_asked(overrides: Sequence[str]) -> dict[str, str]:
+    """The keys of the schedule that a command line gives a value."""
+    values = {key.lstrip("+"): value for key, _, value in (given.partition("=") for given in overrides)}
+    schedule = {key[len("schedule.") :]: value for key, value in values.items() if key.startswith("schedule.")}
+    return {key: value for key, value in schedule.items() if value not in ("null", "None", "")}
 
 
 def _without_presets_keys(config: DictConfig, overrides: Sequence[str]) -> None:
