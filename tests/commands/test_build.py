@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from iskd.commands import build
+from iskd.commands.build.schedule import schedule_of
 from iskd.commands.compose import compose_config
+from iskd.commands.values import as_meant
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
 from iskd.plan.saved_config import read_config
 from iskd.system import run_lock
@@ -36,3 +39,19 @@ def test_a_small_budget_takes_small_steps(
     parts = build.parts(config, tmp_path / "run")
     run_lock.release(tmp_path / "run" / LOCK_FILE)
     assert parts.data.batch_size == read_config(tmp_path / "run" / CONFIG_FILE)["data"]["batch_size"] == windows
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("{edit: remove, count: 0}", "schedule.count=0: nothing would be edited"),
+        ("{edit: remove, count: 2, target_layers: 1}", "schedule.count=2 and schedule.target_layers=1 are two targets"),
+        ("{edit: remove, count: 1, importance: task_accuracy}", "importance.data_dir is not set"),
+        ("{edit: convert, mixer: gla, attention_share: 2}", "schedule.attention_share=2.0 must be in"),
+    ],
+)
+def test_what_a_step_refuses_is_told_with_the_step(step: str, said: str) -> None:
+    words = ["model=tiny", "schedule=mixed", f"schedule.steps=[{{edit: remove, count: 1}}, {step}]"]
+    config = as_meant(compose_config([*words, "schedule.tokens=64"])[0])
+    with pytest.raises(ValueError, match=re.escape(f"schedule.steps[1]: {said}")):
+        schedule_of(config)

@@ -22,17 +22,22 @@ def schedule_of(config: DictConfig) -> Schedule:
     values: dict[str, Any] = {"edit": edit_of(config), "seed": config.seed} if takes else {}
     if "parts" in takes:
         steps = config.schedule.steps or ()  # by a call of our own: Hydra would make objects of the parts in them
-        return Mixed([_step(step, config) for step in steps], plain(steps), config.schedule.tokens)
+        made = [_step(number, step, config) for number, step in enumerate(steps)]
+        return Mixed(made, plain(steps), config.schedule.tokens)
     schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
     return schedule
 
 
-def _step(step: DictConfig, config: DictConfig) -> Step:
+def _step(number: int, step: DictConfig, config: DictConfig) -> Step:
     """A step of `schedule=mixed`, whose parts `steps_as_meant` has named; others are the run's."""
     values, groups = plain(config), (*GROUPS, "schedule")
     own = OmegaConf.create({**values, **{group: plain(step[group]) for group in step if group in groups}})
-    refits = [object_of(own.refit[name]) for name in own.get("refit") or ()]
-    return Step(schedule_of(own), importance_of(own) if "importance" in step else None, refits)
+    try:
+        refits = [object_of(own.refit[name]) for name in own.get("refit") or ()]
+        return Step(schedule_of(own), importance_of(own) if "importance" in step else None, refits)
+    except ValueError as error:
+        error.args = (f"schedule.steps[{number}]: {error}", *error.args[1:])  # of whatever class it is
+        raise
 
 
 def steps_in(schedule: Schedule) -> Sequence[Step]:
