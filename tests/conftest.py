@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.clean import Server
 from tests.factories import sampled, tiny_teacher
+from tests.unrendered import leave_unrendered
 
 FIRST = (
     "system/test_stop_signals.py",
@@ -37,6 +39,13 @@ PRODUCTS = ("blocks/test_blocks.py", "export/test_export.py", "importance/test_i
 DEEP = {"ablation", "block_influence", "bottleneck", "slim"}
 """Parts that read or take over a family's own modules: tried in every family; others, in these files, in three."""
 MET = {"gpt2", "llama", "phi"}
+
+
+RENDERED = ("report", "project/test_attacked.py", "project/test_security.py", "project/test_smoke.py")
+"""Where figures are rendered: tests of what pages show and of what hostile files make of them, and whole runs."""
+
+INTERPRETERS = ("export/test_verification.py", "project/test_security.py", "project/test_smoke.py")
+"""Where an export is opened again by an interpreter of its own, as users have it."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,6 +73,26 @@ def _for_patient_people(item: pytest.Item) -> bool:
 def pytest_configure() -> None:
     """Use one thread: on tiny tensors a second one costs more than it gives, tenfold on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of clean processes."""
+    server = Server(tmp_path_factory.mktemp("clean"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheaper(request: pytest.FixtureRequest, _clean: Server) -> Iterator[None]:
+    """Render no figure where none is looked at; open exports again by way of a server."""
+    file = request.path.relative_to(Path(__file__).parent).as_posix()
+    with pytest.MonkeyPatch.context() as patch:
+        if not file.startswith(RENDERED):
+            leave_unrendered(patch.setattr)
+        if not file.startswith(INTERPRETERS):
+            _clean.stand_in(patch.setattr)
+        yield
 
 
 @pytest.fixture(autouse=True)

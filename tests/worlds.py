@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.unrendered import leave_unrendered
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.runs", "tests.factories", "transformers.models.llama.modeling_llama"])
 
@@ -108,6 +110,7 @@ def _command(words: Sequence[str], cwd: Path, log: Path, variables: Mapping[str,
     torch.set_num_threads(1)
     os.chdir(cwd)
     os.environ.update(variables)
+    leave_unrendered()
     sys.argv = [str(Path(__file__).parents[1] / "train.py")]  # what Lightning starts once more for other ranks
 
     from iskd.__main__ import main
@@ -122,6 +125,7 @@ def _enter(rank: int, size: int, port: int, log: Path, program: Callable[..., No
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    leave_unrendered()
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), NODE_RANK="0", LOCAL_RANK=str(rank)
     )

@@ -7,12 +7,13 @@ a broken `stages.json` is an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from iskd.plan import StageResult
 from iskd.plan.results import student_of, teacher_of
@@ -47,6 +48,7 @@ from iskd.report.stage_rows import COLUMNS, stage_rows
 from iskd.system import number
 from iskd.system.text import duration, kl_text, percent
 
+_P = ParamSpec("_P")
 _RAW = (
     (METRICS_FILE, "every logged step"),
     (STAGES_TABLE_FILE, "every stage, with the bounds of what was measured"),
@@ -225,29 +227,41 @@ def _stages(stages: Sequence[StageResult]) -> str:
 def _figures(run: RunFiles) -> Iterator[tuple[str | None, str]]:
     if not run.stages:
         return
-    yield along_run.progress(run.stages), "Retention and size along the stages. Dashed: the teacher."
-    if run.num_layers:
-        curve = score_curves.score_curve("student", run.stages, run.num_layers)
+    stages, layers = run.stages, run.num_layers
+    yield _once(along_run.progress, stages), "Retention and size along the stages. Dashed: the teacher."
+    if layers:
+        curve = score_curves.score_curve("student", stages, layers)
         text = "Scores of every stage's student on the tasks of eval=, on the same items."
-        yield score_curves.task_curves(curve), text
+        yield _once(score_curves.task_curves, curve), text
         text = "Retention against what changes along the run; bars: 95 %. Points without one: measured inside a stage."
-        yield score_curves.retention_curves([curve]), text
-    yield along_run.healing(run.stages), "What each edit cost, and what healing won back."
-    if run.num_layers:
+        yield _once(score_curves.retention_curves, [curve]), text
+    yield _once(along_run.healing, stages), "What each edit cost, and what healing won back."
+    if layers:
         text = "What sits at each layer after each stage. Dot: changed by the stage; cross: tried, then rolled back."
-        yield edit_map.edit_map(run.stages, run.num_layers), text
+        yield _once(edit_map.edit_map, stages, layers), text
     yield (
-        along_run.losses(run.curves, run.stages, run.axis),
+        _once(along_run.losses, run.curves, stages, run.axis),
         "Training losses, every logged point; the bold line is their mean. Dotted lines: edits of the model.",
     )
     text = "Training dynamics: one line per layer, pale at the bottom of the stack and dark at its top."
-    yield layer_dynamics(run.layers, run.stages), text
-    if run.num_layers:
+    yield _once(layer_dynamics, run.layers, stages), text
+    if layers:
         text = "Scores when first taken; circles, where drawn, are the latest ones."
-        yield along_run.importance(run.stages, run.num_layers), text
+        yield _once(along_run.importance, stages, layers), text
         text = (
             "Importance by round: the rank of each layer among those that were left, pale the least important, dark "
             "the most. Ranks, because scores of different rounds have different scales. Blank: removed before."
         )
-        yield importance_rounds(run.stages, run.num_layers), text
-    yield timeline.timeline(run.stages), "When each stage ran, and the tokens it trained on."
+        yield _once(importance_rounds, stages, layers), text
+    yield _once(timeline.timeline, stages), "When each stage ran, and the tokens it trained on."
+
+
+_DRAWN: dict[Callable[..., str | None], tuple[bytes, str | None]] = {}
+
+
+def _once(draw: Callable[_P, str | None], *values: _P.args, **named: _P.kwargs) -> str | None:
+    """`draw(*values)`, kept until it is asked for other values: a run writes its page twice at its end."""
+    seen = hashlib.sha256(repr((values, named)).encode()).digest()
+    if draw not in _DRAWN or _DRAWN[draw][0] != seen:
+        _DRAWN[draw] = seen, draw(*values, **named)
+    return _DRAWN[draw][1]

@@ -158,11 +158,17 @@ def test_every_part_has_a_yaml() -> None:
             )
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the text of all experiments is cut into tokens once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
-def test_every_experiment_runs_on_a_tiny_model(name: str, tmp_path: Path) -> None:
+def test_every_experiment_runs_on_a_tiny_model(name: str, cache: Path, tmp_path: Path) -> None:
     """The preset as it is, on a tiny model and a tiny budget: model, data, sizes and device are all that changes."""
     layers = 12 if name == "iskd_gpt2_paper" else 24 if name == "iskd_phi1_paper" else 12
-    overrides = [f"experiment={name}", f"cache_dir={tmp_path}/cache", "export=false", "trainer.progress=false"]
+    overrides = [f"experiment={name}", f"cache_dir={cache}", "export=false", "trainer.progress=false"]
     overrides += [
         "model=tiny",
         f"model.num_layers={layers}",

@@ -66,9 +66,14 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def defined_in(path: Path) -> set[str]:
+    return defined(tree_of(path))
+
+
 def foreign_names(tree: ast.Module) -> set[str]:
     """Private names in a file that neither it nor a file that it imports from has made: they are another library's."""
-    own = defined(tree).union(*(defined(tree_of(path)) for path in files_imported(tree)))
+    own = defined(tree).union(*(defined_in(path) for path in files_imported(tree)))
     return {name for name in private_attributes(tree) if is_private(name) and name not in own}
 
 

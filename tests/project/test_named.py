@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ FOLDERS = ("iskd", "tests", "docs", "benchmarks", "experiments")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += [*sorted((ROOT / "benchmarks").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+KNOWN = {path.name for path in SOURCES} | {"train.py"}
+NO_MODULES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("iskd.*")}  # such as iskd.sbatch
 
 PATH = re.compile(r"(?<![\w./-])(?:iskd|conf|tests|docs|benchmarks|experiments)/[\w/-]+(?:\.\w+)*")
 FILE = re.compile(r"(?<![\w./-])\w+\.py\b")
@@ -27,13 +30,12 @@ OTHERS = {"convert_hf_to_gguf.py"}
 
 def missing(text: str) -> list[str]:
     """What a text names of this repository that is not there; `mine` and capitals stand for what somebody adds."""
-    known = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")} | {"train.py"}
     wrong = [path for path in PATH.findall(text) if not ((ROOT / path).exists() or PLACEHOLDER.search(path))]
-    wrong += [name for name in FILE.findall(text) if name not in known | MADE | OTHERS]
-    files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("iskd.*")}  # iskd.sbatch is no module
-    return wrong + [name for name in DOTTED.findall(text) if name not in files and not resolves(name)]
+    wrong += [name for name in FILE.findall(text) if name not in KNOWN | MADE | OTHERS]
+    return wrong + [name for name in DOTTED.findall(text) if name not in NO_MODULES and not resolves(name)]
 
 
+@cache
 def resolves(dotted: str) -> bool:
     """Whether a dotted name is a module or something in one."""
     words = dotted.split(".")

@@ -19,6 +19,8 @@ from iskd.evaluation.results import evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.metric_names import METRICS, NOT_LOSSES, X_AXIS
 from iskd.plan.results import read_stages, write_stages
+from iskd.report import run_page
+from iskd.report.figures import style
 from iskd.report.figures.edit_map import layer_states
 from iskd.report.figures.importance_rounds import rounds
 from iskd.report.figures.score_curves import score_curve, task_curves
@@ -261,12 +263,49 @@ def test_tokens_by_stage_are_differences_of_the_cumulative_counts() -> None:
 
 
 def test_same_files_same_bytes(run_dir: Path, tmp_path: Path) -> None:
-    assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
+    page = write_report(run_dir).read_bytes()
+    run_page._DRAWN.clear()
+    assert write_report(run_dir).read_bytes() == page
     picture(run_dir, tmp_path / "a.png")
     picture(run_dir, tmp_path / "b.png")
     image = (tmp_path / "a.png").read_bytes()
     assert image == (tmp_path / "b.png").read_bytes()
     assert [int.from_bytes(image[i : i + 4], "big") for i in (16, 20)] == [1200, 600]
+
+
+def test_a_page_that_is_written_again_draws_what_changed_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, drawn, render = write_report(run_dir).read_text(), list[object](), style._rendered
+    monkeypatch.setattr(style, "_rendered", lambda figure: (drawn.append(figure), render(figure))[1])
+    assert write_report(run_dir).read_text() == first
+    assert not drawn
+    (run_dir / "metrics.csv").unlink()
+    assert write_report(run_dir).read_text() != first
+    assert not drawn, "one figure less, and no other one is made of this file"
+    write_stages(run_dir, STAGES[:3])
+    shorter = write_report(run_dir).read_text()
+    assert drawn
+    run_page._DRAWN.clear()
+    assert write_report(run_dir).read_text() == shorter
+
+
+def test_a_figure_is_laid_out_as_matplotlib_does_it() -> None:
+    """Axes that share their width, a legend and ticks of their own: what moves others aside."""
+    with style.figure_of(3.0) as ours, style.figure_of(3.0) as theirs:
+        for figure in (ours, theirs):
+            top, bottom = figure.subplots(2, 1, sharex=True)
+            top.plot([1, 2, 3], [1.0, 20.0, 300.0], label="first")
+            style.log_y(top)
+            style.set_heading(top, "A quantity")
+            style.legend_at_right(top)
+            bottom.barh(["short", "a much longer label"], [1, 2])
+            bottom.set_xlabel("steps")
+        file = io.StringIO()
+        theirs.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        places = [figure.axes[1].get_position().bounds for figure in (ours, theirs)]
+        assert places[0] != places[1]
+        style._rendered(ours)
+        drawn = [[axes.get_position().bounds for axes in figure.axes] for figure in (ours, theirs)]
+        assert drawn[0] == drawn[1]
 
 
 def test_hostile_text_stays_text(run_dir: Path) -> None:

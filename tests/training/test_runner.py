@@ -166,10 +166,11 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
     assert same(weights(resumed), weights(uninterrupted))
 
 
-@pytest.fixture
-def learnt(make: Callable[..., Parts], tmp_path: Path) -> Loaded:
+@pytest.fixture(scope="module")
+def learnt(make: Callable[..., Parts], tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A teacher that has learnt the text, so that taking a block out hurts."""
-    parts = make(tmp_path / "learn", schedule=NoEdits(tokens=60 * TOKENS, lr=3e-3), terms={"ce": (CrossEntropy(), 1.0)})
+    folder = tmp_path_factory.mktemp("runs") / "learn"
+    parts = make(folder, schedule=NoEdits(tokens=60 * TOKENS, lr=3e-3), terms={"ce": (CrossEntropy(), 1.0)})
     return replace(parts.teacher, model=run(parts).student.eval())
 
 

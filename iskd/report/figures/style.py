@@ -107,10 +107,7 @@ def write_figure(figure: Figure, out: Path, **settings: Any) -> Path:
 
 def to_svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an `<svg>` element: no fixed size, ids prefixed by `name`, palette colours as CSS variables."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
+    text = _rendered(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -126,6 +123,28 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
         text = text.replace(colour, f"var(--{variable})")
     # Whitespace inside <text> is content, so only the indentation between elements goes.
     return re.sub(r">\s*\n\s*<", ">\n<", text).strip()
+
+
+def _rendered(figure: Figure) -> str:
+    """The file that matplotlib writes; left alone, `savefig` draws all of it twice, the first time for the layout."""
+    _lay_out(figure)
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return buffer.getvalue()
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place the axes as `savefig` does it for an SVG, with text measured at 72 dots per inch."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    assert engine is not None, "every figure is made by figure_of"
+    FigureCanvasSVG(figure)
+    figure.dpi = 72
+    engine.execute(figure)
+    figure.dpi = dpi
+    figure.set_layout_engine("none")
 
 
 def plain(value: float, _: object = None) -> str:

@@ -15,7 +15,7 @@ from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.system.faults import NonFiniteError
 from iskd.system.reading import read_as
-from iskd.training.parts import Parts
+from iskd.training.parts import Parts, Result
 from iskd.training.runner import run
 from iskd.training.state.tournament import Tournament
 from tests.runs import TOKENS, At, Crash, crash, make_parts, same, weights, write_text
@@ -58,9 +58,17 @@ def test_the_winner_is_trained_as_if_there_had_been_no_trials(make: Callable[...
         assert kl[stage.name] == min(kl.values())
 
 
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """An uninterrupted run of one stage."""
+    folder, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.getbasetemp() / "cache"
+    return run(make_parts(folder / "run", text, cache, schedule=schedule(count=1), dropout=0.0))
+
+
 @pytest.mark.parametrize("batch", [2, 7, 13])
-def test_a_run_killed_inside_a_trial_goes_on(batch: int, make: Callable[..., Parts], tmp_path: Path) -> None:
-    whole = run(make(tmp_path / "whole", schedule=schedule(count=1)))
+def test_a_run_killed_inside_a_trial_goes_on(
+    batch: int, whole: Result, make: Callable[..., Parts], tmp_path: Path
+) -> None:
     parts = make(tmp_path / "killed", schedule=schedule(count=1), options={"checkpoint_every": 1})
     parts.callbacks.append(At(batch, crash))
     with pytest.raises(Crash):
