@@ -76,7 +76,7 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session")
-def _clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def _clean_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of clean processes."""
     server = Server(tmp_path_factory.mktemp("clean"))
     yield server
@@ -84,14 +84,14 @@ def _clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _cheaper(request: pytest.FixtureRequest, _clean: Server) -> Iterator[None]:
+def _cheaper(request: pytest.FixtureRequest, _clean_processes: Server) -> Iterator[None]:
     """Render no figure where none is looked at; open exports again by way of a server."""
     file = request.path.relative_to(Path(__file__).parent).as_posix()
     with pytest.MonkeyPatch.context() as patch:
         if not file.startswith(RENDERED):
             leave_unrendered(patch.setattr)
         if not file.startswith(INTERPRETERS):
-            _clean.stand_in(patch.setattr)
+            _clean_processes.stand_in(patch.setattr)
         yield
 
 
