@@ -41,10 +41,11 @@ DEEP = {"ablation", "block_influence", "bottleneck", "slim"}
 MET = {"gpt2", "llama", "phi"}
 
 
-RENDERED = ("report", "project/test_attacked.py", "project/test_security.py", "project/test_smoke.py")
-"""Where figures are rendered: tests of what pages show and of what hostile files make of them, and whole runs."""
+WHOLE = ("project/test_made_before.py", "project/test_security.py", "project/test_smoke.py")
+RENDERED = ("report", "project/test_attacked.py", *WHOLE)
+"""Where figures are rendered: tests of what pages show, of old and hostile files, and whole runs."""
 
-INTERPRETERS = ("export/test_verification.py", "project/test_security.py", "project/test_smoke.py")
+INTERPRETERS = ("export/test_verification.py", *WHOLE)
 """Where an export is opened again by an interpreter of its own, as users have it."""
 
 
