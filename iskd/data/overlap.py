@@ -76,7 +76,7 @@ def learned(cache_dir: Path, names: Sequence[str], tokenizer: PreTrainedTokenize
 
 
 def tell_seen(share: float) -> None:
-    """Warn where much of the validation text is what a run trains or calibrates on."""
+    """Warn where much of the validation text is what the student trains or calibrates on."""
     if share >= _NOTICED:
         told = "%.0f %% of the passages of the validation text are in what the student trains or calibrates on: %s"
         advice = "scores on it flatter the student; take such documents out, or set data.val_path"

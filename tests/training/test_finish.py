@@ -238,7 +238,7 @@ def test_a_report_on_text_that_the_run_sees_is_refused_or_told(
         config, _ = compose_config([*keys, "eval=quick", "eval.tasks=[]", f"eval.text={tmp_path}/{name}"], Path("x"))
         build.parts(config, tmp_path / name.partition(".")[0])
 
-    with pytest.raises(ValueError, match=r"of the passages of eval\.text=.*all\.jsonl are in what the run trains"):
+    with pytest.raises(ValueError, match=r"of the passages of eval\.text=.*all\.jsonl are in what the student trains"):
         built("all.jsonl")
     built("some.txt")
     assert "scores on it flatter the student" in caplog.text
