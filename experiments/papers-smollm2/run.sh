@@ -40,9 +40,10 @@ FINAL=(+loss.final._target_=iskd.losses.kl_sum.FinalState +loss.final.weight=1.0
 # ISKD's students: blocks replaced one after the other, from 1 to 12, with tasks after every one
 ALONG=(eval=quick eval.tasks=[hellaswag,lambada] eval.data_dir="$DATA" eval.limit="${ALONG:-100}" eval.every=stage)
 # at one size, 77 % of the parameters of the blocks: all three edits, and each alone
-REMOVE="{edit: remove, count: 3, importance: ablation, refit: [output]}"
-REPLACE="{edit: replace, block: slim, count: 4, importance: ablation, refit: [output]}"
-CONVERT="{edit: convert, mixer: gated_deltanet, layers: every_second, refit: [output]}"
+REFIT="refit: [{name: output, tokens: 8192, held_tokens: 2048}]" # once a step
+REMOVE="{edit: remove, count: 3, per_stage: 3, importance: ablation, $REFIT}"
+REPLACE="{edit: replace, block: slim, count: 4, per_stage: 4, importance: ablation, $REFIT}"
+CONVERT="{edit: convert, mixer: gated_deltanet, layers: every_second, $REFIT}"
 
 for seed in $SEEDS; do
   method loss-paper "$seed" "${SEVEN[@]}" loss=[kl_sum,hidden] "${MSE[@]}" "${FINAL[@]}" schedule.train=adjacent
@@ -66,8 +67,8 @@ for seed in $SEEDS; do
   done
 
   method edits-all "$seed" schedule=mixed "schedule.steps=[$REMOVE, $REPLACE, $CONVERT]" loss=[kl]
-  method edits-remove "$seed" schedule=mixed "schedule.steps=[{edit: remove, count: 6, importance: ablation, refit: [output]}]" loss=[kl]
-  method edits-replace "$seed" schedule=mixed "schedule.steps=[{edit: replace, block: slim, count: 8, importance: ablation, refit: [output]}]" loss=[kl]
+  method edits-remove "$seed" schedule=mixed "schedule.steps=[{edit: remove, count: 6, per_stage: 6, importance: ablation, $REFIT}]" loss=[kl]
+  method edits-replace "$seed" schedule=mixed "schedule.steps=[{edit: replace, block: slim, count: 8, per_stage: 8, importance: ablation, $REFIT}]" loss=[kl]
   method edits-convert "$seed" schedule=mixed "schedule.steps=[$CONVERT]" loss=[kl]
 done
 "$PYTHON" "$HERE/evaluate.py" table

@@ -55,3 +55,26 @@ def test_what_a_step_refuses_is_told_with_the_step(step: str, said: str) -> None
     config = as_meant(compose_config([*words, "schedule.tokens=64"])[0])
     with pytest.raises(ValueError, match=re.escape(f"schedule.steps[1]: {said}")):
         schedule_of(config)
+
+
+@pytest.mark.parametrize(
+    ("refit", "made"),
+    [
+        ("output", [("Output", 32768)]),
+        ("[{name: output, tokens: 8192}, local]", [("Output", 8192), ("Local", 32768)]),
+        ("{name: local, tokens: 4096}", [("Local", 4096)]),
+        ("none", []),
+        ("[]", []),
+    ],
+)
+def test_a_step_has_refits_with_keys_of_its_own(refit: str, made: list[tuple[str, int]]) -> None:
+    words = ["model=tiny", "schedule=mixed", f"schedule.steps=[{{edit: remove, count: 1, refit: {refit}}}]"]
+    config = as_meant(compose_config([*words, "schedule.tokens=64"])[0])
+    [step] = schedule_of(config).parts  # type: ignore[attr-defined]
+    assert [(type(each).__name__, each.tokens) for each in step.refits] == made
+
+
+def test_a_key_that_a_steps_refit_has_not_is_told() -> None:
+    step = "{edit: remove, count: 1, refit: [{name: output, token: 8192}]}"
+    with pytest.raises(ValueError, match=r"schedule.steps\[0\].refit.token is no key \(did you mean tokens\?\)"):
+        as_meant(compose_config(["model=tiny", "schedule=mixed", f"schedule.steps=[{step}]"])[0])

@@ -47,7 +47,7 @@ def _step(step: Any, place: str) -> dict[str, Any]:
     }
     if "refit" in step:
         names = step["refit"]
-        own["refit"] = names if isinstance(names, Mapping) else _refits(names, place)
+        own["refit"] = names if isinstance(names, Mapping) and "name" not in names else _refits(names, place)
     asked = step.get("schedule")
     if isinstance(asked, Mapping) and _TARGET in asked:
         return {**own, "schedule": dict(asked)}
@@ -66,7 +66,7 @@ def _step(step: Any, place: str) -> dict[str, Any]:
 
 
 def _refits(names: Any, place: str) -> dict[str, Any]:
-    chosen = [names] if isinstance(names, str) else list(names or ())
+    chosen = [names] if isinstance(names, str | Mapping) else list(names or ())
     return {key: node for name in chosen for key, node in part_named("refit", name, place).items()}
 
 
@@ -86,11 +86,13 @@ def part_named(group: str, chosen: Any, place: str) -> dict[str, Any]:
             "{name: ONE OF THEM, KEY: VALUE}"
         )
     node = written(group, name)
-    if unknown := [key for key in keys if key not in node]:
-        known = [key for key in node if key != _TARGET]
+    listed = _TARGET not in node  # one of several may be chosen of this group, and its yaml has its name above its keys
+    values = node.get(name, {}) if listed else node
+    if unknown := [key for key in keys if key not in values]:
+        known = [key for key in values if key != _TARGET]
         near = perhaps(unknown[0], known)
         raise ValueError(f"{place}.{group}.{unknown[0]} is no key{near}: {one_of(known)}")
-    return {**node, **keys}
+    return {name: {**values, **keys}} if listed and keys else {**node, **keys}
 
 
 def written(group: str, option: str) -> dict[str, Any]:
