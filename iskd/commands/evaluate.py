@@ -66,7 +66,7 @@ def evaluation(config: DictConfig, folder: Path) -> Found:
     if spec.every is not None:
         raise ValueError(f"eval.every={spec.every} is of a run; iskd evaluate asks once: set eval.every=null")
     student = _student(config.model.path)
-    run = None if student is None else run_of(student)
+    run = run_of(student)
     named = [each for each in (student, _student(config.reference)) if each is not None]
     chosen_by = [sha for each in named for items in selected_in(run_of(each)).values() for sha in items]
     texts = learned_in(run)

@@ -110,8 +110,10 @@ def refuse_strange(run_dir: Path) -> None:
                 raise ValueError(f"{path} is a pipe, a socket or a device, which no run leaves behind: remove it")
 
 
-def run_of(student: Path) -> Path | None:
+def run_of(student: Path | None) -> Path | None:
     """The folder of the run whose last student lies in this folder, or one that it kept of a stage; None = of none."""
+    if student is None:
+        return None
     kept = student.parent.name == STUDENTS
     above = (student, student.parent, *([student.parent.parent] if kept else []))
     return next((folder for folder in above if (folder / STAGES_FILE).is_file()), None)

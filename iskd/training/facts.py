@@ -65,7 +65,7 @@ def _commands(parts: Parts) -> list[str]:
 
 def write_data(parts: Parts) -> None:
     """What identifies the data, what the student has learned from in earlier runs, and what layers were selected by."""
-    before = [] if parts.start is None else [asdict(text) for text in learned_in(run_of(parts.start))]
+    before = [asdict(text) for text in learned_in(run_of(parts.start))]
     chosen = selected(*parts.importances, start=parts.start)
     data = {**parts.data.manifest(), **({"before": before} if before else {}), "selection_sha256": chosen}
     write_whole(parts.run_dir / DATA_FILE, json.dumps(data, indent=1))
@@ -78,8 +78,7 @@ def selected(*importances: object, start: Path | None = None) -> dict[str, list[
         importances: of the run.
         start: the student that it goes on from, whose layers were chosen before.
     """
-    before = {} if start is None else selected_in(run_of(start))
-    found = {task: dict.fromkeys(hashes) for task, hashes in before.items()}
+    found = {task: dict.fromkeys(hashes) for task, hashes in selected_in(run_of(start)).items()}
     for importance in importances:
         for task, items in getattr(importance, "selection", {}).items():
             found.setdefault(task, {}).update(dict.fromkeys(item.sha256 for item in items))

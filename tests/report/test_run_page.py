@@ -288,26 +288,6 @@ def test_a_page_that_is_written_again_draws_what_changed_alone(run_dir: Path, mo
     assert write_report(run_dir).read_text() == shorter
 
 
-def test_a_figure_is_laid_out_as_matplotlib_does_it() -> None:
-    """Axes that share their width, a legend and ticks of their own: what moves others aside."""
-    with style.figure_of(3.0) as ours, style.figure_of(3.0) as theirs:
-        for figure in (ours, theirs):
-            top, bottom = figure.subplots(2, 1, sharex=True)
-            top.plot([1, 2, 3], [1.0, 20.0, 300.0], label="first")
-            style.log_y(top)
-            style.set_heading(top, "A quantity")
-            style.legend_at_right(top)
-            bottom.barh(["short", "a much longer label"], [1, 2])
-            bottom.set_xlabel("steps")
-        file = io.StringIO()
-        theirs.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        places = [figure.axes[1].get_position().bounds for figure in (ours, theirs)]
-        assert places[0] != places[1]
-        style._rendered(ours)
-        drawn = [[axes.get_position().bounds for axes in figure.axes] for figure in (ours, theirs)]
-        assert drawn[0] == drawn[1]
-
-
 def test_hostile_text_stays_text(run_dir: Path) -> None:
     hostile = dataclasses.replace(STAGES[1], name=HOSTILE, events=[HOSTILE])
     write_stages(run_dir, [STAGES[0], hostile, *STAGES[2:]])

@@ -57,7 +57,7 @@ def evaluation_of(
     if spec.efficiency_seconds:
         raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
-        earlier = learned_in(None if start is None else run_of(start))
+        earlier = learned_in(run_of(start))
         refuse_training_text(spec.text, [data.source.fingerprint(), *(text.content for text in earlier)])
     if global_rank() == 0:
         chosen = [sha for items in selected(*importances, start=start).values() for sha in items]

@@ -49,7 +49,7 @@ def text_data(
         max_context=stack.context,
         vocab_size=int(stack.config.vocab_size),
         chat_loss=_chat_loss(config),
-        before=[text.cache for text in learned_in(None if start is None else run_of(start))],
+        before=[text.cache for text in learned_in(run_of(start))],
         **{key: plain(value) for key, value in values.items()},
     )
 

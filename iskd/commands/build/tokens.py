@@ -45,9 +45,8 @@ def batch_of(config: DictConfig) -> int:
         tokens = 0  # as much as there is text: many steps
     elif tokens is None and _device(config).type != "cuda":
         tokens = ON_CPU
-    tokens = (
-        tokens or TextData.BATCH * _LEAST_STEPS * step
-    )  # where nothing is trained, nothing is short, nor is it on a GPU
+    if not tokens:  # where nothing is trained, nothing is short, nor is it on a GPU
+        return TextData.BATCH
     return max(1, min(TextData.BATCH, tokens // (_LEAST_STEPS * step)))
 
 

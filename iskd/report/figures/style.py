@@ -126,25 +126,11 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
 
 
 def _rendered(figure: Figure) -> str:
-    """The file that matplotlib writes; left alone, `savefig` draws all of it twice, the first time for the layout."""
-    _lay_out(figure)
+    """The file that matplotlib writes."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return buffer.getvalue()
-
-
-def _lay_out(figure: Figure) -> None:
-    """Place the axes as `savefig` does it for an SVG, with text measured at 72 dots per inch."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    engine, dpi = figure.get_layout_engine(), figure.dpi
-    assert engine is not None, "every figure is made by figure_of"
-    FigureCanvasSVG(figure)
-    figure.dpi = 72
-    engine.execute(figure)
-    figure.dpi = dpi
-    figure.set_layout_engine("none")
 
 
 def plain(value: float, _: object = None) -> str:
