@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +27,8 @@ from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.data.sources import Docstrings  # noqa: E402
 from iskd.evaluation.likelihood import evaluate  # noqa: E402
 from iskd.evaluation.metrics import QualityMetrics  # noqa: E402
-from iskd.evaluation.tasks.task_items import copy_items, read_task  # noqa: E402
+from iskd.evaluation.tasks import Item  # noqa: E402
+from iskd.evaluation.tasks.task_items import CBT_SENTENCE, COPY, copy_items, read_sentences, read_task  # noqa: E402
 from iskd.models import (  # noqa: E402
     Stack,
     surgery,
@@ -39,13 +40,15 @@ from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 from iskd.training.state import checkpoint  # noqa: E402
 
 METRICS = {"lambada": "acc", "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "copy": "led"}
+GAPS = {CBT_SENTENCE: "acc_token"}
+"""Asked where the data have it: gaps in sentences, filled by the least mean loss, with nothing before them."""
 SMOLLM2 = TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")
 AVERAGED = ("lambada", "hellaswag", "piqa", "arc_easy")
 TEXTS = ("kl", "ppl_wikitext", "ppl_docstrings", "lambada_nll")
 NAMES = dict(
     zip(
-        (*TEXTS, *METRICS),
-        ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy"),
+        (*TEXTS, *METRICS, *GAPS),
+        ("KL", "ppl WikiText-2", "ppl docs", "LAMBADA nll", "LAMBADA", "HellaSwag", "PIQA", "ARC-e", "copy", "gaps"),
         strict=True,
     )
 )
@@ -90,8 +93,7 @@ class Scorer:
             name: windows(self.teacher.tokenizer, text, tokens)
             for name, text in (("wikitext", wikitext), ("docstrings", docstrings))
         }
-        self.tasks = {name: read_task(name, data, items) for name in metrics if name != "copy"}
-        self.tasks["copy"] = copy_items(min(items, 50))
+        self.tasks = {name: _items(name, data, items) for name in metrics}
         torch.nn.Module.to(self.teacher.model, DEVICE)
         with autocast():
             self.goals = {
@@ -103,10 +105,17 @@ class Scorer:
         model.eval().to(DEVICE)
         with autocast():
             wikitext, docstrings = (self._on_text(model, name) for name in self.texts)
-            found: dict[str, Any] = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
-            found |= {"ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
-            for name, items in self.tasks.items():
-                result = evaluate(model, self.teacher.tokenizer, items)
+        found: dict[str, Any] = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
+        found |= {"ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
+        return found | self.on_tasks(model, list(self.tasks))
+
+    def on_tasks(self, model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
+        """A number per item of some of the tasks, and LAMBADA's nll."""
+        model.eval().to(DEVICE)
+        found: dict[str, Any] = {}
+        with autocast():
+            for name in names:
+                result = evaluate(model, self.teacher.tokenizer, self.tasks[name], first_given=name in GAPS)
                 found[name] = [round(value, 3) for value in result.of(self.metrics[name]).tolist()]
                 if name == "lambada":
                     found["lambada_nll"] = -result.mean("log_p")
@@ -120,6 +129,13 @@ class Scorer:
             hidden, labels = last_hidden(model, ids), ids[None, 1:].to(DEVICE)
             metrics.update_from_hidden(hidden[:, :-1], heads[0], goal[:, :-1], heads[1], labels)
         return metrics.compute()
+
+
+def _items(name: str, data: Path, limit: int) -> list[Item]:
+    """At most so many items of a task; of lists to copy, which are long, at most 50."""
+    if name == COPY:
+        return copy_items(min(limit, 50))
+    return read_sentences(data)[:limit] if name in GAPS else read_task(name, data, limit)
 
 
 def boundaries(run: Path) -> list[Path]:
@@ -136,17 +152,20 @@ def student_at(path: Path, teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def score(run: Path, depths: list[int] | None, scorer: Scorer, kept: Path) -> list[dict[str, Any]]:
-    """Score a run's students of the wanted depths, write NAME.json into the folder `kept`, and the teacher's once.
+    """Score a run's students of the wanted depths, write NAME.json into the folder `kept`, and what the teacher lacks.
 
     Of several students of a depth it is the first; without depths the last student of all.
     """
     kept.mkdir(exist_ok=True)
     rows = json.loads((run / "stages.json").read_text())
     found: list[dict[str, Any]] = []
-    if not (kept / "teacher.json").exists():
-        size = {"layers": len(Stack(scorer.teacher.model).layers), "params": surgery.parameters(scorer.teacher.model)}
-        teacher = {**size, "tokens": 0, "seconds": 0, **scorer.score(scorer.teacher.model)}
-        (kept / "teacher.json").write_text(json.dumps(teacher))
+    file, model = kept / "teacher.json", scorer.teacher.model
+    if not file.exists():
+        size = {"layers": len(Stack(model).layers), "params": surgery.parameters(model)}
+        file.write_text(json.dumps({**size, "tokens": 0, "seconds": 0, **scorer.score(model)}))
+    teacher = json.loads(file.read_text())
+    if lacking := [name for name in scorer.tasks if name not in teacher]:
+        file.write_text(json.dumps({**teacher, **scorer.on_tasks(model, lacking)}))
     for path in boundaries(run) if depths is not None else boundaries(run)[-1:]:
         state = checkpoint.read_state(path)
         layers = len(state.record.layers)

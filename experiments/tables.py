@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from scoring import AVERAGED, METRICS, NAMES, TEXTS
+from scoring import AVERAGED, NAMES, TEXTS
 from torch import Tensor
 
 
@@ -67,7 +67,7 @@ def line(name: str, rows: list[dict[str, Any]], teacher: dict[str, Any], than: l
         f"{mean(row['seconds'] for row in rows):.0f}",
     ]
     cells += [spread([row[key] for row in rows]) for key in TEXTS]
-    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in METRICS if key in teacher]
+    cells += [spread([100 * mean(row[key]) for row in rows], 1) for key in NAMES if key in teacher and key not in TEXTS]
     cells.append(interval(*lost(rows, teacher)))
     cells.append("" if than is None or than is rows else interval(*lost(rows, teacher, than)))
     return f"| {name} | " + " | ".join(cells) + " |"

@@ -17,7 +17,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCORES = HERE / "scores"
-TASKS = ("lambada", "piqa", "arc_easy", "copy")
+TASKS = {"curve": ("lambada", "hellaswag", "cbt_sentence", "copy")}
+USUAL = ("lambada", "piqa", "arc_easy", "copy")
 AGAINST = {"loss": "kl", "importance": "kl", "curve": "iskd", "edits": "all"}
 """Of every part, the method that the others are held against."""
 sys.path.insert(0, str(HERE.parent))
@@ -26,6 +27,8 @@ import scoring  # noqa: E402
 from tables import head, line  # noqa: E402
 
 from iskd.evaluation.results import evaluation_of  # noqa: E402
+
+METRICS = scoring.METRICS | scoring.GAPS
 
 
 def score(run: Path, scorer: scoring.Scorer) -> None:
@@ -52,11 +55,12 @@ def table() -> None:
         part, _, name = file.stem.rpartition("-")[0].partition("-")
         parts[part][name].append(json.loads(file.read_text())[0])
     for part, methods in parts.items():
-        print(f"\n**{part}**\n\n{head(teacher, AGAINST[part])}")
+        of_part = {key: value for key, value in teacher.items() if key not in METRICS or key in TASKS.get(part, USUAL)}
+        print(f"\n**{part}**\n\n{head(of_part, AGAINST[part])}")
         ranked = sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1]))
-        print(line("teacher", [teacher], teacher, None))
+        print(line("teacher", [of_part], of_part, None))
         for name, rows in ranked:
-            print(line(name, rows, teacher, methods.get(AGAINST[part])))
+            print(line(name, rows, of_part, methods.get(AGAINST[part])))
         for name, rows in methods.items():
             if rows[0]["along"]:
                 print(f"\n`{name}`, student / teacher after every block:\n")
@@ -82,16 +86,19 @@ def main() -> None:
     asking.add_argument("--data", type=Path, required=True)
     asking.add_argument("--items", type=int, default=300)
     asking.add_argument("--tokens", type=int, default=8192)
-    asking.add_argument("--tasks", nargs="+", default=TASKS, help=f"among {', '.join(scoring.METRICS)}")
+    asking.add_argument("--tasks", nargs="+", help=f"among {', '.join(METRICS)}; what its part asks where not given")
     commands.add_parser("table")
     asked = parser.parse_args()
     if asked.command == "table":
         table()
         return
-    metrics = {name: scoring.METRICS[name] for name in asked.tasks}
-    scorer = scoring.Scorer(asked.data, asked.items, asked.tokens, metrics=metrics)
+    scorers: dict[tuple[str, ...], scoring.Scorer] = {}
     for run in asked.runs:
-        score(run, scorer)
+        tasks = tuple(asked.tasks or TASKS.get(run.name.partition("-")[0], USUAL))
+        if tasks not in scorers:
+            metrics = {name: METRICS[name] for name in tasks}
+            scorers[tasks] = scoring.Scorer(asked.data, asked.items, asked.tokens, metrics=metrics)
+        score(run, scorers[tasks])
 
 
 if __name__ == "__main__":

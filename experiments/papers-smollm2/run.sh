@@ -15,6 +15,8 @@ TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/papers-smollm2}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/papers-smollm2
+ASKED=$(realpath -m "$OUT/asked") # the data, and gaps in stories
+[ -f "$ASKED/cbt_sentence/eval.jsonl" ] || "$PYTHON" "$HERE/gaps.py" "$DATA" "$ASKED"
 COMMON=(model=smollm2 trainer="$TRAINER" data=mix data.sources.wikitext.data=wikitext2
         data.sources.wikitext.path="$DATA/wikitext2/train.txt.gz" data.sources.wikitext.val_path="$DATA/wikitext2/valid.txt.gz"
         data.sources.stories.path="$DATA/tinystories/train.txt.gz" data.val_tokens=4096 data.batch_size=1 schedule.tokens="$TOKENS"
@@ -28,7 +30,7 @@ method() { # name, seed, overrides...
   if [[ $name != $ONLY ]] || [ -f "$HERE/scores/$name.json" ]; then return; fi
   rm -rf "${dir:?}"
   "$PYTHON" train.py "${COMMON[@]}" seed="$seed" hydra.run.dir="$dir" "$@"
-  "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$DATA" --items "${ITEMS:-300}" --tokens "${TEXT:-8192}"
+  "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$ASKED" --items "${ITEMS:-300}" --tokens "${TEXT:-8192}"
   rm -rf "$dir/checkpoints"
 }
 
@@ -38,7 +40,7 @@ SEVEN=(schedule=oneshot edit=remove schedule.layers=[12,13,14,15,16,17,18] sched
 MSE=(+loss.hidden.kind=mse +loss.hidden.layers=stage)
 FINAL=(+loss.final._target_=iskd.losses.kl_sum.FinalState +loss.final.weight=1.0)
 # ISKD's students: blocks replaced one after the other, from 1 to 12, with tasks after every one
-ALONG=(eval=quick eval.tasks=[hellaswag,lambada] eval.data_dir="$DATA" eval.limit="${ALONG:-100}" eval.every=stage)
+ALONG=(eval=quick eval.tasks=[hellaswag,cbt_sentence] eval.data_dir="$ASKED" eval.limit="${ALONG:-100}" eval.every=stage)
 # at one size, 77 % of the parameters of the blocks: all three edits, and each alone
 REFIT="refit: [{name: output, tokens: 8192, held_tokens: 2048}]" # once a step
 REMOVE="{edit: remove, count: 3, per_stage: 3, importance: ablation, $REFIT}"
@@ -57,9 +59,9 @@ for seed in $SEEDS; do
   method importance-tasks "$seed" experiment=ild schedule.target_layers=23 importance=task_accuracy importance.data_dir="$DATA" \
     importance.tasks=[blimp,copa,openbookqa] importance.items=100
 
-  # healed after every block, as published, and refitted and trained after the last one alone
+  # healed after every block, as published, and refitted and trained after the last one alone, where there is no curve of training
   method curve-between "$seed" experiment=iskd schedule.count=12 refit=[none] schedule.final_share=0 schedule.lr_new=3e-4 "${ALONG[@]}"
-  method curve-iskd "$seed" experiment=iskd schedule.count=12 "${ALONG[@]}"
+  method curve-iskd "$seed" experiment=iskd schedule.count=12
   for blocks in 4 8 12; do
     # bottlenecks in the same layers, and all blocks slimmed to the size that the student has then
     method "curve-kd$blocks" "$seed" experiment=kd schedule.count="$blocks"

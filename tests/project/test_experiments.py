@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from iskd.commands.compose import compose_config
+from iskd.evaluation.tasks.task_items import read_sentences
 from iskd.plan import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +144,31 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
         if words[0] == "-m":  # a sweep: the first of every list of parts
             words = [re.sub(r"^(mixer=[^,]+),.*", r"\1", word) for word in words[1:] if "hydra.sweep" not in word]
         compose_config(words, tmp_path)
+
+
+def test_gaps_in_stories_have_ten_nouns_to_choose_from(tmp_path: Path) -> None:
+    """Of the story itself, and not more than two gaps in one, so that a few stories do not decide."""
+    names = ("cat dog hat car bed box tree park ball bird").split()
+    stories = [
+        "\n".join([f"Once upon a time there was Ann {day} .", *(f"On that day she saw the {name}." for name in names)])
+        for day in range(5)
+    ]
+    (tmp_path / "data" / "tinystories").mkdir(parents=True)
+    with gzip.open(tmp_path / "data" / "tinystories" / "valid.txt.gz", "wt") as stream:
+        stream.write("\n\n".join(stories))
+    command = [sys.executable, str(ROOT / "experiments" / "papers-smollm2" / "gaps.py")]
+    for count, told in (("10", ""), ("11", "the stories give 10 items of 11")):
+        out = tmp_path / count
+        done = subprocess.run(
+            [*command, str(tmp_path / "data"), str(out), "--items", count], capture_output=True, text=True
+        )
+        assert told in done.stderr
+        assert (done.returncode != 0) == bool(told)
+    assert (tmp_path / "10" / "tinystories" / "valid.txt.gz").is_file()
+    items = read_sentences(tmp_path / "10")
+    assert len(items) == 10
+    assert all(len(item.continuations) == 10 for item in items)
+    assert len({item.id.rpartition("-")[0] for item in items}) == 5
 
 
 def test_scripts_have_types(tmp_path: Path) -> None:
