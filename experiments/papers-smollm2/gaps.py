@@ -2,10 +2,10 @@
 
     python gaps.py DATA OUT [--items 300]
 
-The Children's Book Test is not among the data. Its construction is repeated on stories of TinyStories' validation split:
-a noun of a late sentence is the gap, and the other nine options are nouns of the same story. As there is no tagger here,
-a noun is a word that ends what begins with an article or possessive in three places at least. Writes OUT/cbt_sentence/eval.jsonl, an
-item a line, and links what is in DATA beside it, so that OUT can stand in place of DATA.
+The Children's Book Test is not among the data. Its construction is repeated on stories of TinyStories' validation
+split: a noun of a late sentence is the gap, and the other nine options are nouns of the same story. As there is no
+tagger here, a noun is a word that ends what begins with an article or possessive in three places at least. Writes
+OUT/cbt_sentence/eval.jsonl, an item a line, and links what is in DATA beside it, so that OUT can stand for DATA.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-NOUN = re.compile(
-    r"\b(?:a|an|the|his|her|their) ([a-z]{3,})(?=[.,!?]| (?:was|is|had|and|in|on|to|with|that)\b)"
-)
+NOUN = re.compile(r"\b(?:a|an|the|his|her|their) ([a-z]{3,})(?=[.,!?]| (?:was|is|had|and|in|on|to|with|that)\b)")
 OFTEN = 3  # what stands there fewer times may be a slip
 NO_NOUN = {"big", "little", "while", "same", "next", "other", "not", "how", "what"}
 A_STORY = 2

@@ -148,7 +148,7 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
 
 def test_gaps_in_stories_have_ten_nouns_to_choose_from(tmp_path: Path) -> None:
     """Of the story itself, and not more than two gaps in one, so that a few stories do not decide."""
-    names = ("cat dog hat car bed box tree park ball bird").split()
+    names = ["cat", "dog", "hat", "car", "bed", "box", "tree", "park", "ball", "bird"]
     stories = [
         "\n".join([f"Once upon a time there was Ann {day} .", *(f"On that day she saw the {name}." for name in names)])
         for day in range(5)
