@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from iskd.report.terminal import terminal
 from iskd.schedules.budget import Budget, RefusedError, edits_of
 from iskd.schedules.budget.options import options_of
 from iskd.training import run
+from tests.commands.test_cli import ROOT
 
 TINY = [
     *("model=tiny", "model.num_layers=5", "data=sample", "data.seq_len=32", "data.val_tokens=512", "trainer=cpu"),
@@ -117,6 +120,31 @@ def test_a_native_plan_is_one_that_plain_transformers_opens(tmp_path: Path, foun
     assert set(plan.options) <= {"slim_75", "slim_50", "slim_30", "mlp_50", "merge", "remove"}
     result = run(made)
     assert native_config(result.student) is not None
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_find_the_plan_of_one(tmp_path: Path) -> None:
+    """The whole command, in processes of its own: they share the fits, take one plan, and train its student together."""
+    words = ["budget.params=0.6", "budget.use=[slim_50,no_attention]", "budget.rounds=0"]
+    parts(tmp_path / "alone", *words, "plan_only=true")
+    many = [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")),
+        *(word for word in TINY if word != "trainer=cpu"),
+        *(*RUN, *words, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"),
+        *(f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *many], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plan = read_plan(tmp_path / "run" / "budget.json")
+    assert plan.choice == read_plan(tmp_path / "alone" / "run" / "budget.json").choice
+    stages = json.loads((tmp_path / "run" / "stages.json").read_text())
+    assert stages[-1]["params"] == plan.costs["params"]
+    assert stages[-1]["tokens"] >= 512
+    files = [sorted(path.name for path in folder.glob("cache/budget/*/*")) for folder in (tmp_path, tmp_path / "alone")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
