@@ -124,7 +124,7 @@ def test_a_native_plan_is_one_that_plain_transformers_opens(tmp_path: Path, foun
 
 @pytest.mark.slow
 def test_processes_that_torchrun_starts_find_the_plan_of_one(tmp_path: Path) -> None:
-    """The whole command, in processes of its own: they share the fits, take one plan, and train its student together."""
+    """In processes of its own: they share the fits, take one plan, and train its student together."""
     words = ["budget.params=0.6", "budget.use=[slim_50,no_attention]", "budget.rounds=0"]
     parts(tmp_path / "alone", *words, "plan_only=true")
     many = [
