@@ -21,8 +21,9 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import scoring  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
-from scoring import Scorer, boundaries, student_at  # noqa: E402
+from tables import head, line  # noqa: E402
 
 from iskd.models import surgery  # noqa: E402
 from iskd.plan import Record  # noqa: E402
@@ -32,30 +33,23 @@ from iskd.schedules.budget import edits_of  # noqa: E402
 from iskd.schedules.budget.calibration import Calibration, Promise  # noqa: E402
 from iskd.schedules.budget.options import options_of  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
-from iskd.training.state import checkpoint  # noqa: E402
 
 SCORES = HERE / "scores"
-COLUMNS = ("params", "kl", "ppl_wikitext", "lambada_nll", "predicted_kl", "unhealed_kl")
+TASKS = {"lambada": "acc", "arc_easy": "acc", "copy": "led"}
 FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "found", "choice")
 _AROUND_THE_TEACHER = ("single scores", "next best", "random")
 
 
 def score(run: Path, data: Path, items: int, tokens: int) -> None:
     """Score the student of a run's last checkpoint, and write NAME.json."""
-    scorer = Scorer(data, items, tokens)
-    SCORES.mkdir(exist_ok=True)
-    if not (SCORES / "teacher.json").exists():
-        teacher = {"params": surgery.parameters(scorer.teacher.model), **scorer.score(scorer.teacher.model)}
-        (SCORES / "teacher.json").write_text(json.dumps(teacher))
-    last = boundaries(run)[-1]
-    model, plan = student_at(last, scorer.teacher.model), read_plan(run / BUDGET_FILE)
+    [row] = scoring.score(run, None, scoring.Scorer(data, items, tokens, metrics=TASKS), SCORES)
+    plan = read_plan(run / BUDGET_FILE)
     facts = {
-        "params": surgery.parameters(model), "tokens": checkpoint.read_state(last).tokens,
         "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "costs": plan.costs,
-        "measured": plan.measured, "limits": plan.limits, "seconds": plan.seconds,
+        "measured": plan.measured, "limits": plan.limits, "search_seconds": plan.seconds,
         "tried": [[each.predicted, each.measured] for each in plan.tried],
     }  # fmt: skip
-    (SCORES / f"{run.name}.json").write_text(json.dumps({**facts, **scorer.score(model)}))
+    (SCORES / f"{run.name}.json").write_text(json.dumps({**row, **facts}))
 
 
 def draw(plan: BudgetPlan, seed: int) -> BudgetPlan:
@@ -128,21 +122,37 @@ def _promise(choice: tuple[str, ...], added: float) -> Promise:
 
 
 def table() -> None:
-    """One row for every method and size, means over seeds; then predicted against measured."""
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tried: list[list[float]] = []
+    """A table for every size, the lowest KL first, means over seeds; then predicted against measured."""
+    sizes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    teacher = json.loads((SCORES / "teacher.json").read_text())
+    tried: dict[tuple[float, float], None] = {}
     for file in sorted(SCORES.glob("*-[0-9].json")):
+        method, _, size = file.stem.rpartition("-")[0].rpartition("-")
         found = json.loads(file.read_text())
-        rows[file.stem.rpartition("-")[0]].append(found)
-        tried += found["tried"]
-    print(f"| method, share | seeds | {' | '.join(COLUMNS)} |")
-    print(f"|{'---|' * (len(COLUMNS) + 2)}")
-    for name, found in rows.items():
-        means = [mean(row[column] for row in found) for column in COLUMNS]
-        print(f"| {name} | {len(found)} | " + " | ".join(f"{value:,.4g}" for value in means) + " |")
+        sizes[size][method].append(found)
+        tried |= dict.fromkeys(map(tuple, found["tried"]))
+    for size, methods in sorted(sizes.items(), reverse=True):
+        print(f"\n**{size}**\n\n{head(teacher, 'mixed')}")
+        print(line("teacher", [teacher], teacher, None))
+        for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
+            print(line(name, rows, teacher, methods.get("mixed")))
+        print("\n| method | predicted KL | of the plan as built | limits |\n|---|---|---|---|")
+        for name, rows in methods.items():
+            plan = rows[0]
+            print(f"| {name} | {plan['predicted_kl']:.3f} | {plan['unhealed_kl']:.3f} | {_limits(plan)} |")
     if len(tried) > 2:
         rank = spearmanr([each[0] for each in tried], [each[1] for each in tried]).statistic
         print(f"\n{len(tried)} plans built: rank correlation of predicted and measured KL {rank:.3f}")
+
+
+def _limits(row: dict[str, Any]) -> str:
+    """What was asked, what the plan promised and what its student was measured to cost."""
+    measured = row["measured"] or {}
+    return ", ".join(
+        f"{name}: at most {limit:,.6g}, promised {row['costs'].get(name, float('nan')):,.6g}"
+        + (f", measured {measured[name]:,.6g}" if name in measured else "")
+        for name, limit in row["limits"].items()
+    )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 #   SHARES   of the blocks' parameters; all five of the question: SHARES="0.9 0.8 0.7 0.6 0.5"
 #   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; none = these rows are left out
 #   METHODS  of mixed, removal, slim, merge, width, random
-#   TOKENS   training tokens of every run, 0 = as refitted; SEEDS: order of the data
+#   TOKENS   training tokens of every run, 0 = as refitted; REFIT: tokens of the refit before; SEEDS: order of the data
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
 #   FIT, HELD, SCORE, RACE   tokens that options are fitted to and judged by, that students and single options are scored on
 #   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS: see conf/budget/default.yaml, whose values are
@@ -18,7 +18,7 @@ DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
 SHARES=${SHARES:-0.8 0.6}
 DECODE=${DECODE:-}
 METHODS=${METHODS:-mixed removal slim merge width random}
-TOKENS=${TOKENS:-28672}
+TOKENS=${TOKENS:-14848}
 SEEDS=${SEEDS:-0 1}
 ONLY=${ONLY:-*}
 TRAINER=${TRAINER:-auto}
@@ -31,7 +31,8 @@ TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.g
        budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
        budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
        budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}")
-RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false export=false schedule.tokens="$TOKENS")
+RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false export=false schedule.tokens="$TOKENS"
+     data.batch_size=1 refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048)
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
 
