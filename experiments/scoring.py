@@ -25,7 +25,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.data.sources import Docstrings  # noqa: E402
-from iskd.evaluation.likelihood import evaluate  # noqa: E402
+from iskd.evaluation.judging import evaluate  # noqa: E402
 from iskd.evaluation.metrics import QualityMetrics  # noqa: E402
 from iskd.evaluation.tasks import Item  # noqa: E402
 from iskd.evaluation.tasks.task_items import CBT_SENTENCE, COPY, copy_items, read_sentences, read_task  # noqa: E402

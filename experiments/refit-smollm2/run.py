@@ -45,7 +45,7 @@ from transformers import PreTrainedModel  # noqa: E402
 from iskd.blocks import warm_start  # noqa: E402
 from iskd.data.files.readers import detokenize_wikitext  # noqa: E402
 from iskd.evaluation import measure_quality  # noqa: E402
-from iskd.evaluation.likelihood import evaluate  # noqa: E402
+from iskd.evaluation.judging import evaluate  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
 from iskd.plan import Record, Remove  # noqa: E402
 from iskd.refits import refit_survivors  # noqa: E402

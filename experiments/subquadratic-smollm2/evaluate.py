@@ -36,7 +36,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 import iskd  # noqa: E402
 from iskd.evaluation import efficiency  # noqa: E402
-from iskd.evaluation.likelihood import evaluate  # noqa: E402
+from iskd.evaluation.judging import evaluate  # noqa: E402
 from iskd.evaluation.tasks.made_items import recall_items  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
 from iskd.models.hosting import HostedMixer  # noqa: E402

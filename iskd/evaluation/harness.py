@@ -25,7 +25,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.likelihood import Step, TaskResult
+from iskd.evaluation.judging import TaskResult
+from iskd.evaluation.likelihood import Step
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.tasks import COPY, TASKS, read_task, subset
 from iskd.evaluation.tasks.examples import fewest_examples, keep_apart

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
-from iskd.evaluation.likelihood import METRICS
-from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.judging import METRICS
+from iskd.evaluation.judging import evaluate as ask
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored
 from iskd.evaluation.tasks.made_items import (
     COPY_DOC,

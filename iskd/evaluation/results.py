@@ -14,11 +14,36 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, OnErrorOmit, PlainValidator
 
-from iskd.evaluation.fields import Facts, Known, Word, items, only, plain
 from iskd.evaluation.tasks.made_items import length_of
 from iskd.plan.run_files import EFFICIENCY_FILE, EVALUATION_FILE
 from iskd.system import Json
 from iskd.system.reading import between, is_number, read_as
+
+
+def _only(kind: type[Any], otherwise: Any) -> BeforeValidator:
+    """What is no `kind` counts as `otherwise`."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else otherwise)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    """What is no list counts as none."""
+    return tuple(value) if isinstance(value, list) else ()
+
+
+def _plain(value: Any, digits: int | None = None) -> Any:
+    """Strict JSON: null for numbers that are not finite, the others rounded to so many decimals."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, digits) for item in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else value if digits is None else round(value, digits)
+    return value
+
+
+Known = Annotated[float, PlainValidator(lambda value: value if is_number(value) else math.nan)]
+Word = Annotated[str, _only(str, "")]
+Facts = Annotated[Json, _only(dict, {})]
 
 _LISTS = ("quantized", "positions")
 """Keys of evaluation.json that are there where something was measured."""
@@ -35,8 +60,8 @@ def _by_length(found: tuple[AtContext, ...]) -> tuple[AtContext, ...]:
 
 
 def _reasons(told: Any) -> dict[int, str]:
-    items = told.items() if isinstance(told, dict) else ()
-    known = {int(at): why for at, why in items if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
+    rows = told.items() if isinstance(told, dict) else ()
+    known = {int(at): why for at, why in rows if at.isdecimal() and len(at) < 18 and isinstance(why, str)}
     return dict(sorted(known.items()))
 
 
@@ -74,7 +99,7 @@ class Measured:
     bytes: Known = math.nan
     dtype: Word = ""
     peak_memory_bytes: Known = math.nan
-    contexts: Annotated[tuple[OnErrorOmit[AtContext], ...], BeforeValidator(items), AfterValidator(_by_length)] = ()
+    contexts: Annotated[tuple[OnErrorOmit[AtContext], ...], BeforeValidator(_items), AfterValidator(_by_length)] = ()
     left_out: Annotated[dict[int, str], PlainValidator(_reasons)] = field(default_factory=dict)
 
     def at(self, context: int) -> AtContext | None:
@@ -87,8 +112,8 @@ class Efficiency:
     """efficiency.json: the machine, and what both models, or one of them, cost on it."""
 
     machine: Any = None
-    teacher: Annotated[Measured | None, only(dict, None)] = None
-    student: Annotated[Measured | None, only(dict, None)] = None
+    teacher: Annotated[Measured | None, _only(dict, None)] = None
+    student: Annotated[Measured | None, _only(dict, None)] = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -98,7 +123,7 @@ class Efficiency:
 
     def to_json(self) -> Json:
         """Plain JSON values."""
-        return {"machine": self.machine} | {name: plain(asdict(model)) for name, model in self.models.items()}
+        return {"machine": self.machine} | {name: _plain(asdict(model)) for name, model in self.models.items()}
 
 
 def efficiency_of(value: Any) -> Efficiency:
@@ -245,12 +270,12 @@ class Evaluation:
     tasks: tuple[TaskScore, ...]
     retention: dict[str, Interval]
     mean_retention: _Bounds
-    text: Annotated[TextScore | None, only(dict, None)]
+    text: Annotated[TextScore | None, _only(dict, None)]
     models: Facts
     settings: Facts
     rest: Json = field(default_factory=dict)
-    quantized: Annotated[tuple[OnErrorOmit[Quantized], ...], BeforeValidator(items)] = ()
-    positions: Annotated[tuple[OnErrorOmit[AtPosition], ...], BeforeValidator(items)] = ()
+    quantized: Annotated[tuple[OnErrorOmit[Quantized], ...], BeforeValidator(_items)] = ()
+    positions: Annotated[tuple[OnErrorOmit[AtPosition], ...], BeforeValidator(_items)] = ()
 
     @property
     def mean(self) -> Interval:
@@ -289,7 +314,7 @@ class Evaluation:
     def about(self) -> Json:
         """All but scores and retention, as plain JSON, keys in order."""
         told = {key: value for key, value in asdict(self).items() if key in _HELD}
-        return json.loads(json.dumps(plain({**told, **self.rest}), sort_keys=True))
+        return json.loads(json.dumps(_plain({**told, **self.rest}), sort_keys=True))
 
     def to_json(self) -> str:
         """JSON text; numbers rounded to 6 decimals, null for those that are not finite."""
@@ -298,7 +323,7 @@ class Evaluation:
         for key in _LISTS:
             if not values[key]:
                 del values[key]
-        return json.dumps(plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
+        return json.dumps(_plain({**values, **rest}, 6), indent=1, sort_keys=True) + "\n"
 
 
 def evaluation_of(value: Any) -> Evaluation:
@@ -323,7 +348,7 @@ def evaluation_of(value: Any) -> Evaluation:
 
 def _same(value: Any, held: Any) -> bool:
     """Whether a field says all that stood in the file."""
-    return json.dumps(plain(value, 6), sort_keys=True) == json.dumps(plain(held, 6), sort_keys=True)
+    return json.dumps(_plain(value, 6), sort_keys=True) == json.dumps(_plain(held, 6), sort_keys=True)
 
 
 def _named(value: Any) -> list[Json] | None:

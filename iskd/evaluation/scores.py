@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from iskd.evaluation.bootstrap import interval, resampled_means, resampled_together
-from iskd.evaluation.likelihood import Paired, TaskResult, paired
+from iskd.evaluation.judging import Paired, TaskResult, paired
 from iskd.evaluation.results import Interval, TaskScore
 
 CHOICE, GENERATION = "choice", "generation"

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
 from iskd.data.files import find_files, read_file
-from iskd.evaluation.likelihood import HEAD_CHUNK, Step, TaskResult, paired
+from iskd.evaluation.judging import TaskResult, paired
+from iskd.evaluation.likelihood import HEAD_CHUNK, Step
 from iskd.evaluation.metrics import Perplexity
 from iskd.evaluation.results import AtPosition, TextScore
 from iskd.models import IGNORE, Stack, autocast_head, cap_logits, project, scoring

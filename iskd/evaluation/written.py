@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
-from iskd.evaluation.likelihood import Step, TaskResult
+from iskd.evaluation.judging import TaskResult
+from iskd.evaluation.likelihood import Step
 from iskd.evaluation.scores import GENERATION, Scored
 from iskd.evaluation.tasks.passages import WRITTEN, Passage
 from iskd.models import Stack, scoring

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.likelihood import BATCH_TOKENS, by_branch, judge, pairs_of
+from iskd.evaluation.judging import judge, pairs_of
+from iskd.evaluation.likelihood import BATCH_TOKENS, by_branch
 from iskd.evaluation.tasks import Item, check_choosable, file_of, items_of, metric_of, subset
 from iskd.evaluation.tasks.task_items import CBT_SENTENCE, split_items
 from iskd.importance.base import WindowImportance

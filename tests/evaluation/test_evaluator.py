@@ -22,8 +22,8 @@ from iskd.data import Framing
 from iskd.evaluation import Evaluation, harness
 from iskd.evaluation.evaluator import EvalSpec, check, evaluate
 from iskd.evaluation.harness import TASK_FILES, draw
-from iskd.evaluation.likelihood import TaskResult, pairs_of
-from iskd.evaluation.likelihood import evaluate as ask
+from iskd.evaluation.judging import TaskResult, pairs_of
+from iskd.evaluation.judging import evaluate as ask
 from iskd.evaluation.results import evaluation_of
 from iskd.evaluation.scores import CHOICE, GENERATION, Scored, compare
 from iskd.evaluation.tasks.task_items import TASKS, copy_items, read_task

@@ -19,15 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing
 from iskd.evaluation import EvalSpec, likelihood
 from iskd.evaluation.batches import Text, stems
-from iskd.evaluation.likelihood import (
-    Likelihoods,
-    TaskResult,
-    evaluate,
-    judge,
-    log_likelihoods,
-    paired,
-    pairs_of,
-)
+from iskd.evaluation.judging import TaskResult, evaluate, judge, paired, pairs_of
+from iskd.evaluation.likelihood import Likelihoods, log_likelihoods
 from iskd.evaluation.questions import questions
 from iskd.evaluation.tasks.task_items import COPY, TASKS, Item, copy_items, read_task, split_items, subset
 from iskd.importance.task_accuracy import TaskAccuracy

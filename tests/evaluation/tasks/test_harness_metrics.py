@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api import metrics as theirs
 from rich.console import Console
 
-from iskd.evaluation.likelihood import TaskResult
+from iskd.evaluation.judging import TaskResult
 from iskd.evaluation.results import Evaluation
 from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.tasks.aggregates import Aggregate
