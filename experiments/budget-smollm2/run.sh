@@ -31,7 +31,7 @@ TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.g
        budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
        budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
        budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}")
-RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.mfu=false export=false schedule.tokens="$TOKENS"
+RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false schedule.tokens="$TOKENS"
      data.batch_size=1 refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048)
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }

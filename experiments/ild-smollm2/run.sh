@@ -19,7 +19,7 @@ OUT=${OUT:-runs/ild-smollm2}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/ild-smollm2
 COMMON=(trainer="$TRAINER" data.val_tokens=4096 run.measure_before=false run.checkpoint_every=1000000 run.score_tokens=4096
-        run.efficiency_seconds=0 run.mfu=false export=false)
+        run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false)
 # half of the tokens of each text, or whatever their documents come to: nine tenths of WikiText-2
 MIXED=(data=mix data.sources.wikitext.data=wikitext2 data.sources.wikitext.path="$DATA/wikitext2/train.txt.gz"
        data.sources.wikitext.val_path="$DATA/wikitext2/valid.txt.gz" data.sources.stories.path="$DATA/tinystories/train.txt.gz")

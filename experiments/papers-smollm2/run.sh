@@ -19,8 +19,8 @@ ASKED=$(realpath -m "$OUT/asked") # the data, and gaps in stories
 [ -f "$ASKED/cbt_sentence/eval.jsonl" ] || "$PYTHON" "$HERE/gaps.py" "$DATA" "$ASKED"
 COMMON=(model=smollm2 trainer="$TRAINER" data=mix data.sources.wikitext.data=wikitext2
         data.sources.wikitext.path="$DATA/wikitext2/train.txt.gz" data.sources.wikitext.val_path="$DATA/wikitext2/valid.txt.gz"
-        data.sources.stories.path="$DATA/tinystories/train.txt.gz" data.val_tokens=4096 data.batch_size=1 schedule.tokens="$TOKENS"
-        run.measure_before=false run.checkpoint_every=1000000 run.score_tokens=4096 run.efficiency_seconds=0 run.mfu=false export=false)
+        data.sources.stories.path="$DATA/tinystories/train.txt.gz" data.val_tokens=2048 data.batch_size=1 schedule.tokens="$TOKENS"
+        run.measure_before=false run.checkpoint_every=1000000 run.score_tokens=4096 run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false)
 
 method() { # name, seed, overrides...
   local name="$1-$2" seed=$2 dir
