@@ -11,7 +11,6 @@ minutes. Where there is no time for that, a short prompt is read and its cache l
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from iskd.evaluation.results import AtContext, Efficiency, Measured
 from iskd.models import Stack, sharding, surgery
 from iskd.models.cache import cache_bytes, cache_held_bytes, lengthen
+from iskd.models.weights import served
 from iskd.plan.run_files import EFFICIENCY_FILE
 from iskd.system import machine, write_whole
 from iskd.system.faults import is_out_of_memory
@@ -84,7 +84,7 @@ def measure(
         raise ValueError(f"efficiency is that of a teacher and a student, got one named {min(other)!r}")
     facts = machine.describe(next(iter(places.values())))
     passes = _Passes(decode_tokens, repeats, batch, progress)
-    copies = {name: _as(model, dtype) for name, model in models.items()}
+    copies = {name: served(model, dtype) for name, model in models.items()}
     return Efficiency(facts, **_side_by_side(copies, contexts, passes, seconds))
 
 
@@ -300,15 +300,6 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _device(model: PreTrainedModel) -> torch.device:
     return next(model.parameters()).device
-
-
-def _as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model itself, or a copy in another dtype."""
-    if dtype is None or all(parameter.dtype == dtype for parameter in model.parameters()):
-        return model
-    other = copy.deepcopy(model)
-    nn.Module.to(other, dtype)
-    return other
 
 
 @contextmanager

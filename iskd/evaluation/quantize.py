@@ -25,6 +25,7 @@ from iskd.evaluation.likelihood import Step
 from iskd.evaluation.results import Quantized
 from iskd.evaluation.text import TextWindows, text_loss
 from iskd.models import Stack
+from iskd.models.weights import served
 from iskd.system.precision import serving_dtype
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def quantized(
         return ()
     device = next(model.parameters()).device
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        plain = copy.deepcopy(model).to(serving_dtype(device) or model.dtype)  # type: ignore[arg-type]
+        plain = served(model, serving_dtype(device))
         dtype = str(plain.dtype).removeprefix("torch.")
         as_it_is = Quantized(
             dtype, weight_bytes(plain), text_loss(plain, windows, batch_tokens=batch_tokens, step=step).perplexity

@@ -151,6 +151,8 @@ class Interval:
 
 
 _Bounds = Annotated[Interval | None, BeforeValidator(_bounds)]
+_NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "log_p")
+"""Metrics of nats, bits and their powers, which may be below 1 all the same."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class TaskScore:
     @property
     def per_cent(self) -> bool:
         """Whether the scores are shares, told in per cent, and no perplexities or the like."""
-        return not any(value is not None and abs(value) > 1 for value in (self.student, self.teacher))
+        large = any(value is not None and abs(value) > 1 for value in (self.student, self.teacher))
+        return not large and self.metric.partition(",")[0] not in _NO_SHARES
 
 
 @dataclass(frozen=True)

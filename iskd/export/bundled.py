@@ -22,10 +22,9 @@ from transformers.utils import cached_file
 
 from iskd.export.auto_class import StudentClass
 from iskd.export.edited import Edited, OneAttention, build, edited_class
-from iskd.export.storage import cast_parameters
 from iskd.export.student import IskdConfig
 from iskd.models.skeletons import GENERATION
-from iskd.models.weights import INDEX, WEIGHTS, load_model_tensors
+from iskd.models.weights import INDEX, WEIGHTS, cast_parameters, load_model_tensors
 from iskd.plan import Convert, Record, Remove, Replace, Spec
 from iskd.plan.edits import Merge
 

@@ -24,13 +24,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from iskd.export.auto_class import StudentClass
 from iskd.export.edited import build
 from iskd.export.load_options import dtype_of
-from iskd.export.storage import STORED, cast_parameters
+from iskd.export.storage import STORED
 from iskd.export.student import CODES, IskdConfig, student_class
 from iskd.models import surgery
 from iskd.models.families import FAMILIES
 from iskd.models.model_folder import check_model_folder, read_model_config, refuse_other_class
 from iskd.models.skeletons import check_numbers, read_generation_config, within_weights
-from iskd.models.weights import check_whole, load_model_tensors, present_weights, refuse_pointer, stored_dtype
+from iskd.models.weights import (
+    cast_parameters,
+    check_whole,
+    load_model_tensors,
+    present_weights,
+    refuse_pointer,
+    stored_dtype,
+)
 from iskd.plan import Record
 from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import RECORD_FILE

@@ -9,13 +9,13 @@ numbers that stand in the exponent of a decay, such as `A_log`, where rounding i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iskd.models.weights import stored_as
 from iskd.system import Json
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,26 +49,6 @@ class Rounding:
 def name_of(dtype: torch.dtype) -> str:
     """`bfloat16` of `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
-
-
-def stored_as(parameters: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Every parameter once, with its name and the type that it has in a model stored as `dtype`."""
-    kept = {
-        id(value)
-        for module in parameters.modules()
-        for name, value in module.named_parameters(recurse=False)
-        if name in getattr(module, "keep_float32", ())
-    }
-    for name, value in parameters.named_parameters():
-        as_it_is = not value.is_floating_point()
-        yield name, value, value.dtype if as_it_is else torch.float32 if id(value) in kept else dtype
-
-
-@torch.no_grad()
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the parameters of a loaded student their types; buffers, rotary frequencies among them, keep theirs."""
-    for _, value, wanted in list(stored_as(model, dtype)):
-        value.data = value.data.to(wanted)
 
 
 @torch.no_grad()

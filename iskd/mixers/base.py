@@ -201,12 +201,17 @@ class RecurrentMixer(nn.Module):
         return mixer
 
     @property
+    def turns(self) -> bool:
+        """Whether what it says depends on the positions that it is told, and not on what stood before alone."""
+        return self.rotary is not None
+
+    @property
     def report(self) -> list[str]:
         """What is copied, fresh or dropped, and why, a line each."""
         missing = [f"{name}_proj" for name in "qkvo" if name not in self.inherits]
         own = [name for name in (*self._parameters, *self._modules) if name != "projections" and self._holds(name)]
         notes = {**_NOTES, **self.notes}
-        turned = "copied" if self.rotary else "not used: order reaches the mixer through causality and the stream"
+        turned = "copied" if self.turns else "not used: order reaches the mixer through causality and the stream"
         lines = [*self.projections.report, *(f"{name} {notes[name]}" for name in dict.fromkeys((*missing, *own)))]
         return [*lines, f"rotary {turned}"] if self.turnable else lines
 
@@ -289,8 +294,8 @@ class RecurrentMixer(nn.Module):
         Raises ValueError when a mixer with rotary positions goes on from a cache and is not told the positions.
         """
         past = None if cache is None else cache.state()
-        if past is not None and positions is None and self.rotary is not None:
-            raise ValueError("a mixer with mixer.rotary=true needs position_ids to go on from a cache")
+        if past is not None and positions is None and self.turns:
+            raise ValueError(f"{type(self).__name__} has rotary positions: it needs position_ids to go on from a cache")
         context = Context.of(x_BTD, mask, positions, past[1:] if past else ())
         context.cached = cache is not None
         streams = self.streams(x_BTD, context).hiding(context.seen)

@@ -143,6 +143,11 @@ class MLSTMWindow(MLSTM):
         self.window_gate = nn.Parameter(torch.full((self.heads,), math.log(MIX / (1 - MIX))))
         self.turn = None if self.rotary is not None else rotary_of(attention)
 
+    @property
+    def turns(self) -> bool:
+        """The window's softmax turns queries and keys where the mLSTM does not."""
+        return super().turns or self.turn is not None
+
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Those of the mLSTM; queries and keys of softmax, with their positions."""
         q, k, v = self.qkv(x_BTD, context)

@@ -1,13 +1,14 @@
-"""Weights of a model as named tensors, on disk and as digests."""
+"""Weights of a model as named tensors, on disk, as digests, and in the types that they are stored in."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -199,3 +200,32 @@ def parameters_sha256(model: nn.Module, config: str | None = None) -> str:
         digest.update((name if config is None else f"{name} {parameter.dtype} {list(parameter.shape)}").encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def stored_as(parameters: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Every parameter once, with its name and the type that it has in a model stored as `dtype`."""
+    kept = {
+        id(value)
+        for module in parameters.modules()
+        for name, value in module.named_parameters(recurse=False)
+        if name in getattr(module, "keep_float32", ())
+    }
+    for name, value in parameters.named_parameters():
+        as_it_is = not value.is_floating_point()
+        yield name, value, value.dtype if as_it_is else torch.float32 if id(value) in kept else dtype
+
+
+@torch.no_grad()
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of a loaded student their types; buffers, rotary frequencies among them, keep theirs."""
+    for _, value, wanted in list(stored_as(model, dtype)):
+        value.data = value.data.to(wanted)
+
+
+def served(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model itself, or a copy whose parameters have the types of a model stored as `dtype`; buffers as they are."""
+    if dtype is None or all(value.dtype == wanted for _, value, wanted in stored_as(model, dtype)):
+        return model
+    other = copy.deepcopy(model)
+    cast_parameters(other, dtype)
+    return other

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
-from iskd.plan.edits import MAX_LAYERS, Edit
+from iskd.plan.edits import MAX_LAYERS, Edit, Record
 from iskd.system.files import MAX_NUMBER
 from iskd.system.reading import Count, is_integer, is_number, must_be, one_of, read_as
 
@@ -116,7 +116,8 @@ class Stage:
             `adjacent` (this stage's edits and the surviving neighbours), `lora` (adapters of low rank, merged at the
             end of the stage, and this stage's new blocks), or a regular expression on parameter names.
         lr: learning rate of everything that trains but the new blocks.
-        lr_new: learning rate of the blocks and mixers that this stage inserts.
+        lr_new: learning rate of the blocks and mixers that this stage inserts. For both, edits of the stages before it
+            that trained nothing are its own (`fresh`).
         fit: fit the inserted blocks to the replaced ones on calibration tokens before training.
         lora: the adapters of `train=lora`.
         objective: what training minimises: the configured `loss` terms, or layer by layer on the teacher's own inputs
@@ -128,6 +129,7 @@ class Stage:
         refit_budget: training tokens whose time the refits are to take, by more or less text than they ask for; 0 = as
             much as they ask for.
         step: which one of several schedules it comes from (`schedule=mixed`), from 0.
+        untrained: how many edits right before its own no stage has trained: to training they are of this stage.
     """
 
     name: Annotated[str, Field(max_length=10_000)]
@@ -143,3 +145,12 @@ class Stage:
     refit_share: _Share = 1.0
     refit_budget: Annotated[Count, BeforeValidator(_whole)] = 0
     step: Count = 0
+    untrained: Count = 0
+
+    def fresh(self, record: Record) -> tuple[Edit, ...]:
+        """Edits that its training is the first to follow: its own, after those of stages before it without training.
+
+        `record` ends with its edits.
+        """
+        start = len(record.edits) - len(self.edits)
+        return (*record.edits[start - self.untrained : start], *self.edits)

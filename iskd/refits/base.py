@@ -116,8 +116,8 @@ class RefitTask:
     Attributes:
         student: the model; its weights change.
         teacher: the frozen original.
-        record: the student's edits, those of this stage among them.
-        edits: those of this stage.
+        record: the student's edits.
+        edits: those that the refits follow: of this stage, and of stages before it without refits.
         fit: this rank's windows to fit to, each [B, T].
         fold_of: the fold that each of them is in.
         held: this rank's windows to choose and judge by.
@@ -170,7 +170,7 @@ class RefitTask:
         return [block for layer, block in zip(self.record.layers, stack, strict=True) if layer in layers]
 
     def gaps(self) -> list[int]:
-        """Surviving layers right below a gap that this stage's edits have made or widened, ascending."""
+        """Surviving layers right below a gap that these edits have made or widened, ascending."""
         removed = {edit.layer for edit in self.edits if isinstance(edit, REMOVALS)}
         return [
             layer for layer in self.record.layers if removed & set(range(layer + 1, self.record.state_after(layer) + 1))
@@ -182,7 +182,7 @@ class BlockRefit(Refit):
     """A refit of some surviving blocks, one after the other.
 
     Attributes:
-        blocks: which: those below the gaps (or at the edited layers) of this stage, those `above` too, or all.
+        blocks: which: those below the gaps (or at the edited layers) of these edits, those `above` too, or all.
         streams: where the states of all windows lie between two blocks: device, host or disk (below `cache_dir`).
 
     Raises:
@@ -307,7 +307,7 @@ def walk(
             if found is None or (between is not None and middle is None):
                 found = teacher[index]
                 for number in range(below, above):
-                    found, added = _teacher_block(theirs, number, original[index], found, apart=between is not None)
+                    found, added = teacher_block(theirs, number, original[index], found, apart=between is not None)
                     middle = added if number == layer else middle
                 if states is not None:
                     states.put(above - 1, found)
@@ -335,7 +335,7 @@ def attention_end(stack: Stack) -> str:
     return stack.family.post_norms[0] if stack.family.post_norms else stack.family.attn
 
 
-def _teacher_block(
+def teacher_block(
     stack: Stack, layer: int, calls: BlockCalls, h_BTD: Tensor, *, apart: bool
 ) -> tuple[Tensor, Tensor | None]:
     """State after a block, and where it is wanted the one between its attention and its MLP."""

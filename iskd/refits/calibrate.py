@@ -39,7 +39,7 @@ OUT = "projections.o_proj"
 
 @dataclass(frozen=True)
 class Calibrate(Refit):
-    """Decays, delta strengths and head sizes of the mixers of this stage, from statistics of the teacher's attention.
+    """Decays, delta strengths and head sizes of mixers just put in, from statistics of the teacher's attention.
 
     Attributes:
         tokens: calibration tokens that the statistics are taken of.
@@ -63,7 +63,7 @@ class Calibrate(Refit):
         return 2.5
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
-        """The blocks of this stage's mixers."""
+        """The blocks of the mixers put in."""
         return task.blocks({edit.layer for edit in task.edits if isinstance(edit, Convert)})
 
     def refit(self, task: RefitTask) -> list[str]:
@@ -76,7 +76,7 @@ class Calibrate(Refit):
             if hasattr(_mixer(stack, task, edit.layer), "calibrate")
         )
         if not layers:
-            return ["no mixer of this stage to calibrate"]
+            return ["no mixer was put in: nothing to calibrate"]
         told = self._gates(task, layers)
         return [told, self._scales(task, layers)] if self.scale else [told]
 

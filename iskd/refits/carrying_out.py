@@ -47,7 +47,7 @@ def refit_survivors(
         student: changed in place, weights alone.
         teacher: the frozen original.
         record: the student's edits.
-        edits: those of this stage.
+        edits: those that the refits follow.
         windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
         ranks: the processes of the run; each takes its share of the windows, or of the layers (`Refit.by_layers`).
         opened: see `RefitTask`.

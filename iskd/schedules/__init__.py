@@ -7,7 +7,7 @@ Imports: plan.
 
 from __future__ import annotations
 
-from iskd.schedules.base import Choice, History, Schedule, next_stage
+from iskd.schedules.base import Choice, History, Schedule, next_stage, next_stages
 from iskd.schedules.edits import ConvertTo, EditKind
 from iskd.schedules.stages_ahead import forecast, planned_steps, stage_steps
 
@@ -19,6 +19,7 @@ __all__ = [
     "Schedule",
     "forecast",
     "next_stage",
+    "next_stages",
     "planned_steps",
     "stage_steps",
 ]

@@ -41,6 +41,12 @@ class History:
         """Layers that were edited before it began, ascending."""
         return tuple(sorted({edit.layer for edit in self.record.edits[: self.before]}))
 
+    @property
+    def untrained(self) -> int:
+        """How many edits the latest stages have made that none has trained."""
+        trained = max((number for number, stage in enumerate(self.stages, 1) if stage.tokens), default=0)
+        return sum(len(stage.edits) for stage in self.stages[trained:])
+
     def after(self, stage: Stage) -> History:
         """The history once `stage` is kept: removed layers are gone, scores and the sizes of the others are as now."""
         record = self.record.extended(stage.edits)
@@ -110,6 +116,11 @@ class Schedule(Protocol):
         """Choices of the next stage that differ in one layer, the best first; none when the run is complete."""
 
 
+def next_stages(schedule: Schedule, history: History) -> list[Stage]:
+    """`candidates_for`, each with what was edited before it and not trained."""
+    return [replace(stage, untrained=history.untrained) for stage in schedule.candidates_for(history)]
+
+
 def next_stage(schedule: Schedule, history: History) -> Stage | None:
     """The schedule's best choice of the next stage; None when the run is complete."""
-    return next(iter(schedule.candidates_for(history)), None)
+    return next(iter(next_stages(schedule, history)), None)

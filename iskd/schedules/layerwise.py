@@ -27,8 +27,8 @@ class LayerSchedule(Layers, Heal):
         target_layers: remove until so many layers are left.
         target_params: remove until the student has at most so many parameters, embeddings included.
         final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1]. At 1
-            the stages before it only edit (and refit), and one curve of the rates covers all training; `floor` then
-            judges students that were not trained, and blocks that earlier stages put in train at `lr`.
+            the stages before it only edit (and refit), and one curve of the rates covers all training, in which all
+            blocks that they put in are new; `floor` then judges students that were not trained.
         refit_share: share of their calibration text that refits read after every edit but the last, in [0, 1]. What
             they do there serves the choice of the next layer: the last one solves all survivors again. 0 = it alone.
         rescore: with `order=importance`, score again before every stage.
@@ -74,11 +74,6 @@ class LayerSchedule(Layers, Heal):
             )
         if not 0 <= self.refit_share <= 1:
             raise ValueError(f"schedule.refit_share must be in [0, 1], got {self.refit_share}")
-        if self.final_share == 1 and self.train in ("new", "adjacent") and self.edits_per_stage is not None:
-            raise ValueError(
-                f"schedule.final_share=1 trains in the last stage alone, where schedule.train={self.train} reaches "
-                "only what that stage edits: choose all or edited, or a smaller share"
-            )
         if self.candidates < 1 or self.trial_tokens < 0 or (self.candidates > 1) != (self.trial_tokens > 0):
             raise ValueError(
                 f"schedule.candidates={self.candidates} and schedule.trial_tokens={self.trial_tokens} do not fit: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
+
+from pydantic import PositiveFloat
 
 from iskd.plan import Convert, Stage
 from iskd.schedules.base import Choice, History, Schedule
@@ -60,6 +62,8 @@ class Mixed:
         parts: the steps, made.
         steps: the same as they were written.
         tokens: training tokens of the run; steps that name none of their own share equally what is left of them.
+        train, lora, lr, lr_new: as they were written for all steps that give none of their own, whose schedules have
+            them by now.
 
     Source: none: the published edits one after the other, ours
     Needs: steps, e.g. `schedule.steps=[{edit: remove, count: 4}, {edit: replace, block: slim, count: 4}]`
@@ -73,6 +77,10 @@ class Mixed:
     parts: Sequence[Step]
     steps: Sequence[Any] = field(default_factory=list)
     tokens: int | None = None
+    train: str | None = None
+    lora: Mapping[str, Any] | None = None
+    lr: PositiveFloat | None = None
+    lr_new: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -96,11 +104,6 @@ class Mixed:
     def restart_at_edit(self) -> bool:
         """Whether every edit is carried out in a fresh process."""
         return any(part.schedule.restart_at_edit for part in self.parts)
-
-    @property
-    def train(self) -> str:
-        """`lora` where a step trains adapters."""
-        return "lora" if any(getattr(part.schedule, "train", None) == "lora" for part in self.parts) else "all"
 
     @property
     def stages(self) -> list[Stage]:
@@ -146,6 +149,11 @@ class Mixed:
         return replace(history, stages=own, before=len(history.record.edits) - edits)
 
 
+def parts_of(schedule: Schedule) -> Sequence[Step]:
+    """The steps of a mixed schedule; any other one is its own only step."""
+    return schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]
+
+
 def turn_of(schedule: Schedule, importance: Any, history: History) -> Turn | None:
     """Which schedule decides next and by which scores; None when the run is complete."""
     if isinstance(schedule, Mixed):
@@ -167,7 +175,7 @@ def refuse_in_vain(schedule: Schedule, history: History) -> None:
     Which layers scores choose is not: a mixer is then held against all that may be, and so is one of a step after them.
     """
     known = True
-    for part in schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]:
+    for part in parts_of(schedule):
         each, seen = part.schedule, replace(history, stages=(), scores=None, before=len(history.record.edits))
         known = known and each.scoring == "never"
         if isinstance(each, Layers) and isinstance(each.edit, ConvertTo):
@@ -179,8 +187,7 @@ def refuse_in_vain(schedule: Schedule, history: History) -> None:
 
 def possible(schedule: Schedule, history: History) -> Iterator[tuple[int, Convert]]:
     """Where scores choose the layers, one conversion for each entry of `edit.mixers` that they may choose; its step."""
-    parts = schedule.parts if isinstance(schedule, Mixed) else [Step(schedule)]
-    for number, each in enumerate(part.schedule for part in parts):
+    for number, each in enumerate(part.schedule for part in parts_of(schedule)):
         if isinstance(each, Layers) and isinstance(each.edit, ConvertTo) and each.scoring != "never":
             entries = {each.edit.entry_of(layer): layer for layer in each.may_edit(history)}
             yield from ((number, each.edit.make(layer, 0)) for entry, layer in entries.items() if entry is not None)

@@ -15,7 +15,7 @@ from iskd.models import Stack, surgery
 from iskd.plan import Edit, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
-from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast
+from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
 from iskd.schedules.mixed import Mixed, in_vain, of_stage, possible, refuse_in_vain, turn_of
 from iskd.system import Ranks
 from iskd.training.state import RunState
@@ -137,7 +137,7 @@ def decide(
         if vain and not state.finished:
             raise ValueError(vain)
         events += [vain] if vain else []  # of a later step: what was trained by then is kept
-    found = schedule.candidates_for(history_of(state, module, pass_tokens))
+    found = next_stages(schedule, history_of(state, module, pass_tokens))
     stages = [stage_from_json(stage) for stage in ranks.first([to_json(stage) for stage in found])]
     trial_tokens = of_stage(schedule, stages[0]).trial_tokens if stages else 0
     state.next_stage(stages, trial_tokens, events)

@@ -63,6 +63,7 @@ def carry_out(
     windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
     folder: Path | None = None,
     place: str = "device",
+    earlier: Sequence[Edit] = (),
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
@@ -79,9 +80,10 @@ def carry_out(
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
         folder: where states on disk lie; None = where the system keeps temporary files.
         place: where those of a fit lie: device, host or disk.
+        earlier: edits before the stage's that no refit has followed: the refits are about these as well.
 
     Raises:
-        BrokenOffError: a process was asked to stop between two blocks of a refit.
+        BrokenOffError: a process was asked to stop between two blocks of a fit or a refit.
     """
     student, before = module.student, module.record
     touched = _opened(before, stage.edits)
@@ -89,15 +91,23 @@ def carry_out(
     old = dict(zip(before.layers, Stack(student).layers, strict=True))
     record = surgery.apply(student, before, stage.edits)
     fitted: list[Fitted | Merged] = []
+
+    def check_stop() -> None:
+        if module.stopping():
+            raise BrokenOffError
+
     if batches or any(isinstance(edit, Merge) for edit in stage.edits):
         with forward_context():
             judge = partial(_distance, module)
-            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
+            fitted = warm_start(
+                student, module.teacher, old, record, stage.edits, batches, judge, place, folder, check_stop
+            )
     sharding.freeze(student, origin, optimizer)
     refits, refitted, start = _on_text(refits, stage), list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
-            refitted = _refit(module, optimizer, record, stage, refits, windows, folder)
+            followed = [*earlier, *stage.edits]
+            refitted = _refit(module, optimizer, record, followed, refits, windows, folder, check_stop)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
@@ -137,12 +147,13 @@ def _refit(
     module: DistillModule,
     optimizer: torch.optim.Optimizer,
     record: Record,
-    stage: Stage,
+    edits: Sequence[Edit],
     refits: Sequence[Refit],
     windows: Callable[[int], Sequence[Tensor]],
     folder: Path | None,
+    check_stop: Callable[[], None],
 ) -> list[str]:
-    """What the refits say that they did to the student."""
+    """What the refits that follow some edits say that they did to the student."""
     student = module.student
 
     @contextmanager
@@ -152,12 +163,8 @@ def _refit(
         yield
         sharding.freeze(student, origin, optimizer)
 
-    def check_stop() -> None:
-        if module.stopping():
-            raise BrokenOffError
-
     return refit_survivors(
-        refits, student, module.teacher, record, stage.edits, windows,
+        refits, student, module.teacher, record, edits, windows,
         ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states, folder=folder,
     )  # fmt: skip
 
@@ -188,6 +195,15 @@ class Editor:
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
         return self.by_step[stage.step] if self.by_step else self.refits
+
+    def not_refitted(self, finished: Sequence[Stage]) -> list[Edit]:
+        """Edits of the latest of these stages that no refit has followed."""
+        edits: list[Edit] = []
+        for stage in reversed(finished):
+            if stage.edits and _on_text(self.refits_of(stage), stage):
+                break
+            edits[:0] = stage.edits
+        return edits
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""
@@ -233,9 +249,13 @@ class Editor:
         stage: Stage,
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
+        finished: Sequence[Stage],
     ) -> Edited:
-        """See `carry_out`; `batches` makes the windows of the fit when they are wanted."""
-        refits, rest = self.refits_of(stage), (self.windows, self.folder, self.place)
+        """See `carry_out`; `batches` makes the windows of the fit when they are wanted.
+
+        What the stages before it, `finished`, have left to its refits, they do.
+        """
+        refits, rest = self.refits_of(stage), (self.windows, self.folder, self.place, self.not_refitted(finished))
         return carry_out(module, optimizer, stage, batches(), forward_context, refits, *rest)
 
     def leaves_before(self, state: RunState) -> bool:

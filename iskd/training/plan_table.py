@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from iskd.losses import Terms
 from iskd.models import sharding, surgery
-from iskd.plan import Record, Stage, to_json
+from iskd.plan import Convert, Record, Stage, to_json
 from iskd.plan.run_files import PLAN_FILE
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules import Schedule
@@ -156,7 +156,7 @@ def announce(
     costs = replace(costs, token=token, ends=costs.ends + ends(token))
     losses, decay = losses_text(module.terms), module.optim.decay
     rows = plan_rows(module.teacher, plan, steps, step_tokens, costs, record=module.record, losses=losses, decay=decay)
-    check_plan(rows, plan)
+    check_plan(module.teacher, plan, module.record)
     if ranks.rank == 0:
         write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
         print_plan(rows, text=text, memory=memory, capacity=capacity(module.device), tokens_told=tokens_told)
@@ -169,15 +169,27 @@ def losses_text(terms: Terms) -> str:
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, (_, weight) in terms.items())
 
 
-def check_plan(rows: Sequence[Json], stages: Sequence[Stage]) -> None:
-    """Raise ValueError when blocks are to be replaced or removed and the student would not get smaller."""
-    if (
-        any(edit.op != "convert" for stage in stages for edit in stage.edits)
-        and rows[-1]["block_params"] >= rows[0]["block_params"]
-    ):
+def check_plan(teacher: PreTrainedModel, stages: Sequence[Stage], record: Record) -> None:
+    """Raise ValueError when blocks are to be replaced or removed and the student would not get smaller by that.
+
+    A mixer may be larger than the attention in whose place it stands: conversions are left out of the sum.
+
+    Args:
+        teacher: of the run, on any device.
+        stages: all stages.
+        record: edits from before the run.
+    """
+    edits = [*record.edits, *(edit for stage in stages for edit in stage.edits)]
+    shrinking = [edit for edit in edits if not isinstance(edit, Convert)]
+    if not any(not isinstance(edit, Convert) for stage in stages for edit in stage.edits):
+        return
+    records = Record(record.num_layers), Record(record.num_layers, tuple(shrinking))
+    before, after = (surgery.block_parameters(surgery.rebuild(teacher, each, "meta")) for each in records)
+    if after >= before:
+        mixers = "" if len(shrinking) == len(edits) else ", mixers left out"
         raise ValueError(
-            f"the edits remove nothing: {rows[0]['block_params']:,} block parameters before them and "
-            f"{rows[-1]['block_params']:,} after; choose a smaller block (block.ratio), or schedule=none"
+            f"the edits remove nothing: {before:,} block parameters before them and {after:,} after{mixers}; choose a "
+            "smaller block (block.ratio), or schedule=none"
         )
 
 

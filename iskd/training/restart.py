@@ -69,7 +69,7 @@ class EditInFreshProcess(Editor):
         optimizer = make_optimizer(module.optim)
         module.regroup(optimizer)
         checkpoint.restore(path, module.student, optimizer, rng=False)
-        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context)
+        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context, state.finished)
         sharding.from_first_rank(module.student)
         self._made = edited, dict(optimizer_tensors(optimizer, module.student))
 
@@ -84,10 +84,11 @@ class EditInFreshProcess(Editor):
         stage: Stage,
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
+        finished: Sequence[Stage],
     ) -> Edited:
         """Hand over the edit that was made; stages without edits need none."""
         if self._made is None:
-            return super().carry_out(module, optimizer, stage, batches, forward_context)
+            return super().carry_out(module, optimizer, stage, batches, forward_context, finished)
         (edited, moments), self._made = self._made, None
         load_optimizer_tensors(optimizer, module.student, moments)
         return edited

@@ -26,7 +26,7 @@ from iskd.plan.failure import told_in
 from iskd.plan.run_files import FAILURE_FILE, LOCK_FILE
 from iskd.plan.trainer_settings import MAX_TIME, seconds, trainer_settings, with_defaults
 from iskd.report.terminal import terminal
-from iskd.schedules.mixed import Mixed
+from iskd.schedules.mixed import Mixed, parts_of
 from iskd.system import Preempted, global_rank, run_lock
 from iskd.system.patches import without_signal_handlers, without_sigterm_broadcast
 from iskd.system.precision import precision
@@ -164,7 +164,8 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
 def _check(parts: Parts, trainer: L.Trainer, loop: StageLoop) -> None:
     """Raise ValueError for a strategy that cannot do what the run asks of it."""
     stage = loop.state.stage
-    adapters = "lora" in (getattr(parts.schedule, "train", None), stage and stage.train)
+    trained = [getattr(each.schedule, "train", None) for each in parts_of(parts.schedule)]
+    adapters = "lora" in (*trained, stage and stage.train)
     check_processes(trainer.strategy)
     check_strategy(trainer.strategy, edits=loop.editor.in_place, adapters=adapters)
     loop.editor.check(timed=parts.trainer[MAX_TIME] is not None)

@@ -373,12 +373,16 @@ class StageLoop:
         self._tick()  # the checkpoint before it
 
         def made() -> Edited:
-            return self.editor.carry_out(live.module, live.optimizer, stage, self.fit_windows, live.forward_context)
+            return self.editor.carry_out(
+                live.module, live.optimizer, stage, self.fit_windows, live.forward_context, state.finished
+            )
 
         # a refit that reads all of its text takes much longer than one that reads a share, or none
         kind, start = f"edit, {stage.refit_share:g} of its refits' text", time.perf_counter()
         try:
-            with live.breaking_off():
+            # refits share out windows and layers among processes, which so call unlike numbers of modules: all agree
+            # on a stop between two blocks
+            with live.alone():
                 edited = self._told(f"{stage.name}: edits, fits and refits", made, kind)
         except BrokenOffError:
             self.preempted = True

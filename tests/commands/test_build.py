@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from iskd.commands import build
 from iskd.commands.build.schedule import schedule_of
 from iskd.commands.compose import compose_config
 from iskd.commands.values import as_meant
+from iskd.plan import Record
 from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
 from iskd.plan.saved_config import read_config
+from iskd.schedules import History, forecast
 from iskd.system import run_lock
 
 
@@ -55,6 +58,62 @@ def test_what_a_step_refuses_is_told_with_the_step(step: str, said: str) -> None
     config = as_meant(compose_config([*words, "schedule.tokens=64"])[0])
     with pytest.raises(ValueError, match=re.escape(f"schedule.steps[1]: {said}")):
         schedule_of(config)
+
+
+@pytest.mark.parametrize(
+    ("shared", "rates"),
+    [
+        ([], [(1e-4, 3e-4), (1e-4, 7e-4)]),
+        (["schedule.lr=2e-5"], [(2e-5, 3e-4), (2e-5, 7e-4)]),
+        (["schedule.lr_new=5e-5"], [(1e-4, 5e-5), (1e-4, 7e-4)]),
+    ],
+)
+def test_rates_may_be_said_once_for_all_steps(shared: list[str], rates: list[tuple[float, float]]) -> None:
+    """A step's own stand, and so does what trains."""
+    steps = "schedule.steps=[{edit: remove, count: 1}, {edit: remove, count: 1, lr_new: 7e-4}]"
+    words = ["model=tiny", "schedule=mixed", "schedule.tokens=64", "schedule.train=edited"]
+    config = as_meant(compose_config([*words, steps, *shared])[0])
+    parts = schedule_of(config).parts  # type: ignore[attr-defined]
+    assert [(part.schedule.lr, part.schedule.lr_new) for part in parts] == rates
+    assert {part.schedule.train for part in parts} == {"edited"}
+
+
+@pytest.mark.parametrize("schedule", ["iterative", "oneshot", "align"])
+@pytest.mark.parametrize(
+    ("named", "edited"),
+    [
+        ("layers: [0, 1, 2, 3, 4, 5]", [0, 1, 2, 3, 4, 5]),
+        ("layers: every_second", [1, 3, 5, 7, 9]),
+        ("layers: [5, 4, 3], count: 2", [4, 5]),
+    ],
+)
+def test_a_step_converts_all_layers_that_it_names(schedule: str, named: str, edited: list[int]) -> None:
+    """Whatever number its schedule has where nobody says."""
+    step = f"schedule.steps=[{{edit: convert, mixer: gla, schedule: {schedule}, {named}}}]"
+    words = ["model=tiny", "schedule=mixed", "schedule.tokens=100", step]
+    mixed = schedule_of(as_meant(compose_config(words)[0]))
+    stages = forecast(mixed, History(Record(10), scores=dict.fromkeys(range(10), 0.0)))
+    assert sorted(edit.layer for stage in stages for edit in stage.edits) == edited
+
+
+def test_a_share_for_refits_needs_refits_in_a_step_as_in_a_run() -> None:
+    said = "local_share=0.3 is for refits of the conversions, and there are none"
+    words = [
+        "model=tiny",
+        "edit=convert",
+        "mixer=gla",
+        "schedule=align",
+        "schedule.local_share=0.3",
+        "schedule.tokens=64",
+    ]
+    with pytest.raises(ValueError, match=f"^schedule.{said}"):
+        schedule_of(as_meant(compose_config(words)[0]))
+    step, mixed = "{edit: convert, mixer: gla, layers: every_second, local_share: 0.3", ["model=tiny", "schedule=mixed"]
+    mixed += ["schedule.tokens=64"]
+    for refit, raises in (("", True), (", refit: [output]", False)):
+        config = as_meant(compose_config([*mixed, f"schedule.steps=[{step}{refit}}}]"])[0])
+        with pytest.raises(ValueError, match=said) if raises else nullcontext():
+            schedule_of(config)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ from iskd.commands.build.at_the_end import export_of
 from iskd.commands.compose import compose_config
 from iskd.commands.resume import resumed
 from iskd.commands.values.config import as_meant, plain
+from iskd.evaluation import quantize
+from iskd.evaluation.text import TextWindows
 from iskd.export.probe import ask, differences, probe_from_json
-from iskd.export.storage import STORED, cast_parameters
+from iskd.export.storage import STORED
 from iskd.export.write import export
 from iskd.models import surgery
-from iskd.models.weights import stored_dtype
+from iskd.models.weights import cast_parameters, served, stored_dtype
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.plan.run_files import FACTS
 from tests.factories import mixer_specs, tiny, windows
@@ -80,6 +82,32 @@ def test_every_mixer_runs_in_half_precision_with_what_it_keeps(mixer: str) -> No
     narrow: Any = model
     torch.testing.assert_close(narrow(windows()).logits.float(), said, atol=3e-2, rtol=3e-2)
     assert narrow.generate(windows()[:, :4], max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 6)
+
+
+@torch.no_grad()
+def test_what_is_measured_in_half_precision_is_what_is_loaded_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary frequencies and decays keep their bits: by cost and in fewer bits a student is the one that is served."""
+    model, _, _ = student(Convert(1, mixer_specs()["gated_deltanet"]))
+    before = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    kept = {name for name in before if "inv_freq" in name or name.endswith("A_log")}
+    assert len(kept) >= 2
+    assert served(model, None) is served(model, torch.float32) is model
+    monkeypatch.setattr(quantize, "serving_dtype", lambda _device: torch.bfloat16)
+    measured: list[Any] = [served(model, torch.bfloat16)]
+
+    def packed_as(_kind: str, plain: Any) -> Any:
+        measured.append(plain)
+        raise ValueError("not here")
+
+    monkeypatch.setattr(quantize, "packed_as", packed_as)
+    ids = windows()
+    quantize.quantized(model, TextWindows(ids, ids[:, 1:], 9), ["int8"], batch_tokens=64, step=lambda *_: None)
+    assert len(measured) == 2
+    for half in measured:
+        for name, value in (*half.named_parameters(), *half.named_buffers()):
+            assert torch.equal(value, before[name].to(value.dtype)), name
+            assert value.dtype == (torch.float32 if name in kept else torch.bfloat16), name
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 @torch.no_grad()

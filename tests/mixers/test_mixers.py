@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import iskd
 from iskd.export.student import write
 from iskd.mixers.base import Context
+from iskd.mixers.modules import Rotary
 from iskd.models import CacheSlot, Stack, surgery
 from iskd.models.cache import StateLayer, cache_held_bytes
 from iskd.plan import Convert, Record, Remove, Replace, Spec
@@ -111,6 +112,21 @@ def test_documents_in_a_row_do_not_see_each_other(name: str) -> None:
     exact(both[:1, :5], mixer(x[:1, :5]))
     exact(both[:1, 5:], mixer(x[:1, 5:]))
     exact(both[1:, 3:], mixer(x[1:, 3:]))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_a_cache_without_positions_goes_on_rightly_or_not_at_all(name: str) -> None:
+    """A mixer whose queries and keys turn anywhere says that it must be told where it is."""
+    mixer, x, cache = mixer_of(name), randn(1, 9, 48, seed=4), DynamicCache()
+    whole = mixer(x)
+    mixer(x[:, :6], cache=CacheSlot(cache, 0))
+    if mixer.turns:
+        with pytest.raises(ValueError, match=f"{type(mixer).__name__} has rotary positions: it needs position_ids"):
+            mixer(x[:, 6:], cache=CacheSlot(cache, 0))
+    else:
+        exact(mixer(x[:, 6:], cache=CacheSlot(cache, 0)), whole[:, 6:])
+    assert mixer.turns == any(isinstance(part, Rotary) for part in vars(mixer).values())
 
 
 @pytest.mark.parametrize("name", SPECS)

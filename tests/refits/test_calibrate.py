@@ -143,7 +143,7 @@ def test_without_a_mixer_there_is_nothing_to_do() -> None:
     told = refit_survivors(
         [Calibrate(tokens=64, held_tokens=32)], student, teacher, record, edits, lambda n: [windows(n // 16, 16)]
     )
-    assert told[0] == "refit calibrate: no mixer of this stage to calibrate"
+    assert told[0] == "refit calibrate: no mixer was put in: nothing to calibrate"
     with pytest.raises(ValueError, match="a refit needs calibration text"):
         Calibrate(tokens=0)
     with pytest.raises(ValueError, match="some to fit to and some held out"):

@@ -74,6 +74,14 @@ def test_budgets_sum_to_the_tokens(tokens: int, final_share: float, count: int, 
         assert budgets[-1] - budgets[0] == pytest.approx(tokens * final_share, abs=len(budgets))
 
 
+@pytest.mark.parametrize(("final_share", "untrained"), [(0.0, [0, 0, 0]), (0.5, [0, 0, 0]), (1.0, [0, 1, 2])])
+def test_what_no_stage_has_trained_is_new_to_the_next_one(final_share: float, untrained: list[int]) -> None:
+    stages = play(Iterative(REPLACE, count=3, tokens=30, final_share=final_share, order="middle_out"))
+    assert [stage.untrained for stage in stages] == untrained
+    record = Record(8).extended(edit for stage in stages for edit in stage.edits)
+    assert stages[-1].fresh(record) == record.edits[-1 - untrained[-1] :]
+
+
 @pytest.mark.parametrize(("share", "per_stage"), [(0.0, 1), (0.25, 2), (1.0, 1)])
 def test_the_last_edit_is_refitted_on_all_text(share: float, per_stage: int) -> None:
     schedule = Iterative(REMOVE, count=4, per_stage=per_stage, refit_share=share, order="middle_out")
@@ -230,7 +238,6 @@ def test_values_that_cannot_work_are_refused_at_once(schedule: Any, kwargs: dict
         ({"count": 1, "final_share": 1.1}, r"schedule.final_share in \[0, 1\], got"),
         ({"count": 1, "refit_share": 1.5}, r"schedule.refit_share must be in \[0, 1\], got 1.5"),
         ({"count": 1, "final_share": -0.1}, r"schedule.final_share in \[0, 1\], got"),
-        ({"count": 2, "final_share": 1.0, "train": "new"}, "final_share=1 trains in the last stage alone, where"),
         ({"count": 2, "per_stage": 2, "contiguous": True}, "contiguous=true takes one layer at a time"),
     ],
 )

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from iskd.importance.block_influence import BlockInfluence
 from iskd.models.weights import model_tensors
+from iskd.plan import Remove, Stage
+from iskd.refits import Refit
+from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
+from iskd.refits.replaceme import ReplaceMe
 from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
 from iskd.training import Parts, run
 from iskd.training.stages import StageLoop
 from iskd.training.step.muon import MuonSpec
-from tests.runs import TOKENS, At, Crash, crash, make_parts, same, weights, write_text
+from tests.runs import TOKENS, At, Crash, Scripted, crash, make_parts, same, weights, write_text
 
 STEPS = 4
 
@@ -92,3 +96,27 @@ def test_cuts_with_refits_come_first_and_all_training_last(tmp_path: Path, monke
     assert same(weights(resumed), weights(whole))
     for one, other in zip(resumed.stages, whole.stages, strict=True):
         assert (one.name, one.kl, one.before, one.tokens) == (other.name, other.kl, other.before, other.tokens)
+
+
+@pytest.mark.parametrize(
+    "refit",
+    [
+        Output(tokens=512, held_tokens=128, folds=1, ridge=0.3, blocks="gaps", projections=("mlp",)),
+        Magnitude(tokens=256, held_tokens=128),
+        ReplaceMe(tokens=512, held_tokens=128, ridge=0.1),
+    ],
+    ids=["output", "magnitude", "replaceme"],
+)
+def test_one_refit_at_the_end_is_about_all_edits(refit: Refit, tmp_path: Path) -> None:
+    """Cut one by one and refitted behind the last cut, a student is that of the same cuts at once."""
+    text, cuts = write_text(tmp_path), (Remove(1), Remove(3))
+    once = [Stage("both", cuts)]
+    late = [Stage("one", cuts[:1], refit_share=0.0), Stage("two", cuts[1:])]
+    between = [Stage("one", cuts[:1], refit_share=0.5), Stage("two", cuts[1:])]
+    found = []
+    for name, stages in (("once", once), ("late", late), ("between", between)):
+        parts = make_parts(tmp_path / name, text, tmp_path / "cache", schedule=Scripted(stages), refits=(refit,))
+        found.append(run(parts))
+    assert same(weights(found[0]), weights(found[1]))
+    assert found[0].stages[-1].events == found[1].stages[-1].events
+    assert not same(weights(found[0]), weights(found[2])), "what was refitted is not refitted again"

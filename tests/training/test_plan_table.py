@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from iskd.models import sharding
-from iskd.plan import Convert, Spec
+from iskd.plan import Convert, Record, Remove, Replace, Spec, Stage
 from iskd.schedules.align import Align
 from iskd.schedules.edits import ConvertTo
 from iskd.training import Parts, run, stages
-from iskd.training.plan_table import ALIGN_STEPS, plan_rows, print_plan, too_short
+from iskd.training.plan_table import ALIGN_STEPS, check_plan, plan_rows, print_plan, too_short
 from tests.documents import ROOT
 from tests.factories import mixer_specs, tiny
 from tests.runs import TOKENS, make_parts, write_text
@@ -130,3 +130,15 @@ def test_the_table_of_the_grid_says_what_its_columns_mean(
     text = capsys.readouterr().out
     assert text.count("| mamba* | 1 k |") == text.count("| gla | 1 k |") == 2
     assert "* mamba has no mixing matrix: its columns '+ matrix' and 'all' align outputs" in text
+
+
+def test_mixers_larger_than_their_attention_do_not_hide_what_removals_save() -> None:
+    """A student may grow by conversions; what is meant to shrink it has to."""
+    teacher, mixer = tiny("llama", layers=4), SPECS["gated_deltanet"]
+    convert = Stage("convert", tuple(Convert(layer, mixer) for layer in (0, 1, 2)))
+    check_plan(teacher, [convert], Record(4))
+    check_plan(teacher, [Stage("remove", (Remove(3),)), convert], Record(4))
+    wide = Replace(3, Spec("iskd.blocks.bottleneck.Bottleneck", {"reduction": 1, "layers": 2}))
+    with pytest.raises(ValueError, match=r"the edits remove nothing: .* block parameters .* after, mixers left out;"):
+        check_plan(teacher, [convert, Stage("replace", (wide,))], Record(4))
+    check_plan(teacher, [convert], Record(4, (Remove(3),)))

@@ -127,11 +127,6 @@ def _made(
     schedule = schedule_of(within_budget(config, teacher, data, run_dir, start) if config.get("budget") else config)
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
-    if getattr(schedule, "local_share", 0) and not refits:
-        raise ValueError(
-            f"schedule.local_share={config.schedule.local_share} is for refits of the conversions, and there are none: "
-            "set refit=[calibrate,output,local], or schedule.local_share=0"
-        )
     asked_export = export_of(plain(config.export))
     try:
         chosen_by = [importance, *(step.importance for step in steps_in(schedule))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from iskd.commands.line.steps import GROUPS
+from iskd.commands.line.steps import GROUPS, SHARED
 from iskd.commands.values import class_of, object_of, plain, spec
 from iskd.plan import Spec
 from iskd.schedules import ConvertTo, EditKind, Schedule
@@ -23,8 +23,15 @@ def schedule_of(config: DictConfig) -> Schedule:
     if "parts" in takes:
         steps = config.schedule.steps or ()  # by a call of our own: Hydra would make objects of the parts in them
         made = [_step(number, step, config) for number, step in enumerate(steps)]
-        return Mixed(made, plain(steps), config.schedule.tokens)
+        written = plain(config.schedule)
+        shared = {key: written.get(key) for key in SHARED}
+        return Mixed(made, written["steps"] or (), written["tokens"], **shared)
     schedule: Schedule = object_of(config.schedule, **{name: values[name] for name in takes})
+    if getattr(schedule, "local_share", 0) and not config.get("refit"):
+        raise ValueError(
+            f"schedule.local_share={config.schedule.local_share} is for refits of the conversions, and there are none: "
+            "set refit=[calibrate,output,local], or schedule.local_share=0"
+        )
     return schedule
 
 

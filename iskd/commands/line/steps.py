@@ -5,7 +5,8 @@
     {edit: convert, mixer: gated_deltanet, layers: every_second, tokens: 1e6}
 
 A part is named as on the command line, alone or with keys of its own; all other keys are those of the step's schedule,
-which is `align` for conversions and else `iterative`. A group that is not named is the run's.
+which is `align` for conversions and else `iterative`. A group that is not named is the run's; what trains and how fast
+(`SHARED`) may be said once for all steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from iskd.system.version import CONF, options
 
 GROUPS = ("edit", "block", "mixer", "importance", "refit")
 """Groups that a step may choose from."""
+SHARED = ("train", "lora", "lr", "lr_new")
+"""Keys of the mixed schedule that stand for the same keys of all steps that do not give their own."""
+TARGETS = ("count", "target_layers", "target_params", "attention_share")
+"""How many layers are edited, or left: a schedule has one of them, and none of its own beside layers that are named."""
 _TARGET = "_target_"
 
 
@@ -32,12 +37,13 @@ def steps_as_meant(schedule: dict[str, Any]) -> None:
     steps = schedule.get("steps")
     if not isinstance(steps, list):
         raise ValueError(f"schedule.steps={steps!r:.80}: give a list of steps, such as [{{edit: remove, count: 4}}]")
-    made = [_step(step, f"schedule.steps[{number}]") for number, step in enumerate(steps)]
+    shared = {key: schedule[key] for key in SHARED if schedule.get(key) is not None}
+    made = [_step(step, f"schedule.steps[{number}]", shared) for number, step in enumerate(steps)]
     _share(made, schedule.get("tokens"))
     schedule["steps"] = made
 
 
-def _step(step: Any, place: str) -> dict[str, Any]:
+def _step(step: Any, place: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(step, Mapping):
         raise ValueError(f"{place}={step!r:.80}: give keys, such as {{edit: remove, count: 4}}")
     if "edit" not in step:
@@ -60,8 +66,10 @@ def _step(step: Any, place: str) -> dict[str, Any]:
         known = [key for key in usual if key != _TARGET]
         near = perhaps(unknown[0], known)
         raise ValueError(f"{place}.{unknown[0]} is no key{near}: {one_of((*GROUPS, *known))}")
-    if not converts and "count" not in given and given.keys() & {"layers", "target_layers", "target_params"}:
-        usual["count"] = None
+    said = {key for key, value in given.items() if value is not None}
+    if said & {"layers", *TARGETS}:
+        usual |= {key: None for key in TARGETS if key in usual and key not in said}
+    usual |= {key: value for key, value in shared.items() if key in usual}
     return {**own, "schedule": {**usual, **given, "_tokens": "tokens" in given or given.get("epochs") is not None}}
 
 

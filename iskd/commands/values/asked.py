@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-_TARGETS = ("count", "target_layers", "target_params", "attention_share")
-"""How many layers are edited, or left: a run has one of them."""
-
+from iskd.commands.line.steps import TARGETS
 
 def with_export_keys(override: str) -> str:
     """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
@@ -49,8 +47,8 @@ def _one_target(config: DictConfig, overrides: Sequence[str]) -> None:
     A list of six would lose its last two to a preset's four. Where a command line says both, the list is an order.
     """
     asked, schedule = _schedule_asked(overrides), config.get("schedule")
-    if schedule is not None and asked.keys() & {"layers", *_TARGETS}:
-        for key in _TARGETS:
+    if schedule is not None and asked.keys() & {"layers", *TARGETS}:
+        for key in TARGETS:
             if key in schedule and key not in asked:
                 schedule[key] = None
 

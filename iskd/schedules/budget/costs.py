@@ -23,6 +23,7 @@ from iskd.evaluation.efficiency import measure
 from iskd.evaluation.results import AtContext
 from iskd.models import Stack, scoring, surgery
 from iskd.models.cache import layer_bytes, lengthen
+from iskd.models.weights import cast_parameters, served, stored_as
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.library import Library
@@ -81,6 +82,7 @@ def counted(
     *,
     itemsize: int,
     seed: int,
+    dtype: torch.dtype | None = None,
     told: Told = _silent,
 ) -> Costs:
     """What is exact, and known before anything is fitted: parameters and bytes off shapes, the cache off real ones.
@@ -91,28 +93,35 @@ def counted(
         budget: at which context and batch.
         itemsize: bytes of a number in the exported weights.
         seed: of fresh weights.
+        dtype: in which students are served, and so what their caches hold; None = as the teacher is.
         told: see `Told`.
     """
-    stack = Stack(teacher)
+    as_served = served(teacher, dtype)
+    stack = Stack(as_served)
     depth = len(stack.layers)
     keep, outside = surgery.sizes(teacher, Record(depth))
     params: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in keep.items()}
-    caches = _caches(teacher, {}, budget)
+    stored = {at: size * itemsize for at, size in params.items()}
+    caches = _caches(as_served, {}, budget)
     cached: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in enumerate(caches)}
     for number, option in enumerate(options):
         told("counting options", number, len(options))
         where = layers_of(option, depth)
         if option.removes:
-            params |= {(layer, option.name): 0.0 for layer in where}
-            cached |= {(layer, option.name): 0.0 for layer in where}
+            for counts in (params, stored, cached):
+                counts |= {(layer, option.name): 0.0 for layer in where}
             continue
         sizes, _ = surgery.sizes(*uniform(teacher, option, seed))
         blocks = {layer: module_of(option, stack, layer, seed) for layer in where}
-        held = _caches(teacher, blocks, budget)
+        for block in blocks.values():
+            if block is not None and dtype is not None:
+                cast_parameters(block, dtype)
+        held = _caches(as_served, blocks, budget)
         for layer in where:
             params[layer, option.name] = float(sizes[layer])
+            stored[layer, option.name] = _stored(blocks[layer], itemsize)
             cached[layer, option.name] = float(held[layer])
-    table = {"params": params, "bytes": {at: size * itemsize for at, size in params.items()}, "cache_bytes": cached}
+    table = {"params": params, "bytes": stored, "cache_bytes": cached}
     others = {"params": float(outside), "bytes": float(outside * itemsize), "cache_bytes": 0.0}
     keys = tuple(key for key in LIMITS if key in table)
     return Costs(
@@ -120,6 +129,13 @@ def counted(
         {single: tuple(table[key][single] for key in keys) for single in params},
         tuple(others[key] for key in keys),
     )
+
+
+def _stored(block: nn.Module | None, itemsize: int) -> float:
+    """Bytes of a block's weights; some stay float32 in half precision."""
+    half = torch.bfloat16 if itemsize == 2 else torch.float32
+    each = () if block is None else stored_as(block, half)
+    return float(sum(value.numel() * dtype.itemsize for _, value, dtype in each))
 
 
 def timed(

@@ -23,11 +23,11 @@ from iskd.blocks.merge import merged, unlike
 from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
-from iskd.models.capture import state_of, without_autocast_cache
+from iskd.models.capture import without_autocast_cache
 from iskd.plan import Convert, Edit, Record, Replace
 from iskd.plan.edits import Merge
 from iskd.refits import RefitTask
-from iskd.refits.base import Site
+from iskd.refits.base import Site, teacher_block
 from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.schedules.budget.options import Option, module_of
@@ -112,12 +112,12 @@ class _Walk:
         for layer in range(last + 1):
             outputs = Streams("device", device)
             middle = Streams("device", device) if self.stack.sequential else None
-            block = self.stack.layers[layer]
             for index, call in enumerate(self.calls):
-                with _noted(block, self.stack.family.attn) as added:
-                    outputs[index] = call.run(layer, block, inputs[index])
-                if middle is not None:
-                    middle[index] = inputs[index] + added.pop()
+                outputs[index], between = teacher_block(
+                    self.stack, layer, call, inputs[index], apart=middle is not None
+                )
+                if middle is not None and between is not None:
+                    middle[index] = between
             yield _At(layer, below, inputs, middle, outputs)
             below, inputs = inputs, outputs
 
@@ -146,7 +146,10 @@ class _Walk:
         return Fit(made, before, before)
 
     def _refitted(self, module: nn.Module, position: int, inputs: Streams, at: _At, edit: Edit, budget: Budget) -> None:
-        """Output projections behind a new mixer, then the whole block by gradients; held-out text says what stays."""
+        """Output projections behind a new mixer, then the whole block by gradients; held-out text says what stays.
+
+        Where a norm stands behind what a block adds no projection can be solved for, and gradients are all there is.
+        """
         task = RefitTask(
             self.teacher, self.teacher, Record(len(self.stack.layers)), [], self.texts.fit, self.texts.held
         )
@@ -155,7 +158,7 @@ class _Walk:
         def site() -> Site:
             return Site(position, position, module, inputs, at.outputs, middle, self.stack, None, self.calls)
 
-        if isinstance(edit, Convert):
+        if isinstance(edit, Convert) and self.stack.adds_plainly:
             kept, before = copy.deepcopy(module.state_dict()), self._error(module, position, inputs, at.outputs)
             halves = ("attention", "mlp") if middle is not None else ("mlp",)
             Output(projections=halves).over(task, [site()])
@@ -179,20 +182,3 @@ class _Walk:
         """On held-out text."""
         with torch.no_grad():
             return fit_error(module, self._data(position, inputs, goals, held=True))
-
-
-class _noted:
-    """What the attention of a block adds to the stream while it runs."""
-
-    def __init__(self, block: nn.Module, path: str) -> None:
-        self._added = list[Tensor]()
-        self._module = block.get_submodule(path)
-
-    def __enter__(self) -> list[Tensor]:
-        self._handle = self._module.register_forward_hook(
-            lambda _module, _args, output: self._added.append(state_of(output))
-        )
-        return self._added
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData
-from iskd.blocks.merge import side_by_side
+from iskd.blocks.merge import check_mergeable, side_by_side
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Replace, Spec
@@ -224,6 +224,7 @@ def able(
             at = where[-1] - option.merges
             module = module_of(option, stack, where[-1], seed)
             if option.merges:
+                check_mergeable(stack)
                 side_by_side(stack.layers[at], stack.layers[at + 1], _trial(calls, at, stack))
             if module is not None and not calls.run(at, module, calls.embedded).isfinite().all():
                 raise ValueError("what it says of a few tokens is not finite")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,11 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
     device, forward_context = placed(with_defaults(asked.trainer))
     before = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
-    stack = Stack(model.eval())
-    kept_apart = stack.separator
-    nn.Module.to(model, device)
-    stack.keep_apart(asked.separator)
+    nn.Module.to(model.eval(), device)
     try:
         # kernels that are not torch's own run on the current device
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with current, ProgressLine() as progress, torch.no_grad():
+        with current, _apart(asked), ProgressLine() as progress, torch.no_grad():
             return search(
                 budget,
                 model,
@@ -86,10 +83,21 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
                 ),
             )  # fmt: skip
     finally:
-        stack.keep_apart(kept_apart, check=False)
         nn.Module.to(model, before)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _apart(asked: Asked, *, check: bool = True) -> Iterator[None]:
+    """The teacher tells documents apart as in the run: by what it says then its scores are, and its digest."""
+    stack = Stack(asked.teacher)
+    before = stack.separator
+    stack.keep_apart(asked.separator, check=check)
+    try:
+        yield
+    finally:
+        stack.keep_apart(before, check=False)
 
 
 def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
@@ -99,7 +107,9 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
         ValueError: there is no such plan, it is another teacher's, it edits nothing, the budget's other keys say
             otherwise; the run is at work on another one; or as `search`.
     """
-    file, digest, stack = run_dir / BUDGET_FILE, model_sha256(asked.teacher), Stack(asked.teacher)
+    file, stack = run_dir / BUDGET_FILE, Stack(asked.teacher)
+    with _apart(asked, check=False):
+        digest = model_sha256(asked.teacher)
     if budget.plan is not None:
         plan = read_plan(Path(budget.plan))
         check_teacher(plan, digest, len(stack.layers), f"budget.plan={budget.plan}")

@@ -95,8 +95,8 @@ def search(
         told += left_out
     itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
     begun = time.perf_counter()
-    with place.forward_context():
-        costs = counted(teacher, options, budget, itemsize=place.itemsize, seed=place.seed, told=place.told)
+    size, dtype = place.itemsize, place.dtype
+    costs = counted(teacher, options, budget, itemsize=size, seed=place.seed, dtype=dtype, told=place.told)
     for each in budget.each:
         refuse(each, costs, options, itself, alike)
     counting = time.perf_counter() - begun

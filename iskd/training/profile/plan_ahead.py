@@ -20,6 +20,7 @@ from iskd.plan import Record
 from iskd.plan.reading import record_from_json
 from iskd.plan.run_files import PLAN_FILE, RECORD_FILE
 from iskd.schedules import History, Schedule, forecast, planned_steps
+from iskd.schedules.mixed import parts_of
 from iskd.system import read_json, write_whole
 from iskd.system.version import CONF, options
 from iskd.teacher import TeacherSpec
@@ -71,7 +72,7 @@ def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
     record = ahead.record or Record(int(ahead.config.num_hidden_layers))
     sizes, others = surgery.sizes(surgery.rebuild(teacher, record, "meta"), record)
     scores = dict.fromkeys(record.layers, 0.0)
-    epochs = [getattr(each, "epochs", None) for each in _schedules(ahead.schedule)]
+    epochs = [getattr(each.schedule, "epochs", None) for each in parts_of(ahead.schedule)]
     before = len(record.edits)
     history = History(record, (), scores, sizes, others, _A_PASS if any(epochs) else None, before)
     check_edits(ahead.schedule, teacher, history)
@@ -89,7 +90,7 @@ def plan_ahead(ahead: Ahead, run_dir: Path) -> list[dict[str, Any]]:
         if passes and stage.tokens:
             said = f"{passes:g} pass" + "es" * (passes != 1)
             row |= {"budget": said if stage.tokens == round(passes * _A_PASS) else "a share", "steps": 0, "tokens": 0}
-    check_plan(rows, stages)
+    check_plan(teacher, stages, record)
     write_whole(run_dir / PLAN_FILE, json.dumps(rows, indent=1))
     layout = " x ".join(f"{value:,} {name}" for name, value in ahead.windows.items() if value > 1)
     print_plan(rows, text=f"steps of {layout}, on {ahead.text}", unknown=ahead.why, tokens_told=ahead.tokens_told)
@@ -138,12 +139,8 @@ def _sizes_of(folder: Path, reference: str | None) -> PreTrainedConfig | None:
         return None
 
 
-def _schedules(schedule: Schedule) -> list[Any]:
-    return [step.schedule for step in getattr(schedule, "parts", ())] or [schedule]
-
-
 def _epochs_of(schedule: Schedule, step: int) -> float | None:
-    epochs: float | None = getattr(_schedules(schedule)[step], "epochs", None)
+    epochs: float | None = getattr(parts_of(schedule)[step].schedule, "epochs", None)
     return epochs
 
 

@@ -53,7 +53,7 @@ def wanted(terms: Terms, record: Record, stage: Stage, *, of_teacher: bool = Fal
         "last": survivors[-1:],
         "all": survivors,
         "edited": _standing_for(record.edited, survivors),
-        "stage": _standing_for((edit.layer for edit in stage.edits), survivors),
+        "stage": _standing_for((edit.layer for edit in stage.fresh(record)), survivors),
     }
     layers: set[int] = set()
     for loss in active:

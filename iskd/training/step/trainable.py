@@ -105,7 +105,7 @@ def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.P
     everything = [p for p in model.parameters() if id(p) in reached]
     if stage.train == "all":
         return everything
-    touched = {edit.layer for edit in stage.edits}
+    touched = {edit.layer for edit in stage.fresh(record)}
     if stage.train == "edited":
         chosen = _of_layers(model, record, record.edited)
     elif stage.train == "new":
@@ -133,12 +133,13 @@ def trainable(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.P
 
 
 def new_parameters(model: PreTrainedModel, record: Record, stage: Stage) -> list[nn.Parameter]:
-    """Parameters of the blocks and mixers that this stage's edits put in and that still stand.
+    """Parameters of the blocks and mixers that are new to the stage's training (`Stage.fresh`) and still stand.
 
     Of a converted block only the mixer is new: norms and MLP are still the teacher's.
     """
-    replaced = {edit.layer for edit in stage.edits if isinstance(edit, Replace)}
-    converted = {edit.layer for edit in stage.edits if isinstance(edit, Convert)} - replaced
+    fresh = stage.fresh(record)
+    replaced = {edit.layer for edit in fresh if isinstance(edit, Replace)}
+    converted = {edit.layer for edit in fresh if isinstance(edit, Convert)} - replaced
     mixers = [block.get_submodule(Stack(model).family.attn) for block in _blocks(model, record, converted)]
     return [p for module in (*_blocks(model, record, replaced), *mixers) for p in module.parameters()]
 

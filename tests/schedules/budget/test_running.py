@@ -10,6 +10,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from iskd.export.student import native_config
+from iskd.models import Stack
+from iskd.models.packing import Separator
 from iskd.plan.budget_plan import KEEP, BudgetPlan, read_plan
 from iskd.plan.run_files import BUDGET_FILE, STAGES_FILE
 from iskd.schedules.budget import running
@@ -130,3 +132,22 @@ def test_other_keys_beside_a_plan_file_that_say_otherwise_are_refused(
     with pytest.raises(ValueError, match=said) as told:
         plan_for(budget, asked, tmp_path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("kept_apart", [None, Separator(3)])
+def test_a_plan_of_a_teacher_that_tells_documents_apart_is_found_again(
+    found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_apart: Separator | None
+) -> None:
+    """Of a resumed run and of a plan file, whether the teacher does so already or is yet to."""
+    asked = replace(found[0], separator=Separator(3))
+    Stack(asked.teacher).keep_apart(kept_apart)
+    try:
+        plan = plan_for(BUDGET, asked, tmp_path)
+        assert plan.teacher != found[1].teacher
+        monkeypatch.setattr(running, "plans_for", None)
+        assert plan_for(BUDGET, asked, tmp_path) == plan
+        (tmp_path / "other").mkdir()
+        assert plan_for(replace(BUDGET, plan=str(tmp_path / BUDGET_FILE)), asked, tmp_path / "other") == plan
+        assert Stack(asked.teacher).separator == kept_apart
+    finally:
+        Stack(asked.teacher).keep_apart(None)

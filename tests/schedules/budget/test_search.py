@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from iskd.export.student import native_config
 from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
+from iskd.models.weights import cast_parameters
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.schedules.budget import RefusedError, edits_of, filling, keeping, steps_of
@@ -31,7 +32,7 @@ from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require
 from iskd.schedules.budget.students import places
-from tests.factories import louder, tiny
+from tests.factories import digest, louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
 
 USE = ["slim_50", "no_attention", "window", "merge", "remove"]
@@ -671,3 +672,27 @@ def test_a_plan_of_another_teacher_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"teacher": "a", "choice": ["keep"], "options": {}, "extra": 1}')
     with pytest.raises(ValueError, match="unknown key 'extra'"):
         read_plan(tmp_path / "odd.json")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_caches_and_weights_are_counted_as_they_are_served(dtype: torch.dtype | None) -> None:
+    """In half precision keys and values take half, a mixer's float32 state as much, and its decays are stored wide."""
+    teacher, mixer = tiny("llama", layers=2), {"_target_": "iskd.mixers.gated_deltanet.GatedDeltaNet"}
+    options = options_of({"slim": OPTIONS["slim_50"], "mixer": {"edit": "convert", "mixer": mixer}})
+    itemsize = 4 if dtype is None else 2
+    budget = Budget(params=0.5, options=OPTIONS, context=512)
+    before = digest(teacher)
+    wide = counted(teacher, options, budget, itemsize=4, seed=0)
+    found = counted(teacher, options, budget, itemsize=itemsize, seed=0, dtype=dtype)
+    assert digest(teacher) == before
+    for choice in ((KEEP, KEEP), ("slim", KEEP), ("mixer", "mixer")):
+        student = copy.deepcopy(teacher)
+        plan = BudgetPlan("", choice, {option.name: option.described() for option in options})
+        surgery.apply(student, Record(2), edits_of(plan))
+        cast_parameters(student, dtype or torch.float32)
+        assert found.of(choice)["bytes"] == sum(p.nbytes for p in student.parameters())
+        assert found.of(choice)["params"] == wide.of(choice)["params"]
+        if "mixer" not in choice:
+            assert found.of(choice)["cache_bytes"] == wide.of(choice)["cache_bytes"] * itemsize / 4
+    mixers = ("mixer", "mixer")
+    assert found.of(mixers)["cache_bytes"] > wide.of(mixers)["cache_bytes"] / 2, "states stay float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -95,6 +96,18 @@ def test_what_is_new_is_what_this_stage_put_in_and_still_stands() -> None:
     assert layers_of(model, record, new_parameters(model, record, SECOND)) == {1}
     assert layers_of(model, record, new_parameters(model, record, FIRST)) == {5}
     assert new_parameters(model, record, Stage("cut", (Remove(3),))) == []
+
+
+@pytest.mark.parametrize(("train", "layers"), [("all", {1, 5}), ("new", {1, 5}), ("adjacent", {0, 1, 2, 4, 5, 6})])
+def test_what_earlier_stages_put_in_and_did_not_train_is_new_too(train: str, layers: set[int]) -> None:
+    model, record = student_after(FIRST, SECOND)
+    stage = dataclasses.replace(with_train(train), untrained=len(FIRST.edits))
+    assert layers_of(model, record, new_parameters(model, record, stage)) == {1, 5}
+    optimizer = make_optimizer(OptimSpec())
+    regroup(optimizer, model, record, stage, {})
+    assert layers_of(model, record, held(optimizer, "new")) == {1, 5}
+    if train != "all":
+        assert layers_of(model, record, trainable(model, record, stage)) == layers
 
 
 @pytest.mark.parametrize("train", ["new", "edited", "nothing_has_this_name"])
