@@ -18,10 +18,11 @@ from iskd.data import Framing, framing_of
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.quantize import check as check_quantize
 from iskd.evaluation.quantize import quantized
-from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, questions
+from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, digest_of, passages_of, questions
 from iskd.evaluation.results import AtPosition, Evaluation, TextScore
 from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.tasks.made_items import length_of
+from iskd.evaluation.tasks.task_items import COPY
 from iskd.evaluation.text import TextLoss, TextWindows, by_position, read_text, text_loss, text_score, text_windows
 from iskd.models import Stack, surgery
 from iskd.models.tokenizers import check_same_tokenizer
@@ -123,7 +124,18 @@ class Asking:
         return self._windows[window]
 
     def check_unseen(self, seen: Callable[[Tensor], float]) -> None:
-        """Raise ValueError where most of the text of the spec is what the student learns from; tell of some."""
+        """Raise ValueError where most of the text of the spec is what the student learns from; tell of some.
+
+        Of tasks of ours it is told alone: they ask texts that are on every machine, or files of the user's own.
+        """
+        for name, question in self._questions.items():
+            if isinstance(question, Drawn) or name == COPY or length_of(name):  # of the latter two words are drawn
+                continue
+            passages = passages_of(question, self._tokenizer)
+            share = 0.0 if passages is None else seen(passages)
+            if share >= _NOTICED:
+                told = "%.1f %% of the passages of eval.tasks=[%s] are in what the student trains or calibrates on: "
+                _log.warning(told + "its scores flatter the student", 100 * share, name)
         if self.spec.text is None or self.windows is None:
             return
         share = seen(self.windows.ids)
@@ -267,8 +279,10 @@ def _settings(
     asked["device"] = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
     asked["precision"] = f"{_dtype(torch.get_autocast_dtype(kind))} autocast" if mixed else _dtype(model.dtype)
     sources = {name: question.source for name, question in asked_of.items() if isinstance(question, Drawn)}
+    items = {name: digest for name, question in asked_of.items() if (digest := digest_of(question))}
     versions = {package: _version(package) for package in _PACKAGES}
-    return {**asked, "local": spec.data_dir is not None, "excluded": excluded, "data": sources, "versions": versions}
+    drawn = {"excluded": excluded, "data": sources, "items": items}
+    return {**asked, "local": spec.data_dir is not None, **drawn, "versions": versions}
 
 
 def _version(package: str) -> str | None:

@@ -224,7 +224,7 @@ def score(
         log.warning(told, drawn.name, room, asked)
     if lost := sum(cut):
         log.warning("%s: %d texts lost their beginning: the context is %d tokens", drawn.name, lost, lm.max_length)
-    return _scored(drawn, {leaf: found["samples"][leaf] for leaf in drawn.leaves})
+    return _scored(drawn, {leaf: found["samples"][leaf] for leaf in drawn.leaves}, lost + len(shortened))
 
 
 def _task_manager() -> Any:
@@ -444,7 +444,7 @@ class _Count:
         self._step(self._done, sum(len(task.instances) for task in self._drawn.leaves.values()))
 
 
-def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Scored:
+def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]], cut: int) -> Scored:
     usual = "acc_norm" if drawn.name in PER_CHARACTER else ""
     found = values_of(drawn.name, samples, drawn.leaves, drawn.metric, usual)
     asked = [sample for logged in samples.values() for sample in logged if sample["filter"] == logged[0]["filter"]]
@@ -452,7 +452,7 @@ def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in drawn.leaves.values())
     chance = sum(1 / len(sample["arguments"]) for sample in asked) / len(asked) if choice else 0.0
     chance = chance if found.main.partition(",")[0] in USUAL else 0.0
-    result = TaskResult(drawn.ids, found.values, found.wholes)
+    result = TaskResult(drawn.ids, found.values, found.wholes, cut)
     return Scored(
         CHOICE if choice else GENERATION, found.main, chance, result, higher_is_better(found.main, drawn.leaves)
     )

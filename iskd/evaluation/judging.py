@@ -38,11 +38,13 @@ class TaskResult:
             continuation in nats; `led`, the share of its tokens that greedy decoding gives before its first mistake;
             `hits`, the share that are the likeliest after the right ones before them.
         wholes: metrics that are a number of all items and no mean over them.
+        cut: how many texts the model's context was too short for: of the question, or of the answer it was to write.
     """
 
     ids: tuple[str, ...]
     values: dict[str, Tensor]
     wholes: Mapping[str, Aggregate] = field(default_factory=dict)
+    cut: int = 0
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -151,4 +153,5 @@ def judge(items: Sequence[Item], found: Likelihoods) -> TaskResult:
     return TaskResult(
         tuple(item.id for item in items),
         dict(zip(METRICS, columns, strict=True)),
+        cut=found.cut,
     )

@@ -44,6 +44,7 @@ class Likelihoods:
         tokens: length of the continuation in tokens [N].
         characters: its length in characters without the space in front [N].
         hits: how many of its tokens are the likeliest after the right ones before them [N].
+        cut: how many of the texts lost their beginning to the model's context.
     """
 
     log_p: Tensor
@@ -51,6 +52,7 @@ class Likelihoods:
     tokens: Tensor
     characters: Tensor
     hits: Tensor
+    cut: int = 0
 
     @property
     def greedy(self) -> Tensor:
@@ -114,7 +116,7 @@ def by_branch(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     with scoring(model):
-        texts = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame, first_given)
+        texts, cut = _encode(tokenizer, pairs, stack, framing_of(tokenizer) if frame is None else frame, first_given)
         log_p: list[Tensor] = []
         led: list[Tensor] = []
         hits: list[Tensor] = []
@@ -140,7 +142,7 @@ def by_branch(
     tokens = torch.tensor([len(text.targets) for text in texts])
     characters = torch.tensor([len(continuation.removeprefix(" ")) for _, continuation in pairs])
     each = zip(log_p, led, hits, strict=True)
-    return [Likelihoods(total, greedy, tokens, characters, right) for total, greedy, right in each]
+    return [Likelihoods(total, greedy, tokens, characters, right, cut) for total, greedy, right in each]
 
 
 def _read(
@@ -162,8 +164,11 @@ def _read(
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, pairs: Pairs, stack: Stack, frame: Framing, first_given: bool = False
-) -> list[Text]:
-    """Input and targets of every pair; space at a context's end belongs to the continuation's first token."""
+) -> tuple[list[Text], int]:
+    """Input and targets of every pair, and how many lost their beginning.
+
+    A space at a context's end belongs to the continuation's first token.
+    """
     if not pairs:
         raise ValueError("there is nothing to score: no items")
     front, start = frame.front, _start(tokenizer)
@@ -198,7 +203,7 @@ def _encode(
         texts.append(Text(ids[-limit:], targets, numbers[context]))
     if cut:
         log.warning("%d of %d texts lost their beginning: the context is %d tokens", cut, len(texts), context_tokens)
-    return texts
+    return texts, cut
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:

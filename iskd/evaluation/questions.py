@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing
+from iskd.data.overlap import PASSAGE
 from iskd.evaluation import harness
 from iskd.evaluation.harness import Drawn
 from iskd.evaluation.judging import METRICS
@@ -254,6 +259,25 @@ def answers(
             items = [each for each in question if isinstance(each, Item)]
             scores[name] = _scored(model, tokenizer, name, items, metric, spec.batch_tokens, step, frame)
     return scores
+
+
+def passages_of(
+    question: Sequence[Item] | Sequence[Passage], tokenizer: PreTrainedTokenizerBase, length: int = PASSAGE
+) -> Tensor | None:
+    """All passages [N, length] of the texts of a task of ours; None where its texts are shorter than one."""
+    items = [one.item if isinstance(one, Passage) else one for one in question]
+    texts = dict.fromkeys("".join(item.pairs[item.gold]) for item in items)
+    found = [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    rows = [ids.unfold(0, length, 1) for ids in found if len(ids) >= length]
+    return torch.cat(rows) if rows else None
+
+
+def digest_of(question: Question) -> str:
+    """Hex SHA-256 of the texts of a task of ours, in order; "" for one of the harness, whose `source` says as much."""
+    if isinstance(question, Drawn):
+        return ""
+    items = [one.item if isinstance(one, Passage) else one for one in question]
+    return hashlib.sha256(json.dumps([[one.contexts, one.continuations] for one in items]).encode()).hexdigest()
 
 
 def _scored(

@@ -7,11 +7,13 @@ Chance stands beside every score, as a ratio says nothing about tasks on which b
 Intervals hold 95 % of a bootstrap over items, which are drawn for both models alike (Koehn, EMNLP 2004). Those of means
 over tasks come from the same draws, each task's items drawn on their own: tasks count alike, whatever their metric and
 their number of items, and how much another choice of tasks would change is not in the interval. A metric that is no
-mean over items is computed anew on every draw.
+mean over items is computed anew on every draw. Where the two models' contexts were too short for different numbers of
+texts, they were not asked the same, and a ratio would say nothing of what was kept.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -25,6 +27,7 @@ from iskd.evaluation.judging import Paired, TaskResult, paired
 from iskd.evaluation.results import Interval, TaskScore
 
 CHOICE, GENERATION = "choice", "generation"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,11 @@ def compare(
             continue
         difference = paired(mine.result, theirs.result, mine.metric, resamples=resamples, seed=seed)
         ratios[task] = _ratios(mine, theirs, resamples, zlib.crc32(f"{seed}/{task}".encode()))
-        if task in beyond:
+        cut = mine.result.cut, theirs.result.cut
+        if cut[0] != cut[1]:
+            told = "%s: the context of the student is too short for %d texts, the teacher's for %d: no ratio is taken"
+            _log.warning(told, task, *cut)
+        if task in beyond or cut[0] != cut[1]:
             ratios[task] = torch.full_like(ratios[task], torch.nan)
         scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
     kept = {task: row for task, row in ratios.items() if row[0].isfinite()}

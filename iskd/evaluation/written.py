@@ -72,7 +72,7 @@ def write_and_score(
     main = metric or WRITTEN[name]
     names = [main, *(each for each in METRICS if each != main)]
     values = {each: torch.tensor([rows[number][each] for number in range(len(passages))]) for each in names}
-    return Scored(GENERATION, main, 0.0, TaskResult(tuple(passage.id for passage in passages), values))
+    return Scored(GENERATION, main, 0.0, TaskResult(tuple(passage.id for passage in passages), values, cut=cut))
 
 
 def _prompt(

@@ -31,6 +31,7 @@ from iskd.models.packing import positions_in
 from iskd.models.sharding import is_sharded
 from iskd.plan import Convert
 from iskd.refits.base import Refit, RefitTask
+from iskd.system.text import layers_text
 
 LEAST_REACH, MOST_MEMORY = 0.5, 1e6
 SCALES = (0.1, 10.0)
@@ -77,8 +78,12 @@ class Calibrate(Refit):
         )
         if not layers:
             return ["no mixer was put in: nothing to calibrate"]
-        told = self._gates(task, layers)
-        return [told, self._scales(task, layers)] if self.scale else [told]
+        dims = Stack(task.teacher).dims
+        whole = [layer for layer in layers if outs_of(_mixer(stack, task, layer)) == dims.heads * dims.head_dim]
+        told = [] if whole == layers else [_slimmed([layer for layer in layers if layer not in whole])]
+        if whole:
+            told += [self._gates(task, whole), *([self._scales(task, whole)] if self.scale else [])]
+        return told
 
     def _gates(self, task: RefitTask, layers: Sequence[int]) -> str:
         """Set the gates of the mixers at some layers."""
@@ -113,6 +118,11 @@ class Calibrate(Refit):
                 found.append(_scaled(task, group))
         scales = torch.cat(found)
         return f"heads brought to the teacher's size: by {scales.min():.2f} to {scales.max():.2f}"
+
+
+def _slimmed(layers: Sequence[int]) -> str:
+    """Heads of the teacher that are gone have no say, and which these are nobody knows any more."""
+    return f"mixers of layers {layers_text(layers)} stay as they are: their attention had lost some of its heads before"
 
 
 def _mixer(stack: Stack, task: RefitTask, layer: int) -> Any:

@@ -27,8 +27,8 @@ _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
 _INCIDENTAL = frozenset({"resume", "cache_dir", "objectives", "plan_only", "trainer.progress"})
 _INCIDENTAL_GROUPS = ("logger", "run", "export")
-# of an evaluation's settings: which items of its tasks were drawn
-_DRAWN_BY = ("seed", "limit", "data", "excluded")
+# of an evaluation's settings: which items of its tasks were drawn, and what stood before them
+_DRAWN_BY = ("seed", "limit", "data", "items", "excluded", "fewshot")
 
 
 @dataclass(frozen=True)

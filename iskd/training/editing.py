@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
@@ -297,22 +297,3 @@ def merge_adapters(module: DistillModule, optimizer: torch.optim.Optimizer) -> N
     if adapters.merge(module.student):
         module.enter(adapters.merged(module.stage))
         module.regroup(optimizer)
-
-
-def back_to(path: Path, module: DistillModule, optimizer: torch.optim.Optimizer, stage: Stage) -> Record:
-    """Give the module the student and the optimizer state of a checkpoint between two stages; returns its record.
-
-    Args:
-        path: the checkpoint.
-        module: gets a new student, on its device or in shards.
-        optimizer: the running one; its groups are rewritten in place.
-        stage: the one that the checkpoint's weights were trained in.
-    """
-    record, device = checkpoint.read_state(path).record, module.device
-    module.hold(surgery.rebuild(module.teacher, record).train(), record)
-    nn.Module.to(module.student, device)
-    module.configure_model()
-    module.enter(adapters.merged(stage))
-    module.regroup(optimizer)
-    checkpoint.restore(path, module.student, optimizer, rng=False)
-    return record

@@ -45,7 +45,7 @@ from iskd.training.deciding import (
     history_of,
     no_better_than_guessing,
 )
-from iskd.training.editing import BrokenOffError, Edited, Editor, back_to, merge_adapters
+from iskd.training.editing import BrokenOffError, Edited, Editor, merge_adapters
 from iskd.training.live import Live
 from iskd.training.metrics import StageClock, log_row, log_values
 from iskd.training.metrics.along import AlongTheRun
@@ -62,7 +62,7 @@ from iskd.training.metrics.costs import (
 from iskd.training.metrics.loggers import log_inside
 from iskd.training.movement import MovementCheck, require_moved
 from iskd.training.plan_table import announce, check_alignment
-from iskd.training.state import RunState, Saver, Status, StudentKeeper, checkpoint_files
+from iskd.training.state import RunState, Saver, Status, StudentKeeper, back_to, checkpoint_files
 from iskd.training.step import MfuMeter, check_partition, watched_parameters
 from iskd.training.step_count import StepCount
 

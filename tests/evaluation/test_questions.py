@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ def test_a_student_without_attention_is_read_beyond_its_teachers_context(
     cut = [record.message for record in caplog.records if "lost their beginning" in record.message]
     assert len(cut) == 2, "of the teacher alone"
     assert all("the context is 48 tokens" in message for message in cut)
+    for task in found.tasks:
+        assert task.retention is not None
+        assert math.isnan(task.retention.value), "the two were not asked the same"
+    assert math.isnan(found.mean.value)
+    assert found.retention == {}
     assert found.text is not None
     assert (found.text.windows, found.text.tokens) == (2, 2 * 127)
     ids = torch.tensor(list((tmp_path / "text.txt").read_bytes()[:256])).view(2, 128)

@@ -111,6 +111,7 @@ OPEN = {
     "blocks/ridge": "refits solve the equations that blocks are fitted by",
     "data/hub_rows": "a resumed run keeps the commit of its data set, whichever branch is named",
     "data/mix": "commands make one of the sources that a config describes",
+    "data/overlap": "passages of tasks are as long as those of text",
     "data/sources": "that all sources are chats, at which commit; documents that are on every machine",
     "data/loader": "a step pins its batch the way the loader does",
     "evaluation/bootstrap": "importance draws windows as evaluation draws items",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iskd.models import Stack, surgery
 from iskd.models.capture import attention_weights
-from iskd.plan import Convert, Record, Remove, Spec
+from iskd.plan import Convert, Record, Remove, Replace, Spec
 from iskd.refits import refit_survivors, training_tokens
 from iskd.refits.base import RefitTask
 from iskd.refits.calibrate import Calibrate, _attended, _statistics
@@ -133,6 +133,28 @@ def test_every_mixer_can_be_calibrated(name: str) -> None:
     student, _, task = converted(name, "gpt2", heads=3)
     Calibrate().refit(task)
     assert student(windows()).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_mixer_of_an_attention_that_lost_heads_is_left_alone() -> None:
+    """Which heads of the teacher are gone nobody knows any more: the others of the run are calibrated."""
+    teacher = louder(tiny("llama"))
+    student = copy.deepcopy(teacher)
+    edits = [
+        Replace(1, Spec("iskd.blocks.slim.Slim", {"ratio": 0.3})),
+        Convert(1, SPECS["gla"]),
+        Convert(2, SPECS["gla"]),
+    ]
+    record = surgery.apply(student, Record(4), edits)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    refit = Calibrate(tokens=64, held_tokens=32)
+    told = refit.refit(RefitTask(student, teacher, record, edits, list(windows(4, 16).split(2)), []))
+    assert told[0] == "mixers of layers 1 stay as they are: their attention had lost some of its heads before"
+    assert " of 1 mixers set" in told[1]
+    changed = {name.split(".")[2] for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"2"}
+    record = surgery.apply(student := copy.deepcopy(teacher), Record(4), edits[:2])
+    assert len(refit.refit(RefitTask(student, teacher, record, edits[:2], list(windows(4, 16).split(2)), []))) == 1
 
 
 def test_without_a_mixer_there_is_nothing_to_do() -> None:

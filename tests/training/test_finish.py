@@ -247,6 +247,23 @@ def test_a_report_on_text_that_the_run_sees_is_refused_or_told(
     assert "flatter" not in caplog.text
 
 
+def test_a_task_on_text_that_the_run_trains_on_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Documents of the standard library are asked by name, and are the text where nobody names another."""
+    rng = random.Random(0)
+    own = "\n\n".join(" ".join(rng.choices(string.ascii_lowercase, k=120)) for _ in range(400))
+    (tmp_path / "own.txt").write_text(own)
+    for data, told in (
+        (["data=docstrings", "data.source.max_documents=600"], True),
+        (["data=text", f"data.path={tmp_path}/own.txt"], False),
+    ):
+        keys = ["debug=smoke", *data, f"cache_dir={tmp_path}/cache", "eval=quick", "eval.limit=8"]
+        config, _ = compose_config([*keys, "eval.tasks=[copy_doc,copy,recall_64]"], Path("x"))
+        build.parts(config, tmp_path / str(told))
+        assert ("of eval.tasks=[copy_doc] are in what the student trains or calibrates on" in caplog.text) == told
+        assert "[copy]" not in caplog.text
+        caplog.clear()
+
+
 def test_items_that_chose_layers_are_known() -> None:
     assert facts.selected(TaskAccuracy(tasks=["copy"], items=8)).keys() == {"copy"}
     assert facts.selected(object()) == {}

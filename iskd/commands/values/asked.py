@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from iskd.commands.line.steps import TARGETS
 
+
 def with_export_keys(override: str) -> str:
     """`export=true` and `export=hf` as the mapping that they stand for, whose keys other overrides may set."""
     return "export={}" if override.lower() in ("export=true", "export=hf") else override

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from iskd.blocks import check_mergeable
 from iskd.blocks.base import FitData
-from iskd.blocks.merge import check_mergeable, side_by_side
+from iskd.blocks.merge import side_by_side
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Replace, Spec
