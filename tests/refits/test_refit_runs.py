@@ -140,6 +140,22 @@ def test_processes_add_up(tmp_path: Path) -> None:
     assert largest_difference(ends["one"], ends["fsdp"]) < 5e-5
 
 
+@pytest.mark.slow
+def test_processes_that_train_unlike_layers_stay_in_step(tmp_path: Path) -> None:
+    """On the teacher's stream each trains layers of its own for as many epochs as these need: a run holds all the same.
+
+    And of three layers one process has two and the other one.
+    """
+    write_text(tmp_path)
+    cut = Scripted([Stage("remove 1", (Remove(1),), fit=False), Stage("remove 3", (Remove(3),), fit=False)])
+    local = Local(**SIZES, lr=3e-2, epochs=6, step_tokens=64, inputs="teacher")
+    changes = {"schedule": cut, "refits": (local,)}
+    for name, size, strategy in (("one", 1, None), ("ddp", 2, "ddp")):
+        run_world(size, programs.train, tmp_path, name, size, strategy, changes, folder=tmp_path / "logs" / name)
+    one, ddp = (dict(load_file(tmp_path / f"{name}.safetensors")) for name in ("one", "ddp"))
+    assert same(one, ddp), "layers are trained by one process each"
+
+
 def test_any_number_of_processes_gives_the_same_student(tmp_path: Path) -> None:
     """Every refit and a merge, on whole weights and in shards: to the last bit on all ranks, to rounding as one does.
 
