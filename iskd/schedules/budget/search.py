@@ -106,7 +106,7 @@ def search(
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
         library = Library.open(budget, place.folder, recipe, teacher, place.seed)
         if place.process == 0:
-            for sentence in (*told, f"library of fitted options: {library.folder}"):
+            for sentence in (*told, *texts.short_of(budget), f"library of fitted options: {library.folder}"):
                 place.note(sentence)
         fill(
             library, options, place.process, place.processes, place.told, place.note,

@@ -40,6 +40,17 @@ class Texts:
             found.update(b"|")
         return found.hexdigest()
 
+    def short_of(self, budget: Budget) -> list[str]:
+        """Sentences on less text than was asked for; none where only whole windows make the difference."""
+        asked = budget.fit_tokens + budget.held_tokens + budget.score_tokens
+        fit, held, score = (sum(batch.numel() for batch in part) for part in (self.fit, self.held, self.score))
+        if fit + held + score + 3 * self.fit[0].shape[1] > asked:
+            return []
+        return [
+            f"the calibration text has {fit + held + score:,} tokens of the {asked:,} that the budget asks for: options"
+            f" are fitted to {fit:,}, judged by {held:,} and scored on {score:,}; give more (data.calibration_fraction)"
+        ]
+
     def to(self, device: torch.device) -> Texts:
         """The same on a device."""
         parts = ([batch.to(device) for batch in part] for part in (self.fit, self.held, self.score))

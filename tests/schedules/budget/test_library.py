@@ -263,3 +263,12 @@ def test_mixers_are_solved_towards_the_state_that_the_teacher_has(tmp_path: Path
     fill(library, texts, teacher, options)
     errors = [library.errors(layer, option) for layer in range(2) for option in options[1:]]
     assert all(found is not None and found[1] < found[0] for found in errors), errors
+
+
+def test_less_text_than_a_budget_asks_for_is_told() -> None:
+    asked = Budget(params=0.7, options=OPTIONS, fit_tokens=320, held_tokens=96, score_tokens=128)
+    assert texts_of(asked, text).short_of(asked) == []
+    [told] = texts_of(asked, lambda _tokens: text(96)).short_of(asked)
+    assert told.startswith(
+        "the calibration text has 96 tokens of the 544 that the budget asks for: options are fitted to "
+    )
