@@ -110,9 +110,7 @@ class Target:
         free = set(range(depth)) - set(protected) - set(history.foreign)
         count = self.count if self.count and self.count > 0 else len(free)
         if not count:
-            before = (
-                " or was edited before (a list, schedule.layers=[...], edits some again)" if history.foreign else ""
-            )
+            before = " or was edited before (a list in schedule.layers edits some again)" if history.foreign else ""
             raise ValueError(f"schedule.count=-1 and every layer is protected{before}: nothing would be edited")
         return count
 
