@@ -49,7 +49,6 @@ def warm_start(
     judge: Callable[[Sequence[Tensor]], float] | None = None,
     place: str = PLACES[0],
     folder: Path | None = None,
-    check_stop: Callable[[], None] = lambda: None,
 ) -> list[Fitted | Merged]:
     """Fit the compact blocks that `edits` put into `student`, and merge what they merge.
 
@@ -64,7 +63,6 @@ def warm_start(
             whether a pair is merged or its upper block only removed. To be given where something is merged.
         place: where the states of all windows lie, one of `PLACES`: one stream of each model.
         folder: of those on disk; None = where the system keeps temporary files.
-        check_stop: called between blocks; raises where the run is to end.
 
     Returns:
         One `Fitted` per fitted block and one `Merged` per merge, in stack order.
@@ -85,8 +83,7 @@ def warm_start(
     streams = partial(Streams, place, next(student.parameters()).device, folder)
     # dropout would make fits noisy and draw from the run's random numbers
     with scoring(student, teacher, *old_blocks.values()), without_autocast_cache():
-        models = Stack(student), Stack(teacher)
-        return _walk(*models, old_blocks, record, fits, pairs, batches, judged, streams, check_stop)
+        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged, streams)
 
 
 def _walk(
@@ -99,7 +96,6 @@ def _walk(
     batches: Sequence[Tensor],
     judge: Callable[[], float] | None,
     streams: Callable[[], Streams],
-    check_stop: Callable[[], None],
 ) -> list[Fitted | Merged]:
     device = next(student.model.parameters()).device
     batches = [batch.to(device) for batch in batches]
@@ -109,7 +105,6 @@ def _walk(
     below = 0  # the teacher's next layer
     done: list[Fitted | Merged] = []
     for position in range(last + 1):
-        check_stop()
         layer, block = record.layers[position], student.layers[position]
 
         def run(module: nn.Module, h_BTD: Tensor, index: int, position: int = position) -> Tensor:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ def carry_out(
     folder: Path | None = None,
     place: str = "device",
     earlier: Sequence[Edit] = (),
+    alike: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Edited:
     """Apply a stage's edits, fit the compact blocks, refit the others, and give the optimizer what the stage trains.
 
@@ -81,9 +82,10 @@ def carry_out(
         folder: where states on disk lie; None = where the system keeps temporary files.
         place: where those of a fit lie: device, host or disk.
         earlier: edits before the stage's that no refit has followed: the refits are about these as well.
+        alike: several processes may be broken off inside, where all call the same modules, which they do in a fit.
 
     Raises:
-        BrokenOffError: a process was asked to stop between two blocks of a fit or a refit.
+        BrokenOffError: a process was asked to stop inside a fit, or between two blocks of a refit.
     """
     student, before = module.student, module.record
     touched = _opened(before, stage.edits)
@@ -91,23 +93,16 @@ def carry_out(
     old = dict(zip(before.layers, Stack(student).layers, strict=True))
     record = surgery.apply(student, before, stage.edits)
     fitted: list[Fitted | Merged] = []
-
-    def check_stop() -> None:
-        if module.stopping():
-            raise BrokenOffError
-
     if batches or any(isinstance(edit, Merge) for edit in stage.edits):
-        with forward_context():
+        with forward_context(), alike():
             judge = partial(_distance, module)
-            fitted = warm_start(
-                student, module.teacher, old, record, stage.edits, batches, judge, place, folder, check_stop
-            )
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
     sharding.freeze(student, origin, optimizer)
     refits, refitted, start = _on_text(refits, stage), list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
             followed = [*earlier, *stage.edits]
-            refitted = _refit(module, optimizer, record, followed, refits, windows, folder, check_stop)
+            refitted = _refit(module, optimizer, record, followed, refits, windows, folder)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
@@ -151,7 +146,6 @@ def _refit(
     refits: Sequence[Refit],
     windows: Callable[[int], Sequence[Tensor]],
     folder: Path | None,
-    check_stop: Callable[[], None],
 ) -> list[str]:
     """What the refits that follow some edits say that they did to the student."""
     student = module.student
@@ -162,6 +156,10 @@ def _refit(
         origin = sharding.thaw(student, module.teacher, record, [layer])
         yield
         sharding.freeze(student, origin, optimizer)
+
+    def check_stop() -> None:
+        if module.stopping():
+            raise BrokenOffError
 
     return refit_survivors(
         refits, student, module.teacher, record, edits, windows,
@@ -250,13 +248,14 @@ class Editor:
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         finished: Sequence[Stage],
+        alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Edited:
         """See `carry_out`; `batches` makes the windows of the fit when they are wanted.
 
         What the stages before it, `finished`, have left to its refits, they do.
         """
-        refits, rest = self.refits_of(stage), (self.windows, self.folder, self.place, self.not_refitted(finished))
-        return carry_out(module, optimizer, stage, batches(), forward_context, refits, *rest)
+        rest = self.windows, self.folder, self.place, self.not_refitted(finished), alike
+        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits_of(stage), *rest)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

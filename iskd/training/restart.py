@@ -8,7 +8,7 @@ stage loop goes on from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -85,10 +85,11 @@ class EditInFreshProcess(Editor):
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         finished: Sequence[Stage],
+        alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Edited:
         """Hand over the edit that was made; stages without edits need none."""
         if self._made is None:
-            return super().carry_out(module, optimizer, stage, batches, forward_context, finished)
+            return super().carry_out(module, optimizer, stage, batches, forward_context, finished, alike)
         (edited, moments), self._made = self._made, None
         load_optimizer_tensors(optimizer, module.student, moments)
         return edited

@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -373,8 +374,9 @@ class StageLoop:
         self._tick()  # the checkpoint before it
 
         def made() -> Edited:
+            alike = live.breaking_off if live.ranks.size > 1 else nullcontext
             return self.editor.carry_out(
-                live.module, live.optimizer, stage, self.fit_windows, live.forward_context, state.finished
+                live.module, live.optimizer, stage, self.fit_windows, live.forward_context, state.finished, alike
             )
 
         # a refit that reads all of its text takes much longer than one that reads a share, or none

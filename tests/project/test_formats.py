@@ -23,7 +23,7 @@ RECORD = (
 STAGE = (
     '{"name": "remove 2", "edits": [{"layer": 2, "op": "remove"}], "tokens": 64, "train": "lora", "lr": 1, "lr_new": '
     '0.0003, "fit": false, "lora": {"rank": 4, "alpha": 8, "targets": "mlp", "seed": 3}, "objective": "matrix", '
-    '"shape": "wsd", "refit_share": 0.25, "refit_budget": 32, "step": 1}'
+    '"shape": "wsd", "refit_share": 0.25, "refit_budget": 32, "step": 1, "untrained": 2}'
 )
 ROW = (
     '{"index": 1, "name": "remove 3", "edits": [{"op": "remove", "layer": 3}], "params": 4000, "block_params": 3000, '
