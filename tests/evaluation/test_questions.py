@@ -537,3 +537,17 @@ def test_words_of_any_script_are_compared(text: str, reference: str, rouge1: flo
 @pytest.mark.parametrize("reference", ["猫坐在窗户上面看雨", "ねこがまどのそばで寝る", "แมวนอนอยู่บนหน้าต่าง"])
 def test_bleu_reads_characters_where_there_are_no_spaces(reference: str) -> None:
     assert 0.5 < compared(reference[:-1] + "x", reference)["bleu"] < 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "per_cent"),
+    [
+        ("acc", (0.4, 0.5), True),
+        ("bits_per_byte,none", (0.7, 0.6), False),
+        ("word_perplexity", (12.0, 0.9), False),
+        ("mcc", (-0.2, 0.1), True),
+        ("bleu", (31.0, 40.0), False),
+    ],
+)
+def test_only_shares_are_told_in_per_cent(metric: str, scores: tuple[float, float], per_cent: bool) -> None:
+    assert TaskScore("task", metric=metric, student=scores[0], teacher=scores[1]).per_cent is per_cent

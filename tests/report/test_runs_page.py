@@ -176,7 +176,13 @@ def test_tasks_count_where_all_runs_have_them(tmp_path: Path) -> None:
     assert page.count("<svg") == 4, "with every run's latency measured, scoring speed says nothing more"
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"limit": 50}, {"data": {"piqa": "another file"}}, {"excluded": 3}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"seed": 1}, {"limit": 50}, {"data": {"piqa": "another file"}}, {"excluded": 3}),
+        *({"fewshot": 5}, {"items": {"cbt_sentence": "another file"}}),
+    ],
+)
 def test_runs_that_were_asked_other_items_are_not_drawn_on_one_axis(other: dict[str, Any], tmp_path: Path) -> None:
     """Their validation text is the same, so that is drawn, and the page says why."""
     settings = {"seed": 0, "limit": 100, "data": {"piqa": "a file"}, "excluded": 0, "device": "cpu"}

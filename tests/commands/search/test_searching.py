@@ -122,6 +122,16 @@ def test_a_native_plan_is_one_that_plain_transformers_opens(tmp_path: Path, foun
     assert native_config(result.student) is not None
 
 
+def test_a_refit_that_the_teacher_cannot_have_is_refused_before_the_search(tmp_path: Path) -> None:
+    """Behind what Gemma 2 adds stands a norm: nothing is fitted or scored for a plan that the run would refuse."""
+    words = ["budget.params=0.6", "budget.use=[remove]", "model.config.model_type=gemma2", "+model.config.head_dim=16"]
+    with pytest.raises(
+        ValueError, match=r"refit=output re-solves .* \(gemma2\) a norm stands behind it: use refit=local"
+    ):
+        parts(tmp_path, *words)
+    assert not (tmp_path / "cache" / "budget").exists()
+
+
 @pytest.mark.slow
 def test_processes_that_torchrun_starts_find_the_plan_of_one(tmp_path: Path) -> None:
     """In processes of its own: they share the fits, take one plan, and train its student together."""
