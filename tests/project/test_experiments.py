@@ -147,12 +147,14 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
 
 
 def test_gaps_in_stories_have_ten_nouns_to_choose_from(tmp_path: Path) -> None:
-    """Of the story itself, and not more than two gaps in one, so that a few stories do not decide."""
+    """Of the story itself, behind two sentences at least, and two gaps in one at most, so that no story decides."""
     names = ["cat", "dog", "hat", "car", "bed", "box", "tree", "park", "ball", "bird"]
     stories = [
         "\n".join([f"Once upon a time there was Ann {day} .", *(f"On that day she saw the {name}." for name in names)])
         for day in range(5)
     ]
+    one_before = "Once upon a time there was " + ", ".join(f"the {name}" for name in names)
+    stories.insert(0, f"{one_before}. On that day she saw the cat. So it was.")
     (tmp_path / "data" / "tinystories").mkdir(parents=True)
     with gzip.open(tmp_path / "data" / "tinystories" / "valid.txt.gz", "wt") as stream:
         stream.write("\n\n".join(stories))
