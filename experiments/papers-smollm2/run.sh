@@ -34,6 +34,8 @@ method() { # name, seed, overrides...
   rm -rf "$dir/checkpoints"
 }
 
+gone() { "$PYTHON" -c "import json, sys; print(sorted({*range(30)} - {*json.load(open(sys.argv[1]))[0]['left']}))" "$1" | tr -d ' '; }
+
 # ILD's loss (sum-KL/100, MSE of the state before the gap and after the final norm) and its neighbours, and which weights learn:
 # the same seven layers out at once, no refit
 SEVEN=(schedule=oneshot edit=remove schedule.layers=[12,13,14,15,16,17,18] schedule.lr=1e-4)
@@ -56,8 +58,13 @@ for seed in $SEEDS; do
   method loss-kl-normalised "$seed" "${SEVEN[@]}" loss=[kl,hidden]
 
   method importance-kl "$seed" experiment=ild schedule.target_layers=23 importance=racing
-  method importance-tasks "$seed" experiment=ild schedule.target_layers=23 importance=task_accuracy importance.data_dir="$DATA" \
-    importance.tasks=[blimp,copa,openbookqa] importance.items=100
+  # the items of tasks do not go by the run's seed: a choice of an hour would be the same for every seed
+  CHOSEN=(importance=task_accuracy importance.data_dir="$DATA" importance.tasks=[blimp,copa,openbookqa] importance.items=100
+          schedule.target_layers=23)
+  for chosen in "$HERE"/scores/importance-tasks-*.json; do
+    if [ -f "$chosen" ]; then CHOSEN=(schedule.target_layers=null "schedule.layers=$(gone "$chosen")"); fi
+  done
+  method importance-tasks "$seed" experiment=ild "${CHOSEN[@]}"
 
   # healed after every block, as published, and refitted and trained after the last one alone, where there is no curve of training
   method curve-between "$seed" experiment=iskd schedule.count=12 refit=[none] schedule.final_share=0 schedule.lr_new=3e-4 "${ALONG[@]}"

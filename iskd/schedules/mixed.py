@@ -166,7 +166,7 @@ def turn_of(schedule: Schedule, importance: Any, history: History) -> Turn | Non
 
 def of_stage(schedule: Schedule, stage: Stage) -> Schedule:
     """The schedule that a stage comes from."""
-    return schedule.parts[stage.step].schedule if isinstance(schedule, Mixed) else schedule
+    return parts_of(schedule)[stage.step].schedule
 
 
 def refuse_in_vain(schedule: Schedule, history: History) -> None:

@@ -16,7 +16,7 @@ from iskd.plan import Edit, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
-from iskd.schedules.mixed import Mixed, in_vain, of_stage, possible, refuse_in_vain, turn_of
+from iskd.schedules.mixed import Mixed, in_vain, of_stage, parts_of, possible, refuse_in_vain, turn_of
 from iskd.system import Ranks
 from iskd.training.state import RunState
 from iskd.training.step import DistillModule
@@ -81,7 +81,7 @@ def _named(schedule: Schedule, step: int, edit: Edit) -> Iterator[None]:
     except ValueError as error:
         mixed = isinstance(schedule, Mixed)
         written = schedule.steps[step] if isinstance(schedule, Mixed) and schedule.steps else {}
-        kind = getattr(schedule.parts[step].schedule if isinstance(schedule, Mixed) else schedule, "edit", None)
+        kind = getattr(parts_of(schedule)[step].schedule, "edit", None)
         entry = kind.entry_of(edit.layer) if isinstance(kind, ConvertTo) else None
         place = f"schedule.steps[{step}]." if mixed else ""
         own = {group: f"{place}{group}." for group in ("block", "mixer") if group in written}

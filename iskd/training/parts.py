@@ -18,7 +18,7 @@ from iskd.plan.options import RunOptions
 from iskd.plan.trainer_settings import with_defaults
 from iskd.refits import Refit
 from iskd.schedules import Schedule
-from iskd.schedules.mixed import Mixed
+from iskd.schedules.mixed import parts_of
 from iskd.teacher import Loaded, TeacherCacheSpec
 from iskd.training.deciding import Importance
 from iskd.training.step import OptimSpec
@@ -70,8 +70,8 @@ class Parts:
     @property
     def importances(self) -> list[Any]:
         """All that layers are chosen by: of several steps each its own."""
-        steps = self.schedule.parts if isinstance(self.schedule, Mixed) else ()
-        return [each for each in (self.importance, *(step.importance for step in steps)) if each is not None]
+        own = (step.importance for step in parts_of(self.schedule))
+        return [each for each in (self.importance, *own) if each is not None]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from iskd.commands.build.at_the_end import cache_of, evaluation_of, export_of
 from iskd.commands.build.folder import NEEDED, claim, save_config
 from iskd.commands.build.model import student_of, teacher_of
-from iskd.commands.build.schedule import importance_of, schedule_of, steps_in
+from iskd.commands.build.schedule import importance_of, schedule_of
 from iskd.commands.build.text import text_data
 from iskd.commands.build.tokens import batch_of, default_tokens
 from iskd.commands.build.within_budget import within_budget
@@ -28,6 +28,7 @@ from iskd.plan.options import RunOptions
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, LOCK_FILE
 from iskd.plan.token_budget import ON_GPU
 from iskd.schedules import ConvertTo
+from iskd.schedules.mixed import parts_of
 from iskd.system import Busy, global_rank, run_lock
 from iskd.system.faults import UnavailableError
 from iskd.system.text import one_of, perhaps
@@ -129,7 +130,7 @@ def _made(
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
     asked_export = export_of(plain(config.export))
     try:
-        chosen_by = [importance, *(step.importance for step in steps_in(schedule))]
+        chosen_by = [importance, *(step.importance for step in parts_of(schedule))]
         asked = evaluation_of(config, teacher, chosen_by, data, start)
     except UnavailableError as error:
         if not config.plan_only:

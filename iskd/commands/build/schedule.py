@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,11 +44,6 @@ def _step(number: int, step: DictConfig, config: DictConfig) -> Step:
     except ValueError as error:
         error.args = (f"schedule.steps[{number}]: {error}", *error.args[1:])  # of whatever class it is
         raise
-
-
-def steps_in(schedule: Schedule) -> Sequence[Step]:
-    """The steps of a mixed schedule; none of any other."""
-    return schedule.parts if isinstance(schedule, Mixed) else ()
 
 
 def edit_of(config: DictConfig) -> EditKind:
