@@ -15,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iskd.commands import build
 from iskd.commands.arguments import literal_paths, sentence
+from iskd.commands.line.steps import restarts_at_edit
 from iskd.commands.resume import resumed
+from iskd.commands.values import plain
 from iskd.commands.values.asked import as_asked
 from iskd.commands.values.config import forget_folders, new_folder
 from iskd.commands.values.unread import refuse_unknown_of_hydra
@@ -73,7 +75,7 @@ def parts(
         if resume:
             config.resume = str(folder)
             config = resumed(config, overrides)
-        if config.schedule.get("restart_at_edit"):
+        if restarts_at_edit(plain(config.schedule)):
             raise ValueError(
                 "schedule.restart_at_edit=true replaces the process at every edit, and with it whatever else lives in "
                 "it; leave it out here, or use train.py"

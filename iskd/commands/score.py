@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from iskd.commands.arguments import hydra_main
-from iskd.commands.build import importance_of, teacher_of, text_data
+from iskd.commands.build import importance_of, read_with, teacher_of, text_data
 from iskd.commands.values import as_meant
 from iskd.export import load
 from iskd.export.loading import record_of
@@ -58,6 +58,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     batches = [batch.to(device) for batch in windows]
     with forward_context():
         importance, depth = importance_of(config), len(stack.layers)
+        read_with(teacher.tokenizer, [importance])
         if isinstance(importance, AttentionImportance):
             importance.layers = layers
         rows = rows_of(importance, model, teacher.model, batches)

@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.arguments import AUTO, hydra_main, noted, told_at_the_end
+from iskd.commands.line.steps import restarts_at_edit
 from iskd.commands.values import plain
 from iskd.commands.values.paths import assigned
 from iskd.plan import StageResult
@@ -61,7 +62,7 @@ def main(config: DictConfig) -> float | list[float] | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     config.resume = resume_folder(config.resume, run_dir, hydra_config)
     result_of, several = objectives(plain(config.objectives)), hydra_config.mode == RunMode.MULTIRUN
-    if several and config.schedule.get("restart_at_edit"):
+    if several and restarts_at_edit(plain(config.schedule)):
         return answer(run_dir, result_of, in_a_child(run_dir, config.resume, hydra_config.overrides.task))
     if config.resume is not None:
         config = resume.resumed(config, hydra_config.overrides.task)

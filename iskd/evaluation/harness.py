@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iskd.data import Framing, framing_of
 from iskd.evaluation.judging import TaskResult
 from iskd.evaluation.likelihood import Step
-from iskd.evaluation.scores import CHOICE, GENERATION, Scored
+from iskd.evaluation.scores import CHOICE, GENERATION, LIKELIHOOD, Scored
 from iskd.evaluation.tasks import COPY, TASKS, read_task, subset
 from iskd.evaluation.tasks.examples import fewest_examples, keep_apart
 from iskd.evaluation.tasks.harness_metrics import USUAL, check_metric, higher_is_better, values_of
@@ -401,11 +401,14 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase, frame: Framing | None) -> bool
 
 
 def _too_long(name: str, requests: Sequence[Any], context: int) -> int:
-    """How many requests, (texts, context ids, continuation ids) each, lose their beginning."""
-    for (_, continuation), _, ids in requests:
-        if not 1 <= len(ids) <= context:
+    """How many requests, (texts, context ids, continuation ids) each, lose their beginning.
+
+    Windows of a rolling task have no texts: the harness cuts them to the context, and each token is scored in one.
+    """
+    for texts, _, ids in requests:
+        if texts is not None and not 1 <= len(ids) <= context:
             raise ValueError(
-                f"{name}: the continuation {continuation!r:.100} has {len(ids)} tokens of its own; between 1 and "
+                f"{name}: the continuation {texts[1]!r:.100} has {len(ids)} tokens of its own; between 1 and "
                 f"{context} (the model's context) can be scored"
             )
     return sum(len(before) + len(ids) > context + 1 for _, before, ids in requests)
@@ -438,8 +441,8 @@ class _Count:
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """Count one request. Raises ValueError when its log-likelihood is nan, which argmax would take for the best."""
-        if attr == "loglikelihood" and math.isnan(res[0]):
-            raise ValueError(f"{self._drawn.name}: the model gives nan for {req[1]!r:.100}: its weights are broken")
+        if attr.startswith("loglikelihood") and math.isnan(res[0] if isinstance(res, tuple) else res):
+            raise ValueError(f"{self._drawn.name}: the model gives nan for {req[-1]!r:.100}: its weights are broken")
         self._done += 1
         self._step(self._done, sum(len(task.instances) for task in self._drawn.leaves.values()))
 
@@ -449,10 +452,10 @@ def _scored(drawn: Drawn, samples: Mapping[str, Sequence[Mapping[str, Any]]], cu
     found = values_of(drawn.name, samples, drawn.leaves, drawn.metric, usual)
     asked = [sample for logged in samples.values() for sample in logged if sample["filter"] == logged[0]["filter"]]
     assert len(asked) == len(drawn.ids)
-    choice = all(task.OUTPUT_TYPE == "multiple_choice" for task in drawn.leaves.values())
+    types = {str(task.OUTPUT_TYPE) for task in drawn.leaves.values()}
+    choice = types == {"multiple_choice"}
+    kind = CHOICE if choice else LIKELIHOOD if types == {"loglikelihood_rolling"} else GENERATION
     chance = sum(1 / len(sample["arguments"]) for sample in asked) / len(asked) if choice else 0.0
     chance = chance if found.main.partition(",")[0] in USUAL else 0.0
     result = TaskResult(drawn.ids, found.values, found.wholes, cut)
-    return Scored(
-        CHOICE if choice else GENERATION, found.main, chance, result, higher_is_better(found.main, drawn.leaves)
-    )
+    return Scored(kind, found.main, chance, result, higher_is_better(found.main, drawn.leaves))

@@ -26,7 +26,7 @@ from iskd.evaluation.bootstrap import interval, resampled_means, resampled_toget
 from iskd.evaluation.judging import Paired, TaskResult, paired
 from iskd.evaluation.results import Interval, TaskScore
 
-CHOICE, GENERATION = "choice", "generation"
+CHOICE, GENERATION, LIKELIHOOD = "choice", "generation", "likelihood"
 _log = logging.getLogger(__name__)
 
 
@@ -35,8 +35,8 @@ class Scored:
     """One model on one task.
 
     Attributes:
-        kind: `choice`, the likeliest of several texts must be the right one, or `generation`, greedy decoding must
-            give it.
+        kind: `choice`, the likeliest of several texts must be the right one, `generation`, greedy decoding must give
+            it, or `likelihood`, a text's own probability counts.
         metric: the metric of `result` that is compared, most of them in [0, 1].
         chance: what guessing gets.
         result: all metrics by item.
@@ -88,7 +88,7 @@ def compare(
         scores.append(_score(task, mine, theirs, difference, _estimate(ratios[task])))
     kept = {task: row for task, row in ratios.items() if row[0].isfinite()}
     means: dict[str, Interval] = {}
-    for kind in (CHOICE, GENERATION):
+    for kind in (CHOICE, GENERATION, LIKELIHOOD):
         some = [row for task, row in kept.items() if student[task].kind == kind]
         if some:
             means[kind] = _estimate(torch.stack(some).mean(0))

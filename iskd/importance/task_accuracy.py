@@ -47,8 +47,8 @@ class TaskAccuracy(WindowImportance):
         share: of a task's items that may be used here; the rest is for reports. `split_items` with the same share and
             seed gives both sides.
         seed: of the split and the draw.
-        tokenizer: directory of the student's tokenizer, or the tokenizer; None = the one beside the teacher's weights,
-            or bytes for a teacher made from a config.
+        tokenizer: directory of the student's tokenizer, or the tokenizer; None = the run's, and outside a run the one
+            beside the teacher's weights, or bytes for a teacher made from a config.
         metric: `acc` or `acc_norm` (by characters) of multiple choice.
         batch_tokens: most tokens in a batch.
         bos: what stands before a text (`data.bos`, `iskd.data.framing`).

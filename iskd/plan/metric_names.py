@@ -31,6 +31,7 @@ METRICS: Mapping[str, str] = {
     "train/mfu": "model FLOPs utilisation over the stage: share of the matrix peak measured in the same run, 0 to 1",
     "train/flops_per_token": "FLOPs of a training step per token, counted",
     "train/data_share": "share of the stage's training time between two batches: loader and transfer, 0 to 1",
+    "train/refit_seconds": "seconds of the refits behind the stage's edits",
     "lr/base": "learning rate of the step before, inherited weights",
     "lr/new": "learning rate of the step before, weights made by an edit",
     "val/ppl": "perplexity of the student",
@@ -46,4 +47,5 @@ METRICS: Mapping[str, str] = {
 #: Metrics under `train/` that are not losses, so the loss plot leaves them out.
 NOT_LOSSES = frozenset(
     {"train/grad_norm", "train/tokens_per_s", "train/mfu", "train/flops_per_token", "train/data_share"}
+    | {"train/refit_seconds"}
 )

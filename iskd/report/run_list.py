@@ -15,6 +15,7 @@ from typing import Any
 from iskd.evaluation import Interval
 from iskd.evaluation.results import Measured
 from iskd.plan import StageResult
+from iskd.plan.options import UPKEEP
 from iskd.plan.results import rolled_back_of, student_of, teacher_of
 from iskd.plan.run_files import CONFIG_FILE, FAILURE_FILE, MODEL, STAGES_FILE, work_in
 from iskd.plan.saved_config import read_config
@@ -25,8 +26,10 @@ _SEARCHED_DEPTH = 4  # runs/<experiment>/<sweep>/<job>
 _MOST_KEYS = 5_000
 _MOST_LEVELS = 32
 # What tells two runs of one configuration apart, and where they are kept, says nothing about the method.
-_INCIDENTAL = frozenset({"resume", "cache_dir", "objectives", "plan_only", "trainer.progress"})
-_INCIDENTAL_GROUPS = ("logger", "run", "export")
+_INCIDENTAL = frozenset({"resume", "cache_dir", "objectives", "plan_only", "trainer.progress"}) | {
+    f"run.{key}" for key in (*UPKEEP, "measure_before", "movement_steps")
+}
+_INCIDENTAL_GROUPS = ("logger", "export")
 # of an evaluation's settings: which items of its tasks were drawn, and what stood before them
 _DRAWN_BY = ("seed", "limit", "data", "items", "excluded", "fewshot")
 

@@ -67,7 +67,8 @@ class CompressionCallback(Callback):
             self._agreed().look()
 
     def _agreed(self) -> AgreedStop:
-        return AgreedStop(self.loop.live.ranks, self.stop_wanted, BrokenOffError)
+        # a time limit breaks nothing off that would be begun anew, and again end within the limit of the next start
+        return AgreedStop(self.loop.live.ranks, lambda: self.stop_signals.received is not None, BrokenOffError)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""

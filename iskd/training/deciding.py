@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import Stack, surgery
-from iskd.plan import Edit, to_json
+from iskd.plan import Edit, Stage, to_json
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
@@ -148,17 +148,59 @@ def _scored(
 ) -> tuple[Tensor, str]:
     """Scores [L], and which of the layers not chosen the calibration windows cannot tell from the last one chosen."""
     positions = [layers.index(layer) for layer in choice.layers]
-    if isinstance(importance, WindowImportance):
-        asked = importance.choosing(positions, min(choice.number + choice.spare, len(positions)), layers)
+    asked = _asked(importance, choice, layers)
+    if isinstance(asked, WindowImportance):
         scores, rows = asked.scored(module.student, module.teacher, batches)
     else:
-        scores = importance(module.student, module.teacher, batches)
+        scores = asked(module.student, module.teacher, batches)
         rows = scores[:, None]
     refuse_not_finite(scores[positions], choice.layers)
     order = sorted(positions, key=lambda position: (scores[position].item(), position))
     last = order[choice.number - 1]
     ties = [layers[position] for position in within_noise(rows, last, order[choice.number :])]
     return scores, f"the scores of layers {ties} are within noise of that of layer {layers[last]}" if ties else ""
+
+
+def _asked(importance: Importance, choice: Choice, layers: Sequence[int]) -> Importance:
+    """The importance for a choice among some of the student's layers."""
+    if not isinstance(importance, WindowImportance):
+        return importance
+    positions = [layers.index(layer) for layer in choice.layers]
+    return importance.choosing(positions, min(choice.number + choice.spare, len(positions)), layers)
+
+
+def scoring_ahead(
+    schedule: Schedule, importance: Importance | None, history: History, stages: Sequence[Stage], known: float
+) -> list[float | None]:
+    """Seconds of the scores that choose the layers of each stage: 0 where none do, None with nothing to go by.
+
+    Args:
+        schedule: of the run.
+        importance: of the run.
+        history: before the stages.
+        stages: those ahead, the first of them chosen.
+        known: seconds of the scores that chose it; others of the same importance cost in proportion to the layers in
+            question, each of which is left out once, and to the layers there are, half of which run then.
+    """
+    found, rates, last = list[float | None](), dict[int, float](), -1
+    for number, stage in enumerate(stages):
+        turn = turn_of(schedule, importance, history)
+        scoring = "never" if turn is None else turn.step.schedule.scoring
+        if turn is None or scoring == "never" or (scoring == "once" and stage.step == last):
+            found.append(0.0)
+        else:
+            scorer, layers, choice = (
+                turn.step.importance,
+                history.record.layers,
+                turn.step.schedule.choice(turn.history),
+            )
+            asked = None if scorer is None else getattr(_asked(scorer, choice, layers), "candidates", None)
+            work = len(layers if asked is None else asked) * len(layers)
+            if number == 0:
+                rates[id(scorer)] = known / max(1, work)
+            found.append(rates[id(scorer)] * work if id(scorer) in rates else None)
+        last, history = stage.step, history.after(stage)
+    return found
 
 
 def no_better_than_guessing(quality: Mapping[str, float], rows: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import resource
 import shlex
 import sys
@@ -284,10 +285,20 @@ def _keys(spec: EvalSpec) -> list[str]:
 def _in_hydra(value: object) -> str:
     """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.values.paths`)."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_in_hydra(each)}" for key, each in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_nested(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_in_hydra, value)) + "]"
+        return "[" + ",".join(map(_nested, value)) + "]"
     return "null" if value is None else str(value)
+
+
+_PLAIN = re.compile(r"[\w./@%+-]+")
+
+
+def _nested(value: object) -> str:
+    """As `_in_hydra`, in quotes where something of it would end the value."""
+    if not isinstance(value, str) or _PLAIN.fullmatch(value):
+        return _in_hydra(value)
+    return "'" + value.replace("\\", r"\\").replace("'", r"\'") + "'"
 
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:

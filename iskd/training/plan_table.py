@@ -24,7 +24,7 @@ from iskd.system import Json, Ranks, write_whole
 from iskd.system.machine import PeakMemory, capacity, clock
 from iskd.training.metrics.costs import Costs
 from iskd.training.step import DistillModule, alignment
-from iskd.training.step.trainable import trainable
+from iskd.training.step.trainable import new_parameters, trainable
 
 ALIGN_STEPS = 20
 """An alignment stage with fewer optimizer steps is warned of: a tenth of them warm up, the last tenth falls."""
@@ -63,10 +63,11 @@ def plan_rows(
         record = surgery.apply(model, record, stage.edits)
         alignment.check(model, record, stage)
         tokens = count * step_tokens
-        rates = {"lr": stage.lr, "lr_new": stage.lr_new, "decay": stage.shape or decay} if count else {}
-        minimises = losses if stage.objective == "loss" else stage.objective
-        trains = {"train": stage.train, "trained": _trained(model, record, stage), "losses": minimises} if count else {}
-        row = {**_row(stage, model, count, tokens), **trains, **rates}
+        row = _row(stage, model, count, tokens)
+        if count:
+            minimises = losses if stage.objective == "loss" else stage.objective
+            row |= {"train": stage.train, "losses": minimises, "lr": stage.lr, "decay": stage.shape or decay}
+            row |= _trained(model, record, stage)
         rows.append({**row, **costs.of(number, stage, row, done)})
         done += tokens
     rows[-1]["end_seconds"] = round(costs.ends, 1)
@@ -86,11 +87,17 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int) -> Json:
     }
 
 
-def _trained(model: PreTrainedModel, record: Record, stage: Stage) -> int | None:
-    """Parameters that a stage trains; None of adapters, which are attached when it begins."""
+def _trained(model: PreTrainedModel, record: Record, stage: Stage) -> Json:
+    """How many parameters a stage trains, None of adapters, which are attached when it begins; the rate of new ones."""
+    new = new_parameters(model, record, stage)
+    rate = {"lr_new": stage.lr_new}
     if stage.train == "lora":
-        return None
-    return sum(parameter.numel() for parameter in trainable(model, record, stage))
+        return {"trained": None, **(rate if new else {})}
+    found = trainable(model, record, stage)
+    return {
+        "trained": sum(parameter.numel() for parameter in found),
+        **(rate if {*map(id, new)} & {*map(id, found)} else {}),
+    }
 
 
 def measured_step(module: DistillModule, input_ids: Tensor) -> tuple[float, int]:
@@ -257,7 +264,7 @@ def _trains(row: Json) -> str:
 def _rates(row: Json) -> str:
     if "lr" not in row:
         return ""
-    new = "" if row["lr"] == row["lr_new"] else f", new {row['lr_new']:g}"
+    new = f", new {row['lr_new']:g}" if row.get("lr_new", row["lr"]) != row["lr"] else ""
     return f"{row['lr']:g}{new} {row['decay']}".rstrip()
 
 

@@ -45,6 +45,7 @@ from iskd.training.deciding import (
     decide,
     history_of,
     no_better_than_guessing,
+    scoring_ahead,
 )
 from iskd.training.editing import BrokenOffError, Edited, Editor, merge_adapters
 from iskd.training.live import Live
@@ -55,7 +56,6 @@ from iskd.training.metrics.costs import (
     check_every,
     export_seconds,
     quantizing_seconds,
-    scored,
     speaking_seconds,
     trials_ahead,
     writing,
@@ -282,8 +282,6 @@ class StageLoop:
         """What the parts of the stages ahead take, but for a training token, which is measured last."""
         options, seconds = self.options, self._seconds
         history = history_of(self.state, self.live.module, self.data.pass_tokens)
-        asks = scored(self.schedule, plan)
-        known = seconds["scores"] if asks and asks[0] else None
         along = self.spec is not None and self.spec.along
         # where a plan alone asks a few items, its run asks all: of the teacher, as student too, and of a student given
         left = len(self.state.results) + 1 if along and self.along is None else 0
@@ -295,7 +293,7 @@ class StageLoop:
             begun=seconds["begun"] + left * self._asking,
             validation=seconds["validation"],
             asking=self._asking if along else 0.0,
-            scoring=[known if each else 0.0 for each in asks],
+            scoring=scoring_ahead(self.schedule, self.importance, history, plan, seconds["scores"]),
             score_tokens=options.score_tokens * len(self.state.record.layers),
             trials=trials_ahead(self.schedule, history),
             before=options.measure_before,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 from iskd.commands import build
 from iskd.commands.build.schedule import schedule_of
 from iskd.commands.compose import compose_config
-from iskd.commands.values import as_meant
+from iskd.commands.line.steps import restarts_at_edit
+from iskd.commands.values import as_meant, plain
+from iskd.importance.task_accuracy import TaskAccuracy
 from iskd.plan import Record
-from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE
+from iskd.plan.run_files import CONFIG_FILE, LOCK_FILE, PLAN_FILE
 from iskd.plan.saved_config import read_config
 from iskd.schedules import History, forecast
 from iskd.system import run_lock
+from iskd.system.faults import UnavailableError
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,60 @@ def test_what_a_step_refuses_is_told_with_the_step(step: str, said: str) -> None
     config = as_meant(compose_config([*words, "schedule.tokens=64"])[0])
     with pytest.raises(ValueError, match=re.escape(f"schedule.steps[1]: {said}")):
         schedule_of(config)
+
+
+@pytest.mark.parametrize(
+    ("step", "fresh"),
+    [
+        ("{edit: remove, count: 1}", False),
+        ("{edit: remove, count: 1, restart_at_edit: true}", True),
+        ("{edit: remove, count: 1, schedule: {name: oneshot, restart_at_edit: true}}", True),
+    ],
+)
+def test_a_step_that_edits_in_fresh_processes_is_known_as_written_and_in_full(step: str, fresh: bool) -> None:
+    """A sweep, whose jobs share a process, asks before anything is composed further."""
+    words = ["model=tiny", "schedule=mixed", f"schedule.steps=[{{edit: remove, count: 1}}, {step}]"]
+    config = compose_config([*words, "schedule.tokens=64"])[0]
+    assert restarts_at_edit(plain(config.schedule)) is fresh
+    assert restarts_at_edit(plain(as_meant(config).schedule)) is fresh
+    assert schedule_of(as_meant(config)).restart_at_edit is fresh
+
+
+def test_a_plan_makes_no_scores(tmp_path: Path) -> None:
+    """So that it needs no files of tasks: those of steps neither."""
+    step = "{edit: remove, count: 1, importance: task_accuracy}"
+    words = ["model=tiny", "schedule=mixed", f"schedule.steps=[{step}]", "schedule.tokens=64"]
+    build.plan_without(compose_config(words)[0], tmp_path, UnavailableError("away"))
+    assert [row["stage"] for row in json.loads((tmp_path / PLAN_FILE).read_text())] == ["teacher", "remove 0"]
+
+
+def test_layers_are_chosen_with_the_runs_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands beside the teacher's weights, and in steps too; one that is named stands."""
+    monkeypatch.setenv("ISKD_CACHE", str(tmp_path / "cache"))
+    task = "{edit: remove, count: 1, importance: {name: task_accuracy, tasks: [copy]}}"
+    steps = ["schedule=mixed", f"schedule.steps=[{task}]", "importance=task_accuracy", "importance.tasks=[copy]"]
+    config, _ = compose_config(["model=tiny", "data=sample", "trainer=cpu", "schedule.tokens=64", *steps])
+    parts = build.parts(config, tmp_path / "run")
+    run_lock.release(tmp_path / "run" / LOCK_FILE)
+    assert [each.tokenizer is parts.teacher.tokenizer for each in parts.importances] == [True, True]
+    named = TaskAccuracy(tasks=["copy"], tokenizer="somewhere")
+    build.read_with(parts.teacher.tokenizer, [named, None])
+    assert named.tokenizer == "somewhere"
+
+
+@pytest.mark.parametrize("model", [["model=tiny"], ["model=local", "model.path=here"]])
+def test_a_teacher_is_named_for_a_student_alone(
+    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is none is its own teacher: another one would be dropped in silence."""
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    config, _ = compose_config([*model, "reference=phi1", "schedule.tokens=64"])
+    with pytest.raises(ValueError, match=r"reference=phi1 names the teacher of a student .* is none"):
+        build.parts(config, tmp_path / "run")
+    config, _ = compose_config(["model=local", "model.path=here", "reference=here", "schedule.tokens=64"])
+    with pytest.raises((ValueError, OSError), match=r"here"):
+        build.parts(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

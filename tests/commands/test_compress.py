@@ -160,6 +160,10 @@ def test_a_run_directory_is_never_shared(tmp_path: Path, monkeypatch: pytest.Mon
         ({"overrides": ["schedule.cout=3"]}, "schedule.cout"),
         ({"overrides": ["schedule.count=["]}, "schedule.count"),
         ({"overrides": ["schedule.restart_at_edit=true"]}, "replaces the process at every edit"),
+        (
+            {"schedule": "mixed", "overrides": ["schedule.steps=[{edit: remove, count: 1, restart_at_edit: true}]"]},
+            "replaces the process at every edit",
+        ),
         ({"resume": True}, "pass run_dir too"),
     ],
 )

@@ -304,6 +304,20 @@ generation_kwargs: {do_sample: false, max_gen_toks: 6, until: ["."]}
 """
 
 
+ROLLED = """
+task: rolled
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: byte_perplexity}
+  - {metric: bits_per_byte}
+"""
+
+
 def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,9 +330,10 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     (folder / "needles.yaml").write_text(NEEDLES.replace("FILE", str(file)))
     (folder / "needles.py").write_text(PROCESS)
     (folder / "writing.yaml").write_text(WRITING.replace("FILE", str(file)))
-    spec = EvalSpec(["needles", "writing"], None, str(tmp_path), task_dir=str(folder), resamples=5)
+    (folder / "rolled.yaml").write_text(ROLLED.replace("FILE", str(file)))
+    spec = EvalSpec(["needles", "writing", "rolled"], None, str(tmp_path), task_dir=str(folder), resamples=5)
     found = scores(model_of(), spec, model_of())
-    needles, writing = found["needles"], found["writing"]
+    needles, writing, rolled = found["needles"], found["writing"], found["rolled"]
     assert (needles.metric, needles.items, needles.kind) == ("string_match", 4, "generation")
     assert needles.student == needles.teacher
     assert needles.student in (0.25, 0.5, 0.75)
@@ -326,6 +341,16 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     assert 0 <= writing.student <= 1
     assert writing.retention is not None
     assert 0 <= writing.metrics["student"]["chrf"] == writing.metrics["teacher"]["chrf"] <= 1
+    assert (rolled.metric, rolled.kind, rolled.per_cent) == ("byte_perplexity", "likelihood", False)
+    nats = bytes_ = 0.0
+    for row in rows:  # a byte a token; the first one behind the token that starts every text
+        ids = torch.tensor([[BYTES.eos_token_id, *row["text"].encode()]])
+        with torch.no_grad():
+            nats += model_of()(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        bytes_ += ids.shape[1] - 1
+    assert rolled.student == rolled.teacher == pytest.approx(math.exp(nats / bytes_), rel=1e-4)
+    assert rolled.retention is not None
+    assert rolled.retention.value == 1
 
 
 def test_answers_leave_room_for_the_question(
@@ -404,6 +429,15 @@ def test_a_question_that_chose_layers_is_asked_in_no_other_form(tmp_path: Path) 
         assert isinstance(drawn, Drawn)
         assert drawn.ids == ("0", "2")
         assert [item.id for item in sentences if isinstance(item, Item)] == ["0", "2"]
+
+
+def test_sentences_that_a_folder_lacks_are_those_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every other task's are: the folder may hold more tasks, or none."""
+    row = {"sentences": ["x", "y"], "question": "Ann XXXXX .", "options": ["ran", "sat"], "answer": "sat"}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row])
+    assert [item.id for item in read_sentences(tmp_path)] == ["cbt_sentence-0"]
+    here = lines(tmp_path, "cbt", [row, {**row, "question": "Bob XXXXX ."}])
+    assert len(read_sentences(here)) == 2
 
 
 def test_a_sentence_of_cbt_is_scored_by_the_mean_loss_of_its_tokens(tmp_path: Path) -> None:

@@ -72,7 +72,11 @@ def test_ild(tmp_path: Path) -> None:
         assert (row["steps"], row["train"], row["lr"], row["decay"]) == (row["steps"], "adjacent", 1e-4, "cosine")
         assert row["steps"] in (1953, 1954)
         assert row["losses"] == "kl_sum + hidden + final"
+        assert "lr_new" not in row, "a removal makes nothing that is new"
     config, _ = compose_config(["experiment=ild_paper"])
+    documents = config.data.source.max_documents
+    held = (config.data.validation_fraction + config.data.calibration_fraction) * documents
+    assert (documents, held) == (503_000, pytest.approx(3_000, abs=5))
     assert config.data.batch_size * config.trainer.accumulate_grad_batches == 256
     assert config.data.seq_len == config.loss.kl_sum.seq_len == 2048
     assert config.importance._target_.endswith("TaskAccuracy")
@@ -126,6 +130,7 @@ def test_subquadratic(tmp_path: Path) -> None:
     assert layers(rows) == list(range(32))
     config, _ = compose_config(["experiment=subquadratic_paper", "data.seq_len=128"])
     assert config.loss.kl.weight == 128
+    assert config.data.validation_fraction + config.data.calibration_fraction <= 1e-3, "3 G tokens are learned once"
 
 
 def test_a_plan_without_a_models_sizes_says_what_is_missing(tmp_path: Path) -> None:

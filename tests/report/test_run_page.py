@@ -30,8 +30,10 @@ from iskd.report.runs_page import write_runs_report
 from iskd.report.stage_rows import COLUMNS, stage_rows, stage_table
 from iskd.system import number
 from iskd.system.text import layers_text
+from tests.documents import ROOT
 from tests.run_folders import EFFICIENCY, EVALUATION, LAYERS, LENGTHS, STAGES, Balanced, stage, write_run
 
+_TRAINED = re.compile(r'"(train/[a-z_]+)"')
 HOSTILE = "</pre><script>alert('$x$')</script><img src=https://example.org/a.png>-->&"
 
 
@@ -87,8 +89,12 @@ def test_broken_files_are_clear_errors(tmp_path: Path) -> None:
 
 
 def test_metric_names_agree() -> None:
+    """Whatever a run logs under train/ beside its terms is known, and no loss."""
+    logged = {
+        name for file in (ROOT / "iskd" / "training").rglob("*.py") for name in _TRAINED.findall(file.read_text())
+    }
     assert X_AXIS in METRICS
-    assert set(METRICS) >= NOT_LOSSES
+    assert set(METRICS) >= NOT_LOSSES == logged - {"train/loss"}
 
 
 def test_layer_states_follow_only_what_was_kept() -> None:
@@ -343,14 +349,17 @@ def test_unusual_runs_are_drawn(stages: list[StageResult], tmp_path: Path) -> No
 def test_perplexities_of_tasks_are_drawn_as_they_are_beside_shares() -> None:
     rows = []
     for index in range(3):
-        tasks = {"piqa": 0.8 - 0.1 * index, "wikitext": 20.0 + 5 * index}
+        tasks = {"piqa": (0.8 - 0.1 * index, "acc"), "wikitext": (20.0 + 5 * index, "word_perplexity")}
+        tasks["lambada"] = (0.7 + 0.05 * index, "bits_per_byte")
         edits = [{"op": "remove", "layer": index}] if index else []
-        asked = {"tasks": [{"task": task, "student": score} for task, score in tasks.items()]}
+        asked = {"tasks": [{"task": task, "student": score, "metric": name} for task, (score, name) in tasks.items()]}
         rows.append(stage(index, edits=edits, evaluation=asked))
     drawn = task_curves(score_curve("run", rows, LAYERS))
     assert drawn is not None
     assert [drawn.count(f">{heading}<") for heading in ("Score by task (%)", "Score by task")] == [1, 1]
     assert max(float(tick) for tick in re.findall(r">([\d.]+)<", drawn)) <= 100
+    bits = [dataclasses.replace(row, evaluation={"tasks": (row.evaluation or {})["tasks"][2:]}) for row in rows]
+    assert "Score by task (%)" not in (task_curves(score_curve("run", bits, LAYERS)) or "(%)")
     alone = [dataclasses.replace(row, evaluation={"tasks": (row.evaluation or {})["tasks"][:1]}) for row in rows]
     assert ">Score by task<" not in (task_curves(score_curve("run", alone, LAYERS)) or "")
 

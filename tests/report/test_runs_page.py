@@ -177,6 +177,19 @@ def test_tasks_count_where_all_runs_have_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "same"),
+    [("keep", True), ("measure_before", True), ("samples", True), ("score_tokens", False), ("fit_tokens", False)],
+)
+def test_upkeep_makes_no_new_configuration_and_tokens_that_a_student_comes_from_do(
+    key: str, same: bool, tmp_path: Path
+) -> None:
+    for value in (1, 2):
+        write_run(tmp_path / f"run-{value}", ending(0.9), config=config() + f"run:\n  {key}: {value}\n")
+    first, second = read_runs([tmp_path])[0]
+    assert (first.setting == second.setting) is same
+
+
+@pytest.mark.parametrize(
     "other",
     [
         *({"seed": 1}, {"limit": 50}, {"data": {"piqa": "another file"}}, {"excluded": 3}),

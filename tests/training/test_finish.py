@@ -187,7 +187,12 @@ def test_the_command_names_what_is_nowhere_on_disk(parts: Parts) -> None:
 
 def test_the_command_asks_the_same_again() -> None:
     """Every field of a spec, whatever kind of value it has."""
-    own: dict[str, Any] = {"limit": None, "data_dir": "a, (b)", "task_dir": "c=d", "metrics": {"gsm8k": "exact_match"}}
+    own: dict[str, Any] = {
+        "limit": None,
+        "data_dir": "a, (b)",
+        "task_dir": "c=d",
+        "metrics": {"gsm8k": "exact_match,flexible-extract"},
+    }
     own |= {"fewshot": 0, "lengths": (64, 128), "text": "it's.txt", "quantize": ("int8", "int4")}
     numbers = {"seed", "batch_size", "batch_tokens", "tokens", "window", "resamples", "efficiency_seconds"}
     own |= dict.fromkeys(numbers, 3)
@@ -208,6 +213,11 @@ def test_the_command_asks_the_same_again() -> None:
         (["eval.tasks=[]"], "nothing to evaluate"),
         (["eval.tasks=[]", "eval.every=stage"], r"nothing to evaluate: .* inside stages alone, eval\.every=TOKENS"),
         (["eval.tasks=[copy]", "eval.efficiency_seconds=5"], r"for a run set run\.efficiency_seconds"),
+        (["eval.tasks=[]", "eval.every=64", "eval.efficiency_seconds=5"], r"for a run set run\.efficiency_seconds"),
+        (
+            ["eval.tasks=[]", "eval.every=64", "eval.quantize=[int8]"],
+            r"eval\.quantize=\['int8'\] is measured at the end",
+        ),
     ],
 )
 def test_an_evaluation_that_cannot_work_stops_the_run_at_its_start(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from iskd.commands.build.making import parts, plan_without
 from iskd.commands.build.model import teacher_of
-from iskd.commands.build.schedule import importance_of
+from iskd.commands.build.schedule import importance_of, read_with
 from iskd.commands.build.text import source_of, text_data
 from iskd.commands.build.within_budget import asked_of
 
-__all__ = ["asked_of", "importance_of", "parts", "plan_without", "source_of", "teacher_of", "text_data"]
+__all__ = ["asked_of", "importance_of", "parts", "plan_without", "read_with", "source_of", "teacher_of", "text_data"]

@@ -47,6 +47,13 @@ def evaluation_of(
     if not config.get("eval"):
         return None
     spec: EvalSpec = object_of(config.eval)
+    if spec.efficiency_seconds:
+        raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
+    if not spec.asks and spec.quantize:
+        raise ValueError(
+            f"eval.quantize={list(spec.quantize)} is measured at the end, where nothing is asked: set eval.tasks=[...] "
+            "or eval.text=FILE, or leave it out"
+        )
     if not spec.asks and spec.inside:
         return spec
     if not spec.asks:
@@ -54,8 +61,6 @@ def evaluation_of(
             "there is nothing to evaluate: set eval.tasks=[...], eval.text=FILE or, to validate inside stages alone, "
             "eval.every=TOKENS"
         )
-    if spec.efficiency_seconds:
-        raise ValueError("eval.efficiency_seconds is of iskd evaluate; for a run set run.efficiency_seconds")
     if spec.text is not None:
         earlier = learned_in(run_of(start))
         refuse_training_text(spec.text, [data.source.fingerprint(), *(text.content for text in earlier)])

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from iskd.commands.build.at_the_end import cache_of, evaluation_of, export_of
 from iskd.commands.build.folder import NEEDED, claim, save_config
 from iskd.commands.build.model import student_of, teacher_of
-from iskd.commands.build.schedule import importance_of, schedule_of
+from iskd.commands.build.schedule import importance_of, read_with, schedule_of
 from iskd.commands.build.text import text_data
 from iskd.commands.build.tokens import batch_of, default_tokens
 from iskd.commands.build.within_budget import within_budget
@@ -97,7 +97,7 @@ def plan_without(config: DictConfig, run_dir: Path, error: UnavailableError) -> 
         config=model,
         record=record,
         every=(config.get("eval") or {}).get("every"),
-        schedule=schedule_of(config),
+        schedule=schedule_of(config, scored=False),
         terms=terms(plain(config.loss)),
         optim=object_of(config.optim),
         windows={**sizes, "accumulated": accumulate, "processes": max(1, math.prod(processes))},
@@ -131,6 +131,7 @@ def _made(
     asked_export = export_of(plain(config.export))
     try:
         chosen_by = [importance, *(step.importance for step in parts_of(schedule))]
+        read_with(teacher.tokenizer, chosen_by)
         asked = evaluation_of(config, teacher, chosen_by, data, start)
     except UnavailableError as error:
         if not config.plan_only:

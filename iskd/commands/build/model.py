@@ -37,9 +37,18 @@ def student_of(model: TeacherSpec, reference: str | None) -> Path | None:
     """The folder of a student that `model` names, to go on from beside its own teacher; None for any other model.
 
     `reference` names another teacher; where it is the student itself, that one is taken for the teacher.
+
+    Raises:
+        ValueError: `reference` is another model, and `model` no student: it is its own teacher.
     """
-    if model.path is None or not (Path(expanded(model.path)) / FACTS).is_file():
+    folder = None if model.path is None else Path(expanded(model.path))
+    if folder is not None and reference is not None and Path(expanded(reference)).resolve() == folder.resolve():
         return None
-    folder = Path(expanded(model.path))
-    same = reference is not None and Path(expanded(reference)).resolve() == folder.resolve()
-    return None if same else folder
+    if folder is not None and (folder / FACTS).is_file():
+        return folder
+    if reference is not None:
+        raise ValueError(
+            f"reference={reference} names the teacher of a student that a run goes on from, and {model.name} is none "
+            f"(a student has {FACTS} beside its weights): leave reference= out; to compare two models: iskd evaluate"
+        )
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,13 +16,16 @@ from iskd.schedules.mixed import Mixed, Step
 from iskd.system.version import CONF, options
 
 
-def schedule_of(config: DictConfig) -> Schedule:
-    """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed."""
+def schedule_of(config: DictConfig, *, scored: bool = True) -> Schedule:
+    """The schedule, with what its class takes beside its keys: the edit of a layer and the run's seed.
+
+    Its steps have the importances that they name, but where nothing is going to be `scored`.
+    """
     takes = getattr(class_of(config.schedule), "takes", ("edit", "seed"))
     values: dict[str, Any] = {"edit": edit_of(config), "seed": config.seed} if takes else {}
     if "parts" in takes:
         steps = config.schedule.steps or ()  # by a call of our own: Hydra would make objects of the parts in them
-        made = [_step(number, step, config) for number, step in enumerate(steps)]
+        made = [_step(number, step, config, scored) for number, step in enumerate(steps)]
         written = plain(config.schedule)
         shared = {key: written.get(key) for key in SHARED}
         return Mixed(made, written["steps"] or (), written["tokens"], **shared)
@@ -34,13 +38,13 @@ def schedule_of(config: DictConfig) -> Schedule:
     return schedule
 
 
-def _step(number: int, step: DictConfig, config: DictConfig) -> Step:
+def _step(number: int, step: DictConfig, config: DictConfig, scored: bool) -> Step:
     """A step of `schedule=mixed`, whose parts `steps_as_meant` has named; others are the run's."""
     values, groups = plain(config), (*GROUPS, "schedule")
     own = OmegaConf.create({**values, **{group: plain(step[group]) for group in step if group in groups}})
     try:
         refits = [object_of(own.refit[name]) for name in own.get("refit") or ()]
-        return Step(schedule_of(own), importance_of(own) if "importance" in step else None, refits)
+        return Step(schedule_of(own), importance_of(own) if scored and "importance" in step else None, refits)
     except ValueError as error:
         error.args = (f"schedule.steps[{number}]: {error}", *error.args[1:])  # of whatever class it is
         raise
@@ -77,6 +81,13 @@ def _mixers(named: Any) -> dict[str, tuple[Spec, Any]]:
             raise ValueError(f"edit.mixers: {name} has no key {unknown[0]!r}; it has {', '.join(known)}")
         found[name] = spec(OmegaConf.merge(config, keys)), layers  # type: ignore[arg-type]
     return found
+
+
+def read_with(tokenizer: Any, importances: Iterable[Any]) -> None:
+    """Give the run's tokenizer to importances that read texts and were given none of their own."""
+    for importance in importances:
+        if getattr(importance, "tokenizer", tokenizer) is None:
+            importance.tokenizer = tokenizer
 
 
 def importance_of(config: DictConfig) -> Any:

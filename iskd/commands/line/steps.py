@@ -43,6 +43,17 @@ def steps_as_meant(schedule: dict[str, Any]) -> None:
     schedule["steps"] = made
 
 
+def restarts_at_edit(schedule: Any) -> bool:
+    """Whether a schedule or one of its steps, as written or in full, makes its edits in fresh processes."""
+    if not isinstance(schedule, Mapping):
+        return False
+    steps = schedule.get("steps")
+    inner = [each for each in steps if isinstance(each, Mapping)] if isinstance(steps, list) else []
+    return bool(schedule.get("restart_at_edit")) or any(
+        restarts_at_edit(each) or restarts_at_edit(each.get("schedule")) for each in inner
+    )
+
+
 def _step(step: Any, place: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(step, Mapping):
         raise ValueError(f"{place}={step!r:.80}: give keys, such as {{edit: remove, count: 4}}")

@@ -148,7 +148,7 @@ def subset_of(values: Sequence[_T], keys: Sequence[str], limit: int, seed: int) 
 
 
 def read_sentences(data_dir: str | Path | None) -> list[Item]:
-    """The items of `cbt_sentence`: of DATA_DIR/cbt_sentence or DATA_DIR/cbt, without a folder those of the hub.
+    """The items of `cbt_sentence`: of DATA_DIR/cbt_sentence or DATA_DIR/cbt, without such a file those of the hub.
 
     Source: the evaluation of ISKD (COLING 2025): the sentence with each of ten words in its gap and nothing before it;
     the one of the least mean loss over its tokens counts.
@@ -156,10 +156,10 @@ def read_sentences(data_dir: str | Path | None) -> list[Item]:
     Raises:
         ValueError: they cannot be had.
     """
-    if data_dir is not None:
-        folder = Path(expanded(data_dir))
-        name = CBT_SENTENCE if (folder / CBT_SENTENCE / "eval.jsonl").is_file() else "cbt"
-        return list(_read(name, folder, Task(_sentence, TASKS["cbt"].fields, TASKS["cbt"].hub)))
+    folder = None if data_dir is None else Path(expanded(data_dir))
+    for name in (CBT_SENTENCE, "cbt"):
+        if folder is not None and (folder / name / "eval.jsonl").is_file():
+            return list(_read(name, folder, Task(_sentence, TASKS["cbt"].fields, TASKS["cbt"].hub)))
     try:
         from datasets import load_dataset
 

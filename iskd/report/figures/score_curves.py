@@ -9,7 +9,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from iskd.evaluation import Evaluation
-from iskd.evaluation.results import evaluation_of
+from iskd.evaluation.results import TaskScore, evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
@@ -45,7 +45,7 @@ class ScorePoint:
     retention: float
     low: float = math.nan
     high: float = math.nan
-    tasks: Mapping[str, float] | None = None
+    tasks: Mapping[str, TaskScore] | None = None
     inside: bool = False
 
 
@@ -82,7 +82,7 @@ def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> Sc
                 if math.isfinite(each["tokens"])
             ]
         found = asked_of(stage)
-        tasks = None if found is None else {task.task: task.student for task in found.tasks}
+        tasks = None if found is None else {task.task: task for task in found.tasks}
         low, high = (stage.intervals or {}).get("retention", [math.nan, math.nan])
         told = (stage.retention, low, high)
         if by_tasks and found is not None:
@@ -150,11 +150,12 @@ def task_curves(curve: ScoreCurve) -> str | None:
     label, x = _AXES[1 if removes else 0]
     if len({x(point) for point in points}) < 2:
         label, x = _AXES[2]
-    found: dict[str, list[tuple[float, float]]] = {}
+    found, shares = dict[str, list[tuple[float, float]]](), set[str]()
     for name in names:
-        told = [(x(point), (point.tasks or {}).get(name, math.nan)) for point in points]
-        found[name] = [(at, score) for at, score in told if math.isfinite(score)]
-    shares = {name for name, told in found.items() if all(abs(score) <= 1 for _, score in told)}
+        told = [(x(point), score) for point in points if (score := (point.tasks or {}).get(name))]
+        found[name] = [(at, score.student) for at, score in told if math.isfinite(score.student)]
+        if all(score.per_cent for _, score in told):
+            shares.add(name)
     looks = dict(zip(names, cycle(_LOOKS), strict=False))
     panels = [("Score by task (%)", 100, shares), ("Score by task", 1, set(names) - shares)]
     panels = [panel for panel in panels if panel[2]]

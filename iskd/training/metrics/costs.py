@@ -96,16 +96,6 @@ class Costs:
         return {name: round(value, 1) for name, value in found.items()}
 
 
-def scored(schedule: Schedule, stages: Sequence[Stage]) -> list[bool]:
-    """Whether the layers of each stage are chosen by scores that are computed for it."""
-    found = []
-    for number, stage in enumerate(stages):
-        begins = number == 0 or stage.step != stages[number - 1].step
-        scoring = of_stage(schedule, stage).scoring
-        found.append(scoring == "each" or (scoring == "once" and begins))
-    return found
-
-
 def trials_ahead(schedule: Schedule, history: History) -> list[tuple[int, int]]:
     """How many candidates every stage to come has beside none, and the training tokens that each of them gets."""
     found = []

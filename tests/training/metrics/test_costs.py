@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from iskd.evaluation import EvalSpec
+from iskd.importance.block_influence import BlockInfluence
+from iskd.importance.racing import Racing
 from iskd.plan import Record, Remove, Replace, Stage
 from iskd.schedules import History, Schedule, forecast
 from iskd.schedules.edits import RemoveLayers, ReplaceWith
@@ -20,8 +22,9 @@ from iskd.schedules.mixed import Mixed, Step
 from iskd.schedules.oneshot import Oneshot
 from iskd.system import read_json
 from iskd.training import Parts, run
+from iskd.training.deciding import scoring_ahead
 from iskd.training.metrics.along import AlongTheRun
-from iskd.training.metrics.costs import Costs, a_few, quantizing_seconds, scored, trials_ahead
+from iskd.training.metrics.costs import Costs, a_few, quantizing_seconds, trials_ahead
 from iskd.training.plan_table import plan_rows, seconds_of
 from tests.factories import tiny
 from tests.runs import SLIM, TOKENS, make_parts, write_text
@@ -97,8 +100,22 @@ def schedules() -> dict[str, tuple[Schedule, list[bool], list[tuple[int, int]]]]
 def test_scores_and_trials_are_promised_to_the_stages_that_have_them(name: str) -> None:
     schedule, expected, trials = schedules()[name]
     stages = forecast(schedule, history(schedule))
-    assert scored(schedule, stages) == expected
+    asked = scoring_ahead(schedule, None, history(schedule), stages, 6.0)
+    assert [each != 0 for each in asked] == expected
     assert trials_ahead(schedule, history(schedule)) == trials
+
+
+def test_later_scores_are_promised_by_the_layers_they_are_of() -> None:
+    """A race among the two beside the gap is not one among all; nobody knows what another importance takes."""
+    gap = Iterative(RemoveLayers(), count=4, tokens=400, rescore=True, contiguous=True)
+    before = replace(history(gap), record=Record(8), params=dict.fromkeys(range(8), 10))
+    asked = scoring_ahead(gap, Racing(), before, forecast(gap, before), 64.0)
+    # the lowest goes first where all are alike, and has one neighbour: one of 7, 6, 5
+    assert asked == [64.0, 7.0, 6.0, 5.0]
+    assert scoring_ahead(gap, BlockInfluence(), before, forecast(gap, before), 64.0) == [64.0, 49.0, 36.0, 25.0]
+    each = Iterative(ReplaceWith(SLIM), count=2, tokens=400, rescore=True)
+    mixed = Mixed([Step(gap, BlockInfluence()), Step(each, Racing())])
+    assert scoring_ahead(mixed, None, before, forecast(mixed, before), 64.0)[4:] == [None, None]
 
 
 @pytest.mark.parametrize(("limit", "few", "times"), [(100, 2, 50.0), (1, 1, 1.0), (3, 2, 1.5), (None, 2, 500.0)])
