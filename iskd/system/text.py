@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 ABSENT = "-"
+_PLAIN = re.compile(r"[\w./@%+-]+")
 _NEAR = 0.6  # of difflib's ratio: "tiy" and "tiny" have 0.86, "idl" and "ild" 0.67
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
@@ -15,6 +17,22 @@ _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 def argument(key: str, value: object) -> str:
     """`key=value` as it is pasted into a shell."""
     return shlex.quote(f"{key}={value}")
+
+
+def hydra_text(value: object) -> str:
+    """A value as Hydra's command line reads it. A path alone is read as it is (`iskd.commands.values.paths`)."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_nested(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_nested, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+def _nested(value: object) -> str:
+    """In quotes where something of a text would end the value."""
+    if not isinstance(value, str) or _PLAIN.fullmatch(value):
+        return hydra_text(value)
+    return "'" + value.replace("\\", r"\\").replace("'", r"\'") + "'"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from iskd.system import Busy, Preempted, ProgressLine, Ranks, global_rank, read_
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
 from iskd.system.stop_signals import StopSignals
+from iskd.system.text import hydra_text
 from iskd.training.editing import BrokenOffError
 from iskd.training.facts import selected, write_data
 from iskd.training.live import AgreedStop
@@ -274,31 +274,12 @@ def again(parts: Parts, model_dir: Path | None, spec: EvalSpec | None) -> str:
 
 def _keys(spec: EvalSpec) -> list[str]:
     """Overrides of eval=quick that make it this spec."""
-    found, usual = [f"eval.tasks={_in_hydra(spec.tasks)}"], EvalSpec()
+    found, usual = [f"eval.tasks={hydra_text(spec.tasks)}"], EvalSpec()
     for field in dataclasses.fields(EvalSpec):
         value = getattr(spec, field.name)
         if field.name not in ("tasks", "every") and value != getattr(usual, field.name):
-            found.append(f"eval.{field.name}={_in_hydra(value)}")
+            found.append(f"eval.{field.name}={hydra_text(value)}")
     return ["eval=quick", *found]
-
-
-def _in_hydra(value: object) -> str:
-    """A value of a spec as Hydra reads it; a path is read as it is (`iskd.commands.values.paths`)."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_nested(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_nested, value)) + "]"
-    return "null" if value is None else str(value)
-
-
-_PLAIN = re.compile(r"[\w./@%+-]+")
-
-
-def _nested(value: object) -> str:
-    """As `_in_hydra`, in quotes where something of it would end the value."""
-    if not isinstance(value, str) or _PLAIN.fullmatch(value):
-        return _in_hydra(value)
-    return "'" + value.replace("\\", r"\\").replace("'", r"\'") + "'"
 
 
 def _print_end(results: list[StageResult], report: Path | None, model_dir: Path | None) -> None:

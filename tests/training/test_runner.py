@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,6 +33,8 @@ from iskd.system import Preempted
 from iskd.system.faults import NonFiniteError, UnfinishedError
 from iskd.system.stop_signals import EXIT_CODE
 from iskd.teacher import Loaded
+from iskd.training.callback import CompressionCallback
+from iskd.training.editing import BrokenOffError
 from iskd.training.parts import Parts, Result
 from iskd.training.runner import run
 from iskd.training.stages import StageLoop
@@ -500,6 +504,18 @@ def test_limits_of_the_trainer_are_refused_before_anything_is_read(make: Callabl
     for key, value in {"devices": "x", "profiler": "nothing", "strategy": "nothing"}.items():
         with pytest.raises(ValueError, match=f"trainer.{key}={value}.*: Lightning refuses that here: .*"):
             run(make(tmp_path / key, trainer={key: value}))
+
+
+def test_a_time_limit_breaks_off_no_work_that_would_begin_anew() -> None:
+    """Of several processes neither: it ends at the next step; a signal ends it now."""
+    ranks = SimpleNamespace(size=2, highest=lambda votes: votes)
+    callback = CompressionCallback(cast(Any, SimpleNamespace(live=SimpleNamespace(ranks=ranks))), deadline=0.0)
+    assert callback.stop_wanted()
+    with callback._breaking_off():
+        callback._look()
+    callback.stop_signals._note(signal.SIGTERM, None)
+    with pytest.raises(BrokenOffError):
+        callback._look()
 
 
 def test_max_time_saves_and_stops_as_a_signal_does(

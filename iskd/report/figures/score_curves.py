@@ -9,7 +9,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from iskd.evaluation import Evaluation
-from iskd.evaluation.results import TaskScore, evaluation_of
+from iskd.evaluation.results import evaluation_of
 from iskd.plan import StageResult
 from iskd.plan.edits import REMOVAL_OPS
 from iskd.plan.results import kept_of
@@ -35,7 +35,7 @@ class ScorePoint:
         layers: Layers left.
         tokens: Training tokens so far.
         retention: Its mean over tasks where they were asked, else that on validation text; low, high: its interval.
-        tasks: Scores by task.
+        tasks: Scores by task, and perplexity on the text that was asked for; whether each is a share.
         inside: Whether it was measured inside a stage.
     """
 
@@ -45,7 +45,7 @@ class ScorePoint:
     retention: float
     low: float = math.nan
     high: float = math.nan
-    tasks: Mapping[str, TaskScore] | None = None
+    tasks: Mapping[str, tuple[float, bool]] | None = None
     inside: bool = False
 
 
@@ -66,6 +66,11 @@ def asked_of(stage: StageResult) -> Evaluation | None:
         return None
 
 
+def _scores_of(found: Evaluation) -> dict[str, tuple[float, bool]]:
+    scores = {task.task: (task.student, task.per_cent) for task in found.tasks}
+    return scores if found.text is None else {**scores, "perplexity of the text": (found.text.perplexity, False)}
+
+
 def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> ScoreCurve:
     """The points of a run: kept stages, and between them what was measured inside."""
     kept, points = kept_of(stages), list[ScorePoint]()
@@ -82,7 +87,7 @@ def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> Sc
                 if math.isfinite(each["tokens"])
             ]
         found = asked_of(stage)
-        tasks = None if found is None else {task.task: task for task in found.tasks}
+        tasks = None if found is None else _scores_of(found)
         low, high = (stage.intervals or {}).get("retention", [math.nan, math.nan])
         told = (stage.retention, low, high)
         if by_tasks and found is not None:
@@ -153,8 +158,8 @@ def task_curves(curve: ScoreCurve) -> str | None:
     found, shares = dict[str, list[tuple[float, float]]](), set[str]()
     for name in names:
         told = [(x(point), score) for point in points if (score := (point.tasks or {}).get(name))]
-        found[name] = [(at, score.student) for at, score in told if math.isfinite(score.student)]
-        if all(score.per_cent for _, score in told):
+        found[name] = [(at, score) for at, (score, _) in told if math.isfinite(score)]
+        if all(share for _, (_, share) in told):
             shares.add(name)
     looks = dict(zip(names, cycle(_LOOKS), strict=False))
     panels = [("Score by task (%)", 100, shares), ("Score by task", 1, set(names) - shares)]
