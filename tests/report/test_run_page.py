@@ -359,7 +359,7 @@ def test_perplexities_of_tasks_are_drawn_as_they_are_beside_shares() -> None:
     assert [drawn.count(f">{heading}<") for heading in ("Score by task (%)", "Score by task")] == [1, 1]
     assert max(float(tick) for tick in re.findall(r">([\d.]+)<", drawn)) <= 100
     said = [dataclasses.replace(row, evaluation={"text": {"perplexity": 30.0 - row.index}}) for row in rows]
-    assert "perplexity of the text" in (task_curves(score_curve("run", said, LAYERS)) or "")
+    assert "text perplexity" in (task_curves(score_curve("run", said, LAYERS)) or "")
     bits = [dataclasses.replace(row, evaluation={"tasks": (row.evaluation or {})["tasks"][2:]}) for row in rows]
     assert "Score by task (%)" not in (task_curves(score_curve("run", bits, LAYERS)) or "(%)")
     alone = [dataclasses.replace(row, evaluation={"tasks": (row.evaluation or {})["tasks"][:1]}) for row in rows]

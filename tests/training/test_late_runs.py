@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,5 +119,6 @@ def test_one_refit_at_the_end_is_about_all_edits(refit: Refit, tmp_path: Path) -
         parts = make_parts(tmp_path / name, text, tmp_path / "cache", schedule=Scripted(stages), refits=(refit,))
         found.append(run(parts))
     assert same(weights(found[0]), weights(found[1]))
-    assert found[0].stages[-1].events == found[1].stages[-1].events
+    told = [[re.sub(r" in \d+ s$", "", event) for event in one.stages[-1].events] for one in found]
+    assert told[0] == told[1]
     assert not same(weights(found[0]), weights(found[2])), "what was refitted is not refitted again"

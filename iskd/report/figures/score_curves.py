@@ -68,7 +68,7 @@ def asked_of(stage: StageResult) -> Evaluation | None:
 
 def _scores_of(found: Evaluation) -> dict[str, tuple[float, bool]]:
     scores = {task.task: (task.student, task.per_cent) for task in found.tasks}
-    return scores if found.text is None else {**scores, "perplexity of the text": (found.text.perplexity, False)}
+    return scores if found.text is None else {**scores, "text perplexity": (found.text.perplexity, False)}
 
 
 def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> ScoreCurve:
