@@ -179,26 +179,25 @@ def scoring_ahead(
         importance: of the run.
         history: before the stages.
         stages: those ahead, the first of them chosen.
-        known: seconds of the scores that chose it; others of the same importance cost in proportion to the layers in
-            question, each of which is left out once, and to the layers there are, half of which run then.
+        known: seconds of the scores that chose it; others of the same importance cost as if each layer in question were
+            left out once, and half of the layers there are ran then.
     """
-    found, rates, last = list[float | None](), dict[int, float](), -1
+    found, last = list[float | None](), -1
+    priced: Importance | None = None
+    rate: float | None = None
     for number, stage in enumerate(stages):
         turn = turn_of(schedule, importance, history)
         scoring = "never" if turn is None else turn.step.schedule.scoring
         if turn is None or scoring == "never" or (scoring == "once" and stage.step == last):
             found.append(0.0)
         else:
-            scorer, layers, choice = (
-                turn.step.importance,
-                history.record.layers,
-                turn.step.schedule.choice(turn.history),
-            )
-            asked = None if scorer is None else getattr(_asked(scorer, choice, layers), "candidates", None)
-            work = len(layers if asked is None else asked) * len(layers)
+            layers, scorer = history.record.layers, turn.step.importance
+            asked = scorer and _asked(scorer, turn.step.schedule.choice(turn.history), layers)
+            in_question = getattr(asked, "candidates", None)
+            work = len(layers if in_question is None else in_question) * len(layers)
             if number == 0:
-                rates[id(scorer)] = known / max(1, work)
-            found.append(rates[id(scorer)] * work if id(scorer) in rates else None)
+                priced, rate = scorer, known / work
+            found.append(None if rate is None or scorer is not priced else rate * work)
         last, history = stage.step, history.after(stage)
     return found
 

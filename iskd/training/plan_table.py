@@ -89,15 +89,12 @@ def _row(stage: Stage, model: PreTrainedModel, steps: int, tokens: int) -> Json:
 
 def _trained(model: PreTrainedModel, record: Record, stage: Stage) -> Json:
     """How many parameters a stage trains, None of adapters, which are attached when it begins; the rate of new ones."""
-    new = new_parameters(model, record, stage)
-    rate = {"lr_new": stage.lr_new}
-    if stage.train == "lora":
-        return {"trained": None, **(rate if new else {})}
-    found = trainable(model, record, stage)
-    return {
-        "trained": sum(parameter.numel() for parameter in found),
-        **(rate if {*map(id, new)} & {*map(id, found)} else {}),
-    }
+    new = {id(parameter) for parameter in new_parameters(model, record, stage)}
+    found = None if stage.train == "lora" else trainable(model, record, stage)
+    row: Json = {"trained": None if found is None else sum(parameter.numel() for parameter in found)}
+    if new and (found is None or any(id(parameter) in new for parameter in found)):
+        row["lr_new"] = stage.lr_new
+    return row
 
 
 def measured_step(module: DistillModule, input_ids: Tensor) -> tuple[float, int]:

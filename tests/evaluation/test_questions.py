@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,12 +272,12 @@ def test_tasks_that_take_no_examples_say_so(tmp_path: Path, caplog: pytest.LogCa
     assert counts == [2, 0]
 
 
-NEEDLES = """
+OF_A_FILE = "dataset_path: json\ndataset_kwargs: {data_files: {test: FILE}}\ntest_split: test"
+NEEDLES = (
+    OF_A_FILE
+    + """
 task: needles
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
 output_type: generate_until
-test_split: test
 doc_to_text: "{{text}}"
 doc_to_target: "{{answer}}"
 process_results: !function needles.process
@@ -285,16 +286,16 @@ metric_list:
   - {metric: "96", aggregation: mean, higher_is_better: true}
 generation_kwargs: {do_sample: false, max_gen_toks: 4, until: ["."]}
 """
+)
 PROCESS = """
 def process(doc, results):
     return {"64": -1.0, "96": -1.0, str(doc["length"]): float(len(results[0]) > 0) if doc["length"] == 64 else 0.5}
 """
-WRITING = """
+WRITING = (
+    OF_A_FILE
+    + """
 task: writing
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
 output_type: generate_until
-test_split: test
 doc_to_text: "{{text}}"
 doc_to_target: "{{answer}}"
 metric_list:
@@ -302,24 +303,25 @@ metric_list:
   - {metric: chrf, aggregation: chrf, higher_is_better: true}
 generation_kwargs: {do_sample: false, max_gen_toks: 6, until: ["."]}
 """
+)
 
 
-ROLLED = """
+ROLLED = (
+    OF_A_FILE
+    + """
 task: rolled
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
 output_type: loglikelihood_rolling
-test_split: test
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - {metric: byte_perplexity}
   - {metric: bits_per_byte}
 """
+)
 
 
 def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Metrics that are named after lengths, as RULER's, and those whose items are aggregated."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -351,6 +353,15 @@ def test_tasks_of_a_folder_are_generated_and_scored_by_any_metric(
     assert rolled.student == rolled.teacher == pytest.approx(math.exp(nats / bytes_), rel=1e-4)
     assert rolled.retention is not None
     assert rolled.retention.value == 1
+    alone = replace(spec, tasks=["rolled"])
+    with caplog.at_level("WARNING"):
+        assert math.isfinite(scores(model_of(context=8), alone)["rolled"].student)
+    assert not caplog.records, "windows lose nothing"
+    broken = model_of()
+    with torch.no_grad():
+        Stack(broken).head[0].fill_(math.nan)
+    with pytest.raises(ValueError, match="rolled: the model gives nan for"):
+        scores(broken, alone)
 
 
 def test_answers_leave_room_for_the_question(

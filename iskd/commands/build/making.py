@@ -129,9 +129,9 @@ def _made(
     losses = terms(plain(config.loss))
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
     asked_export = export_of(plain(config.export))
+    chosen_by = [importance, *(step.importance for step in parts_of(schedule))]
+    read_with(teacher.tokenizer, chosen_by)
     try:
-        chosen_by = [importance, *(step.importance for step in parts_of(schedule))]
-        read_with(teacher.tokenizer, chosen_by)
         asked = evaluation_of(config, teacher, chosen_by, data, start)
     except UnavailableError as error:
         if not config.plan_only:

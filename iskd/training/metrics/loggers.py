@@ -139,10 +139,9 @@ def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: M
     names = list(dict.fromkeys(name for point in curve.points for name in point.tasks or {}))
     if scores := [[r.index, int(layer), score] for r in results for layer, score in (r.scores or {}).items()]:
         shown["importance"] = wandb.Table(columns=["stage", "layer", "score"], data=scores)
-    asked = [{name: score for name, (score, _) in (point.tasks or {}).items()} for point in curve.points]
     rows = [
-        [p.edited, p.layers, p.tokens, p.retention, *map(told.get, names)]
-        for p, told in zip(curve.points, asked, strict=True)
+        [p.edited, p.layers, p.tokens, p.retention, *((p.tasks or {}).get(name, (None,))[0] for name in names)]
+        for p in curve.points
     ]
     shown["scores"] = wandb.Table(columns=["blocks edited", "layers left", "tokens", "retention", *names], data=rows)
     if (run_dir / REPORT_FILE).is_file():
