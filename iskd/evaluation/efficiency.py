@@ -85,7 +85,9 @@ def measure(
     facts = machine.describe(next(iter(places.values())))
     passes = _Passes(decode_tokens, repeats, batch, progress)
     copies = {name: served(model, dtype) for name, model in models.items()}
-    return Efficiency(facts, **_side_by_side(copies, contexts, passes, seconds))
+    # as they would be served: a caller's autocast would cast frozen weights anew in every pass
+    with torch.autocast(next(iter(places.values())).type, enabled=False):
+        return Efficiency(facts, **_side_by_side(copies, contexts, passes, seconds))
 
 
 def write(run_dir: Path, found: Efficiency) -> Path:

@@ -49,7 +49,7 @@ class BudgetPlan:
         request: hex SHA-256 of all that decides what a search finds: limits, options, settings, text, seed.
         teacher_costs, costs: amounts of the teacher and of the student; exact but for times, which are predicted.
         others: of these, what lies outside the blocks.
-        measured: amounts that were measured on the whole student.
+        measured: amounts that were measured on the whole student. finished: on that of the run, once it is there.
         predicted_kl, measured_kl: nats per token on text held out for scores, of a student of blocks that the library
             has fitted one by one; the run fits them anew and trains.
         added_kl: by added scores as they are, which mostly say too little.
@@ -78,6 +78,7 @@ class BudgetPlan:
     costs: _Amounts = field(default_factory=dict)
     others: _Amounts = field(default_factory=dict)
     measured: _Amounts = field(default_factory=dict)
+    finished: _Amounts = field(default_factory=dict)
     predicted_kl: Number = float("nan")
     measured_kl: Number = float("nan")
     added_kl: Number | None = None

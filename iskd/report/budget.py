@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from iskd.evaluation import Efficiency
 from iskd.plan.budget_plan import KEEP, BudgetPlan, amount, choice_map
 from iskd.report import html
 from iskd.report.figures import choice
@@ -69,13 +68,12 @@ def _ranked(plan: BudgetPlan) -> str:
     return f"rank correlation of predicted and measured KL {ranked} over {plan.compared} plans (each by the others)"
 
 
-def budget_section(plan: BudgetPlan | None, measured: Mapping[str, float], efficiency: Efficiency | None = None) -> str:
+def budget_section(plan: BudgetPlan | None, measured: Mapping[str, float]) -> str:
     """The section of a run's page; empty without a plan.
 
     Args:
         plan: of the run.
         measured: what became of it: `params` and `kl` of the finished student, as far as they are known.
-        efficiency: what that costs, where it was measured.
     """
     if plan is None:
         return ""
@@ -93,7 +91,7 @@ def budget_section(plan: BudgetPlan | None, measured: Mapping[str, float], effic
         ),
         (choice.front(plan.front, _here(plan, key), _NAMES.get(key, key)), "What other budgets would lose, predicted."),
     ]
-    finished = dict(measured) | _finished(plan, measured.get("params"), efficiency)
+    finished = dict(measured) | _finished(plan, measured.get("params"))
     rows = [_row(key, plan, finished) for key in plan.costs]
     if plan.added_kl is not None:
         rows.append(["KL by added scores", "0", kl_text(plan.added_kl), ABSENT, ABSENT])
@@ -112,21 +110,18 @@ def _here(plan: BudgetPlan, key: str) -> tuple[float, float] | None:
     return ((plan.costs[key] - outside) / blocks, plan.predicted_kl) if blocks else None
 
 
-def _finished(plan: BudgetPlan, params: float | None, efficiency: Efficiency | None) -> dict[str, float]:
+def _finished(plan: BudgetPlan, params: float | None) -> dict[str, float]:
     """What the finished student costs beside its parameters, as far as it is known.
 
     Weights follow from the parameters, the cache from the plan where the student is the one that was planned. Times are
-    there where they were taken at the plan's context.
+    there where the budget limits them.
     """
     found: dict[str, float] = {}
     if params is not None and plan.teacher_costs.get("params") and "bytes" in plan.teacher_costs:
         found["bytes"] = params * plan.teacher_costs["bytes"] / plan.teacher_costs["params"]
     if params is not None and params == plan.costs.get("params") and "cache_bytes" in plan.costs:
         found["cache_bytes"] = plan.costs["cache_bytes"]
-    student = None if efficiency is None or plan.batch != 1 else efficiency.student
-    if student is not None and (at := student.at(plan.context)) is not None:
-        found |= {"prefill_ms": 1e3 * at.prefill_seconds, "decode_ms": 1e3 * at.decode_seconds_per_token}
-    return found
+    return found | plan.finished
 
 
 def _row(key: str, plan: BudgetPlan, measured: Mapping[str, Any]) -> list[str]:

@@ -204,7 +204,7 @@ def _lead(stages: Sequence[StageResult], teacher: StageResult | None, student: S
 def _budget(run: RunFiles) -> str:
     student = student_of(run.stages)
     measured = {} if student is None else {"params": student.params, "kl": student.kl}
-    return budget_section(run.budget, measured, run.efficiency)
+    return budget_section(run.budget, measured)
 
 
 def _stages(stages: Sequence[StageResult]) -> str:

@@ -2,8 +2,8 @@
 
 `step` is one training step, `state` where a run stands, `profile` where its time goes.
 
-Imports: system, plan, models, losses, teacher, data, blocks, evaluation, refits, importance, schedules, report,
-export, training.step, training.state, training.metrics.
+Imports: system, plan, models, losses, teacher, data, blocks, evaluation, refits, importance, schedules,
+schedules.budget, report, export, training.step, training.state, training.metrics.
 """
 
 from __future__ import annotations

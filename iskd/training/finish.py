@@ -31,6 +31,7 @@ from iskd.plan.run_files import ENDED, EVALUATION_FILE, MODEL, PLAN_FILE, REPORT
 from iskd.report import stage_table, write_report
 from iskd.report.stage_rows import SPARE
 from iskd.report.terminal import print_table, terminal
+from iskd.schedules.budget import measure_finished
 from iskd.system import Busy, Preempted, ProgressLine, Ranks, global_rank, read_json, write_whole
 from iskd.system.faults import mendable
 from iskd.system.precision import serving_dtype
@@ -152,6 +153,7 @@ def _measure(
         with _guarded("efficiency", f"Again: {again(parts, model_dir, None)}"), ProgressLine() as line:
             nn.Module.to(student, device := next(teacher.parameters()).device)
             models, dtype = {"teacher": teacher, "student": student}, serving_dtype(device)
+            seconds = measure_finished(parts.run_dir, teacher, student, dtype, seconds)
             efficiency.write(parts.run_dir, efficiency.measure(models, seconds=seconds, dtype=dtype, progress=line))
     _ask(parts, module, student, model_dir, along, () if parts.asked is None else parts.asked.quantize)
     _speak(parts, module, student)

@@ -57,6 +57,18 @@ def test_the_cache_of_attention_grows_by_the_formula_and_a_state_does_not() -> N
     assert all(row["cache_held_bytes"] >= row["cache_bytes"] for row in [*grown.values(), *states])
 
 
+def test_models_are_measured_as_they_are_served_whatever_a_caller_computes_in() -> None:
+    model, seen = llama(), list[bool]()
+    model.get_submodule("model.layers.0").register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        alone(model, contexts=[8], **QUICK)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen
+    assert not any(seen)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "gemma"])
 def test_every_kind_of_family_is_measured(family: str) -> None:
     (row,) = alone(tiny(family), contexts=[8], **QUICK)["contexts"]

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from iskd.evaluation.results import AtContext, Efficiency, Measured
 from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
 from iskd.report.budget import _here, budget_section
 
@@ -28,7 +27,7 @@ PLAN = BudgetPlan(
     front=((0.9, 0.1), (0.5, 0.9)),
     context=512,
 )
-TOOK = Efficiency(student=Measured(contexts=(AtContext(512, prefill_seconds=0.052, decode_seconds_per_token=0.0053),)))
+TOOK = {"prefill_ms": 52.0, "decode_ms": 5.3}
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -37,7 +36,7 @@ def rows(page: str) -> dict[str, list[str]]:
 
 
 def test_every_cost_is_told_of_the_finished_student() -> None:
-    found = rows(budget_section(PLAN, {"params": 1100, "kl": 0.2}, TOOK))
+    found = rows(budget_section(replace(PLAN, finished=TOOK), {"params": 1100, "kl": 0.2}))
     assert found["parameters"] == ["1,400", "1,100", "exact", "1,100"]
     assert found["weights"] == ["2.800 kB", "2.200 kB", "exact", "2.200 kB"]
     assert found["cache"] == ["4.000 kB", "3.000 kB", "exact", "3.000 kB"]
@@ -47,11 +46,8 @@ def test_every_cost_is_told_of_the_finished_student() -> None:
 
 
 def test_what_is_not_known_of_the_finished_student_is_not_guessed() -> None:
-    elsewhere = Efficiency(student=Measured(contexts=(AtContext(1024, 1.0, 1.0),)))
-    for efficiency in (None, Efficiency(), elsewhere):
-        found = rows(budget_section(PLAN, {"params": 1000}, efficiency))
-        assert [found[name][-1] for name in ("weights", "cache", "prefill", "a token")] == ["2.000 kB", "-", "-", "-"]
-    assert rows(budget_section(replace(PLAN, batch=4), {"params": 1100}, TOOK))["a token"][-1] == "-"
+    found = rows(budget_section(PLAN, {"params": 1000}))
+    assert [found[name][-1] for name in ("weights", "cache", "prefill", "a token")] == ["2.000 kB", "-", "-", "-"]
     assert rows(budget_section(PLAN, {}))["weights"][-1] == "-"
 
 

@@ -1,6 +1,6 @@
 """`iskd search`: plans for many budgets from one library of fitted options, and their front.
 
-Imports: system, plan, models, report, schedules.budget, teacher, commands, commands.build, commands.values.
+Imports: system, plan, models, report, schedules.budget, commands, commands.build, commands.values.
 """
 
 from __future__ import annotations

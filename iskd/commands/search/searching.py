@@ -6,13 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from iskd.commands.arguments import hydra_main, output_folder
-from iskd.commands.build import asked_of, text_data
+from iskd.commands.build import asked_of, teacher_of, text_data
 from iskd.commands.search.front import front_table, write_plans
 from iskd.commands.values import as_meant, object_of
 from iskd.models import Stack
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules.budget import RefusedError, plans_for
-from iskd.teacher import load_teacher
 
 if TYPE_CHECKING:
     from iskd.plan.budget_plan import BudgetPlan
@@ -57,6 +56,11 @@ def plans_of(config: Any) -> list[BudgetPlan]:
     budget = object_of(config.budget)
     if budget.plan is not None:
         raise ValueError("budget.plan names a plan that is found already: it is for iskd train experiment=budget")
-    teacher = load_teacher(object_of(config.model))
+    teacher, start = teacher_of(config)
+    if start is not None:
+        raise ValueError(
+            f"iskd search plans for a teacher, and {start} is a student: give model= its teacher, or take the student "
+            f"itself for one: reference={start}"
+        )
     data = text_data(config, teacher.tokenizer, Stack(teacher.model))
     return plans_for(budget, asked_of(config, teacher, data))

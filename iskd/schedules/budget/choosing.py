@@ -71,7 +71,10 @@ class Chooser:
         self._pairs: dict[Pair, float] = {}
         self._kl: dict[Choice, float] = {}
         self._seen: dict[Choice, Tried] = {}
-        self._chain = Chain(scorer, scores)
+        self._chains = [Chain(scorer, scores)]
+        if alike is not None and any(option.merges for option in scorer.options.values()):
+            # a layer below a merge is kept, so that of one width for all nothing else could be spent on width
+            self._chains.append(Chain(scorer, scores, merges=False))
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -119,7 +122,8 @@ class Chooser:
             if note(solve(problem), problem, "next best by single scores") is None:
                 break
         if self.budget.rounds:
-            self._depth_first(limits, note, tried)
+            for chain in self._chains:
+                self._depth_first(chain, limits, note, tried)
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
             around = self.around(best.choice)
@@ -211,9 +215,13 @@ class Chooser:
         if not new:
             return False
         windows = range(self.scorer.raced(self.budget.race_tokens))  # those of the scores that are taken off
-        found = self.scorer.values(whole, changed, windows, what="scoring pairs").mean((1, 2))
-        for (one, other), together in zip(new, found.tolist(), strict=True):
-            self._pairs[one, other] = together - self.scores[one] - self.scores[other]
+        found = self.scorer.values(whole, changed, windows, what="scoring pairs")
+        for (one, other), together in zip(new, found, strict=True):
+            alone = [self.scorer.rows[single] for single in (one, other)]
+            read = min(map(len, (together, *alone)))  # of the same windows, on which what is difficult is so for all
+            self._pairs[one, other] = sum(
+                sign * rows[:read].mean().item() for sign, rows in ((1, together), (-1, alone[0]), (-1, alone[1]))
+            )
         return True
 
     # ---- around a student -------------------------------------------------------------------------------------------
@@ -237,6 +245,7 @@ class Chooser:
 
     def _depth_first(
         self,
+        chain: Chain,
         limits: Mapping[str, float],
         note: Callable[..., Tried | None],
         tried: Mapping[Choice, Tried],
@@ -246,7 +255,7 @@ class Chooser:
         while self.removes and worse < 2:
             count += step
             best = min(found.measured for found in tried.values())
-            base, enough = self._taken_out(count, limits, _HOPELESS * best)
+            base, enough = self._taken_out(chain, count, limits, _HOPELESS * best)
             if base is None:
                 return
             if enough:  # layers alone are enough
@@ -256,13 +265,16 @@ class Chooser:
             fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
             problem = replace(problem, fixed=fixed)
             found = note(solve(problem), problem, f"{len(fixed)} layers out, then width", base)
-            worse = worse + 1 if found is None or found.measured > best else 0
+            if found is not None:  # where no width is small enough more layers have to go
+                worse = worse + 1 if found.measured > best else 0
 
-    def _taken_out(self, count: int, limits: Mapping[str, float], hopeless: float) -> tuple[Choice | None, bool]:
+    def _taken_out(
+        self, chain: Chain, count: int, limits: Mapping[str, float], hopeless: float
+    ) -> tuple[Choice | None, bool]:
         """The student without `count` layers, or fewer where that is within the limits; None where it is no use."""
         base: Choice | None = None
         for fewer in range(1, count + 1):
-            base = self._chain.without(fewer)
+            base = chain.without(fewer)
             if base is None:
                 return None, False
             costs = self.costs.of(base)

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,9 @@ from iskd.evaluation.results import AtContext
 from iskd.models import Stack, scoring, surgery
 from iskd.models.cache import layer_bytes, lengthen
 from iskd.models.weights import cast_parameters, served, stored_as
-from iskd.plan import Record
+from iskd.plan import Edit, Record
 from iskd.plan.budget_plan import KEEP
-from iskd.schedules.budget.library import Library
+from iskd.schedules.budget.library import TIMED, Library, code_digest
 from iskd.schedules.budget.options import Option, layers_of, module_of
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget
@@ -106,7 +106,7 @@ def counted(
     cached: dict[Single, float] = {(layer, KEEP): float(size) for layer, size in enumerate(caches)}
     for number, option in enumerate(options):
         told("counting options", number, len(options))
-        where = layers_of(option, depth)
+        where = layers_of(option, stack)
         if option.removes:
             for counts in (params, stored, cached):
                 counts |= {(layer, option.name): 0.0 for layer in where}
@@ -174,9 +174,14 @@ def timed(
 
 def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTrainedModel, Record]:
     """A student without memory that has an option in every layer, or in the topmost where it removes; its record."""
-    depth = len(Stack(teacher).layers)
-    where = layers_of(option, depth)
-    record = Record(depth).extended(option.make(layer, seed) for layer in (where[-1:] if option.removes else where))
+    stack = Stack(teacher)
+    where = layers_of(option, stack)
+    return made(teacher, [option.make(layer, seed) for layer in (where[-1:] if option.removes else where)])
+
+
+def made(teacher: PreTrainedModel, edits: Iterable[Edit]) -> tuple[PreTrainedModel, Record]:
+    """A student without memory after some edits, and its record."""
+    record = Record(len(Stack(teacher).layers)).extended(edits)
     return surgery.rebuild(teacher, record, "meta"), record
 
 
@@ -217,13 +222,13 @@ def _times(
     there = [option for option in options if not option.removes]
     students: dict[str, Option | None] = {"": None} | {option.digest: option for option in there}
     file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
-    facts = {key: value for key, value in facts.items() if key not in _PASSING}
+    facts = {key: value for key, value in facts.items() if key not in _PASSING} | {"code": code_digest(TIMED)}
     known = _known(file, facts)
     for number, (name, filled) in enumerate(students.items()):
         told("measuring options", number, len(students))
         if name not in known:
             blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
-            known[name] = side_by_side(teacher, assembled(teacher, blocks), budget, dtype)
+            known[name] = side_by_side(teacher, assembled(teacher, blocks), _context(budget), budget.batch, dtype)
             written = {"machine": facts, "times": known, "digest": _digest(facts, known)}
             write_whole(file, json.dumps(written, indent=1))
     # seconds of the teacher in all of these measurements, and of every student relative to the teacher beside it
@@ -243,24 +248,28 @@ def _times(
 
 
 def side_by_side(
-    teacher: PreTrainedModel, student: PreTrainedModel, budget: Budget, dtype: torch.dtype | None
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    context: int,
+    batch: int,
+    dtype: torch.dtype | None,
+    seconds: float | None = None,
 ) -> tuple[list[float], list[float]]:
     """Seconds of a student and of its teacher, in turns: for the prompt, and for one more token.
 
-    Raises ValueError where there is no memory for them.
+    Repeated as far as `seconds` go; None = five times. Raises ValueError where there is no memory for them.
     """
     found = measure(
-        {"teacher": teacher, "student": student}, contexts=(_context(budget),), decode_tokens=DECODED,
-        repeats=_REPEATS, dtype=dtype, batch=budget.batch,
+        {"teacher": teacher, "student": student}, contexts=(context,), decode_tokens=DECODED,
+        repeats=_REPEATS, dtype=dtype, batch=batch, seconds=seconds,
     )  # fmt: skip
     rows: list[list[float]] = []
     for model in (found.student, found.teacher):
-        at: AtContext | None = None if model is None else model.at(_context(budget))
+        at: AtContext | None = None if model is None else model.at(context)
         if at is None or not math.isfinite(at.prefill_seconds + at.decode_seconds_per_token):
-            why = "" if model is None else model.left_out.get(_context(budget), "")
+            why = "" if model is None else model.left_out.get(context, "")
             raise ValueError(
-                f"budget.context={budget.context} and budget.batch={budget.batch} cannot be measured here ({why}): "
-                "lower them"
+                f"budget.context={context} and budget.batch={batch} cannot be measured here ({why}): lower them"
             )
         rows.append([at.prefill_seconds, at.decode_seconds_per_token])
     return rows[0], rows[1]
@@ -272,7 +281,7 @@ def _digest(facts: object, times: object) -> str:
 
 
 def _known(file: object, facts: object) -> dict[str, tuple[list[float], list[float]]]:
-    """What was measured before on this very machine."""
+    """What was measured before by this code on this very machine."""
     try:
         found = read_json(file)  # type: ignore[arg-type]
         if found["digest"] != _digest(found["machine"], found["times"]):

@@ -26,11 +26,19 @@ class Chain:
         scorer: asks for KLs.
         scores: of single options, nats.
         asked: how many are asked at every step.
+        merges: whether layers may also be merged into those below.
     """
 
-    def __init__(self, scorer: Scorer, scores: Mapping[Single, float], asked: int = _ASKED) -> None:
+    def __init__(
+        self, scorer: Scorer, scores: Mapping[Single, float], asked: int = _ASKED, *, merges: bool = True
+    ) -> None:
         self._scorer, self._students, self._asked = scorer, [scorer.whole], asked
-        self._missed = {single: scores[single] for single in scorer.singles if scorer.options[single[1]].removes}
+        options = scorer.options
+        self._missed = {
+            single: scores[single]
+            for single in scorer.singles
+            if options[single[1]].removes and (merges or not options[single[1]].merges)
+        }
         self._ended = False
 
     def without(self, count: int) -> Choice | None:

@@ -71,10 +71,9 @@ def fill(
 
 
 def _files_missing(library: Library, options: Sequence[Option]) -> int:
-    depth = len(library.stack.layers)
     return sum(
         not library.file(layer, option).exists()
         for option in options
         if option.fitted
-        for layer in layers_of(option, depth)
+        for layer in layers_of(option, library.stack)
     )

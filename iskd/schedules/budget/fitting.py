@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from iskd.blocks import Ridge
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.merge import merged, unlike
+from iskd.blocks.merge import merged
 from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
@@ -132,10 +132,10 @@ class _Walk:
         made = module
         before = self._error(module, position, inputs, at.outputs)
         kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        if isinstance(edit, Merge) and not unlike(self.stack.layers[position], self.stack.layers[at.layer], self.stack):
+        if isinstance(edit, Merge):
             data = self._data(position, inputs, at.outputs, held=False)
             module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
-        elif isinstance(edit, Replace) and hasattr(part := edit.block.resolve(), "fit"):
+        elif isinstance(edit, Replace) and option.kind.fit and hasattr(part := edit.block.resolve(), "fit"):
             data = replace(self._data(position, inputs, at.outputs, held=False), systems=at.systems)
             part.fit(module, self.stack.layers[position], data, **edit.block.kwargs)
         self._refitted(module, position, inputs, at, edit, budget)

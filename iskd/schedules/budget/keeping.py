@@ -1,14 +1,18 @@
-"""The best plan that keeps its limits when it is built: limits of time are measured on whole students."""
+"""The best plan that keeps its limits when it is built: limits of time are measured on whole students, also at last."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from iskd.plan.budget_plan import read_plan
+from iskd.plan.run_files import BUDGET_FILE
 from iskd.schedules.budget.choosing import Chooser, Tried
 from iskd.schedules.budget.costs import Told, side_by_side
 from iskd.schedules.budget.settings import TIMES, Budget
@@ -101,13 +105,44 @@ def _timed(
     for number, each in enumerate(few):
         if each.choice not in rows:
             told("measuring the best plans", number, len(few))
-            student = chooser.scorer.student(each.choice)
-            mine, theirs = side_by_side(chooser.scorer.teacher, student, budget, dtype)
-            taken = {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
-            rows[each.choice] = _Timed(each, taken)
+            models = chooser.scorer.teacher, chooser.scorer.student(each.choice)
+            assert budget.context is not None, "Budget.at comes first"
+            rows[each.choice] = _Timed(
+                each, _taken(teacher, *side_by_side(*models, budget.context, budget.batch, dtype))
+            )
         if not rows[each.choice].over(limits):
             break
     return min((rows[each.choice] for each in few if each.choice in rows), key=lambda row: row.rank(limits))
+
+
+def _taken(teacher: Mapping[str, float], mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Ms of a student that was measured beside its teacher, of which it is known what it takes."""
+    return {key: teacher[key] * mine[at] / theirs[at] for at, key in enumerate(TIMES)}
+
+
+def measure_finished(
+    run_dir: Path, teacher: PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype | None, seconds: float
+) -> float:
+    """Time the finished student of a run whose budget limits time, as its plan was; it is written into the plan.
+
+    Args:
+        run_dir: of the run, with its plan where it has one.
+        teacher: whole, on its device.
+        student: the finished one, beside it.
+        dtype: in which times are measured; None = as they are.
+        seconds: for all of it, roughly.
+
+    Returns:
+        The seconds that are left.
+
+    Raises:
+        ValueError: the plan cannot be read, or there is no memory.
+    """
+    file, start = run_dir / BUDGET_FILE, time.perf_counter()
+    if file.is_file() and (plan := read_plan(file)).measured:
+        both = side_by_side(teacher, student, plan.context, plan.batch, dtype, seconds)
+        replace(plan, finished=_taken(plan.teacher_costs, *both)).write(file)
+    return max(0.0, seconds - (time.perf_counter() - start))
 
 
 def _tighter(

@@ -36,11 +36,12 @@ META = "meta.json"
 _VERSION = 1
 _TOLD = "iskd"
 _LENGTH = 8  # bytes of the length of a safetensors header
+_HERE = "schedules/budget"
+_BLOCKS = ("models", "blocks", "mixers", "schedules/edits.py", f"{_HERE}/options.py", f"{_HERE}/students.py")
 # what a fitted option and its scores depend on
-_CODE = (
-    *("blocks", "mixers", "refits", "importance/sweep.py", "schedules/budget/fitting.py"),
-    *("schedules/budget/options.py", "schedules/budget/scores.py", "schedules/budget/students.py"),
-)
+_CODE = (*_BLOCKS, "refits", "importance/sweep.py", f"{_HERE}/fitting.py", f"{_HERE}/scores.py")
+TIMED = (*_BLOCKS, "evaluation/efficiency.py", f"{_HERE}/costs.py")
+"""The source that decides what an option takes."""
 _WORDS = {
     "teacher": "of another teacher",
     "text": "of other calibration text",
@@ -52,10 +53,10 @@ _WORDS = {
 _log = logging.getLogger(__name__)
 
 
-def code_digest() -> str:
-    """Of the source that decides what a fitted option is, and what its scores are."""
+def code_digest(names: Sequence[str] = _CODE) -> str:
+    """Of source files and folders of iskd; by default what decides what a fitted option is, and what its scores are."""
     files: list[Path] = []
-    for name in _CODE:
+    for name in names:
         place = PACKAGE / name
         files += [place] if place.is_file() else sorted(place.rglob("*.py"))
     return hash_files(files)
@@ -141,14 +142,10 @@ class Library:
 
     def missing(self, options: Sequence[Option]) -> dict[int, list[Option]]:
         """By layer the options that are not there, or not what was written; removals have no file."""
-        depth = len(self.stack.layers)
+        where = [(option, layers_of(option, self.stack)) for option in options if option.fitted]
         return {
-            layer: [
-                option
-                for option in options
-                if option.fitted and layer in layers_of(option, depth) and self._read(layer, option) is None
-            ]
-            for layer in range(depth)
+            layer: [option for option, layers in where if layer in layers and self._read(layer, option) is None]
+            for layer in range(len(self.stack.layers))
         }
 
     def keep(self, layer: int, option: Option, fit: Fit) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from iskd.blocks import check_mergeable
 from iskd.blocks.base import FitData
-from iskd.blocks.merge import side_by_side
+from iskd.blocks.merge import side_by_side, unlike
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Replace, Spec
@@ -173,9 +173,15 @@ def _spec(where: str, part: str, values: Any) -> Spec:
 # ---- what a teacher can have -----------------------------------------------------------------------------------------
 
 
-def layers_of(option: Option, num_layers: int) -> range:
-    """The layers to which an option may be done; the lowest has nobody below it that could take it over."""
-    return range(1 if option.merges else 0, num_layers)
+def layers_of(option: Option, stack: Stack) -> list[int]:
+    """The layers of a teacher to which an option may be done.
+
+    A merge needs a layer below whose attention is like its own: elsewhere a run removes the layer instead.
+    """
+    layers = stack.layers
+    if not option.merges:
+        return list(range(len(layers)))
+    return [at for at in range(1, len(layers)) if not unlike(layers[at - 1], layers[at], stack)]
 
 
 @torch.no_grad()
@@ -217,10 +223,10 @@ def able(
     calls, depth = BlockCalls(stack, ids), len(stack.layers)
     found, told = list[Option](), list[str]()
     for option in options:
-        where = layers_of(option, depth)
+        where = layers_of(option, stack)
         try:
             if not where:
-                raise ValueError("the teacher has one layer alone")
+                raise ValueError("the teacher has no two neighbours whose attentions see the same tokens and positions")
             Record(depth).extended([option.make(where[-1], seed)])
             at = where[-1] - option.merges
             module = module_of(option, stack, where[-1], seed)

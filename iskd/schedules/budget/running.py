@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,16 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
     with _apart(asked, check=False):
         digest = model_sha256(asked.teacher)
     if budget.plan is not None:
-        plan = read_plan(Path(budget.plan))
-        check_teacher(plan, digest, len(stack.layers), f"budget.plan={budget.plan}")
+        # a run that goes on has its own copy, wherever the file is by then
+        gone = not Path(budget.plan).exists() and file.exists()
+        plan = read_plan(file if gone else Path(budget.plan))
+        check_teacher(plan, digest, len(stack.layers), str(file) if gone else f"budget.plan={budget.plan}")
         _agrees(plan, budget, asked)
-        if file.exists() and not _alike(plan, read_plan(file)):
+        if file.exists():
+            if _alike(plan, own := read_plan(file)):
+                return own
             _refuse_work(run_dir, f"budget.plan={budget.plan} is another plan")
-        return _kept(plan, file)
+        return _kept(replace(plan, finished={}), file)
     budget.asked  # noqa: B018 - refused before anything is read
     text = texts_of(budget, asked.windows).digest
     request = request_of(settled(budget, stack), text, itemsize_of(asked.stored), asked.seed)

@@ -45,6 +45,9 @@ class Scorer:
         windows: to score on, [1, T] each, on the teacher's device.
         stride: every so many-th position is scored where options are compared.
         told: called with what is being done, how much of it is done, and of how much.
+
+    Attributes:
+        rows: of every single option the KL at every scored position of the windows that were read [W, P].
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Scorer:
         self.teacher, self.library, self.windows, self.stride = teacher, library, list(windows), stride
         self.options = {option.name: option for option in options}
         self.depth, self._told = len(Stack(teacher).layers), told
+        self.rows: dict[Single, Tensor] = {}
         self._together = max(1, _BATCH // self.windows[0].shape[1])
 
     @property
@@ -69,12 +73,9 @@ class Scorer:
     @property
     def singles(self) -> list[Single]:
         """Every option of every layer, from below."""
-        return [
-            (layer, name)
-            for layer in range(self.depth)
-            for name, option in self.options.items()
-            if layer in layers_of(option, self.depth)
-        ]
+        stack = Stack(self.teacher)
+        where = {name: layers_of(option, stack) for name, option in self.options.items()}
+        return [(layer, name) for layer in range(self.depth) for name, layers in where.items() if layer in layers]
 
     # ---- the question -----------------------------------------------------------------------------------------------
 
@@ -188,7 +189,9 @@ class Scorer:
             self._read(known, alive, read)
             if not all_of_them and read < count:
                 alive = [single for single in alive if not self._out(single, alive, known, costs, read, count)]
-        return {single: known[single].mean().item() for single in self.singles}, alive
+        # a library may know more windows of some, read for a larger budget
+        self.rows = {single: known[single][:count] for single in self.singles}
+        return {single: rows.mean().item() for single, rows in self.rows.items()}, alive
 
     def _read(self, known: dict[Single, Tensor], alive: Sequence[Single], read: int) -> None:
         """Read windows up to `read` for those that lack them; written down at once."""

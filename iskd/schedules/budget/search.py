@@ -21,12 +21,12 @@ from iskd.models import Stack
 from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
 from iskd.schedules.budget.choosing import Chooser
-from iskd.schedules.budget.costs import DECODED, Costs, counted, timed, uniform
+from iskd.schedules.budget.costs import DECODED, Costs, counted, made, timed, uniform
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.keeping import Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, layers_of, options_of
+from iskd.schedules.budget.options import Option, able, edits_of, layers_of, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require
@@ -139,6 +139,14 @@ def search(
                 found.append((each, request, limits, kept_within(each, limits, chooser, place.dtype, place.told)))
         # what was measured for one budget tells how to read the scores for all
         plans = [_plan(*each, chooser, costs, spent, place) for each in found]
+    for plan in [plan for plan in plans if budget.native and not place.native(made(teacher, edits_of(plan))[0])]:
+        plans.remove(plan)
+        asked = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items())
+        refused.append(
+            f"{asked} with budget.native=true: plain transformers opens students with each option alone, and not the "
+            f"best one within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: leave one of these out of "
+            "budget.use, or set budget.native=false"
+        )
     if refused:
         raise RefusedError("; ".join(refused), plans)
     return plans
@@ -192,10 +200,9 @@ def refuse(
         alike: see `Chooser`.
     """
     asked = {key: value for key, value in budget.asked.items() if key in costs.keys}
-    limits, depth = _limits(asked, costs, teacher), len(teacher)
-    singles = [(layer, option.name) for option in options for layer in layers_of(option, depth)]
-    scores = dict.fromkeys([*enumerate(teacher), *singles], 0.0)
-    require(problem_of(options, depth, scores, costs, limits, alike), limits, asked, costs, teacher)
+    limits = _limits(asked, costs, teacher)
+    problem = problem_of(options, len(teacher), dict.fromkeys(costs.layers, 0.0), costs, limits, alike)
+    require(problem, limits, asked, costs, teacher)
 
 
 def natives(
@@ -206,7 +213,14 @@ def natives(
     Raises:
         ValueError: one that is not was named, or none is left.
     """
-    good = [option for option in options if place.native(uniform(teacher, option, place.seed)[0])]
+    stack = Stack(teacher)
+
+    def opened(option: Option) -> bool:
+        """Above a gap layers stand where others stood, which may be what plain transformers does not expect."""
+        low = [made(teacher, [option.make(layers_of(option, stack)[0], place.seed)])] if option.removes else []
+        return all(place.native(student) for student, _ in (*low, uniform(teacher, option, place.seed)))
+
+    good = [option for option in options if opened(option)]
     others = [option.name for option in options if option not in good]
     if others and named:
         raise ValueError(

@@ -70,6 +70,29 @@ def test_many_budgets_are_solved_from_one_library(found: Any, tmp_path: Path) ->
         terminal().print(front_table(plans))
 
 
+def test_a_student_is_not_taken_for_a_teacher(tmp_path: Path) -> None:
+    student = run(
+        compose.parts(
+            [
+                *("model=tiny", "data=sample", "data.seq_len=32", "trainer=cpu", "schedule=oneshot", "edit=remove"),
+                *("schedule.layers=[2]", "schedule.tokens=64", "refit=[none]", "data.val_tokens=64"),
+                *("run.efficiency_seconds=0", "run.samples=0", "run.mfu=false", "run.measure_before=false"),
+            ],
+            tmp_path / "run",
+        )
+    ).model_dir
+    words = [*TINY, "budget=default", "budget.params=0.7", "budget.use=[remove]", f"cache_dir={tmp_path}/cache"]
+    words = [word.replace("model=tiny", f"model={student}") for word in words if not word.startswith("model.")]
+    config, _ = compose.compose_config(words, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is a student: give model= its teacher, or take the student itself for one: reference="
+    ):
+        plans_of(config)
+    config, _ = compose.compose_config([*words, f"reference={student}"], tmp_path)
+    [plan] = plans_of(config)
+    assert len(plan.choice) < 6
+
+
 def test_a_plan_file_becomes_a_student_of_just_that_size(found: Any, tmp_path: Path) -> None:
     folder, plans = found
     file = plans[1].write(tmp_path / "plan.json")

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.blocks.slim import Slim
 from iskd.export.student import native_config
 from iskd.models import Stack
 from iskd.refits.local import Local
 from iskd.schedules.budget import library as library_file
 from iskd.schedules.budget.fitting import Fit, _Walk, fit_options
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, layers_of, options_of
+from iskd.schedules.budget.options import Option, able, layers_of, module_of, options_of
 from iskd.schedules.budget.search import Place
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.text import Texts, texts_of
@@ -74,7 +75,7 @@ def test_every_option_is_fitted_in_every_family_that_can_have_it(family: str, tm
     assert hooks(teacher) == 0
     better = 0
     for option in options:
-        for layer in layers_of(option, 2):
+        for layer in layers_of(option, Stack(teacher)):
             module, errors = library.block(layer, option), library.errors(layer, option)
             if not option.fitted:
                 assert module is errors is None
@@ -84,6 +85,30 @@ def test_every_option_is_fitted_in_every_family_that_can_have_it(family: str, tm
             assert errors[1] <= errors[0], (option.name, errors)
             better += errors[1] < errors[0]
     assert better
+
+
+def test_a_block_that_is_not_to_be_fitted_is_as_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run, whose `edit.fit=false` starts from the inherited weights."""
+    fitted: list[Any] = []
+    fit = Slim.fit
+    monkeypatch.setattr(
+        Slim, "fit", lambda block, *others, **kwargs: fitted.append(block) or fit(block, *others, **kwargs)
+    )
+    teacher = louder(tiny("llama", layers=2))
+    options = options_of({"plain": {**OPTIONS["slim_50"], "fit": False}, "fitted": OPTIONS["slim_50"]})
+    library, texts = opened(teacher, tmp_path)
+    fill(library, texts, teacher, options)
+    assert len(fitted) == 2, "one option in two layers"
+    errors, block, made = (
+        library.errors(1, options[0]),
+        library.block(1, options[0]),
+        module_of(options[0], Stack(teacher), 1, 0),
+    )
+    assert errors is not None
+    assert block is not None
+    assert made is not None
+    assert errors[0] == errors[1]
+    assert all(map(torch.equal, block.state_dict().values(), made.state_dict().values()))
 
 
 def test_training_behind_a_fit_never_makes_it_worse(tmp_path: Path) -> None:

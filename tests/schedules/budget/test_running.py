@@ -109,6 +109,16 @@ def test_a_plan_file_is_carried_out_as_it_is(found: Any, tmp_path: Path) -> None
     other = replace(plan, choice=("remove", KEEP, KEEP) if plan.choice[0] == KEEP else (KEEP, "remove", KEEP))
     with pytest.raises(ValueError, match=r"and budget\.plan=.*other\.json is another plan: leave that as it was"):
         plan_for(replace(budget, plan=str(other.write(tmp_path / "other.json"))), asked, tmp_path / "run")
+    finished = replace(plan, finished={"decode_ms": 1.0})
+    finished.write(tmp_path / "run" / BUDGET_FILE)
+    assert plan_for(budget, asked, tmp_path / "run") == finished, "what the run has measured stays"
+    file.unlink()
+    assert plan_for(budget, asked, tmp_path / "run") == finished, "the run goes on with its own"
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match=r"budget\.plan=.*plan\.json: there is no such file"):
+        plan_for(budget, asked, tmp_path / "new")
+    finished.write(file)
+    assert plan_for(budget, asked, tmp_path / "new") == plan, "another run has yet to be finished"
 
 
 @pytest.mark.parametrize(

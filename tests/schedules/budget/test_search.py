@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from iskd.models import Stack, scoring, surgery
 from iskd.models.weights import cast_parameters
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
+from iskd.plan.run_files import BUDGET_FILE
 from iskd.schedules.budget import RefusedError, edits_of, filling, keeping, steps_of
 from iskd.schedules.budget import costs as costs_file
 from iskd.schedules.budget import search as searching
@@ -259,7 +261,8 @@ def test_width_is_spent_on_a_student_whose_layers_went_by_a_merge_that_is_out_of
     chooser = Chooser(scorer, costs, BUDGET)
     chooser.alive = [single for single in chooser.alive if single[1] != "merge"]
     bases = [tuple("merge" if at in gone else KEEP for at in range(DEPTH)) for gone in ([], [2], [2, 4])]
-    monkeypatch.setattr(chooser._chain, "without", lambda count: bases[count] if count < len(bases) else None)
+    [chain] = chooser._chains
+    monkeypatch.setattr(chain, "without", lambda count: bases[count] if count < len(bases) else None)
     tried = chooser.find(limits_of(costs, params=0.5))
     found = {each.found: each for each in tried}
     for count in (1, 2):
@@ -441,7 +444,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, mixed: float = 1.0) -> None:
     """
 
     def clocked(
-        teacher: PreTrainedModel, student: PreTrainedModel, budget: Budget, dtype: Any
+        teacher: PreTrainedModel, student: PreTrainedModel, context: int, batch: int, dtype: Any
     ) -> tuple[list[float], list[float]]:
         def seconds(model: PreTrainedModel) -> list[float]:
             kinds = [type(getattr(block, "self_attn", None)).__name__ for block in Stack(model).layers]
@@ -513,6 +516,133 @@ def test_a_limit_of_time_that_no_student_keeps_is_told_and_the_nearest_one_is_ta
         "budget.decode_ms=4.6 is not kept: of 2 plans that were built, the one that comes nearest takes 9 ms, and the "
         "limit is 4.6 ms; it is taken all the same"
     )
+
+
+def test_one_width_for_all_is_spent_on_students_without_merges(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a merge a layer is kept, so that a chain which merges leaves nothing for width."""
+    _, scorer, costs = world
+    alike = ["slim_50", "no_attention", "merge", "remove"]
+    chooser = Chooser(scorer, costs, BUDGET, alike)
+    merging, removing = chooser._chains
+    for chain, names in ((merging, {KEEP, "merge", "remove"}), (removing, {KEEP, "remove"})):
+        for count in range(1, DEPTH - 1):
+            made = chain.without(count)
+            assert made is None or {*made} <= names
+    monkeypatch.setattr("iskd.schedules.budget.choosing._HOPELESS", 1e9)
+    singles = [*scorer.singles, *((layer, KEEP) for layer in range(DEPTH))]
+    price = {"slim_50": 0.01, KEEP: 0.0}
+    monkeypatch.setattr(
+        chooser, "around",
+        lambda base: {at: 0.0 if base[at[0]] == at[1] else price.get(at[1], 1.0) for at in singles},
+    )  # fmt: skip
+    tried = chooser.find(limits_of(costs, params=0.5))
+    spent = [each.choice for each in tried if each.found == "1 layers out, then width"]
+    assert [choice for choice in spent if choice.count("remove") == 1 and choice.count("slim_50") == DEPTH - 1], spent
+
+
+def test_more_layers_go_where_no_width_is_small_enough(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifteen in a hundred of the blocks of five layers: with one or two layers out no width keeps the limit."""
+    _, scorer, costs = world
+    chooser = Chooser(scorer, costs, BUDGET)
+    asked: list[int] = []
+    without = Chain.without
+    monkeypatch.setattr(Chain, "without", lambda self, count: asked.append(count) or without(self, count))
+    monkeypatch.setattr("iskd.schedules.budget.choosing._HOPELESS", 1e9)
+    tried = chooser.find(limits_of(costs, params=0.15))
+    assert max(asked) > 3
+    assert all(costs.of(each.choice)["params"] <= limits_of(costs, params=0.15)["params"] for each in tried)
+
+
+def test_pairs_are_compared_with_their_singles_on_the_same_windows(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library that knows more windows of some options than this budget reads; later windows are harder."""
+    _, scorer, costs = world
+    whole, width = len(scorer.windows), scorer.windows[0].shape[1]
+    easy = [1.0 if window < whole // 2 else 9.0 for window in range(whole)]
+    known = {single: torch.tensor(easy).view(-1, 1).expand(-1, len(range(0, width, 2))) for single in scorer.singles}
+
+    def planted(base: Any, changed: Any, windows: Any, **_: Any) -> torch.Tensor:
+        """Two options cost 0.5 more than both by themselves, on every window."""
+        count = torch.tensor([[sum(map(str.__ne__, choice, base))] for choice in changed])
+        rows = count * torch.tensor([easy[window] for window in windows]) + 0.5 * (count > 1)
+        return rows.unsqueeze(-1).expand(-1, -1, 8)
+
+    monkeypatch.setattr(scorer, "_known", lambda: dict(known))
+    monkeypatch.setattr(scorer, "values", planted)
+    chooser = Chooser(scorer, costs, Budget(params=0.5, options=OPTIONS, race_tokens=width * (whole // 2), **SMALL))
+    assert {round(score, 6) for score in chooser.scores.values()} == {0.0, 1.0}
+    assert chooser._measure_pairs(("slim_50", "slim_50", KEEP, "window", "remove"))
+    assert list(chooser._pairs.values()) == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_a_merge_is_offered_where_two_attentions_are_alike(interval: int, tmp_path: Path) -> None:
+    """Elsewhere a run removes the layer and trains nothing, so that a fitted block would never be carried out."""
+    teacher = louder(tiny("smollm3", layers=6, no_rope_layer_interval=interval))
+    if interval == 2:
+        with pytest.raises(ValueError, match=r"merge cannot be had .* no two neighbours whose attentions see the same"):
+            able(options_of(OPTIONS, ["merge"]), teacher, 0, named=True)
+        return
+    options, _ = able(options_of(OPTIONS, ["merge", "remove"]), teacher, 0, named=True)
+    library, texts = opened(teacher, tmp_path)
+    fill(library, texts, teacher, options)
+    scorer = Scorer(teacher, library, options, texts.score, 2)
+    costs = counted(teacher, options, Budget(params=0.5, options=OPTIONS, context=32), itemsize=4, seed=0)
+    assert [layer for layer, name in scorer.singles if name == "merge"] == [1, 4]
+    assert {single for single in costs.layers if single[1] == "merge"} == {(1, "merge"), (4, "merge")}
+    for each in Chooser(scorer, costs, BUDGET).find(limits_of(costs, params=0.5)):
+        assert {at for at, name in enumerate(each.choice) if name == "merge"} <= {1, 4}
+
+
+def test_native_is_asked_of_low_layers_and_of_whole_plans(tmp_path: Path) -> None:
+    """Attention of this GPT-2 goes by the number of its layer: only what is taken off the top is like another one."""
+    teacher = louder(tiny("gpt2", layers=4, scale_attn_by_inverse_layer_idx=True))
+    values: dict[str, Any] = {"options": OPTIONS, "native": True, "epochs": 0, "rounds": 0, "plans": 1, **SMALL}
+    with pytest.raises(ValueError, match="plain transformers opens no student with remove: leave it out"):
+        searching_for(Budget(params=0.6, use=["remove"], context=32, **values), teacher, tmp_path)
+    teacher = louder(tiny("llama", layers=4))
+    budget = Budget(params=[0.8, 0.3], use=["remove", "slim_50"], context=32, **values)
+    where, opens = place(tmp_path), place(tmp_path).native
+
+    def picky(student: PreTrainedModel) -> bool:
+        """As if some other family could not say that it has two layers."""
+        return opens(student) and len(Stack(student).layers) > 2
+
+    with pytest.raises(RefusedError, match="opens students with each option alone, and not the best one") as e:
+        searching.search(budget, teacher, text, replace(where, native=picky))
+    assert [plan.asked["params"] for plan in e.value.plans] == [0.8]
+
+
+def test_what_was_timed_is_timed_anew_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch)
+    teacher = louder(tiny("llama", layers=3))
+    budget = Budget(decode_ms=0.9, context=32, options=OPTIONS, use=["remove"], rounds=0, plans=1, epochs=0, **SMALL)
+    budget = Budget(**{**vars(budget), "decode_ms": 4.5})
+    searching_for(budget, teacher, tmp_path)
+    monkeypatch.setattr(costs_file, "side_by_side", None)
+    monkeypatch.setattr(keeping, "side_by_side", lambda *_: ([0.01, 2e-3], [0.05, 5e-3]))
+    searching_for(budget, teacher, tmp_path)
+    monkeypatch.setattr(costs_file, "code_digest", lambda _names: "another")
+    with pytest.raises(TypeError):
+        searching_for(budget, teacher, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_finished_student_is_timed_as_its_plan_was(batch: int, tmp_path: Path) -> None:
+    teacher, student = tiny("llama", layers=3), tiny("llama", layers=2)
+    plan = BudgetPlan("a", (KEEP, KEEP, "remove"), {"remove": {"edit": "remove"}}, context=24, batch=batch)
+    plan = replace(plan, predicted_kl=0.5, measured_kl=0.6)
+    plan.write(tmp_path / BUDGET_FILE)
+    assert 0 < keeping.measure_finished(tmp_path, teacher, student, None, 60.0) <= 60
+    assert read_plan(tmp_path / BUDGET_FILE) == plan, "no limit of time was asked for"
+    times = {"prefill_ms": 6.0, "decode_ms": 3.0}
+    plan = replace(plan, teacher_costs=times, measured=times)
+    plan.write(tmp_path / BUDGET_FILE)
+    left = keeping.measure_finished(tmp_path, teacher, student, None, 60.0)
+    found = read_plan(tmp_path / BUDGET_FILE)
+    assert found == replace(plan, finished=found.finished)
+    assert all(0 < found.finished[key] < 3 * times[key] for key in times)
+    assert 0 < left < 60
+    assert keeping.measure_finished(tmp_path / "none", teacher, student, None, 1.0) <= 1
 
 
 def test_native_refuses_options_that_are_not(tmp_path: Path) -> None:
