@@ -32,7 +32,7 @@ from iskd.models import Stack, sharding
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Record, Remove, Spec, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, carrying_out
+from iskd.refits import Refit, carrying_out, reading
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -133,7 +133,7 @@ def refitted_unevenly(
     rank: int, folder: Path, name: str, size: int, strategy: str | None, changes: Mapping[str, Any]
 ) -> None:
     """`train` with batches of a window or two in its refits, so that the windows of the ranks fill not as many."""
-    carrying_out._BATCH = 1
+    reading._BATCH = 1
     train(rank, folder, name, size, strategy, changes)
 
 
@@ -382,7 +382,7 @@ def edited(rank: int, folder: Path, size: int) -> None:
     if size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=size)
     # batches of four windows; what is no better is kept all the same
-    patches = ((carrying_out, "_BATCH", 4 * 16), (carrying_out, "_ROUNDING", -1e9), (merge, "_ROUNDING", -1e9))
+    patches = ((reading, "_BATCH", 4 * 16), (carrying_out, "_ROUNDING", -1e9), (merge, "_ROUNDING", -1e9))
     train, trained = Local._block, list[int]()
 
     def noted(self: Local, task: Any, site: Any, apart: bool) -> Any:

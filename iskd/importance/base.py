@@ -229,21 +229,25 @@ def standing_in(stack: Stack, blocks: Mapping[int, nn.Module]) -> Iterator[None]
 
 
 def repeated(batches: Sequence[Tensor], separator: int | None) -> list[Tensor]:
-    """Windows [B, T] whose second half says the first again: text to be recalled, T even.
+    """Windows [B, T] whose second half, the last T // 2 tokens, says the tokens before it again: text to be recalled.
 
     Made of the calibration text's own tokens in their order, without those that keep documents apart, or no second half
-    would see its first.
+    would see its first. Where all windows begin with one token (`data.bos=window`), these do, and say it once: T is
+    odd then, and even otherwise.
 
     Raises:
         ValueError: a window that has no room for it.
     """
+    firsts = torch.cat([batch[:, 0] for batch in batches]) if batches else torch.empty(0)
+    begun = int(len(firsts) > 1 and bool((firsts == firsts[0]).all()) and firsts[0].item() != separator)
     found = []
     for batch in batches:
-        half = batch.shape[1] // 2
-        tokens = batch.flatten() if separator is None else batch[batch != separator]
+        text = batch[:, begun:]
+        half = text.shape[1] // 2
+        tokens = text.flatten() if separator is None else text[text != separator]
         tokens = tokens[: len(tokens) // max(half, 1) * half]
         if half < 2 or not len(tokens):
             raise ValueError(f"importance.metric=recall says half a window twice, got a batch {list(batch.shape)}")
         once = tokens.view(-1, half)
-        found.append(torch.cat([once, once], dim=1))
+        found.append(torch.cat([batch[:1, :begun].expand(len(once), -1), once, once], dim=1))
     return found

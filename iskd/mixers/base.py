@@ -230,7 +230,7 @@ class RecurrentMixer(nn.Module):
         """Start the gates where the teacher's attention suggests; what was set, by name. Without gates, nothing.
 
         Args:
-            memory_H: tokens, from 1 on, after which a head's decay is to have forgotten all but 1/e.
+            memory_H: tokens, from 0.7 on, after which a head's decay is to have forgotten all but 1/e.
             strength_H: in (0, 1), how much of what a key finds a head's delta rule is to replace.
         """
         return []

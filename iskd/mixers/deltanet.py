@@ -116,9 +116,10 @@ class DeltaProduct(DeltaMixer):
         for step in self.later:
             assert isinstance(step, _Step)
             k, v = (
-                self.activation(step.project(name, x_BTD, context)).unflatten(-1, (self.heads, self.head_dim))
+                self.conv_activation(step.project(name, x_BTD, context)).unflatten(-1, (self.heads, self.head_dim))
                 for name in "kv"
             )
+            k, v = self.activation(k if self.rotary is None else self.rotary(k, context.positions)), self.activation(v)
             k = F.normalize(at_least_fp32(k), dim=-1, eps=1e-6).to(v.dtype)
             beta = self.most * torch.sigmoid(at_least_fp32(step.beta(x_BTD)))
             # a hidden token leaves the state as it is in every step
@@ -157,7 +158,7 @@ class _Step(nn.Module):
         self.beta = gate_proj(stream, heads, bias=LATER)
 
     def project(self, name: str, x_BTD: Tensor, context: Context) -> Tensor:
-        """Keys or values ("k", "v") [B, T, H * K] before their activation."""
+        """Keys or values ("k", "v") [B, T, H * K], before what stands behind a convolution."""
         y_BTC: Tensor = self.get_submodule(f"{name}_proj")(x_BTD)
         if name not in self.convs:
             return y_BTC

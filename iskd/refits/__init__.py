@@ -6,6 +6,16 @@ Imports: system, plan, models, teacher, blocks, evaluation.
 from __future__ import annotations
 
 from iskd.refits.base import Refit, RefitTask
-from iskd.refits.carrying_out import check_refits, check_used, refit_survivors, training_tokens
+from iskd.refits.carrying_out import check_refits, check_sizes, check_used, refit_survivors
+from iskd.refits.reading import for_stage, training_tokens
 
-__all__ = ["Refit", "RefitTask", "check_refits", "check_used", "refit_survivors", "training_tokens"]
+__all__ = [
+    "Refit",
+    "RefitTask",
+    "check_refits",
+    "check_sizes",
+    "check_used",
+    "for_stage",
+    "refit_survivors",
+    "training_tokens",
+]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.streams import Streams, enter
-from iskd.models import Stack
+from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import state_of
-from iskd.plan import Edit, Record
+from iskd.plan import Convert, Edit, Record, Replace
 from iskd.plan.edits import REMOVALS
 from iskd.plan.options import PLACES
 from iskd.system import Ranks
@@ -46,6 +46,7 @@ class Refit(ABC):
         streams: where states of all windows lie, one of `PLACES`.
         step_tokens: of each batch, where one is a step of training, however many processes share it; 0 = of none.
         for_mixers: whether it changes mixers alone, and a run without conversions has no use for it.
+        resizes: whether states below a cut are of another size than the teacher's afterwards.
 
     Raises:
         ValueError: a value that cannot work; the message names its key.
@@ -57,6 +58,7 @@ class Refit(ABC):
     streams: ClassVar[str] = PLACES[0]
     step_tokens: ClassVar[int] = 0
     for_mixers: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -75,9 +77,10 @@ class Refit(ABC):
         """What messages and the config call it."""
         return cls.__name__.lower()
 
-    def on(self, share: float) -> Self:
-        """This refit with a share of its text."""
-        tokens, held = (max(1, round(share * count)) for count in (self.tokens, self.held_tokens))
+    def on(self, share: float, least: int = 1) -> Self:
+        """This refit with a share of its text, `least` tokens of each kind or all that it has asked for."""
+        counts = self.tokens, self.held_tokens
+        tokens, held = (max(1, min(count, least), round(share * count)) for count in counts)
         return replace(self, tokens=tokens, held_tokens=held)
 
     @property
@@ -262,10 +265,25 @@ class Site:
 
     def submodule(self, path: str) -> nn.Module | None:
         """The block's module at a dotted path of its family, or None where a compact block has none."""
-        try:
-            return self.block.get_submodule(path)
-        except AttributeError:
-            return None
+        return submodule_at(self.block, path)
+
+
+def submodule_at(block: nn.Module, path: str) -> nn.Module | None:
+    """The module of a block at a dotted path of its family, or None where a compact block has none."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def changed_blocks(stack: Stack, edits: Sequence[Edit]) -> list[tuple[int, nn.Module]]:
+    """By layer what some edits put into a teacher, without memory, as far as no other one takes it out again."""
+    gone = {edit.layer for edit in edits if isinstance(edit, REMOVALS)}
+    put_in = tuple(edit for edit in edits if isinstance(edit, Replace | Convert) and edit.layer not in gone)
+    if not put_in:
+        return []
+    made = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), put_in), "meta"))
+    return [(layer, made.layers[layer]) for layer in sorted({edit.layer for edit in put_in})]
 
 
 def walk(

@@ -98,7 +98,7 @@ class Calibrate(Refit):
                 given = [x[index].repeat_interleave(width).view(channels).mean(1) for x in (memory, strength)]
                 bias = next(mixer.parameters())
                 memory_H, strength_H = (x.to(bias.device, torch.float32) for x in given)
-                found += mixer.calibrate(memory_H.clamp(1, MOST_MEMORY), strength_H.clamp(0.01, 0.99))
+                found += mixer.calibrate(memory_H.clamp(max=MOST_MEMORY), strength_H.clamp(0.01, 0.99))
         names = ", ".join(sorted(set(found))) or "no gate"
         return (
             f"{names} of {len(layers)} mixers set: heads of the teacher look back {reach.min():.3g} to "

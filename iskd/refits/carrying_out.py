@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,14 +15,13 @@ from iskd.blocks.streams import Streams
 from iskd.evaluation import measure_quality
 from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
-from iskd.plan import Convert, Edit, Record
+from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
 from iskd.refits.base import Refit, RefitTask
+from iskd.refits.reading import readers, short_of, split, texts_of
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
 
-_BATCH = 2048  # tokens of a process
 _ROUNDING = 1e-6  # nats
-_JUDGED = 3  # passes over the text held out
 
 
 def refit_survivors(
@@ -63,10 +61,9 @@ def refit_survivors(
     """
     ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
-        for refit in refits:
+        for refit, text in zip(refits, texts_of(refits, windows), strict=True):
             start, name = time.perf_counter(), refit.name()
-            text = windows(refit.tokens + refit.held_tokens)
-            fit, fold_of, held = split(text, refit, _readers(refit, ranks, sharded=sharding.is_sharded(student)))
+            fit, fold_of, held = split(text, refit, readers(refit, ranks, sharded=sharding.is_sharded(student)))
             task = RefitTask(
                 student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
             )
@@ -114,9 +111,33 @@ def check_refits(
         ranks: the processes that refit together.
         sharded: whether the student is in shards then.
     """
-    for refit in refits:
+    for refit, text in zip(refits, texts_of(refits, windows), strict=True):
         refit.check(Stack(teacher), edits)
-        split(windows(refit.tokens + refit.held_tokens), refit, _readers(refit, ranks, sharded=sharded))
+        split(text, refit, readers(refit, ranks, sharded=sharded))
+
+
+def check_sizes(stages: Sequence[tuple[Stage, Sequence[Refit]]], states: Sequence[str]) -> None:
+    """Raise ValueError for what would aim at the teacher's states once a refit has made the stream of another size.
+
+    Args:
+        stages: all of a run, each with the refits that follow its edits.
+        states: names of losses on states of the teacher.
+    """
+    by, aiming, removed = "", list[str](), False
+    for stage, refits in stages:
+        removed |= any(isinstance(edit, Remove) for edit in stage.edits)
+        if by and stage.fit and any(isinstance(edit, Replace) for edit in stage.edits):
+            aiming.append("the fit of compact blocks (edit.fit=true)")
+        for refit in refits:
+            aiming += [f"refit={refit.name()}"] if by and not refit.resizes else []
+            by = refit.name() if refit.resizes and removed else by
+        if by and stage.tokens:
+            aiming += [f"loss={name}" for name in states] if stage.objective == "loss" else [f"stage {stage.name!r}"]
+    if aiming:
+        raise ValueError(
+            f"refit={by} makes the stream below a cut larger than the teacher's, and {aiming[0]} would aim at states "
+            "of the teacher's own size afterwards: leave one of the two out"
+        )
 
 
 def check_used(refits: Sequence[Refit], edits: Sequence[Edit]) -> None:
@@ -127,78 +148,6 @@ def check_used(refits: Sequence[Refit], edits: Sequence[Edit]) -> None:
             f"refit={idle[0]} is for the mixers of edit=convert, and this run converts no layer: leave {idle[0]} out "
             "of refit=[...]"
         )
-
-
-def _readers(refit: Refit, ranks: Ranks, *, sharded: bool) -> Ranks:
-    """The processes that share out a refit's windows: this one alone where they share out whole layers."""
-    return Ranks() if refit.by_layers and not sharded else ranks
-
-
-def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[Tensor]] | None = None) -> float:
-    """Training tokens that take about as long as some refits of one edit: a step is four passes of a model.
-
-    The judge of each takes three passes of whole models over the text held out: the student's before and after it, and
-    the teacher's. `windows` gives the calibration windows of so many tokens, which may be fewer; None = there are all.
-    """
-    passes = 0.0
-    for refit in refits:
-        asked = refit.tokens + refit.held_tokens
-        read = asked if windows is None else min(asked, sum(batch.numel() for batch in windows(asked)))
-        passes += read / asked * (refit.passes * asked + _JUDGED * refit.held_tokens)
-    return passes / 4
-
-
-def short_of(refit: Refit, windows: Sequence[Tensor]) -> list[str]:
-    """A sentence where there is less text than a refit asks for: a whole window or more."""
-    asked, read = refit.tokens + refit.held_tokens, sum(batch.numel() for batch in windows)
-    if read > asked - windows[0].shape[1]:
-        return []
-    return [
-        f"read {read:,} calibration tokens of {asked:,} asked for (tokens and held_tokens), as there are no more: "
-        "give more calibration text (data.calibration_fraction)"
-    ]
-
-
-def split(windows: Sequence[Tensor], refit: Refit, ranks: Ranks) -> tuple[list[Tensor], list[int], list[Tensor]]:
-    """This rank's windows to fit to with their folds, and those held out, which lie evenly among all of them.
-
-    What is in which fold does not depend on the number of processes.
-
-    Raises ValueError where a rank would have no window of one of the two.
-    """
-    every = torch.cat(list(windows)) if windows else torch.empty(0, 2)
-    share = refit.held_tokens / (refit.tokens + refit.held_tokens)
-    number = min(len(every) - 1, max(ranks.size, round(len(every) * share)))
-    name = refit.name()
-    if every.shape[1] < 2:
-        raise ValueError(
-            f"refit.{name}: calibration windows of one token have no next token: raise data.seq_len to 2 or more"
-        )
-    if number < ranks.size or len(every) - number < ranks.size:
-        raise ValueError(
-            f"refit.{name}: {len(every)} calibration windows of {every.shape[1]} tokens for {ranks.size} processes, "
-            f"some to fit to and some held out: raise refit.{name}.tokens and held_tokens to at least "
-            f"{ranks.size * every.shape[1]} each (where schedule.refit_share or local_share says how much "
-            "they read, that or schedule.tokens), or give more calibration text (data.calibration_fraction)"
-        )
-    held = torch.zeros(len(every), dtype=torch.bool)
-    held[torch.arange(number) * len(every) // number] = True
-    fit = every[~held]
-    folds = max(1, min(refit.folds, len(fit) // ranks.size))
-    rows = max(1, _BATCH // every.shape[1]) * ranks.size
-    step = max(1, refit.step_tokens // every.shape[1]) if refit.step_tokens else rows
-    batches = [(batch, fold) for fold in range(folds) for batch in in_batches(fit[fold::folds], step, ranks)]
-    return [batch for batch, _ in batches], [fold for _, fold in batches], in_batches(every[held], rows, ranks)
-
-
-def in_batches(windows: Tensor, rows: int, ranks: Ranks) -> list[Tensor]:
-    """Windows [N, T] in batches of so many at most, or one for each rank; of each batch this rank's share.
-
-    In shards a pass of a block is a collective: a rank with a batch more than the others would wait for them forever.
-    So shares differ in size by a window instead.
-    """
-    batches = windows.tensor_split(min(-(-len(windows) // rows), len(windows) // ranks.size))
-    return [batch[ranks.rank :: ranks.size] for batch in batches]
 
 
 def _kl(task: RefitTask, expected: Streams) -> float:

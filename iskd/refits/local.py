@@ -72,8 +72,8 @@ class Local(BlockRefit):
 
     @property
     def passes(self) -> float:
-        """One of each model, and forward and backward of the student for every epoch."""
-        return 2.0 + 3.0 * self.epochs
+        """One of each model, and forward and backward of the student for every epoch; one forward for each half."""
+        return 2.0 + (4.0 if self.sublayers else 3.0) * self.epochs
 
     def between(self, stack: Stack) -> bool:
         """Where attention and MLP are trained apart."""
@@ -110,12 +110,18 @@ class Local(BlockRefit):
             trained = {layer: told for rank in ranks.gather(trained) for layer, told in rank.items()}
             for number, layer in enumerate(chosen):
                 _hand_on(Stack(task.student).layers[task.record.layers.index(layer)], number % ranks.size, ranks)
-        return _told([trained[layer] for layer in chosen])
+        return [*_told([trained[layer] for layer in chosen]), *self._whole(task)]
 
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Train; see the class."""
         apart = self.between(Stack(task.student))
-        return _told([self._block(task, site, apart) for site in sites])
+        return [*_told([self._block(task, site, apart) for site in sites]), *self._whole(task)]
+
+    def _whole(self, task: RefitTask) -> list[str]:
+        """A sentence where there is no state between attention and MLP."""
+        if not self.sublayers or self.between(Stack(task.student)):
+            return []
+        return ["attention and MLP of this model read the same state, so that blocks were trained whole (sublayers)"]
 
     def _block(self, task: RefitTask, site: Site, apart: bool) -> _Trained:
         """One block: held-out error of its output before and after, and the epochs that it took."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
-from iskd.plan import Edit
-from iskd.plan.edits import REMOVALS
-from iskd.refits.base import Refit, RefitTask
+from iskd.plan import Edit, Remove
+from iskd.plan.edits import Merge
+from iskd.refits.base import Refit, RefitTask, changed_blocks, submodule_at
 
 STATISTICS = ("mean_abs", "norm")
+_COMPACT = (
+    "refit=magnitude scales what attention and MLP add to the stream, and the block at layer {} is a compact or "
+    "converted one, which adds in a way of its own: use refit=output"
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class Magnitude(Refit):
             which a position with a huge norm decides; `norm`: the median over tokens of the ratio of their norms.
 
     Source: Prune&Comp (arXiv 2507.18212, section 3)
-    Needs: calibration tokens (`refit.magnitude.tokens`); removals, and no compact block below them
+    Needs: calibration tokens (`refit.magnitude.tokens`); removals, no compact block below them, and nothing afterwards
+        that aims at the teacher's states (other refits, losses on states, fits)
     Costs: one pass of the teacher's blocks
     Measured: not measured
     """
 
+    resizes: ClassVar[bool] = True
     _: KW_ONLY
     tokens: PositiveInt = 8_192
     statistic: str = "mean_abs"
@@ -54,39 +61,41 @@ class Magnitude(Refit):
         return 1.0
 
     def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
-        """Raise ValueError for blocks that read the stream without a norm."""
+        """Raise ValueError for blocks that read the stream without a norm, or add to it in a way of their own."""
         if not stack.reads_norms:
             raise ValueError(
                 f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
                 "norm in front of them: use refit=local"
             )
+        if any(isinstance(edit, Merge) for edit in edits):
+            raise ValueError(
+                "refit=magnitude makes up for layers that are gone, and a block into which one was merged adds what "
+                "both did: use edit=remove, or refit=output"
+            )
+        highest = max((edit.layer for edit in edits if isinstance(edit, Remove)), default=0)
+        for layer, block in changed_blocks(stack, edits):
+            if layer < highest and not _scales(stack, block):
+                raise ValueError(_COMPACT.format(layer))
 
     def refit(self, task: RefitTask) -> list[str]:
         """Scale; see the class."""
-        removed = sorted(edit.layer for edit in task.edits if isinstance(edit, REMOVALS))
+        removed = sorted(edit.layer for edit in task.edits if isinstance(edit, Remove))
         if not removed:
             return ["no layer was removed: nothing to scale"]
         stack = Stack(task.student)
         self.check(stack)
-        family = stack.family
         for layer, block in zip(task.record.layers, stack.layers, strict=True):
-            if layer < removed[-1] and (_writer(block, family.down) is None or _writer(block, family.out) is None):
-                raise ValueError(
-                    f"refit=magnitude scales what attention and MLP add to the stream, and the block at layer {layer} "
-                    "is a compact or converted one, which adds in a way of its own: use refit=output"
-                )
+            if layer < removed[-1] and not _scales(stack, block):  # which layers these are may turn out in a run
+                return [f"nothing was scaled: {_COMPACT.format(layer)}"]
         scalars = _scalars(task, removed, self.statistic)
         for layer, scalar in scalars.items():
             _fold(task, layer, scalar)
         return [f"below layer {layer} all is {scalar:.3f} times as large" for layer, scalar in scalars.items()]
 
 
-def _writer(block: nn.Module, path: str) -> nn.Module | None:
-    """The projection of a block at a path of its family, or None."""
-    try:
-        return block.get_submodule(path)
-    except AttributeError:
-        return None
+def _scales(stack: Stack, block: nn.Module) -> bool:
+    """Whether what a block adds is as large as two of its projections."""
+    return all(submodule_at(block, path) is not None for path in (stack.family.down, stack.family.out))
 
 
 def _scalars(task: RefitTask, removed: list[int], statistic: str) -> dict[int, float]:

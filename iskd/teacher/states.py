@@ -1,18 +1,25 @@
 """States inside the teacher on windows of text, kept on disk: what refits compare with after every edit of every run.
 
-One folder per teacher and precision, named by its hash, one row store per batch of windows in it, named by its tokens:
-row 2 l is the state between attention and MLP of layer l, row 2 l + 1 the state after the layer. States are kept in
-the type that they were computed in, so that what is read is what the teacher would say again, to the last bit.
+One folder per teacher and precision, named by its hash, one row store per window in it, named by its tokens: row 2 l
+is the state between attention and MLP of layer l, row 2 l + 1 the state after the layer. So every refit finds what any
+other one has kept, however many windows it runs at a time. States are kept in the type that they were computed in: what
+is read is what the teacher would say again, to the last bit in a batch as large, to its rounding in another one. They
+take 2 L D numbers a token at most, and nothing is written where little room is left.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +27,7 @@ from iskd.models import Stack
 from iskd.teacher.cache import answering, autocast_of
 from iskd.teacher.row_store import RowStore
 
+_SPARE = 1 << 30  # bytes of a disk that states never take
 _log = logging.getLogger(__name__)
 
 
@@ -39,9 +47,12 @@ class TeacherStates:
 
     def of(self, input_ids: Tensor, like: Tensor) -> BatchStates:
         """The states of one batch [B, T]; `like`: one of them, for shape, type and device."""
-        ids = input_ids.cpu().numpy().astype("<u4")
-        name = hashlib.sha256(f"{ids.shape} {like.dtype}".encode() + ids.tobytes()).hexdigest()[:32]
-        return BatchStates(self, RowStore(self.folder / name, 2 * self._layers, like.nbytes, 2 * self._layers), like)
+        return BatchStates(self, [self._store(ids, like) for ids in input_ids.cpu().numpy().astype("<u4")], like)
+
+    def _store(self, ids_T: NDArray[np.uint32], like: Tensor) -> RowStore:
+        """Of one window."""
+        name = hashlib.sha256(f"{ids_T.shape} {like.dtype}".encode() + ids_T.tobytes()).hexdigest()[:32]
+        return RowStore(self.folder / name, 2 * self._layers, like[0].nbytes, 2 * self._layers)
 
     def keep(self, store: RowStore, number: int, row: bytes) -> None:
         """Write a state down; a run that has it goes on without a place to write."""
@@ -49,6 +60,8 @@ class TeacherStates:
             return
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
+            if (free := shutil.disk_usage(store.folder).free) < _SPARE:
+                raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free, which are left to the run's checkpoints")
             store.put(number, row)
         except OSError as error:
             self._writes = False
@@ -58,19 +71,22 @@ class TeacherStates:
 class BatchStates:
     """States of one batch of windows, each [B, T, D]. `between`: after the attention of a layer, not after its MLP."""
 
-    def __init__(self, states: TeacherStates, store: RowStore, like: Tensor) -> None:
-        self._states, self._store = states, store
+    def __init__(self, states: TeacherStates, stores: Sequence[RowStore], like: Tensor) -> None:
+        self._states, self._stores = states, stores
         self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
 
     def get(self, layer: int, *, between: bool = False) -> Tensor | None:
         """A state, or None where nobody has kept it."""
-        row = self._store.get(2 * layer + (not between))
-        if row is None:
-            return None
-        return torch.frombuffer(bytearray(row), dtype=self._dtype).view(self._shape).to(self._device)
+        rows = bytearray()
+        for store in self._stores:
+            if (row := store.get(2 * layer + (not between))) is None:
+                return None
+            rows += row
+        return torch.frombuffer(rows, dtype=self._dtype).view(self._shape).to(self._device)
 
     def put(self, layer: int, state: Tensor, *, between: bool = False) -> None:
         """Keep a state; one of another type is not kept."""
         if state.dtype == self._dtype:
-            row = state.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            self._states.keep(self._store, 2 * layer + (not between), row)
+            for store, window in zip(self._stores, state.cpu(), strict=True):
+                row = window.contiguous().view(torch.uint8).numpy().tobytes()
+                self._states.keep(store, 2 * layer + (not between), row)

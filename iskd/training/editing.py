@@ -23,7 +23,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, check_refits, check_used, refit_survivors, training_tokens
+from iskd.refits import Refit, check_refits, check_sizes, check_used, for_stage, refit_survivors, training_tokens
 from iskd.system import Ranks
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
@@ -98,7 +98,8 @@ def carry_out(
             judge = partial(_distance, module)
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
     sharding.freeze(student, origin, optimizer)
-    refits, refitted, start = _on_text(refits, stage), list[str](), time.perf_counter()
+    refits = for_stage(refits, stage, windows, module.ranks, sharded=sharding.is_sharded(student))
+    refitted, start = list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
             followed = [*earlier, *stage.edits]
@@ -114,14 +115,6 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events, seconds if refitted else 0.0)
-
-
-def _on_text(refits: Sequence[Refit], stage: Stage) -> list[Refit]:
-    """The refits of a stage on as much text as it lets them read; none where that is nothing."""
-    share = stage.refit_share
-    if stage.refit_budget and refits:
-        share *= stage.refit_budget / training_tokens(refits)
-    return [refit.on(share) for refit in refits if share]
 
 
 def _opened(before: Record, edits: Sequence[Edit]) -> list[int]:
@@ -198,7 +191,7 @@ class Editor:
         """Edits of the latest of these stages that no refit has followed."""
         edits: list[Edit] = []
         for stage in reversed(finished):
-            if stage.edits and _on_text(self.refits_of(stage), stage):
+            if stage.edits and stage.refit_share and self.refits_of(stage):
                 break
             edits[:0] = stage.edits
         return edits
@@ -213,16 +206,20 @@ class Editor:
 
     def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
         """Raise ValueError, before anything is scored, where merges or refits of the plan could not be carried out."""
-        edits = list(module.record.edits)
+        edits, stages = list(module.record.edits), list[tuple[Stage, Sequence[Refit]]]()
         for stage in plan:
             edits += stage.edits
             if any(isinstance(edit, Merge) for edit in stage.edits):
                 check_mergeable(Stack(module.teacher))
+            refits = list[Refit]()
             if stage.edits:
-                refits, sharded = _on_text(self.refits_of(stage), stage), sharding.is_sharded(module.student)
                 # a fresh process edits whole weights, by itself
-                ranks, sharded = (module.ranks, sharded) if self.in_place else (Ranks(), False)
+                ranks = module.ranks if self.in_place else Ranks()
+                sharded = self.in_place and sharding.is_sharded(module.student)
+                refits = for_stage(self.refits_of(stage), stage, self.windows, ranks, sharded=sharded)
                 check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
+            stages.append((stage, refits))
+        check_sizes(stages, [name for name, (loss, _) in module.terms.items() if "logits" not in loss.needs])
         check_used([refit for stage in plan for refit in self.refits_of(stage)], edits)
 
     def before_wrapping(

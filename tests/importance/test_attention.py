@@ -97,6 +97,25 @@ def test_repeated_windows_hold_no_separator() -> None:
         repeated([batch[:, :3]], None)
 
 
+@pytest.mark.parametrize("width", [7, 8])
+def test_repeated_windows_begin_as_all_do(width: int) -> None:
+    """`data.bos=window`: a begin token in the middle of a window would be text that no training window holds."""
+    batches = [torch.arange(2 * width).view(2, width) + 10, torch.arange(width).view(1, width) + 50]
+    for batch in batches:
+        batch[:, 0] = 1
+    half = (width - 1) // 2
+    for found in repeated(batches, None):
+        assert found.shape[1] == 2 * half + 1
+        assert (found[:, 0] == 1).all()
+        assert not (found[:, 1:] == 1).any()
+        assert torch.equal(found[:, 1 : half + 1], found[:, half + 1 :])
+    # the metrics read the second half alone: its first token is nobody's label
+    text = Restore(metric="recall")._text(repeated(batches, None)[0], copier())
+    assert text.at.start == half + 1
+    [alone] = repeated(batches[1:], None)
+    assert alone.shape[1] == width // 2 * 2, "of one window nobody can tell"
+
+
 def copier() -> PreTrainedModel:
     """A model of two layers that recalls by its second attention alone: induction of tokens, written by hand."""
     model: Any = teacher_of(layers=3)

@@ -73,8 +73,11 @@ def projected(mixer: Any, name: str, x: Tensor, activation: Any = lambda y: y) -
         for t in range(y.shape[1]):
             ago = [(n, t - n) for n in range(taps.shape[1]) if t - n >= 0]
             rows.append(sum((taps[:, -1 - n] * y[:, s] for n, s in ago), torch.zeros_like(y[:, 0])))
-        y = torch.stack(rows, dim=1)
-    return activation(y).unflatten(-1, (-1, mixer.head_dim))
+        y = mixer.conv_activation(torch.stack(rows, dim=1))
+    y = y.unflatten(-1, (-1, mixer.head_dim))
+    if mixer.rotary is not None and name != "v":
+        y = mixer.rotary(y, torch.arange(y.shape[1])[None])
+    return activation(y)
 
 
 def recur(q: Tensor, token: Any, shape: tuple[int, int] = (8, 8)) -> Tensor:
@@ -163,7 +166,9 @@ def product(mixer: Any, x: Tensor) -> Tensor:
     keys, values = [projected(mixer, "k", x, mixer.activation)], [projected(mixer, "v", x, mixer.activation)]
     betas = [mixer.beta(x)]
     for step in mixer.later:
-        twin = SimpleNamespace(projections=step, convs=step.convs, head_dim=8)
+        twin = SimpleNamespace(
+            projections=step, convs=step.convs, head_dim=8, rotary=mixer.rotary, conv_activation=mixer.conv_activation
+        )
         keys.append(projected(twin, "k", x, mixer.activation))
         values.append(projected(twin, "v", x, mixer.activation))
         betas.append(step.beta(x))
@@ -183,7 +188,14 @@ def product(mixer: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"steps": 3, "conv": 0, "decay": False, "gate": False, "negative_eigenvalues": False}, {"steps": 1}]
+    "options",
+    [
+        {},
+        {"steps": 3, "conv": 0, "decay": False, "gate": False, "negative_eigenvalues": False},
+        {"steps": 1},
+        {"steps": 3, "conv_activation": "silu", "activation": "identity"},
+        {"steps": 2, "rotary": True},
+    ],
 )
 def test_deltaproduct_replaces_several_times_a_token(options: dict[str, Any]) -> None:
     agree(made(DeltaProduct, **options), product)

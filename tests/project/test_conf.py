@@ -143,7 +143,7 @@ SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
 SHARED |= {"choosing", "fitting", "merge", "ridge", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
-SHARED |= {"carrying_out", "head_sums", "projections", "solved", "streams"}  # refits
+SHARED |= {"carrying_out", "reading", "head_sums", "projections", "solved", "streams"}  # refits
 SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
 SHARED |= {"delta"}  # mixers
 
@@ -180,11 +180,6 @@ def test_every_experiment_runs_on_a_tiny_model(name: str, cache: Path, tmp_path:
     overrides += ["schedule.tokens=768", "run.fit_tokens=64", "run.score_tokens=64", "run.measure_before=false"]
     overrides += ["run.efficiency_seconds=0", "run.samples=0", "run.mfu=false"]
     overrides += ["refit.output.tokens=64", "refit.output.held_tokens=32"] if name in ("width", "budget") else []
-    # the time of local work buys few tokens, which all of these refits have to share
-    shared = [
-        f"refit.{part}.{key}=64" for part in ("calibrate", "output", "local") for key in ("tokens", "held_tokens")
-    ]
-    overrides += ["schedule.tokens=3840", *shared] if name == "local_first" else []
     overrides += ["trainer.accelerator=cpu"] if name.startswith("gpu_") else []
     overrides += ["schedule.epochs=null"] if name.startswith("iskd_") else []
     # the tasks that choose layers are not at hand, and a step of 256 windows is no tiny budget

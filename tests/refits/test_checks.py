@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 import yaml
 
+from iskd.losses.hidden import HiddenMatch
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec, Stage
+from iskd.plan.edits import Merge
 from iskd.refits import Refit, RefitTask
 from iskd.refits.calibrate import Calibrate
-from iskd.refits.carrying_out import check_refits
+from iskd.refits.carrying_out import check_refits, check_sizes
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
@@ -28,7 +31,7 @@ from iskd.training.editing import Editor
 from iskd.training.plan_table import Costs, plan_rows
 from iskd.training.stages import StageLoop
 from tests.conf_defaults import CONF
-from tests.factories import BEHIND, FAMILIES, louder, mixer_specs, tiny, windows
+from tests.factories import BEHIND, FAMILIES, digest, louder, mixer_specs, tiny, windows
 from tests.runs import Scripted, make_parts, write_text
 
 KINDS: dict[str, type[Refit]] = {
@@ -85,6 +88,108 @@ def test_magnitude_says_in_a_sentence_what_it_cannot_do() -> None:
     record = surgery.apply(made, Record(4), [Remove(2)])
     with pytest.raises(ValueError, match=r"refit=magnitude makes the stream larger, .*of opt read.*use refit=local"):
         Magnitude().refit(task_of(made, teacher, record, Remove(2)))
+
+
+SLIM = Spec("iskd.blocks.slim.Slim", {"ratio": 0.5})
+LINEAR = Spec("iskd.blocks.linear.Linear", {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "edits", "said"),
+    [
+        (
+            Magnitude,
+            [Replace(0, LINEAR, seed=1), Remove(2)],
+            r"magnitude .*the block at layer 0 is a compact or conver",
+        ),
+        (Magnitude, [Convert(1, mixer_specs()["gla"], seed=1), Remove(2)], r"magnitude .*the block at layer 1 is a"),
+        (Magnitude, [Merge(2)], r"magnitude .*a block into which one was merged adds what both did: use edit=remove"),
+        (Magnitude, [Replace(3, LINEAR, seed=1), Replace(0, SLIM, seed=1), Remove(2)], ""),
+        (Magnitude, [Replace(1, LINEAR, seed=1), Remove(1), Remove(2)], ""),
+        (ReplaceMe, [Replace(1, LINEAR, seed=1), Remove(2)], r"replaceme .*of layer 1, where a compact block without"),
+        (ReplaceMe, [Replace(0, LINEAR, seed=1), Replace(1, SLIM, seed=1), Remove(2)], ""),
+        (ReplaceMe, [Convert(1, mixer_specs()["gla"], seed=1), Remove(2)], ""),
+    ],
+)
+def test_blocks_that_a_refit_cannot_go_by_are_refused_early_and_told_late(
+    kind: type[Refit], edits: Sequence[Edit], said: str
+) -> None:
+    """Before a run begins, as far as it knows its layers; where they turn out otherwise, no training is lost."""
+    teacher = louder(tiny("llama"))
+    if not said:
+        kind().check(Stack(teacher), edits)
+        return
+    with pytest.raises(ValueError, match=said):
+        kind().check(Stack(teacher), edits)
+    if isinstance(edits[0], Merge):
+        return
+    made = copy.deepcopy(teacher)
+    record = surgery.apply(made, Record(4), edits)
+    before = digest(made)
+    task = RefitTask(made, teacher, record, edits, TEXT[:4], TEXT[4:])
+    [told] = kind(tokens=160, held_tokens=64).refit(task)
+    assert re.search(said, told)
+    assert digest(made) == before
+
+
+@pytest.mark.parametrize(
+    ("stages", "states", "said"),
+    [
+        ([(Stage("a", (Remove(1),)), [Magnitude(), Output()])], [], "refit=output"),
+        (
+            [(Stage("a", (Remove(1),)), [Local(), Magnitude()]), (Stage("b", (Remove(2),)), [Local()])],
+            [],
+            "refit=local",
+        ),
+        ([(Stage("a", (Remove(1),), 64), [Magnitude()])], ["hidden"], "loss=hidden"),
+        ([(Stage("a", (Remove(1),)), [Magnitude()]), (Stage("b", (), 64, objective="hidden"), [])], [], "stage 'b'"),
+        (
+            [(Stage("a", (Remove(1),)), [Magnitude()]), (Stage("b", (Replace(2, SLIM, seed=1),)), [])],
+            [],
+            r"the fit of compact blocks \(edit\.fit=true\)",
+        ),
+        ([(Stage("a", (Remove(1),), 64), [Output(), Magnitude()]), (Stage("b", (Remove(2),)), [Magnitude()])], [], ""),
+        ([(Stage("a", (Convert(1, SLIM, seed=1),)), [Magnitude(), Output()])], [], ""),
+        ([(Stage("a", (Remove(1),), 64), [Output(), Local()])], ["hidden"], ""),
+    ],
+)
+def test_nothing_aims_at_the_teachers_states_once_the_stream_has_another_size(
+    stages: Any, states: Sequence[str], said: str
+) -> None:
+    if said:
+        with pytest.raises(
+            ValueError, match=rf"refit=magnitude makes the stream .*, and {said} would aim at states of"
+        ):
+            check_sizes(stages, states)
+    else:
+        check_sizes(stages, states)
+
+
+def test_a_run_whose_losses_aim_at_states_refuses_magnitude(tmp_path: Path) -> None:
+    parts = make_parts(
+        tmp_path / "run",
+        write_text(tmp_path),
+        tmp_path / "cache",
+        schedule=Scripted([Stage("remove 1", (Remove(1),), tokens=64, fit=False)]),
+        refits=(Magnitude(tokens=64, held_tokens=32),),
+        terms={"hidden": (HiddenMatch(), 1.0)},
+    )
+    with pytest.raises(ValueError, match=r"refit=magnitude .* and loss=hidden would aim at"):
+        run(parts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_halves_that_are_trained_apart_are_counted_and_told_where_there_are_none(family: str) -> None:
+    teacher = louder(tiny(family))
+    made = copy.deepcopy(teacher)
+    record = surgery.apply(made, Record(4), [Remove(2)])
+    for inputs in ("student", "teacher"):
+        refit = Local(tokens=160, held_tokens=64, epochs=2, sublayers=True, inputs=inputs)
+        told = refit.refit(task_of(made, teacher, record, Remove(2)))
+        assert any("blocks were trained whole (sublayers)" in line for line in told) == (family == "phi")
+        assert (refit.passes, Local(epochs=2).passes) == (10.0, 8.0)
 
 
 def test_mixers_without_linear_values_are_refused_where_all_are_such() -> None:

@@ -19,7 +19,7 @@ from iskd.models import Stack, surgery
 from iskd.models.packing import Separator
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Spec
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, carrying_out, refit_survivors
+from iskd.refits import Refit, reading, refit_survivors
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -96,7 +96,7 @@ def test_a_refit_keeps_no_more_of_a_token_than_its_streams(
     name: str, place: str, separator: Separator | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On disk nothing is left, of documents apart neither, which have masks and positions in every window."""
-    monkeypatch.setattr(carrying_out, "_BATCH", ROWS * LENGTH)
+    monkeypatch.setattr(reading, "_BATCH", ROWS * LENGTH)
     kind, edit, streams = KINDS[name]
     given: dict[str, Any] = {} if kind in (Magnitude, Calibrate) else {"streams": place}
     # as much work for any text

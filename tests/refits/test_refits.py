@@ -17,7 +17,7 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Convert, Edit, Record, Remove, Spec
-from iskd.refits import Refit, RefitTask, magnitude, refit_survivors
+from iskd.refits import Refit, RefitTask, base, magnitude, refit_survivors
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -25,6 +25,7 @@ from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
 from iskd.refits.values import Values
 from iskd.teacher import TeacherStates
+from iskd.teacher import states as states_file
 from tests.factories import (
     BEHIND,
     FAMILIES,
@@ -280,6 +281,43 @@ def test_kept_states_of_the_teacher_give_the_same_student(name: str, tmp_path: P
     other = TeacherStates(tiny("llama", seed=3), tmp_path)
     assert other.folder.parent == tmp_path
     assert other.folder != kept().folder
+
+
+def test_refits_that_read_other_amounts_of_text_share_the_states_of_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block of the teacher runs once on a window, whoever reads it, in however large a batch."""
+    ran: list[int] = []
+    original = base.teacher_block
+
+    def counted(stack: Any, layer: int, calls: Any, h_BTD: Tensor, **keys: Any) -> Any:
+        ran.append(len(h_BTD))
+        return original(stack, layer, calls, h_BTD, **keys)
+
+    monkeypatch.setattr(base, "teacher_block", counted)
+    made, teacher, record = student()
+    small = Output(tokens=160, held_tokens=64, projections=("attention", "mlp"))
+    large = Local(tokens=320, held_tokens=160, lr=1e-3, epochs=1, sublayers=True, step_tokens=16)
+    states = TeacherStates(teacher, tmp_path)
+    refit_survivors([large, small], made, teacher, record, [Remove(1)], text, states=states)
+    assert sum(ran) == 30 * 4, "windows of the larger text, blocks of the teacher"
+    other, *_ = student()
+    refit_survivors([large, small], other, teacher, record, [Remove(1)], text)
+    for one, two in zip(made.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_states_leave_room_for_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, teacher, record = student()
+    states = TeacherStates(teacher, tmp_path)
+    monkeypatch.setattr(states_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=states_file._SPARE - 1))
+    expected, *_ = refitted(REFITS["output"])
+    refit_survivors([REFITS["output"]], made, teacher, record, [Remove(1)], text, states=states)
+    assert digest(made) == digest(expected)
+    assert not list(tmp_path.rglob("*.rows"))
+    assert "1.1 GB are free, which are left to the run's checkpoints); they are computed for each refit" in caplog.text
 
 
 def test_states_that_cannot_be_kept_are_computed(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from iskd.plan import Record, Remove
+from iskd.plan import Record, Remove, Stage
 from iskd.refits import RefitTask, magnitude
-from iskd.refits.carrying_out import split
+from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.output import Output
+from iskd.refits.reading import for_stage, split, texts_of
 from iskd.system import Ranks
 from tests.factories import louder, tiny, windows
 
@@ -49,6 +50,47 @@ def test_every_rank_has_as_many_batches_of_each_kind(length: int) -> None:
         rows = max(1, 2048 // length)
         sizes = [len(batch) for fit, _, held in found for batch in (*fit, *held)]
         assert max(sizes) <= max(rows, 2), where
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_share_of_the_text_leaves_every_refit_windows_to_fit_to_and_to_judge_by(size: int) -> None:
+    """Calibrate asks for 4 windows of each, of which 2 % are none; what a refit has not asked for it does not get."""
+    text = lambda tokens: [torch.zeros(max(1, tokens // 512), 512)]  # noqa: E731
+    ranks: Any = SimpleNamespace(size=size, rank=0)
+    refits = [Calibrate(tokens=2048, held_tokens=2048), Output(tokens=8192, held_tokens=1024), Local(inputs="teacher")]
+    for stage in (Stage("x", refit_share=0.02), Stage("x", refit_budget=100)):
+        found = for_stage(refits, stage, text, ranks, sharded=False)
+        small, output, local = [(refit.tokens, refit.held_tokens) for refit in found]
+        assert small == (512 * size, 512 * size)
+        assert output == (512 * size, min(1024, 512 * size))
+        assert local == (655 if stage.refit_share < 1 else 512, 512), (
+            "layers are shared out, and each reads all windows"
+        )
+        if size == 1:
+            assert all(
+                map(all, (split(part, one, ranks)[::2] for part, one in zip(texts_of(found, text), found, strict=True)))
+            )
+    assert for_stage(refits, Stage("x", refit_share=0), text, ranks, sharded=False) == []
+    assert for_stage(refits, Stage("x"), text, ranks, sharded=False) == refits
+
+
+def test_all_refits_of_an_edit_read_parts_of_one_text() -> None:
+    asked: list[int] = []
+
+    def text(tokens: int) -> list[Tensor]:
+        asked.append(tokens)
+        return list(torch.arange(min(40, tokens // 16))[:, None].expand(-1, 16).split(4))
+
+    refits = [Output(tokens=96, held_tokens=32), Local(tokens=320, held_tokens=160), Output(tokens=1, held_tokens=1)]
+    small, large, least = [sorted(numbers(part)) for part in texts_of(refits, text)]
+    assert asked == [480]
+    assert large == list(range(30))
+    assert len(small) == 8
+    assert {*small, *least} <= {*large}
+    assert len(least) == 1
+    assert max(small) > 24, "from all over it"
+    assert [numbers(part) for part in texts_of([refits[0]], text)] == [list(range(8))]
+    assert texts_of(refits, lambda _: []) == [[], [], []]
 
 
 @pytest.mark.parametrize(("windows", "size", "folds"), [(21, 3, 1), (45, 2, 3), (37, 5, 2), (20, 2, 1), (50, 8, 1)])

@@ -52,7 +52,7 @@ QUICK = ["run.fit_tokens=128", "run.score_tokens=128", "run.efficiency_seconds=0
 QUICK += ["trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", "run.movement_steps=2"]
 STEPS = (
     "schedule.steps=[{edit: remove, count: 1, importance: block_influence, tokens: 512},"
-    "{edit: replace, block: {name: slim, ratio: 0.4}, count: 1, refit: [magnitude], tokens: 512, protect: [0]},"
+    "{edit: replace, block: {name: slim, ratio: 0.4}, count: 1, refit: [output], tokens: 512, protect: [0]},"
     "{edit: convert, mixer: gated_deltanet, layers: every_second, tokens: 1024}]"
 )
 
@@ -177,9 +177,7 @@ def test_one_run_removes_replaces_and_converts(mixed: Result) -> None:
         "hidden",
         "end",
     ]
-    assert any(
-        "refit magnitude" in event for stage in mixed.stages if "replace" in stage.name for event in stage.events
-    )
+    assert any("refit output" in event for stage in mixed.stages if "replace" in stage.name for event in stage.events)
     assert not any("refit" in event for stage in mixed.stages if "remove" in stage.name for event in stage.events)
     first, second = (stage.scores for stage in mixed.stages[1:3])
     assert first is not None
