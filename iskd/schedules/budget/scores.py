@@ -29,6 +29,8 @@ _BATCH = 1024  # tokens of the windows that are read together
 _ROOM = 1 << 30  # bytes of fitted blocks in memory at a time
 _ROUNDS = (0.125, 0.25, 0.5, 1.0)  # shares of the windows after which options may be out
 _Z = 2.3  # standard errors
+HOPELESS = 1e3
+"""Nats, of a student whose states are not finite."""
 _log = logging.getLogger(__name__)
 
 Single = tuple[int, str]
@@ -90,6 +92,8 @@ class Scorer:
     ) -> Tensor:
         """KL of the teacher to every changed student at every scored position [C, W, P], in nats.
 
+        Where it is not finite it is `HOPELESS`: a student that breaks is worse than any other, and no reason to end.
+
         Args:
             base: the student that the others are near to.
             changed: C students.
@@ -112,7 +116,7 @@ class Scorer:
                     for batch in torch.cat([self.windows[window] for window in windows]).split(self._together)
                 ]
                 for index, row in zip(group, torch.cat(rows, dim=1), strict=True):
-                    found[index] = row
+                    found[index] = row.nan_to_num(HOPELESS, HOPELESS, HOPELESS)
                 if what:
                     self._told(what, len(found), len(changed))
         return torch.stack([found[index] for index in range(len(changed))])
@@ -203,6 +207,11 @@ class Scorer:
         for have, group in lacking.items():
             changed = [self.with_one(self.whole, single) for single in group]
             values = self.values(self.whole, changed, range(have, read), what=f"scoring options, to window {read}")
+            if group and (values >= HOPELESS).any(2).any(1).all():
+                raise ValueError(
+                    "no option can be scored, as the KL to the teacher is not finite with any of them: check the "
+                    "teacher's weights, or search in float32 (trainer.precision=32-true)"
+                )
             for single, row in zip(group, values, strict=True):
                 known[single] = torch.cat([known[single], row]) if have else row
         if lacking:

@@ -145,6 +145,37 @@ def test_a_race_puts_out_only_who_is_worse_and_no_cheaper(
     assert set(all_alive) == set(everybody) == set(scorer.singles)
 
 
+def test_an_option_that_breaks_is_worse_than_any_other(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision may overflow in one block; that is no reason to end a search, and in all of them it is one."""
+    teacher, scorer, costs = world
+    options = list(scorer.options.values())
+    library, texts = opened(teacher, tmp_path)
+    fill(library, texts, teacher, options)
+    original, broken = type(library).block, [(2, "slim_50")]
+
+    def block(self: Any, layer: int, option: Any) -> Any:
+        made = original(self, layer, option)
+        if (layer, option.name) in broken:
+            next(made.parameters()).fill_(torch.inf)
+        return made
+
+    monkeypatch.setattr(type(library), "block", block)
+    mine = Scorer(teacher, library, options, texts.score, 2)
+    chooser = Chooser(mine, costs, BUDGET)
+    assert chooser.scores[2, "slim_50"] == pytest.approx(1e3)
+    assert all(score < 100 for single, score in chooser.scores.items() if single not in broken)
+    tried = chooser.find(limits_of(costs, params=0.6))
+    assert all(each.measured < 100 for each in tried if each.choice[2] != "slim_50")
+    assert tried[0].choice[2] != "slim_50"
+    monkeypatch.setattr(Scorer, "_known", lambda _self: {})
+    broken += [single for single in mine.singles if options_of(OPTIONS, [single[1]])[0].fitted]
+    only = [option for option in options if option.fitted]
+    with pytest.raises(ValueError, match="no option can be scored, as the KL to the teacher is not finite with any of"):
+        Chooser(Scorer(teacher, library, only, texts.score, 2), costs, BUDGET)
+
+
 def test_scores_are_read_off_the_library(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, scorer, costs = world
     first = scorer.race(costs.layers)
