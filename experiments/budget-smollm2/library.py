@@ -20,6 +20,7 @@ tune()
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from iskd.models import Stack  # noqa: E402
 from iskd.refits.local import Local  # noqa: E402
 from iskd.schedules.budget.fitting import Fit, fit_options  # noqa: E402
 from iskd.schedules.budget.options import Option, layers_of, options_of  # noqa: E402
@@ -48,9 +49,9 @@ def main() -> None:
     fit, held = budget.fit_tokens // LENGTH, budget.held_tokens // LENGTH
     windows = torch.tensor(ids[: (fit + held) * LENGTH]).view(-1, LENGTH)
     texts = Texts(list(windows[:fit].split(Local.step_tokens // LENGTH)), list(windows[fit:].split(4)), [])
-    depth = teacher.model.config.num_hidden_layers
+    stack = Stack(teacher.model)
     options = [each for each in options_of(budget.options, asked.only) if each.fitted]
-    options = [each for each in options if asked.layer in layers_of(each, depth)]
+    options = [each for each in options if asked.layer in layers_of(each, stack)]
     since = [time.process_time()]
 
     def told() -> None:

@@ -58,7 +58,7 @@ def importance_rows(config: DictConfig) -> tuple[Tensor, tuple[int, ...], Tensor
     batches = [batch.to(device) for batch in windows]
     with forward_context():
         importance, depth = importance_of(config), len(stack.layers)
-        read_with(teacher.tokenizer, [importance])
+        read_with(teacher.tokenizer, [importance], data.bos)
         if isinstance(importance, AttentionImportance):
             importance.layers = layers
         rows = rows_of(importance, model, teacher.model, batches)

@@ -174,6 +174,7 @@ class AttentionImportance(WindowImportance):
     takes = ("convert", "seed")
     convert: Conversions | None
     seed: int
+    begin: tuple[int, ...] = ()  # what stands at the head of every window
     candidates: tuple[int, ...] | None = None  # which may be converted; None = all that have an attention
     number: int | None = None  # how many of them are going to be converted
     layers: tuple[int, ...] | None = None  # numbers of the student's layers; None = it has all of the teacher's
@@ -228,26 +229,28 @@ def standing_in(stack: Stack, blocks: Mapping[int, nn.Module]) -> Iterator[None]
         setattr(stack.base, stack.family.layers, own)
 
 
-def repeated(batches: Sequence[Tensor], separator: int | None) -> list[Tensor]:
+def repeated(batches: Sequence[Tensor], separator: int | None, begin: Sequence[int] = ()) -> list[Tensor]:
     """Windows [B, T] whose second half, the last T // 2 tokens, says the tokens before it again: text to be recalled.
 
     Made of the calibration text's own tokens in their order, without those that keep documents apart, or no second half
-    would see its first. Where all windows begin with one token (`data.bos=window`), these do, and say it once: T is
-    odd then, and even otherwise.
+    would see its first.
+
+    Args:
+        batches: calibration windows.
+        separator: what keeps documents apart, or None.
+        begin: what stands at the head of every window (`data.bos=window`), and of these too.
 
     Raises:
         ValueError: a window that has no room for it.
     """
-    firsts = torch.cat([batch[:, 0] for batch in batches]) if batches else torch.empty(0)
-    begun = int(len(firsts) > 1 and bool((firsts == firsts[0]).all()) and firsts[0].item() != separator)
     found = []
     for batch in batches:
-        text = batch[:, begun:]
+        text, head = batch[:, len(begin) :], batch.new_tensor(begin)
         half = text.shape[1] // 2
         tokens = text.flatten() if separator is None else text[text != separator]
         tokens = tokens[: len(tokens) // max(half, 1) * half]
         if half < 2 or not len(tokens):
             raise ValueError(f"importance.metric=recall says half a window twice, got a batch {list(batch.shape)}")
         once = tokens.view(-1, half)
-        found.append(torch.cat([batch[:1, :begun].expand(len(once), -1), once, once], dim=1))
+        found.append(torch.cat([head.expand(len(once), -1), once, once], dim=1))
     return found

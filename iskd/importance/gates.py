@@ -87,7 +87,7 @@ class Gates(AttentionImportance):
         stack = Stack(student)
         positions, blocks = self.in_question(student)
         if self.metric == "recall":
-            batches = repeated(batches, None if stack.separator is None else stack.separator.token)
+            batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         windows = [window for batch in batches for window in batch.split(1)]
         share = self.share
         if share is None:
@@ -126,7 +126,7 @@ class Gates(AttentionImportance):
         `goal_TD` is the input of the teacher's head, for the metric `kl`.
         """
         tokens = window.shape[1]
-        scored = range((tokens + 1) // 2, tokens - 1) if self.metric == "recall" else range(tokens)
+        scored = range((tokens + len(self.begin)) // 2, tokens - 1) if self.metric == "recall" else range(tokens)
         found = torch.zeros_like(h_1TD)
         for start in range(scored.start, scored.stop, self.chunk):
             rows = slice(start, min(start + self.chunk, scored.stop))

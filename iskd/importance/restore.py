@@ -81,7 +81,7 @@ class Restore(AttentionImportance):
         stack = Stack(student)
         positions, blocks = self.in_question(student)
         if self.metric == "recall":
-            batches = repeated(batches, None if stack.separator is None else stack.separator.token)
+            batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         # to keep: all but those that will be converted; nobody said: an order of all of them
         keep = max(0, len(positions) - (self.number or 0))
         each = math.ceil(keep / self.rounds)
@@ -109,7 +109,7 @@ class Restore(AttentionImportance):
         tokens = batch.shape[1] - (self.metric != "kl")
         if tokens < 1:
             raise ValueError(f"importance.metric={self.metric} needs windows of at least 2 tokens, got one of 1")
-        at = slice((batch.shape[1] + 1) // 2 if self.metric == "recall" else 0, tokens, self.stride)
+        at = slice((batch.shape[1] + len(self.begin)) // 2 if self.metric == "recall" else 0, tokens, self.stride)
         return _Text(batch, at, goal_of(teacher, batch, at) if self.metric == "kl" else None)
 
     def _gains(self, stack: Stack, own: Sequence[nn.Module], left: Sequence[int], text: _Text) -> Tensor:

@@ -8,7 +8,7 @@ Imports: models.
 
 from __future__ import annotations
 
-from iskd.losses.base import BatchSignals, Terms, check_terms, traits_of
+from iskd.losses.base import BatchSignals, Terms, check_terms, of_sizes, traits_of
 from iskd.losses.chunk_size import Chunk
 from iskd.losses.chunked import chunked_vocabulary_loss, naive_vocabulary_loss, total_loss
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_terms",
     "chunked_vocabulary_loss",
     "naive_vocabulary_loss",
+    "of_sizes",
     "total_loss",
     "traits_of",
 ]

@@ -48,17 +48,28 @@ class Traits:
         layers: after which a loss on hidden states reads them: numbers in the teacher, or last, all, edited, stage.
         by_buckets: it is a divergence between next-token distributions, and may see tokens merged.
         temperature: divides the logits before they are compared.
+        sizes: of which states it compares the size: "stream", between blocks; "normed", behind the final norm.
     """
 
     uses_teacher: bool = True
     layers: str | Sequence[int] = "all"
     by_buckets: bool = False
     temperature: float = 1.0
+    sizes: str = ""
 
 
 def traits_of(loss: Loss) -> Traits:
     """The traits of a term."""
     return Traits(**{trait.name: getattr(loss, trait.name) for trait in fields(Traits) if hasattr(loss, trait.name)})
+
+
+def of_sizes(terms: Terms, *, tied: bool) -> list[str]:
+    """Names of the terms that would take a student with a larger stream for another one.
+
+    `tied`: its head is the embedding, so that the final norm makes up for the size.
+    """
+    found = {name: traits_of(loss).sizes for name, (loss, _) in terms.items()}
+    return [name for name, sizes in found.items() if sizes == "stream" or (tied and sizes == "normed")]
 
 
 def check_terms(terms: Terms) -> None:

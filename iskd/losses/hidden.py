@@ -60,6 +60,7 @@ class HiddenMatch:
         self.layers: str | list[int] = layers if isinstance(layers, str) else [int(layer) for layer in layers]
         if not self.layers:
             raise ValueError("HiddenMatch layers is an empty list; name a layer, 'last', 'all' or 'edited'")
+        self.sizes = "" if kind == "cosine" or layers == "last" else "stream"
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         """Distance of the labels' shape, mean over layers; no gradient reaches the teacher.

@@ -92,6 +92,7 @@ class FinalState:
     # the input of the head is always there: nothing has to be captured for it
     needs: frozenset[str] = frozenset()
     uses_teacher: bool = True
+    sizes: str = "normed"
 
     def __call__(self, student: Signals, teacher: Signals) -> Tensor:
         """Distance of the labels' shape, mean over the width; no gradient reaches the teacher.

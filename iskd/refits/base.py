@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.streams import Streams, enter
-from iskd.models import Stack, surgery
+from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import state_of
-from iskd.plan import Convert, Edit, Record, Replace
+from iskd.plan import Edit, Record
 from iskd.plan.edits import REMOVALS
 from iskd.plan.options import PLACES
 from iskd.system import Ranks
@@ -78,9 +78,8 @@ class Refit(ABC):
         return cls.__name__.lower()
 
     def on(self, share: float, least: int = 1) -> Self:
-        """This refit with a share of its text, `least` tokens of each kind or all that it has asked for."""
-        counts = self.tokens, self.held_tokens
-        tokens, held = (max(1, min(count, least), round(share * count)) for count in counts)
+        """This refit with a share of its text, and `least` tokens of each kind or more."""
+        tokens, held = (max(1, least, round(share * count)) for count in (self.tokens, self.held_tokens))
         return replace(self, tokens=tokens, held_tokens=held)
 
     @property
@@ -274,16 +273,6 @@ def submodule_at(block: nn.Module, path: str) -> nn.Module | None:
         return block.get_submodule(path)
     except AttributeError:
         return None
-
-
-def changed_blocks(stack: Stack, edits: Sequence[Edit]) -> list[tuple[int, nn.Module]]:
-    """By layer what some edits put into a teacher, without memory, as far as no other one takes it out again."""
-    gone = {edit.layer for edit in edits if isinstance(edit, REMOVALS)}
-    put_in = tuple(edit for edit in edits if isinstance(edit, Replace | Convert) and edit.layer not in gone)
-    if not put_in:
-        return []
-    made = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), put_in), "meta"))
-    return [(layer, made.layers[layer]) for layer in sorted({edit.layer for edit in put_in})]
 
 
 def walk(

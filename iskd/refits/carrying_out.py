@@ -16,6 +16,7 @@ from iskd.evaluation import measure_quality
 from iskd.models import Stack, scoring, sharding
 from iskd.models.capture import without_autocast_cache
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
+from iskd.plan.edits import Merge
 from iskd.refits.base import Refit, RefitTask
 from iskd.refits.reading import readers, short_of, split, texts_of
 from iskd.system import Ranks
@@ -121,18 +122,19 @@ def check_sizes(stages: Sequence[tuple[Stage, Sequence[Refit]]], states: Sequenc
 
     Args:
         stages: all of a run, each with the refits that follow its edits.
-        states: names of losses on states of the teacher.
+        states: names of losses that compare the size of states with the teacher's.
     """
     by, aiming, removed = "", list[str](), False
     for stage, refits in stages:
         removed |= any(isinstance(edit, Remove) for edit in stage.edits)
-        if by and stage.fit and any(isinstance(edit, Replace) for edit in stage.edits):
-            aiming.append("the fit of compact blocks (edit.fit=true)")
+        if by and any(isinstance(edit, Merge) or (isinstance(edit, Replace) and stage.fit) for edit in stage.edits):
+            aiming.append("the fit of blocks (edit.fit)")
         for refit in refits:
             aiming += [f"refit={refit.name()}"] if by and not refit.resizes else []
             by = refit.name() if refit.resizes and removed else by
         if by and stage.tokens:
-            aiming += [f"loss={name}" for name in states] if stage.objective == "loss" else [f"stage {stage.name!r}"]
+            aiming += [f"loss={name}" for name in states] if stage.objective == "loss" else []
+            aiming += [f"stage {stage.name!r}"] if stage.objective in ("mixer_output", "hidden") else []
     if aiming:
         raise ValueError(
             f"refit={by} makes the stream below a cut larger than the teacher's, and {aiming[0]} would aim at states "

@@ -19,8 +19,8 @@ from iskd.models import Stack
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Remove
-from iskd.plan.edits import Merge
-from iskd.refits.base import Refit, RefitTask, changed_blocks, submodule_at
+from iskd.plan.edits import REMOVALS
+from iskd.refits.base import Refit, RefitTask, submodule_at
 
 STATISTICS = ("mean_abs", "norm")
 _COMPACT = (
@@ -39,7 +39,8 @@ class Magnitude(Refit):
 
     Source: Prune&Comp (arXiv 2507.18212, section 3)
     Needs: calibration tokens (`refit.magnitude.tokens`); removals, no compact block below them, and nothing afterwards
-        that aims at the teacher's states (other refits, losses on states, fits)
+        that aims at the teacher's states (other refits, losses on their size, fits); a run that goes on from such a
+        student cannot know
     Costs: one pass of the teacher's blocks
     Measured: not measured
     """
@@ -61,31 +62,23 @@ class Magnitude(Refit):
         return 1.0
 
     def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
-        """Raise ValueError for blocks that read the stream without a norm, or add to it in a way of their own."""
+        """Raise ValueError for blocks that read the stream without a norm."""
         if not stack.reads_norms:
             raise ValueError(
                 f"refit=magnitude makes the stream larger, and blocks of {stack.config.model_type} read it without a "
                 "norm in front of them: use refit=local"
             )
-        if any(isinstance(edit, Merge) for edit in edits):
-            raise ValueError(
-                "refit=magnitude makes up for layers that are gone, and a block into which one was merged adds what "
-                "both did: use edit=remove, or refit=output"
-            )
-        highest = max((edit.layer for edit in edits if isinstance(edit, Remove)), default=0)
-        for layer, block in changed_blocks(stack, edits):
-            if layer < highest and not _scales(stack, block):
-                raise ValueError(_COMPACT.format(layer))
 
     def refit(self, task: RefitTask) -> list[str]:
         """Scale; see the class."""
         removed = sorted(edit.layer for edit in task.edits if isinstance(edit, Remove))
         if not removed:
-            return ["no layer was removed: nothing to scale"]
+            merged = any(isinstance(edit, REMOVALS) for edit in task.edits)
+            return [f"no layer was {'removed but by a merge' if merged else 'removed'}: nothing to scale"]
         stack = Stack(task.student)
         self.check(stack)
         for layer, block in zip(task.record.layers, stack.layers, strict=True):
-            if layer < removed[-1] and not _scales(stack, block):  # which layers these are may turn out in a run
+            if layer < removed[-1] and not _scales(stack, block):  # which layers these are turns out in a run
                 return [f"nothing was scaled: {_COMPACT.format(layer)}"]
         scalars = _scalars(task, removed, self.statistic)
         for layer, scalar in scalars.items():

@@ -21,17 +21,24 @@ Windows = Callable[[int], Sequence[Tensor]]
 """Gives calibration windows [B, T] of so many tokens, the same on every rank."""
 
 
-def for_stage(refits: Sequence[Refit], stage: Stage, windows: Windows, ranks: Ranks, *, sharded: bool) -> list[Refit]:
+def for_stage(refits: Sequence[Refit], stage: Stage, window: int, ranks: Ranks, *, sharded: bool) -> list[Refit]:
     """The refits of a stage on as much text as it lets them read; none where that is nothing.
 
-    What they share is never so little that one of them has no window to fit to, or none to judge by.
+    Of a share each has a window to fit to and one to judge by for every process that reads, however little it has asked
+    for.
+
+    Args:
+        refits: in order.
+        stage: says how much they read.
+        window: tokens of one.
+        ranks: the processes that refit together.
+        sharded: whether the student is in shards then.
     """
     share = stage.refit_share
     if stage.refit_budget and refits:
         share *= stage.refit_budget / training_tokens(refits)
-    if not share:
-        return []
-    window = max((batch.shape[1] for batch in windows(1)), default=1) if share < 1 else 1
+    if share in (0, 1):
+        return list(refits) if share else []
     return [refit.on(share, window * readers(refit, ranks, sharded=sharded).size) for refit in refits]
 
 
@@ -58,9 +65,9 @@ def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[T
     the teacher's. `windows` gives the calibration windows of so many tokens, which may be fewer; None = there are all.
     """
     passes = 0.0
-    for refit in refits:
+    for refit, text in zip(refits, [None] * len(refits) if windows is None else texts_of(refits, windows), strict=True):
         asked = refit.tokens + refit.held_tokens
-        read = asked if windows is None else min(asked, sum(batch.numel() for batch in windows(asked)))
+        read = asked if text is None else min(asked, sum(batch.numel() for batch in text))
         passes += read / asked * (refit.passes * asked + _JUDGED * refit.held_tokens)
     return passes / 4
 

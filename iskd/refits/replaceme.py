@@ -16,7 +16,7 @@ from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
 from iskd.plan.options import PLACES
-from iskd.refits.base import Refit, RefitTask, Site, changed_blocks, submodule_at, walk
+from iskd.refits.base import Refit, RefitTask, Site, walk
 from iskd.refits.projections import Projection, check_plain, checked, few
 
 _COMPACT = (
@@ -58,12 +58,8 @@ class ReplaceMe(Refit):
         return 2.0
 
     def check(self, stack: Stack, edits: Sequence[Edit] = ()) -> None:
-        """Raise ValueError for norms behind what the model's blocks add, and for a block without an MLP below a gap."""
+        """Raise ValueError for a model with norms behind what its blocks add."""
         check_plain(stack, self.name())
-        removed = {edit.layer for edit in edits if isinstance(edit, REMOVALS)}
-        for layer, block in changed_blocks(stack, edits):
-            if layer + 1 in removed and submodule_at(block, stack.family.down) is None:
-                raise ValueError(_COMPACT.format(layer))
 
     def changes(self, task: RefitTask) -> list[nn.Module]:
         """The blocks below the gaps."""
@@ -85,7 +81,7 @@ class ReplaceMe(Refit):
     def _bridge(self, task: RefitTask, site: Site) -> str:
         down = Projection.at(site, site.stack.family.down)
         if down is None:
-            return _COMPACT.format(site.layer)  # which layers these are may turn out in a run
+            return _COMPACT.format(site.layer)  # which layers these are turns out in a run
         down.check_last(0)
         width = site.stack.dims.hidden
         system = Ridge(width, width, bias=False, device=task.device)

@@ -26,9 +26,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from iskd.blocks.ridge import row_weights
-from iskd.models import Stack
-from iskd.plan import Convert, Edit
-from iskd.refits.base import BlockRefit, RefitTask, Site, changed_blocks
+from iskd.models import Stack, surgery
+from iskd.plan import Convert, Edit, Record
+from iskd.refits.base import BlockRefit, RefitTask, Site
 from iskd.refits.head_sums import HeadSums
 from iskd.refits.projections import MIXER_OUT, Projection, check_plain
 
@@ -72,8 +72,10 @@ class Values(BlockRefit):
         converts = [edit for edit in edits if isinstance(edit, Convert)]
         if not converts:  # of a step before those that convert
             return
-        path = f"{stack.family.attn}.mixer"
-        reasons = [why_not(block.get_submodule(path)) for _, block in changed_blocks(stack, converts)]
+        student = Stack(surgery.rebuild(stack.model, Record(len(stack.layers), tuple(converts)), "meta"))
+        reasons = [
+            why_not(student.layers[edit.layer].get_submodule(f"{student.family.attn}.mixer")) for edit in converts
+        ]
         if all(reasons):
             raise ValueError(f"refit=values: {reasons[0]}; leave values out of refit=[...]")
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
 from iskd.evaluation import measure_quality
+from iskd.losses import of_sizes
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
@@ -98,7 +99,6 @@ def carry_out(
             judge = partial(_distance, module)
             fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
     sharding.freeze(student, origin, optimizer)
-    refits = for_stage(refits, stage, windows, module.ranks, sharded=sharding.is_sharded(student))
     refitted, start = list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
@@ -168,6 +168,7 @@ class Editor:
         windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
         by_step: in the place of `refits`, those of each step of `schedule=mixed`.
         folder, place: where states on disk lie (None = as temporary files do), and those of a fit (device, host, disk).
+        window: tokens of a window.
     """
 
     in_place = True
@@ -180,8 +181,10 @@ class Editor:
         by_step: Sequence[Sequence[Refit]] = (),
         folder: Path | None = None,
         place: str = "device",
+        window: int = 1,
     ) -> None:
         self.refits, self.windows, self.by_step, self.folder, self.place = refits, windows, by_step, folder, place
+        self.window = window
 
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
@@ -216,10 +219,10 @@ class Editor:
                 # a fresh process edits whole weights, by itself
                 ranks = module.ranks if self.in_place else Ranks()
                 sharded = self.in_place and sharding.is_sharded(module.student)
-                refits = for_stage(self.refits_of(stage), stage, self.windows, ranks, sharded=sharded)
+                refits = for_stage(self.refits_of(stage), stage, self.window, ranks, sharded=sharded)
                 check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
             stages.append((stage, refits))
-        check_sizes(stages, [name for name, (loss, _) in module.terms.items() if "logits" not in loss.needs])
+        check_sizes(stages, of_sizes(module.terms, tied=bool(module.teacher.config.tie_word_embeddings)))
         check_used([refit for stage in plan for refit in self.refits_of(stage)], edits)
 
     def before_wrapping(
@@ -252,7 +255,9 @@ class Editor:
         What the stages before it, `finished`, have left to its refits, they do.
         """
         rest = self.windows, self.folder, self.place, self.not_refitted(finished), alike
-        return carry_out(module, optimizer, stage, batches(), forward_context, self.refits_of(stage), *rest)
+        sharded = sharding.is_sharded(module.student)
+        refits = for_stage(self.refits_of(stage), stage, self.window, module.ranks, sharded=sharded)
+        return carry_out(module, optimizer, stage, batches(), forward_context, refits, *rest)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

@@ -140,7 +140,8 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     steps = parts.schedule.parts if isinstance(parts.schedule, Mixed) else ()
     kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
     by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
-    editor = kind(parts.refits, parts.data.calibration, by_step, cache / "streams", parts.options.fit_streams)
+    where = cache / "streams", parts.options.fit_streams
+    editor = kind(parts.refits, parts.data.calibration, by_step, *where, parts.data.seq_len)
     spec, keeps = parts.evaluation, parts.options.keep_students
     along: AlongTheRun | None = None
     few: tuple[AlongTheRun, float] | None = None

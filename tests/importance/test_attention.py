@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.commands import compose
 from iskd.commands.build import importance_of
 from iskd.commands.compose import compose_config
+from iskd.data import framing_of
 from iskd.importance.base import AttentionImportance, repeated
 from iskd.importance.gates import Gates
 from iskd.importance.restore import Restore
@@ -98,22 +101,30 @@ def test_repeated_windows_hold_no_separator() -> None:
 
 
 @pytest.mark.parametrize("width", [7, 8])
-def test_repeated_windows_begin_as_all_do(width: int) -> None:
+@pytest.mark.parametrize("separator", [None, 1], ids=["", "apart by the same token"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_repeated_windows_begin_as_all_do(rows: int, separator: int | None, width: int) -> None:
     """`data.bos=window`: a begin token in the middle of a window would be text that no training window holds."""
-    batches = [torch.arange(2 * width).view(2, width) + 10, torch.arange(width).view(1, width) + 50]
-    for batch in batches:
-        batch[:, 0] = 1
+    batch = torch.arange(rows * width).view(rows, width) + 10
+    batch[:, 0] = 1
     half = (width - 1) // 2
-    for found in repeated(batches, None):
-        assert found.shape[1] == 2 * half + 1
-        assert (found[:, 0] == 1).all()
-        assert not (found[:, 1:] == 1).any()
-        assert torch.equal(found[:, 1 : half + 1], found[:, half + 1 :])
+    [found] = repeated([batch], separator, (1,))
+    assert found.shape[1] == 2 * half + 1
+    assert (found[:, 0] == 1).all()
+    assert not (found[:, 1:] == 1).any()
+    assert torch.equal(found[:, 1 : half + 1], found[:, half + 1 :])
     # the metrics read the second half alone: its first token is nobody's label
-    text = Restore(metric="recall")._text(repeated(batches, None)[0], copier())
-    assert text.at.start == half + 1
-    [alone] = repeated(batches[1:], None)
-    assert alone.shape[1] == width // 2 * 2, "of one window nobody can tell"
+    restore = Restore(metric="recall")
+    restore.begin = (1,)
+    assert restore._text(found, copier()).at.start == half + 1
+
+
+@pytest.mark.parametrize("name", ["restore", "gates"])
+def test_what_stands_at_the_head_of_windows_is_the_runs(name: str, tmp_path: Path) -> None:
+    words = ["model=tiny", "data=sample", "data.seq_len=32", "data.bos=window", f"importance={name}", "trainer=cpu"]
+    words += ["experiment=subquadratic", "schedule.attention_share=0.25", "schedule.tokens=256"]
+    made = compose.parts(words, tmp_path)
+    assert made.importance.begin == framing_of(made.teacher.tokenizer, "window").window != ()
 
 
 def copier() -> PreTrainedModel:

@@ -52,26 +52,25 @@ def test_every_rank_has_as_many_batches_of_each_kind(length: int) -> None:
         assert max(sizes) <= max(rows, 2), where
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_share_of_the_text_leaves_every_refit_windows_to_fit_to_and_to_judge_by(size: int) -> None:
-    """Calibrate asks for 4 windows of each, of which 2 % are none; what a refit has not asked for it does not get."""
-    text = lambda tokens: [torch.zeros(max(1, tokens // 512), 512)]  # noqa: E731
-    ranks: Any = SimpleNamespace(size=size, rank=0)
+@pytest.mark.parametrize("window", [512, 4096])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_share_of_the_text_leaves_every_refit_windows_to_fit_to_and_to_judge_by(size: int, window: int) -> None:
+    """Calibrate asks for 4 windows of each, or none of 4,096: of a share as little as one for every process."""
     refits = [Calibrate(tokens=2048, held_tokens=2048), Output(tokens=8192, held_tokens=1024), Local(inputs="teacher")]
+    ranks: list[Any] = [SimpleNamespace(size=size, rank=rank) for rank in range(size)]
     for stage in (Stage("x", refit_share=0.02), Stage("x", refit_budget=100)):
-        found = for_stage(refits, stage, text, ranks, sharded=False)
-        small, output, local = [(refit.tokens, refit.held_tokens) for refit in found]
-        assert small == (512 * size, 512 * size)
-        assert output == (512 * size, min(1024, 512 * size))
-        assert local == (655 if stage.refit_share < 1 else 512, 512), (
-            "layers are shared out, and each reads all windows"
-        )
-        if size == 1:
-            assert all(
-                map(all, (split(part, one, ranks)[::2] for part, one in zip(texts_of(found, text), found, strict=True)))
-            )
-    assert for_stage(refits, Stage("x", refit_share=0), text, ranks, sharded=False) == []
-    assert for_stage(refits, Stage("x"), text, ranks, sharded=False) == refits
+        found = for_stage(refits, stage, window, ranks[0], sharded=False)
+        assert [(refit.tokens, refit.held_tokens) for refit in found[:2]] == [(window * size,) * 2] * 2
+        local = max(655, window) if stage.refit_share < 1 else window
+        assert (found[2].tokens, found[2].held_tokens) == (local, window), "layers are shared out: each reads all of it"
+        texts = texts_of(found, lambda tokens: [torch.zeros(max(1, tokens // window), window)])
+        for part, one in zip(texts[:2], found[:2], strict=True):
+            for rank in ranks:
+                fit, _, held = split(part, one, rank)
+                assert fit
+                assert held
+    assert for_stage(refits, Stage("x", refit_share=0), window, ranks[0], sharded=False) == []
+    assert for_stage(refits, Stage("x"), window, ranks[0], sharded=False) == refits, "what is asked for is asked for"
 
 
 def test_all_refits_of_an_edit_read_parts_of_one_text() -> None:

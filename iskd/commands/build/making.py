@@ -130,7 +130,7 @@ def _made(
     refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
     asked_export = export_of(plain(config.export))
     chosen_by = [importance, *(step.importance for step in parts_of(schedule))]
-    read_with(teacher.tokenizer, chosen_by)
+    read_with(teacher.tokenizer, chosen_by, data.bos)
     try:
         asked = evaluation_of(config, teacher, chosen_by, data, start)
     except UnavailableError as error:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iskd.commands.line.steps import GROUPS, SHARED
 from iskd.commands.values import class_of, object_of, plain, spec
+from iskd.data import framing_of
 from iskd.plan import Spec
 from iskd.schedules import ConvertTo, EditKind, Schedule
 from iskd.schedules.edits import EVERY
@@ -83,9 +84,14 @@ def _mixers(named: Any) -> dict[str, tuple[Spec, Any]]:
     return found
 
 
-def read_with(tokenizer: Any, importances: Iterable[Any]) -> None:
-    """Give the run's tokenizer to importances that read texts and were given none of their own."""
+def read_with(tokenizer: Any, importances: Iterable[Any], bos: str | None) -> None:
+    """Give the run's tokenizer to importances that read texts and were given none of their own.
+
+    Those that make windows of their own are told what stands at the head of every one (`data.bos`).
+    """
     for importance in importances:
+        if hasattr(importance, "begin"):
+            importance.begin = framing_of(tokenizer, bos).window
         if getattr(importance, "tokenizer", tokenizer) is None:
             importance.tokenizer = tokenizer
 

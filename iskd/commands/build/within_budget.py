@@ -12,6 +12,8 @@ from iskd.commands.values import class_of, object_of, plain
 from iskd.data import TextData
 from iskd.export.student import native_config
 from iskd.models import Stack
+from iskd.plan import Remove, Stage
+from iskd.refits import check_sizes
 from iskd.report.budget import choice_table
 from iskd.report.terminal import print_table, terminal
 from iskd.schedules.budget import Asked, plan_for, steps_of
@@ -32,8 +34,10 @@ def within_budget(config: DictConfig, teacher: Loaded, data: TextData, run_dir: 
         raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
     if start is not None:
         raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
-    for name in config.get("refit") or ():  # a search takes long, and its plan would be refused for this
-        object_of(config.refit[name]).check(Stack(teacher.model))
+    refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
+    for refit in refits:  # a search takes long, and its plan would be refused for this
+        refit.check(Stack(teacher.model))
+    check_sizes([(Stage("removals", (Remove(0),)), refits)], [])
     plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
     if global_rank() == 0:
         print_table(choice_table(plan))

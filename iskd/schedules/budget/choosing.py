@@ -261,12 +261,12 @@ class Chooser:
             if enough:  # layers alone are enough
                 note(base, self.problem(limits), f"{_gone(base, self.removes)} layers out")
                 return
-            problem = self.problem(limits, self.around(base))
             fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
-            problem = replace(problem, fixed=fixed)
+            if solve(replace(self.problem(limits, self.scores), fixed=fixed)) is None:
+                continue  # no width is small enough: more layers have to go
+            problem = replace(self.problem(limits, self.around(base)), fixed=fixed)
             found = note(solve(problem), problem, f"{len(fixed)} layers out, then width", base)
-            if found is not None:  # where no width is small enough more layers have to go
-                worse = worse + 1 if found.measured > best else 0
+            worse = worse + 1 if found is None or found.measured > best else 0
 
     def _taken_out(
         self, chain: Chain, count: int, limits: Mapping[str, float], hopeless: float

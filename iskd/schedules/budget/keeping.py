@@ -133,7 +133,7 @@ def measure_finished(
         seconds: for all of it, roughly.
 
     Returns:
-        The seconds that are left.
+        The seconds that it took.
 
     Raises:
         ValueError: the plan cannot be read, or there is no memory.
@@ -142,7 +142,7 @@ def measure_finished(
     if file.is_file() and (plan := read_plan(file)).measured:
         both = side_by_side(teacher, student, plan.context, plan.batch, dtype, seconds)
         replace(plan, finished=_taken(plan.teacher_costs, *both)).write(file)
-    return max(0.0, seconds - (time.perf_counter() - start))
+    return time.perf_counter() - start
 
 
 def _tighter(

@@ -112,7 +112,9 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
         digest = model_sha256(asked.teacher)
     if budget.plan is not None:
         # a run that goes on has its own copy, wherever the file is by then
-        gone = not Path(budget.plan).exists() and file.exists()
+        gone = not Path(budget.plan).exists() and file.exists() and bool(work_in(run_dir))
+        if gone:
+            asked.note(f"budget.plan={budget.plan} is gone: the run goes on with its own copy, {file}")
         plan = read_plan(file if gone else Path(budget.plan))
         check_teacher(plan, digest, len(stack.layers), str(file) if gone else f"budget.plan={budget.plan}")
         _agrees(plan, budget, asked)

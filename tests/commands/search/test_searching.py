@@ -270,3 +270,12 @@ def test_plans_are_written_before_other_budgets_are_refused(
     there = {file.name for file in (tmp_path / "out").iterdir()}
     assert {FRONT, "plan-params-0.9.json", "plan-params-70_.json"} <= there
     assert "error: budget.decode_ms=1.0 cannot be met" in capsys.readouterr().err
+
+
+def test_refits_that_no_plan_could_carry_out_are_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iskd.commands.build.within_budget.plan_for", None)
+    words = ("budget.params=0.7", "budget.use=[remove]", "refit=[magnitude,output]")
+    with pytest.raises(ValueError, match=r"refit=magnitude .* and refit=output would aim at states"):
+        parts(tmp_path, *words)
