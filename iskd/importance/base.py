@@ -179,13 +179,18 @@ class AttentionImportance(WindowImportance):
     number: int | None = None  # how many of them are going to be converted
     layers: tuple[int, ...] | None = None  # numbers of the student's layers; None = it has all of the teacher's
 
-    def in_question(self, student: PreTrainedModel) -> tuple[list[int], dict[int, nn.Module]]:
+    def in_question(self, student: PreTrainedModel, tokens: int) -> tuple[list[int], dict[int, nn.Module]]:
         """Positions in question, and each one's block with a mixer for its attention.
 
         The blocks share norms and MLP with the student's, which stays as it is.
 
+        Args:
+            student: the model.
+            tokens: how far back the text of the scores asks.
+
         Raises:
-            ValueError: the run converts nothing, the student is in shards, or no block has an attention of its own.
+            ValueError: the run converts nothing, the student is in shards, no block has an attention of its own, or no
+                mixer would miss anything of what is asked.
         """
         name = type(self).__name__.lower()
         if isinstance(student, FSDPModule):
@@ -210,6 +215,14 @@ class AttentionImportance(WindowImportance):
             raise ValueError(
                 f"importance={name} says which layers keep their attention when the others are converted: it needs "
                 "edit=convert and a mixer, or another importance"
+            )
+        path = f"{stack.family.attn}.mixer"
+        least = min(int(getattr(block.get_submodule(path), "exact", 0)) for block in made.values())
+        if least >= tokens:
+            raise ValueError(
+                f"importance={name}: mixers with windows of {least} tokens are attention itself where the text asks "
+                f"for {tokens} tokens back (half of data.seq_len for metric=recall), so that no layer is missed: lower "
+                "mixer.window, or raise data.seq_len"
             )
         return found, made
 

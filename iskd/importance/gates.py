@@ -85,7 +85,8 @@ class Gates(AttentionImportance):
         Raises ValueError as `AttentionImportance.in_question` does, and for windows too short.
         """
         stack = Stack(student)
-        positions, blocks = self.in_question(student)
+        longest = max(batch.shape[1] for batch in batches)
+        positions, blocks = self.in_question(student, longest // 2 if self.metric == "recall" else longest)
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         windows = [window for batch in batches for window in batch.split(1)]

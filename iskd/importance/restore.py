@@ -79,7 +79,8 @@ class Restore(AttentionImportance):
         `AttentionImportance.in_question` does, and for windows too short for the metric.
         """
         stack = Stack(student)
-        positions, blocks = self.in_question(student)
+        longest = max(batch.shape[1] for batch in batches)
+        positions, blocks = self.in_question(student, longest // 2 if self.metric == "recall" else longest)
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         # to keep: all but those that will be converted; nobody said: an order of all of them

@@ -206,6 +206,11 @@ class RecurrentMixer(nn.Module):
         return self.rotary is not None
 
     @property
+    def exact(self) -> int:
+        """The tokens up to which it is the attention itself, with projections copied; most never are."""
+        return 0
+
+    @property
     def report(self) -> list[str]:
         """What is copied, fresh or dropped, and why, a line each."""
         missing = [f"{name}_proj" for name in "qkvo" if name not in self.inherits]

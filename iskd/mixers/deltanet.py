@@ -115,11 +115,10 @@ class DeltaProduct(DeltaMixer):
         first, later = super().streams(x_BTD, context), []
         for step in self.later:
             assert isinstance(step, _Step)
-            k, v = (
-                self.conv_activation(step.project(name, x_BTD, context)).unflatten(-1, (self.heads, self.head_dim))
-                for name in "kv"
-            )
-            k, v = self.activation(k if self.rotary is None else self.rotary(k, context.positions)), self.activation(v)
+            k, v = (self.conv_activation(step.project(name, x_BTD, context)) for name in "kv")
+            k = k.unflatten(-1, (-1, self.projections.inner_dim))  # positions turn heads as wide as the attention's
+            k = self.projections.regrouped(k if self.rotary is None else self.rotary(k, context.positions))
+            k, v = self.activation(k), self.activation(v).unflatten(-1, (self.heads, self.head_dim))
             k = F.normalize(at_least_fp32(k), dim=-1, eps=1e-6).to(v.dtype)
             beta = self.most * torch.sigmoid(at_least_fp32(step.beta(x_BTD)))
             # a hidden token leaves the state as it is in every step

@@ -15,8 +15,9 @@ the identity before their softmax, and gamma. Up to w tokens gamma cancels and t
 itself, whatever the maps are. Behind the window untrained maps spread their weight too evenly, which a large gamma
 limits: it starts at 0.9 here, at 0.1 in the published code.
 
-A student may learn to do without what is behind (arXiv 2510.05901). `window_dropout` is that paper's cure: in training
-some passes of a layer see one token and the sinks by softmax, and the linear part answers for the rest.
+A student may learn to do without what is behind (arXiv 2510.05901). `window_dropout` is that paper's cure, at one rate
+where theirs goes by a schedule: in training some passes of a layer see one token and the sinks by softmax, and the
+linear part answers for the rest.
 """
 
 from __future__ import annotations
@@ -122,6 +123,11 @@ class Sliding(RecurrentMixer):
         if feature_map == "hedgehog":
             self.q_map: nn.Module = Hedgehog(self.heads, self.head_dim)
             self.k_map: nn.Module = Hedgehog(self.kv_heads, self.head_dim)
+
+    @property
+    def exact(self) -> int:
+        """Up to as many tokens gamma cancels, and there is nothing behind."""
+        return self.window
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys and values; padding is told apart by `mix`."""

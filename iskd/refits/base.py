@@ -46,6 +46,7 @@ class Refit(ABC):
         streams: where states of all windows lie, one of `PLACES`.
         step_tokens: of each batch, where one is a step of training, however many processes share it; 0 = of none.
         for_mixers: whether it changes mixers alone, and a run without conversions has no use for it.
+        prepares: whether it may pay with the next refit alone: where KL does not fall at once it is judged with that.
         resizes: whether states below a cut are of another size than the teacher's afterwards.
 
     Raises:
@@ -58,6 +59,7 @@ class Refit(ABC):
     streams: ClassVar[str] = PLACES[0]
     step_tokens: ClassVar[int] = 0
     for_mixers: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

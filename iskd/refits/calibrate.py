@@ -9,7 +9,8 @@ inputs; s_h goes into the columns of the mixer's output projection. (Taylor-Cali
 into the values, which a norm behind the heads would undo.) The first token of a document takes no part in d and e:
 what rests on it is a sink, no memory.
 
-Such a start is said to pay only before the layers are trained one by one, as `refit=[calibrate,output,local]` does.
+Such a start is said to pay only before the layers are trained one by one, as `refit=[calibrate,output,local]` does:
+where it lowers no KL by itself it is judged together with the refit behind it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Calibrate(Refit):
     """
 
     for_mixers: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
     _: KW_ONLY
     tokens: PositiveInt = 2048
     scale: bool = True
@@ -220,6 +222,12 @@ def _statistics(weights_BHTT: Tensor, places: Tensor) -> Tensor:
     [3, H], float64. A row's entropy is over log t, that of uniform weights on its t tokens but the first. `places` of
     the tokens in their documents [B or 1, T]: each has a first token of its own.
     """
+    every = [_of_heads(part, places) for part in weights_BHTT.split(1, dim=1)]  # T x T doubles: one head at a time
+    return torch.cat(every, dim=1)
+
+
+def _of_heads(weights_BHTT: Tensor, places: Tensor) -> Tensor:
+    """`_statistics` of some heads."""
     place = places[:, None]
     # the first row that could look at two such tokens is the third
     weights = weights_BHTT.double() * ((place > 0)[..., None, :] & (place > 1)[..., None])

@@ -62,29 +62,34 @@ def refit_survivors(
     """
     ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
-        for refit, text in zip(refits, texts_of(refits, windows), strict=True):
+        first: dict[str, Tensor] = {}  # weights before a refit that is judged together with the next one
+        for number, (refit, text) in enumerate(zip(refits, texts_of(refits, windows), strict=True), 1):
             start, name = time.perf_counter(), refit.name()
             fit, fold_of, held = split(text, refit, readers(refit, ranks, sharded=sharding.is_sharded(student)))
             task = RefitTask(
                 student, teacher, record, edits, fit, held, fold_of, ranks, opened, check_stop, states, folder
             )
             expected = task.streams(refit.streams)
-            before = _kl(task, expected)
+            before = _kl_with(task, expected, first)
             if not ranks.first(math.isfinite(before)):
                 raise ValueError(
                     f"refit.{name}: the KL between teacher and student is not finite on held-out calibration text, "
                     "before anything is refitted; check the weights of both, or train in float32 "
                     "(trainer.precision=32-true)"
                 )
-            kept = _weights(student, refit.changes(task))
+            kept = _weights(student, refit.changes(task)) | first
             told = refit.refit(task)
             after = _kl(task, expected)
             better = ranks.first(after < before - _ROUNDING)
-            if not better:
+            waits = not better and refit.prepares and number < len(refits) and ranks.first(math.isfinite(after))
+            if not better and not waits:
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
             events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
             undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
+            undone = f"left for {refits[number].name()}, and judged with it" if waits else undone
+            undone += " (with what waited for it)" if first and not better and not waits else ""
+            first = kept if waits else {}
             events.append(
                 f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
                 + ("" if better else f"; {undone}")
@@ -160,6 +165,21 @@ def _kl(task: RefitTask, expected: Streams) -> float:
     batches = [{"input_ids": windows} for windows in task.held]
     kl = measure_quality(task.student, task.teacher, batches, expected)["kl"]
     sharding.reshard(task.student)  # after a pass the root is whole, and its parameters are not those of the optimizer
+    return kl
+
+
+def _kl_with(task: RefitTask, expected: Streams, others: dict[str, Tensor]) -> float:
+    """`_kl` of the student with other weights, by name; afterwards it has its own again."""
+    if not others:
+        return _kl(task, expected)
+    own = {
+        name: sharding.local(parameter.detach()).cpu().clone()
+        for name, parameter in task.student.named_parameters()
+        if name in others
+    }
+    _put_back(task.student, others)
+    kl = _kl(task, expected)
+    _put_back(task.student, own)
     return kl
 
 

@@ -119,6 +119,19 @@ def test_repeated_windows_begin_as_all_do(rows: int, separator: int | None, widt
     assert restore._text(found, copier()).at.start == half + 1
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "window"), [("restore", "kl", 16), ("gates", "kl", 20), ("gates", "recall", 8)]
+)
+def test_windows_that_miss_nothing_of_the_text_are_refused(name: str, metric: str, window: int) -> None:
+    """All layers would be alike but for rounding, and which of them are converted an accident."""
+    teacher, kind = teacher_of(), {"restore": Restore, "gates": Gates}[name]
+    mixer = Spec(MIXER.target, {**MIXER.kwargs, "window": window})
+    with pytest.raises(ValueError, match=rf"{name}: mixers with windows of {window} tokens are attention itself where"):
+        kind(metric, convert=ConvertTo(mixer))(teacher, teacher, BATCHES)
+    beside = ConvertTo(mixer, {"other": (MIXER, [1])})
+    assert kind(metric, convert=beside)(teacher, teacher, BATCHES).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["restore", "gates"])
 def test_what_stands_at_the_head_of_windows_is_the_runs(name: str, tmp_path: Path) -> None:
     words = ["model=tiny", "data=sample", "data.seq_len=32", "data.bos=window", f"importance={name}", "trainer=cpu"]
@@ -199,7 +212,7 @@ def test_behind_a_gap_a_layer_is_scored_with_its_own_mixer() -> None:
     surgery.apply(student, Record(5), [Remove(1)])
     convert = ConvertTo(MIXER, {"gla": (GLA, "odd")})
     asked = Restore(convert=convert, seed=3).choosing(range(4), 2, (0, 2, 3, 4))
-    _, blocks = asked.in_question(student)
+    _, blocks = asked.in_question(student, 16)
     edits = {at: convert.make(layer, 3) for at, layer in enumerate((0, 2, 3, 4))}
     stack = Stack(student)
     for at, block in blocks.items():

@@ -74,10 +74,9 @@ def projected(mixer: Any, name: str, x: Tensor, activation: Any = lambda y: y) -
             ago = [(n, t - n) for n in range(taps.shape[1]) if t - n >= 0]
             rows.append(sum((taps[:, -1 - n] * y[:, s] for n, s in ago), torch.zeros_like(y[:, 0])))
         y = mixer.conv_activation(torch.stack(rows, dim=1))
-    y = y.unflatten(-1, (-1, mixer.head_dim))
-    if mixer.rotary is not None and name != "v":
-        y = mixer.rotary(y, torch.arange(y.shape[1])[None])
-    return activation(y)
+    if mixer.rotary is not None and name != "v":  # heads of the attention are turned, whatever heads the mixer has
+        y = mixer.rotary(y.unflatten(-1, (-1, 8)), torch.arange(y.shape[1])[None]).flatten(2)
+    return activation(y).unflatten(-1, (-1, mixer.head_dim))
 
 
 def recur(q: Tensor, token: Any, shape: tuple[int, int] = (8, 8)) -> Tensor:
@@ -102,7 +101,7 @@ def normed(mixer: Any, o: Tensor, *, centre: bool = False) -> Tensor:
 
 
 def gated(mixer: Any, o: Tensor, x: Tensor, activation: Any = F.silu) -> Tensor:
-    return o * activation(mixer.gate.proj(x)).unflatten(-1, (6, 8))
+    return o * activation(mixer.gate.proj(x)).unflatten(-1, (-1, mixer.head_dim))
 
 
 # ---- the delta rule --------------------------------------------------------------------------------------------------
@@ -167,7 +166,11 @@ def product(mixer: Any, x: Tensor) -> Tensor:
     betas = [mixer.beta(x)]
     for step in mixer.later:
         twin = SimpleNamespace(
-            projections=step, convs=step.convs, head_dim=8, rotary=mixer.rotary, conv_activation=mixer.conv_activation
+            projections=step,
+            convs=step.convs,
+            head_dim=mixer.head_dim,
+            rotary=mixer.rotary,
+            conv_activation=mixer.conv_activation,
         )
         keys.append(projected(twin, "k", x, mixer.activation))
         values.append(projected(twin, "v", x, mixer.activation))
@@ -181,9 +184,9 @@ def product(mixer: Any, x: Tensor) -> Tensor:
         for j in range(n):
             key, strength = keys[j][b, t, h] / keys[j][b, t, h].norm(), mixer.most * torch.sigmoid(betas[j][b, t, h])
             state = state - strength * torch.outer(key, key @ state) + strength * torch.outer(key, values[j][b, t, h])
-        return 8**-0.5 * q[b, t, h] @ state, state
+        return mixer.head_dim**-0.5 * q[b, t, h] @ state, state
 
-    o = normed(mixer, recur(q, token))
+    o = normed(mixer, recur(q, token, (mixer.head_dim,) * 2))
     return mixer.projections.o_proj((gated(mixer, o, x) if mixer.gate is not None else o).flatten(2))
 
 
@@ -195,6 +198,8 @@ def product(mixer: Any, x: Tensor) -> Tensor:
         {"steps": 1},
         {"steps": 3, "conv_activation": "silu", "activation": "identity"},
         {"steps": 2, "rotary": True},
+        {"steps": 2, "rotary": True, "heads": 3},
+        {"steps": 2, "rotary": True, "heads": 12},
     ],
 )
 def test_deltaproduct_replaces_several_times_a_token(options: dict[str, Any]) -> None:

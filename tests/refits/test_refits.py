@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,6 +306,48 @@ def test_refits_that_read_other_amounts_of_text_share_the_states_of_the_teacher(
     refit_survivors([large, small], other, teacher, record, [Remove(1)], text)
     for one, two in zip(made.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+class _Moved(Magnitude):
+    """A refit that adds a number to the first block's weights; `more` once it was added."""
+
+    prepares = True
+
+    def __init__(self, by: float, *, prepares: bool = True) -> None:
+        super().__init__(tokens=320, held_tokens=96)
+        object.__setattr__(self, "by", by)
+        object.__setattr__(self, "prepares", prepares)
+
+    def refit(self, task: RefitTask) -> list[str]:
+        """Move."""
+        for parameter in Stack(task.student).layers[0].parameters():
+            parameter.add_(self.by)  # type: ignore[attr-defined]
+        return ["moved"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("moves", "told", "left"),
+    [
+        ([_Moved(0.05), _Moved(-0.05, prepares=False)], ["left for _moved", "changed nothing|taken back"], 0.0),
+        ([_Moved(0.05), _Moved(0.02, prepares=False)], ["left for _moved", r"taken back.* \(with what waited"], 0.0),
+        ([_Moved(0.05)], ["taken back"], 0.0),
+        ([_Moved(0.05, prepares=False), _Moved(0.05)], ["taken back", "taken back"], 0.0),
+        ([_Moved(torch.nan), _Moved(-0.05, prepares=False)], ["taken back", "taken back"], 0.0),
+        ([_Moved(0.05), _Moved(-0.06, prepares=False)], ["left for _moved", ""], -0.01),
+    ],
+)
+def test_what_prepares_the_next_refit_is_judged_with_it(moves: Any, told: Sequence[str], left: float) -> None:
+    made, teacher, record = student(edits=())
+    if left:  # the student is off by as much as both moves make up for
+        for parameter in Stack(made).layers[0].parameters():
+            parameter.add_(-left)
+    before = [parameter.clone() for parameter in Stack(made).layers[0].parameters()]
+    said = [line for line in refit_survivors(moves, made, teacher, record, [], text) if "held-out KL" in line]
+    assert len(said) == len(told)
+    assert all(re.search(part, line) for part, line in zip(told, said, strict=True)), said
+    for one, parameter in zip(before, Stack(made).layers[0].parameters(), strict=True):
+        torch.testing.assert_close(parameter, one + left, atol=1e-6, rtol=0)
 
 
 def test_states_leave_room_for_everything_else(

@@ -39,8 +39,9 @@ class T2R(nn.Module):
 
 
 class Hadamard(nn.Module):
-    """(W_1 x + b_1) * (W_2 x + b_2), W [K, K] and b [K] per head, as in the students of arXiv 2504.14366.
+    """(W_1 x + b_1) * (W_2 x + b_2), W [K, K] and b [K] per head.
 
+    In the students of arXiv 2504.14366 all heads share one map.
     Starts as the identity: W_1 = 1, b_1 = 0, W_2 = 0, b_2 = 1. Products have either sign. [..., K] -> [..., K].
     """
 

@@ -122,7 +122,7 @@ def _past(x: Tensor, context: Context, size: int) -> Tensor:
 def _sinks(context: Context, k: Tensor, v: Tensor, seen: Tensor, segments: Tensor, count: int) -> Sinks:
     """The sinks of every token's document; those of the last one go into the cache."""
     first = len(context.last)
-    held = context.past[first + 2].sum(1).long() if context.past else None
+    held = (context.past[first + 2] > 0).sum(1) if context.past else None  # half precision counts to 256
     at = places(seen, segments, held)
     slots = torch.arange(count, device=k.device)
     # where sink j of a token's document is found: in the cache, or in the row behind it; the latest one is its own
