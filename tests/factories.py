@@ -149,7 +149,7 @@ def mixer_variants() -> dict[str, Spec]:
         "sliding_elu1": ("sliding", {"feature_map": "elu1"}),
         "grouped": ("gated_deltanet", {"group": 4}),
         "three_steps": ("deltaproduct", {"steps": 3}),
-        "three_turned": ("deltaproduct", {"steps": 3, "rotary": True, "heads": 3, "conv_activation": "silu"}),
+        "three_turned": ("deltaproduct", {"steps": 3, "rotary": True, "heads": 2, "conv_activation": "silu"}),
         "bare": ("deltaproduct", {"steps": 1, "decay": False, "gate": False, "conv": 0}),
         "shifted": ("rwkv6", {"token_shift": True}),
         "turned": ("gla", {"rotary": True, "conv": 4, "conv_activation": "silu"}),
