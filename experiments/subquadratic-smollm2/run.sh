@@ -69,7 +69,7 @@ for choice in $HYBRIDS; do
   row "hybrid-$choice" experiment=subquadratic mixer=window "${UNALIGNED[@]}" schedule.tokens=0 "${keys[@]}"
 done
 for mixer in $TRAINED; do
-  row "hybrid_$mixer-restore$AT" experiment=local_first mixer="$mixer" schedule.attention_share=0.25 importance=restore schedule.tokens="$TOKENS"
+  row "hybrid_$mixer-restore$AT" experiment=local_first mixer="$mixer" schedule.attention_share=0.25 importance=restore importance.stand_in=64 schedule.tokens="$TOKENS"
 done
 for mixer in $MIXERS; do
   for technique in $TECHNIQUES; do

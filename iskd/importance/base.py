@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from iskd.models import Stack, scoring, surgery
 from iskd.models.capture import Trace
 from iskd.models.hosting import HostedBlock, HostedMixer
-from iskd.plan import Convert, Edit
+from iskd.plan import Convert, Edit, Spec
+
+_WINDOW, _SINKS = "iskd.mixers.sliding.Sliding", 4
 
 
 class WindowImportance(ABC):
@@ -168,13 +170,18 @@ class Conversions(Protocol):
 class AttentionImportance(WindowImportance):
     """An importance of a block's attention, beside the mixer that would stand in its place.
 
-    Args of its subclasses, beside their own: `convert`, the kind of edit that makes the mixers, and `seed` of the run.
+    Args of its subclasses, beside their own: `convert`, the kind of edit that makes the mixers, `seed` of the run, and
+    `stand_in`: before they have learnt, recurrent mixers say next to nothing, and a student of such alone is as far
+    from its teacher with one attention more; softmax in windows of so many tokens, with sinks, stands for them then.
     """
 
     takes = ("convert", "seed")
     convert: Conversions | None
     seed: int
     begin: tuple[int, ...] = ()  # what stands at the head of every window
+    stand_in: int | None = (
+        None  # tokens of windows that stand for mixers which are no attention before they have learnt
+    )
     candidates: tuple[int, ...] | None = None  # which may be converted; None = all that have an attention
     number: int | None = None  # how many of them are going to be converted
     layers: tuple[int, ...] | None = None  # numbers of the student's layers; None = it has all of the teacher's
@@ -211,12 +218,18 @@ class AttentionImportance(WindowImportance):
             for position, edit in edits.items()
             if isinstance(edit, Convert)
         }
+        path = f"{stack.family.attn}.mixer"
+        if self.stand_in is not None:
+            for position, block in made.items():
+                if not getattr(block.get_submodule(path), "exact", 0):
+                    keys = {"window": self.stand_in, "sinks": min(_SINKS, self.stand_in), "feature_map": "none"}
+                    edit = Convert(numbers[position], Spec(_WINDOW, keys), seed=0)
+                    made[position] = surgery.build_converted(stack, stack.layers[position], edit)
         if len(made) < len(found):
             raise ValueError(
                 f"importance={name} says which layers keep their attention when the others are converted: it needs "
                 "edit=convert and a mixer, or another importance"
             )
-        path = f"{stack.family.attn}.mixer"
         least = min(int(getattr(block.get_submodule(path), "exact", 0)) for block in made.values())
         if least >= tokens:
             raise ValueError(

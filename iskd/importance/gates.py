@@ -42,6 +42,7 @@ class Gates(AttentionImportance):
         share: layers that are to keep their attention, of those in question; None = as the schedule says, else 0.25.
         chunk: positions whose logits exist at the same time.
         convert: the kind of edit that makes the mixers. seed: of the run.
+        stand_in: windows of so many tokens stand for recurrent mixers, which have yet to learn; None = they themselves.
 
     Source: FlashMorph (arXiv 2606.30562)
     Needs: calibration tokens (`run.score_tokens`), `edit=convert` and a mixer
@@ -59,6 +60,7 @@ class Gates(AttentionImportance):
         chunk: PositiveInt = 256,
         convert: Conversions | None = None,
         seed: int = 0,
+        stand_in: PositiveInt | None = None,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"importance.metric={metric!r} is unknown: choose {' or '.join(METRICS)}")
@@ -71,7 +73,7 @@ class Gates(AttentionImportance):
                 "negative and a share in (0, 1)"
             )
         self.metric, self.steps, self.lr, self.penalty, self.share = metric, steps, lr, penalty, share
-        self.chunk, self.convert, self.seed = chunk, convert, seed
+        self.chunk, self.convert, self.seed, self.stand_in = chunk, convert, seed, stand_in
 
     def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Gates:
         """These gates among some positions, the `number` lowest of which are going to be converted."""

@@ -39,6 +39,7 @@ class Restore(AttentionImportance):
         width: branches run as one batch; None = 8 on a GPU, 1 on a CPU.
         cache_mb: host memory for the trunk's streams, which spare the next round the blocks below the first restored.
         convert: the kind of edit that makes the mixers. seed: of the run.
+        stand_in: windows of so many tokens stand for recurrent mixers, which have yet to learn; None = they themselves.
 
     Source: restore-one KL: arXiv 2512.20569; the sweep: ours
     Needs: calibration tokens (`run.score_tokens`), `edit=convert` and a mixer
@@ -56,6 +57,7 @@ class Restore(AttentionImportance):
         cache_mb: NonNegativeInt = 256,
         convert: Conversions | None = None,
         seed: int = 0,
+        stand_in: PositiveInt | None = None,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"importance.metric={metric!r} is unknown: choose {', '.join(METRICS)}")
@@ -63,7 +65,7 @@ class Restore(AttentionImportance):
             if value is not None and value < 1:
                 raise ValueError(f"importance.{key} must be at least 1, got {value}")
         self.metric, self.rounds, self.stride, self.width = metric, rounds, stride, width
-        self.convert, self.seed = convert, seed
+        self.convert, self.seed, self.stand_in = convert, seed, stand_in
         self.prefix_cache = PrefixCache(cache_mb)
 
     def choosing(self, candidates: Sequence[int], number: int, layers: Sequence[int]) -> Restore:

@@ -132,6 +132,18 @@ def test_windows_that_miss_nothing_of_the_text_are_refused(name: str, metric: st
     assert kind(metric, convert=beside)(teacher, teacher, BATCHES).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [Restore, Gates])
+def test_windows_stand_for_mixers_that_have_yet_to_learn(kind: Any) -> None:
+    teacher = teacher_of()
+    window = Spec(MIXER.target, {"window": 3, "sinks": 3, "feature_map": "none"})
+    expected = kind("kl", convert=ConvertTo(window))(teacher, teacher, BATCHES)
+    found = kind("kl", convert=ConvertTo(GLA), stand_in=3)(teacher, teacher, BATCHES)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, kind("kl", convert=ConvertTo(GLA))(teacher, teacher, BATCHES))
+    own = [kind("kl", convert=ConvertTo(MIXER), stand_in=size)(teacher, teacher, BATCHES) for size in (None, 3)]
+    assert torch.equal(*own), "a mixer that is attention in its window stands for itself"
+
+
 @pytest.mark.parametrize("name", ["restore", "gates"])
 def test_what_stands_at_the_head_of_windows_is_the_runs(name: str, tmp_path: Path) -> None:
     words = ["model=tiny", "data=sample", "data.seq_len=32", "data.bos=window", f"importance={name}", "trainer=cpu"]
