@@ -171,8 +171,8 @@ class AttentionImportance(WindowImportance):
     """An importance of a block's attention, beside the mixer that would stand in its place.
 
     Args of its subclasses, beside their own: `convert`, the kind of edit that makes the mixers, `seed` of the run, and
-    `stand_in`: before they have learnt, recurrent mixers say next to nothing, and a student of such alone is as far
-    from its teacher with one attention more; softmax in windows of so many tokens, with sinks, stands for them then.
+    `stand_in`: recurrent mixers have yet to learn when layers are chosen; softmax in windows of so many tokens, with
+    sinks, may stand for them.
     """
 
     takes = ("convert", "seed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -86,14 +86,14 @@ def refit_survivors(
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
             events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
-            undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
-            undone = f"left for {refits[number].name()}, and judged with it" if waits else undone
-            undone += " (with what waited for it)" if first and not better and not waits else ""
+            verdict = ""
+            if waits:
+                verdict = f"; left for {refits[number].name()}, and judged with it"
+            elif not better:
+                undone = "it changed nothing" if after == before else f"taken back, so it is {before:.4f} again"
+                verdict = f"; {undone}" + (" (with what waited for it)" if first else "")
             first = kept if waits else {}
-            events.append(
-                f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s"
-                + ("" if better else f"; {undone}")
-            )
+            events.append(f"refit {name}: held-out KL {before:.4f} -> {after:.4f} in {seconds:.0f} s{verdict}")
     student.train(training)  # blocks that were opened are other modules than those whose modes were put back
     return events
 
@@ -172,11 +172,7 @@ def _kl_with(task: RefitTask, expected: Streams, others: dict[str, Tensor]) -> f
     """`_kl` of the student with other weights, by name; afterwards it has its own again."""
     if not others:
         return _kl(task, expected)
-    own = {
-        name: sharding.local(parameter.detach()).cpu().clone()
-        for name, parameter in task.student.named_parameters()
-        if name in others
-    }
+    own = _named(task.student, others)
     _put_back(task.student, others)
     kl = _kl(task, expected)
     _put_back(task.student, own)
@@ -186,10 +182,15 @@ def _kl_with(task: RefitTask, expected: Streams, others: dict[str, Tensor]) -> f
 def _weights(student: PreTrainedModel, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     """The weights of some modules of the student, by their names there; in shards those that are here."""
     held = {id(parameter) for module in modules for parameter in module.parameters()}
+    return _named(student, {name for name, parameter in student.named_parameters() if id(parameter) in held})
+
+
+def _named(student: PreTrainedModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Copies of the weights of these names; in shards of what is here."""
     return {
         name: sharding.local(parameter.detach()).cpu().clone()
         for name, parameter in student.named_parameters()
-        if id(parameter) in held
+        if name in names
     }
 
 

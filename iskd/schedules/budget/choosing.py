@@ -219,9 +219,8 @@ class Chooser:
         for (one, other), together in zip(new, found, strict=True):
             alone = [self.scorer.rows[single] for single in (one, other)]
             read = min(map(len, (together, *alone)))  # of the same windows, on which what is difficult is so for all
-            self._pairs[one, other] = sum(
-                sign * rows[:read].mean().item() for sign, rows in ((1, together), (-1, alone[0]), (-1, alone[1]))
-            )
+            both, *each = (rows[:read].mean().item() for rows in (together, *alone))
+            self._pairs[one, other] = both - sum(each)
         return True
 
     # ---- around a student -------------------------------------------------------------------------------------------

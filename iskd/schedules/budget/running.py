@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.models import Stack, surgery
+from iskd.models import Stack
 from iskd.models.packing import Separator
 from iskd.models.weights import model_sha256
-from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE, work_in
 from iskd.plan.trainer_settings import with_defaults
+from iskd.schedules.budget.costs import made
 from iskd.schedules.budget.options import edits_of
 from iskd.schedules.budget.search import Place, request_of, search, settled
 from iskd.schedules.budget.settings import LIMITS, Budget
@@ -168,13 +168,11 @@ def _agrees(plan: BudgetPlan, budget: Budget, asked: Asked) -> None:
     others = sorted({*plan.choice} - {KEEP, *(budget.use or plan.options)})
     if others:
         raise ValueError(f"budget.plan={budget.plan} has {', '.join(others)}, and budget.use does not: {end}")
-    if budget.native:
-        record = Record(len(plan.choice)).extended(edits_of(plan))
-        if not asked.native(surgery.rebuild(asked.teacher, record, "meta")):
-            raise ValueError(
-                f"budget.plan={budget.plan} makes a student that plain transformers does not open, and "
-                f"budget.native=true: {end}"
-            )
+    if budget.native and not asked.native(made(asked.teacher, edits_of(plan))[0]):
+        raise ValueError(
+            f"budget.plan={budget.plan} makes a student that plain transformers does not open, and "
+            f"budget.native=true: {end}"
+        )
 
 
 def _kept(plan: BudgetPlan, file: Path) -> BudgetPlan:
