@@ -44,8 +44,10 @@ def for_stage(refits: Sequence[Refit], stage: Stage, window: int, ranks: Ranks, 
 
 def texts_of(refits: Sequence[Refit], windows: Windows) -> list[list[Tensor]]:
     """The windows of every refit: those of the one that reads most, and of these so many as another one reads."""
+    if not refits:
+        return []  # and what is not read stands in no record
     asked = [refit.tokens + refit.held_tokens for refit in refits]
-    whole = list(windows(max(asked, default=1)))
+    whole = list(windows(max(asked)))
     if not whole or len({*asked}) < 2:
         return [whole for _ in refits]
     every = torch.cat(whole)

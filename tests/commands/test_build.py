@@ -99,7 +99,7 @@ def test_layers_are_chosen_with_the_runs_own_tokenizer(tmp_path: Path, monkeypat
     run_lock.release(tmp_path / "run" / LOCK_FILE)
     assert [each.tokenizer is parts.teacher.tokenizer for each in parts.importances] == [True, True]
     named = TaskAccuracy(tasks=["copy"], tokenizer="somewhere")
-    build.read_with(parts.teacher.tokenizer, [named, None])
+    build.read_with(parts.teacher.tokenizer, [named, None], None)
     assert named.tokenizer == "somewhere"
 
 

@@ -35,7 +35,7 @@ def features(mixer: Any, name: str, x: Tensor, head: int) -> Tensor:
 
 def linear(mixer: Any, x: Tensor) -> Tensor:
     """Query by query over all keys before it."""
-    q, k, v = (projected(mixer, name, x, mixer.conv_activation) for name in "qkv")
+    q, k, v = (projected(mixer, name, x) for name in "qkv")
     rows = []
     for b in range(x.shape[0]):
         outputs = []
