@@ -36,7 +36,7 @@ from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 SCORES = HERE / "scores"
 TASKS = {"lambada": "acc", "arc_easy": "acc", "copy": "led"}
-FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "found", "choice")
+FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "refitted_kl", "found", "choice")
 _AROUND_THE_TEACHER = ("single scores", "next best", "random")
 
 
@@ -45,8 +45,8 @@ def score(run: Path, data: Path, items: int, tokens: int) -> None:
     [row] = scoring.score(run, None, scoring.Scorer(data, items, tokens, metrics=TASKS), SCORES)
     plan = read_plan(run / BUDGET_FILE)
     facts = {
-        "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "costs": plan.costs,
-        "measured": plan.measured, "limits": plan.limits, "search_seconds": plan.seconds,
+        "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "refitted_kl": plan.refitted_kl,
+        "costs": plan.costs, "measured": plan.measured, "limits": plan.limits, "search_seconds": plan.seconds,
         "tried": [[each.predicted, each.measured] for each in plan.tried],
     }  # fmt: skip
     (SCORES / f"{run.name}.json").write_text(json.dumps({**row, **facts}))
@@ -67,7 +67,10 @@ def draw(plan: BudgetPlan, seed: int) -> BudgetPlan:
         size -= sizes[choice[layer]]
     added = sum(plan.scores[layer].get(name, 0.0) for layer, name in enumerate(choice) if name != KEEP)
     values = {**plan.to_json(), "choice": choice, "tried": [], "found": "random", "front": [], "added_kl": added}
-    drawn = plan_of({**values, "costs": {"params": size}, "predicted_kl": 0.0, "measured_kl": 0.0}, "a random plan")
+    drawn = plan_of(
+        {**values, "costs": {"params": size}, "predicted_kl": 0.0, "measured_kl": 0.0, "refitted_kl": None},
+        "a random plan",
+    )
     edits_of(drawn)
     return drawn
 
@@ -94,7 +97,8 @@ def front(plans: Path) -> None:
         drawn = method == "random"
         predicted = calibration.of(_promise(plan.choice, plan.added_kl or 0.0)) if drawn else plan.predicted_kl
         measured = "" if drawn else round(plan.measured_kl, 5)
-        kls = [round(plan.added_kl or 0.0, 5), round(predicted, 5), measured]
+        refitted = "" if plan.refitted_kl is None else round(plan.refitted_kl, 5)
+        kls = [round(plan.added_kl or 0.0, 5), round(predicted, 5), measured, refitted]
         rows.append([method, plan.asked["params"], int(plan.costs["params"]), *kls, plan.found, " ".join(plan.choice)])
     with (HERE / "front.csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")

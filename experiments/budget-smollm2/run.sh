@@ -3,22 +3,22 @@
 # options and scores by the library, so that it may be stopped anywhere and started again, with more SHARES too.
 #
 #   DATA     folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
-#   SHARES   of the blocks' parameters; all five of the question: SHARES="0.9 0.8 0.7 0.6 0.5"
+#   SHARES   of the blocks' parameters
 #   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; none = these rows are left out
 #   METHODS  of mixed, removal, slim, merge, width, random
 #   TOKENS   training tokens of every run, 0 = as refitted; REFIT: tokens of the refit before; SEEDS: order of the data
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
 #   FIT, HELD, SCORE, RACE   tokens that options are fitted to and judged by, that students and single options are scored on
-#   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS: see conf/budget/default.yaml, whose values are
-#            FIT=8192 HELD=2048 SCORE=4096 RACE=null EPOCHS=1 ROUNDS=2 PAIRS=16 PLANS=3
+#   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS, FINALISTS: see conf/budget/default.yaml, whose values are
+#            FIT=8192 HELD=2048 SCORE=4096 RACE=null EPOCHS=1 ROUNDS=2 PAIRS=16 PLANS=3 FINALISTS=4
 #   ITEMS    of each task, at most; TEXT: tokens of each text that perplexity is measured on
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
-SHARES=${SHARES:-0.8 0.6}
+SHARES=${SHARES:-0.9 0.8 0.7 0.6 0.5}
 DECODE=${DECODE:-}
 METHODS=${METHODS:-mixed removal slim merge width random}
-TOKENS=${TOKENS:-14848}
+TOKENS=${TOKENS:-4096}
 SEEDS=${SEEDS:-0 1}
 ONLY=${ONLY:-*}
 TRAINER=${TRAINER:-auto}
@@ -30,7 +30,7 @@ TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.g
        data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE"
        budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
        budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
-       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}")
+       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-4}")
 RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false schedule.tokens="$TOKENS"
      data.batch_size=1 refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048)
 

@@ -26,7 +26,8 @@ _Amounts = Annotated[dict[str, Number], Field(max_length=16)]
 class TriedPlan:
     """A plan that was built and measured beside the one that was taken; see `iskd.schedules.budget.choosing`.
 
-    `added` is its KL by added scores, `predicted` what the other measured plans make of that.
+    `added` is its KL by added scores, `predicted` what the other measured plans make of that, `refitted` that of the
+    plans which were refitted as a whole.
     """
 
     choice: Annotated[tuple[_NAME, ...], _MOST]
@@ -34,6 +35,7 @@ class TriedPlan:
     measured: Number
     found: Annotated[str, Field(max_length=256)] = ""
     added: Number | None = None
+    refitted: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ class BudgetPlan:
         predicted_kl, measured_kl: nats per token on text held out for scores, of a student of blocks that the library
             has fitted one by one; the run fits them anew and trains.
         added_kl: by added scores as they are, which mostly say too little.
+        refitted_kl: of this plan on the same text, refitted as a whole; None = the search refitted none.
         rank_correlation: Spearman's, of predicted and measured KL over the plans that were measured for this budget and
             the others of the same search. compared: how many these were.
         found: by what the plan was found.
         scores: by layer the KL of every option alone.
-        tried: the plans that were measured, the best first.
+        tried: the plans that were measured, the best first; refitted ones before others.
         front: shares of the blocks and predicted KL, by single scores, in the limit that was asked for first.
         seconds: what the library, the scores and the search took.
         context, batch: at which cache and time count.
@@ -82,6 +85,7 @@ class BudgetPlan:
     predicted_kl: Number = float("nan")
     measured_kl: Number = float("nan")
     added_kl: Number | None = None
+    refitted_kl: Number | None = None
     rank_correlation: Number | None = None
     compared: Count = 0
     found: Annotated[str, Field(max_length=256)] = ""

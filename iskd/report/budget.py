@@ -54,6 +54,8 @@ def _told(plan: BudgetPlan) -> Iterator[str]:
         )
     added = "" if plan.added_kl is None else f" (by added scores {kl_text(plan.added_kl)})"
     measured = f"measured {kl_text(plan.measured_kl)} with the blocks of the library"
+    if plan.refitted_kl is not None:
+        measured += f", {kl_text(plan.refitted_kl)} refitted as a whole"
     yield f"KL predicted {kl_text(plan.predicted_kl)}{added}, {measured}"
     if plan.rank_correlation is not None:
         yield _ranked(plan)
@@ -96,6 +98,8 @@ def budget_section(plan: BudgetPlan | None, measured: Mapping[str, float]) -> st
     if plan.added_kl is not None:
         rows.append(["KL by added scores", "0", kl_text(plan.added_kl), ABSENT, ABSENT])
     rows.append(["KL", "0", kl_text(plan.predicted_kl), kl_text(plan.measured_kl), _known("kl", measured, kl_text)])
+    if plan.refitted_kl is not None:
+        rows.append(["KL, refitted as a whole", "0", ABSENT, kl_text(plan.refitted_kl), ABSENT])
     heads = ("", "teacher", "predicted", "measured, of blocks of the library", "of the finished student")
     table = html.table("Predicted and measured", heads, rows, kind="named")
     return html.section("Budget", f"{table}{html.figures(drawn)}")

@@ -34,10 +34,6 @@ def within_budget(config: DictConfig, teacher: Loaded, data: TextData, run_dir: 
         raise ValueError("budget= finds the steps of schedule=mixed: leave schedule.steps out, or drop budget=")
     if start is not None:
         raise ValueError(f"budget= plans for a teacher, and {start} is a student: give model= its teacher")
-    refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
-    for refit in refits:  # a search takes long, and its plan would be refused for this
-        refit.check(Stack(teacher.model))
-    check_sizes([(Stage("removals", (Remove(0),)), refits)], [])
     plan = plan_for(object_of(config.budget), asked_of(config, teacher, data), run_dir)
     if global_rank() == 0:
         print_table(choice_table(plan))
@@ -50,7 +46,14 @@ def within_budget(config: DictConfig, teacher: Loaded, data: TextData, run_dir: 
 
 
 def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
-    """What a search for plans needs of a run."""
+    """What a search for plans needs of a run.
+
+    Raises ValueError for refits that no plan could carry out.
+    """
+    refits = [object_of(config.refit[name]) for name in config.get("refit") or ()]
+    for refit in refits:  # a search takes long, and its plan would be refused for this
+        refit.check(Stack(teacher.model))
+    check_sizes([(Stage("removals", (Remove(0),)), refits)], [])
     dtype = (export_of(plain(config.export)) or {}).get("dtype", "auto")
     return Asked(
         teacher=teacher.model,
@@ -61,5 +64,6 @@ def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
         stored=str(teacher.source.get("stored", "float32")) if dtype == "auto" else dtype,
         seed=config.seed,
         native=lambda model: native_config(model) is not None,
+        refits=refits,
         note=lambda sentence: terminal().print(sentence, soft_wrap=True),
     )

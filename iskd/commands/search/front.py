@@ -34,6 +34,7 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
         "predicted_kl",
         "added_kl",
         "measured_kl",
+        "refitted_kl",
         "rank_correlation",
         "compared",
         *_COSTS,
@@ -47,7 +48,8 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
         shares = [_share(plan, key) for key in _COSTS]
         shares_told = ["" if math.isnan(share) else share for share in shares]
         choice = " ".join(plan.choice)
-        kls = [plan.predicted_kl, "" if plan.added_kl is None else plan.added_kl, plan.measured_kl]
+        added, refitted = ("" if kl is None else kl for kl in (plan.added_kl, plan.refitted_kl))
+        kls = [plan.predicted_kl, added, plan.measured_kl, refitted]
         ranked = ["" if plan.rank_correlation is None else plan.rank_correlation, plan.compared]
         rows.append([file.name, *kls, *ranked, *costs, *shares_told, plan.found, choice])
     return [write_csv(folder / FRONT, rows), *files]
@@ -56,7 +58,7 @@ def write_plans(folder: Path, plans: Sequence[BudgetPlan]) -> list[Path]:
 def front_table(plans: Sequence[BudgetPlan]) -> Table:
     """A row for every budget."""
     table = Table(title="plans by budget")
-    for head in ("budget", "parameters", "of the teacher", "KL predicted", "measured", "layers"):
+    for head in ("budget", "parameters", "of the teacher", "KL predicted", "measured", "refitted", "layers"):
         table.add_column(head, justify="left" if head in ("budget", "layers") else "right")
     for plan in plans:
         told = ", ".join(f"{key}={value}" for key, value in plan.asked.items())
@@ -65,7 +67,8 @@ def front_table(plans: Sequence[BudgetPlan]) -> Table:
         table.add_row(
             Text(told), f"{plan.costs.get('params', math.nan):,.0f}",
             ABSENT if math.isnan(share) else f"{100 * share:.1f} %",
-            kl_text(plan.predicted_kl), kl_text(plan.measured_kl), Text(layers),
+            kl_text(plan.predicted_kl), kl_text(plan.measured_kl),
+            ABSENT if plan.refitted_kl is None else kl_text(plan.refitted_kl), Text(layers),
         )  # fmt: skip
     seconds = plans[0].seconds if plans else {}
     spent = ", ".join(f"{name} {number(value)} s" for name, value in seconds.items() if name != "search")

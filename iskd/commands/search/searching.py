@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """The command of this process; without `budget=` the options are those of `budget=default`."""
-    if not any(argument.startswith("budget=") for argument in sys.argv):
+    """The command of this process; without `experiment=` it searches for what `experiment=budget` carries out."""
+    if not any(argument.startswith("experiment=") for argument in sys.argv):
+        sys.argv.append("experiment=budget")
+    elif not any(argument.startswith("budget=") for argument in sys.argv):
         sys.argv.append("budget=default")
     _main()
 

@@ -38,6 +38,30 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A plan that was built from the library.
+
+    Attributes:
+        choice: an option for every layer.
+        promise: KL by added scores.
+        measured: KL on all windows held out for scores, nats, of blocks as the library has them.
+        found: by what.
+        refitted: the same after a refit of the whole student; None = it was not refitted.
+    """
+
+    choice: tuple[str, ...]
+    promise: Promise
+    measured: float
+    found: str
+    refitted: float | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Lower is better: what was refitted comes first, as nothing is known of the others."""
+        return self.refitted is None, self.measured if self.refitted is None else self.refitted
+
+
+@dataclass(frozen=True)
 class Calibration:
     """From promises to predictions.
 

@@ -1,11 +1,10 @@
-"""From scores to the best plan: added single scores, then depth before width, then rounds around the best one.
+"""From scores to the best plans: added single scores, then depth before width, then rounds around the best one.
 
 Added scores of single layers mispredict whole blocks that leave together. So beside the choice that they suggest (with
-the common cost of neighbours measured and added), layers are taken out one by one, each time the one that the student
-so far misses least, and at several depths of that chain the rest of the budget is spent on width, by scores that are
-taken anew around that student. All these plans are built from the library and measured; around the best one scores are
-taken again, and a better plan is looked for within some changes. What was measured also puts right what scores promise
-(`calibration`).
+the common cost of neighbours measured and added), layers are taken out, one by one or as one gap (`depth`), and at
+several depths the rest of the budget is spent on width, by scores that are taken anew around that student. All these
+plans are built from the library and measured; around the best one scores are taken again, and a better plan is looked
+for within some changes. What was measured also puts right what scores promise (`calibration`).
 
 Source: "depth first, then width" after Puzzle's experience with dropped blocks (arXiv 2411.19146); chain, pairs and
 rounds, ours.
@@ -15,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from iskd.plan.budget_plan import KEEP
-from iskd.schedules.budget.calibration import Calibration, Promise, left_out, rank_correlation
+from iskd.schedules.budget.calibration import Calibration, Promise, Tried, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
-from iskd.schedules.budget.depth import Chain, coarse, possible
+from iskd.schedules.budget.depth import Chain, Gap, coarse, possible
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.solver import Pair, Problem, problem_of, require, smallest, solve
@@ -31,23 +30,6 @@ _APART = 2  # layers in which the next best plans have to differ
 _STEP = 0.1  # of the teacher's layers, between two depths that are tried
 _REACH = 0.25  # of the layers, that a round may change
 _HOPELESS = 3.0  # times the best KL so far, at which taking out layers ends
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan that was built from the library.
-
-    Attributes:
-        choice: an option for every layer.
-        promise: KL by added scores.
-        measured: KL on all windows held out for scores, nats, of blocks as the library has them.
-        found: by what.
-    """
-
-    choice: Choice
-    promise: Promise
-    measured: float
-    found: str
 
 
 class Chooser:
@@ -71,10 +53,11 @@ class Chooser:
         self._pairs: dict[Pair, float] = {}
         self._kl: dict[Choice, float] = {}
         self._seen: dict[Choice, Tried] = {}
-        self._chains = [Chain(scorer, scores)]
+        self._chains: list[Chain | Gap] = [Chain(scorer, scores)]
         if alike is not None and any(option.merges for option in scorer.options.values()):
             # a layer below a merge is kept, so that of one width for all nothing else could be spent on width
             self._chains.append(Chain(scorer, scores, merges=False))
+        self._chains.append(Gap(scorer))
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -121,9 +104,8 @@ class Chooser:
             problem = replace(problem, refused=[(choice, _APART) for choice in tried])
             if note(solve(problem), problem, "next best by single scores") is None:
                 break
-        if self.budget.rounds:
-            for chain in self._chains:
-                self._depth_first(chain, limits, note, tried)
+        for chain in self._chains:
+            self._depth_first(chain, limits, note, tried)
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
             around = self.around(best.choice)
@@ -244,42 +226,53 @@ class Chooser:
 
     def _depth_first(
         self,
-        chain: Chain,
+        chain: Chain | Gap,
         limits: Mapping[str, float],
         note: Callable[..., Tried | None],
         tried: Mapping[Choice, Tried],
     ) -> None:
-        """Plans that take out some layers of the chain and spend the rest of the budget on the others."""
+        """Plans that take out some layers of the chain and spend the rest of the budget on the others.
+
+        Where finalists are refitted worse ones may be ahead then, and all depths are tried.
+        """
         step, worse, count = max(1, round(_STEP * self.depth)), 0, 0
-        while self.removes and worse < 2:
+        while self.removes and (worse < 2 or self.budget.finalists > 1):
             count += step
             best = min(found.measured for found in tried.values())
             base, enough = self._taken_out(chain, count, limits, _HOPELESS * best)
             if base is None:
                 return
             if enough:  # layers alone are enough
-                note(base, self.problem(limits), f"{_gone(base, self.removes)} layers out")
+                note(base, self.problem(limits), f"{_gone(base, self.removes)} {chain.said} out")
                 return
             fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
             if solve(replace(self.problem(limits, self.scores), fixed=fixed)) is None:
                 continue  # no width is small enough: more layers have to go
-            problem = replace(self.problem(limits, self.around(base)), fixed=fixed)
-            found = note(solve(problem), problem, f"{len(fixed)} layers out, then width", base)
+            scores = self.around(base) if self.budget.rounds else self.scores | dict.fromkeys(enumerate(base), 0.0)
+            problem = replace(self.problem(limits, scores), fixed=fixed)
+            found = note(solve(problem), problem, f"{len(fixed)} {chain.said} out, then width", base)
             worse = worse + 1 if found is None or found.measured > best else 0
 
     def _taken_out(
-        self, chain: Chain, count: int, limits: Mapping[str, float], hopeless: float
+        self, chain: Chain | Gap, count: int, limits: Mapping[str, float], hopeless: float
     ) -> tuple[Choice | None, bool]:
         """The student without `count` layers, or fewer where that is within the limits; None where it is no use."""
         base: Choice | None = None
-        for fewer in range(1, count + 1):
-            base = chain.without(fewer)
-            if base is None:
-                return None, False
-            costs = self.costs.of(base)
-            if all(costs[key] <= limit for key, limit in limits.items()):
-                return base, True
-        return (None, False) if base is None or self.kl(base) > hopeless else (base, False)
+        enough = False
+        for fewer in range(count, 0, -1):
+            student = chain.without(fewer)
+            if student is None:
+                continue  # fewer may be all that can go, and enough
+            if not self._keeps(student, limits):
+                base = student if fewer == count else base
+                break
+            base, enough = student, True
+        return (None, False) if base is None or not (enough or self.kl(base) <= hopeless) else (base, enough)
+
+    def _keeps(self, choice: Choice, limits: Mapping[str, float]) -> bool:
+        """Whether a student is within the limits, by what is predicted."""
+        costs = self.costs.of(choice)
+        return all(costs[key] <= limit for key, limit in limits.items())
 
 
 def _measured(tried: Tried) -> float:

@@ -1,9 +1,12 @@
-"""Layers taken out one by one, each time the one that the student so far misses least: such scores do not add up.
+"""Layers that are taken out together, by the KL of the student without all of them: single scores do not add up.
 
+Either one by one, each time the one that the student so far misses least, or neighbours, which leave one gap: that is
+missed more at first, and a refit of what is left makes up for more of it (experiments/refit-smollm2, layers.csv).
 Whoever was missed much is not asked at every step: those that were missed least when they were last asked are.
 
 Source: leave-one-out and repeat, as ILD (arXiv 2511.05085), here without healing in between; a merge competes with the
-removal of the same layer. Asking few again is the lazy greedy search of Minoux (1978), as a heuristic here.
+removal of the same layer. Asking few again is the lazy greedy search of Minoux (1978), as a heuristic here. One gap by
+its common cost: ours.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ _COARSE = 0.25  # share of the windows on which scores around a student are take
 class Chain:
     """Students with ever fewer layers, made as far as somebody asks; their other layers are the teacher's.
 
+    Attributes:
+        said: what is taken out, for people.
+
     Args:
         scorer: asks for KLs.
         scores: of single options, nats.
@@ -32,6 +38,7 @@ class Chain:
     def __init__(
         self, scorer: Scorer, scores: Mapping[Single, float], asked: int = _ASKED, *, merges: bool = True
     ) -> None:
+        self.said = "layers"
         self._scorer, self._students, self._asked = scorer, [scorer.whole], asked
         options = scorer.options
         self._missed = {
@@ -63,6 +70,40 @@ class Chain:
         kls = scorer.values(base, changed, windows, what="taking out layers").mean((1, 2)).tolist()
         self._missed |= {single: kl - kls[0] for single, kl in zip(left, kls[1:], strict=True)}
         return min(zip(kls[1:], changed[1:], strict=True))[1]
+
+
+class Gap:
+    """Students without so many neighbours, of all places the one where they are missed least.
+
+    Attributes:
+        said: what is taken out, for people.
+
+    Args:
+        scorer: asks for KLs.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.said = "neighbouring layers"
+        self._scorer, self._students = scorer, dict[int, Choice | None]()
+        options = scorer.options.values()
+        self._removal = next((option.name for option in options if option.removes and not option.merges), None)
+
+    def without(self, count: int) -> Choice | None:
+        """The student without so many layers; None where as many cannot go."""
+        if count not in self._students:
+            self._students[count] = self._least(count)
+        return self._students[count]
+
+    def _least(self, count: int) -> Choice | None:
+        scorer, left = self._scorer, self._scorer.depth - count
+        if self._removal is None or left < 1:
+            return None
+        changed = [
+            (*(KEEP,) * start, *(self._removal,) * count, *(KEEP,) * (left - start)) for start in range(left + 1)
+        ]
+        windows = coarse(len(scorer.windows))
+        kls = scorer.values(scorer.whole, changed, windows, what="taking out neighbours").mean((1, 2)).tolist()
+        return min(zip(kls, changed, strict=True))[1]
 
 
 def coarse(windows: int) -> range:

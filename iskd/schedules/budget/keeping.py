@@ -1,22 +1,34 @@
-"""The best plan that keeps its limits when it is built: limits of time are measured on whole students, also at last."""
+"""The best plan when it is built: nearest once it is refitted, and within its limits of time, which are measured.
+
+What a refit of the whole student gives back differs by the kind of edit, more for a gap than for blocks that were
+fitted one by one. So the best plans of different depths are refitted as the run will refit its student, and the nearest
+one then is the best. What layers take does not add up to what the student takes either: limits of time are measured on
+whole students, also at last.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from iskd.evaluation import measure_quality
+from iskd.plan import Convert
 from iskd.plan.budget_plan import read_plan
 from iskd.plan.run_files import BUDGET_FILE
-from iskd.schedules.budget.choosing import Chooser, Tried
+from iskd.refits import Refit, refit_survivors
+from iskd.schedules.budget.calibration import Tried
+from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Told, side_by_side
 from iskd.schedules.budget.settings import TIMES, Budget
-from iskd.schedules.budget.students import Choice
+from iskd.schedules.budget.students import Choice, apart
+from iskd.schedules.budget.text import Texts
 
 _SLACK = 1.02  # of a limit of time, which is never measured twice alike
 _TIGHTENED = 5  # times that a limit of time is drawn tighter
@@ -34,28 +46,96 @@ class Found:
     seconds: float
 
 
+@dataclass
+class Finals:
+    """Refits the best plans of different depths, each once, on the text that options are fitted to.
+
+    Attributes:
+        chooser: has found them.
+        texts: of the budget.
+        refits: those of the run, in order.
+        seed: of fresh weights.
+        told: called with what is being done, how much of it is done, and of how much.
+    """
+
+    chooser: Chooser
+    texts: Texts
+    refits: Sequence[Refit]
+    seed: int
+    told: Told
+    _known: dict[Choice, float] = field(default_factory=dict)
+
+    def of(self, tried: Sequence[Tried]) -> list[Tried]:
+        """Plans, the nearest after its refit first; behind these by KL the ones that were not refitted.
+
+        Args:
+            tried: the best by KL first.
+        """
+        chosen = finalists(tried, self.chooser.removes, self.chooser.budget.finalists)
+        if len(chosen) > 1:
+            for number, each in enumerate(chosen):
+                if each.choice not in self._known:
+                    self.told("refitting the best plans", number, len(chosen))
+                    self._known[each.choice] = self._refitted(each.choice)
+        found = [replace(each, refitted=self._known.get(each.choice)) for each in tried]
+        return sorted(found, key=lambda each: each.rank)
+
+    def _refitted(self, choice: Choice) -> float:
+        """KL on the text for scores, nats."""
+        scorer, budget, texts = self.chooser.scorer, self.chooser.budget, self.texts
+        student, record, edits = apart(scorer.teacher, choice, scorer.options, scorer.library, self.seed)
+        mixers = any(isinstance(edit, Convert) for edit in edits)
+        refits = [
+            replace(refit, tokens=budget.fit_tokens, held_tokens=budget.held_tokens)
+            for refit in self.refits
+            if mixers or not refit.for_mixers
+        ]
+        refit_survivors(refits, student, scorer.teacher, record, edits, lambda _tokens: [*texts.fit, *texts.held])
+        return measure_quality(student, scorer.teacher, [{"input_ids": window} for window in texts.score])["kl"]
+
+
+def finalists(tried: Sequence[Tried], removes: Collection[str], count: int) -> list[Tried]:
+    """The best plan, and the best of other depths, spread over all that there are from the deepest cut on.
+
+    A depth is a number of layers that are gone, in one gap or not. Where there are fewer depths the next best follow.
+
+    Args:
+        tried: the best by KL first.
+        removes: names of the options that leave no layer.
+        count: how many at most.
+    """
+    depths = dict[tuple[int, bool], Tried]()
+    for each in tried:
+        runs = [len([*run]) for gone, run in groupby(name in removes for name in each.choice) if gone]
+        depths.setdefault((sum(runs), len(runs) == 1), each)
+    deepest = [depths[depth] for depth in sorted(depths, reverse=True)]
+    pace = (len(deepest) - 1) / max(1, count - 2)
+    spread = [deepest[round(at * pace)] for at in range(count - 1)]
+    return [*{each.choice: each for each in (*tried[:1], *spread, *tried)}.values()][:count]
+
+
 def kept_within(
-    budget: Budget, limits: dict[str, float], chooser: Chooser, dtype: torch.dtype | None, told: Told
+    budget: Budget, limits: dict[str, float], finals: Finals, dtype: torch.dtype | None, told: Told
 ) -> Found:
     """Search, and have the best few plans measured; where none of them keeps the limits of time, search within less.
 
-    What layers take does not add up to what the student takes. A limit is drawn tighter by as much as the best plan so
-    far takes more than predicted, which leaves that plan out, until one keeps the limits or there is none left.
+    A limit is drawn tighter by as much as the best plan so far takes more than predicted, which leaves that plan out,
+    until one keeps the limits or there is none left.
 
     Args:
         budget: one.
         limits: as amounts of a whole student, which can be met by what is predicted.
-        chooser: finds plans.
+        finals: refits the plans that are found.
         dtype: in which times are measured; None = that of the teacher in memory.
         told: called with what is being done, how much of it is done, and of how much.
     """
-    start = time.perf_counter()
+    start, chooser = time.perf_counter(), finals.chooser
     if not budget.timed:
-        every = chooser.find(limits)
+        every = finals.of(chooser.find(limits))
         return Found(every[0], every, {}, time.perf_counter() - start)
     tried, rows, bounds = dict[Choice, Tried](), dict[Choice, _Timed](), limits
     for _ in range(1 + _TIGHTENED):
-        found = chooser.find(bounds)
+        found = finals.of(chooser.find(bounds))
         tried |= {each.choice: each for each in found}
         best = _timed(budget, limits, found, rows, chooser, dtype, told)
         tighter = _tighter(best, limits, bounds, chooser) if best.over(limits) else None
@@ -69,7 +149,7 @@ def kept_within(
             "limit is %.4g ms; it is taken all the same",
             over[0], budget.asked[over[0]], len(rows), best.measured[over[0]], limits[over[0]],
         )  # fmt: skip
-    every = sorted(tried.values(), key=lambda each: each.measured)
+    every = sorted(tried.values(), key=lambda each: each.rank)
     return Found(best.plan, every, best.measured, time.perf_counter() - start)
 
 
@@ -84,11 +164,11 @@ class _Timed:
         """The limits of time that it does not keep."""
         return [key for key in TIMES if key in limits and self.measured[key] > _SLACK * limits[key]]
 
-    def rank(self, limits: dict[str, float]) -> tuple[bool, float]:
+    def rank(self, limits: dict[str, float]) -> tuple[bool, bool, float]:
         """Lower is better: of plans that keep the limits by KL, of others by how far they are over."""
         if not self.over(limits):
-            return False, self.plan.measured
-        return True, max(self.measured[key] / limits[key] for key in TIMES if key in limits)
+            return False, *self.plan.rank
+        return True, False, max(self.measured[key] / limits[key] for key in TIMES if key in limits)
 
 
 def _timed(

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ _EXAMPLES = {
 }
 _EXAMPLE = "{edit: remove}"
 _TRIAL = (2, 8)  # windows and tokens on which an option is tried
+At = TypeVar("At")  # the layer of an option, or all its layers
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,12 @@ def used(plan: BudgetPlan) -> list[tuple[Option, list[int]]]:
     Raises ValueError where an option of the plan is described wrongly.
     """
     chosen = [(name, layers) for name, layers in choice_map(plan) if name != KEEP]
-    found = [(_option(name, plan.options[name]), layers) for name, layers in chosen]
-    return sorted(found, key=lambda each: (not each[0].merges, not each[0].removes))
+    return in_order([(_option(name, plan.options[name]), layers) for name, layers in chosen])
+
+
+def in_order(chosen: Sequence[tuple[Option, At]]) -> list[tuple[Option, At]]:
+    """Options in the order to carry them out: merges, removals, others."""
+    return sorted(chosen, key=lambda each: (not each[0].merges, not each[0].removes))
 
 
 def edits_of(plan: BudgetPlan) -> list[Edit]:

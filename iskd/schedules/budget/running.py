@@ -20,6 +20,7 @@ from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE, work_in
 from iskd.plan.trainer_settings import with_defaults
+from iskd.refits import Refit
 from iskd.schedules.budget.costs import made
 from iskd.schedules.budget.options import edits_of
 from iskd.schedules.budget.search import Place, request_of, search, settled
@@ -47,6 +48,7 @@ class Asked:
         stored: type of the exported weights.
         seed: of the run.
         native: whether plain transformers opens a student.
+        refits: of the run, in order.
         note: called with sentences for people.
     """
 
@@ -58,6 +60,7 @@ class Asked:
     stored: str
     seed: int
     native: Callable[[PreTrainedModel], bool]
+    refits: Sequence[Refit]
     note: Callable[[str], None]
 
 
@@ -78,8 +81,8 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
                 asked.windows,
                 Place(
                     asked.cache_dir / "budget", forward_context, asked.native, itemsize_of(asked.stored),
-                    serving_dtype(device), asked.seed, global_rank(), started_together(os.environ), progress,
-                    asked.note,
+                    serving_dtype(device), asked.seed, global_rank(), started_together(os.environ), asked.refits,
+                    progress, asked.note,
                 ),
             )  # fmt: skip
     finally:
@@ -125,7 +128,8 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
         return _kept(replace(plan, finished={}), file)
     budget.asked  # noqa: B018 - refused before anything is read
     text = texts_of(budget, asked.windows).digest
-    request = request_of(settled(budget, stack), text, itemsize_of(asked.stored), asked.seed)
+    settings = settled(budget, stack, asked.refits)
+    request = request_of(settings, text, itemsize_of(asked.stored), asked.seed, asked.refits)
     if file.exists():
         plan = read_plan(file)
         check_teacher(plan, digest, len(stack.layers), str(file))

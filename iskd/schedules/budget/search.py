@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from iskd.models import Stack
 from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
+from iskd.refits import Refit
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import DECODED, Costs, counted, made, timed, uniform
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
-from iskd.schedules.budget.keeping import Found, kept_within
+from iskd.schedules.budget.keeping import Finals, Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, edits_of, layers_of, options_of
 from iskd.schedules.budget.scores import Scorer
@@ -52,6 +53,7 @@ class Place:
         seed: of fresh weights.
         process, processes: which one of how many this is.
         native: whether plain transformers opens a student.
+        refits: what a run does to the student of a plan, in order.
         told: called with what is being done, how much of it is done, and of how much.
         note: called with sentences for people.
     """
@@ -64,6 +66,7 @@ class Place:
     seed: int = 0
     process: int = 0
     processes: int = 1
+    refits: Sequence[Refit] = ()
     told: Callable[[str, int, int], None] = lambda _what, _done, _of: None
     note: Callable[[str], None] = field(default=_log.info)
 
@@ -84,10 +87,9 @@ def search(
         ValueError: nothing meets an exact limit, or there is no option, too little text, another library in the folder.
     """
     start = time.perf_counter()
-    for each in budget.each:
-        each.asked  # noqa: B018 - refused before hours of work
+    _ = [each.asked for each in budget.each]  # refused before hours of work
     stack = Stack(teacher)
-    budget = settled(budget, stack)
+    budget = settled(budget, stack, place.refits)
     named = budget.use is not None
     options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
     if budget.native:
@@ -101,7 +103,7 @@ def search(
         refuse(each, costs, options, itself, alike)
     counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
-    requests = [request_of(each, texts.digest, place.itemsize, place.seed) for each in budget.each]
+    requests = [request_of(each, texts.digest, place.itemsize, place.seed, place.refits) for each in budget.each]
     with place.forward_context():
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
         library = Library.open(budget, place.folder, recipe, teacher, place.seed)
@@ -122,6 +124,7 @@ def search(
         priced = time.perf_counter()
         scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
         chooser = Chooser(scorer, costs, budget, alike)
+        finals = Finals(chooser, texts, place.refits, place.seed, place.told)
         scored = time.perf_counter()
         spent = {
             "library": fitted - start - counting,
@@ -136,7 +139,7 @@ def search(
             except ValueError as error:
                 refused.append(str(error))
             else:
-                found.append((each, request, limits, kept_within(each, limits, chooser, place.dtype, place.told)))
+                found.append((each, request, limits, kept_within(each, limits, finals, place.dtype, place.told)))
         # what was measured for one budget tells how to read the scores for all
         plans = [_plan(*each, chooser, costs, spent, place) for each in found]
     for plan in [plan for plan in plans if budget.native and not place.native(made(teacher, edits_of(plan))[0])]:
@@ -152,14 +155,18 @@ def search(
     return plans
 
 
-def settled(budget: Budget, stack: Stack) -> Budget:
-    """A budget at the context that a teacher has. Raises ValueError where a longer one was asked for."""
+def settled(budget: Budget, stack: Stack, refits: Sequence[Refit]) -> Budget:
+    """A budget at the context that a teacher has, without finalists where nothing is refitted.
+
+    Raises ValueError where a longer context was asked for.
+    """
+    budget = budget if refits else replace(budget, finalists=0)
     # a table of learned positions ends for the tokens that are decoded behind the context too
     behind = DECODED * bool(stack.family.positions)
     return budget.at(None if stack.limit is None else stack.limit - behind, stack.bound)
 
 
-def request_of(budget: Budget, text: str, itemsize: int, seed: int) -> str:
+def request_of(budget: Budget, text: str, itemsize: int, seed: int, refits: Sequence[Refit]) -> str:
     """Hex SHA-256 of all that decides what is found for a teacher; where it is searched, and by whom, does not.
 
     Args:
@@ -167,12 +174,14 @@ def request_of(budget: Budget, text: str, itemsize: int, seed: int) -> str:
         text: digest of the calibration text.
         itemsize: bytes of a number in the exported weights.
         seed: of fresh weights.
+        refits: of the run.
     """
     values = {key: value for key, value in vars(budget).items() if key not in (*LIMITS, *_ELSEWHERE)}
     asked = budget.asked
     options = {option.name: option.described() for option in options_of(budget.options, budget.use)}
-    every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed]
-    return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
+    final = [[refit.name(), vars(refit)] for refit in refits if budget.finalists > 1]
+    every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed, final]
+    return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class RefusedError(ValueError):
@@ -271,13 +280,14 @@ def _plan(
         predicted_kl=predicted[best.choice],
         added_kl=best.promise.added,
         measured_kl=best.measured,
+        refitted_kl=best.refitted,
         found=best.found,
         scores=tuple(
             {name: chooser.scores[layer, name] for name in scorer.options if (layer, name) in chooser.scores}
             for layer in range(chooser.depth)
         ),
         tried=tuple(
-            TriedPlan(each.choice, predicted[each.choice], each.measured, each.found, each.promise.added)
+            TriedPlan(each.choice, predicted[each.choice], each.measured, each.found, each.promise.added, each.refitted)
             for each in found.tried
         ),
         rank_correlation=chooser.rank_correlation(),

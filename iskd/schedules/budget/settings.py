@@ -50,8 +50,10 @@ class Budget:
         stride: every so many-th position of them is scored where single layers are compared.
         epochs, lr: local training of every option behind its fit in closed form; 0 epochs = none.
         rounds: how often the best plan's surroundings are scored again, and a better plan looked for there; 0 = no
-            scores but those of single options, and no students with layers out that the rest of a budget is spent on.
+            scores but those of single options, beside layers that are out too.
         plans: so many of the best plans are built and measured before one is taken.
+        finalists: so many of them, of different depths, are refitted as the run will refit its student, on the text
+            that options are fitted to, and the nearest one then is taken; 0 or 1 = none, the best before a refit.
         pairs: pairs of neighbouring edits, at most, whose common KL is measured for a plan.
         library: folder of the fitted options; None = one of its own below `cache_dir`.
         plan: a plan file of `iskd search`, which is carried out as it is; nothing is searched for.
@@ -79,6 +81,7 @@ class Budget:
     lr: PositiveFloat = 1e-4
     rounds: NonNegativeInt = 2
     plans: PositiveInt = 3
+    finalists: NonNegativeInt = 4
     pairs: NonNegativeInt = 16
     library: str | None = None
     plan: str | None = None
@@ -88,7 +91,7 @@ class Budget:
         for key in ("context", "batch", "fit_tokens", "held_tokens", "score_tokens", "race_tokens", "stride", "plans"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"budget.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("epochs", "rounds", "pairs"):
+        for key in ("epochs", "rounds", "finalists", "pairs"):
             if getattr(self, key) < 0:
                 raise ValueError(f"budget.{key} must not be negative, got {getattr(self, key)}")
         if not 0 < self.lr < math.inf:

@@ -1,4 +1,4 @@
-"""Students that share all they can with their teacher: other blocks in the places of some, for passes without training.
+"""Students of a choice: that share all they can with their teacher, for passes, or that have weights of their own.
 
 A choice names an option for every layer of the teacher. What stands at each position then is a `Place`: the teacher's
 own block, a fitted one, or nothing. A merge puts its block one position lower and leaves nothing at its own.
@@ -6,6 +6,7 @@ own block, a fitted one, or nothing. A merge puts its block one position lower a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,12 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.identity import Identity
-from iskd.models import Stack
+from iskd.models import Stack, surgery
 from iskd.models.hosting import HostedBlock
 from iskd.models.projections import with_submodule
 from iskd.models.stack import set_layer_idx
+from iskd.models.weights import load_model_tensors, model_tensors
+from iskd.plan import Edit, Record
 from iskd.plan.budget_plan import KEEP
-from iskd.schedules.budget.options import Option
+from iskd.schedules.budget.library import Library
+from iskd.schedules.budget.options import Option, in_order
 
 Choice = tuple[str, ...]
 """The name of an option, or `KEEP`, for every layer."""
@@ -57,3 +61,28 @@ def assembled(teacher: PreTrainedModel, blocks: Mapping[int, nn.Module | None]) 
     student = with_submodule(teacher, path, layers)
     assert isinstance(student, PreTrainedModel)
     return student
+
+
+def apart(
+    teacher: PreTrainedModel, choice: Choice, options: Mapping[str, Option], library: Library, seed: int
+) -> tuple[PreTrainedModel, Record, list[Edit]]:
+    """A student at its own depth that shares nothing with its teacher, with the blocks of a library; its edits.
+
+    Args:
+        teacher: it is copied.
+        choice: an option for every layer.
+        options: by name.
+        library: of fitted options.
+        seed: of fresh weights.
+    """
+    chosen = [(options[name], layer) for layer, name in enumerate(choice) if name != KEEP]
+    edits = [option.make(layer, seed) for option, layer in in_order(chosen)]
+    student = copy.deepcopy(teacher)
+    record = surgery.apply(student, Record(len(choice)), edits)
+    blocks = dict(zip(record.layers, Stack(student).layers, strict=True))
+    for position, place in enumerate(places(choice, options)):
+        if isinstance(place, tuple):
+            fitted = library.block(place[0], options[place[1]])
+            assert fitted is not None
+            load_model_tensors(blocks[position], model_tensors(fitted))
+    return student, record, edits

@@ -29,7 +29,7 @@ def asked_of(teacher: PreTrainedModel, folder: Path) -> Asked:
     return Asked(
         teacher=teacher, windows=text, separator=None, trainer={"accelerator": "cpu", "precision": "32-true"},
         cache_dir=folder / "cache", stored="float32", seed=0,
-        native=lambda model: native_config(model) is not None, note=lambda _said: None,
+        native=lambda model: native_config(model) is not None, refits=(), note=lambda _said: None,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
+from iskd.evaluation import measure_quality
 from iskd.export.student import native_config
 from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
@@ -22,18 +23,22 @@ from iskd.models.weights import cast_parameters
 from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE
+from iskd.refits import refit_survivors
+from iskd.refits.calibrate import Calibrate
+from iskd.refits.output import Output
 from iskd.schedules.budget import RefusedError, edits_of, filling, keeping, steps_of
 from iskd.schedules.budget import costs as costs_file
 from iskd.schedules.budget import search as searching
-from iskd.schedules.budget.calibration import Calibration, Promise
+from iskd.schedules.budget.calibration import Calibration, Promise, Tried
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, counted, timed
-from iskd.schedules.budget.depth import Chain, coarse, possible
+from iskd.schedules.budget.depth import Chain, Gap, coarse, possible
+from iskd.schedules.budget.keeping import finalists
 from iskd.schedules.budget.options import able, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
-from iskd.schedules.budget.solver import problem_of, require
-from iskd.schedules.budget.students import places
+from iskd.schedules.budget.solver import problem_of, require, solve
+from iskd.schedules.budget.students import apart
 from tests.factories import digest, louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
 
@@ -52,21 +57,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Sc
     return teacher, Scorer(teacher, library, options, texts.score, 2), costs
 
 
-def built(teacher: PreTrainedModel, scorer: Scorer, choice: tuple[str, ...]) -> PreTrainedModel:
-    """A real student: surgery, and the library's weights in it."""
-    plan = BudgetPlan("", choice, {name: option.described() for name, option in scorer.options.items()})
-    student = copy.deepcopy(teacher)
-    record = surgery.apply(student, Record(DEPTH), edits_of(plan))
-    standing = places(choice, scorer.options)
-    for position, layer in enumerate(record.layers):
-        found = standing[layer]
-        if isinstance(found, tuple):
-            block = scorer.library.block(found[0], scorer.options[found[1]])
-            assert block is not None
-            Stack(student).layers[position].load_state_dict(block.state_dict())
-    return student.eval()
-
-
 CHOICES = [
     ("slim_50", KEEP, "window", "no_attention", "remove"),
     (KEEP, "merge", "slim_50", "remove", KEEP),
@@ -78,7 +68,10 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_an_assembled_student_is_the_real_one(world: Any, choice: tuple[str, ...]) -> None:
     teacher, scorer, costs = world
-    student = built(teacher, scorer, choice)
+    student, record, edits = apart(teacher, choice, scorer.options, scorer.library, 0)
+    student.eval()
+    assert record == Record(DEPTH).extended(edits)
+    assert not {*student.parameters()} & {*teacher.parameters()}, "a refit changes what survives"
     ids = torch.cat(scorer.windows)
     with torch.no_grad():
         p, q = (model(ids).logits.double().log_softmax(-1) for model in (teacher, student))
@@ -252,6 +245,98 @@ def test_a_chain_takes_out_who_is_missed_least(world: Any) -> None:
     assert Chain(scorer, scores, asked=3).without(DEPTH) is None
 
 
+def test_a_gap_is_where_its_layers_are_missed_least_together(world: Any) -> None:
+    _, scorer, _ = world
+    gap = Gap(scorer)
+    for count in (1, 3, DEPTH - 1):
+        ranges = [range(start, start + count) for start in range(DEPTH - count + 1)]
+        places = [tuple("remove" if at in gone else KEEP for at in range(DEPTH)) for gone in ranges]
+        kls = scorer.values(scorer.whole, places, coarse(len(scorer.windows))).mean((1, 2)).tolist()
+        assert gap.without(count) == places[kls.index(min(kls))]
+    assert gap.without(DEPTH) is None
+    others = Scorer(scorer.teacher, scorer.library, [scorer.options["slim_50"]], scorer.windows, 2)
+    assert Gap(others).without(1) is None
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_the_rest_is_spent_on_width_beside_a_gap(rounds: int, world: Any) -> None:
+    """All depths, as a refit may put a worse one ahead; what is promised is what the gap costs, and single scores."""
+    _, scorer, costs = world
+    chooser = Chooser(scorer, costs, replace(BUDGET, rounds=rounds, finalists=4))
+    chooser._chains = [Gap(scorer)]
+    limits = limits_of(costs, params=0.5)
+    every = {each.choice: each for each in chooser.find(limits)}
+    base = Gap(scorer).without(2)
+    assert base is not None
+    scores = chooser.around(base) if rounds else chooser.scores | dict.fromkeys(enumerate(base), 0.0)
+    gone = {at: name for at, name in enumerate(base) if name == "remove"}
+    choice = solve(replace(chooser.problem(limits, scores), fixed=gone))
+    assert choice is not None
+    if every[choice].found == "2 neighbouring layers out, then width":
+        width = [(at, name) for at, name in enumerate(choice) if name != base[at]]
+        promised = scorer.kl(base) + sum(scores[single] for single in width)
+        assert every[choice].promise == Promise(pytest.approx(promised), len(width))
+    else:
+        assert not rounds, "single scores alone have found it before"
+    assert Gap(scorer).without(3) in every, "and layers alone, where they are enough"
+
+
+def test_finalists_are_of_different_depths() -> None:
+    def tried(*gone: int, measured: float, other: str = KEEP) -> Tried:
+        choice = tuple("remove" if at in gone else other for at in range(8))
+        return Tried(choice, Promise(measured, 1), measured, "")
+
+    none, slim = tried(measured=0.1, other="slim"), tried(measured=0.2)
+    two, gap, worse = tried(1, 4, measured=0.3), tried(1, 2, measured=0.4), tried(2, 3, measured=0.5)
+    four, deepest = tried(1, 2, 5, 6, measured=0.6), tried(1, 2, 3, 4, measured=0.7)
+    every = [none, slim, two, gap, worse, four, deepest]
+
+    def names(count: int, among: list[Tried]) -> list[float]:
+        return [each.measured for each in finalists(among, {"remove"}, count)]
+
+    assert names(0, every) == []
+    assert names(1, every) == [0.1]
+    assert names(2, every) == [0.1, 0.7], "the best, and the deepest cut"
+    assert names(4, every) == [0.1, 0.7, 0.4, 0.2], "and those between them, evenly: the shallowest is the best itself"
+    assert names(9, every) == [0.1, 0.7, 0.6, 0.4, 0.3, 0.2, 0.5]
+    assert names(3, [none, slim]) == [0.1, 0.2], "where all are as deep the next best follow"
+
+
+def test_the_plan_that_is_nearest_once_refitted_is_taken(tmp_path: Path) -> None:
+    """Refitted as a run does it, on the text of the fits; what was refitted for one budget is known to the others."""
+    teacher = louder(tiny("llama", layers=DEPTH))
+    refits = [Output(), Calibrate()]  # of which the latter has nothing to do here, as no plan converts a layer
+    budget = Budget(params=[0.55, 0.5], options=OPTIONS, use=["slim_50", "remove"], epochs=0, **SMALL)
+    plans = searching_for(budget, teacher, tmp_path, refits=refits)
+    before = digest(teacher)
+    for plan in plans:
+        final = [each for each in plan.tried if each.refitted is not None]
+        assert len(final) >= 3
+        assert plan.tried[: len(final)] == tuple(final)
+        assert (
+            plan.refitted_kl == final[0].refitted == min(each.refitted for each in final if each.refitted is not None)
+        )
+        assert plan.choice == final[0].choice
+        assert len({each.choice.count("remove") for each in final}) > 1
+        others = [each.measured for each in plan.tried[len(final) :]]
+        assert others == sorted(others)
+    options = {option.name: option for option in options_of(OPTIONS, budget.use)}
+    library, texts = opened(teacher, tmp_path, budget)
+    student, record, edits = apart(teacher, plans[0].choice, options, library, 0)
+    windows = [*texts.fit, *texts.held]
+    with torch.no_grad():
+        refit_survivors([Output(tokens=320, held_tokens=96)], student, teacher, record, edits, lambda _: windows)
+        with scoring(teacher, student):
+            kl = measure_quality(student, teacher, [{"input_ids": window} for window in texts.score])["kl"]
+    assert plans[0].refitted_kl == pytest.approx(kl, abs=1e-6)
+    assert digest(teacher) == before
+    none = searching_for(replace(budget, params=0.55, finalists=0), teacher, tmp_path, refits=refits)[0]
+    alone = searching_for(replace(budget, params=0.55), teacher, tmp_path)[0]
+    assert none.refitted_kl is alone.refitted_kl is None
+    assert none.choice == alone.choice == min(none.tried, key=lambda each: each.measured).choice
+    assert none.request == alone.request != plans[0].request
+
+
 def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> None:
     _, scorer, costs = world
     chooser = Chooser(scorer, costs, BUDGET)
@@ -292,7 +377,7 @@ def test_width_is_spent_on_a_student_whose_layers_went_by_a_merge_that_is_out_of
     chooser = Chooser(scorer, costs, BUDGET)
     chooser.alive = [single for single in chooser.alive if single[1] != "merge"]
     bases = [tuple("merge" if at in gone else KEEP for at in range(DEPTH)) for gone in ([], [2], [2, 4])]
-    [chain] = chooser._chains
+    chain, _ = chooser._chains
     monkeypatch.setattr(chain, "without", lambda count: bases[count] if count < len(bases) else None)
     tried = chooser.find(limits_of(costs, params=0.5))
     found = {each.found: each for each in tried}
@@ -554,7 +639,7 @@ def test_one_width_for_all_is_spent_on_students_without_merges(world: Any, monke
     _, scorer, costs = world
     alike = ["slim_50", "no_attention", "merge", "remove"]
     chooser = Chooser(scorer, costs, BUDGET, alike)
-    merging, removing = chooser._chains
+    merging, removing, _ = chooser._chains
     for chain, names in ((merging, {KEEP, "merge", "remove"}), (removing, {KEEP, "remove"})):
         for count in range(1, DEPTH - 1):
             made = chain.without(count)
