@@ -55,7 +55,6 @@ for seed in $SEEDS; do
   method loss-kl-adjacent "$seed" "${SEVEN[@]}" loss=[kl] schedule.train=adjacent
   method loss-kl "$seed" "${SEVEN[@]}" loss=[kl]
   method loss-kl-mse "$seed" "${SEVEN[@]}" loss=[kl,hidden] "${MSE[@]}"
-  method loss-kl-normalised "$seed" "${SEVEN[@]}" loss=[kl,hidden]
 
   method importance-kl "$seed" experiment=ild schedule.target_layers=23 importance=racing
   # the items of tasks do not go by the run's seed: a choice of an hour would be the same for every seed

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from iskd.commands.build.tokens import settled_as
 from iskd.commands.values import as_meant, at_home, plain
 from iskd.commands.values.asked import with_export_keys
 from iskd.commands.values.unread import refuse_unread_keys
@@ -63,6 +64,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         )
     at_home(found)
     saved = OmegaConf.create(found)
+    if OmegaConf.is_dict(saved.get("schedule")) and OmegaConf.is_dict(config.get("schedule")):
+        settled_as(config, saved)
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     own = [key for key in _OWN if not _kept(key, found, config, keys)]
     for key in own:

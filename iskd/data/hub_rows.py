@@ -12,12 +12,20 @@ from iskd.system.files import read_object
 
 OFFLINE = "data=text data.path=FILE (local .txt, .jsonl or .parquet) or data=docstrings (needs no file)"
 """Other text."""
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECONDS = 10.0
 
 
 def hub_rows(
-    name: str, config: str | None, split: str, *, revision: str | None, limit: int | None, streaming: bool
+    name: str,
+    config: str | None,
+    split: str,
+    *,
+    revision: str | None,
+    limit: int | None,
+    streaming: bool,
+    files: str | None = None,
 ) -> Iterator[Any]:
     """Yield the rows of one split, in their order.
 
@@ -28,6 +36,7 @@ def hub_rows(
         revision: commit, branch or tag; None = the main branch.
         limit: stop after so many rows; None = all.
         streaming: read rows off the network as they are asked for, and keep none; else all go through the local cache.
+        files: glob of the files in the set that hold the split; None = as the set says, by a script of its own not.
 
     Raises:
         ValueError: `datasets` is missing, or the data set cannot be reached or read to the end.
@@ -43,7 +52,12 @@ def hub_rows(
     try:
         # Streaming spares the download of the rest; reading whole goes through the cache, which works offline.
         # Where nothing is said, datasets before version 4 asks on the terminal whether to run a data set's script.
-        rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming, trust_remote_code=False)
+        where: dict[str, Any] = {"split": split, "streaming": streaming}
+        if files is None:
+            rows = load_dataset(name, config, revision=revision, trust_remote_code=False, **where)
+        else:
+            root = name if Path(name).exists() else f"hf://datasets/{name}{f'@{revision}' if revision else ''}"
+            rows = load_dataset(_reader_of(files), data_files={split: f"{root}/{files}"}, **where)
         iterator = iter(rows if limit is None else rows.take(limit))
         row = next(iterator, None)
         while row is not None:
@@ -57,15 +71,25 @@ def hub_rows(
         if count:
             again = "run the same command again, it reads from the beginning"
             raise ValueError(f"{what} (after {count} rows); {again}") from error
-        raise UnavailableError(f"{what}. Without a network {offline(name)}") from error
+        raise UnavailableError(f"{what}. Without a network {offline(name, files)}") from error
 
 
-def offline(name: str) -> str:
+def offline(name: str, files: str | None = None) -> str:
     """What to do where a data set of the hub cannot be had: fetch it elsewhere, or take other text."""
+    path = "FOLDER" if files is None else f"'FOLDER/{files}'"
     return (
-        f"fetch its files elsewhere (hf download --repo-type dataset {name}) and add data.path=FOLDER, which keeps how "
+        f"fetch its files elsewhere (hf download --repo-type dataset {name}) and add data.path={path}, which keeps how "
         f"many documents are read, how they are framed and split; or, for other text, use {OFFLINE}"
     )
+
+
+def _reader_of(files: str) -> str:
+    """What `datasets` calls the reader of such files. Raises ValueError where it has none."""
+    endings = Path(files).suffixes
+    found = next((reader for ending, reader in _READERS.items() if ending in endings), None)
+    if found is None:
+        raise ValueError(f"data.source.files={files}: name files that end in {', '.join(_READERS)}")
+    return found
 
 
 def is_commit(revision: str | None) -> bool:

@@ -174,6 +174,8 @@ class HubDataset:
         chat: as in `TextFiles`.
         streaming: read rows as they are asked for, until there are as many tokens as the run takes, and keep no text
             on the disk; for data sets that are larger than it.
+        files: glob of the files in the data set that hold `split`, as `train/*.jsonl.zst`: for one whose rows come by a
+            script of its own, which nobody runs. None = the data set says.
     """
 
     name: str
@@ -188,6 +190,7 @@ class HubDataset:
     lines: bool = False
     chat: bool = dataclass_field(default=False, repr=False)
     streaming: bool = dataclass_field(default=False, repr=False)  # shards are known by how much was asked for instead
+    files: str | None = dataclass_field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check that there is a name, and the option that has a fixed set of values."""
@@ -198,6 +201,8 @@ class HubDataset:
                 f"data.source.revision={self.revision} names a commit of the hub, and {self.name} is a local folder, "
                 "which has none: set it to null"
             )
+        if self.files is not None and (self.val_split or self.test_split):
+            raise ValueError("data.source.files are those of data.source.split: leave val_split and test_split out")
         _check_detokenize(self.detokenize, self.chat)
 
     def documents(self, enough: Enough | None = None) -> Iterator[Document]:
@@ -221,7 +226,8 @@ class HubDataset:
         """Name the data set, with a hash of the files where it is a local folder."""
         folder = Path(self.name)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
-        return f"{self!r}-{hash_files(files)}"
+        named = "" if self.files is None else f"/{self.files}"
+        return f"{self!r}{named}-{hash_files(files)}"
 
     @property
     def moves(self) -> bool:
@@ -230,7 +236,10 @@ class HubDataset:
 
     def _texts(self, split: str, limit: int | None) -> Iterator[str]:
         streaming = self.streaming or limit is not None
-        found = hub_rows(self.name, self.config, split, revision=self.revision, limit=limit, streaming=streaming)
+        found = hub_rows(
+            self.name, self.config, split,
+            revision=self.revision, limit=limit, streaming=streaming, files=self.files,
+        )  # fmt: skip
         rows = (
             text_of(row, ROWS if self.chat else self.field, f"data.source.name={self.name}, row {number} of {split}")
             for number, row in enumerate(found, start=1)

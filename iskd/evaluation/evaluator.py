@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iskd.data import Framing, framing_of
-from iskd.evaluation.harness import Drawn
+from iskd.evaluation.harness import Drawn, adds_bos
 from iskd.evaluation.quantize import check as check_quantize
 from iskd.evaluation.quantize import quantized
-from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, digest_of, passages_of, questions
+from iskd.evaluation.questions import EvalSpec, Question, Tell, answers, digest_of, is_ours, passages_of, questions
 from iskd.evaluation.results import AtPosition, Evaluation, TextScore
 from iskd.evaluation.scores import Scored, compare
 from iskd.evaluation.tasks.made_items import length_of
@@ -107,6 +107,8 @@ class Asking:
         if not spec.tasks and self.windows is None:
             raise ValueError(_NOTHING)
         check_quantize(spec.quantize, self.windows is not None)
+        if not all(map(is_ours, spec.tasks)):
+            adds_bos(tokenizer, self.frame)
         self._questions = questions(spec, tokenizer, exclude)
         self._scores: dict[str, Scored] | None = None
         self._losses: dict[int, TextLoss] = {}

@@ -377,13 +377,13 @@ def _adapter(
         batch_size=batch_size,
         max_length=Stack(model).limit or _ANY_LENGTH,  # without an attention a model has no length of its own
         mixed_precision_dtype=mixed,
-        add_bos_token=_adds_bos(tokenizer, frame),
+        add_bos_token=adds_bos(tokenizer, frame),
     )
     lm.cache_hook = _Count(drawn, step)
     return lm
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase, frame: Framing | None) -> bool | None:
+def adds_bos(tokenizer: PreTrainedTokenizerBase, frame: Framing | None) -> bool | None:
     """The harness's `add_bos_token`; None = it does what the tokenizer does.
 
     Raises:

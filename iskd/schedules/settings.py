@@ -31,7 +31,8 @@ class Heal:
         tokens: training tokens of the whole run; a command asks its machine where nobody says (`plan.token_budget`).
         epochs: in the place of `tokens`: passes over the training text in every stage that trains; of `schedule=align`,
             whose stages are shares of one budget, in the whole run. Stages then see the same text, each in an order of
-            its own.
+            its own; of `data=mix` as many tokens as all sources have, drawn by their weights, which are of some sources
+            more than a pass and of others less.
         train: what trains (see `iskd.plan.stage.Stage`).
         lr: learning rate of everything that trains but new blocks.
         lora: rank, alpha and targets of the adapters of `train=lora` (see `iskd.plan.stage.LoraSpec`).

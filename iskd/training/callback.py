@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from iskd.system import Ranks
+from iskd.system import Preempted, Ranks
 from iskd.system.stop_signals import StopSignals
 from iskd.system.text import argument
 from iskd.system.watchdog import Watchdog
@@ -42,7 +42,7 @@ class CompressionCallback(Callback):
 
     def __init__(self, loop: StageLoop, resume_from: Path | None = None, deadline: float | None = None) -> None:
         self.loop, self.resume_from, self.deadline = loop, resume_from, deadline
-        self.stop_signals, self.watchdog = StopSignals(), Watchdog(Ranks(), "")
+        self.ranks, self.stop_signals, self.watchdog = Ranks(), StopSignals(), Watchdog(Ranks(), "")
 
     @property
     def late(self) -> bool:
@@ -55,24 +55,25 @@ class CompressionCallback(Callback):
 
     def _alone(self) -> AbstractContextManager[None]:
         """One process is broken off wherever it is; one of several would leave the others waiting."""
-        alone = self.loop.live.ranks.size == 1
+        alone = self.ranks.size == 1
         return self.stop_signals.breaking_off(BrokenOffError) if alone else nullcontext()
 
     def _breaking_off(self, *models: Any) -> AbstractContextManager[None]:
         """Several processes agree where they are broken off."""
-        return self._alone() if self.loop.live.ranks.size == 1 else self._agreed().inside(*models)
+        return self._alone() if self.ranks.size == 1 else self._agreed().inside(*models)
 
     def _look(self) -> None:
-        if self.loop.live.ranks.size > 1:
+        if self.ranks.size > 1:
             self._agreed().look()
 
     def _agreed(self) -> AgreedStop:
         # a time limit breaks nothing off that would be begun anew, and again end within the limit of the next start
-        return AgreedStop(self.loop.live.ranks, lambda: self.stop_signals.received is not None, BrokenOffError)
+        return AgreedStop(self.ranks, lambda: self.stop_signals.received is not None, BrokenOffError)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The processes are there, and nothing is wrapped: make sure that they belong together."""
-        ranks, loop, module = ranks_of(trainer), self.loop, cast(DistillModule, pl_module)
+        self.ranks = ranks = ranks_of(trainer)
+        loop, module = self.loop, cast(DistillModule, pl_module)
         module.join(ranks, self.stop_wanted)
         self.watchdog = Watchdog(ranks, f"Continue with {argument('resume', loop.run_dir)}")
         self.watchdog.start()
@@ -80,14 +81,23 @@ class CompressionCallback(Callback):
         ranks.require_equal("newest whole checkpoint, teacher", [found, loop.state.tokens, loop.teacher])
         if self.resume_from is not None:
             device, context = whole_device(trainer.strategy), trainer.precision_plugin.forward_context
-            loop.editor.before_wrapping(loop.state, module, self.resume_from, device, loop.fit_windows, context)
+            alike = self._breaking_off if ranks.size > 1 else nullcontext
+            try:
+                with self._alone():
+                    loop.editor.before_wrapping(
+                        loop.state, module, self.resume_from, device, loop.fit_windows, context, alike
+                    )
+            except BrokenOffError:  # everything is saved, and the next process begins with the same edit
+                self.watchdog.close()
+                self.stop_signals.hand_on()
+                raise Preempted(loop.run_dir, number=self.stop_signals.received) from None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the loop and enter its first stage."""
         live = Live(
             module=cast(DistillModule, pl_module),
             optimizer=trainer.optimizers[0],
-            ranks=ranks_of(trainer),
+            ranks=self.ranks,
             accumulate=trainer.accumulate_grad_batches,
             forward_context=trainer.precision_plugin.forward_context,
             rewrap=lambda: rewrap(trainer.strategy),

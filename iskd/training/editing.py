@@ -233,6 +233,7 @@ class Editor:
         device: torch.device,
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
+        alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """A run is taken up from the checkpoint `path`, and nothing is wrapped; whole models have room on `device`."""
 

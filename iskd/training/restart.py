@@ -60,6 +60,7 @@ class EditInFreshProcess(Editor):
         device: torch.device,
         batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
+        alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Make a pending edit now, on whole weights; `carry_out` hands it over."""
         if state.stage is None or state.edited:
@@ -69,7 +70,7 @@ class EditInFreshProcess(Editor):
         optimizer = make_optimizer(module.optim)
         module.regroup(optimizer)
         checkpoint.restore(path, module.student, optimizer, rng=False)
-        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context, state.finished)
+        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context, state.finished, alike)
         sharding.from_first_rank(module.student)
         self._made = edited, dict(optimizer_tensors(optimizer, module.student))
 

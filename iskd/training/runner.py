@@ -117,6 +117,8 @@ def _run(parts: Parts, deadline: float | None = None) -> Result:
         callback.stop_signals.install()
         try:
             trainer.fit(module, datamodule=parts.data)
+        except Preempted:
+            raise
         except SystemExit as error:
             if error.code in (None, 0) and state.stage is not None:  # else it would look like the end of the schedule
                 raise callback.loop.unfinished() from error
@@ -144,12 +146,11 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     editor = kind(parts.refits, parts.data.calibration, by_step, *where, parts.data.seq_len)
     spec, keeps = parts.evaluation, parts.options.keep_students
     along: AlongTheRun | None = None
-    few: tuple[AlongTheRun, float] | None = None
+    few: list[tuple[AlongTheRun, float]] = []
     if spec is not None and spec.along and not parts.options.plan_only:
         along = along_the_run(parts, spec)
     elif spec is not None and spec.asks:
-        asked, times = a_few(spec)
-        few = along_the_run(parts, asked), times
+        few = [(along_the_run(parts, asked), times) for asked, times in a_few(spec)]
     number = None if keeps is True else int(keeps)
     keep = StudentKeeper(
         parts.run_dir, parts.teacher, number, stored_in(parts.export_dtype, parts.teacher),

@@ -33,9 +33,10 @@ from iskd.evaluation import EvalSpec, measure_quality
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Stage
 from iskd.plan.options import RunOptions
+from iskd.plan.run_files import PLAN_FILE
 from iskd.schedules import Schedule, forecast, planned_steps
 from iskd.schedules.mixed import of_stage
-from iskd.system import Busy
+from iskd.system import Busy, read_json
 from iskd.system.faults import NonFiniteError, UnfinishedError, advice, is_out_of_memory
 from iskd.system.text import argument
 from iskd.training.deciding import (
@@ -85,8 +86,8 @@ class StageLoop:
         spec: what the run asks, along it or at its end, and how often it validates inside a stage; None = nothing.
         keep: keeps the students of stages; None = the last one alone is left.
         exports: whether the student is written at the end.
-        few: asks a few of the items that the student is going to be asked, for the plan, and how many times as many
-            there are; None = it is asked all of them before the plan, or nothing.
+        few: ask a little of what the student is going to be asked, for the plan, each with how many times as much there
+            is; none = it is asked all before the plan, or nothing.
 
     Attributes:
         preempted: the run was stopped, and everything is saved.
@@ -108,7 +109,7 @@ class StageLoop:
         spec: EvalSpec | None = None,
         keep: StudentKeeper | None = None,
         exports: bool = False,
-        few: tuple[AlongTheRun, float] | None = None,
+        few: Sequence[tuple[AlongTheRun, float]] = (),
     ) -> None:
         check_importance(schedule, importance)
         self.schedule, self.importance, self.data, self.run_dir = schedule, importance, data, run_dir
@@ -148,7 +149,8 @@ class StageLoop:
         module, state = live.module, self.state
         self.clock.lap()
         check_alignment(module.student, self.schedule)
-        self._check_room()
+        if resume_from is None:
+            self._check_room()
         module.place_teacher()
         if not self.options.plan_only:
             with live.forward_context():  # a teacher cache holds what a teacher of the run's precision says
@@ -164,6 +166,7 @@ class StageLoop:
                 return
         if resume_from is not None:
             self._take_up(resume_from)
+            self._check_room()
             self.clock.lap()  # the time of a stage is none of taking it up
             return
         state.begin(self._identity())
@@ -322,16 +325,14 @@ class StageLoop:
 
     def _sample(self) -> None:
         """Ask a few of the items that the run is going to ask, so that the plan can tell how long all of them take."""
-        if self.few is None or self.spec is None:
-            return
-        asking, times = self.few
         try:
-            for _ in range(2):  # the first time items are drawn, and the teacher is asked as well
-                asking.ask(self.live.module.teacher, look=self.live.look)
+            for asking, _ in self.few:
+                for _ in range(2):  # the first time items are drawn, and the teacher is asked as well
+                    asking.ask(self.live.module.teacher, look=self.live.look)
         except Exception as error:  # of what is wrong with it the end of the run tells
             _log.warning("the plan does not tell how long tasks and text take: %s", error)
             return
-        self._seconds["asking"] = times * asking.seconds[1]
+        self._seconds["asking"] = sum(times * asking.seconds[1] for asking, times in self.few)
 
     def _check_room(self) -> None:
         """Raise ValueError where what is to be measured or kept along the run has no room in it.
@@ -360,7 +361,7 @@ class StageLoop:
             decide(self.schedule, self.importance, self.state, module, windows, ranks, context, tokens)
 
         with live.breaking_off():
-            self._told("deciding which layers are edited", decided)
+            self._told("deciding which layers are edited", decided, "scores", ("score",))
         self._seconds["scores"] = time.perf_counter() - start
         self._tick()  # scores are part of what the chosen stage costs
 
@@ -383,7 +384,7 @@ class StageLoop:
             # refits share out windows and layers among processes, which so call unlike numbers of modules: all agree
             # on a stop between two blocks
             with live.alone():
-                edited = self._told(f"{stage.name}: edits, fits and refits", made, kind)
+                edited = self._told(f"{stage.name}: edits, fits and refits", made, kind, ("fit", "refit"))
         except BrokenOffError:
             self.preempted = True
             return
@@ -587,7 +588,7 @@ class StageLoop:
 
         try:
             with live.breaking_off(live.module.teacher, live.module.student):
-                kl = live.ranks.first(self._told("judging a trial", measured))
+                kl = live.ranks.first(self._told("judging a trial", measured, "judging"))
         except BrokenOffError:  # trained, and judged by the next process
             self.preempted = True
             sharding.reshard(live.module.student)
@@ -661,12 +662,28 @@ class StageLoop:
             found = self.data.validation()
             return measure_quality(model or module.student, module.teacher, found, self._validated, intervals=True)
 
-    def _told(self, what: str, work: Callable[[], T], like: str = "") -> T:
-        """Do work, and say every few seconds that it is being done; `like` names what took as long before."""
+    def _told(self, what: str, work: Callable[[], T], like: str = "", promised: Sequence[str] = ()) -> T:
+        """Do work, and say every few seconds that it is being done, and how long it may still take.
+
+        `like` names what took as long before; `promised` the parts of the plan's time for the next stage, where nothing
+        did.
+        """
         if self.live.ranks.rank:
             return work()
-        with Busy(what, expected=self._seconds.get(like)):
-            return work()
+        start = time.perf_counter()
+        with Busy(what, expected=self._seconds.get(like, self._promised(promised))):
+            found = work()
+        if like:
+            self._seconds.setdefault(like, time.perf_counter() - start)
+        return found
+
+    def _promised(self, parts: Sequence[str]) -> float | None:
+        """Seconds that the plan of the run has for some parts of the stage that comes next; None = it has none."""
+        try:
+            row = read_json(self.run_dir / PLAN_FILE)[1 + len(self.state.finished)]
+            return sum(float(row[f"{part}_seconds"]) for part in parts) or None
+        except (OSError, ValueError, LookupError, TypeError):  # a plan may be missing, and anybody's
+            return None
 
     def _validate_inside(self) -> None:
         """Measure the student where it stands, on the windows of every stage's end; no number of the run is changed."""

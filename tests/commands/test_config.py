@@ -245,12 +245,19 @@ def test_a_key_that_nothing_reads_is_refused_by_its_own_name(node: dict[str, Any
     [
         (["experiment=local_first", "refit=[output]"], "refit", {"output"}),
         (["experiment=local_first", "refit=[calibrate,output]"], "refit", {"calibrate", "output"}),
-        (["experiment=ild_paper", "loss=[kl]"], "loss", {"kl", "final"}),
+        (["experiment=ild_paper", "loss=[kl]"], "loss", {"kl"}),  # nor what the preset spells out
+        (["experiment=ild_paper", "loss=[kl_sum]"], "loss", {"kl_sum"}),
+        (["experiment=ild_paper", "loss=kl_sum"], "loss", {"kl_sum"}),
+        (["experiment=ild_paper"], "loss", {"kl_sum", "hidden", "final"}),
     ],
 )
 def test_a_presets_keys_go_with_the_part_that_was_not_chosen(overrides: list[str], group: str, left: set[str]) -> None:
     config, _ = compose_config(overrides)
     assert set(as_meant(config)[group]) == left
+    if len(overrides) < 2:
+        return
+    mine = compose_config([*overrides, f"+{group}.mine._target_=iskd.losses.kl_sum.FinalState"])[0]
+    assert set(mine[group]) == {*left, "mine"}, "a part of one's own is no preset's"
     named = compose_config([*overrides, f"+{group}.hidden.weight=2"])[0]
     with pytest.raises(ValueError, match=rf"{group}(\.hidden\.weight is a key of loss=hidden| has no key)"):
         as_meant(named)

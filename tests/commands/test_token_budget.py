@@ -14,7 +14,9 @@ from iskd.commands import build
 from iskd.commands.build import tokens as tokens_of
 from iskd.commands.build.schedule import schedule_of
 from iskd.commands.compose import compose_config
+from iskd.commands.resume import resumed
 from iskd.commands.values.config import as_meant
+from iskd.plan.run_files import CONFIG_FILE
 from iskd.plan.token_budget import ON_CPU, ON_GPU, PASSES, gpu_token_budget
 from iskd.training import run
 from iskd.training.plan_table import print_plan
@@ -149,3 +151,57 @@ def test_layers_of_the_command_line_are_not_cut_to_a_presets_number(words: list[
     keys = ("layers", "count", "target_layers", "target_params", "attention_share")
     assert {key: schedule.get(key) for key in keys if schedule.get(key) is not None} == left
     schedule_of(compose_config(["model=tiny", *words, "schedule.tokens=64"])[0])
+
+
+STEPS = "[{edit: remove, count: 1}, {edit: convert, mixer: gla}]"
+PASSES_IN_STEPS = "[{edit: remove, count: 1, epochs: 1}, {edit: convert, mixer: gla}]"
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        (["experiment=iskd"], [ON_CPU]),
+        (["schedule=oneshot", "edit=remove"], [ON_CPU]),
+        (["experiment=iskd_gpt2_paper"], [ON_CPU]),
+        (["experiment=iskd", "schedule.tokens=5000"], [5000]),
+        (["schedule=mixed", f"schedule.steps={STEPS}"], [ON_CPU // 2] * 2),
+        (["schedule=mixed", f"schedule.steps={STEPS}", "schedule.tokens=1000"], [500] * 2),
+        (["schedule=mixed", f"schedule.steps={PASSES_IN_STEPS}", "schedule.tokens=1000"], [ON_CPU, 1000]),
+    ],
+)
+def test_the_same_command_takes_a_run_up_again(words: list[str], tokens: list[int], tmp_path: Path) -> None:
+    """Whatever the run has settled for itself where nobody said; another number is another run."""
+    words = ["trainer=cpu", *words]
+    asked = config(*words)
+    tokens_of.default_tokens(asked, lambda: 10**6)
+    OmegaConf.save(asked, tmp_path / CONFIG_FILE)
+    again = [*words, f"resume={tmp_path}"]
+    found = resumed(compose_config(["model=phi1", *again])[0], again)
+    schedules = [step.schedule for step in found.schedule.get("steps") or ()] or [found.schedule]
+    assert [schedule.tokens for schedule in schedules] == tokens
+    if len(tokens) == 1:
+        other = [*again, "schedule.tokens=77"]
+        with pytest.raises(ValueError, match=rf"changes .*schedule.tokens: {tokens[0]} -> 77"):
+            resumed(compose_config(["model=phi1", *other])[0], other)
+
+
+@pytest.mark.parametrize(
+    ("steps", "tokens", "said"),
+    [
+        ("[{edit: remove, count: 1, tokens: 1000}]", 1000000, r"tokens=1000000: .* take 1,000, and none trains on"),
+        ("[{edit: remove, count: 1, tokens: 1500}]", 1000, r"schedule.tokens=1000: .* take 1,500; give more, or null"),
+        ("[{edit: remove, count: 1, tokens: 1500}, {edit: remove}]", 1000, r"take 1,500; give more, or null"),
+        ("[{edit: remove, count: 1, tokens: 40, epochs: 1}]", "null", r"steps\[0\]: tokens=40 and epochs=1 both say"),
+        ("[{edit: remove, count: 1, epochs: 1}]", 1000, r"take 0, and none trains on the rest"),
+    ],
+)
+def test_budgets_of_steps_that_contradict_the_runs_are_refused(steps: str, tokens: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config("schedule=mixed", f"schedule.steps={steps}", f"schedule.tokens={tokens}")
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [("1e6", 2), ("2000", 1), ("null", 1)])
+def test_micro_batches_go_by_what_all_steps_train_on(tokens: str, batch: int) -> None:
+    """64 steps of two windows of 512 are 65,536 tokens: more than a budget of nobody's."""
+    steps = f"[{{edit: remove, count: 1, tokens: {tokens}}}, {{edit: convert, mixer: gla, tokens: {tokens}}}]"
+    assert tokens_of.batch_of(config("trainer=cpu", "schedule=mixed", f"schedule.steps={steps}")) == batch

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +227,21 @@ def test_hub_rows_and_offline_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(HubDataset("here", lines=True).documents()) == [("a\n \nb", None)]
     with pytest.raises(ValueError, match=r"'away'.*no route.*data=text data\.path=.*data=docstrings"):
         list(HubDataset("away").documents())
+    found: list[dict[str, Any]] = []
+    read = SimpleNamespace(load_dataset=lambda path, **keys: found.append({"path": path, **keys}) or rows["train"])
+    monkeypatch.setitem(sys.modules, "datasets", read)
+    files = HubDataset("OWNER/SET", revision="v1", files="train/*.jsonl.zst")
+    assert list(files.documents()) == [("a", None), ("b", None)]
+    where = "hf://datasets/OWNER/SET@v1/train/*.jsonl.zst"
+    assert found == [{"path": "json", "data_files": {"train": where}, "split": "train", "streaming": False}]
+    assert files.fingerprint() != replace(files, files=None).fingerprint()
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+    with pytest.raises(ValueError, match=r"data\.path='FOLDER/train/\*\.jsonl'"):
+        list(HubDataset("away", files="train/*.jsonl").documents())
+    with pytest.raises(ValueError, match=r"files=train/\*\.rar: name files that end in \.jsonl, .*\.txt"):
+        list(HubDataset("here", files="train/*.rar").documents())
+    with pytest.raises(ValueError, match=r"those of data\.source\.split: leave val_split"):
+        HubDataset("here", files="train/*.jsonl", val_split="validation")
     with pytest.raises(ValueError, match="no field 'story'"):
         list(HubDataset("here", field="story").documents())
     monkeypatch.setitem(sys.modules, "datasets", None)

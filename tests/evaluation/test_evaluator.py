@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from iskd.data import Framing
+from iskd.data import Framing, framing_of
 from iskd.evaluation import Evaluation, harness
 from iskd.evaluation.evaluator import EvalSpec, check, evaluate
 from iskd.evaluation.harness import TASK_FILES, draw
@@ -521,6 +521,15 @@ def test_bad_specs_are_refused_before_a_run_and_by_itself(values: dict[str, Any]
     ):
         with pytest.raises(ValueError, match=message):
             ask_()
+
+
+def test_a_begin_token_that_the_harness_cannot_add_is_refused_before_a_run() -> None:
+    """Of tasks of its own; ours begin as the run's text does."""
+    model, tokenizer = model_of(), byte_tokenizer()
+    frame, teacher = framing_of(tokenizer, "document"), Loaded(model, tokenizer, {})
+    with pytest.raises(ValueError, match=r"data\.bos asks for a begin token that the tokenizer does not add"):
+        check(EvalSpec(["copy", "piqa"], 2), teacher, frame=frame)
+    check(EvalSpec(["copy"], 2), teacher, frame=frame)
 
 
 def test_models_with_other_tokenizers_are_refused() -> None:

@@ -17,6 +17,8 @@ from iskd.plan import StageResult
 from iskd.report import write_report
 from iskd.report.figures import pareto_front
 from iskd.report.figures.context import Line, against_context, look_of
+from iskd.report.figures.score_curves import score_curve
+from iskd.report.read_run import read_run
 from iskd.report.run_list import differing, find_runs, flatten, read_runs, telling
 from iskd.report.runs_page import runs_file, write_runs_report
 from iskd.training.deciding import no_better_than_guessing
@@ -307,6 +309,17 @@ def test_runs_that_were_asked_other_items_share_no_axis(other: dict[str, Any], b
     assert ("its mean over the tasks that every run was asked" in said) is by_tasks
     assert ("on the validation text of each run" in said) is not by_tasks
     assert ("the runs were asked different items" in said) is not by_tasks
+
+
+@pytest.mark.parametrize("other", [{"task": "piqa"}, {"items": 7}])
+def test_a_run_that_was_continued_with_other_tasks_has_no_mean_along_it(other: dict[str, Any], tmp_path: Path) -> None:
+    """What a student loses is not to be told from what other tasks say; of tasks only the same items are one line."""
+    asked = [stage(number, evaluation=asked_along(**(other if number == 2 else {}))) for number in range(3)]
+    write_run(tmp_path / "run", asked, config=config() + "eval:\n  seed: 0\n")
+    assert "on the validation text of each run" in along(tmp_path)
+    curve = score_curve("run", read_run(tmp_path / "run").stages, 4)
+    assert not curve.by_tasks
+    assert [point.tasks is None for point in curve.points] == [True, True, False]
 
 
 def test_no_run_is_left_out_without_a_word(tmp_path: Path) -> None:

@@ -85,6 +85,17 @@ def test_a_resumed_run_has_the_same_measurements(
     assert same(weights(again), weights(validated))
 
 
+def test_a_layout_that_changes_leaves_a_run_as_long_as_it_is(make: Callable[..., Parts], tmp_path: Path) -> None:
+    """Steps of half the size are twice as many for what is left, and what was trained stays."""
+    every = EvalSpec(every=9 * TOKENS)  # of 16 steps, and of 8 smaller ones too many
+    parts = partial(make, tmp_path / "run", evaluation=every)
+    with pytest.raises(Crash):
+        run(parts(callbacks=[At(18, crash)]))  # in the second stage
+    again = run(parts(resume=True, batch_size=1))
+    assert again.stages[-1].tokens == 16 * TOKENS
+    assert [len(stage.inside) for stage in again.stages] == [0, 0, 1]
+
+
 def test_tasks_are_asked_at_the_start_and_after_every_stage(
     make: Callable[..., Parts], plain: Any, tmp_path: Path
 ) -> None:

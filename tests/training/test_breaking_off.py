@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 
 from iskd.evaluation import EvalSpec
 from iskd.importance.block_influence import BlockInfluence
+from iskd.refits.output import Output
 from iskd.schedules.edits import ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.system import Preempted
-from iskd.training import Parts, run
+from iskd.system.stop_signals import EXIT_CODE
+from iskd.training import Parts, editing, run
+from iskd.training.restart import StartAgain
 from tests.runs import BOTTLENECK, TOKENS, interrupt, make_parts, metric_rows, same, weights, write_text
 
 
@@ -106,3 +109,33 @@ def test_a_stop_inside_a_stage_is_obeyed_and_nothing_is_missed(
     assert [row.inside for row in again.stages] == [row.inside for row in whole.stages]
     assert [row.events for row in again.stages] == [row.events for row in whole.stages]
     assert metric_rows(again.run_dir) == metric_rows(whole.run_dir)
+
+
+@pytest.mark.parametrize("place", ["fit", "refit"])
+def test_a_stop_is_obeyed_in_an_edit_of_a_fresh_process(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which makes it before anything is wrapped; the next one makes it again."""
+    text, began = write_text(tmp_path), time.monotonic()
+    schedule = Iterative(ReplaceWith(BOTTLENECK), layers=[2], tokens=4 * TOKENS, lr=1e-3, restart_at_edit=True)
+    keys: dict[str, Any] = {"schedule": schedule, "refits": (Output(tokens=256, held_tokens=64),)}
+
+    def parts(name: str, **more: Any) -> Parts:
+        return make_parts(tmp_path / name, text, tmp_path / "cache", **keys, **more)
+
+    for name in ("whole", "run"):
+        with pytest.raises(StartAgain):
+            run(parts(name))
+    whole = run(parts("whole", resume=True))
+    with monkeypatch.context() as patched:
+        if place == "fit":
+            interrupt(patched.setattr, "fit", 0, stopped)
+        else:
+            patched.setattr(editing, "refit_survivors", lambda *_args, **_keys: stopped())
+        with pytest.raises(Preempted) as caught:
+            run(parts("run", resume=True))
+    assert caught.value.code == EXIT_CODE
+    assert time.monotonic() - began < 55
+    again = run(parts("run", resume=True))
+    assert same(weights(again), weights(whole))
+    assert [row.kl for row in again.stages] == [row.kl for row in whole.stages]

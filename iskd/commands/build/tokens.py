@@ -17,7 +17,7 @@ _LEAST_STEPS = 64  # of a run, where its micro-batches may be smaller (experimen
 
 def streamed(config: DictConfig) -> int:
     """Training tokens that a run takes of a text without an end. Raises ValueError where nobody says how many."""
-    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    schedules = _schedules(config)
     passes = next((schedule.epochs for schedule in schedules if schedule.get("epochs")), None)
     if passes is not None:
         raise ValueError(
@@ -40,14 +40,32 @@ def streamed(config: DictConfig) -> int:
 def batch_of(config: DictConfig) -> int:
     """Windows per micro-batch where nobody says: small budgets are short of updates more than of tokens."""
     step = config.data.seq_len * (config.trainer.get("accumulate_grad_batches") or 1)
-    tokens = config.schedule.get("tokens", 0)
-    if config.schedule.get("epochs"):
-        tokens = 0  # as much as there is text: many steps
-    elif tokens is None and _device(config).type != "cuda":
-        tokens = ON_CPU
-    if not tokens:  # where nothing is trained, nothing is short, nor is it on a GPU
+    schedules = _schedules(config)
+    open_ = any(schedule.get("tokens", 0) is None for schedule in schedules)
+    tokens = sum(schedule.get("tokens") or 0 for schedule in schedules) + ON_CPU * open_
+    # passes are as much as there is text, many steps; where nothing is trained nothing is short, nor is it on a GPU
+    passes = any(schedule.get("epochs") for schedule in schedules)
+    if passes or not tokens or (open_ and _device(config).type == "cuda"):
         return TextData.BATCH
     return max(1, min(TextData.BATCH, tokens // (_LEAST_STEPS * step)))
+
+
+def settled_as(config: DictConfig, saved: DictConfig) -> None:
+    """Put the tokens that a run has settled for itself in their places in a config of as many steps that names none.
+
+    Args:
+        config: of the command line that continues it, with values as meant.
+        saved: of the run.
+    """
+    mine, theirs = _schedules(config), _schedules(saved)
+    for schedule, before in zip(mine, theirs, strict=True) if len(mine) == len(theirs) else ():
+        if schedule.get("tokens", 0) is None and isinstance(before.get("tokens"), int):
+            schedule.tokens = before.tokens
+
+
+def _schedules(config: DictConfig) -> list[DictConfig]:
+    """Those of the steps, or the only one."""
+    return [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
 
 
 def default_tokens(config: DictConfig, text_tokens: Callable[[], int]) -> str:
@@ -59,7 +77,7 @@ def default_tokens(config: DictConfig, text_tokens: Callable[[], int]) -> str:
         config: of the run, with values as meant.
         text_tokens: counts those of the training text, where that matters.
     """
-    schedules = [step.schedule for step in config.schedule.get("steps") or ()] or [config.schedule]
+    schedules = _schedules(config)
     unsaid = [schedule for schedule in schedules if schedule.get("tokens", 0) is None]
     for schedule in unsaid:
         if schedule.get("epochs"):

@@ -78,6 +78,11 @@ def _step(step: Any, place: str, shared: Mapping[str, Any]) -> dict[str, Any]:
         near = perhaps(unknown[0], known)
         raise ValueError(f"{place}.{unknown[0]} is no key{near}: {one_of((*GROUPS, *known))}")
     said = {key for key, value in given.items() if value is not None}
+    if {"tokens", "epochs"} <= said:
+        raise ValueError(
+            f"{place}: tokens={given['tokens']} and epochs={given['epochs']} both say how long the step trains: drop "
+            "one of them"
+        )
     if said & {"layers", *TARGETS}:
         usual |= {key: None for key in TARGETS if key in usual and key not in said}
     usual |= {key: value for key, value in shared.items() if key in usual}
@@ -130,15 +135,20 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share(steps: list[dict[str, Any]], tokens: Any) -> None:
-    """Steps without a budget of their own share what is left of the run's."""
+    """Steps without a budget of their own share what is left of the run's.
+
+    Raises ValueError where nothing is, or where no step would take it.
+    """
     told = {number: step["schedule"].pop("_tokens", True) for number, step in enumerate(steps)}
     without = [step["schedule"] for number, step in enumerate(steps) if not told[number]]
-    if tokens is None or not without:
+    if tokens is None or not steps:
         return
-    named = [step["schedule"].get("tokens") or 0 for number, step in enumerate(steps) if told[number]]
-    spent = sum(int(float(each)) for each in named)
-    if spent > tokens:
-        raise ValueError(f"schedule.tokens={tokens}: the steps that name theirs take {spent:,}; give more, or null")
+    others = [step["schedule"] for number, step in enumerate(steps) if told[number]]
+    # passes over the text, which are counted in no tokens here, may leave some in a step that a run has settled
+    spent = sum(int(float(each.get("tokens") or 0)) for each in others if not each.get("epochs"))
+    if spent > tokens or (not without and spent != tokens):
+        end = "; give more, or null" if spent > tokens else ", and none trains on the rest: give as much, or null"
+        raise ValueError(f"schedule.tokens={tokens}: the steps that name theirs take {spent:,}{end}")
     for number, schedule in enumerate(without):
         left = int(tokens) - spent
         schedule["tokens"] = left // len(without) + (number < left % len(without))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from iskd.commands.line.steps import TARGETS
+from iskd.commands.line.steps import TARGETS, written
+from iskd.system.version import options
 
 
 def with_export_keys(override: str) -> str:
@@ -62,13 +64,21 @@ def _schedule_asked(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _without_presets_keys(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Drop what a preset says of refits and losses in whose place the command line has chosen others."""
-    typed = [given.partition("=")[0].lstrip("+") for given in overrides]
+    """Drop what a preset says of refits and losses in whose place the command line has chosen others.
+
+    Keys of parts that are not chosen, and parts of the preset's own, which it spells out.
+    """
+    typed = {name.lstrip("+"): value for name, _, value in (given.partition("=") for given in overrides)}
     for group in ("refit", "loss"):
         node = config.get(group)
         if not OmegaConf.is_dict(node) or "_target_" in node:
             continue
-        for key in [key for key, value in node.items() if OmegaConf.is_dict(value) and "_target_" not in value]:
+        others = [key for key, value in node.items() if OmegaConf.is_dict(value) and "_target_" not in value]
+        if group in typed:
+            chosen = [name for name in re.split(r"[\[\],\s]+", typed[group].strip("'\"")) if name in options(group)]
+            known = {key for name in chosen for key in written(group, name)}
+            others += [key for key, value in node.items() if OmegaConf.is_dict(value) and key not in {*others, *known}]
+        for key in others:
             if not any(f"{name}.".startswith(f"{group}.{key}.") for name in typed):
                 with open_dict(node):
                     del node[key]

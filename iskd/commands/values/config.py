@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -209,6 +210,7 @@ _GROUPS: Mapping[str, tuple[Any, ...]] = {
     "trainer": ("iskd.plan.trainer_settings.TrainerKeys",),
     "logger": (_Logger,),
 }
+_IN_STEP = re.compile(r"^schedule\.steps\[\d+\]\.")
 _OWN_WORD = ("trainer.", "logger.")
 """They take any key of their library's class, and say themselves which there is not."""
 NEEDED = (
@@ -329,7 +331,8 @@ def _option_kinds(edit: Any) -> tuple[Any, ...]:
 
 def _kinds(name: str, node: Mapping[str, Any]) -> tuple[Any, ...]:
     """Whose arguments the values of a mapping become."""
-    own_keys = _GROUPS.get("logger" if name.startswith("logger.") else name, ())
+    group = _IN_STEP.sub("", name)  # a step has the keys that a run has
+    own_keys = _GROUPS.get("logger" if group.startswith("logger.") else group, ())
     named = (get_object(kind) if isinstance(kind, str) else kind for kind in own_keys)
     own = (*named, *((_Term,) if name.startswith("loss.") else ()))
     own = (*own, *((_Source,) if name.startswith("data.sources.") else ()))

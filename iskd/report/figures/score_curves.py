@@ -18,6 +18,7 @@ from iskd.report.figures.style import PALETTE, figure_of, set_heading, short_lab
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_TEXT = "text perplexity"
 MOST_LINES = 12
 """Lines of a panel."""
 _LOOKS = (
@@ -66,15 +67,35 @@ def asked_of(stage: StageResult) -> Evaluation | None:
         return None
 
 
-def _scores_of(found: Evaluation) -> dict[str, tuple[float, bool]]:
+def items_of(found: Evaluation | None) -> dict[str, tuple[object, ...]]:
+    """By task, and for the text, what has to be equal where two evaluations have asked the same."""
+    if found is None:
+        return {}
+    asked: dict[str, tuple[object, ...]] = {task.task: (task.metric, str(task.items)) for task in found.tasks}
+    return asked if found.text is None else {**asked, _TEXT: (found.text.sha256,)}
+
+
+def _scores_of(found: Evaluation, asked: Mapping[str, tuple[object, ...]]) -> dict[str, tuple[float, bool]]:
+    """Scores of what others were asked too, and of the same items."""
     scores = {task.task: (task.student, task.per_cent) for task in found.tasks}
-    return scores if found.text is None else {**scores, "text perplexity": (found.text.perplexity, False)}
+    scores |= {} if found.text is None else {_TEXT: (found.text.perplexity, False)}
+    mine = items_of(found)
+    return {name: score for name, score in scores.items() if mine[name] == asked.get(name)}
 
 
 def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> ScoreCurve:
-    """The points of a run: kept stages, and between them what was measured inside."""
+    """The points of a run: kept stages, and between them what was measured inside.
+
+    A run that was continued with other tasks has no mean along all of it; of tasks those scores are left that were
+    taken on the items of the last stage that was asked.
+    """
     kept, points = kept_of(stages), list[ScorePoint]()
-    by_tasks = len(kept) > 1 and all((found := asked_of(stage)) and math.isfinite(found.mean.value) for stage in kept)
+    every = [asked_of(stage) for stage in kept]
+    last = items_of(next((found for found in reversed(every) if found is not None), None))
+    by_tasks = len(kept) > 1 and all(
+        found and math.isfinite(found.mean.value) and {**items_of(found), _TEXT: ()} == {**last, _TEXT: ()}
+        for found in every
+    )
     edited, layers = set[int](), num_layers
     for stage in kept:
         edited |= {edit["layer"] for edit in stage.edits}
@@ -87,7 +108,7 @@ def score_curve(name: str, stages: Sequence[StageResult], num_layers: int) -> Sc
                 if math.isfinite(each["tokens"])
             ]
         found = asked_of(stage)
-        tasks = None if found is None else _scores_of(found)
+        tasks = None if found is None else _scores_of(found, last) or None
         low, high = (stage.intervals or {}).get("retention", [math.nan, math.nan])
         told = (stage.retention, low, high)
         if by_tasks and found is not None:

@@ -132,12 +132,17 @@ def quantizing_seconds(kinds: int, tokens: int, token: float, device: torch.devi
     return (bool(kinds) + kinds) * tokens * token / 3 + kinds * _TURNS * _decoding(token, device)
 
 
-def a_few(spec: Any) -> tuple[Any, float]:
-    """An evaluation that asks a few items of each task and as small a share of the text; how many times it is whole."""
-    whole = spec.limit or _MANY
-    few = min(_FEW, whole)
-    tokens = max(min(spec.tokens, spec.window), spec.tokens * few // whole)
-    return replace(spec, limit=few, tokens=tokens, resamples=1, quantize=(), every=None), whole / few
+def a_few(spec: Any) -> list[tuple[Any, float]]:
+    """Evaluations that ask a few items of each task, and a window of the text; how many times each is whole."""
+    little, found = replace(spec, resamples=1, quantize=(), every=None), []
+    if spec.tasks:
+        whole = spec.limit or _MANY
+        few = min(_FEW, whole)
+        found.append((replace(little, limit=few, text=None), whole / few))
+    if spec.text:
+        tokens = min(spec.tokens, spec.window)
+        found.append((replace(little, tasks=(), metrics={}, fewshot=None, tokens=tokens), spec.tokens / tokens))
+    return found
 
 
 def check_every(every: int | str | None, tokens: int) -> None:

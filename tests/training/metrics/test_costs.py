@@ -15,19 +15,20 @@ from iskd.evaluation import EvalSpec
 from iskd.importance.block_influence import BlockInfluence
 from iskd.importance.racing import Racing
 from iskd.plan import Record, Remove, Replace, Stage
+from iskd.refits.output import Output
 from iskd.schedules import History, Schedule, forecast
 from iskd.schedules.edits import RemoveLayers, ReplaceWith
 from iskd.schedules.iterative import Iterative
 from iskd.schedules.mixed import Mixed, Step
 from iskd.schedules.oneshot import Oneshot
-from iskd.system import read_json
-from iskd.training import Parts, run
+from iskd.system import Busy, read_json
+from iskd.training import Parts, run, stages
 from iskd.training.deciding import scoring_ahead
 from iskd.training.metrics.along import AlongTheRun
 from iskd.training.metrics.costs import Costs, a_few, quantizing_seconds, trials_ahead
 from iskd.training.plan_table import plan_rows, seconds_of
 from tests.factories import tiny
-from tests.runs import SLIM, TOKENS, make_parts, write_text
+from tests.runs import SLIM, TOKENS, At, Crash, crash, make_parts, write_text
 
 EDITED = Stage("replace 2", (Replace(2, SLIM, seed=3),), tokens=800, lr=1e-3, fit=True)
 ROW = {"tokens": 800, "steps": 8, "params": 1_000_000, "trained": 500_000}
@@ -120,8 +121,16 @@ def test_later_scores_are_promised_by_the_layers_they_are_of() -> None:
 
 @pytest.mark.parametrize(("limit", "few", "times"), [(100, 2, 50.0), (1, 1, 1.0), (3, 2, 1.5), (None, 2, 500.0)])
 def test_a_few_items_stand_for_all(limit: int | None, few: int, times: float) -> None:
-    spec, whole = a_few(EvalSpec(["copy"], limit, every="stage", quantize=["int8"]))
-    assert (spec.limit, whole, spec.every, spec.quantize) == (few, times, None, ())
+    """And a window for all of the text, however many items there are."""
+    kinds: dict[str, Any] = {"every": "stage", "quantize": ["int8"]}
+    spec = EvalSpec(["copy"], limit, text="file", tokens=65_536, window=8192, metrics={"copy": "led"}, **kinds)
+    (tasks, whole), (text, windows) = a_few(spec)
+    assert (tasks.limit, whole, tasks.every, tasks.quantize, tasks.text) == (few, times, None, (), None)
+    assert (text.tasks, text.tokens, windows, text.every) == ((), 8192, 8.0, None)
+    assert [(each.text, times) for each, times in a_few(EvalSpec((), limit, text="file", tokens=100))] == [
+        ("file", 1.0)
+    ]
+    assert [each.tasks for each, _ in a_few(EvalSpec(["copy"]))] == [("copy",)]
 
 
 @pytest.fixture
@@ -190,3 +199,28 @@ def test_tasks_at_the_end_alone_are_in_the_plan(make: Callable[..., Parts], tmp_
         seconds[limit] = read_json(tmp_path / "run" / "plan.json")[-1]["end_seconds"]
     assert seconds[None] == 0.0
     assert seconds[400] > max(0.0, 10 * seconds[4])  # told to a tenth of a second, which four items may not take
+
+
+def test_long_work_says_how_long_it_may_take_by_the_plan(
+    make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first edits by what the plan has for their fits and refits, later measurements by the one before."""
+    told: dict[str, list[float | None]] = {}
+
+    class Quiet(Busy):
+        def __init__(self, what: str, *, expected: float | None = None) -> None:
+            super().__init__(what)
+            told.setdefault(what, []).append(expected)
+
+    monkeypatch.setattr(stages, "Busy", Quiet)
+    monkeypatch.setattr(stages, "read_json", lambda _file: [{}, {"fit_seconds": 3.0, "refit_seconds": 4}])
+    schedule = Iterative(ReplaceWith(SLIM), layers=[2, 1], tokens=8 * TOKENS, lr=1e-3)
+    refits = (Output(tokens=256, held_tokens=64),)
+    with pytest.raises(Crash):
+        run(make(schedule=schedule, refits=refits, callbacks=[At(2, crash)]))
+    [(what, [expected])] = [each for each in told.items() if "edits" in each[0]]
+    assert what.startswith("replace 2")
+    assert expected == 7.0
+    told.clear()
+    run(make(schedule=schedule, refits=refits, resume=True))
+    assert [each is not None for each in told["measuring the student"]] == [False, True, True, True]
