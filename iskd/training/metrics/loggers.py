@@ -49,6 +49,7 @@ COLUMNS = (
     *("index", "name", "status", "params", "block_params", "ppl", "kl", "top1", "retention"),
     *("tokens", "seconds", "train_tokens_per_s", "tokens_per_s"),
 )
+_ALONG = ("blocks edited", "layers left", "tokens")  # what changes along a run
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 _MOST = 100  # resumes that are listed
 _LIGHTNINGS_AXIS = "trainer/global_step"
@@ -143,7 +144,11 @@ def _to_wandb(run: Any, run_dir: Path, results: Sequence[StageResult], values: M
         [p.edited, p.layers, p.tokens, p.retention, *((p.tasks or {}).get(name, (None,))[0] for name in names)]
         for p in curve.points
     ]
-    shown["scores"] = wandb.Table(columns=["blocks edited", "layers left", "tokens", "retention", *names], data=rows)
+    shown["scores"] = wandb.Table(columns=[*_ALONG, "retention", *names], data=rows)
+    for at, axis in enumerate(_ALONG):
+        if len({row[at] for row in rows}) > 1:
+            points = wandb.Table(columns=[axis, "retention"], data=[[row[at], row[3]] for row in rows])
+            shown[f"retention by {axis}"] = wandb.plot.line(points, axis, "retention", title=f"Retention by {axis}")
     if (run_dir / REPORT_FILE).is_file():
         shown["report"] = wandb.Html(run_dir / REPORT_FILE, inject=False)
     said = read_run(run_dir, curves=False)

@@ -124,6 +124,14 @@ def test_wandb_gets_tables_pictures_files_and_one_summary(run_dir: Path) -> None
     assert row["stages"].columns == list(COLUMNS)
     assert [line[COLUMNS.index("status")] for line in row["stages"].data] == [*["kept"] * 3, "rolled_back"]
     assert row["importance"].data == [[1, 0, 0.5], [1, 1, 0.25]]
+    scores = row["scores"]
+    assert scores.columns == ["blocks edited", "layers left", "tokens", "retention"]
+    assert [(line[0], line[2], line[3]) for line in scores.data] == [(0, 0, 1.0), (1, 512, 0.95), (2, 1024, 0.9)]
+    charts = {name: chart.table.data for name, chart in row.items() if name.startswith("retention by ")}
+    assert charts == {
+        "retention by blocks edited": [[0, 1.0], [1, 0.95], [2, 0.9]],
+        "retention by tokens": [[0, 1.0], [512, 0.95], [1024, 0.9]],
+    }, "no layer goes, so nothing is drawn against those left"
     assert row["report"].html == (run_dir / "report.html").read_text()
     assert imread(run_dir / "run.png").shape[:2] == (600, 1200)
     (artifact,) = run.artifacts
