@@ -57,7 +57,8 @@ def hub_rows(
             rows = load_dataset(name, config, revision=revision, trust_remote_code=False, **where)
         else:
             root = name if Path(name).exists() else f"hf://datasets/{name}{f'@{revision}' if revision else ''}"
-            rows = load_dataset(_reader_of(files), data_files={split: f"{root}/{files}"}, **where)
+            named = {split: f"{root}/{files}"}
+            rows = load_dataset(_reader_of(files), data_files=named, trust_remote_code=False, **where)
         iterator = iter(rows if limit is None else rows.take(limit))
         row = next(iterator, None)
         while row is not None:

@@ -102,8 +102,7 @@ def carry_out(
     refitted, start = list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
-            followed = [*earlier, *stage.edits]
-            refitted = _refit(module, optimizer, record, followed, refits, windows, folder)
+            refitted = _refit(module, optimizer, record, [*earlier, *stage.edits], refits, windows, folder)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)

@@ -682,7 +682,7 @@ class StageLoop:
         try:
             row = read_json(self.run_dir / PLAN_FILE)[1 + len(self.state.finished)]
             return sum(float(row[f"{part}_seconds"]) for part in parts) or None
-        except (OSError, ValueError, LookupError, TypeError):  # a plan may be missing, and anybody's
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):  # a plan may be missing, and anybody's
             return None
 
     def _validate_inside(self) -> None:

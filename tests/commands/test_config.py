@@ -107,7 +107,7 @@ MEANINGFUL = {
 }
 ZERO_IS_NONE = re.compile(
     r"loss\.\w+\.weight|(.*\.)?mixer\.(conv|sinks|window_dropout)|.*\.seed|eval\.fewshot|importance\.(cache_mb|penalty)|run\.keep_students"
-    r"|budget\.(epochs|rounds|pairs)|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
+    r"|budget\.(epochs|rounds|finalists|pairs)|optim\.(weight_decay|warmup|end|momentum)|block\.(fit_steps|ridge)|edit\.ridge|refit\.replaceme\.ridge|.*_share"
     r"|.*\.(tokens|\w+_tokens|\w+_fraction|efficiency_seconds|samples|protect_\w+|max_skipped|log_every_n_steps)"
 )
 

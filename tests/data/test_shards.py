@@ -233,7 +233,15 @@ def test_hub_rows_and_offline_error(monkeypatch: pytest.MonkeyPatch) -> None:
     files = HubDataset("OWNER/SET", revision="v1", files="train/*.jsonl.zst")
     assert list(files.documents()) == [("a", None), ("b", None)]
     where = "hf://datasets/OWNER/SET@v1/train/*.jsonl.zst"
-    assert found == [{"path": "json", "data_files": {"train": where}, "split": "train", "streaming": False}]
+    assert found == [
+        {
+            "path": "json",
+            "data_files": {"train": where},
+            "split": "train",
+            "streaming": False,
+            "trust_remote_code": False,
+        }
+    ]
     assert files.fingerprint() != replace(files, files=None).fingerprint()
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     with pytest.raises(ValueError, match=r"data\.path='FOLDER/train/\*\.jsonl'"):

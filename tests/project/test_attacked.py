@@ -70,6 +70,7 @@ ATTACKED = {
     "teacher/row_store: open": "answers",
     "teacher/row_store: os.open": "answers",
     "training/facts: read_object": "notes",
+    "training/stages: read_json": "stages",
     "training/metrics/chosen: read_plain": "notes",
     "training/metrics/loggers: read_json": "notes",
     "training/metrics/metrics_file: read_csv": "run",

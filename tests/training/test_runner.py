@@ -509,7 +509,8 @@ def test_limits_of_the_trainer_are_refused_before_anything_is_read(make: Callabl
 def test_a_time_limit_breaks_off_no_work_that_would_begin_anew() -> None:
     """Of several processes neither: it ends at the next step; a signal ends it now."""
     ranks = SimpleNamespace(size=2, highest=lambda votes: votes)
-    callback = CompressionCallback(cast(Any, SimpleNamespace(live=SimpleNamespace(ranks=ranks))), deadline=0.0)
+    callback = CompressionCallback(cast(Any, None), deadline=0.0)
+    callback.ranks = cast(Any, ranks)
     assert callback.stop_wanted()
     with callback._breaking_off():
         callback._look()
