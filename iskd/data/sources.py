@@ -201,8 +201,11 @@ class HubDataset:
                 f"data.source.revision={self.revision} names a commit of the hub, and {self.name} is a local folder, "
                 "which has none: set it to null"
             )
-        if self.files is not None and (self.val_split or self.test_split):
-            raise ValueError("data.source.files are those of data.source.split: leave val_split and test_split out")
+        if self.files is not None and (self.val_split or self.test_split or self.config):
+            raise ValueError(
+                "data.source.files are those of data.source.split, whatever the data set says: leave config, val_split "
+                "and test_split out"
+            )
         _check_detokenize(self.detokenize, self.chat)
 
     def documents(self, enough: Enough | None = None) -> Iterator[Document]:

@@ -88,6 +88,7 @@ class CompressionCallback(Callback):
                         loop.state, module, self.resume_from, device, loop.fit_windows, context, alike
                     )
             except BrokenOffError:  # everything is saved, and the next process begins with the same edit
+                trainer.strategy.barrier("leave")  # the first process may not come back from handing the signal on
                 self.watchdog.close()
                 self.stop_signals.hand_on()
                 raise Preempted(loop.run_dir, number=self.stop_signals.received) from None

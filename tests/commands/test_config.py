@@ -248,6 +248,7 @@ def test_a_key_that_nothing_reads_is_refused_by_its_own_name(node: dict[str, Any
         (["experiment=ild_paper", "loss=[kl]"], "loss", {"kl"}),  # nor what the preset spells out
         (["experiment=ild_paper", "loss=[kl_sum]"], "loss", {"kl_sum"}),
         (["experiment=ild_paper", "loss=kl_sum"], "loss", {"kl_sum"}),
+        (["experiment=ild_paper", "loss=['kl_sum',\"kl\"]"], "loss", {"kl_sum", "kl"}),
         (["experiment=ild_paper"], "loss", {"kl_sum", "hidden", "final"}),
     ],
 )

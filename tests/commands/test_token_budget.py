@@ -192,6 +192,8 @@ def test_the_same_command_takes_a_run_up_again(words: list[str], tokens: list[in
         ("[{edit: remove, count: 1, tokens: 1500}]", 1000, r"schedule.tokens=1000: .* take 1,500; give more, or null"),
         ("[{edit: remove, count: 1, tokens: 1500}, {edit: remove}]", 1000, r"take 1,500; give more, or null"),
         ("[{edit: remove, count: 1, tokens: 40, epochs: 1}]", "null", r"steps\[0\]: tokens=40 and epochs=1 both say"),
+        ("[{edit: remove, count: 1, tokens: abc}]", 1000, r"schedule.steps\[0\].tokens=abc must be"),
+        ("[{edit: remove, count: 1, tokens: 10}]", "abc", r"schedule.tokens=abc must be"),
         ("[{edit: remove, count: 1, epochs: 1}]", 1000, r"take 0, and none trains on the rest"),
     ],
 )

@@ -248,7 +248,7 @@ def test_hub_rows_and_offline_error(monkeypatch: pytest.MonkeyPatch) -> None:
         list(HubDataset("away", files="train/*.jsonl").documents())
     with pytest.raises(ValueError, match=r"files=train/\*\.rar: name files that end in \.jsonl, .*\.txt"):
         list(HubDataset("here", files="train/*.rar").documents())
-    with pytest.raises(ValueError, match=r"those of data\.source\.split: leave val_split"):
+    with pytest.raises(ValueError, match=r"those of data\.source\.split, .*: leave config, val_split"):
         HubDataset("here", files="train/*.jsonl", val_split="validation")
     with pytest.raises(ValueError, match="no field 'story'"):
         list(HubDataset("here", field="story").documents())

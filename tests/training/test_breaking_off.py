@@ -116,7 +116,7 @@ def test_a_stop_is_obeyed_in_an_edit_of_a_fresh_process(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which makes it before anything is wrapped; the next one makes it again."""
-    text, began = write_text(tmp_path), time.monotonic()
+    text = write_text(tmp_path)
     schedule = Iterative(ReplaceWith(BOTTLENECK), layers=[2], tokens=4 * TOKENS, lr=1e-3, restart_at_edit=True)
     keys: dict[str, Any] = {"schedule": schedule, "refits": (Output(tokens=256, held_tokens=64),)}
 
@@ -135,7 +135,6 @@ def test_a_stop_is_obeyed_in_an_edit_of_a_fresh_process(
         with pytest.raises(Preempted) as caught:
             run(parts("run", resume=True))
     assert caught.value.code == EXIT_CODE
-    assert time.monotonic() - began < 55
     again = run(parts("run", resume=True))
     assert same(weights(again), weights(whole))
     assert [row.kl for row in again.stages] == [row.kl for row in whole.stages]

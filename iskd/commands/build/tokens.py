@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from iskd.data import TextData
 from iskd.plan.token_budget import ON_CPU, cpu_token_budget, gpu_token_budget
@@ -57,6 +57,9 @@ def settled_as(config: DictConfig, saved: DictConfig) -> None:
         config: of the command line that continues it, with values as meant.
         saved: of the run.
     """
+    steps = saved.schedule.get("steps") or ()
+    if not all(OmegaConf.is_dict(step) and OmegaConf.is_dict(step.get("schedule")) for step in steps):
+        return  # the file is anybody's, and damaged: whoever reads its steps says so
     mine, theirs = _schedules(config), _schedules(saved)
     for schedule, before in zip(mine, theirs, strict=True) if len(mine) == len(theirs) else ():
         if schedule.get("tokens", 0) is None and isinstance(before.get("tokens"), int):

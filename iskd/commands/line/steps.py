@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from pydantic import NonNegativeInt
 
 from iskd.system.text import one_of, perhaps
+from iskd.system.typed_values import read_value
 from iskd.system.version import CONF, options
 
 GROUPS = ("edit", "block", "mixer", "importance", "refit")
@@ -139,14 +141,22 @@ def _share(steps: list[dict[str, Any]], tokens: Any) -> None:
 
     Raises ValueError where nothing is, or where no step would take it.
     """
-    told = {number: step["schedule"].pop("_tokens", True) for number, step in enumerate(steps)}
+    fresh = any("_tokens" in step["schedule"] for step in steps)  # else they are a run's, in full
+    told = dict[int, bool]()
+    for number, step in enumerate(steps):
+        said = any(step["schedule"].get(key) is not None for key in ("tokens", "epochs"))
+        told[number] = step["schedule"].pop("_tokens", said)
     without = [step["schedule"] for number, step in enumerate(steps) if not told[number]]
     if tokens is None or not steps:
         return
-    others = [step["schedule"] for number, step in enumerate(steps) if told[number]]
+    tokens = read_value("schedule.tokens", tokens, NonNegativeInt)
     # passes over the text, which are counted in no tokens here, may leave some in a step that a run has settled
-    spent = sum(int(float(each.get("tokens") or 0)) for each in others if not each.get("epochs"))
-    if spent > tokens or (not without and spent != tokens):
+    spent = sum(
+        read_value(f"schedule.steps[{number}].tokens", step["schedule"].get("tokens") or 0, NonNegativeInt)
+        for number, step in enumerate(steps)
+        if told[number] and not step["schedule"].get("epochs")
+    )
+    if fresh and (spent > tokens or (not without and spent != tokens)):
         end = "; give more, or null" if spent > tokens else ", and none trains on the rest: give as much, or null"
         raise ValueError(f"schedule.tokens={tokens}: the steps that name theirs take {spent:,}{end}")
     for number, schedule in enumerate(without):

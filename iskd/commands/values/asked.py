@@ -75,9 +75,11 @@ def _without_presets_keys(config: DictConfig, overrides: Sequence[str]) -> None:
             continue
         others = [key for key, value in node.items() if OmegaConf.is_dict(value) and "_target_" not in value]
         if group in typed:
-            chosen = [name for name in re.split(r"[\[\],\s]+", typed[group].strip("'\"")) if name in options(group)]
-            known = {key for name in chosen for key in written(group, name)}
-            others += [key for key, value in node.items() if OmegaConf.is_dict(value) and key not in {*others, *known}]
+            chosen = [name for name in re.split(r"[\[\],\s'\"]+", typed[group]) if name]
+            if all(name in options(group) for name in chosen):  # else some are of a folder of the user's own
+                known = {key for name in chosen for key in written(group, name)}
+                spelled = [key for key, value in node.items() if OmegaConf.is_dict(value) and key not in known]
+                others += [key for key in spelled if key not in others]
         for key in others:
             if not any(f"{name}.".startswith(f"{group}.{key}.") for name in typed):
                 with open_dict(node):

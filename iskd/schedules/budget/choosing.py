@@ -233,7 +233,7 @@ class Chooser:
     ) -> None:
         """Plans that take out some layers of the chain and spend the rest of the budget on the others.
 
-        Where finalists are refitted worse ones may be ahead then, and all depths are tried.
+        Where finalists are refitted worse ones may be ahead then, and all depths are tried that are not hopeless.
         """
         step, worse, count = max(1, round(_STEP * self.depth)), 0, 0
         while self.removes and (worse < 2 or self.budget.finalists > 1):
@@ -246,9 +246,13 @@ class Chooser:
                 note(base, self.problem(limits), f"{_gone(base, self.removes)} {chain.said} out")
                 return
             fixed = {layer: name for layer, name in enumerate(base) if name in self.removes}
-            if solve(replace(self.problem(limits, self.scores), fixed=fixed)) is None:
+            alive = {*self.alive, *((layer, KEEP) for layer in range(self.depth))}
+            scores = {one: score for one, score in self.scores.items() if one in alive} | dict.fromkeys(
+                enumerate(base), 0.0
+            )
+            if solve(replace(self.problem(limits, scores), fixed=fixed)) is None:
                 continue  # no width is small enough: more layers have to go
-            scores = self.around(base) if self.budget.rounds else self.scores | dict.fromkeys(enumerate(base), 0.0)
+            scores = self.around(base) if self.budget.rounds else scores
             problem = replace(self.problem(limits, scores), fixed=fixed)
             found = note(solve(problem), problem, f"{len(fixed)} {chain.said} out, then width", base)
             worse = worse + 1 if found is None or found.measured > best else 0

@@ -9,6 +9,7 @@ whole students, also at last.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from iskd.evaluation import measure_quality
+from iskd.models import Stack
 from iskd.plan import Convert
-from iskd.plan.budget_plan import read_plan
+from iskd.plan.budget_plan import KEEP, read_plan
 from iskd.plan.run_files import BUDGET_FILE
 from iskd.refits import Refit, refit_survivors
 from iskd.schedules.budget.calibration import Tried
@@ -63,7 +65,7 @@ class Finals:
     refits: Sequence[Refit]
     seed: int
     told: Told
-    _known: dict[Choice, float] = field(default_factory=dict)
+    _known: dict[Choice, float | None] = field(default_factory=dict)
 
     def of(self, tried: Sequence[Tried]) -> list[Tried]:
         """Plans, the nearest after its refit first; behind these by KL the ones that were not refitted.
@@ -80,8 +82,20 @@ class Finals:
         found = [replace(each, refitted=self._known.get(each.choice)) for each in tried]
         return sorted(found, key=lambda each: each.rank)
 
-    def _refitted(self, choice: Choice) -> float:
-        """KL on the text for scores, nats."""
+    def _refitted(self, choice: Choice) -> float | None:
+        """KL on the text for scores, nats; None where the student of a choice cannot be refitted, which is told."""
+        try:
+            found = self._tried(choice)
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # others may be, and hours were spent
+            said = f"{' '.join(str(error).split()):.300}"
+        else:
+            if math.isfinite(found):
+                return found
+            said = "its KL to the teacher is not finite afterwards"
+        _log.warning("a plan with %s is not refitted: %s", ", ".join(sorted({*choice} - {KEEP})), said)
+        return None
+
+    def _tried(self, choice: Choice) -> float:
         scorer, budget, texts = self.chooser.scorer, self.chooser.budget, self.texts
         student, record, edits = apart(scorer.teacher, choice, scorer.options, scorer.library, self.seed)
         mixers = any(isinstance(edit, Convert) for edit in edits)
@@ -90,6 +104,8 @@ class Finals:
             for refit in self.refits
             if mixers or not refit.for_mixers
         ]
+        for refit in refits:
+            refit.check(Stack(scorer.teacher), edits)
         refit_survivors(refits, student, scorer.teacher, record, edits, lambda _tokens: [*texts.fit, *texts.held])
         return measure_quality(student, scorer.teacher, [{"input_ids": window} for window in texts.score])["kl"]
 

@@ -135,7 +135,9 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
         check_teacher(plan, digest, len(stack.layers), str(file))
         if plan.request == request:
             return plan
-        _refuse_work(run_dir, "its budget, options, settings of the search, text, seed or export.dtype were others")
+        _refuse_work(
+            run_dir, "its budget, options, settings of the search, refits, text, seed or export.dtype were others"
+        )
     found = plans_for(budget, asked)
     if found:
         return _kept(found[0], file)

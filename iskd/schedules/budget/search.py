@@ -36,8 +36,9 @@ from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext
 from iskd.teacher.cache import answering, autocast_of
 
-_FRONT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+_FRONT = tuple(round(0.95 - 0.05 * step, 2) for step in range(12))
 _ELSEWHERE = ("options", "use", "library", "plan")  # keys that decide nothing, or by what they describe
+_OF_RUNS = ("tokens", "held_tokens", "streams")  # keys of refits that a search has its own of
 _log = logging.getLogger(__name__)
 
 
@@ -96,8 +97,7 @@ def search(
         options, left_out = natives(options, teacher, place, named=named)
         told += left_out
     itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
-    begun = time.perf_counter()
-    size, dtype = place.itemsize, place.dtype
+    begun, size, dtype = time.perf_counter(), place.itemsize, place.dtype
     costs = counted(teacher, options, budget, itemsize=size, seed=place.seed, dtype=dtype, told=place.told)
     for each in budget.each:
         refuse(each, costs, options, itself, alike)
@@ -179,7 +179,8 @@ def request_of(budget: Budget, text: str, itemsize: int, seed: int, refits: Sequ
     values = {key: value for key, value in vars(budget).items() if key not in (*LIMITS, *_ELSEWHERE)}
     asked = budget.asked
     options = {option.name: option.described() for option in options_of(budget.options, budget.use)}
-    final = [[refit.name(), vars(refit)] for refit in refits if budget.finalists > 1]
+    keys = [{key: value for key, value in vars(each).items() if key not in _OF_RUNS} for each in refits]
+    final = [(each.name(), own) for each, own in zip(refits, keys, strict=True)] if budget.finalists > 1 else []
     every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed, final]
     return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -264,7 +265,6 @@ def _plan(
 ) -> BudgetPlan:
     """What was found, for people and for the run."""
     scorer, best, predicted = chooser.scorer, found.best, chooser.predicted()
-    key = next(iter(limits))
     return BudgetPlan(
         teacher=model_sha256(scorer.teacher),
         choice=best.choice,
@@ -292,7 +292,7 @@ def _plan(
         ),
         rank_correlation=chooser.rank_correlation(),
         compared=len(predicted),
-        front=tuple(chooser.front(limits, key, _FRONT)),
+        front=tuple(chooser.front(limits, next(iter(limits)), _FRONT)),
         seconds={**spent, "search": found.seconds},
         context=budget.context or 1,
         batch=budget.batch,

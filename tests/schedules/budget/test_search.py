@@ -268,7 +268,9 @@ def test_the_rest_is_spent_on_width_beside_a_gap(rounds: int, world: Any) -> Non
     every = {each.choice: each for each in chooser.find(limits)}
     base = Gap(scorer).without(2)
     assert base is not None
-    scores = chooser.around(base) if rounds else chooser.scores | dict.fromkeys(enumerate(base), 0.0)
+    alive = {*chooser.alive, *((layer, KEEP) for layer in range(DEPTH))}
+    single = {one: score for one, score in chooser.scores.items() if one in alive} | dict.fromkeys(enumerate(base), 0.0)
+    scores = chooser.around(base) if rounds else single
     gone = {at: name for at, name in enumerate(base) if name == "remove"}
     choice = solve(replace(chooser.problem(limits, scores), fixed=gone))
     assert choice is not None
@@ -302,7 +304,9 @@ def test_finalists_are_of_different_depths() -> None:
     assert names(3, [none, slim]) == [0.1, 0.2], "where all are as deep the next best follow"
 
 
-def test_the_plan_that_is_nearest_once_refitted_is_taken(tmp_path: Path) -> None:
+def test_the_plan_that_is_nearest_once_refitted_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Refitted as a run does it, on the text of the fits; what was refitted for one budget is known to the others."""
     teacher = louder(tiny("llama", layers=DEPTH))
     refits = [Output(), Calibrate()]  # of which the latter has nothing to do here, as no plan converts a layer
@@ -330,6 +334,19 @@ def test_the_plan_that_is_nearest_once_refitted_is_taken(tmp_path: Path) -> None
             kl = measure_quality(student, teacher, [{"input_ids": window} for window in texts.score])["kl"]
     assert plans[0].refitted_kl == pytest.approx(kl, abs=1e-6)
     assert digest(teacher) == before
+    # one that cannot be refitted is none that ends hours of search, and no finalist
+    tried, broken = keeping.Finals._tried, plans[0].choice
+
+    def fails(self: Any, choice: Any) -> float:
+        if choice == broken:
+            raise ValueError("refit=output: not this one")
+        return tried(self, choice)
+
+    monkeypatch.setattr(keeping.Finals, "_tried", fails)
+    [other] = searching_for(replace(budget, params=0.55), teacher, tmp_path, refits=refits)
+    assert other.choice != broken
+    assert next(each for each in other.tried if each.choice == broken).refitted is None
+    assert "not refitted: refit=output: not this one" in caplog.text
     none = searching_for(replace(budget, params=0.55, finalists=0), teacher, tmp_path, refits=refits)[0]
     alone = searching_for(replace(budget, params=0.55), teacher, tmp_path)[0]
     assert none.refitted_kl is alone.refitted_kl is None
