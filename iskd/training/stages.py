@@ -670,8 +670,10 @@ class StageLoop:
         """
         if self.live.ranks.rank:
             return work()
-        start = time.perf_counter()
-        with Busy(what, expected=self._seconds.get(like, self._promised(promised))):
+        start, expected = time.perf_counter(), self._seconds.get(like)
+        if expected is None and promised:
+            expected = self._promised(promised)
+        with Busy(what, expected=expected):
             found = work()
         if like:
             self._seconds.setdefault(like, time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """Layers that are taken out together, by the KL of the student without all of them: single scores do not add up.
 
-Either one by one, each time the one that the student so far misses least, or neighbours, which leave one gap: that is
-missed more at first, and a refit of what is left makes up for more of it (experiments/refit-smollm2, layers.csv).
+Either one by one, each time the one that the student so far misses least, or neighbours, which leave one gap: of the
+choices in experiments/refit-smollm2 (layers.csv) that is the nearest after a refit.
 Whoever was missed much is not asked at every step: those that were missed least when they were last asked are.
 
 Source: leave-one-out and repeat, as ILD (arXiv 2511.05085), here without healing in between; a merge competes with the

@@ -1,9 +1,8 @@
 """The best plan when it is built: nearest once it is refitted, and within its limits of time, which are measured.
 
-What a refit of the whole student gives back differs by the kind of edit, more for a gap than for blocks that were
-fitted one by one. So the best plans of different depths are refitted as the run will refit its student, and the nearest
-one then is the best. What layers take does not add up to what the student takes either: limits of time are measured on
-whole students, also at last.
+What a refit of the whole student gives back is not what blocks that were fitted one by one tell. So the best plans of
+different depths are refitted as the run will refit its student, and the nearest one then is the best. What layers take
+does not add up to what the student takes either: limits of time are measured on whole students, also at last.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class Finals:
     def _refitted(self, choice: Choice) -> float | None:
         """KL on the text for scores, nats; None where the student of a choice cannot be refitted, which is told."""
         try:
-            found = self._tried(choice)
+            found = self._distance(choice)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # others may be, and hours were spent
             said = f"{' '.join(str(error).split()):.300}"
         else:
@@ -95,7 +94,8 @@ class Finals:
         _log.warning("a plan with %s is not refitted: %s", ", ".join(sorted({*choice} - {KEEP})), said)
         return None
 
-    def _tried(self, choice: Choice) -> float:
+    def _distance(self, choice: Choice) -> float:
+        """The same. Raises ValueError where a refit does."""
         scorer, budget, texts = self.chooser.scorer, self.chooser.budget, self.texts
         student, record, edits = apart(scorer.teacher, choice, scorer.options, scorer.library, self.seed)
         mixers = any(isinstance(edit, Convert) for edit in edits)

@@ -335,14 +335,14 @@ def test_the_plan_that_is_nearest_once_refitted_is_taken(
     assert plans[0].refitted_kl == pytest.approx(kl, abs=1e-6)
     assert digest(teacher) == before
     # one that cannot be refitted is none that ends hours of search, and no finalist
-    tried, broken = keeping.Finals._tried, plans[0].choice
+    tried, broken = keeping.Finals._distance, plans[0].choice
 
     def fails(self: Any, choice: Any) -> float:
         if choice == broken:
             raise ValueError("refit=output: not this one")
         return tried(self, choice)
 
-    monkeypatch.setattr(keeping.Finals, "_tried", fails)
+    monkeypatch.setattr(keeping.Finals, "_distance", fails)
     [other] = searching_for(replace(budget, params=0.55), teacher, tmp_path, refits=refits)
     assert other.choice != broken
     assert next(each for each in other.tried if each.choice == broken).refitted is None
