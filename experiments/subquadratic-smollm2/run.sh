@@ -29,7 +29,7 @@ TRAINED=${TRAINED-sliding gated_deltanet}
 ONLY=${ONLY:-*}
 HERE=experiments/subquadratic-smollm2
 read -ra EXTRA <<< "${EXTRA:-} ${PLAN:+plan_only=true}"
-if [ "$MODEL" = tiny ]; then LENGTH=64 LAYERS=4; else LENGTH=256 LAYERS=30; fi
+if [ "$MODEL" = tiny ]; then LENGTH=160 LAYERS=4; else LENGTH=256 LAYERS=30; fi
 COMMON=(model="$MODEL" trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
         data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len="$LENGTH" data.batch_size=2 run.score_tokens=2048
         run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false seed="$SEED")
@@ -59,9 +59,9 @@ for choice in $HYBRIDS; do
   keys=()
   case $choice in
     restore | gates) keys=(schedule.attention_share=0.25 importance="$choice") ;;
-    every_fourth) # its attention stays: layers 3, 7, 11 ...
+    every_fourth) # its attention stays, in as many layers as a share of a quarter keeps: 0, 4, 8 ...
       layers=""
-      for ((layer = 0; layer < LAYERS; layer++)); do if ((layer % 4 != 3)); then layers+="${layers:+,}$layer"; fi; done
+      for ((layer = 0; layer < LAYERS; layer++)); do if ((layer % 4 != 0)); then layers+="${layers:+,}$layer"; fi; done
       keys=(schedule.layers="[$layers]") ;;
     every_second) keys=(schedule.layers=every_second) ;;
     *) echo "unknown hybrid $choice" >&2; exit 1 ;;

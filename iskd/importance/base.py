@@ -186,14 +186,17 @@ class AttentionImportance(WindowImportance):
     number: int | None = None  # how many of them are going to be converted
     layers: tuple[int, ...] | None = None  # numbers of the student's layers; None = it has all of the teacher's
 
-    def in_question(self, student: PreTrainedModel, tokens: int) -> tuple[list[int], dict[int, nn.Module]]:
+    def in_question(
+        self, student: PreTrainedModel, tokens: int, *, recall: bool = False
+    ) -> tuple[list[int], dict[int, nn.Module]]:
         """Positions in question, and each one's block with a mixer for its attention.
 
         The blocks share norms and MLP with the student's, which stays as it is.
 
         Args:
             student: the model.
-            tokens: how far back the text of the scores asks.
+            tokens: of the longest window of text.
+            recall: whether scores ask for what stood half a window ago alone, where no sink is.
 
         Raises:
             ValueError: the run converts nothing, the student is in shards, no block has an attention of its own, or no
@@ -218,10 +221,11 @@ class AttentionImportance(WindowImportance):
             for position, edit in edits.items()
             if isinstance(edit, Convert)
         }
-        path = f"{stack.family.attn}.mixer"
+        path, stands = f"{stack.family.attn}.mixer", set[int]()
         if self.stand_in is not None:
             for position, block in made.items():
                 if not getattr(block.get_submodule(path), "exact", 0):
+                    stands.add(position)
                     keys = {"window": self.stand_in, "sinks": min(_SINKS, self.stand_in), "feature_map": "none"}
                     edit = Convert(numbers[position], Spec(_WINDOW, keys), seed=0)
                     made[position] = surgery.build_converted(stack, stack.layers[position], edit)
@@ -230,14 +234,22 @@ class AttentionImportance(WindowImportance):
                 f"importance={name} says which layers keep their attention when the others are converted: it needs "
                 "edit=convert and a mixer, or another importance"
             )
-        least = min(int(getattr(block.get_submodule(path), "exact", 0)) for block in made.values())
-        if least >= tokens:
+        missed = {position: _sees(block.get_submodule(path), recall=recall) for position, block in made.items()}
+        if min(missed.values()) >= (tokens // 2 if recall else tokens):
+            least = min(missed, key=lambda position: missed[position])
+            asked = f"{tokens // 2} tokens back (half of data.seq_len)" if recall else f"{tokens} tokens (data.seq_len)"
+            key = "importance.stand_in" if least in stands else "mixer.window"
             raise ValueError(
-                f"importance={name}: mixers with windows of {least} tokens are attention itself where the text asks "
-                f"for {tokens} tokens back (half of data.seq_len for metric=recall), so that no layer is missed: lower "
-                "mixer.window, or raise data.seq_len"
+                f"importance={name}: mixers that see {missed[least]} tokens are attention itself where the text asks "
+                f"for {asked}, so that no layer is missed: lower {key}, or raise data.seq_len"
             )
         return found, made
+
+
+def _sees(mixer: nn.Module, *, recall: bool) -> int:
+    """Up to how many tokens a mixer is the attention itself; for `recall` without those that are sinks."""
+    exact = int(getattr(mixer, "exact", 0))
+    return max(0, exact - int(getattr(mixer, "sinks", 0))) if recall else exact
 
 
 def _has_attention(stack: Stack, block: nn.Module) -> bool:

@@ -88,7 +88,7 @@ class Gates(AttentionImportance):
         """
         stack = Stack(student)
         longest = max(batch.shape[1] for batch in batches)
-        positions, blocks = self.in_question(student, longest // 2 if self.metric == "recall" else longest)
+        positions, blocks = self.in_question(student, longest, recall=self.metric == "recall")
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         windows = [window for batch in batches for window in batch.split(1)]

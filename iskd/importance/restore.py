@@ -82,7 +82,7 @@ class Restore(AttentionImportance):
         """
         stack = Stack(student)
         longest = max(batch.shape[1] for batch in batches)
-        positions, blocks = self.in_question(student, longest // 2 if self.metric == "recall" else longest)
+        positions, blocks = self.in_question(student, longest, recall=self.metric == "recall")
         if self.metric == "recall":
             batches = repeated(batches, None if stack.separator is None else stack.separator.token, self.begin)
         # to keep: all but those that will be converted; nobody said: an order of all of them

@@ -126,8 +126,8 @@ class Sliding(RecurrentMixer):
 
     @property
     def exact(self) -> int:
-        """Up to as many tokens gamma cancels, and there is nothing behind."""
-        return self.window
+        """Up to as many tokens gamma cancels, and there is nothing behind; none where anything else differs."""
+        return min(self.window + self.sinks, self.inherited)
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys and values; padding is told apart by `mix`."""

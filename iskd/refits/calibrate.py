@@ -16,6 +16,7 @@ where it lowers no KL by itself it is judged together with the refit behind it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -91,7 +92,7 @@ class Calibrate(Refit):
         """Set the gates of the mixers at some layers."""
         reach, entropy = _attended(task, layers)
         memory = reach.clamp_min(LEAST_REACH) / math.log(2)
-        strength, found = 0.3 + 0.4 * (1 - entropy), []
+        strength, found = 0.3 + 0.4 * (1 - entropy), Counter[str]()
         for index, layer in enumerate(layers):
             with task.opened(layer):
                 mixer = _mixer(Stack(task.student), task, layer)
@@ -100,10 +101,10 @@ class Calibrate(Refit):
                 given = [x[index].repeat_interleave(width).view(channels).mean(1) for x in (memory, strength)]
                 bias = next(mixer.parameters())
                 memory_H, strength_H = (x.to(bias.device, torch.float32) for x in given)
-                found += mixer.calibrate(memory_H.clamp(max=MOST_MEMORY), strength_H.clamp(0.01, 0.99))
-        names = ", ".join(sorted(set(found))) or "no gate"
+                found.update(mixer.calibrate(memory_H.clamp(max=MOST_MEMORY), strength_H.clamp(0.01, 0.99)))
+        names = ", ".join(f"{name} of {found[name]}" for name in sorted(found)) or "no gate"
         return (
-            f"{names} of {len(layers)} mixers set: heads of the teacher look back {reach.min():.3g} to "
+            f"of {len(layers)} mixers {names} set: heads of the teacher look back {reach.min():.3g} to "
             f"{reach.max():.3g} tokens, with {100 * entropy.min():.0f} to {100 * entropy.max():.0f} % of the entropy "
             "of uniform attention"
         )

@@ -119,17 +119,62 @@ def test_repeated_windows_begin_as_all_do(rows: int, separator: int | None, widt
     assert restore._text(found, copier()).at.start == half + 1
 
 
+WHOLE = {"restore": Restore, "gates": Gates}
+
+
 @pytest.mark.parametrize(
-    ("name", "metric", "window"), [("restore", "kl", 16), ("gates", "kl", 20), ("gates", "recall", 8)]
+    ("name", "metric", "keys", "seen"),
+    [
+        ("restore", "kl", {"window": 16, "sinks": 1}, 17),
+        ("restore", "kl", {"window": 12, "sinks": 4}, 16),  # every token but the first ones is in the window
+        ("gates", "kl", {"window": 15, "sinks": 1}, 16),
+        ("gates", "kl", {"window": 20, "sinks": 0, "conv": 3}, 20),  # a convolution starts as the identity
+        ("gates", "recall", {"window": 8, "sinks": 1}, 8),
+        ("restore", "recall", {"window": 10, "sinks": 4}, 10),
+    ],
 )
-def test_windows_that_miss_nothing_of_the_text_are_refused(name: str, metric: str, window: int) -> None:
+def test_windows_that_miss_nothing_of_the_text_are_refused(
+    name: str, metric: str, keys: dict[str, Any], seen: int
+) -> None:
     """All layers would be alike but for rounding, and which of them are converted an accident."""
-    teacher, kind = teacher_of(), {"restore": Restore, "gates": Gates}[name]
-    mixer = Spec(MIXER.target, {**MIXER.kwargs, "window": window})
-    with pytest.raises(ValueError, match=rf"{name}: mixers with windows of {window} tokens are attention itself where"):
-        kind(metric, convert=ConvertTo(mixer))(teacher, teacher, BATCHES)
+    teacher, mixer = teacher_of(), Spec(MIXER.target, {**MIXER.kwargs, **keys})
+    with pytest.raises(ValueError, match=rf"{name}: mixers that see {seen} tokens are .* lower mixer.window"):
+        WHOLE[name](metric, convert=ConvertTo(mixer))(teacher, teacher, BATCHES)
+    with pytest.raises(ValueError, match=r"lower importance\.stand_in"):
+        WHOLE[name](metric, convert=ConvertTo(GLA), stand_in=16)(teacher, teacher, BATCHES)
     beside = ConvertTo(mixer, {"other": (MIXER, [1])})
-    assert kind(metric, convert=beside)(teacher, teacher, BATCHES).isfinite().all()
+    assert WHOLE[name](metric, convert=beside)(teacher, teacher, BATCHES).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "metric", "keys"),
+    [
+        ("llama", "kl", {"window": 6, "sinks": 4}),
+        ("llama", "recall", {"window": 7, "sinks": 4}),
+        ("llama", "kl", {"window": 32, "init": "random"}),
+        ("llama", "kl", {"window": 32, "rotary": False}),
+        ("llama", "kl", {"window": 32, "conv": 2, "conv_activation": "silu"}),
+        ("mistral", "kl", {"window": 16, "sinks": 4}),  # its own layers see 8 tokens
+        ("gemma2", "kl", {"window": 16, "sinks": 4}),  # half of them do
+    ],
+)
+def test_windows_that_change_the_attention_are_scored(family: str, metric: str, keys: dict[str, Any]) -> None:
+    own = {} if family == "llama" else {"sliding_window": 8}
+    teacher, mixer = teacher_of(family, **own), Spec(MIXER.target, {**MIXER.kwargs, **keys})
+    rows = Restore(metric, convert=ConvertTo(mixer))(teacher, teacher, BATCHES)
+    assert rows.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("keys", [{"window": 12, "sinks": 4}, {"window": 11, "sinks": 4}, {"window": 6, "sinks": 2}])
+def test_a_mixer_is_the_attention_itself_as_far_as_it_says(family: str, keys: dict[str, Any]) -> None:
+    teacher = teacher_of(family, **({"sliding_window": 8} if family in ("gemma2", "mistral") else {}))
+    mixer = Spec(MIXER.target, {**keys, "feature_map": "none"})
+    student, stack = converted(teacher, mixer), Stack(teacher)
+    exact = min(block.get_submodule(f"{stack.family.attn}.mixer").exact for block in Stack(student).layers)
+    at = [(teacher(BATCHES[0][:, :n]).logits - student(BATCHES[0][:, :n]).logits).abs().max() for n in (exact, 16)]
+    assert at[0] < 1e-3
+    assert exact == 16 or at[1] > 1e-2
 
 
 @pytest.mark.parametrize("kind", [Restore, Gates])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import runpy
@@ -58,6 +59,13 @@ def test_every_row_of_the_conversion_table_composes(tmp_path: Path, monkeypatch:
     hybrids = {f"hybrid-{choice}" for choice in ("restore", "gates", "every_fourth", "every_second")}
     mixed = {"hybrid_sliding-restore", "hybrid_gated_deltanet-restore"}
     assert rows.keys() == trained | hybrids | mixed
+    [fourth] = [word for word in rows["hybrid-every_fourth"] if word.startswith("schedule.layers=")]
+    assert fourth.count(",") + 1 == 30 - math.ceil(0.25 * 30), "it keeps as many as a share of a quarter"
+    (tmp_path / "tiny").mkdir()
+    [length] = {
+        word for line in lines_of(tmp_path / "tiny", MODEL="tiny") for word in line if word.startswith("data.seq_len=")
+    }
+    assert int(length.partition("=")[2]) // 2 > 64, "windows of 64 tokens have to miss something, recall too"
     for name in (*sorted(hybrids | mixed), "mamba-copy", "mamba-local", "mamba-all"):
         overrides = [word for word in rows[name] if not word.startswith(("hydra.", "data.path"))]
         config, _ = compose_config([*overrides, "model=tiny"], tmp_path / name)
