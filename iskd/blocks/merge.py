@@ -113,7 +113,9 @@ def unlike(lower: nn.Module, upper: nn.Module, stack: Stack) -> str:
 
     A block has one way to tell positions, and one window: heads of the other layer would see what they never saw.
     """
-    ours, theirs = (block.get_submodule(stack.family.attn) for block in (lower, upper))
+    ours, theirs = (dict(block.named_modules()).get(stack.family.attn) for block in (lower, upper))
+    if ours is None or theirs is None:
+        return f"the {'lower' if ours is None else 'upper'} one of the two has no attention"
     if bool(getattr(ours, "use_rope", True)) != bool(getattr(theirs, "use_rope", True)):
         which = "lower" if getattr(ours, "use_rope", True) else "upper"
         return f"only the {which} one of the two has rotary positions (no_rope_layers)"

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from iskd.commands.build.within_budget import LOSES, opened_elsewhere
 from iskd.export.student import write
 from iskd.models import surgery
 from iskd.plan import Edit, Record, Remove, Replace, Spec
@@ -257,6 +258,18 @@ def test_the_table_is_what_the_names_and_sizes_say(family: str, tmp_path: Path) 
         for loader in (VLLM.get(family), GGUF.get(family)):
             found.append("-" if export is None else verdict(loader, family, *export))
     assert found == documented()[family]
+    for what, at in (("heads", 2), ("channels", 4)):
+        lost = any((kept, cell) == ("yes", "no") for kept, cell in zip(found[:2], found[at : at + 2], strict=True))
+        assert lost == (family in LOSES[what]), "what budget.native leaves out"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2", "opt"])
+def test_a_native_budget_takes_what_loaders_open(family: str) -> None:
+    for kind, what in (("layers removed", ""), ("fewer heads", "heads"), ("fewer channels", "channels")):
+        model = tiny(family, hidden=HIDDEN, mlp=MLP, layers=LAYERS)
+        surgery.apply(model, Record(LAYERS), KINDS[kind](family in GROUPED))
+        native = family in GROUPED or family == "phi" or what != "heads"
+        assert opened_elsewhere(model) == (native and not (what and family in LOSES[what]))
 
 
 @pytest.mark.filterwarnings("ignore")

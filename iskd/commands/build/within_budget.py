@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
+from iskd.blocks import inputs_of
 from iskd.commands.build.at_the_end import export_of
 from iskd.commands.line.steps import steps_as_meant
 from iskd.commands.values import class_of, object_of, plain
@@ -21,6 +23,12 @@ from iskd.schedules.mixed import Mixed
 from iskd.system import global_rank
 from iskd.system.files import expanded
 from iskd.teacher import Loaded
+
+LOSES = {"heads": ("qwen2", "phi"), "channels": ("phi", "gpt2")}
+"""Families whose students with fewer heads or channels vLLM or llama.cpp refuses, though not the teacher.
+
+As the table of docs/loading.md has it, which says too of which families nothing is known.
+"""
 
 
 def within_budget(config: DictConfig, teacher: Loaded, data: TextData, run_dir: Path, start: Path | None) -> DictConfig:
@@ -62,8 +70,18 @@ def asked_of(config: DictConfig, teacher: Loaded, data: TextData) -> Asked:
         trainer=plain(config.trainer),
         cache_dir=Path(config.cache_dir or expanded("~/.cache/iskd")),
         stored=str(teacher.source.get("stored", "float32")) if dtype == "auto" else dtype,
-        seed=config.seed,
-        native=lambda model: native_config(model) is not None,
+        native=opened_elsewhere,
         refits=refits,
         note=lambda sentence: terminal().print(sentence, soft_wrap=True),
     )
+
+
+def opened_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether plain transformers opens a student, and vLLM and llama.cpp do as far as they open its teacher."""
+    if native_config(model) is None:
+        return False
+    stack = Stack(model)
+    dims, block, kind = stack.dims, stack.layers[0], model.config.model_type
+    heads, channels = (inputs_of(block.get_submodule(path)) for path in (stack.family.out, stack.family.down))
+    fewer = {"heads": heads < dims.heads * dims.head_dim, "channels": channels < dims.mlp}
+    return not any(less and kind in LOSES[what] for what, less in fewer.items())

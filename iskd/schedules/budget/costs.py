@@ -3,6 +3,7 @@
 Parameters are counted on the meta device. The cache is filled by a short prompt and lengthened, so that its bytes are
 those that the models themselves hold. Times are taken of whole students, in which one option stands in every layer, in
 turns with the teacher: what a layer costs is the difference to a student that has no layers, over their number.
+Where a teacher has layers of several kinds (local and global attention), every kind is measured by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,13 @@ from iskd.evaluation.results import AtContext
 from iskd.models import Stack, scoring, surgery
 from iskd.models.cache import layer_bytes, lengthen
 from iskd.models.weights import cast_parameters, served, stored_as
-from iskd.plan import Edit, Record
+from iskd.plan import Record
 from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.library import TIMED, Library, code_digest
-from iskd.schedules.budget.options import Option, layers_of, module_of
+from iskd.schedules.budget.options import Option, kinds_of, layers_of, module_of
 from iskd.schedules.budget.scores import Single
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget
-from iskd.schedules.budget.students import assembled
+from iskd.schedules.budget.students import assembled, uniform
 from iskd.system import machine, read_json, write_whole
 
 _PROMPT = 256  # tokens that fill a cache; windows of mixers are shorter
@@ -172,19 +173,6 @@ def timed(
     )
 
 
-def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTrainedModel, Record]:
-    """A student without memory that has an option in every layer, or in the topmost where it removes; its record."""
-    stack = Stack(teacher)
-    where = layers_of(option, stack)
-    return made(teacher, [option.make(layer, seed) for layer in (where[-1:] if option.removes else where)])
-
-
-def made(teacher: PreTrainedModel, edits: Iterable[Edit]) -> tuple[PreTrainedModel, Record]:
-    """A student without memory after some edits, and its record."""
-    record = Record(len(Stack(teacher).layers)).extended(edits)
-    return surgery.rebuild(teacher, record, "meta"), record
-
-
 @torch.no_grad()
 def _caches(teacher: PreTrainedModel, blocks: Mapping[int, nn.Module | None], budget: Budget) -> list[int]:
     """Bytes of each layer's slot of the cache after the context."""
@@ -218,16 +206,23 @@ def _times(
 ) -> tuple[dict[str, dict[Single, float]], dict[str, float]]:
     """By kind of time what each option of each layer takes in ms, and what is left without layers."""
     stack = Stack(teacher)
-    depth = len(stack.layers)
+    depth, kinds = len(stack.layers), kinds_of(stack)
     there = [option for option in options if not option.removes]
-    students: dict[str, Option | None] = {"": None} | {option.digest: option for option in there}
+    # each with the layers that it fills; the teacher itself is beside all of them, and by kinds where there are several
+    own = [(kind, None) for kind in sorted({*kinds})] if len({*kinds}) > 1 else []
+    students: dict[str, tuple[Option | None, list[int]]] = {"": (None, [])}
+    for kind, option in [*own, *((kind, option) for option in there for kind in sorted({*kinds}))]:
+        where = [at for at in (range(depth) if option is None else layers_of(option, stack)) if kinds[at] == kind]
+        if where:
+            students[_student(option, where)] = option, where
     file, facts = library.folder / f"times-{budget.context}-{budget.batch}.json", machine.describe(teacher.device)
     facts = {key: value for key, value in facts.items() if key not in _PASSING} | {"code": code_digest(TIMED)}
     known = _known(file, facts)
-    for number, (name, filled) in enumerate(students.items()):
+    for number, (name, (filled, where)) in enumerate(students.items()):
         told("measuring options", number, len(students))
         if name not in known:
-            blocks = {at: None if filled is None else module_of(filled, stack, at, seed) for at in range(depth)}
+            blocks: dict[int, nn.Module | None] = {at: None for at in range(depth) if filled or at not in where}
+            blocks |= {} if filled is None else {at: module_of(filled, stack, at, seed) for at in where}
             known[name] = side_by_side(teacher, assembled(teacher, blocks), _context(budget), budget.batch, dtype)
             written = {"machine": facts, "times": known, "digest": _digest(facts, known)}
             write_whole(file, json.dumps(written, indent=1))
@@ -238,13 +233,19 @@ def _times(
     others: dict[str, float] = {}
     for at, key in enumerate(TIMES):
         bare = ratio[""][at] * whole[at]
-        per_layer = {option.name: (ratio[option.digest][at] * whole[at] - bare) / depth for option in there}
-        per_layer |= {KEEP: (whole[at] - bare) / depth} | {option.name: 0.0 for option in options if option.removes}
+        each = {(layer, option.name): 0.0 for option in options if option.removes for layer in range(depth)}
+        each |= {} if own else {(layer, KEEP): (whole[at] - bare) / depth for layer in range(depth)}
+        for name, (filled, where) in students.items():
+            per_layer = (ratio[name][at] * whole[at] - bare) / max(1, len(where))
+            each |= {(layer, filled.name if filled else KEEP): per_layer for layer in where}
         others[key] = 1e3 * bare
-        layers[key] = {
-            (layer, name): 1e3 * max(0.0, seconds) for name, seconds in per_layer.items() for layer in range(depth)
-        }
+        layers[key] = {single: 1e3 * max(0.0, seconds) for single, seconds in each.items()}
     return layers, others
+
+
+def _student(option: Option | None, where: Sequence[int]) -> str:
+    """The name of a student with an option, or the teacher's own blocks, at some layers and nothing elsewhere."""
+    return f"{KEEP if option is None else option.digest}-{where[0]}-{len(where)}"
 
 
 def side_by_side(

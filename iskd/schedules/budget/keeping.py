@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -27,11 +27,13 @@ from iskd.refits import Refit, refit_survivors
 from iskd.schedules.budget.calibration import Tried
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Told, side_by_side
+from iskd.schedules.budget.library import code_digest
 from iskd.schedules.budget.settings import TIMES, Budget
-from iskd.schedules.budget.students import Choice, apart
+from iskd.schedules.budget.students import Choice, apart, edits_to, made
 from iskd.schedules.budget.text import Texts
 
 _SLACK = 1.02  # of a limit of time, which is never measured twice alike
+_REFITTED = ("schedules/budget/keeping.py",)  # beside what binds a library
 _TIGHTENED = 5  # times that a limit of time is drawn tighter
 _ALIKE = 1e-9  # relative
 _log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Finals:
         refits: those of the run, in order.
         seed: of fresh weights.
         told: called with what is being done, how much of it is done, and of how much.
+        opened: whether a student may be: others are no plans, unless there is none; None = all may.
     """
 
     chooser: Chooser
@@ -64,6 +67,7 @@ class Finals:
     refits: Sequence[Refit]
     seed: int
     told: Told
+    opened: Callable[[PreTrainedModel], bool] | None = None
     _known: dict[Choice, float | None] = field(default_factory=dict)
 
     def of(self, tried: Sequence[Tried]) -> list[Tried]:
@@ -72,6 +76,8 @@ class Finals:
         Args:
             tried: the best by KL first.
         """
+        if self.opened is not None:
+            tried = [each for each in tried if self.opened(self._made(each.choice))] or tried
         chosen = finalists(tried, self.chooser.removes, self.chooser.budget.finalists)
         if len(chosen) > 1:
             for number, each in enumerate(chosen):
@@ -81,14 +87,24 @@ class Finals:
         found = [replace(each, refitted=self._known.get(each.choice)) for each in tried]
         return sorted(found, key=lambda each: each.rank)
 
+    def _made(self, choice: Choice) -> PreTrainedModel:
+        """The student of a choice, without memory."""
+        scorer = self.chooser.scorer
+        return made(scorer.teacher, edits_to(choice, scorer.options, self.seed))[0]
+
     def _refitted(self, choice: Choice) -> float | None:
         """KL on the text for scores, nats; None where the student of a choice cannot be refitted, which is told."""
+        scorer = self.chooser.scorer
+        name = scorer.name_of(choice, f"refitted by {self.refits} as {code_digest(_REFITTED)} does")
+        if (known := scorer.known(name)) is not None:
+            return known.item()
         try:
             found = self._distance(choice)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # others may be, and hours were spent
             said = f"{' '.join(str(error).split()):.300}"
         else:
             if math.isfinite(found):
+                scorer.keep({name: torch.tensor(found, dtype=torch.float64)})
                 return found
             said = "its KL to the teacher is not finite afterwards"
         _log.warning("a plan with %s is not refitted: %s", ", ".join(sorted({*choice} - {KEEP})), said)

@@ -2,6 +2,7 @@
 
     meta.json                            the recipe: teacher, text, code, precision, epochs; whose library this is
     007-slim_50-0123456789abcdef.safetensors   tensors of one block; errors of its fit and a digest in its header
+    scores-4.safetensors, students.safetensors   what was measured of single options, and of whole students (`Kept`)
 
 A file is written whole or not at all, so a library may be killed at any point and filled further by as many processes
 as there are. What an option is called does not bind it: two budgets share what is the same option.
@@ -195,6 +196,34 @@ class Library:
             _log.warning("%s is damaged: it is fitted anew", path)
             return None
         return tensors, errors
+
+
+class Kept:
+    """Tensors by name in one file, which is written whole whenever there are more.
+
+    Args:
+        file: where they lie.
+        what: they are, for people, where they have to be made anew.
+    """
+
+    def __init__(self, file: Path, what: str) -> None:
+        self.file, self._what = file, what
+
+    def read(self) -> dict[str, Tensor]:
+        """All of them; none where there is no file, or not what was written."""
+        try:
+            found, _ = unpacked(read_plain(self.file, max_bytes=self.file.lstat().st_size))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            _log.warning("%s cannot be read (%s): %s anew", self.file, error, self._what)
+            return {}
+        return found
+
+    def add(self, more: Mapping[str, Tensor]) -> None:
+        """Keep more of them, or others in the place of some."""
+        added = {name: tensor.cpu().contiguous() for name, tensor in more.items()}
+        write_whole(self.file, packed({**self.read(), **added}, {}))
 
 
 def packed(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:

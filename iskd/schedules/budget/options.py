@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +19,10 @@ from iskd.blocks.merge import side_by_side, unlike
 from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Replace, Spec
-from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
+from iskd.plan.budget_plan import KEEP
 from iskd.plan.edits import REMOVALS, Merge
 from iskd.schedules.edits import ConvertTo, EditKind, MergeLayers, RemoveLayers, ReplaceWith
-from iskd.system.text import perhaps
+from iskd.system.text import layers_text, perhaps
 from iskd.system.typed_values import read_value, takes
 
 EDITS: Mapping[str, type[Any]] = {
@@ -31,15 +31,15 @@ EDITS: Mapping[str, type[Any]] = {
     "merge": MergeLayers,
     "convert": ConvertTo,
 }
-_PARTS = ("block", "mixer")
+PARTS = ("block", "mixer")
 _MADE_BY = {"block": "from_block", "mixer": "from_attention"}
 _EXAMPLES = {
     "block": "{_target_: iskd.blocks.slim.Slim, ratio: 0.5}",
     "mixer": "{_target_: iskd.mixers.gla.GLA}",
 }
 _EXAMPLE = "{edit: remove}"
+_NO_PAIR = "the teacher has no two neighbours whose attentions see the same tokens and positions"
 _TRIAL = (2, 8)  # windows and tokens on which an option is tried
-At = TypeVar("At")  # the layer of an option, or all its layers
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class Option:
         name: of the option.
         edit: one of `EDITS`.
         kind: makes the edit of a layer.
+        layers: of the teacher, at which it can be had; None = wherever an edit of its kind can be.
     """
 
     name: str
     edit: str
     kind: EditKind
+    layers: tuple[int, ...] | None = None
 
     @property
     def removes(self) -> bool:
@@ -77,8 +79,8 @@ class Option:
 
     def described(self) -> dict[str, Any]:
         """As `budget.options` has it."""
-        values = {key: value for key, value in asdict(self.kind).items() if key not in _PARTS}
-        for key in _PARTS:
+        values = {key: value for key, value in asdict(self.kind).items() if key not in PARTS}
+        for key in PARTS:
             if (spec := getattr(self.kind, key, None)) is not None:
                 values[key] = {"_target_": spec.target, **spec.kwargs}
         return {"edit": self.edit, **values}
@@ -113,7 +115,7 @@ def options_of(described: Mapping[str, Any], use: Sequence[str] | None = None) -
             raise ValueError(f"budget.use names {name!r} twice; name each option once")
         if use is not None and described[name] is None:
             raise ValueError(f"budget.use names {name!r}, and budget.options.{name} is null: leave one of them out")
-    found = [_option(name, described[name]) for name in names if described[name] is not None]
+    found = [option_of(name, described[name]) for name in names if described[name] is not None]
     if not found:
         raise ValueError("budget.options: every option is null, so nothing could be done to a layer: give one")
     named: dict[str, str] = {}
@@ -126,7 +128,8 @@ def options_of(described: Mapping[str, Any], use: Sequence[str] | None = None) -
     return found
 
 
-def _option(name: str, values: Any) -> Option:
+def option_of(name: str, values: Any) -> Option:
+    """One option, as `budget.options` has it. Raises ValueError where it is described wrongly."""
     where = f"budget.options.{name}"
     edit = values.get("edit") if isinstance(values, Mapping) else None
     if not isinstance(edit, str) or edit not in EDITS:
@@ -135,18 +138,18 @@ def _option(name: str, values: Any) -> Option:
         raise ValueError(f"{key}{said}: say what is done to the layer, with edit: {', '.join(EDITS)}")
     rest = {key: value for key, value in values.items() if key != "edit"}
     kind: Any = EDITS[edit]
-    known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in (*_PARTS, "mixers"))]
+    known = [*kind.takes, *(key for key in kind.__dataclass_fields__ if key not in (*PARTS, "mixers"))]
     if rest.pop("mixers", None) is not None:
         raise ValueError(f"{where}.mixers: an option has one mixer; make an option of each, and drop mixers")
     for key in rest:
-        if key in _PARTS and key not in kind.takes:
+        if key in PARTS and key not in kind.takes:
             raise ValueError(
                 f"{where}.{key} does not go with edit: {edit}; drop it, or give your option a name that is not taken"
             )
         if key not in known:
             near = perhaps(str(key), known)
             raise ValueError(f"{where}.{key} is no key{near}: use {', '.join(known)}")
-        if key not in _PARTS:
+        if key not in PARTS:
             rest[key] = read_value(f"{where}.{key}", rest[key], *takes(kind)[key])
     for part in kind.takes:
         rest[part] = _spec(f"{where}.{part}", part, rest.get(part))
@@ -179,10 +182,22 @@ def layers_of(option: Option, stack: Stack) -> list[int]:
 
     A merge needs a layer below whose attention is like its own: elsewhere a run removes the layer instead.
     """
-    layers = stack.layers
-    if not option.merges:
-        return list(range(len(layers)))
-    return [at for at in range(1, len(layers)) if not unlike(layers[at - 1], layers[at], stack)]
+    layers, some = stack.layers, option.layers
+    found = [at for at in range(len(layers)) if some is None or at in some]
+    return [at for at in found if at and not unlike(layers[at - 1], layers[at], stack)] if option.merges else found
+
+
+def kinds_of(stack: Stack) -> list[int]:
+    """For every layer the lowest one that has modules of the same types and sizes, and sees as far."""
+    first: dict[object, int] = {}
+    return [first.setdefault(_kind(block, stack), at) for at, block in enumerate(stack.layers)]
+
+
+def _kind(block: nn.Module, stack: Stack) -> object:
+    types = tuple((name, type(module)) for name, module in block.named_modules())
+    sizes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+    attention = dict(block.named_modules()).get(stack.family.attn)
+    return types, sizes, tuple(getattr(attention, name, None) for name in ("sliding_window", "use_rope", "layer_type"))
 
 
 @torch.no_grad()
@@ -208,92 +223,62 @@ def able(
 ) -> tuple[list[Option], list[str]]:
     """The options that this teacher can have on its device, and sentences about the others.
 
-    Each is tried on its last layer: made, and run on a few tokens.
+    Each is tried on a layer of every kind: made, and run on a few tokens.
 
     Args:
         options: to be tried.
         teacher: in evaluation mode, where it will be used.
         seed: of fresh weights.
-        named: whether the user has named them: then one that fails is an error.
+        named: whether the user has named them: then one that fails everywhere is an error.
 
     Raises:
         ValueError: a named option fails, or none is left.
     """
-    stack = Stack(teacher)
-    ids = torch.zeros(_TRIAL, dtype=torch.long, device=teacher.device)
-    calls, depth = BlockCalls(stack, ids), len(stack.layers)
-    found, told = list[Option](), list[str]()
+    stack, found, told = Stack(teacher), list[Option](), list[str]()
+    ids, kinds = torch.zeros(_TRIAL, dtype=torch.long, device=teacher.device), kinds_of(stack)
+    calls = BlockCalls(stack, ids)
     for option in options:
-        where = layers_of(option, stack)
-        try:
-            if not where:
-                raise ValueError("the teacher has no two neighbours whose attentions see the same tokens and positions")
-            Record(depth).extended([option.make(where[-1], seed)])
-            at = where[-1] - option.merges
-            module = module_of(option, stack, where[-1], seed)
-            if option.merges:
-                check_mergeable(stack)
-                side_by_side(stack.layers[at], stack.layers[at + 1], _trial(calls, at, stack))
-            if module is not None and not calls.run(at, module, calls.embedded).isfinite().all():
-                raise ValueError("what it says of a few tokens is not finite")
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # parts and their kernels fail in their own ways
-            said = f"option {option.name} cannot be had on {teacher.device.type}: {' '.join(str(error).split()):.300}"
-            if named:
-                raise ValueError(f"{said}; leave it out of budget.use, or run elsewhere (trainer=cpu)") from error
-            told.append(f"{said}; it is left out")
-        else:
-            found.append(option)
+        # by the kind of the layer, and for a merge of the one below
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for layer in layers_of(option, stack):
+            groups.setdefault((*kinds[layer - option.merges : layer], kinds[layer]), []).append(layer)
+        there, failed = list[int](), dict[str, list[int]]()
+        for layers in groups.values():
+            try:
+                _try(option, calls, layers[-1], stack, seed)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # parts and their kernels fail in their own ways
+                said = " ".join(str(error).split()) or type(error).__name__
+                failed.setdefault(f"{said:.300}", []).extend(layers)
+            else:
+                there += layers
+        what = f"option {option.name} cannot be had on {teacher.device.type}"
+        if there:
+            found.append(replace(option, layers=tuple(sorted(there))) if failed else option)
+            told += [f"{what} in layers {layers_text(sorted(where))}: {why}" for why, where in failed.items()]
+            continue
+        said = f"{what}: {'; '.join(failed) or _NO_PAIR}"
+        if named:
+            raise ValueError(f"{said}; leave it out of budget.use, or run elsewhere (trainer=cpu)")
+        told.append(f"{said}; it is left out")
     if not found:
         raise ValueError(f"none of the options can be had here: {'; '.join(told)}")
     return found, told
 
 
+def _try(option: Option, calls: BlockCalls, layer: int, stack: Stack, seed: int) -> None:
+    """Make an option of a layer, and run it on a few tokens. Raises whatever its parts raise."""
+    Record(len(stack.layers)).extended([option.make(layer, seed)])
+    at = layer - option.merges
+    module = module_of(option, stack, layer, seed)
+    if option.merges:
+        check_mergeable(stack)
+        side_by_side(stack.layers[at], stack.layers[at + 1], _trial(calls, at, stack))
+    if module is not None and not calls.run(at, module, calls.embedded).isfinite().all():
+        raise ValueError("what it says of a few tokens is not finite")
+
+
 def _trial(calls: BlockCalls, position: int, stack: Stack) -> FitData:
     """Something to run a block on."""
     return FitData([calls.embedded], [calls.embedded], lambda block, h, _: calls.run(position, block, h), stack)
-
-
-# ---- of a plan -------------------------------------------------------------------------------------------------------
-
-
-def used(plan: BudgetPlan) -> list[tuple[Option, list[int]]]:
-    """The options that some layer gets, each with its layers, in the order to carry them out: merges, removals, others.
-
-    Raises ValueError where an option of the plan is described wrongly.
-    """
-    chosen = [(name, layers) for name, layers in choice_map(plan) if name != KEEP]
-    return in_order([(_option(name, plan.options[name]), layers) for name, layers in chosen])
-
-
-def in_order(chosen: Sequence[tuple[Option, At]]) -> list[tuple[Option, At]]:
-    """Options in the order to carry them out: merges, removals, others."""
-    return sorted(chosen, key=lambda each: (not each[0].merges, not each[0].removes))
-
-
-def edits_of(plan: BudgetPlan) -> list[Edit]:
-    """All edits of a plan, in the order to carry them out.
-
-    Raises ValueError where they cannot be applied to a teacher of so many layers.
-    """
-    edits = [option.make(layer, plan.seed) for option, layers in used(plan) for layer in layers]
-    Record(len(plan.choice)).extended(edits)
-    return edits
-
-
-def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
-    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
-
-    What survives is refitted once, when all is edited.
-    """
-    steps: list[dict[str, Any]] = []
-    for option, layers in used(plan):
-        described = option.described()
-        parts = {key: described.pop(key) for key in _PARTS if key in described}
-        del described["edit"]
-        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
-        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
-    if steps:
-        del steps[-1]["tokens"], steps[-1]["refit"]
-    return steps

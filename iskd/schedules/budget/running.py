@@ -21,10 +21,9 @@ from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE, work_in
 from iskd.plan.trainer_settings import with_defaults
 from iskd.refits import Refit
-from iskd.schedules.budget.costs import made
-from iskd.schedules.budget.options import edits_of
 from iskd.schedules.budget.search import Place, request_of, search, settled
 from iskd.schedules.budget.settings import LIMITS, Budget
+from iskd.schedules.budget.students import edits_of, made
 from iskd.schedules.budget.text import texts_of
 from iskd.system import ProgressLine, global_rank
 from iskd.system.precision import place as placed
@@ -46,8 +45,7 @@ class Asked:
         trainer: keys of the trainer, of which device and precision count.
         cache_dir: parent of all libraries.
         stored: type of the exported weights.
-        seed: of the run.
-        native: whether plain transformers opens a student.
+        native: whether plain transformers, vLLM and llama.cpp open a student, as far as they open its teacher.
         refits: of the run, in order.
         note: called with sentences for people.
     """
@@ -58,7 +56,6 @@ class Asked:
     trainer: Mapping[str, Any]
     cache_dir: Path
     stored: str
-    seed: int
     native: Callable[[PreTrainedModel], bool]
     refits: Sequence[Refit]
     note: Callable[[str], None]
@@ -81,8 +78,8 @@ def plans_for(budget: Budget, asked: Asked) -> list[BudgetPlan]:
                 asked.windows,
                 Place(
                     asked.cache_dir / "budget", forward_context, asked.native, itemsize_of(asked.stored),
-                    serving_dtype(device), asked.seed, global_rank(), started_together(os.environ), asked.refits,
-                    progress, asked.note,
+                    serving_dtype(device), process=global_rank(), processes=started_together(os.environ),
+                    refits=asked.refits, told=progress, note=asked.note,
                 ),
             )  # fmt: skip
     finally:
@@ -129,15 +126,13 @@ def plan_for(budget: Budget, asked: Asked, run_dir: Path) -> BudgetPlan:
     budget.asked  # noqa: B018 - refused before anything is read
     text = texts_of(budget, asked.windows).digest
     settings = settled(budget, stack, asked.refits)
-    request = request_of(settings, text, itemsize_of(asked.stored), asked.seed, asked.refits)
+    request = request_of(settings, text, itemsize_of(asked.stored), asked.refits)
     if file.exists():
         plan = read_plan(file)
         check_teacher(plan, digest, len(stack.layers), str(file))
         if plan.request == request:
             return plan
-        _refuse_work(
-            run_dir, "its budget, options, settings of the search, refits, text, seed or export.dtype were others"
-        )
+        _refuse_work(run_dir, "its budget, options, settings of the search, refits, text or export.dtype were others")
     found = plans_for(budget, asked)
     if found:
         return _kept(found[0], file)

@@ -7,7 +7,7 @@ read on few windows, and an option that is beyond doubt worse than a cheaper one
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,19 +19,17 @@ from iskd.importance.racing import doubt
 from iskd.importance.sweep import Exchange, exchange_values
 from iskd.models import Stack, scoring
 from iskd.plan.budget_plan import KEEP
-from iskd.schedules.budget.library import Library, packed, unpacked
+from iskd.schedules.budget.library import Kept, Library
 from iskd.schedules.budget.options import Option, layers_of
 from iskd.schedules.budget.students import Choice, Place, assembled, places
-from iskd.system import write_whole
-from iskd.system.files import read_plain
 
 _BATCH = 1024  # tokens of the windows that are read together
 _ROOM = 1 << 30  # bytes of fitted blocks in memory at a time
 _ROUNDS = (0.125, 0.25, 0.5, 1.0)  # shares of the windows after which options may be out
 _Z = 2.3  # standard errors
+_STUDENTS, _ANEW = "students.safetensors", "options are scored"
 HOPELESS = 1e3
 """Nats, of a student whose states are not finite."""
-_log = logging.getLogger(__name__)
 
 Single = tuple[int, str]
 """An option of a layer."""
@@ -65,6 +63,8 @@ class Scorer:
         self.options = {option.name: option for option in options}
         self.depth, self._told = len(Stack(teacher).layers), told
         self.rows: dict[Single, Tensor] = {}
+        on = next(teacher.parameters()).device
+        self._students = {name: row.to(on) for name, row in Kept(library.folder / _STUDENTS, _ANEW).read().items()}
         self._together = max(1, _BATCH // self.windows[0].shape[1])
 
     @property
@@ -89,8 +89,11 @@ class Scorer:
         *,
         stride: int | None = None,
         what: str = "",
+        kept: bool = True,
     ) -> Tensor:
         """KL of the teacher to every changed student at every scored position [C, W, P], in nats.
+
+        What was asked before, by whichever search of this library, is read off it.
 
         Where it is not finite it is `HOPELESS`: a student that breaks is worse than any other, and no reason to end.
 
@@ -100,7 +103,38 @@ class Scorer:
             windows: numbers of the W windows to read.
             stride: of the scored positions; None = the scorer's.
             what: is being done.
+            kept: keep the answers in the library.
         """
+        stride = stride or self.stride
+        names = [self.name_of(choice, f"{[*windows]} every {stride}") for choice in changed]
+        known = self._students if kept else {}
+        lacking = [index for index, name in enumerate(names) if name not in known]
+        if lacking:
+            fresh = self._fresh(base, [changed[index] for index in lacking], windows, stride, what)
+            answers = {names[index]: row for index, row in zip(lacking, fresh, strict=True)}
+            known = known | answers
+            if kept:
+                self.keep(answers)
+        return torch.stack([known[name] for name in names])
+
+    def name_of(self, choice: Choice, asked: str) -> str:
+        """What is kept of a student, as an answer to some question, is called."""
+        parts = [KEEP if name == KEEP else self.options[name].digest for name in choice]
+        return hashlib.sha256(" ".join([*parts, asked]).encode()).hexdigest()[:32]
+
+    def known(self, name: str) -> Tensor | None:
+        """What is kept under a name."""
+        return self._students.get(name)
+
+    def keep(self, answers: Mapping[str, Tensor]) -> None:
+        """Keep answers about students, by name."""
+        self._students |= answers
+        Kept(self.library.folder / _STUDENTS, _ANEW).add(answers)
+
+    def _fresh(
+        self, base: Choice, changed: Sequence[Choice], windows: Sequence[int], stride: int, what: str
+    ) -> list[Tensor]:
+        """`values` of students of which nothing is kept."""
         standing = places(base, self.options)
         student = self.student(base)
         wanted = [
@@ -112,14 +146,14 @@ class Scorer:
             for group, modules in self._groups(wanted):
                 branches = [self._exchange(wanted[index], modules) for index in group]
                 rows = [
-                    exchange_values(student, self.teacher, batch, branches, stride=stride or self.stride)
+                    exchange_values(student, self.teacher, batch, branches, stride=stride)
                     for batch in torch.cat([self.windows[window] for window in windows]).split(self._together)
                 ]
                 for index, row in zip(group, torch.cat(rows, dim=1), strict=True):
                     found[index] = row.nan_to_num(HOPELESS, HOPELESS, HOPELESS)
                 if what:
                     self._told(what, len(found), len(changed))
-        return torch.stack([found[index] for index in range(len(changed))])
+        return [found[index] for index in range(len(changed))]
 
     def kl(self, choice: Choice) -> float:
         """KL of one student on all windows and positions, mean in nats."""
@@ -206,7 +240,9 @@ class Scorer:
                 lacking.setdefault(have, []).append(single)
         for have, group in lacking.items():
             changed = [self.with_one(self.whole, single) for single in group]
-            values = self.values(self.whole, changed, range(have, read), what=f"scoring options, to window {read}")
+            values = self.values(
+                self.whole, changed, range(have, read), what=f"scoring options, to window {read}", kept=False
+            )
             if group and (values >= HOPELESS).any(2).any(1).all():
                 raise ValueError(
                     "no option can be scored, as the KL to the teacher is not finite with any of them: check the "
@@ -214,11 +250,8 @@ class Scorer:
                 )
             for single, row in zip(group, values, strict=True):
                 known[single] = torch.cat([known[single], row]) if have else row
-        if lacking:
-            mine = {self._name(single): rows.contiguous() for single, rows in known.items()}
-            write_whole(
-                self._file, packed({**self._written(), **mine}, {})
-            )  # options that are not asked for keep theirs
+        if lacking:  # options that are not asked for keep theirs
+            Kept(self._file, _ANEW).add({self._name(single): rows for single, rows in known.items()})
 
     def _out(
         self,
@@ -249,7 +282,7 @@ class Scorer:
 
     def _known(self) -> dict[Single, Tensor]:
         """What was read before, of options that are there."""
-        found, positions = self._written(), len(range(0, self.windows[0].shape[1], self.stride))
+        found, positions = Kept(self._file, _ANEW).read(), len(range(0, self.windows[0].shape[1], self.stride))
         return {
             single: found[name]
             for single in self.singles
@@ -258,13 +291,3 @@ class Scorer:
             and found[name].shape[1] == positions
             and len(found[name]) <= len(self.windows)
         }
-
-    def _written(self) -> dict[str, Tensor]:
-        try:
-            found, _ = unpacked(read_plain(self._file, max_bytes=self._file.lstat().st_size))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            _log.warning("%s cannot be read (%s): options are scored anew", self._file, error)
-            return {}
-        return found

@@ -11,7 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +24,16 @@ from iskd.models.weights import model_sha256
 from iskd.plan.budget_plan import KEEP, BudgetPlan, TriedPlan
 from iskd.refits import Refit
 from iskd.schedules.budget.choosing import Chooser
-from iskd.schedules.budget.costs import DECODED, Costs, counted, made, timed, uniform
+from iskd.schedules.budget.costs import DECODED, Costs, counted, timed
 from iskd.schedules.budget.filling import fill
 from iskd.schedules.budget.fitting import fit_options
 from iskd.schedules.budget.keeping import Finals, Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
-from iskd.schedules.budget.options import Option, able, edits_of, layers_of, options_of
+from iskd.schedules.budget.options import Option, able, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require
-from iskd.schedules.budget.students import Choice
+from iskd.schedules.budget.students import LOADERS, Choice, edits_of, made, natives
 from iskd.schedules.budget.text import texts_of
 from iskd.system.precision import ForwardContext
 from iskd.teacher.cache import answering, autocast_of
@@ -51,9 +53,9 @@ class Place:
         forward_context: the precision of passes.
         itemsize: bytes of a number in the exported weights.
         dtype: in which times are measured; None = that of the teacher in memory.
-        seed: of fresh weights.
+        seed: of fresh weights; not that of a run, so that runs of all seeds share a library and its plans.
         process, processes: which one of how many this is.
-        native: whether plain transformers opens a student.
+        native: whether plain transformers, vLLM and llama.cpp open a student, as far as they open its teacher.
         refits: what a run does to the student of a plan, in order.
         told: called with what is being done, how much of it is done, and of how much.
         note: called with sentences for people.
@@ -94,7 +96,7 @@ def search(
     named = budget.use is not None
     options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
     if budget.native:
-        options, left_out = natives(options, teacher, place, named=named)
+        options, left_out = natives(options, teacher, place.native, place.seed, named=named)
         told += left_out
     itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
     begun, size, dtype = time.perf_counter(), place.itemsize, place.dtype
@@ -103,13 +105,22 @@ def search(
         refuse(each, costs, options, itself, alike)
     counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
-    requests = [request_of(each, texts.digest, place.itemsize, place.seed, place.refits) for each in budget.each]
+    requests = [request_of(each, texts.digest, place.itemsize, place.refits) for each in budget.each]
     with place.forward_context():
         recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
         library = Library.open(budget, place.folder, recipe, teacher, place.seed)
         if place.process == 0:
             for sentence in (*told, *texts.short_of(budget), f"library of fitted options: {library.folder}"):
                 place.note(sentence)
+        prices = partial(timed, costs, teacher, options, budget, library=library, seed=place.seed)
+        begun, alone = time.perf_counter(), place.processes == 1
+        if alone and budget.timed:  # beside others that fit nothing can be timed
+            costs = prices(dtype=place.dtype, told=place.told)
+            if len(
+                over := [said for each in budget.each if (said := _over(each, costs, options, itself, alike))]
+            ) == len(budget.each):
+                raise ValueError("; ".join(over))
+        counting += time.perf_counter() - begun
         fill(
             library, options, place.process, place.processes, place.told, place.note,
             lambda jobs, tell: fit_options(teacher, texts, jobs, budget, place.seed, library.keep, tell),
@@ -117,14 +128,12 @@ def search(
         if place.process:
             return []
         fitted = time.perf_counter()
-        if budget.timed:
-            costs = timed(
-                costs, teacher, options, budget, library=library, seed=place.seed, dtype=place.dtype, told=place.told
-            )
+        if budget.timed and not alone:
+            costs = prices(dtype=place.dtype, told=place.told)
         priced = time.perf_counter()
         scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
         chooser = Chooser(scorer, costs, budget, alike)
-        finals = Finals(chooser, texts, place.refits, place.seed, place.told)
+        finals = Finals(chooser, texts, place.refits, place.seed, place.told, place.native if budget.native else None)
         scored = time.perf_counter()
         spent = {
             "library": fitted - start - counting,
@@ -146,9 +155,9 @@ def search(
         plans.remove(plan)
         asked = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items())
         refused.append(
-            f"{asked} with budget.native=true: plain transformers opens students with each option alone, and not the "
-            f"best one within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: leave one of these out of "
-            "budget.use, or set budget.native=false"
+            f"{asked} with budget.native=true: {LOADERS} open students with each option alone, and none of the "
+            f"{len(plan.tried)} that were built within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: "
+            "leave one of these out of budget.use, or set budget.native=false"
         )
     if refused:
         raise RefusedError("; ".join(refused), plans)
@@ -166,14 +175,13 @@ def settled(budget: Budget, stack: Stack, refits: Sequence[Refit]) -> Budget:
     return budget.at(None if stack.limit is None else stack.limit - behind, stack.bound)
 
 
-def request_of(budget: Budget, text: str, itemsize: int, seed: int, refits: Sequence[Refit]) -> str:
+def request_of(budget: Budget, text: str, itemsize: int, refits: Sequence[Refit]) -> str:
     """Hex SHA-256 of all that decides what is found for a teacher; where it is searched, and by whom, does not.
 
     Args:
         budget: one, settled.
         text: digest of the calibration text.
         itemsize: bytes of a number in the exported weights.
-        seed: of fresh weights.
         refits: of the run.
     """
     values = {key: value for key, value in vars(budget).items() if key not in (*LIMITS, *_ELSEWHERE)}
@@ -181,8 +189,17 @@ def request_of(budget: Budget, text: str, itemsize: int, seed: int, refits: Sequ
     options = {option.name: option.described() for option in options_of(budget.options, budget.use)}
     keys = [{key: value for key, value in vars(each).items() if key not in _OF_RUNS} for each in refits]
     final = [(each.name(), own) for each, own in zip(refits, keys, strict=True)] if budget.finalists > 1 else []
-    every = [asked, values, options, text, itemsize if "bytes" in asked else None, seed, final]
+    every = [asked, values, options, text, itemsize if "bytes" in asked else None, final]
     return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _over(*asked: Any) -> str:
+    """What `refuse` has to say, of times too."""
+    try:
+        refuse(*asked)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class RefusedError(ValueError):
@@ -213,37 +230,6 @@ def refuse(
     limits = _limits(asked, costs, teacher)
     problem = problem_of(options, len(teacher), dict.fromkeys(costs.layers, 0.0), costs, limits, alike)
     require(problem, limits, asked, costs, teacher)
-
-
-def natives(
-    options: Sequence[Option], teacher: PreTrainedModel, place: Place, *, named: bool
-) -> tuple[list[Option], list[str]]:
-    """The options of which plain transformers opens a student that has one everywhere, and sentences about the others.
-
-    Raises:
-        ValueError: one that is not was named, or none is left.
-    """
-    stack = Stack(teacher)
-
-    def opened(option: Option) -> bool:
-        """Above a gap layers stand where others stood, which may be what plain transformers does not expect."""
-        low = [made(teacher, [option.make(layers_of(option, stack)[0], place.seed)])] if option.removes else []
-        return all(place.native(student) for student, _ in (*low, uniform(teacher, option, place.seed)))
-
-    good = [option for option in options if opened(option)]
-    others = [option.name for option in options if option not in good]
-    if others and named:
-        raise ValueError(
-            f"budget.native=true, and plain transformers opens no student with {', '.join(others)}: leave "
-            f"{'it' if len(others) == 1 else 'them'} out of budget.use, or set budget.native=false"
-        )
-    if not good:
-        raise ValueError(
-            f"budget.native=true: plain transformers opens no student with any of {', '.join(others)}: give other "
-            "options (remove, merge, slim), or set budget.native=false"
-        )
-    told = [f"options {', '.join(others)} are left out: plain transformers opens no such student"] if others else []
-    return good, told
 
 
 def _limits(asked: Mapping[str, Amount], costs: Costs, whole: Choice) -> dict[str, float]:

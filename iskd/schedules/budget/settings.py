@@ -40,7 +40,7 @@ class Budget:
         decode_ms: milliseconds for one more token of each after them.
         context: tokens at which cache and time count; None = 1,024, or the teacher's context where that is shorter.
         batch: sequences at which they count.
-        native: only students that plain transformers opens.
+        native: only students that plain transformers opens, and vLLM and llama.cpp as far as is known.
         options: what there is to choose from beside keeping a layer, by name: `edit` (replace, remove, merge, convert)
             with `block` or `mixer` and the other keys of that edit.
         use: names of the options that are chosen from; None = all that this teacher and device can have.

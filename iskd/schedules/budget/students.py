@@ -7,8 +7,8 @@ own block, a fitted one, or nothing. A merge puts its block one position lower a
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,10 +20,12 @@ from iskd.models.projections import with_submodule
 from iskd.models.stack import set_layer_idx
 from iskd.models.weights import load_model_tensors, model_tensors
 from iskd.plan import Edit, Record
-from iskd.plan.budget_plan import KEEP
+from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
 from iskd.schedules.budget.library import Library
-from iskd.schedules.budget.options import Option, in_order
+from iskd.schedules.budget.options import PARTS, Option, layers_of, option_of
 
+LOADERS = "plain transformers, vLLM and llama.cpp"
+At = TypeVar("At")  # the layer of an option, or all its layers
 Choice = tuple[str, ...]
 """The name of an option, or `KEEP`, for every layer."""
 Place = tuple[int, str] | Literal["keep", "gone"]
@@ -63,6 +65,12 @@ def assembled(teacher: PreTrainedModel, blocks: Mapping[int, nn.Module | None]) 
     return student
 
 
+def edits_to(choice: Choice, options: Mapping[str, Option], seed: int) -> list[Edit]:
+    """The edits that make a choice, in the order to carry them out."""
+    chosen = [(options[name], layer) for layer, name in enumerate(choice) if name != KEEP]
+    return [option.make(layer, seed) for option, layer in in_order(chosen)]
+
+
 def apart(
     teacher: PreTrainedModel, choice: Choice, options: Mapping[str, Option], library: Library, seed: int
 ) -> tuple[PreTrainedModel, Record, list[Edit]]:
@@ -75,8 +83,7 @@ def apart(
         library: of fitted options.
         seed: of fresh weights.
     """
-    chosen = [(options[name], layer) for layer, name in enumerate(choice) if name != KEEP]
-    edits = [option.make(layer, seed) for option, layer in in_order(chosen)]
+    edits = edits_to(choice, options, seed)
     student = copy.deepcopy(teacher)
     record = surgery.apply(student, Record(len(choice)), edits)
     blocks = dict(zip(record.layers, Stack(student).layers, strict=True))
@@ -86,3 +93,96 @@ def apart(
             assert fitted is not None
             load_model_tensors(blocks[position], model_tensors(fitted))
     return student, record, edits
+
+
+def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTrainedModel, Record]:
+    """A student without memory that has an option in every layer, or in the topmost where it removes; its record."""
+    stack = Stack(teacher)
+    where = layers_of(option, stack)
+    return made(teacher, [option.make(layer, seed) for layer in (where[-1:] if option.removes else where)])
+
+
+def made(teacher: PreTrainedModel, edits: Iterable[Edit]) -> tuple[PreTrainedModel, Record]:
+    """A student without memory after some edits, and its record."""
+    record = Record(len(Stack(teacher).layers)).extended(edits)
+    return surgery.rebuild(teacher, record, "meta"), record
+
+
+def natives(
+    options: Sequence[Option],
+    teacher: PreTrainedModel,
+    native: Callable[[PreTrainedModel], bool],
+    seed: int,
+    *,
+    named: bool,
+) -> tuple[list[Option], list[str]]:
+    """The options of which the loaders open a student that has one everywhere, and sentences about the others.
+
+    Raises:
+        ValueError: one that is not was named, or none is left.
+    """
+    stack = Stack(teacher)
+
+    def opened(option: Option) -> bool:
+        """Above a gap layers stand where others stood, which may be what plain transformers does not expect."""
+        low = [made(teacher, [option.make(layers_of(option, stack)[0], seed)])] if option.removes else []
+        return all(native(student) for student, _ in (*low, uniform(teacher, option, seed)))
+
+    good = [option for option in options if opened(option)]
+    others = [option.name for option in options if option not in good]
+    if others and named:
+        raise ValueError(
+            f"budget.native=true, and not all of {LOADERS} open a student with {', '.join(others)}: leave "
+            f"{'it' if len(others) == 1 else 'them'} out of budget.use, or set budget.native=false"
+        )
+    if not good:
+        raise ValueError(
+            f"budget.native=true: not all of {LOADERS} open a student with any of {', '.join(others)}: give other "
+            "options (remove, merge, slim), or set budget.native=false"
+        )
+    told = [f"options {', '.join(others)} are left out: not all of {LOADERS} open such a student"] if others else []
+    return good, told
+
+
+# ---- of a plan -------------------------------------------------------------------------------------------------------
+
+
+def used(plan: BudgetPlan) -> list[tuple[Option, list[int]]]:
+    """The options that some layer gets, each with its layers, in the order to carry them out: merges, removals, others.
+
+    Raises ValueError where an option of the plan is described wrongly.
+    """
+    chosen = [(name, layers) for name, layers in choice_map(plan) if name != KEEP]
+    return in_order([(option_of(name, plan.options[name]), layers) for name, layers in chosen])
+
+
+def in_order(chosen: Sequence[tuple[Option, At]]) -> list[tuple[Option, At]]:
+    """Options in the order to carry them out: merges, removals, others."""
+    return sorted(chosen, key=lambda each: (not each[0].merges, not each[0].removes))
+
+
+def edits_of(plan: BudgetPlan) -> list[Edit]:
+    """All edits of a plan, in the order to carry them out.
+
+    Raises ValueError where they cannot be applied to a teacher of so many layers.
+    """
+    edits = [option.make(layer, plan.seed) for option, layers in used(plan) for layer in layers]
+    Record(len(plan.choice)).extended(edits)
+    return edits
+
+
+def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
+    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
+
+    What survives is refitted once, when all is edited.
+    """
+    steps: list[dict[str, Any]] = []
+    for option, layers in used(plan):
+        described = option.described()
+        parts = {key: described.pop(key) for key in PARTS if key in described}
+        del described["edit"]
+        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
+        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
+    if steps:
+        del steps[-1]["tokens"], steps[-1]["refit"]
+    return steps

@@ -28,7 +28,7 @@ BUDGET = Budget(params=0.7, **VALUES)
 def asked_of(teacher: PreTrainedModel, folder: Path) -> Asked:
     return Asked(
         teacher=teacher, windows=text, separator=None, trainer={"accelerator": "cpu", "precision": "32-true"},
-        cache_dir=folder / "cache", stored="float32", seed=0,
+        cache_dir=folder / "cache", stored="float32",
         native=lambda model: native_config(model) is not None, refits=(), note=lambda _said: None,
     )  # fmt: skip
 
@@ -62,7 +62,6 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"native": True, "use": ["remove"]}, {}),
     ({"context": 16}, {}),
     ({"batch": 2}, {}),
-    ({}, {"seed": 1}),
     ({}, {"windows": lambda tokens: [batch + 1 for batch in text(tokens)]}),
 ]
 
