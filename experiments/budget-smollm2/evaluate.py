@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import random
 import sys
 from collections import defaultdict
@@ -24,19 +25,22 @@ sys.path.insert(0, str(HERE.parent))
 import scoring  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 from tables import head, line  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-from iskd.models import surgery  # noqa: E402
-from iskd.plan import Record  # noqa: E402
 from iskd.plan.budget_plan import KEEP, BudgetPlan, plan_of, read_plan  # noqa: E402
 from iskd.plan.run_files import BUDGET_FILE  # noqa: E402
-from iskd.schedules.budget import edits_of  # noqa: E402
+from iskd.schedules.budget import Budget, edits_of  # noqa: E402
 from iskd.schedules.budget.calibration import Calibration, Promise  # noqa: E402
+from iskd.schedules.budget.costs import Costs, counted, timed  # noqa: E402
+from iskd.schedules.budget.library import Library  # noqa: E402
 from iskd.schedules.budget.options import options_of  # noqa: E402
+from iskd.system.precision import serving_dtype  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 SCORES = HERE / "scores"
 TASKS = {"lambada": "acc", "arc_easy": "acc", "copy": "led"}
 FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "refitted_kl", "found", "choice")
+_COUNTED: dict[tuple[object, ...], Costs] = {}
 _AROUND_THE_TEACHER = ("single scores", "next best", "random")
 
 
@@ -52,54 +56,58 @@ def score(run: Path, data: Path, items: int, tokens: int) -> None:
     (SCORES / f"{run.name}.json").write_text(json.dumps({**row, **facts}))
 
 
-def draw(plan: BudgetPlan, seed: int) -> BudgetPlan:
-    """A plan of the same limit in parameters: layer after layer gets an option at random, until it fits."""
+def draw(plan: BudgetPlan, seed: int, costs: Costs, calibration: Calibration) -> BudgetPlan:
+    """A plan of the same limit: layer after layer gets an option at random, until it fits; nobody builds it."""
+    [(key, limit)] = plan.limits.items()
     rng, choice = random.Random(seed), [KEEP] * len(plan.choice)
-    sizes = {name: _sizes(plan, name) for name in plan.options}
+    prices = costs.column(key)
     layers = list(range(len(choice)))
     rng.shuffle(layers)
-    size = plan.teacher_costs["params"]
     for layer in layers:
-        if size <= plan.limits["params"]:
+        if costs.of(choice)[key] <= limit:
             break
-        names = [name for name in plan.options if plan.options[name]["edit"] != "merge" and sizes[name] > 0]
-        choice[layer] = rng.choice(names)
-        size -= sizes[choice[layer]]
+        names = [name for name in plan.options if plan.options[name]["edit"] != "merge"]
+        choice[layer] = rng.choice([name for name in names if prices[layer, name] < prices[layer, KEEP]])
     added = sum(plan.scores[layer].get(name, 0.0) for layer, name in enumerate(choice) if name != KEEP)
     values = {**plan.to_json(), "choice": choice, "tried": [], "found": "random", "front": [], "added_kl": added}
-    drawn = plan_of(
-        {**values, "costs": {"params": size}, "predicted_kl": 0.0, "measured_kl": 0.0, "refitted_kl": None},
-        "a random plan",
-    )
+    values |= {"costs": costs.of(choice), "measured": {}, "refitted_kl": None, "rank_correlation": None, "compared": 0}
+    predicted = calibration.of(_promise(tuple(choice), added))
+    drawn = plan_of({**values, "predicted_kl": predicted, "measured_kl": math.nan}, "a random plan")
     edits_of(drawn)
     return drawn
 
 
 @cache
-def _teacher() -> Any:
-    return load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")).model
+def _teacher() -> PreTrainedModel:
+    return load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2")).model.eval()
 
 
-def _sizes(plan: BudgetPlan, name: str) -> float:
-    """Parameters that a layer loses by an option."""
-    option = options_of({name: plan.options[name]})[0]
-    record = Record(len(plan.choice)).extended([option.make(1, 0)])
-    return float(surgery.parameters(_teacher()) - surgery.parameters(surgery.rebuild(_teacher(), record, "meta")))
+def costs_of(plan: BudgetPlan, libraries: Path) -> Costs:
+    """What options cost, as the search of a plan had it; times are read off its library."""
+    teacher, options = _teacher(), options_of(plan.options)
+    budget = Budget(**plan.asked, options=plan.options, context=plan.context)
+    key = plan.context, *plan.options
+    if key not in _COUNTED:
+        _COUNTED[key] = counted(teacher, options, budget, itemsize=4, seed=plan.seed)
+    costs = _COUNTED[key]
+    if not budget.timed:
+        return costs
+    [folder] = {file.parent for file in libraries.glob(f"*/times-{plan.context}-{plan.batch}.json")}
+    library = Library(folder, {}, teacher, plan.seed)
+    return timed(costs, teacher, options, budget, library=library, seed=plan.seed, dtype=serving_dtype(teacher.device))
 
 
 def front(plans: Path) -> None:
     """Write front.csv: every method's plans, by share; and print the rank correlation over all that were measured."""
-    found = [(file.parent.name, read_plan(file)) for file in sorted(plans.glob("*/plan-params-*.json"))]
+    found = [(file.parent.name, read_plan(file)) for file in sorted(plans.glob("*/plan-*.json"))]
     seen = {tried.choice: tried for _, plan in found for tried in plan.tried}
-    calibration = _calibration(found)
     rows = []
-    for method, plan in sorted(found, key=lambda pair: (-float(pair[1].asked["params"]), pair[0])):
-        drawn = method == "random"
-        predicted = calibration.of(_promise(plan.choice, plan.added_kl or 0.0)) if drawn else plan.predicted_kl
-        measured = "" if drawn else round(plan.measured_kl, 5)
+    for method, plan in sorted(found, key=lambda pair: (_size(pair[1]), pair[0])):
+        predicted, size = plan.predicted_kl, " ".join(_size(plan)[::2]).strip()
+        measured = "" if math.isnan(plan.measured_kl) else round(plan.measured_kl, 5)
         refitted = "" if plan.refitted_kl is None else round(plan.refitted_kl, 5)
         kls = [round(plan.added_kl or 0.0, 5), round(predicted, 5), measured, refitted]
-        rows.append([method, plan.asked["params"], int(plan.costs["params"]), *kls, plan.found, " ".join(plan.choice)])
+        rows.append([method, size, int(plan.costs["params"]), *kls, plan.found, " ".join(plan.choice)])
     with (HERE / "front.csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerows([FRONT, *rows])
@@ -107,6 +115,12 @@ def front(plans: Path) -> None:
         pairs = [(each.predicted, each.added, each.measured) for each in seen.values()]
         ranks = [spearmanr([pair[at] for pair in pairs], [pair[2] for pair in pairs]).statistic for at in (0, 1)]
         print(f"{len(seen)} plans measured: rank correlation {ranks[0]:.3f} predicted, {ranks[1]:.3f} by added scores")
+
+
+def _size(plan: BudgetPlan) -> tuple[str, float, str]:
+    """The limit of a plan, shares of parameters first and the largest first."""
+    [(key, value)] = plan.asked.items()
+    return "" if key == "params" else key, -float(str(value).rstrip("%")), str(value)
 
 
 def _calibration(found: list[tuple[str, BudgetPlan]]) -> Calibration:
@@ -143,7 +157,8 @@ def table() -> None:
         print("\n| method | predicted KL | of the plan as built | limits |\n|---|---|---|---|")
         for name, rows in methods.items():
             plan = rows[0]
-            print(f"| {name} | {plan['predicted_kl']:.3f} | {plan['unhealed_kl']:.3f} | {_limits(plan)} |")
+            built = "" if math.isnan(plan["unhealed_kl"]) else f"{plan['unhealed_kl']:.3f}"
+            print(f"| {name} | {plan['predicted_kl']:.3f} | {built} | {_limits(plan)} |")
     if len(tried) > 2:
         rank = spearmanr([each[0] for each in tried], [each[1] for each in tried]).statistic
         print(f"\n{len(tried)} plans built: rank correlation of predicted and measured KL {rank:.3f}")
@@ -171,6 +186,7 @@ def main() -> None:
     drawing = commands.add_parser("random")
     drawing.add_argument("plans", type=Path)
     drawing.add_argument("out", type=Path)
+    drawing.add_argument("--libraries", type=Path, required=True)
     commands.add_parser("front").add_argument("plans", type=Path)
     commands.add_parser("table")
     asked = parser.parse_args()
@@ -180,8 +196,11 @@ def main() -> None:
         front(asked.plans)
     elif asked.command == "random":
         asked.out.mkdir(parents=True, exist_ok=True)
-        for seed, file in enumerate(sorted(asked.plans.glob("plan-params-*.json"))):
-            draw(read_plan(file), seed).write(asked.out / file.name)
+        plans = {file.name: read_plan(file) for file in sorted(asked.plans.glob("plan-*.json"))}
+        calibration = _calibration([("", plan) for plan in plans.values()])
+        for seed, (name, plan) in enumerate(plans.items()):
+            if not (asked.out / name).exists():
+                draw(plan, seed, costs_of(plan, asked.libraries), calibration).write(asked.out / name)
     else:
         score(asked.run, asked.data, asked.items, asked.tokens)
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # All plans and runs of this comparison. What is there is skipped: plans by their file, rows by their file in scores/, fitted
-# options and scores by the library, so that it may be stopped anywhere and started again, with more SHARES too.
+# options and scores by the library, so that it may be stopped anywhere and started again, with more SHARES too. The plans of
+# the table lie beside this script, and are searched for again where PLANS is another folder.
 #
 #   DATA     folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
 #   SHARES   of the blocks' parameters
-#   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; none = these rows are left out
+#   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; empty = these rows are left out
+#   PLANS    folder of the plans, a folder for each method
 #   METHODS  of mixed, removal, slim, merge, width, random
 #   TOKENS   training tokens of every run, 0 = as refitted; REFIT: tokens of the refit before; SEEDS: order of the data
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
@@ -16,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
 SHARES=${SHARES:-0.9 0.8 0.7 0.6 0.5}
-DECODE=${DECODE:-}
+DECODE=${DECODE-70%}
 METHODS=${METHODS:-mixed removal slim merge width random}
 TOKENS=${TOKENS:-4096}
 SEEDS=${SEEDS:-0 1}
@@ -26,6 +28,7 @@ OUT=${OUT:-runs/budget-smollm2}
 CACHE=${CACHE:-$OUT/cache}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/budget-smollm2
+PLANS=${PLANS:-$HERE/plans}
 TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
        data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE"
        budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
@@ -36,25 +39,28 @@ RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_second
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
 
-search() { # method, overrides...: plans for all shares that lack one; a share that the method cannot have is told and left out
+search() { # method, overrides...: plans for all sizes that lack one; what the method cannot have is told and left out
   local method=$1 lacking=() share
   shift
   has "$method" || return 0
   for share in $SHARES; do
-    [ -f "$OUT/plans/$method/plan-params-$share.json" ] || lacking+=("$share")
+    [ -f "$PLANS/$method/plan-params-$share.json" ] || lacking+=("$share")
   done
-  [ ${#lacking[@]} -eq 0 ] && return 0
-  solve "$method" "$(IFS=,; echo "${lacking[*]}")" "$@" && return 0
-  [ ${#lacking[@]} -eq 1 ] && return 0
-  for share in "${lacking[@]}"; do
-    solve "$method" "$share" "$@" || true
+  if [ ${#lacking[@]} -gt 0 ] && ! solve "$method" "budget.params=[$(IFS=,; echo "${lacking[*]}")]" "$@"; then
+    for share in "${lacking[@]}"; do
+      solve "$method" "budget.params=[$share]" "$@" || true
+    done
+  fi
+  for share in $DECODE; do
+    [ -f "$PLANS/$method/plan-decode_ms-$share.json" ] || solve "$method" "budget.decode_ms=[$share]" budget.context=2048 "$@" || true
   done
 }
 
-solve() { # method, shares, overrides...
-  local method=$1 shares=$2
-  shift 2
-  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "budget.params=[$shares]" "$@"
+solve() { # method, limit, overrides...
+  local method=$1
+  shift
+  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$PLANS/$method" \
+    && cp "$OUT/plans/$method"/plan-*.json "$PLANS/$method"
 }
 
 run() { # name, share, seed, overrides...
@@ -68,29 +74,23 @@ run() { # name, share, seed, overrides...
   rm -rf "$OUT/$name/checkpoints"
 }
 
-# one library, filled and raced once by `mixed`; the others choose from a part of it
+# One library, filled and raced once by `mixed`; the others choose from a part of it. Where all plans are of one depth no refit
+# has to say which.
 search mixed
 search removal budget.use=[remove]
-search slim budget.use=[slim_75,slim_50,slim_30]
-search merge budget.use=[merge]
-search width budget.use=[slim_75,slim_50,slim_30] budget.native=true
-if has random; then "$PYTHON" "$HERE/evaluate.py" random "$OUT/plans/mixed" "$OUT/plans/random"; fi
-"$PYTHON" "$HERE/evaluate.py" front "$OUT/plans"
+search slim budget.use=[slim_75,slim_50,slim_30] budget.finalists=0
+search merge budget.use=[merge] budget.finalists=0
+search width budget.use=[slim_75,slim_50,slim_30] budget.native=true budget.finalists=0
+if has random; then "$PYTHON" "$HERE/evaluate.py" random "$PLANS/mixed" "$PLANS/random" --libraries "$CACHE/budget"; fi
+"$PYTHON" "$HERE/evaluate.py" front "$PLANS"
 [ "$ONLY" = plans ] && exit 0
-for share in $SHARES; do
-  for seed in $SEEDS; do
+for seed in $SEEDS; do
+  for share in $SHARES $DECODE; do
     for method in $METHODS; do
-      plan="$OUT/plans/$method/plan-params-$share.json"
-      if [ -f "$plan" ]; then run "$method" "$share" "$seed" budget.plan="$plan"; fi
+      for plan in "$PLANS/$method"/plan-*-"$share".json; do
+        if [ -f "$plan" ]; then run "$method" "${share%\%}" "$seed" budget.plan="$plan"; fi
+      done
     done
   done
 done
-if [ -n "$DECODE" ]; then
-  for seed in $SEEDS; do
-    for method in mixed removal; do
-      use=$([ "$method" = removal ] && echo "budget.use=[remove]" || echo "budget.use=null")
-      run "decode-$method" "$DECODE" "$seed" budget.decode_ms="$DECODE" budget.context=2048 "$use"
-    done
-  done
-fi
 "$PYTHON" "$HERE/evaluate.py" table

@@ -117,14 +117,14 @@ def _here(plan: BudgetPlan, key: str) -> tuple[float, float] | None:
 def _finished(plan: BudgetPlan, params: float | None) -> dict[str, float]:
     """What the finished student costs beside its parameters, as far as it is known.
 
-    Weights follow from the parameters, the cache from the plan where the student is the one that was planned. Times are
-    there where the budget limits them.
+    Weights and cache are the plan's where the student is the one that was planned; otherwise weights follow from the
+    parameters. Times are there where the budget limits them.
     """
     found: dict[str, float] = {}
     if params is not None and plan.teacher_costs.get("params") and "bytes" in plan.teacher_costs:
         found["bytes"] = params * plan.teacher_costs["bytes"] / plan.teacher_costs["params"]
-    if params is not None and params == plan.costs.get("params") and "cache_bytes" in plan.costs:
-        found["cache_bytes"] = plan.costs["cache_bytes"]
+    if params is not None and params == plan.costs.get("params"):  # some weights stay float32 in half precision
+        found |= {key: plan.costs[key] for key in ("bytes", "cache_bytes") if key in plan.costs}
     return found | plan.finished
 
 

@@ -105,7 +105,6 @@ NOBODY_ELSES = {
     "schedules/budget/costs: read_json": "the library of this user: what is no table of times is measured anew",
     "schedules/budget/library: read_json": "the library of this user, bound to its teacher",
     "schedules/budget/library: read_plain": "the library of this user, held against its digest",
-    "schedules/budget/scores: read_plain": "the library of this user: what is no table of scores is scored anew",
     "training/finish: read_json": "the plan that this process, or the one that it goes on from, wrote",
     "training/profile/plan_ahead: read_text": "the package's own yaml",
     "training/profile/plan_ahead: safe_load": "the package's own yaml",

@@ -1,7 +1,7 @@
 """The parts of a run from its config: model, text, schedule, budget, folder, and what is asked for at its end.
 
-Imports: system, plan, data, models, losses, refits, schedules, schedules.budget, importance, evaluation, teacher,
-report, export, training, training.state, training.metrics, training.profile, commands.line, commands.values.
+Imports: system, plan, data, models, blocks, losses, refits, schedules, schedules.budget, importance, evaluation,
+teacher, report, export, training, training.state, training.metrics, training.profile, commands.line, commands.values.
 """
 
 from __future__ import annotations

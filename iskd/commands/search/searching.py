@@ -62,7 +62,7 @@ def plans_of(config: Any) -> list[BudgetPlan]:
     if start is not None:
         raise ValueError(
             f"iskd search plans for a teacher, and {start} is a student: give model= its teacher, or take the student "
-            f"itself for one: reference={start}"
+            f"itself for one: reference={start}, or where it needs iskd, in Python: iskd.compress(iskd.load(...), ...)"
         )
     data = text_data(config, teacher.tokenizer, Stack(teacher.model))
     return plans_for(budget, asked_of(config, teacher, data))

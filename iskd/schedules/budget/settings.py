@@ -158,6 +158,8 @@ def _listed(value: Any) -> Sequence[Any]:
 def _amount(key: str, value: Any) -> tuple[float, bool]:
     """A limit, and whether it is a share. Raises ValueError where it is none."""
     percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if key.endswith("bytes") and isinstance(value, str):
+        value = value.strip().removesuffix("B")  # 200MB is 200M
     try:
         number = float(percent[1]) / 100 if percent else read_value(key, value, float)
     except ValueError:
