@@ -6,7 +6,9 @@ A compact block is a class with
   it can; works on the meta device, so that a plan can count parameters without memory;
 - `fit(new, old, data, **kwargs) -> None` (optional): fits the new block, as it stands in the stack, to the teacher's
   block output on calibration tokens, before any training step;
-- `forward(h_BTD, *, mask, positions, cache) -> h_BTD`, residual inside, unless it returns one of the host's own blocks.
+- `forward(h_BTD, *, mask, positions, cache) -> h_BTD`, residual inside, unless it returns one of the host's own blocks;
+- `adds` (optional): the name of its last linear map, where what that returns is added to the stream as it is: refits
+  re-solve it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ init so that the edit starts as removal and not as noise (`zero_up`), and KV cac
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ class Bottleneck(nn.Module):
     Measured for bottleneck_paper: KL 3.54, 30 % of the block parameters out, healed on labels
         (experiments/iskd-smollm2/README.md); KL 1.538 unhealed, eight blocks (experiments/warm-start/README.md)
     """
+
+    adds: ClassVar[str] = "up"
 
     def __init__(self, inner: nn.Module, stack: Stack, dims: Dims, *, norm: bool, zero_up: bool) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ normalising its input is what makes it work. No token mixing, no KV cache.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ class Linear(nn.Module):
         (experiments/warm-start/README.md)
     Measured: KL 0.700 right after the fit, eight blocks (experiments/warm-start/README.md)
     """
+
+    adds: ClassVar[str] = "map"
 
     def __init__(self, hidden: int, eps: float = 1e-6) -> None:
         super().__init__()

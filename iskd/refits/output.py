@@ -29,7 +29,7 @@ from iskd.blocks.streams import Streams
 from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.refits.base import BlockRefit, RefitTask, Site
-from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked
+from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked, own_map
 from iskd.refits.solved import Solved, first_ridge, lowest, summary
 
 PROJECTIONS = ("attention", "mlp")
@@ -43,7 +43,7 @@ class Output(BlockRefit):
     """Ridge regression of the blocks' output projections towards the teacher's state, block after block.
 
     Attributes:
-        projections: `mlp` (down_proj) and `attention` (o_proj, before it), or one of them.
+        projections: `mlp` (down_proj, and the last map of a compact block) and `attention` (o_proj, before it), or one.
         ridge: strengths to choose from, in units of the mean of diag(X^T X).
         attention_share: how far o_proj goes towards what puts the stream right; less than 1, as it is given a target
             that its block's MLP has a part in. A list = chosen like the ridge.
@@ -104,9 +104,14 @@ class Output(BlockRefit):
     def changes(self, task: RefitTask) -> list[nn.Module]:
         """The projections of the chosen blocks."""
         family = Stack(task.student).family
-        paths = {family.down} if "mlp" in self.projections else set()
-        paths |= {family.out, f"{family.attn}.{MIXER_OUT}"} if "attention" in self.projections else set()
-        return [module for block in super().changes(task) for path, module in block.named_modules() if path in paths]
+        mlp, attention = ("mlp" in self.projections), ("attention" in self.projections)
+        paths = {family.out, f"{family.attn}.{MIXER_OUT}"} if attention else set()
+        return [
+            module
+            for block in super().changes(task)
+            for path, module in block.named_modules()
+            if path in paths or (mlp and path in (family.down, own_map(block)))
+        ]
 
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Re-solve; see the class."""
@@ -121,7 +126,8 @@ class Output(BlockRefit):
             if attention:
                 out = Projection.at(site, stack.family.out, f"{stack.family.attn}.{MIXER_OUT}")
             if "mlp" in self.projections:
-                down = Projection.at(site, stack.family.down)
+                own = own_map(site.block)
+                down = Projection.at(site, stack.family.down, *([] if own is None else [own]))
             if down is not None and type(site.block) not in tried:
                 tried.add(type(site.block))
                 down.check_last(0)

@@ -32,6 +32,12 @@ def check_plain(stack: Stack, name: str) -> None:
         )
 
 
+def own_map(block: nn.Module) -> str | None:
+    """Path of the last linear map of a compact block that says which one it is, in the module that hosts it."""
+    name = getattr(getattr(block, "block", None), "adds", None)
+    return None if name is None else f"block.{name}"
+
+
 class _Entered(Exception):
     """Ends a block's pass whose rest nobody needs."""
 
@@ -79,7 +85,8 @@ class Projection:
 
     @property
     def _scale(self) -> float:
-        return self._site.stack.residual_scale
+        """What its output is multiplied by on its way into the stream (Granite); compact blocks have no such factor."""
+        return 1.0 if self.path == own_map(self._site.block) else self._site.stack.residual_scale
 
     def start(self) -> Solution:
         """The weights that it has, times what its output is multiplied by on its way into the stream (Granite)."""

@@ -19,6 +19,7 @@ BLOCKS, MIXERS = block_specs(), mixer_specs()
 CASES: dict[str, tuple[str, Edit]] = {
     **{name: ("llama", Replace(1, spec, seed=3)) for name, spec in BLOCKS.items()},
     **{name: ("llama", Convert(1, spec, seed=3)) for name, spec in MIXERS.items()},
+    **{f"granite {name}": ("granite", Replace(1, BLOCKS[name], seed=3)) for name in ("linear", "bottleneck")},
     **{
         f"{family} gla": (family, Convert(1, MIXERS["gla"], seed=3))
         for family in FAMILIES
@@ -42,14 +43,17 @@ def test_no_survivor_is_left_out(name: str) -> None:
     ids = windows(14, 16, seed=5)
     told = refit_survivors([BOTH], made, teacher, record, [edit], lambda _tokens: [ids])
     foreign = isinstance(stack.layers[1], HostedBlock)
+    own = getattr(stack.layers[1].block, "adds", None) if foreign else None
     paths = {stack.family.down: 3 if foreign else 4, stack.family.out: 4}
     if foreign or isinstance(edit, Convert) or not has(stack.layers[1], stack.family.out):
         paths[stack.family.out] = 3
     if isinstance(edit, Convert):
         paths[f"{stack.family.attn}.mixer.projections.o_proj"] = 1
+    if own is not None:
+        paths[f"block.{own}"] = 1
     for path, count in paths.items():
         assert any(line.startswith(f"refit output: {path} of {count} blocks re-solved") for line in told), told
-    assert ("refit output: nothing to re-solve in layers [1]" in told) == foreign
+    assert ("refit output: nothing to re-solve in layers [1]" in told) == (foreign and own is None)
     before, after = (float(word) for word in told[-1].split("KL ")[1].split(" in ")[0].split(" -> "))
     assert after <= before or "taken back" in told[-1]
     for line in told:
