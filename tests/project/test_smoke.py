@@ -6,7 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import iskd
 from iskd.commands.compose import compose_config, parts
 from iskd.commands.values.config import spec
 from iskd.models import surgery
@@ -14,6 +17,7 @@ from iskd.plan import Record, Replace
 from iskd.schedules import History, forecast
 from iskd.system.version import options
 from iskd.training import Parts, run
+from tests.factories import windows
 
 EXPERIMENTS = options("experiment")
 # align is of conversions alone, with and without smoke
@@ -97,3 +101,25 @@ def test_a_key_on_the_command_line_goes_before_smokes() -> None:
         ["debug=smoke", "schedule.count=3", "schedule.order=alternate", "edit=remove"], Path("unused")
     )
     assert (config.schedule.count, config.schedule.order) == (3, "alternate")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+def test_one_width_is_a_student_of_the_teachers_own_architecture(family: str, cache: Path, tmp_path: Path) -> None:
+    """`experiment=width` leaves what plain transformers opens, fewer heads and channels in every layer."""
+    words = [
+        "experiment=width",
+        "block.ratio=0.5",
+        f"model.config.model_type={family}",
+        "schedule.count=-1",
+        "export=true",
+    ]
+    asked = [word for word in QUICK if word != "export=false"]
+    result = run(parts([*words, "debug=smoke", *asked, f"cache_dir={cache}"], tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert type(model).__module__.startswith("transformers.models.")
+    assert model.config.num_attention_heads == 2 < 4
+    assert model.config.intermediate_size < 176
+    own = iskd.load(result.model_dir)
+    ids = windows(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, own.eval()(ids).logits)
