@@ -10,9 +10,11 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.blocks import check_mergeable, check_text
 from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import Stack, surgery
 from iskd.plan import Edit, Stage, to_json
+from iskd.plan.edits import Merge
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
@@ -71,6 +73,20 @@ def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) 
     for number, edit in possible(schedule, history):
         with _named(schedule, number, edit):
             surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
+
+
+def check_merges(plan: Sequence[Stage], teacher: PreTrainedModel, windows: Callable[[Stage], Sequence[Tensor]]) -> None:
+    """Raise ValueError, before anything is scored, where merges of the plan could not be carried out.
+
+    Args:
+        plan: the stages of the run.
+        teacher: its teacher, on any device.
+        windows: gives the calibration windows [B, T] of a stage's fits.
+    """
+    for stage in plan:
+        if any(isinstance(edit, Merge) for edit in stage.edits):
+            check_mergeable(Stack(teacher))
+            check_text(windows(stage))
 
 
 @contextmanager

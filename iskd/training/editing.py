@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
+from iskd.blocks import Fitted, Merged, warm_start
 from iskd.evaluation import measure_quality
 from iskd.losses import of_sizes
 from iskd.models import Stack, sharding, surgery
@@ -207,12 +207,10 @@ class Editor:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
 
     def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
-        """Raise ValueError, before anything is scored, where merges or refits of the plan could not be carried out."""
+        """Raise ValueError, before anything is scored, where refits of the plan could not be carried out."""
         edits, stages = list(module.record.edits), list[tuple[Stage, Sequence[Refit]]]()
         for stage in plan:
             edits += stage.edits
-            if any(isinstance(edit, Merge) for edit in stage.edits):
-                check_mergeable(Stack(module.teacher))
             refits = list[Refit]()
             if stage.edits:
                 # a fresh process edits whole weights, by itself
