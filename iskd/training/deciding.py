@@ -89,6 +89,34 @@ def check_merges(plan: Sequence[Stage], teacher: PreTrainedModel, windows: Calla
             check_text(windows(stage))
 
 
+def check_floor(schedule: Schedule, plan: Sequence[Stage], refitted: Callable[[Stage], bool]) -> None:
+    """Raise ValueError where a floor judges a student that only later stages would refit or train.
+
+    One that misses it ends the run, and what it was to be healed by is never used.
+
+    Args:
+        schedule: of the run.
+        plan: its stages.
+        refitted: whether refits follow a stage's edits.
+    """
+    for number, stage in enumerate(plan):
+        floor, later = of_stage(schedule, stage).floor, plan[number + 1 :]
+        if floor is None or not stage.edits or stage.tokens or refitted(stage):
+            continue
+        place = f"schedule.steps[{stage.step}]." if isinstance(schedule, Mixed) else "schedule."
+        epochs = getattr(of_stage(schedule, stage), "epochs", None) is not None
+        # by epochs all stages that train get as much
+        train = f"{place}final_share={0 if epochs else 0.5} (train after each)"
+        ways = [train] * any(each.tokens for each in later)
+        ways += [f"{place}refit_share=1 (refit after each)"] * any(map(refitted, later))
+        if ways:
+            raise ValueError(
+                f"{place}floor={floor:g} judges each stage at its end, and {stage.name!r} is neither refitted nor "
+                "trained by then: a run that misses it there ends with a student that nothing has healed. Set "
+                f"{' or '.join(ways)}, or leave the floor out"
+            )
+
+
 @contextmanager
 def _named(schedule: Schedule, step: int, edit: Edit) -> Iterator[None]:
     """Errors about an edit's part name its keys as the user wrote them."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -189,14 +190,14 @@ class Editor:
         """The refits of a stage's step."""
         return self.by_step[stage.step] if self.by_step else self.refits
 
+    def refits_after(self, stage: Stage) -> bool:
+        """Whether refits follow a stage's edits."""
+        return bool(stage.edits and stage.refit_share and self.refits_of(stage))
+
     def not_refitted(self, finished: Sequence[Stage]) -> list[Edit]:
         """Edits of the latest of these stages that no refit has followed."""
-        edits: list[Edit] = []
-        for stage in reversed(finished):
-            if stage.edits and stage.refit_share and self.refits_of(stage):
-                break
-            edits[:0] = stage.edits
-        return edits
+        latest = list(takewhile(lambda stage: not self.refits_after(stage), reversed(finished)))
+        return [edit for stage in reversed(latest) for edit in stage.edits]
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""

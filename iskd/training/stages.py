@@ -42,6 +42,7 @@ from iskd.system.text import argument
 from iskd.training.deciding import (
     Importance,
     check_edits,
+    check_floor,
     check_importance,
     check_merges,
     decide,
@@ -192,6 +193,7 @@ class StageLoop:
         check_edits(self.schedule, module.teacher, history)
         plan = forecast(self.schedule, history)
         check_merges(plan, module.teacher, self._windows_of)
+        check_floor(self.schedule, plan, self.editor.refits_after)
         self.editor.check_refits(module, plan)
         self.clock.lap()
         with live.breaking_off(module.teacher):
