@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.merge import Merged, merged, unlike
+from iskd.blocks.merge import Merged, check_text, merged, unlike
 from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
 from iskd.models.block_calls import BlockCalls
@@ -176,12 +176,8 @@ def _shapes(block: nn.Module) -> dict[str, torch.Size]:
 
 def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Windows to merge on, and every fourth one to judge by, in batches as large as they were."""
-    every = torch.cat(list(batches)) if batches else torch.empty(0, 0)
-    if len(every) < 2:
-        raise ValueError(
-            f"a merge needs two calibration windows at least, one to fit to and one held out, and has {len(every)}: "
-            "raise run.fit_tokens, or use edit=remove"
-        )
+    check_text(batches)
+    every = torch.cat(list(batches))
     step = min(4, len(every))
     held = torch.arange(len(every)) % step == step - 1
     rows = len(batches[0])

@@ -16,7 +16,7 @@ stay those of the lower block. Two attentions that see other tokens or positions
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,15 @@ def check_mergeable(stack: Stack) -> None:
         raise ValueError(_BEHIND)
     if not stack.reads_norms:
         raise ValueError(_AFTER)
+
+
+def check_text(batches: Sequence[Tensor]) -> None:
+    """Raise ValueError for calibration windows, each batch [B, T], that are too few to merge on."""
+    if (count := sum(map(len, batches))) < 2:
+        raise ValueError(
+            f"a merge needs two calibration windows at least, one to fit to and one held out, and has {count}: "
+            "raise run.fit_tokens, or use edit=remove"
+        )
 
 
 def unlike(lower: nn.Module, upper: nn.Module, stack: Stack) -> str:

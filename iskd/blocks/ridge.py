@@ -102,7 +102,7 @@ class Ridge:
 
     def add(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add rows: features [..., F], targets [..., D], weight [..., 1]."""
-        with torch.autocast(features.device.type, enabled=False), whole_float32():
+        with whole_float32(features.device):
             x = features.float().flatten(0, -2)
             if self._bias:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -181,15 +181,16 @@ class Ridge:
 
 
 @contextmanager
-def whole_float32() -> Iterator[None]:
-    """Products of float32 matrices without TF32 or bf16 inside, whatever the run allows.
+def whole_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices on a device without TF32 or bf16 inside, whatever the run allows, autocast too.
 
     Their error, 1e-3 of the largest sums, is more than a small ridge adds to the diagonal.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

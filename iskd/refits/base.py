@@ -27,6 +27,7 @@ from iskd.plan import Edit, Record
 from iskd.plan.edits import REMOVALS
 from iskd.plan.options import PLACES
 from iskd.system import Ranks
+from iskd.system.text import layers_text
 from iskd.teacher import BatchStates, TeacherStates
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ class Refit(ABC):
     @property
     @abstractmethod
     def passes(self) -> float:
-        """What it costs, in forward passes of one model's blocks over its text; a backward pass counts two."""
+        """What it costs at most, in forward passes of one model's blocks over its text; a backward pass counts two.
+
+        Blocks that are still the teacher's own below the lowest edit (see `walk`) cost a pass of the teacher's alone.
+        """
 
     @property
     def by_layers(self) -> bool:
@@ -164,6 +168,10 @@ class RefitTask:
         """How many folds there are, on all ranks."""
         return max(self.ranks.gather(max(self.fold_of, default=0))) + 1
 
+    def all_ranks(self, here: bool) -> bool:
+        """Whether something holds on every rank; a collective."""
+        return all(self.ranks.gather(here))
+
     def fold(self, index: int) -> int:
         """Which fold the batch of that number is in; -1 = it is held out."""
         return -1 if index >= len(self.fit) else self.fold_of[index] if self.fold_of else 0
@@ -204,9 +212,17 @@ class BlockRefit(Refit):
 
     def refit(self, task: RefitTask) -> list[str]:
         """Refit the chosen blocks on a walk through both models; see `over`."""
-        chosen = self.chosen(task)
-        walked = walk(task, self.streams, attention=self.between(Stack(task.student)))
-        return self.over(task, (site for site in walked if site.layer in chosen))
+        chosen, walked = self.chosen(task), list[int]()
+
+        def sites() -> Iterator[Site]:
+            for site in walk(task, self.streams, attention=self.between(Stack(task.student))):
+                walked.append(site.layer)
+                if site.layer in chosen:
+                    yield site
+
+        told = self.over(task, sites())
+        same = [layer for layer in chosen if layer not in walked]
+        return [*told, *([f"layers {layers_text(same)} are the teacher's still, and stay so"] if same else [])]
 
     def between(self, stack: Stack) -> bool:
         """Whether it reads the teacher's states before its MLPs (`Site.middle`)."""
@@ -282,15 +298,17 @@ def walk(
 ) -> Iterator[Site]:
     """Both models side by side through all of a rank's windows: each block of either runs once.
 
-    Yields the surviving blocks in stack order. Whoever takes one may change its weights; the student's stream goes on
-    through the new ones. Memory: the streams of all windows, at `place`, and one block of each model; of all windows
-    nothing else lies on the device but their token ids.
+    Yields the surviving blocks in stack order, but for those at the bottom that are untouched (`_untouched`): of the
+    student's only the first batch runs through these. Whoever takes one may change its weights; the student's stream
+    goes on through the new ones. Memory: the streams of all windows, at `place`, and one block of each model; of all
+    windows nothing else lies on the device but their token ids.
 
     Args:
         task: student, teacher and text.
         place: where streams lie, one of `PLACES`.
         attention: whether the teacher's states before its MLPs are wanted.
-        independent: whether the teacher's stream goes into every block, so that none waits for those below it.
+        independent: whether the teacher's stream goes into every block, so that none waits for those below it; all
+            blocks are yielded then.
     """
     ours, theirs = Stack(task.student), Stack(task.teacher)
     batches = task.batches
@@ -303,6 +321,7 @@ def walk(
     ]
     between = task.streams(place) if attention and theirs.sequential else None
     below = 0  # the teacher's next layer
+    alike = not independent and task.all_ranks(all(map(_same, student, teacher)))
     for position, layer in enumerate(task.record.layers):
         task.check_stop()
         above = task.record.state_after(layer) + 1
@@ -329,6 +348,11 @@ def walk(
         with task.opened(layer):
             block = ours.layers[position]
             site = Site(layer, position, block, student, teacher, between, ours, None, own)
+            alike = alike and _untouched(task, site)
+            if alike:
+                for index, state in enumerate(teacher):
+                    student[index] = state
+                continue
             yield site
             if independent:
                 continue
@@ -337,6 +361,21 @@ def walk(
                     student[index] = site.run(index)
             else:
                 student = site.outputs
+
+
+def _untouched(task: RefitTask, site: Site) -> bool:
+    """Whether a block with the teacher's stream before it is as good as can be: the teacher's, as it was.
+
+    It was not edited, no layer is gone right above it, and on the first batch of every rank (each has one) it gives the
+    teacher's state to the last bit. A fit could only move it by rounding.
+    """
+    if site.layer in task.record.edited or task.record.state_after(site.layer) != site.layer:
+        return False
+    return task.all_ranks(_same(site.run(0), site.targets[0]))
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def attention_end(stack: Stack) -> str:

@@ -38,7 +38,7 @@ class HeadSums:
     def add(self, z_RNF: Tensor, wanted_RNK: Tensor, squares: Tensor) -> None:
         """Add rows, already weighted: mixed inputs, and the residuals through the output projection."""
         flat_NF = z_RNF.transpose(0, 1).flatten(1)
-        with whole_float32():
+        with whole_float32(z_RNF.device):
             self._gram.view(flat_NF.shape[1], -1).add_((flat_NF.T @ flat_NF).double())
             self._right.add_(torch.einsum("rnk,rnf->kf", wanted_RNK, z_RNF).double())
         self._squares += squares.double()

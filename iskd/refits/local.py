@@ -6,7 +6,7 @@ A step costs one block forward and backward and no head, and each block hears of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -97,11 +97,9 @@ class Local(BlockRefit):
             check_stop=lambda: None,
             states=task.states if ranks.rank == 0 else None,  # one writes
         )
-        trained: dict[int, _Trained] = {}
-        sites = (
-            site for site in walk(walking, self.streams, attention=apart, independent=True) if site.layer in chosen
-        )
-        for number, site in enumerate(sites):
+        trained: dict[int, _Trained | None] = {}
+        sites = walk(walking, self.streams, attention=apart, independent=True)
+        for number, site in enumerate(site for site in sites if site.layer in chosen):
             if not shared or number % ranks.size == 0:
                 task.check_stop()
             if not shared or number % ranks.size == ranks.rank:
@@ -110,12 +108,12 @@ class Local(BlockRefit):
             trained = {layer: told for rank in ranks.gather(trained) for layer, told in rank.items()}
             for number, layer in enumerate(chosen):
                 _hand_on(Stack(task.student).layers[task.record.layers.index(layer)], number % ranks.size, ranks)
-        return [*_told([trained[layer] for layer in chosen]), *self._whole(task)]
+        return [*_told({layer: trained[layer] for layer in chosen}), *self._whole(task)]
 
     def over(self, task: RefitTask, sites: Iterable[Site]) -> list[str]:
         """Train; see the class."""
         apart = self.between(Stack(task.student))
-        return [*_told([self._block(task, site, apart) for site in sites]), *self._whole(task)]
+        return [*_told({site.layer: self._block(task, site, apart) for site in sites}), *self._whole(task)]
 
     def _whole(self, task: RefitTask) -> list[str]:
         """A sentence where there is no state between attention and MLP."""
@@ -123,8 +121,10 @@ class Local(BlockRefit):
             return []
         return ["attention and MLP of this model read the same state, so that blocks were trained whole (sublayers)"]
 
-    def _block(self, task: RefitTask, site: Site, apart: bool) -> _Trained:
-        """One block: held-out error of its output before and after, and the epochs that it took."""
+    def _block(self, task: RefitTask, site: Site, apart: bool) -> _Trained | None:
+        """One block: held-out error of its output before and after, and the epochs that it took; None = no weights."""
+        if next(site.block.parameters(), None) is None:
+            return None
         shares = list(_shares(site, apart))
         before = _held_error(task, site, None) if len(shares) > 1 else None  # the first error is the attention's
         found = [self._train(task, site, *share) for share in shares]
@@ -190,14 +190,15 @@ def _dropping(site: Site, drawn: torch.Generator) -> Iterator[None]:
             mixer.eval()
 
 
-def _told(trained: Sequence[_Trained]) -> list[str]:
+def _told(blocks: Mapping[int, _Trained | None]) -> list[str]:
+    trained = [found for found in blocks.values() if found is not None]
+    skipped = [layer for layer, found in blocks.items() if found is None]
+    left = [f"nothing to train in layers {skipped}"] * bool(skipped)
     if not trained:
-        return ["no block to train"]
+        return ["no block to train", *left]
     before, after, epochs = (sum(values) / len(trained) for values in zip(*trained, strict=True))
-    return [
-        f"{len(trained)} blocks trained, {epochs:.1f} epochs each: relative squared error on held-out text "
-        f"{before:.4f} -> {after:.4f}"
-    ]
+    told = f"{len(trained)} blocks trained, {epochs:.1f} epochs each: relative squared error on held-out text "
+    return [f"{told}{before:.4f} -> {after:.4f}", *left]
 
 
 @torch.no_grad()
@@ -213,12 +214,10 @@ def _shares(site: Site, apart: bool) -> Iterator[tuple[list[nn.Parameter], nn.Mo
     """What is trained at a time, and the module whose output it is trained for; None = the block's own."""
     every = list(site.block.parameters())
     attention = site.submodule(site.stack.family.attn) if apart else None
-    if attention is None:
-        yield every, None
-        return
-    reached = _before(site, attention)
+    reached = set() if attention is None else _before(site, attention)
     first = [parameter for parameter in every if id(parameter) in reached]
-    yield first, attention
+    if first:  # none where nothing stands in the attention's place
+        yield first, attention
     if len(first) < len(every):
         yield [parameter for parameter in every if id(parameter) not in reached], None
 
@@ -228,7 +227,10 @@ def _before(site: Site, attention: nn.Module) -> set[int]:
     """Parameters, by identity, that the state between attention and MLP depends on: norms before and behind it too."""
     every = list(site.block.parameters())
     with _training(every):
-        gradients = torch.autograd.grad(_errors(site, 0, attention).mean(), every, allow_unused=True)
+        error = _errors(site, 0, attention).mean()
+        if not error.requires_grad:
+            return set()
+        gradients = torch.autograd.grad(error, every, allow_unused=True)
     own = {id(parameter) for parameter in attention.parameters()}
     return own | {id(parameter) for parameter, found in zip(every, gradients, strict=True) if found is not None}
 

@@ -61,7 +61,7 @@ def readers(refit: Refit, ranks: Ranks, *, sharded: bool) -> Ranks:
 
 
 def training_tokens(refits: Sequence[Refit], windows: Callable[[int], Sequence[Tensor]] | None = None) -> float:
-    """Training tokens that take about as long as some refits of one edit: a step is four passes of a model.
+    """Training tokens that take about as long as some refits of one edit at most: a step is four passes of a model.
 
     The judge of each takes three passes of whole models over the text held out: the student's before and after it, and
     the teacher's. `windows` gives the calibration windows of so many tokens, which may be fewer; None = there are all.

@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from iskd.blocks.ridge import row_weights
+from iskd.blocks.ridge import row_weights, whole_float32
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import BlockRefit, RefitTask, Site
@@ -219,7 +219,8 @@ class _Linear:
     def _check(self, mixer: Any, matrix: Tensor, x: Tensor, inputs: Tensor, layer: int) -> None:
         """Raise ValueError unless mixing values by the matrix gives what goes into the output projection."""
         v = self._v(x).unflatten(-1, (self.heads, self._width)).repeat_interleave(self._readers, 2)
-        mixed = torch.einsum("bhts,bshk->bthk", matrix, v.float()).flatten(2)
+        with whole_float32(v.device):
+            mixed = torch.einsum("bhts,bshk->bthk", matrix, v.float()).flatten(2)
         off = float((mixed - inputs.float()).norm() / inputs.float().norm().clamp_min(1e-12))
         if not off < _CLOSE:
             raise ValueError(
@@ -234,9 +235,10 @@ class _Linear:
         sums = HeadSums(out_RDK.double(), self._features)
         for index, weights in enumerate(self._weights):
             if (self._task.fold(index) < 0) is held:
-                z = (self._mixes[index][:, readers] @ self._read(index)[:, None]).transpose(0, 1) * weights
                 lacking = self._lacks[index] * weights
-                wanted = torch.einsum("btd,rdk->rbtk", lacking, out_RDK)
+                with whole_float32(lacking.device):
+                    z = (self._mixes[index][:, readers] @ self._read(index)[:, None]).transpose(0, 1) * weights
+                    wanted = torch.einsum("btd,rdk->rbtk", lacking, out_RDK)
                 sums.add(z.flatten(1, 2), wanted.flatten(1, 2), lacking.square().sum(dtype=torch.float64))
         return sums
 
@@ -258,9 +260,11 @@ class _Linear:
         if self._v.bias is not None:
             self._v.bias[rows] += change_KF[:, -1].to(self._v.bias.dtype)
         for index in range(len(self._weights)):
-            v = self._read(index) @ change_KF.float().T
-            mixed = torch.einsum("bhts,bsk->bthk", self._mixes[index][:, readers], v)
-            self._lacks[index] = self._lacks[index] - torch.einsum("bthk,dhk->btd", mixed, self._out_DHK[:, readers])
+            with whole_float32(change_KF.device):
+                v = self._read(index) @ change_KF.float().T
+                mixed = torch.einsum("bhts,bsk->bthk", self._mixes[index][:, readers], v)
+                added = torch.einsum("bthk,dhk->btd", mixed, self._out_DHK[:, readers])
+            self._lacks[index] = self._lacks[index] - added
 
 
 def _entering(site: Site, mixer: Any, index: int) -> tuple[Tensor, dict[str, Any]]:

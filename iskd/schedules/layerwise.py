@@ -28,14 +28,15 @@ class LayerSchedule(Layers, Heal):
         target_params: remove until the student has at most so many parameters, embeddings included.
         final_share: share of `tokens` that the last stage gets on top of its equal share of the rest, in [0, 1]. At 1
             the stages before it only edit (and refit), and one curve of the rates covers all training, in which all
-            blocks that they put in are new; `floor` then judges students that were not trained.
+            blocks that they put in are new.
         refit_share: share of their calibration text that refits read after every edit but the last, in [0, 1]. What
             they do there serves the choice of the next layer: the last one solves all survivors again. 0 = it alone.
         rescore: with `order=importance`, score again before every stage.
         candidates: how many choices of a stage's last layer `candidates_for` lists; 1 = only the best.
         trial_tokens: training tokens, on top of `tokens`, for which each of several candidates is healed before one is
             kept.
-        floor: retention below which a healed stage is rolled back and the run ends.
+        floor: retention below which a healed stage is rolled back and the run ends. A run is refused in which it would
+            judge a stage before anything heals it (`final_share=1` with `refit_share=0`, or without a refit).
         lr_new: learning rate of the blocks and mixers that a stage inserts.
 
     Raises:

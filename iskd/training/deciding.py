@@ -10,9 +10,11 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.blocks import check_mergeable, check_text
 from iskd.importance import AttentionImportance, Fixed, WindowImportance, by_layer, refuse_not_finite, within_noise
 from iskd.models import Stack, surgery
 from iskd.plan import Edit, Stage, to_json
+from iskd.plan.edits import Merge
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
@@ -71,6 +73,48 @@ def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) 
     for number, edit in possible(schedule, history):
         with _named(schedule, number, edit):
             surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
+
+
+def check_merges(plan: Sequence[Stage], teacher: PreTrainedModel, windows: Callable[[Stage], Sequence[Tensor]]) -> None:
+    """Raise ValueError, before anything is scored, where merges of the plan could not be carried out.
+
+    Args:
+        plan: the stages of the run.
+        teacher: its teacher, on any device.
+        windows: gives the calibration windows [B, T] of a stage's fits.
+    """
+    for stage in plan:
+        if any(isinstance(edit, Merge) for edit in stage.edits):
+            check_mergeable(Stack(teacher))
+            check_text(windows(stage))
+
+
+def check_floor(schedule: Schedule, plan: Sequence[Stage], refitted: Callable[[Stage], bool]) -> None:
+    """Raise ValueError where a floor judges a student that only later stages would refit or train.
+
+    One that misses it ends the run, and what it was to be healed by is never used.
+
+    Args:
+        schedule: of the run.
+        plan: its stages.
+        refitted: whether refits follow a stage's edits.
+    """
+    for number, stage in enumerate(plan):
+        floor, later = of_stage(schedule, stage).floor, plan[number + 1 :]
+        if floor is None or not stage.edits or stage.tokens or refitted(stage):
+            continue
+        place = f"schedule.steps[{stage.step}]." if isinstance(schedule, Mixed) else "schedule."
+        epochs = getattr(of_stage(schedule, stage), "epochs", None) is not None
+        # by epochs all stages that train get as much
+        train = f"{place}final_share={0 if epochs else 0.5} (train after each)"
+        ways = [train] * any(each.tokens for each in later)
+        ways += [f"{place}refit_share=1 (refit after each)"] * any(map(refitted, later))
+        if ways:
+            raise ValueError(
+                f"{place}floor={floor:g} judges each stage at its end, and {stage.name!r} is neither refitted nor "
+                "trained by then: a run that misses it there ends with a student that nothing has healed. Set "
+                f"{' or '.join(ways)}, or leave the floor out"
+            )
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from iskd.blocks import Fitted, Merged, check_mergeable, warm_start
+from iskd.blocks import Fitted, Merged, warm_start
 from iskd.evaluation import measure_quality
 from iskd.losses import of_sizes
 from iskd.models import Stack, sharding, surgery
@@ -189,14 +190,14 @@ class Editor:
         """The refits of a stage's step."""
         return self.by_step[stage.step] if self.by_step else self.refits
 
+    def refits_after(self, stage: Stage) -> bool:
+        """Whether refits follow a stage's edits."""
+        return bool(stage.edits and stage.refit_share and self.refits_of(stage))
+
     def not_refitted(self, finished: Sequence[Stage]) -> list[Edit]:
         """Edits of the latest of these stages that no refit has followed."""
-        edits: list[Edit] = []
-        for stage in reversed(finished):
-            if stage.edits and stage.refit_share and self.refits_of(stage):
-                break
-            edits[:0] = stage.edits
-        return edits
+        latest = list(takewhile(lambda stage: not self.refits_after(stage), reversed(finished)))
+        return [edit for stage in reversed(latest) for edit in stage.edits]
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""
@@ -207,12 +208,10 @@ class Editor:
         """Raise ValueError for settings of the run that do not go with it; `timed`: one process has a time limit."""
 
     def check_refits(self, module: DistillModule, plan: Sequence[Stage]) -> None:
-        """Raise ValueError, before anything is scored, where merges or refits of the plan could not be carried out."""
+        """Raise ValueError, before anything is scored, where refits of the plan could not be carried out."""
         edits, stages = list(module.record.edits), list[tuple[Stage, Sequence[Refit]]]()
         for stage in plan:
             edits += stage.edits
-            if any(isinstance(edit, Merge) for edit in stage.edits):
-                check_mergeable(Stack(module.teacher))
             refits = list[Refit]()
             if stage.edits:
                 # a fresh process edits whole weights, by itself

@@ -42,7 +42,9 @@ from iskd.system.text import argument
 from iskd.training.deciding import (
     Importance,
     check_edits,
+    check_floor,
     check_importance,
+    check_merges,
     decide,
     history_of,
     no_better_than_guessing,
@@ -189,7 +191,10 @@ class StageLoop:
         stand_ins = dict.fromkeys(state.record.layers, 0.0)  # scores are made below
         history = replace(history_of(state, module, self.data.pass_tokens), scores=stand_ins)
         check_edits(self.schedule, module.teacher, history)
-        self.editor.check_refits(module, forecast(self.schedule, history))
+        plan = forecast(self.schedule, history)
+        check_merges(plan, module.teacher, self._windows_of)
+        check_floor(self.schedule, plan, self.editor.refits_after)
+        self.editor.check_refits(module, plan)
         self.clock.lap()
         with live.breaking_off(module.teacher):
             quality = self._told("measuring the teacher", lambda: self._measure(module.teacher))
@@ -411,7 +416,10 @@ class StageLoop:
 
     def fit_windows(self) -> list[Tensor]:
         """Calibration windows [B, T] that the stage's compact blocks are fitted to; none = no fit."""
-        fits = self.stage.fit and self.stage.edits and self.options.fit_tokens
+        return self._windows_of(self.stage)
+
+    def _windows_of(self, stage: Stage) -> list[Tensor]:
+        fits = stage.fit and stage.edits and self.options.fit_tokens
         return self.data.calibration(self.options.fit_tokens) if fits else []
 
     def _watch(self, stage: Stage) -> None:

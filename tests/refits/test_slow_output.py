@@ -163,14 +163,20 @@ def test_attention_and_mlp_run_once(family: str, projections: tuple[str, ...]) -
     assert ran == {"attention": batches, "mlp": batches}
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("blocks", ["gaps", "above", "all"])
-def test_the_chosen_blocks_are_those_that_change(blocks: str) -> None:
-    """Of layers 0 1 3 5 and 7, where 2 and 4 went and 6 went before: below this stage's gaps, from there up, or all."""
+def test_the_chosen_blocks_are_those_that_change(blocks: str, trained: bool) -> None:
+    """Of layers 0 1 3 5 and 7, where 2 and 4 went and 6 went before: below this stage's gaps, from there up, or all.
+
+    Layer 0 is the teacher's still, or was trained before.
+    """
     teacher: Any = louder(tiny("llama", num_hidden_layers=8))
     made = copy.deepcopy(teacher)
     record = surgery.apply(made, Record(8), [Remove(6)])
     edits = [Remove(2), Remove(4)]
     record = surgery.apply(made, record, edits)
+    if trained:
+        Stack(made).layers[0].get_submodule("mlp.down_proj").get_parameter("weight").data.mul_(1.1)
     before = [{n: p.clone() for n, p in block.named_parameters()} for block in Stack(made).layers]
     with torch.no_grad():
         Output(blocks=blocks, ridge=0.3).refit(RefitTask(made, teacher, record, edits, TEXT, TEXT))
@@ -179,4 +185,4 @@ def test_the_chosen_blocks_are_those_that_change(blocks: str) -> None:
         for layer, block, old in zip(record.layers, Stack(made).layers, before, strict=True)
         if any(not torch.equal(p, old[n]) for n, p in block.named_parameters())
     ]
-    assert changed == {"gaps": [1, 3], "above": [1, 3, 5, 7], "all": [0, 1, 3, 5, 7]}[blocks]
+    assert changed == {"gaps": [1, 3], "above": [1, 3, 5, 7], "all": [0] * trained + [1, 3, 5, 7]}[blocks]
