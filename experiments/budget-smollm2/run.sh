@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # All plans and runs of this comparison. What is there is skipped: plans by their file, rows by their file in scores/, fitted
 # options and scores by the library, so that it may be stopped anywhere and started again, with more SHARES too. The plans of
-# the table lie beside this script, and are searched for again where PLANS is another folder.
+# the table lie beside this script, and are searched for again where FOUND is another folder.
 #
 #   DATA     folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
 #   SHARES   of the blocks' parameters
 #   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; empty = these rows are left out
-#   PLANS    folder of the plans, a folder for each method
+#   FOUND    folder of the plans, a folder for each method
 #   METHODS  of mixed, removal, slim, merge, width, random
 #   TOKENS   training tokens of every run, 0 = as refitted; REFIT: tokens of the refit before; SEEDS: order of the data
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
@@ -28,12 +28,12 @@ OUT=${OUT:-runs/budget-smollm2}
 CACHE=${CACHE:-$OUT/cache}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/budget-smollm2
-PLANS=${PLANS:-$HERE/plans}
+FOUND=${FOUND:-$HERE/plans}
 TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
        data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE"
        budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
        budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
-       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-4}")
+       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-3}")
 RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false schedule.tokens="$TOKENS"
      data.batch_size=1 refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048)
 
@@ -44,7 +44,7 @@ search() { # method, overrides...: plans for all sizes that lack one; what the m
   shift
   has "$method" || return 0
   for share in $SHARES; do
-    [ -f "$PLANS/$method/plan-params-$share.json" ] || lacking+=("$share")
+    [ -f "$FOUND/$method/plan-params-$share.json" ] || lacking+=("$share")
   done
   if [ ${#lacking[@]} -gt 0 ] && ! solve "$method" "budget.params=[$(IFS=,; echo "${lacking[*]}")]" "$@"; then
     for share in "${lacking[@]}"; do
@@ -52,15 +52,15 @@ search() { # method, overrides...: plans for all sizes that lack one; what the m
     done
   fi
   for share in $DECODE; do
-    [ -f "$PLANS/$method/plan-decode_ms-$share.json" ] || solve "$method" "budget.decode_ms=[$share]" budget.context=2048 "$@" || true
+    [ -f "$FOUND/$method/plan-decode_ms-$share.json" ] || solve "$method" "budget.decode_ms=[$share]" budget.context=2048 "$@" || true
   done
 }
 
 solve() { # method, limit, overrides...
   local method=$1
   shift
-  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$PLANS/$method" \
-    && cp "$OUT/plans/$method"/plan-*.json "$PLANS/$method"
+  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$FOUND/$method" \
+    && cp "$OUT/plans/$method"/plan-*.json "$FOUND/$method"
 }
 
 run() { # name, share, seed, overrides...
@@ -81,13 +81,13 @@ search removal budget.use=[remove]
 search slim budget.use=[slim_75,slim_50,slim_30] budget.finalists=0
 search merge budget.use=[merge] budget.finalists=0
 search width budget.use=[slim_75,slim_50,slim_30] budget.native=true budget.finalists=0
-if has random; then "$PYTHON" "$HERE/evaluate.py" random "$PLANS/mixed" "$PLANS/random" --libraries "$CACHE/budget"; fi
-"$PYTHON" "$HERE/evaluate.py" front "$PLANS"
+if has random; then "$PYTHON" "$HERE/evaluate.py" random "$FOUND/mixed" "$FOUND/random" --libraries "$CACHE/budget"; fi
+"$PYTHON" "$HERE/evaluate.py" front "$FOUND"
 [ "$ONLY" = plans ] && exit 0
 for seed in $SEEDS; do
   for share in $SHARES $DECODE; do
     for method in $METHODS; do
-      for plan in "$PLANS/$method"/plan-*-"$share".json; do
+      for plan in "$FOUND/$method"/plan-*-"$share".json; do
         if [ -f "$plan" ]; then run "$method" "${share%\%}" "$seed" budget.plan="$plan"; fi
       done
     done

@@ -1,10 +1,11 @@
 """From scores to the best plans: added single scores, then depth before width, then rounds around the best one.
 
 Added scores of single layers mispredict whole blocks that leave together. So beside the choice that they suggest (with
-the common cost of neighbours measured and added), layers are taken out, one by one or as one gap (`depth`), and at
-several depths the rest of the budget is spent on width, by scores that are taken anew around that student. All these
-plans are built from the library and measured; around the best one scores are taken again, and a better plan is looked
-for within some changes. What was measured also puts right what scores promise (`calibration`).
+the common cost of neighbours measured and added) there are the best ones of each kind of option alone, and layers are
+taken out, one by one or as one gap (`depth`), and at several depths the rest of the budget is spent on width, by scores
+that are taken anew around that student. All these plans are built from the library and measured; around the best one
+scores are taken again, and a better plan is looked for within some changes. What was measured also puts right what
+scores promise (`calibration`).
 
 Source: "depth first, then width" after Puzzle's experience with dropped blocks (arXiv 2411.19146); chain, pairs and
 rounds, ours.
@@ -21,6 +22,7 @@ from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.calibration import Calibration, Promise, Tried, left_out, rank_correlation
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.depth import Chain, Gap, coarse, possible
+from iskd.schedules.budget.options import kinds_among
 from iskd.schedules.budget.scores import Scorer, Single
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.solver import Pair, Problem, problem_of, require, smallest, solve
@@ -100,6 +102,13 @@ class Chooser:
         for choice, paired in self._paired(problem):
             note(choice, paired, "single scores and pairs")
             problem = paired
+        # added scores of many kinds of options are wrong in many ways, those of one kind rather in one
+        for names in kinds_among(self.scorer.options.values()) if self.alike is None else []:
+            few = {single: score for single, score in self.scores.items() if single[1] in (*names, KEEP)}
+            alone = self.problem(limits, few)
+            note(solve(alone), alone, f"{', '.join(names)} alone")
+            for choice, paired in self._paired(alone):
+                note(choice, paired, f"{', '.join(names)} alone, and pairs")
         while len(tried) < self.budget.plans:
             problem = replace(problem, refused=[(choice, _APART) for choice in tried])
             if note(solve(problem), problem, "next best by single scores") is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -126,6 +126,16 @@ def options_of(described: Mapping[str, Any], use: Sequence[str] | None = None) -
             )
         named[option.digest] = option.name
     return found
+
+
+def kinds_among(options: Iterable[Option]) -> list[list[str]]:
+    """Names of options that differ in numbers alone, kind by kind; nothing where all do."""
+    kinds: dict[object, list[str]] = {}
+    for option in options:
+        parts = [value for value in option.described().values() if isinstance(value, Mapping)]
+        named = [name for part in parts for name in (part["_target_"], *sorted(part))]
+        kinds.setdefault((option.edit, *named), []).append(option.name)
+    return [*kinds.values()] if len(kinds) > 1 else []
 
 
 def option_of(name: str, values: Any) -> Option:

@@ -34,7 +34,7 @@ from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, counted, timed
 from iskd.schedules.budget.depth import Chain, Gap, coarse, possible
 from iskd.schedules.budget.keeping import finalists
-from iskd.schedules.budget.options import able, layers_of, options_of
+from iskd.schedules.budget.options import able, kinds_among, layers_of, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require, solve
@@ -567,6 +567,23 @@ def test_a_search_that_was_stopped_measures_nothing_twice(tmp_path: Path, monkey
     monkeypatch.setattr(keeping.Finals, "_distance", None)
     [again] = searching_for(budget, teacher, tmp_path, refits=refits)
     assert (again.choice, again.tried) == (first.choice, first.tried)
+
+
+def test_the_best_of_each_kind_of_option_alone_is_among_the_plans(world: Any) -> None:
+    """So a search is never behind one that has these options alone, but for what that one finds by its rounds."""
+    _, scorer, costs = world
+    names = ["slim_50", "mlp_50", "slim_30", "no_attention", "linear_attention", "window", "remove"]
+    kinds = [["slim_50", "slim_30"], ["mlp_50"], ["no_attention"], ["linear_attention"], ["window"], ["remove"]]
+    assert kinds_among(options_of(OPTIONS, names)) == kinds
+    budget = replace(BUDGET, rounds=0, plans=1)
+    limits = limits_of(costs, params=0.6)
+    every = Chooser(scorer, costs, budget).find(limits)
+    for name in ("slim_50", "remove"):
+        few = Scorer(scorer.teacher, scorer.library, [scorer.options[name]], scorer.windows, 2)
+        alone = [each for each in Chooser(few, costs, budget).find(limits) if each.found.startswith("single scores")]
+        assert {each.choice for each in alone} <= {each.choice for each in every}
+        assert every[0].measured <= min(each.measured for each in alone) + 1e-6
+    assert kinds_among([scorer.options["remove"]]) == []
 
 
 def test_budgets_that_contradict_each_other_are_told_so(world: Any) -> None:
