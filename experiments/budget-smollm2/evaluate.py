@@ -38,16 +38,16 @@ from iskd.system.precision import serving_dtype  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 SCORES = HERE / "scores"
-TASKS = {"lambada": "acc", "arc_easy": "acc", "copy": "led"}
+TASKS = {"lambada": "acc", "copy": "led"}
 FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "refitted_kl", "found", "choice")
 _COUNTED: dict[tuple[object, ...], Costs] = {}
 _AROUND_THE_TEACHER = ("single scores", "next best", "random")
 
 
-def score(run: Path, data: Path, items: int, tokens: int) -> None:
-    """Score the student of a run's last checkpoint, and write NAME.json."""
+def score(run: Path, made: Path, data: Path, items: int, tokens: int) -> None:
+    """Score the student of a run's last checkpoint, and write NAME.json; `made`: the run that carried out its plan."""
     [row] = scoring.score(run, None, scoring.Scorer(data, items, tokens, metrics=TASKS), SCORES)
-    plan = read_plan(run / BUDGET_FILE)
+    plan = read_plan(made / BUDGET_FILE)
     facts = {
         "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "refitted_kl": plan.refitted_kl,
         "costs": plan.costs, "measured": plan.measured, "limits": plan.limits, "search_seconds": plan.seconds,
@@ -180,6 +180,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     scored = commands.add_parser("score")
     scored.add_argument("run", type=Path)
+    scored.add_argument("--plan", type=Path, required=True)
     scored.add_argument("--data", type=Path, required=True)
     scored.add_argument("--items", type=int, default=300)
     scored.add_argument("--tokens", type=int, default=8192)
@@ -202,7 +203,7 @@ def main() -> None:
             if not (asked.out / name).exists():
                 draw(plan, seed, costs_of(plan, asked.libraries), calibration).write(asked.out / name)
     else:
-        score(asked.run, asked.data, asked.items, asked.tokens)
+        score(asked.run, asked.plan, asked.data, asked.items, asked.tokens)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,12 @@ CACHE=${CACHE:-$OUT/cache}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/budget-smollm2
 FOUND=${FOUND:-$HERE/plans}
-TEXTS=(model=smollm2 trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
-       data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE"
-       budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
-       budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
-       budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-3}")
-RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false export=false schedule.tokens="$TOKENS"
-     data.batch_size=1 refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048)
+TEXTS=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
+       data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE")
+BUDGET=(budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
+        budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
+        budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-3}")
+RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false data.batch_size=1)
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
 
@@ -59,19 +58,24 @@ search() { # method, overrides...: plans for all sizes that lack one; what the m
 solve() { # method, limit, overrides...
   local method=$1
   shift
-  "$PYTHON" -m iskd search "${TEXTS[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$FOUND/$method" \
+  "$PYTHON" -m iskd search model=smollm2 "${TEXTS[@]}" "${BUDGET[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$FOUND/$method" \
     && cp "$OUT/plans/$method"/plan-*.json "$FOUND/$method"
 }
 
-run() { # name, share, seed, overrides...
-  local name="$1-$2-$3" seed=$3
-  shift 3
+run() { # method, size, seed, plan: refitted once for all seeds, and healed from there
+  local made="$1-$2" name="$1-$2-$3"
   # shellcheck disable=SC2053
   if [[ $name != $ONLY ]] || [ -f "$HERE/scores/$name.json" ]; then return; fi
+  if [ ! -f "$OUT/$made/model/config.json" ]; then
+    rm -rf "${OUT:?}/$made"
+    "$PYTHON" train.py experiment=budget model=smollm2 "${TEXTS[@]}" "${RUN[@]}" schedule.tokens=0 hydra.run.dir="$OUT/$made" budget.plan="$4" \
+      refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048
+  fi
   rm -rf "${OUT:?}/$name"
-  "$PYTHON" train.py experiment=budget "${TEXTS[@]}" "${RUN[@]}" seed="$seed" hydra.run.dir="$OUT/$name" "$@"
-  "$PYTHON" "$HERE/evaluate.py" score "$OUT/$name" --data "$DATA" --items "${ITEMS:-300}" --tokens "${TEXT:-8192}"
-  rm -rf "$OUT/$name/checkpoints"
+  "$PYTHON" train.py model=local model.path="$OUT/$made/model" schedule=none loss=[kl] "${TEXTS[@]}" "${RUN[@]}" schedule.tokens="$TOKENS" \
+    schedule.lr=1e-4 seed="$3" export=false hydra.run.dir="$OUT/$name"
+  "$PYTHON" "$HERE/evaluate.py" score "$OUT/$name" --plan "$OUT/$made" --data "$DATA" --items "${ITEMS:-300}" --tokens "${TEXT:-4096}"
+  rm -rf "$OUT/$name/checkpoints" "$OUT/$made/checkpoints"
 }
 
 # One library, filled and raced once by `mixed`; the others choose from a part of it. Where all plans are of one depth no refit
@@ -88,7 +92,7 @@ for seed in $SEEDS; do
   for share in $SHARES $DECODE; do
     for method in $METHODS; do
       for plan in "$FOUND/$method"/plan-*-"$share".json; do
-        if [ -f "$plan" ]; then run "$method" "${share%\%}" "$seed" budget.plan="$plan"; fi
+        if [ -f "$plan" ]; then run "$method" "${share%\%}" "$seed" "$plan"; fi
       done
     done
   done

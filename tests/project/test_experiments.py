@@ -141,6 +141,8 @@ def test_every_run_composes(script: Path, tmp_path: Path) -> None:
     copied = tmp_path / "experiments" / script.parent.name / "run.sh"
     copied.parent.mkdir(parents=True)
     copied.write_bytes(script.read_bytes())
+    if (plans := script.parent / "plans").is_dir():
+        (copied.parent / "plans").symlink_to(plans)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     environment = {**os.environ, **given, "RECORDED": str(recorded), "REAL_PYTHON": sys.executable}
     done = subprocess.run(["bash", str(copied)], env=environment, capture_output=True, text=True, cwd=tmp_path)
