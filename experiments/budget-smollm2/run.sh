@@ -69,7 +69,7 @@ run() { # method, size, seed, plan: refitted once for all seeds, and healed from
   if [ ! -f "$OUT/$made/model/config.json" ]; then
     rm -rf "${OUT:?}/$made"
     "$PYTHON" train.py experiment=budget model=smollm2 "${TEXTS[@]}" "${RUN[@]}" schedule.tokens=0 hydra.run.dir="$OUT/$made" budget.plan="$4" \
-      refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048
+      refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048 export.dtype=float32
   fi
   rm -rf "${OUT:?}/$name"
   "$PYTHON" train.py model=local model.path="$OUT/$made/model" schedule=none loss=[kl] "${TEXTS[@]}" "${RUN[@]}" schedule.tokens="$TOKENS" \
