@@ -1,8 +1,10 @@
 """The best plan when it is built: nearest once it is refitted, and within its limits of time, which are measured.
 
-What a refit of the whole student gives back is not what blocks that were fitted one by one tell. So the best plans of
-different depths are refitted as the run will refit its student, and the nearest one then is the best. What layers take
-does not add up to what the student takes either: limits of time are measured on whole students, also at last.
+What a refit of the whole student gives back is not what blocks that were fitted one by one tell: plans with layers out
+gain by it, which nothing was fitted to make up for, and those of fitted blocks next to nothing. So the best few plans
+are refitted as the run will refit its student, twice as many on little of the text first (successive halving, arXiv
+1502.07943), and the nearest one then is the best. What layers take does not add up to what the student takes either:
+limits of time are measured on whole students, also at last.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ _SLACK = 1.02  # of a limit of time, which is never measured twice alike
 _REFITTED = ("schedules/budget/keeping.py",)  # beside what binds a library
 _TIGHTENED = 5  # times that a limit of time is drawn tighter
 _ALIKE = 1e-9  # relative
+_LITTLE = 0.25  # of the text, on which plans are refitted first
+_ALIKE_IN = 1  # layer at most, in which plans differ that are alike
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +55,7 @@ class Found:
 
 @dataclass
 class Finals:
-    """Refits the best plans of different depths, each once, on the text that options are fitted to.
+    """Refits the best plans, each once, on the text that options are fitted to.
 
     Attributes:
         chooser: has found them.
@@ -68,7 +72,7 @@ class Finals:
     seed: int
     told: Told
     opened: Callable[[PreTrainedModel], bool] | None = None
-    _known: dict[Choice, float | None] = field(default_factory=dict)
+    _known: dict[tuple[Choice, float], float | None] = field(default_factory=dict)
 
     def of(self, tried: Sequence[Tried]) -> list[Tried]:
         """Plans, the nearest after its refit first; behind these by KL the ones that were not refitted.
@@ -78,28 +82,40 @@ class Finals:
         """
         if self.opened is not None:
             tried = [each for each in tried if self.opened(self._made(each.choice))] or tried
-        chosen = finalists(tried, self.chooser.removes, self.chooser.budget.finalists)
-        if len(chosen) > 1:
-            for number, each in enumerate(chosen):
-                if each.choice not in self._known:
-                    self.told("refitting the best plans", number, len(chosen))
-                    self._known[each.choice] = self._refitted(each.choice)
-        found = [replace(each, refitted=self._known.get(each.choice)) for each in tried]
+        count = self.chooser.budget.finalists
+        chosen = entrants(tried, self.chooser.removes, 2 * count if count > 1 else 0)
+        if len(chosen) > (few := (count + 1) // 2):
+            first = self._refit(chosen, _LITTLE, "refitting the best plans on little text")
+            chosen = sorted(chosen, key=lambda each: first[each.choice])[:few]
+        final = self._refit(chosen, 1.0, "refitting the best plans") if len(tried) > 1 else {}
+        known = {choice: kl for choice, kl in final.items() if kl < math.inf}
+        found = [replace(each, refitted=known.get(each.choice)) for each in tried]
         return sorted(found, key=lambda each: each.rank)
+
+    def _refit(self, chosen: Sequence[Tried], share: float, what: str) -> dict[Choice, float]:
+        """KL of plans refitted on a share of the text of the fits; infinite where a plan cannot be."""
+        found: dict[Choice, float] = {}
+        for number, each in enumerate(chosen):
+            self.told(what, number, len(chosen))
+            if (each.choice, share) not in self._known:
+                self._known[each.choice, share] = self._refitted(each.choice, share)
+            kl = self._known[each.choice, share]
+            found[each.choice] = math.inf if kl is None else kl
+        return found
 
     def _made(self, choice: Choice) -> PreTrainedModel:
         """The student of a choice, without memory."""
         scorer = self.chooser.scorer
         return made(scorer.teacher, edits_to(choice, scorer.options, self.seed))[0]
 
-    def _refitted(self, choice: Choice) -> float | None:
+    def _refitted(self, choice: Choice, share: float) -> float | None:
         """KL on the text for scores, nats; None where the student of a choice cannot be refitted, which is told."""
         scorer = self.chooser.scorer
-        name = scorer.name_of(choice, f"refitted by {self.refits} as {code_digest(_REFITTED)} does")
+        name = scorer.name_of(choice, f"refitted on {share} by {self.refits} as {code_digest(_REFITTED)} does")
         if (known := scorer.known(name)) is not None:
             return known.item()
         try:
-            found = self._distance(choice)
+            found = self._distance(choice, share)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # others may be, and hours were spent
             said = f"{' '.join(str(error).split()):.300}"
         else:
@@ -110,40 +126,48 @@ class Finals:
         _log.warning("a plan with %s is not refitted: %s", ", ".join(sorted({*choice} - {KEEP})), said)
         return None
 
-    def _distance(self, choice: Choice) -> float:
+    def _distance(self, choice: Choice, share: float) -> float:
         """The same. Raises ValueError where a refit does."""
         scorer, budget, texts = self.chooser.scorer, self.chooser.budget, self.texts
+        fit, held = (part[: max(1, round(share * len(part)))] for part in (texts.fit, texts.held))
         student, record, edits = apart(scorer.teacher, choice, scorer.options, scorer.library, self.seed)
         mixers = any(isinstance(edit, Convert) for edit in edits)
+        tokens, held_tokens = (max(1, round(share * count)) for count in (budget.fit_tokens, budget.held_tokens))
         refits = [
-            replace(refit, tokens=budget.fit_tokens, held_tokens=budget.held_tokens)
+            replace(refit, tokens=tokens, held_tokens=held_tokens)
             for refit in self.refits
             if mixers or not refit.for_mixers
         ]
         for refit in refits:
             refit.check(Stack(scorer.teacher), edits)
-        refit_survivors(refits, student, scorer.teacher, record, edits, lambda _tokens: [*texts.fit, *texts.held])
+        refit_survivors(refits, student, scorer.teacher, record, edits, lambda _tokens: [*fit, *held])
         return measure_quality(student, scorer.teacher, [{"input_ids": window} for window in texts.score])["kl"]
 
 
-def finalists(tried: Sequence[Tried], removes: Collection[str], count: int) -> list[Tried]:
-    """The best plan, and the best of other depths, spread over all that there are from the deepest cut on.
-
-    A depth is a number of layers that are gone, in one gap or not. Where there are fewer depths the next best follow.
+def entrants(tried: Sequence[Tried], removes: Collection[str], count: int) -> list[Tried]:
+    """The best plans that are not alike, and the best of those with the most layers out, in one gap or not.
 
     Args:
         tried: the best by KL first.
         removes: names of the options that leave no layer.
         count: how many at most.
     """
-    depths = dict[tuple[int, bool], Tried]()
+    depths = {each.choice: sum(name in removes for name in each.choice) for each in tried}
+    deepest = dict[bool, Tried]()
     for each in tried:
-        runs = [len([*run]) for gone, run in groupby(name in removes for name in each.choice) if gone]
-        depths.setdefault((sum(runs), len(runs) == 1), each)
-    deepest = [depths[depth] for depth in sorted(depths, reverse=True)]
-    pace = (len(deepest) - 1) / max(1, count - 2)
-    spread = [deepest[round(at * pace)] for at in range(count - 1)]
-    return [*{each.choice: each for each in (*tried[:1], *spread, *tried)}.values()][:count]
+        if depths[each.choice] == max(depths.values()) > 0:
+            runs = sum(1 for gone, _ in groupby(name in removes for name in each.choice) if gone)
+            deepest.setdefault(runs == 1, each)
+    found = list[Tried]()
+    for each in (*tried[:1], *deepest.values(), *tried):
+        apart = min((_differ(each.choice, other.choice) for other in found), default=len(each.choice))
+        if len(found) < count and apart > _ALIKE_IN:
+            found.append(each)
+    return found
+
+
+def _differ(one: Choice, other: Choice) -> int:
+    return sum(mine != theirs for mine, theirs in zip(one, other, strict=True))
 
 
 def kept_within(
