@@ -184,15 +184,6 @@ class RecurrentMixer(nn.Module):
         self.scale = self.head_dim**-0.5 * (float(scaling) / inner)
         # Gemma 2's softmax; what of it a mixer keeps sees scores as it does
         self.softcap: float | None = getattr(attention.module, "attn_logit_softcapping", None)
-        own = getattr(attention.module, "sliding_window", getattr(stack.config, "sliding_window", None))
-        alike = (
-            init == "copy"
-            and heads in (None, stack.dims.heads)
-            and (self.rotary is not None or not self.turnable)
-            and conv_activation == "identity"
-        )
-        self.inherited: int = (own or MAX_TOKENS) if alike else 0
-        """Up to so many tokens softmax over its queries, keys and values is the attention itself, before training."""
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
 

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from iskd.mixers.base import Attention, Basics, RecurrentMixer, Streams
 from iskd.mixers.modules import Context
 from iskd.mixers.modules.features import FIXED, SIGNED, Hedgehog
+from iskd.mixers.modules.limits import MAX_TOKENS
 from iskd.mixers.modules.window import Window, check_window, seen_of, segments_of
 from iskd.mixers.ops.window import capped, pairs, places, unnormalised
 from iskd.models import at_least_fp32
@@ -110,6 +111,12 @@ class Sliding(RecurrentMixer):
         if not 0 <= window_dropout < 1:
             raise ValueError(f"mixer.window_dropout must be in [0, 1), got {window_dropout}")
         self.window, self.sinks, self.feature_map = window, sinks, feature_map
+        own, stack = attention.module, attention.stack
+        copied = common.get("init", "copy") == "copy" and common.get("conv_activation", "identity") == "identity"
+        turned = self.rotary is not None or not self.turnable
+        # up to the attention's own window, where it has one
+        sees = getattr(own, "sliding_window", getattr(stack.config, "sliding_window", None)) or MAX_TOKENS
+        self._itself = min(window + sinks, sees) if copied and turned and self.heads == stack.dims.heads else 0
         self.linear = feature_map != NONE
         # a module, so that whoever asks whether this layer draws random numbers finds it
         self.window_dropout = nn.Dropout(window_dropout)
@@ -127,7 +134,7 @@ class Sliding(RecurrentMixer):
     @property
     def exact(self) -> int:
         """Up to as many tokens gamma cancels, and there is nothing behind; none where anything else differs."""
-        return min(self.window + self.sinks, self.inherited)
+        return self._itself
 
     def streams(self, x_BTD: Tensor, context: Context) -> Streams:
         """Queries, keys and values; padding is told apart by `mix`."""

@@ -18,7 +18,8 @@ from iskd.blocks.ridge import row_weights
 from iskd.models import Stack
 from iskd.models.capture import state_of
 from iskd.models.sharding import is_sharded
-from iskd.refits.base import BlockRefit, RefitTask, Site, attention_end, walk
+from iskd.refits.base import RefitTask
+from iskd.refits.walk import BlockRefit, Site, attention_end, walk
 from iskd.system import Ranks
 
 STUDENT, TEACHER = INPUTS = ("student", "teacher")

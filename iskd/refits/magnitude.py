@@ -20,7 +20,8 @@ from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Edit, Remove
 from iskd.plan.edits import REMOVALS
-from iskd.refits.base import Refit, RefitTask, submodule_at
+from iskd.refits.base import Refit, RefitTask
+from iskd.refits.walk import submodule_at
 
 STATISTICS = ("mean_abs", "norm")
 _COMPACT = (

@@ -11,7 +11,7 @@ from iskd.blocks import Ridge
 from iskd.blocks.ridge import Solution
 from iskd.models import Stack
 from iskd.models.projections import weight_of
-from iskd.refits.base import Site
+from iskd.refits.walk import Site
 
 MIXER_OUT = "mixer.projections.o_proj"
 """Where the output projection of a mixer is, in the module that stands for an attention."""

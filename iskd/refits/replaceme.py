@@ -16,8 +16,9 @@ from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.plan.edits import REMOVALS
 from iskd.plan.options import PLACES
-from iskd.refits.base import Refit, RefitTask, Site, walk
+from iskd.refits.base import Refit, RefitTask
 from iskd.refits.projections import Projection, check_plain, checked, few
+from iskd.refits.walk import Site, walk
 
 _COMPACT = (
     "refit=replaceme folds a map into the MLP of layer {}, where a compact block without one is: use refit=output"

@@ -13,8 +13,8 @@ from iskd.mixers.sliding import Sliding
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Record, Remove, Spec
 from iskd.refits import RefitTask
-from iskd.refits.base import walk
 from iskd.refits.local import Local, _shares
+from iskd.refits.walk import walk
 from tests.factories import digest, louder, tiny, windows
 
 NORMS = {

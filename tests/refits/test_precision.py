@@ -14,11 +14,11 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.plan import Convert, Edit, Record, Remove, Spec
 from iskd.refits import Refit, RefitTask
-from iskd.refits.base import walk
 from iskd.refits.output import Output
 from iskd.refits.projections import MIXER_OUT, Projection
 from iskd.refits.replaceme import ReplaceMe
 from iskd.refits.values import Values, _Linear
+from iskd.refits.walk import walk
 from tests.factories import louder, tiny, windows
 
 TEXT = list(windows(24, 16, seed=5).split(4))

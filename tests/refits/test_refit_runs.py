@@ -18,7 +18,7 @@ from iskd.losses.kl import KL
 from iskd.models.weights import model_tensors
 from iskd.plan import Remove, Replace, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import base
+from iskd.refits import walk as walking
 from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.system import Ranks
@@ -71,7 +71,7 @@ def test_every_edit_is_followed_by_the_refits_in_order(whole: Result) -> None:
 def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
     act: str, call: int, make: Callable[..., Parts], whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = base.teacher_block, iter(range(10**6))
+    original, calls = walking.teacher_block, iter(range(10**6))
     acts: dict[str, Callable[[], None]] = {"crash": crash, "signal": lambda: os.kill(os.getpid(), signal.SIGTERM)}
 
     def wrapped(*args: Any, **keys: Any) -> Any:
@@ -80,7 +80,7 @@ def test_a_run_broken_off_in_a_refit_resumes_bit_for_bit(
         return original(*args, **keys)
 
     with monkeypatch.context() as patch:
-        patch.setattr(base, "teacher_block", wrapped)
+        patch.setattr(walking, "teacher_block", wrapped)
         with pytest.raises((Crash, SystemExit)) as stop:
             run(make(tmp_path / "run"))
     assert act == "crash" or stop.value.args == (143,)
@@ -95,7 +95,7 @@ def test_a_run_with_kept_states_of_the_teacher_resumes_bit_for_bit(
     make: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Broken off once some states are kept and others are not: the rest is computed, and the student is the same."""
-    original, calls = base.teacher_block, iter(range(10**6))
+    original, calls = walking.teacher_block, iter(range(10**6))
 
     def wrapped(*args: Any, **keys: Any) -> Any:
         if next(calls) == 10:
@@ -110,7 +110,7 @@ def test_a_run_with_kept_states_of_the_teacher_resumes_bit_for_bit(
 
     expected = run(cached("whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(base, "teacher_block", wrapped)
+        patch.setattr(walking, "teacher_block", wrapped)
         with pytest.raises(Crash):
             run(cached("run"))
     kept = len(list((tmp_path / "run cache" / "teacher").rglob("*.rows")))

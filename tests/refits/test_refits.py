@@ -18,7 +18,8 @@ from iskd.models import Stack, surgery
 from iskd.models.block_calls import BlockCalls
 from iskd.models.capture import states_after
 from iskd.plan import Convert, Edit, Record, Remove, Spec
-from iskd.refits import Refit, RefitTask, base, magnitude, refit_survivors
+from iskd.refits import Refit, RefitTask, magnitude, refit_survivors
+from iskd.refits import walk as walking
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -289,13 +290,13 @@ def test_refits_that_read_other_amounts_of_text_share_the_states_of_the_teacher(
 ) -> None:
     """Each block of the teacher runs once on a window, whoever reads it, in however large a batch."""
     ran: list[int] = []
-    original = base.teacher_block
+    original = walking.teacher_block
 
     def counted(stack: Any, layer: int, calls: Any, h_BTD: Tensor, **keys: Any) -> Any:
         ran.append(len(h_BTD))
         return original(stack, layer, calls, h_BTD, **keys)
 
-    monkeypatch.setattr(base, "teacher_block", counted)
+    monkeypatch.setattr(walking, "teacher_block", counted)
     made, teacher, record = student()
     small = Output(tokens=160, held_tokens=64, projections=("attention", "mlp"))
     large = Local(tokens=320, held_tokens=160, lr=1e-3, epochs=1, sublayers=True, step_tokens=16)

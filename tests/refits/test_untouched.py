@@ -14,10 +14,11 @@ import torch
 
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record, Remove
-from iskd.refits import RefitTask, base
-from iskd.refits.base import BlockRefit, walk
+from iskd.refits import RefitTask
+from iskd.refits import walk as walking
 from iskd.refits.local import Local
 from iskd.refits.output import Output
+from iskd.refits.walk import BlockRefit, walk
 from tests.factories import digest, louder, mixer_specs, tiny, windows
 
 TEXT = list(windows(20, 16, seed=5).split(4))
@@ -66,7 +67,7 @@ def test_blocks_below_the_lowest_cut_stay(name: str, family: str, dtype: str, mo
     assert set(moved(given)) <= {3, 5}
     assert re.search(r"\b2 blocks ", told[0]), "no line counts the others"
     assert told[-1] == "layers 0-2 are the teacher's still, and stay so"
-    monkeypatch.setattr(base, "_untouched", lambda *_: False)
+    monkeypatch.setattr(walking, "_untouched", lambda *_: False)
     slow = task(family=family)
     with precision(dtype):
         above = copy.copy(REFITS[name])
@@ -124,7 +125,7 @@ def test_what_was_edited_is_refitted_whatever_it_gives(
     """On the first batch a window may miss nothing of short documents, and so a mixer may give what attention did."""
     given = task(edits)
     if 0 not in given.record.edited:
-        monkeypatch.setattr(base, "_same", lambda *_: True)
+        monkeypatch.setattr(walking, "_same", lambda *_: True)
     assert [site.layer for site in walk(given)] == sites
     independent = [site.layer for site in walk(given, independent=True)]
     assert independent == list(given.record.layers), "on the teacher's stream no block waits for another"

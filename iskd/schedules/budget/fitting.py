@@ -27,9 +27,9 @@ from iskd.models.capture import without_autocast_cache
 from iskd.plan import Convert, Edit, Record, Replace
 from iskd.plan.edits import Merge
 from iskd.refits import RefitTask
-from iskd.refits.base import Site, teacher_block
 from iskd.refits.local import Local
 from iskd.refits.output import Output
+from iskd.refits.walk import Site, teacher_block
 from iskd.schedules.budget.options import Option, module_of
 from iskd.schedules.budget.settings import Budget
 from iskd.schedules.budget.text import Texts

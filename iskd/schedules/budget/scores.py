@@ -107,12 +107,12 @@ class Scorer:
         """
         stride = stride or self.stride
         names = [self.name_of(choice, f"{[*windows]} every {stride}") for choice in changed]
-        known = self._students if kept else {}
+        known = {name: self._students[name] for name in names if kept and name in self._students}
         lacking = [index for index, name in enumerate(names) if name not in known]
         if lacking:
             fresh = self._fresh(base, [changed[index] for index in lacking], windows, stride, what)
             answers = {names[index]: row for index, row in zip(lacking, fresh, strict=True)}
-            known = known | answers
+            known |= answers
             if kept:
                 self.keep(answers)
         return torch.stack([known[name] for name in names])

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from iskd.system.precision import ForwardContext
 from iskd.teacher.cache import answering, autocast_of
 
 _FRONT = tuple(round(0.95 - 0.05 * step, 2) for step in range(12))
+_SEED = 0  # of fresh weights: runs of all seeds share a library and its plans
 _ELSEWHERE = ("options", "use", "library", "plan")  # keys that decide nothing, or by what they describe
 _OF_RUNS = ("tokens", "held_tokens", "streams")  # keys of refits that a search has its own of
 _log = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ class Place:
         forward_context: the precision of passes.
         itemsize: bytes of a number in the exported weights.
         dtype: in which times are measured; None = that of the teacher in memory.
-        seed: of fresh weights; not that of a run, so that runs of all seeds share a library and its plans.
         process, processes: which one of how many this is.
         native: whether plain transformers, vLLM and llama.cpp open a student, as far as they open its teacher.
         refits: what a run does to the student of a plan, in order.
@@ -66,7 +65,6 @@ class Place:
     native: Callable[[PreTrainedModel], bool]
     itemsize: int = 4
     dtype: torch.dtype | None = None
-    seed: int = 0
     process: int = 0
     processes: int = 1
     refits: Sequence[Refit] = ()
@@ -94,46 +92,49 @@ def search(
     stack = Stack(teacher)
     budget = settled(budget, stack, place.refits)
     named = budget.use is not None
-    options, told = able(options_of(budget.options, budget.use), teacher, place.seed, named=named)
+    options, told = able(options_of(budget.options, budget.use), teacher, _SEED, named=named)
     if budget.native:
-        options, left_out = natives(options, teacher, place.native, place.seed, named=named)
+        options, left_out = natives(options, teacher, place.native, _SEED, named=named)
         told += left_out
     itself, alike = (KEEP,) * len(stack.layers), [option.name for option in options] if budget.native else None
     begun, size, dtype = time.perf_counter(), place.itemsize, place.dtype
-    costs = counted(teacher, options, budget, itemsize=size, seed=place.seed, dtype=dtype, told=place.told)
+    costs = counted(teacher, options, budget, itemsize=size, seed=_SEED, dtype=dtype, told=place.told)
     for each in budget.each:
-        refuse(each, costs, options, itself, alike)
+        if said := refusal(each, costs, options, itself, alike):
+            raise ValueError(said)
     counting = time.perf_counter() - begun
     texts = texts_of(budget, windows).to(teacher.device)
     requests = [request_of(each, texts.digest, place.itemsize, place.refits) for each in budget.each]
     with place.forward_context():
-        recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, place.seed)
-        library = Library.open(budget, place.folder, recipe, teacher, place.seed)
+        recipe = recipe_of(budget, answering(teacher, autocast_of(teacher)), texts.digest, _SEED)
+        library = Library.open(budget, place.folder, recipe, teacher, _SEED)
         if place.process == 0:
             for sentence in (*told, *texts.short_of(budget), f"library of fitted options: {library.folder}"):
                 place.note(sentence)
-        prices = partial(timed, costs, teacher, options, budget, library=library, seed=place.seed)
+        prices = partial(
+            timed, teacher=teacher, options=options, budget=budget, library=library, seed=_SEED, dtype=dtype,
+            told=place.told,
+        )  # fmt: skip
         begun, alone = time.perf_counter(), place.processes == 1
         if alone and budget.timed:  # beside others that fit nothing can be timed
-            costs = prices(dtype=place.dtype, told=place.told)
-            if len(
-                over := [said for each in budget.each if (said := _over(each, costs, options, itself, alike))]
-            ) == len(budget.each):
+            costs = prices(costs)
+            over = [refusal(each, costs, options, itself, alike) for each in budget.each]
+            if all(over):
                 raise ValueError("; ".join(over))
         counting += time.perf_counter() - begun
         fill(
             library, options, place.process, place.processes, place.told, place.note,
-            lambda jobs, tell: fit_options(teacher, texts, jobs, budget, place.seed, library.keep, tell),
+            lambda jobs, tell: fit_options(teacher, texts, jobs, budget, _SEED, library.keep, tell),
         )  # fmt: skip
         if place.process:
             return []
         fitted = time.perf_counter()
         if budget.timed and not alone:
-            costs = prices(dtype=place.dtype, told=place.told)
+            costs = prices(costs)
         priced = time.perf_counter()
         scorer = Scorer(teacher, library, options, texts.score, budget.stride, place.told)
         chooser = Chooser(scorer, costs, budget, alike)
-        finals = Finals(chooser, texts, place.refits, place.seed, place.told, place.native if budget.native else None)
+        finals = Finals(chooser, texts, place.refits, _SEED, place.told, place.native if budget.native else None)
         scored = time.perf_counter()
         spent = {
             "library": fitted - start - counting,
@@ -153,15 +154,20 @@ def search(
         plans = [_plan(*each, chooser, costs, spent, place) for each in found]
     for plan in [plan for plan in plans if budget.native and not place.native(made(teacher, edits_of(plan))[0])]:
         plans.remove(plan)
-        asked = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items())
-        refused.append(
-            f"{asked} with budget.native=true: {LOADERS} open students with each option alone, and none of the "
-            f"{len(plan.tried)} that were built within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: "
-            "leave one of these out of budget.use, or set budget.native=false"
-        )
+        refused.append(_closed(plan))
     if refused:
         raise RefusedError("; ".join(refused), plans)
     return plans
+
+
+def _closed(plan: BudgetPlan) -> str:
+    """What is said of a plan that not all loaders open, as none of the others of its budget."""
+    asked = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items())
+    return (
+        f"{asked} with budget.native=true: {LOADERS} open students with each option alone, and none of the "
+        f"{len(plan.tried)} that were built within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: "
+        "leave one of these out of budget.use, or set budget.native=false"
+    )
 
 
 def settled(budget: Budget, stack: Stack, refits: Sequence[Refit]) -> Budget:
@@ -193,15 +199,6 @@ def request_of(budget: Budget, text: str, itemsize: int, refits: Sequence[Refit]
     return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _over(*asked: Any) -> str:
-    """What `refuse` has to say, of times too."""
-    try:
-        refuse(*asked)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 class RefusedError(ValueError):
     """Some of several budgets cannot be met.
 
@@ -214,14 +211,14 @@ class RefusedError(ValueError):
         self.plans = list(plans)
 
 
-def refuse(
+def refusal(
     budget: Budget, costs: Costs, options: Sequence[Option], teacher: Choice, alike: Sequence[str] | None
-) -> None:
-    """Raise ValueError where no student keeps the limits that are exact, before anything is fitted.
+) -> str:
+    """Why no student keeps the limits whose costs are known; "" where one does. Asked before anything is fitted.
 
     Args:
         budget: one.
-        costs: those that are exact.
+        costs: those that are known.
         options: to choose from.
         teacher: the choice that is the teacher itself.
         alike: see `Chooser`.
@@ -229,7 +226,11 @@ def refuse(
     asked = {key: value for key, value in budget.asked.items() if key in costs.keys}
     limits = _limits(asked, costs, teacher)
     problem = problem_of(options, len(teacher), dict.fromkeys(costs.layers, 0.0), costs, limits, alike)
-    require(problem, limits, asked, costs, teacher)
+    try:
+        require(problem, limits, asked, costs, teacher)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _limits(asked: Mapping[str, Amount], costs: Costs, whole: Choice) -> dict[str, float]:
@@ -255,7 +256,7 @@ def _plan(
         teacher=model_sha256(scorer.teacher),
         choice=best.choice,
         options={name: option.described() for name, option in scorer.options.items()},
-        seed=place.seed,
+        seed=_SEED,
         asked=dict(budget.asked),
         limits=limits,
         request=request,
