@@ -143,7 +143,7 @@ SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
 SHARED |= {"choosing", "fitting", "merge", "ridge", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
-SHARED |= {"carrying_out", "reading", "head_sums", "projections", "solved", "streams"}  # refits
+SHARED |= {"carrying_out", "reading", "head_sums", "projections", "solved", "streams", "walk"}  # refits
 SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules
 SHARED |= {"delta"}  # mixers
 
