@@ -1,6 +1,7 @@
 """Score the finished students of a budget's runs, draw random plans of the same sizes, and print the table.
 
 `score RUN` scores the student at the end of a run by `experiments/scoring.py`, beside what its plan predicted.
+`again NAME PLAN` writes the row of a plan that chooses what a plan for another size does, where that one's is there.
 `random PLANS OUT` makes of every plan one with options drawn at random, as large as fits. `front PLANS` writes
 front.csv of the plans in the folders of PLANS, one folder a method. `table` prints what was scored.
 """
@@ -48,12 +49,26 @@ def score(run: Path, made: Path, data: Path, items: int, tokens: int) -> None:
     """Score the student of a run's last checkpoint, and write NAME.json; `made`: the run that carried out its plan."""
     [row] = scoring.score(run, None, scoring.Scorer(data, items, tokens, metrics=TASKS), SCORES)
     plan = read_plan(made / BUDGET_FILE)
-    facts = {
+    (SCORES / f"{run.name}.json").write_text(json.dumps({**row, **_facts(plan)}))
+
+
+def again(name: str, plan: Path) -> None:
+    """Write NAME.json if the row of the same student under another limit is there: that one, with this plan's facts."""
+    method, *_, seed = name.split("-")
+    asked = read_plan(plan)
+    for other in sorted(plan.parent.glob("plan-*.json")):
+        row = SCORES / f"{method}-{other.stem.rpartition('-')[2].rstrip('%')}-{seed}.json"
+        if other != plan and row.exists() and read_plan(other).choice == asked.choice:
+            (SCORES / f"{name}.json").write_text(json.dumps({**json.loads(row.read_text()), **_facts(asked)}))
+            return
+
+
+def _facts(plan: BudgetPlan) -> dict[str, Any]:
+    return {
         "predicted_kl": plan.predicted_kl, "unhealed_kl": plan.measured_kl, "refitted_kl": plan.refitted_kl,
         "costs": plan.costs, "measured": plan.measured, "limits": plan.limits, "search_seconds": plan.seconds,
         "tried": [[each.predicted, each.measured] for each in plan.tried],
     }  # fmt: skip
-    (SCORES / f"{run.name}.json").write_text(json.dumps({**row, **facts}))
 
 
 def draw(plan: BudgetPlan, seed: int, costs: Costs, calibration: Calibration) -> BudgetPlan:
@@ -175,7 +190,7 @@ def _limits(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """`score RUN`, `random PLANS OUT`, `front PLANS` or `table`."""
+    """`score RUN`, `again NAME PLAN`, `random PLANS OUT`, `front PLANS` or `table`."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     scored = commands.add_parser("score")
@@ -184,6 +199,9 @@ def main() -> None:
     scored.add_argument("--data", type=Path, required=True)
     scored.add_argument("--items", type=int, default=300)
     scored.add_argument("--tokens", type=int, default=8192)
+    once = commands.add_parser("again")
+    once.add_argument("name")
+    once.add_argument("plan", type=Path)
     drawing = commands.add_parser("random")
     drawing.add_argument("plans", type=Path)
     drawing.add_argument("out", type=Path)
@@ -195,6 +213,8 @@ def main() -> None:
         table()
     elif asked.command == "front":
         front(asked.plans)
+    elif asked.command == "again":
+        again(asked.name, asked.plan)
     elif asked.command == "random":
         asked.out.mkdir(parents=True, exist_ok=True)
         plans = {file.name: read_plan(file) for file in sorted(asked.plans.glob("plan-*.json"))}

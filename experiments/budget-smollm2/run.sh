@@ -62,10 +62,12 @@ solve() { # method, limit, overrides...
     && cp "$OUT/plans/$method"/plan-*.json "$FOUND/$method"
 }
 
-run() { # method, size, seed, plan: refitted once for all seeds, and healed from there
+run() { # method, size, seed, plan: refitted once for all seeds, and healed from there; one student of two sizes is one row twice
   local made="$1-$2" name="$1-$2-$3"
   # shellcheck disable=SC2053
   if [[ $name != $ONLY ]] || [ -f "$HERE/scores/$name.json" ]; then return; fi
+  "$PYTHON" "$HERE/evaluate.py" again "$name" "$4"
+  if [ -f "$HERE/scores/$name.json" ]; then return; fi
   if [ ! -f "$OUT/$made/model/config.json" ]; then
     rm -rf "${OUT:?}/$made"
     "$PYTHON" train.py experiment=budget model=smollm2 "${TEXTS[@]}" "${RUN[@]}" schedule.tokens=0 hydra.run.dir="$OUT/$made" budget.plan="$4" \

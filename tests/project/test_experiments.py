@@ -129,6 +129,22 @@ def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, mon
         runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
 
 
+def test_one_student_of_two_sizes_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row is written for the other size too, with that one's limit; no row of another choice, seed or method is."""
+    budget = ROOT / "experiments" / "budget-smollm2"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    evaluate = runpy.run_path(str(budget / "evaluate.py"))["again"]
+    evaluate.__globals__["SCORES"] = tmp_path
+    plan = {size: budget / "plans" / "width" / f"plan-params-{size}.json" for size in ("0.9", "0.8", "0.7")}
+    (tmp_path / "width-0.8-1.json").write_text(json.dumps({"kl": 0.25, "predicted_kl": 9.0, "limits": {}}))
+    for name, size in {"width-0.9-1": "0.9", "width-0.9-0": "0.9", "slim-0.9-1": "0.9", "width-0.7-1": "0.7"}.items():
+        evaluate(name, plan[size])
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["width-0.8-1", "width-0.9-1"]
+    row, asked = json.loads((tmp_path / "width-0.9-1.json").read_text()), json.loads(plan["0.9"].read_text())
+    assert row["kl"] == 0.25
+    assert (row["limits"], row["predicted_kl"]) == (asked["limits"], asked["predicted_kl"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
 def test_every_run_composes(script: Path, tmp_path: Path) -> None:
