@@ -102,12 +102,15 @@ class Scorer:
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """All scores of one model; tasks as one number per item."""
+        return self.on_texts(model) | self.on_tasks(model, list(self.tasks))
+
+    def on_texts(self, model: PreTrainedModel) -> dict[str, float]:
+        """KL, retention and perplexity."""
         model.eval().to(DEVICE)
         with autocast():
             wikitext, docstrings = (self._on_text(model, name) for name in self.texts)
-        found: dict[str, Any] = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
-        found |= {"ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
-        return found | self.on_tasks(model, list(self.tasks))
+        found = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
+        return {**found, "ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
 
     def on_tasks(self, model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
         """A number per item of some of the tasks, and LAMBADA's nll."""

@@ -5,17 +5,18 @@
 #
 #   DATA        folder with wikitext2/{train,valid,test}.txt.gz, tinystories/train.txt.gz and the tasks' NAME/eval.jsonl
 #   TOKENS      training tokens of every run but the hybrids without a token, equal for all; rows of other budgets than
-#               32,768 stand beside those, as TECHNIQUE@TOKENS: KL against tokens is TOKENS=8192, 32768 and 131072
+#               8,192 stand beside those, as TECHNIQUE@TOKENS
 #   MIXERS      names in conf/mixer; TECHNIQUES  among copy local all (kl matrix hidden, for the paper's grid); HYBRIDS  among
 #               restore gates every_fourth every_second (which keeps half); TRAINED  mixers in conf/mixer, with a quarter of the
 #               layers left as restore says and TOKENS of local work and training; each may be empty
 #   ONLY        a pattern of names (MIXER-TECHNIQUE, hybrid-CHOICE): the runs that match are done
-#   ITEMS       of each task, at most; EVAL_TOKENS: of each text; SECONDS_OF_DECODING: for timing at 8,192 tokens
+#   ITEMS       of each task, at most, for hybrids; EVERY: the best technique of a mixer is asked every n-th of them, the others
+#               texts and recall to 256 tokens alone; EVAL_TOKENS: of each text; SECONDS_OF_DECODING: for timing at 8,192 tokens
 #   MODEL       tiny = random weights, to try the script; EXTRA  further overrides; PLAN=1 shows the plans alone
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
-TOKENS=${TOKENS:-32768}
+TOKENS=${TOKENS:-8192}
 SEED=${SEED:-0}
 MODEL=${MODEL:-smollm2}
 TRAINER=${TRAINER:-auto}
@@ -31,25 +32,37 @@ HERE=experiments/subquadratic-smollm2
 read -ra EXTRA <<< "${EXTRA:-} ${PLAN:+plan_only=true}"
 if [ "$MODEL" = tiny ]; then LENGTH=160 LAYERS=4; else LENGTH=256 LAYERS=30; fi
 COMMON=(model="$MODEL" trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
-        data.source.detokenize=wikitext data.val_tokens=16384 data.seq_len="$LENGTH" data.batch_size=2 run.score_tokens=2048
+        data.source.detokenize=wikitext data.val_tokens=4096 data.seq_len="$LENGTH" run.score_tokens=2048
         run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false seed="$SEED")
 
-AT=$([ "$TOKENS" = 32768 ] || echo "@$TOKENS")
+AT=$([ "$TOKENS" = 8192 ] || echo "@$TOKENS")
 
-row() { # name, overrides...
-  local name=$1 dir="$OUT/$1"
-  shift
+skipped() { # name
   # shellcheck disable=SC2053
-  if [[ $name != $ONLY ]] || [ -f "$SCORES/$name.json" ]; then return; fi
+  [[ $1 != $ONLY ]] || [ -f "$SCORES/$1.json" ]
+}
+
+train() { # name, overrides...
+  local dir="$OUT/$1"
+  shift
   if [ ! -f "$dir/model/config.json" ]; then
     rm -rf "$dir"
     "$PYTHON" train.py "${COMMON[@]}" "$@" hydra.run.dir="$dir" "${EXTRA[@]}"
   fi
-  if [ -n "${PLAN:-}" ]; then return; fi
   rm -rf "$dir/checkpoints"
-  "$PYTHON" "$HERE/evaluate.py" score "$dir" --data "$DATA" --items "${ITEMS:-300}" --tokens "${EVAL_TOKENS:-8192}" \
+}
+
+ask() { # what of evaluate.py, its arguments...
+  if [ -n "${PLAN:-}" ]; then return; fi
+  "$PYTHON" "$HERE/evaluate.py" "$@" --data "$DATA" --items "${ITEMS:-300}" --tokens "${EVAL_TOKENS:-4096}" \
     --seconds "${SECONDS_OF_DECODING:-60}" --scores "$SCORES"
-  rm -rf "$dir/model"
+}
+
+row() { # name, overrides...: asked everything
+  if skipped "$1"; then return; fi
+  train "$@"
+  ask score "$OUT/$1"
+  rm -rf "$OUT/$1/model"
 }
 
 UNALIGNED=(schedule.mixers=null schedule.hidden=false)
@@ -72,6 +85,7 @@ for mixer in $TRAINED; do
   row "hybrid_$mixer-restore$AT" experiment=local_first mixer="$mixer" schedule.attention_share=0.25 importance=restore importance.stand_in=64 schedule.tokens="$TOKENS"
 done
 for mixer in $MIXERS; do
+  runs=()
   for technique in $TECHNIQUES; do
     case $technique in
       copy) keys=(experiment=subquadratic "${UNALIGNED[@]}") ;;
@@ -82,7 +96,16 @@ for mixer in $MIXERS; do
       hidden) keys=(experiment=subquadratic mixer.init=random schedule.mixers=null "${SHARES[@]}") ;;
       *) echo "unknown technique $technique" >&2; exit 1 ;;
     esac
-    row "$mixer-$technique$AT" "${keys[@]}" mixer="$mixer" schedule.tokens="$TOKENS"
+    name="$mixer-$technique$AT"
+    if ! skipped "$name"; then
+      train "$name" "${keys[@]}" mixer="$mixer" schedule.tokens="$TOKENS"
+      ask look "$OUT/$name"
+    fi
+    if [ -f "$SCORES/$name.json" ]; then runs+=("$OUT/$name"); fi
   done
+  if [ ${#runs[@]} -gt 0 ]; then
+    ask best "${runs[@]}" --every "${EVERY:-3}"
+    for run in "${runs[@]}"; do rm -rf "$run/model"; done
+  fi
 done
 if [ -z "${PLAN:-}" ]; then "$PYTHON" "$HERE/evaluate.py" table --scores "$SCORES"; fi

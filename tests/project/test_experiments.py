@@ -69,16 +69,16 @@ def test_every_row_of_the_conversion_table_composes(tmp_path: Path, monkeypatch:
     for name in (*sorted(hybrids | mixed), "mamba-copy", "mamba-local", "mamba-all"):
         overrides = [word for word in rows[name] if not word.startswith(("hydra.", "data.path"))]
         config, _ = compose_config([*overrides, "model=tiny"], tmp_path / name)
-        assert config.schedule.tokens == (0 if name in hybrids else 32768)
+        assert config.schedule.tokens == (0 if name in hybrids else 8192)
         assert config.plan_only is True
         assert ("refit" in config and "local" in config.refit) == (name.endswith("-local") or name in mixed)
         keeps = {"hybrid-restore", "hybrid-gates"} | mixed
         assert (config.schedule.get("attention_share") == 0.25) == (name in keeps)
     (tmp_path / "lines").unlink()
-    fewer = lines_of(tmp_path, TOKENS="8192", MIXERS="gla", HYBRIDS="")
+    fewer = lines_of(tmp_path, TOKENS="32768", MIXERS="gla", HYBRIDS="")
     assert {line[-1].rpartition("/")[2] for line in fewer} == {
-        *(f"gla-{technique}@8192" for technique in ("copy", "local", "all")),
-        *(f"{name}@8192" for name in mixed),
+        *(f"gla-{technique}@32768" for technique in ("copy", "local", "all")),
+        *(f"{name}@32768" for name in mixed),
     }
 
 
@@ -89,7 +89,7 @@ def test_plans_of_the_conversion_table_are_made(tmp_path: Path) -> None:
         file = tmp_path / "data" / f"{name}.txt.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(file, "wt") as stream:
-            stream.writelines(f"Of cats and dogs, and what they said on day {day} .\n\n" for day in range(2000))
+            stream.writelines(f"Of cats, and what {name} said on day {day} .\n\n" for day in range(2000))
     chosen = {"MODEL": "tiny", "PLAN": "1", "MIXERS": "mamba", "HYBRIDS": "restore every_fourth", "TRAINER": "cpu"}
     places = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out"), "ISKD_CACHE": str(tmp_path / "cache")}
     environment = {**os.environ, "PYTHON": sys.executable, **chosen, **places, "SCORES": str(tmp_path / "scores")}
@@ -101,7 +101,7 @@ def test_plans_of_the_conversion_table_are_made(tmp_path: Path) -> None:
 
 
 def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Best first, recall where it was asked, cost beside the teacher's; other items than the teacher's are told."""
+    """Best first, what was asked alone; some of the items are held against the teacher's own, others are told."""
     kept = tmp_path / "scores"
     kept.mkdir()
     texts = {"kl": 0.0, "retention": 1.0, "ppl_wikitext": 20.0, "ppl_docstrings": 16.0, "lambada_nll": 3.0}
@@ -109,24 +109,42 @@ def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, mon
     whole |= {task: [1.0, 0.0] for task in SIX}
     facts = {"layers": 30, "attention": 0, "params": 10, "tokens": 64, "seconds": 3}
     worse = {**whole, **facts, "retention": 0.7, "piqa": [0.0, 0.0], "recall_1024": [0.0]}
+    halved = {**whole, **facts, "retention": 0.6, **{task: [0.5] for task in SIX}}
+    looked = {name: whole[name] for name in ("kl", "ppl_wikitext", "ppl_docstrings", "recall_64", "recall_256")}
     cost = {"student_bytes": 2**20, "teacher_bytes": 2**22, "student_seconds": 0.5, "teacher_seconds": 1.0}
     found = {
         "teacher": whole,
         "gla-all": {**worse, "cost": {}},
         "window-copy": {**worse, "retention": 0.9, "cost": cost},
+        "gla-local": halved,
+        "gla-copy": {**looked, **facts, "retention": 0.5},
     }
     for name, row in found.items():
         (kept / f"{name}.json").write_text(json.dumps(row))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "table", "--scores", str(kept)])
     runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert [row[:2] for row in rows[2:]] == [["teacher", ""], ["window", "copy"], ["gla", "all"]]
+    order = [["teacher", ""], ["window", "copy"], ["gla", "all"], ["gla", "local"], ["gla", "copy"]]
+    assert [row[:2] for row in rows[2:]] == order
     assert rows[3][11:] == ["83.3", "100.0", "100.0", "0.0", "1.0", "25.0", "50.0"]
     assert rows[4][-3:] == ["", "", ""]
-    assert (tmp_path / "results.csv").read_text().count("\n") == 4
-    (kept / "gla-all.json").write_text(json.dumps({**worse, "piqa": [1.0]}))
-    with pytest.raises(SystemExit, match=r"gla-all\.json was asked 1 items of piqa, teacher\.json 2"):
+    assert rows[5][10:12] == ["50.0", "50.0"], "of the first item of each task, where the teacher has 1"
+    assert rows[6][7:16] == ["", "", "", "", "", "100.0", "100.0", "", ""], "a look: no task, no cost"
+    assert (tmp_path / "results.csv").read_text().count("\n") == 6
+    (kept / "gla-all.json").write_text(json.dumps({**worse, "piqa": [1.0] * 3}))
+    with pytest.raises(SystemExit, match=r"gla-all\.json was asked 3 items of piqa, teacher\.json 2"):
         runpy.run_path(str(CONVERSION / "evaluate.py"), run_name="__main__")
+    runs = [tmp_path / name for name in ("gla-all", "gla-local", "gla-copy")]
+    for run, kl in zip(runs, (0.3, 0.2, 0.1), strict=True):
+        (run / "model").mkdir(parents=True)
+        (run / "model" / "config.json").write_text("{}")
+        row = json.loads((kept / f"{run.name}.json").read_text())
+        (kept / f"{run.name}.json").write_text(json.dumps({**row, "kl": kl}))
+    nearest = runpy.run_path(str(CONVERSION / "evaluate.py"))["nearest"]
+    assert nearest(runs, kept) == runs[2]
+    assert nearest(runs[:2], kept) is None, "asked everything already"
+    (runs[2] / "model" / "config.json").unlink()
+    assert nearest(runs, kept) is None, "its student is gone"
 
 
 def test_one_student_of_two_sizes_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
