@@ -39,6 +39,7 @@ from iskd.system.precision import serving_dtype  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
 
 SCORES = HERE / "scores"
+UNTRAINED = "untrained"
 TASKS = {"lambada": "acc", "copy": "led"}
 FRONT = ("method", "share", "params", "added_kl", "predicted_kl", "measured_kl", "refitted_kl", "found", "choice")
 _COUNTED: dict[tuple[object, ...], Costs] = {}
@@ -155,20 +156,22 @@ def _promise(choice: tuple[str, ...], added: float) -> Promise:
 
 
 def table() -> None:
-    """A table for every size, the lowest KL first, means over seeds; then predicted against measured."""
-    sizes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    """For every size a table of students as refitted, one of trained ones, the lowest KL first, and the promises."""
+    sizes: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     teacher = json.loads((SCORES / "teacher.json").read_text())
     tried: dict[tuple[float, float], None] = {}
-    for file in sorted(SCORES.glob("*-[0-9].json")):
-        method, _, size = file.stem.rpartition("-")[0].rpartition("-")
+    for file in sorted(SCORES.glob("*-*-*.json")):
+        method, size, seed = file.stem.split("-")
         found = json.loads(file.read_text())
-        sizes[size][method].append(found)
+        sizes[size, seed != UNTRAINED][method].append(found)
         tried |= dict.fromkeys(map(tuple, found["tried"]))
-    for size, methods in sorted(sizes.items(), reverse=True):
-        print(f"\n**{size}**\n\n{head(teacher, 'mixed')}")
+    for (size, trained), methods in sorted(sizes.items(), key=lambda pair: (pair[0][0], not pair[0][1]), reverse=True):
+        print(f"\n**{size}, {'trained' if trained else 'as refitted'}**\n\n{head(teacher, 'mixed')}")
         print(line("teacher", [teacher], teacher, None))
         for name, rows in sorted(methods.items(), key=lambda pair: mean(row["kl"] for row in pair[1])):
             print(line(name, rows, teacher, methods.get("mixed")))
+        if trained:
+            continue
         print("\n| method | predicted KL | of the plan as built | limits |\n|---|---|---|---|")
         for name, rows in methods.items():
             plan = rows[0]

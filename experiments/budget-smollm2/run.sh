@@ -8,7 +8,8 @@
 #   DECODE   of the teacher's time for a token after 2,048 tokens, e.g. 70%; empty = these rows are left out
 #   FOUND    folder of the plans, a folder for each method
 #   METHODS  of mixed, removal, slim, merge, width, random
-#   TOKENS   training tokens of every run, 0 = as refitted; REFIT: tokens of the refit before; SEEDS: order of the data
+#   SEEDS    of the order of the training text; untrained = as refitted
+#   TOKENS   training tokens of every run but those; REFIT: tokens of the refit before
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
 #   FIT, HELD, SCORE, RACE   tokens that options are fitted to and judged by, that students and single options are scored on
 #   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS, FINALISTS: see conf/budget/default.yaml, whose values are
@@ -20,8 +21,8 @@ DATA=${DATA:?folder with wikitext2, tinystories and the tasks}
 SHARES=${SHARES:-0.9 0.8 0.7 0.6 0.5}
 DECODE=${DECODE-70%}
 METHODS=${METHODS:-mixed removal slim merge width random}
-TOKENS=${TOKENS:-4096}
-SEEDS=${SEEDS:-0 1}
+TOKENS=${TOKENS:-8192}
+SEEDS=${SEEDS:-untrained 0 1}
 ONLY=${ONLY:-*}
 TRAINER=${TRAINER:-auto}
 OUT=${OUT:-runs/budget-smollm2}
@@ -30,11 +31,11 @@ PYTHON=${PYTHON:-.venv/bin/python}
 HERE=experiments/budget-smollm2
 FOUND=${FOUND:-$HERE/plans}
 TEXTS=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
-       data.source.detokenize=wikitext data.val_tokens=4096 cache_dir="$CACHE")
+       data.source.detokenize=wikitext cache_dir="$CACHE")
 BUDGET=(budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
         budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
         budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-3}")
-RUN=(run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false data.batch_size=1)
+RUN=(data.val_tokens=1024 run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false data.batch_size=1)
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
 
@@ -58,12 +59,12 @@ search() { # method, overrides...: plans for all sizes that lack one; what the m
 solve() { # method, limit, overrides...
   local method=$1
   shift
-  "$PYTHON" -m iskd search model=smollm2 "${TEXTS[@]}" "${BUDGET[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$FOUND/$method" \
+  "$PYTHON" -m iskd search model=smollm2 "${TEXTS[@]}" data.val_tokens=4096 "${BUDGET[@]}" hydra.run.dir="$OUT/plans/$method" "$@" && mkdir -p "$FOUND/$method" \
     && cp "$OUT/plans/$method"/plan-*.json "$FOUND/$method"
 }
 
-run() { # method, size, seed, plan: refitted once for all seeds, and healed from there; one student of two sizes is one row twice
-  local made="$1-$2" name="$1-$2-$3"
+run() { # method, size, seed, plan: refitted once, and healed from there; one student of two sizes is one row twice
+  local made="$1-$2-untrained" name="$1-$2-$3"
   # shellcheck disable=SC2053
   if [[ $name != $ONLY ]] || [ -f "$HERE/scores/$name.json" ]; then return; fi
   "$PYTHON" "$HERE/evaluate.py" again "$name" "$4"
@@ -73,11 +74,13 @@ run() { # method, size, seed, plan: refitted once for all seeds, and healed from
     "$PYTHON" train.py experiment=budget model=smollm2 "${TEXTS[@]}" "${RUN[@]}" schedule.tokens=0 hydra.run.dir="$OUT/$made" budget.plan="$4" \
       refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048 export.dtype=float32
   fi
-  rm -rf "${OUT:?}/$name"
-  "$PYTHON" train.py model=local model.path="$OUT/$made/model" schedule=none loss=[kl] "${TEXTS[@]}" "${RUN[@]}" schedule.tokens="$TOKENS" \
-    schedule.lr=1e-4 seed="$3" export=false hydra.run.dir="$OUT/$name"
+  if [ "$name" != "$made" ]; then
+    rm -rf "${OUT:?}/$name"
+    "$PYTHON" train.py model=local model.path="$OUT/$made/model" schedule=none loss=[kl] "${TEXTS[@]}" "${RUN[@]}" schedule.tokens="$TOKENS" \
+      schedule.lr="${LR:-1e-4}" seed="$3" export=false hydra.run.dir="$OUT/$name"
+  fi
   "$PYTHON" "$HERE/evaluate.py" score "$OUT/$name" --plan "$OUT/$made" --data "$DATA" --items "${ITEMS:-300}" --tokens "${TEXT:-4096}"
-  rm -rf "$OUT/$name/checkpoints" "$OUT/$made/checkpoints"
+  rm -rf "$OUT/$name/checkpoints"
 }
 
 # One library, filled and raced once by `mixed`; the others choose from a part of it. Where all plans are of one depth no refit
