@@ -92,6 +92,9 @@ def leave_one_out_values(
 Exchange = Mapping[int, "nn.Module | None"]
 """What stands in the place of some blocks, by position in the stack; None = nothing does."""
 
+Goal = tuple[PreTrainedModel, Tensor]
+"""The teacher, and what goes into its head at the scored positions of some windows [N, D]."""
+
 
 def exchange_values(
     student: PreTrainedModel,
@@ -104,6 +107,7 @@ def exchange_values(
     width: int | None = None,
     chunk: int = 256,
     prefix_cache: PrefixCache | None = None,
+    goal: Goal | None = None,
 ) -> Tensor:
     """What other blocks in the place of some cost at each scored position [C, B, P], in nats, float32, on the CPU.
 
@@ -120,6 +124,7 @@ def exchange_values(
         width: as there.
         chunk: as there.
         prefix_cache: as there.
+        goal: the teacher and what it says at the scored positions (`goal_of`), where that is known already.
 
     Raises:
         ValueError: windows of one token under `loss`.
@@ -134,7 +139,7 @@ def exchange_values(
     trunk = Trunk(stack, batch, known) if prefix_cache is None else prefix_cache.trunk(stack, batch, known)
     starts = [_start(stack, trunk, branch, at) for branch, at in zip(branches, lowest, strict=True)]
     # the whole student is wanted, too: for its loss, or because it is the teacher still, as before a run's first edit
-    untouched = metric == "kl" and _equal(student, teacher)
+    untouched = metric == "kl" and goal is None and _equal(student, teacher)
     if metric == "loss" or untouched:
         starts.append((known, trunk.states[known]))
     at = slice(0, scored, stride)
@@ -143,8 +148,8 @@ def exchange_values(
         loss = _measured(finals, stack, batch, at, None, chunk)  # [C + 1, B, P], the whole one last
         return loss[:-1] - loss[-1]
     # the whole student, where it equals the teacher, is what the others are compared with
-    goal = (teacher, finals.pop()) if untouched else goal_of(teacher, batch, at)
-    return _measured(finals, stack, batch, at, goal, chunk)
+    said = (teacher, finals.pop()) if untouched else goal or goal_of(teacher, batch, at)
+    return _measured(finals, stack, batch, at, said, chunk)
 
 
 def _start(stack: Stack, trunk: Trunk, branch: Exchange, lowest: int) -> tuple[int, Tensor]:
@@ -167,7 +172,7 @@ def branch_values(
     batch: Tensor,
     *,
     at: slice,
-    goal: tuple[PreTrainedModel, Tensor] | None = None,
+    goal: Goal | None = None,
     width: int | None = None,
     chunk: int = 256,
 ) -> Tensor:
@@ -195,7 +200,7 @@ def _measured(
     stack: Stack,
     batch: Tensor,
     at: slice,
-    goal: tuple[PreTrainedModel, Tensor] | None,
+    goal: Goal | None,
     chunk: int,
 ) -> Tensor:
     """Of each branch, by what goes into its head [N, D]: values [C, B, P]; arguments as those of `branch_values`."""
@@ -206,7 +211,7 @@ def _measured(
     return found.unflatten(1, (batch.shape[0], -1)).float().cpu()
 
 
-def goal_of(teacher: PreTrainedModel, batch: Tensor, at: slice) -> tuple[PreTrainedModel, Tensor]:
+def goal_of(teacher: PreTrainedModel, batch: Tensor, at: slice) -> Goal:
     """The teacher, and the input of its head at the scored positions of a batch [B * P, D]."""
     return teacher, _in_head_dtype(Stack(teacher).last_hidden(batch)[:, at].flatten(0, 1))
 

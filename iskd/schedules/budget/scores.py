@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.importance.racing import doubt
-from iskd.importance.sweep import Exchange, exchange_values
+from iskd.importance.sweep import Exchange, Goal, exchange_values, goal_of
 from iskd.models import Stack, scoring
 from iskd.plan.budget_plan import KEEP
 from iskd.schedules.budget.library import Kept, Library
@@ -65,6 +65,7 @@ class Scorer:
         self.rows: dict[Single, Tensor] = {}
         on = next(teacher.parameters()).device
         self._students = {name: row.to(on) for name, row in Kept(library.folder / _STUDENTS, _ANEW).read().items()}
+        self._goals: dict[tuple[tuple[int, ...], int], Goal] = {}
         self._together = max(1, _BATCH // self.windows[0].shape[1])
 
     @property
@@ -78,8 +79,6 @@ class Scorer:
         stack = Stack(self.teacher)
         where = {name: layers_of(option, stack) for name, option in self.options.items()}
         return [(layer, name) for layer in range(self.depth) for name, layers in where.items() if layer in layers]
-
-    # ---- the question -----------------------------------------------------------------------------------------------
 
     def values(
         self,
@@ -146,14 +145,23 @@ class Scorer:
             for group, modules in self._groups(wanted):
                 branches = [self._exchange(wanted[index], modules) for index in group]
                 rows = [
-                    exchange_values(student, self.teacher, batch, branches, stride=stride)
-                    for batch in torch.cat([self.windows[window] for window in windows]).split(self._together)
+                    exchange_values(student, self.teacher, batch, branches, stride=stride, goal=goal)
+                    for batch, goal in self._batches(windows, stride)
                 ]
                 for index, row in zip(group, torch.cat(rows, dim=1), strict=True):
                     found[index] = row.nan_to_num(HOPELESS, HOPELESS, HOPELESS)
                 if what:
                     self._told(what, len(found), len(changed))
         return [found[index] for index in range(len(changed))]
+
+    def _batches(self, windows: Sequence[int], stride: int) -> Iterator[tuple[Tensor, Goal]]:
+        """Windows that are read together, and what the teacher says there, which is asked of it once."""
+        for start in range(0, len(windows), self._together):
+            read = tuple(windows[start : start + self._together])
+            batch = torch.cat([self.windows[window] for window in read])
+            if (read, stride) not in self._goals:
+                self._goals[read, stride] = goal_of(self.teacher, batch, slice(0, None, stride))
+            yield batch, self._goals[read, stride]
 
     def kl(self, choice: Choice) -> float:
         """KL of one student on all windows and positions, mean in nats."""
@@ -194,8 +202,6 @@ class Scorer:
             at: own[at] if place == "keep" else None if place == "gone" else modules[place]
             for at, place in wanted.items()
         }
-
-    # ---- single options ---------------------------------------------------------------------------------------------
 
     def with_one(self, base: Choice, single: Single) -> Choice:
         """A choice with another option at one layer."""
