@@ -30,7 +30,7 @@ from iskd.schedules.budget.keeping import Finals, Found, kept_within
 from iskd.schedules.budget.library import Library, recipe_of
 from iskd.schedules.budget.options import Option, able, options_of
 from iskd.schedules.budget.scores import Scorer
-from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, limit_of
+from iskd.schedules.budget.settings import LIMITS, TIMES, Amount, Budget, as_keys, limit_of
 from iskd.schedules.budget.solver import problem_of, require
 from iskd.schedules.budget.students import LOADERS, Choice, edits_of, made, natives
 from iskd.schedules.budget.text import texts_of
@@ -149,7 +149,11 @@ def search(
             except ValueError as error:
                 refused.append(str(error))
             else:
-                found.append((each, request, limits, kept_within(each, limits, finals, place.dtype, place.told)))
+                kept = kept_within(each, limits, finals, place.dtype, place.told)
+                found.append((each, request, limits, kept))
+                if len(requests) > 1:  # it may be hours until all of them are told
+                    refitted = "" if kept.best.refitted is None else f", refitted {kept.best.refitted:.3f}"
+                    place.note(f"{as_keys(each.asked)}: a plan of KL {kept.best.measured:.3f}{refitted}")
         # what was measured for one budget tells how to read the scores for all
         plans = [_plan(*each, chooser, costs, spent, place) for each in found]
     for plan in [plan for plan in plans if budget.native and not place.native(made(teacher, edits_of(plan))[0])]:
@@ -162,10 +166,9 @@ def search(
 
 def _closed(plan: BudgetPlan) -> str:
     """What is said of a plan that not all loaders open, as none of the others of its budget."""
-    asked = " and ".join(f"budget.{key}={value}" for key, value in plan.asked.items())
     return (
-        f"{asked} with budget.native=true: {LOADERS} open students with each option alone, and none of the "
-        f"{len(plan.tried)} that were built within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: "
+        f"{as_keys(plan.asked)} with budget.native=true: {LOADERS} open students with each option alone, and none of "
+        f"the {len(plan.tried)} that were built within the budget, with {', '.join(sorted({*plan.choice} - {KEEP}))}: "
         "leave one of these out of budget.use, or set budget.native=false"
     )
 

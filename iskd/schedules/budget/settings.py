@@ -24,6 +24,11 @@ Amount = float | str
 """A number, or a text such as 75%."""
 
 
+def as_keys(limits: Mapping[str, Amount]) -> str:
+    """Limits as they were asked for, e.g. budget.params=0.8 and budget.decode_ms=70%."""
+    return " and ".join(f"budget.{key}={value}" for key, value in limits.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How large or fast a student may be, and what may be done to each of its layers for it.

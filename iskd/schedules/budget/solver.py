@@ -25,7 +25,7 @@ from iskd.plan.budget_plan import KEEP, amount
 from iskd.schedules.budget.costs import Costs
 from iskd.schedules.budget.options import Option
 from iskd.schedules.budget.scores import Single
-from iskd.schedules.budget.settings import TIMES
+from iskd.schedules.budget.settings import TIMES, as_keys
 from iskd.schedules.budget.students import Choice
 
 Pair = tuple[Single, Single]
@@ -257,14 +257,13 @@ def require(
             )
     for key, limit in limits.items():
         least = smallest(problem, key) + others[key]
-        rest = " and ".join(f"budget.{other}={shown[other]}" for other in limits if other != key)
+        rest = as_keys({other: shown[other] for other in limits if other != key})
         if math.isfinite(least) and least > limit:
             raise ValueError(
                 f"budget.{key}={shown[key]} and {rest} contradict each other: within the latter the smallest "
                 f"student has {_enough(key, least)}{_OF[key]}; raise one of them"
             )
-    listed = " and ".join(f"budget.{key}={value}" for key, value in shown.items())
-    raise ValueError(f"{listed} contradict each other: no student keeps all of them; raise one")
+    raise ValueError(f"{as_keys(shown)} contradict each other: no student keeps all of them; raise one")
 
 
 def _enough(key: str, least: float) -> str:

@@ -310,11 +310,19 @@ def test_the_best_plans_that_are_not_alike_and_the_deepest_ones_are_refitted() -
 def test_the_plan_that_is_nearest_once_refitted_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Refitted as a run does it, on the text of the fits; what was refitted for one budget is known to the others."""
+    """Refitted as a run does it, on the text of the fits; what was refitted for one budget is known to the others.
+
+    What was found for one of several budgets is told before the others are searched for.
+    """
     teacher = louder(tiny("llama", layers=DEPTH))
     refits = [Output(), Calibrate()]  # of which the latter has nothing to do here, as no plan converts a layer
     budget = Budget(params=[0.55, 0.5], options=OPTIONS, use=["slim_50", "remove"], epochs=0, **SMALL)
-    plans = searching_for(budget, teacher, tmp_path, refits=refits)
+    said: list[str] = []
+    plans = searching_for(budget, teacher, tmp_path, refits=refits, note=said.append)
+    assert said[-2:] == [
+        f"budget.params={plan.asked['params']}: a plan of KL {plan.measured_kl:.3f}, refitted {plan.refitted_kl:.3f}"
+        for plan in plans
+    ]
     before = digest(teacher)
     for plan in plans:
         final = [each for each in plan.tried if each.refitted is not None]
