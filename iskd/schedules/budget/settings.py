@@ -24,7 +24,7 @@ Amount = float | str
 """A number, or a text such as 75%."""
 
 
-def as_keys(limits: Mapping[str, Amount]) -> str:
+def as_keys(limits: Mapping[str, object]) -> str:
     """Limits as they were asked for, e.g. budget.params=0.8 and budget.decode_ms=70%."""
     return " and ".join(f"budget.{key}={value}" for key, value in limits.items())
 
