@@ -1,7 +1,7 @@
 """Score the finished students of a budget's runs, draw random plans of the same sizes, and print the table.
 
 `score RUN` scores the student at the end of a run by `experiments/scoring.py`, beside what its plan predicted.
-`again NAME PLAN` writes the row of a plan that chooses what a plan for another size does, where that one's is there.
+`again NAME PLAN` writes the row of a plan that chooses what a plan of another size or method does and has a row.
 `random PLANS OUT` makes of every plan one with options drawn at random, as large as fits. `front PLANS` writes
 front.csv of the plans in the folders of PLANS, one folder a method. `table` prints what was scored.
 """
@@ -54,11 +54,10 @@ def score(run: Path, made: Path, data: Path, items: int, tokens: int) -> None:
 
 
 def again(name: str, plan: Path) -> None:
-    """Write NAME.json if the row of the same student under another limit is there: that one, with this plan's facts."""
-    method, *_, seed = name.split("-")
-    asked = read_plan(plan)
-    for other in sorted(plan.parent.glob("plan-*.json")):
-        row = SCORES / f"{method}-{other.stem.rpartition('-')[2].rstrip('%')}-{seed}.json"
+    """Write NAME.json if the row of the same student, found otherwise, is there: that one, with this plan's facts."""
+    seed, asked = name.rpartition("-")[2], read_plan(plan)
+    for other in sorted(plan.parent.parent.glob("*/plan-*.json")):
+        row = SCORES / f"{other.parent.name}-{other.stem.rpartition('-')[2].rstrip('%')}-{seed}.json"
         if other != plan and row.exists() and read_plan(other).choice == asked.choice:
             (SCORES / f"{name}.json").write_text(json.dumps({**json.loads(row.read_text()), **_facts(asked)}))
             return
@@ -79,11 +78,12 @@ def draw(plan: BudgetPlan, seed: int, costs: Costs, calibration: Calibration) ->
     prices = costs.column(key)
     layers = list(range(len(choice)))
     rng.shuffle(layers)
-    for layer in layers:
+    names = [name for name in plan.options if plan.options[name]["edit"] != "merge"]
+    for layer in layers * len(names):  # each time a smaller one, so that the smallest of all are reached
         if costs.of(choice)[key] <= limit:
             break
-        names = [name for name in plan.options if plan.options[name]["edit"] != "merge"]
-        choice[layer] = rng.choice([name for name in names if prices[layer, name] < prices[layer, KEEP]])
+        if smaller := [name for name in names if prices[layer, name] < prices[layer, choice[layer]]]:
+            choice[layer] = rng.choice(smaller)
     added = sum(plan.scores[layer].get(name, 0.0) for layer, name in enumerate(choice) if name != KEEP)
     values = {**plan.to_json(), "choice": choice, "tried": [], "found": "random", "front": [], "added_kl": added}
     values |= {"costs": costs.of(choice), "measured": {}, "refitted_kl": None, "rank_correlation": None, "compared": 0}

@@ -148,20 +148,32 @@ def test_the_conversion_table_is_made_of_scores(tmp_path: Path, capsys: Any, mon
 
 
 def test_one_student_of_two_sizes_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its row is written for the other size too, with that one's limit; no row of another choice, seed or method is."""
+    """Its row is written for the other size too, with that one's limit; that of another choice or seed is not."""
     budget = ROOT / "experiments" / "budget-smollm2"
     monkeypatch.setattr(sys, "path", [*sys.path])
     evaluate = runpy.run_path(str(budget / "evaluate.py"))["again"]
     evaluate.__globals__["SCORES"] = tmp_path
     plan = {size: budget / "plans" / "width" / f"plan-params-{size}.json" for size in ("0.9", "0.8", "0.7")}
     (tmp_path / "width-0.8-1.json").write_text(json.dumps({"kl": 0.25, "predicted_kl": 9.0, "limits": {}}))
-    others = {"width-0.9-untrained": "0.9", "slim-0.9-1": "0.9", "width-0.7-1": "0.7"}
-    for name, size in {"width-0.9-1": "0.9", **others}.items():
+    (tmp_path / "slim-0.9-1.json").write_text(json.dumps({"kl": 0.5}))
+    for name, size in {"width-0.9-1": "0.9", "width-0.9-untrained": "0.9", "width-0.7-1": "0.7"}.items():
         evaluate(name, plan[size])
-    assert sorted(file.stem for file in tmp_path.iterdir()) == ["width-0.8-1", "width-0.9-1"]
+    evaluate("mixed-0.9-1", budget / "plans" / "mixed" / "plan-params-0.9.json")
+    written = ["mixed-0.9-1", "slim-0.9-1", "width-0.8-1", "width-0.9-1"]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == written
+    assert json.loads((tmp_path / "mixed-0.9-1.json").read_text())["kl"] == 0.5, "it chose what slimming alone does"
     row, asked = json.loads((tmp_path / "width-0.9-1.json").read_text()), json.loads(plan["0.9"].read_text())
     assert row["kl"] == 0.25
     assert (row["limits"], row["predicted_kl"]) == (asked["limits"], asked["predicted_kl"])
+
+
+def test_plans_of_a_comparison_are_of_one_size() -> None:
+    """Those drawn by lot too: none is larger than was asked for."""
+    files = sorted((ROOT / "experiments" / "budget-smollm2" / "plans").glob("*/plan-params-*.json"))
+    assert files
+    for file in files:
+        plan = json.loads(file.read_text())
+        assert plan["costs"]["params"] <= plan["limits"]["params"], file
 
 
 @pytest.mark.slow
