@@ -1,28 +1,32 @@
 """The best plan when it is built: nearest once it is refitted, and within its limits of time, which are measured.
 
-What a refit of the whole student gives back is not what blocks that were fitted one by one tell: plans with layers out
-gain by it, which nothing was fitted to make up for, and those of fitted blocks next to nothing. So the best few plans
-are refitted as the run will refit its student, twice as many on little of the text first (successive halving, arXiv
-1502.07943), and the nearest one then is the best. What layers take does not add up to what the student takes either:
-limits of time are measured on whole students, also at last.
+Blocks of a library were fitted one by one, on the teacher's stream; a run fits them on the student's own, where each
+makes up for what those below it got wrong, and then refits what survives, which makes up for layers that are out. So
+the best few plans are fitted and refitted as the run will do it, twice as many on little of the text first (successive
+halving, arXiv 1502.07943), and the nearest one then is the best. What layers take does not add up to what the student
+takes either: limits of time are measured on whole students, also at last.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from iskd.blocks import warm_start
 from iskd.evaluation import measure_quality
-from iskd.models import Stack
-from iskd.plan import Convert
+from iskd.models import Stack, surgery
+from iskd.plan import Convert, Record
 from iskd.plan.budget_plan import KEEP, read_plan
 from iskd.plan.run_files import BUDGET_FILE
 from iskd.refits import Refit, refit_survivors
@@ -31,7 +35,7 @@ from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Told, side_by_side
 from iskd.schedules.budget.library import code_digest
 from iskd.schedules.budget.settings import TIMES, Budget
-from iskd.schedules.budget.students import Choice, apart, edits_to, made
+from iskd.schedules.budget.students import Choice, edits_to, made
 from iskd.schedules.budget.text import Texts
 
 _SLACK = 1.02  # of a limit of time, which is never measured twice alike
@@ -55,7 +59,7 @@ class Found:
 
 @dataclass
 class Finals:
-    """Refits the best plans, each once, on the text that options are fitted to.
+    """Fits and refits the best plans, each once, on the text that the library's options are fitted to.
 
     Attributes:
         chooser: has found them.
@@ -94,14 +98,12 @@ class Finals:
 
     def _refit(self, chosen: Sequence[Tried], share: float, what: str) -> dict[Choice, float]:
         """KL of plans refitted on a share of the text of the fits; infinite where a plan cannot be."""
-        found: dict[Choice, float] = {}
         for number, each in enumerate(chosen):
             self.told(what, number, len(chosen))
             if (each.choice, share) not in self._known:
                 self._known[each.choice, share] = self._refitted(each.choice, share)
-            kl = self._known[each.choice, share]
-            found[each.choice] = math.inf if kl is None else kl
-        return found
+        kls = {each.choice: self._known[each.choice, share] for each in chosen}
+        return {choice: math.inf if kl is None else kl for choice, kl in kls.items()}
 
     def _made(self, choice: Choice) -> PreTrainedModel:
         """The student of a choice, without memory."""
@@ -127,21 +129,25 @@ class Finals:
         return None
 
     def _distance(self, choice: Choice, share: float) -> float:
-        """The same. Raises ValueError where a refit does."""
-        scorer, budget, texts = self.chooser.scorer, self.chooser.budget, self.texts
-        fit, held = (part[: max(1, round(share * len(part)))] for part in (texts.fit, texts.held))
-        student, record, edits = apart(scorer.teacher, choice, scorer.options, scorer.library, self.seed)
+        """The same. Raises ValueError where a fit or a refit does."""
+        scorer, budget, teacher = self.chooser.scorer, self.chooser.budget, self.chooser.scorer.teacher
+        edits = edits_to(choice, scorer.options, self.seed)
+        fit, held = (part[: max(1, round(share * len(part)))] for part in (self.texts.fit, self.texts.held))
         mixers = any(isinstance(edit, Convert) for edit in edits)
         tokens, held_tokens = (max(1, round(share * count)) for count in (budget.fit_tokens, budget.held_tokens))
-        refits = [
-            replace(refit, tokens=tokens, held_tokens=held_tokens)
-            for refit in self.refits
-            if mixers or not refit.for_mixers
-        ]
+        on_this = partial(replace, tokens=tokens, held_tokens=held_tokens)
+        refits = [on_this(refit) for refit in self.refits if mixers or not refit.for_mixers]
         for refit in refits:
-            refit.check(Stack(scorer.teacher), edits)
-        refit_survivors(refits, student, scorer.teacher, record, edits, lambda _tokens: [*fit, *held])
-        return measure_quality(student, scorer.teacher, [{"input_ids": window} for window in texts.score])["kl"]
+            refit.check(Stack(teacher), edits)
+        student = copy.deepcopy(teacher)
+        old, record = dict(enumerate(Stack(student).layers)), surgery.apply(student, Record(len(choice)), edits)
+
+        def kl(windows: Sequence[Tensor]) -> float:
+            return measure_quality(student, teacher, [{"input_ids": window} for window in windows])["kl"]
+
+        warm_start(student, teacher, old, record, edits, fit, kl)
+        refit_survivors(refits, student, teacher, record, edits, lambda _tokens: [*fit, *held])
+        return kl(self.texts.score)
 
 
 def entrants(tried: Sequence[Tried], removes: Collection[str], count: int) -> list[Tried]:

@@ -6,7 +6,6 @@ own block, a fitted one, or nothing. A merge puts its block one position lower a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -18,10 +17,8 @@ from iskd.models import Stack, surgery
 from iskd.models.hosting import HostedBlock
 from iskd.models.projections import with_submodule
 from iskd.models.stack import set_layer_idx
-from iskd.models.weights import load_model_tensors, model_tensors
 from iskd.plan import Edit, Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
-from iskd.schedules.budget.library import Library
 from iskd.schedules.budget.options import PARTS, Option, layers_of, option_of
 
 LOADERS = "plain transformers, vLLM and llama.cpp"
@@ -69,30 +66,6 @@ def edits_to(choice: Choice, options: Mapping[str, Option], seed: int) -> list[E
     """The edits that make a choice, in the order to carry them out."""
     chosen = [(options[name], layer) for layer, name in enumerate(choice) if name != KEEP]
     return [option.make(layer, seed) for option, layer in in_order(chosen)]
-
-
-def apart(
-    teacher: PreTrainedModel, choice: Choice, options: Mapping[str, Option], library: Library, seed: int
-) -> tuple[PreTrainedModel, Record, list[Edit]]:
-    """A student at its own depth that shares nothing with its teacher, with the blocks of a library; its edits.
-
-    Args:
-        teacher: it is copied.
-        choice: an option for every layer.
-        options: by name.
-        library: of fitted options.
-        seed: of fresh weights.
-    """
-    edits = edits_to(choice, options, seed)
-    student = copy.deepcopy(teacher)
-    record = surgery.apply(student, Record(len(choice)), edits)
-    blocks = dict(zip(record.layers, Stack(student).layers, strict=True))
-    for position, place in enumerate(places(choice, options)):
-        if isinstance(place, tuple):
-            fitted = library.block(place[0], options[place[1]])
-            assert fitted is not None
-            load_model_tensors(blocks[position], model_tensors(fitted))
-    return student, record, edits
 
 
 def uniform(teacher: PreTrainedModel, option: Option, seed: int) -> tuple[PreTrainedModel, Record]:

@@ -15,12 +15,13 @@ import torch
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
+from iskd.blocks import warm_start
 from iskd.evaluation import measure_quality
 from iskd.export.student import native_config
 from iskd.importance.sweep import leave_one_out_values
 from iskd.models import Stack, scoring, surgery
-from iskd.models.weights import cast_parameters
-from iskd.plan import Record, Replace, Spec
+from iskd.models.weights import cast_parameters, load_model_tensors, model_tensors
+from iskd.plan import Edit, Record, Replace, Spec
 from iskd.plan.budget_plan import KEEP, BudgetPlan, check_teacher, read_plan
 from iskd.plan.run_files import BUDGET_FILE
 from iskd.refits import refit_survivors
@@ -34,11 +35,12 @@ from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Costs, counted, timed
 from iskd.schedules.budget.depth import Chain, Gap, coarse, possible
 from iskd.schedules.budget.keeping import entrants
-from iskd.schedules.budget.options import able, kinds_among, layers_of, options_of
+from iskd.schedules.budget.library import Library
+from iskd.schedules.budget.options import Option, able, kinds_among, layers_of, options_of
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require, solve
-from iskd.schedules.budget.students import apart
+from iskd.schedules.budget.students import Choice, edits_to, places
 from tests.factories import digest, louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
 
@@ -57,6 +59,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Sc
     return teacher, Scorer(teacher, library, options, texts.score, 2), costs
 
 
+def apart(
+    teacher: PreTrainedModel, choice: Choice, options: dict[str, Option], library: Library
+) -> tuple[PreTrainedModel, Record, list[Edit]]:
+    """A student at its own depth, of copies of the teacher's blocks and of a library's; its record and edits."""
+    edits, student = edits_to(choice, options, 0), copy.deepcopy(teacher)
+    record = surgery.apply(student, Record(len(choice)), edits)
+    blocks = dict(zip(record.layers, Stack(student).layers, strict=True))
+    for position, what in enumerate(places(choice, options)):
+        if isinstance(what, tuple):
+            fitted = library.block(what[0], options[what[1]])
+            assert fitted is not None
+            load_model_tensors(blocks[position], model_tensors(fitted))
+    return student, record, edits
+
+
 CHOICES = [
     ("slim_50", KEEP, "window", "no_attention", "remove"),
     (KEEP, "merge", "slim_50", "remove", KEEP),
@@ -68,7 +85,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_an_assembled_student_is_the_real_one(world: Any, choice: tuple[str, ...]) -> None:
     teacher, scorer, costs = world
-    student, record, edits = apart(teacher, choice, scorer.options, scorer.library, 0)
+    student, record, edits = apart(teacher, choice, scorer.options, scorer.library)
     student.eval()
     assert record == Record(DEPTH).extended(edits)
     assert not {*student.parameters()} & {*teacher.parameters()}, "a refit changes what survives"
@@ -310,9 +327,9 @@ def test_the_best_plans_that_are_not_alike_and_the_deepest_ones_are_refitted() -
 def test_the_plan_that_is_nearest_once_refitted_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Refitted as a run does it, on the text of the fits; what was refitted for one budget is known to the others.
+    """Fitted on its own stream and refitted as a run does it, on the text of the fits.
 
-    What was found for one of several budgets is told before the others are searched for.
+    What was refitted for one budget is known to the others, and told before these are searched for.
     """
     teacher = louder(tiny("llama", layers=DEPTH))
     refits = [Output(), Calibrate()]  # of which the latter has nothing to do here, as no plan converts a layer
@@ -336,9 +353,11 @@ def test_the_plan_that_is_nearest_once_refitted_is_taken(
         assert others == sorted(others)
     options = {option.name: option for option in options_of(OPTIONS, budget.use)}
     library, texts = opened(teacher, tmp_path, budget)
-    student, record, edits = apart(teacher, plans[0].choice, options, library, 0)
-    windows = [*texts.fit, *texts.held]
+    edits, student = edits_to(plans[0].choice, options, 0), copy.deepcopy(teacher)
+    old, windows = dict(enumerate(Stack(student).layers)), [*texts.fit, *texts.held]
+    record = surgery.apply(student, Record(DEPTH), edits)
     with torch.no_grad():
+        warm_start(student, teacher, old, record, edits, texts.fit)
         refit_survivors([Output(tokens=320, held_tokens=96)], student, teacher, record, edits, lambda _: windows)
         with scoring(teacher, student):
             kl = measure_quality(student, teacher, [{"input_ids": window} for window in texts.score])["kl"]
