@@ -7,7 +7,9 @@ own block, a fitted one, or nothing. A merge puts its block one position lower a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ from iskd.models.projections import with_submodule
 from iskd.models.stack import set_layer_idx
 from iskd.plan import Edit, Record
 from iskd.plan.budget_plan import KEEP, BudgetPlan, choice_map
-from iskd.schedules.budget.options import PARTS, Option, layers_of, option_of
+from iskd.schedules.budget.options import Option, layers_of, option_of
 
 LOADERS = "plain transformers, vLLM and llama.cpp"
 At = TypeVar("At")  # the layer of an option, or all its layers
@@ -144,18 +146,44 @@ def edits_of(plan: BudgetPlan) -> list[Edit]:
     return edits
 
 
-def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
-    """A plan as the steps of `schedule=mixed`, every part in full: a step for each option, all training in the last.
+@dataclass(frozen=True)
+class AsPlanned:
+    """Edits of a plan, to each layer what was chosen for it: all in one stage, where fits know each other.
 
-    What survives is refitted once, when all is edited.
+    Attributes:
+        options: that some layer gets, by name, as `budget.options` has them.
+        choice: the name of an option, or `KEEP`, for every layer.
     """
-    steps: list[dict[str, Any]] = []
-    for option, layers in used(plan):
-        described = option.described()
-        parts = {key: described.pop(key) for key in PARTS if key in described}
-        del described["edit"]
-        kind = {"_target_": f"{type(option.kind).__module__}.{type(option.kind).__qualname__}", **described}
-        steps.append({"edit": kind, **parts, "schedule": "oneshot", "layers": layers, "tokens": 0, "refit": {}})
-    if steps:
-        del steps[-1]["tokens"], steps[-1]["refit"]
-    return steps
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    options: Mapping[str, Any]
+    choice: Sequence[str]
+
+    @property
+    def removes(self) -> bool:
+        """Whether layers go."""
+        return any(option.removes for option in self._made.values())
+
+    @property
+    def fit(self) -> bool:
+        """Whether there are blocks to fit to calibration text before training."""
+        return any(option.kind.fit for option in self._made.values())
+
+    def make(self, layer: int, seed: int) -> Edit:
+        """The edit of one layer."""
+        return self._made[self.choice[layer]].make(layer, seed)
+
+    @cached_property
+    def _made(self) -> dict[str, Option]:
+        return {name: option_of(name, values) for name, values in self.options.items()}
+
+
+def steps_of(plan: BudgetPlan) -> list[dict[str, Any]]:
+    """A plan as the only step of `schedule=mixed`, in full; no step for the teacher itself."""
+    found = used(plan)
+    if not found:
+        return []
+    options = {option.name: option.described() for option, _ in found}
+    edit = {"_target_": f"{__name__}.{AsPlanned.__name__}", "_recursive_": False, "options": options}
+    layers = [layer for _, layers in found for layer in layers]
+    return [{"edit": {**edit, "choice": [*plan.choice]}, "schedule": "oneshot", "layers": layers}]

@@ -40,7 +40,7 @@ from iskd.schedules.budget.options import Option, able, kinds_among, layers_of, 
 from iskd.schedules.budget.scores import Scorer
 from iskd.schedules.budget.settings import LIMITS, TIMES, Budget, limit_of
 from iskd.schedules.budget.solver import problem_of, require, solve
-from iskd.schedules.budget.students import Choice, edits_to, places
+from iskd.schedules.budget.students import AsPlanned, Choice, edits_to, places
 from tests.factories import digest, louder, tiny
 from tests.schedules.budget.test_library import BUDGET, OPTIONS, SMALL, fill, opened, place, text
 
@@ -656,11 +656,10 @@ def test_a_plan_is_carried_out_by_edits_and_says_what_it_is(native: bool, tmp_pa
         assert surgery.parameters(student) == plan.costs["params"] <= plan.limits["params"]
         assert (native_config(student) is not None) >= native
         assert read_plan(plan.write(tmp_path / "plan.json")) == plan
-        steps = steps_of(plan)
-        assert sorted(layer for step in steps for layer in step["layers"]) == [
-            at for at, name in enumerate(plan.choice) if name != KEEP
-        ]
-        assert ["tokens" in step for step in steps] == [True] * (len(steps) - 1) + [False], "all training in the last"
+        [step] = steps_of(plan)
+        assert sorted(step["layers"]) == [at for at, name in enumerate(plan.choice) if name != KEEP]
+        edit = AsPlanned(step["edit"]["options"], step["edit"]["choice"])
+        assert [edit.make(layer, plan.seed) for layer in step["layers"]] == edits_of(plan)
     again = searching_for(budget, teacher, tmp_path)
     assert [plan.choice for plan in again] == [plan.choice for plan in plans]
     assert [plan.measured_kl for plan in again] == [plan.measured_kl for plan in plans]
