@@ -57,7 +57,7 @@ class Budget:
         rounds: how often the best plan's surroundings are scored again, and a better plan looked for there; 0 = no
             scores but those of single options, beside layers that are out too.
         plans: so many of the best plans are built and measured before one is taken.
-        finalists: twice as many are fitted and refitted as the run will do it, on a quarter of the text that options
+        finalists: twice as many are fitted as the run will do it, and refitted on a quarter of the text that options
             are fitted to, and half as many on all of it; the nearest one then is taken. 0 or 1 = none, the best of the
             library's blocks.
         pairs: pairs of neighbouring edits, at most, whose common KL is measured for a plan.
