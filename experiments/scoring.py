@@ -112,13 +112,13 @@ class Scorer:
         found = {"kl": wikitext["kl"], "ppl_wikitext": wikitext["ppl"]}
         return {**found, "ppl_docstrings": docstrings["ppl"], "retention": wikitext["retention"]}
 
-    def on_tasks(self, model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
-        """A number per item of some of the tasks, and LAMBADA's nll."""
+    def on_tasks(self, model: PreTrainedModel, names: Sequence[str], every: int = 1) -> dict[str, Any]:
+        """A number for each n-th item of some of the tasks, and LAMBADA's nll."""
         model.eval().to(DEVICE)
         found: dict[str, Any] = {}
         with autocast():
             for name in names:
-                result = evaluate(model, self.teacher.tokenizer, self.tasks[name], first_given=name in GAPS)
+                result = evaluate(model, self.teacher.tokenizer, self.tasks[name][::every], first_given=name in GAPS)
                 found[name] = [round(value, 3) for value in result.of(self.metrics[name]).tolist()]
                 if name == "lambada":
                     found["lambada_nll"] = -result.mean("log_p")

@@ -56,12 +56,8 @@ class Scorer(scoring.Scorer):
 
     def score(self, model: PreTrainedModel, every: int = 1) -> dict[str, Any]:
         """All scores of one model, of every n-th item."""
-        whole = self.tasks
-        self.tasks = {name: items[::every] for name, items in whole.items()}
-        try:
-            return {**super().score(model), **self.on_recall(model, LENGTHS, every)}
-        finally:
-            self.tasks = whole
+        tasks = self.on_tasks(model, list(self.tasks), every)
+        return {**self.on_texts(model), **tasks, **self.on_recall(model, LENGTHS, every)}
 
     def look(self, model: PreTrainedModel) -> dict[str, Any]:
         """Texts, and half the items of the short lengths of recall."""

@@ -145,7 +145,7 @@ class Finals:
         def kl(windows: Sequence[Tensor]) -> float:
             return measure_quality(student, teacher, [{"input_ids": window} for window in windows])["kl"]
 
-        warm_start(student, teacher, old, record, edits, self.texts.fit, kl)  # which on little text fits noise
+        warm_start(student, teacher, old, record, edits, self.texts.fit, kl)
         refit_survivors(refits, student, teacher, record, edits, lambda _tokens: [*fit, *held])
         return kl(self.texts.score)
 
