@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "iskd"
 PATCHES = "system/patches.py"
 # Names of this form that their libraries document, or that are no names: a label, the end of a key.
-PUBLIC = {"_target_", "_self_", "_nolegend_", "_token_id", "_seconds", "_tokens", "_backward", "_exit"}
+PUBLIC = {"_target_", "_recursive_", "_self_", "_nolegend_", "_token_id", "_seconds", "_tokens", "_backward", "_exit"}
 LIBRARIES = ("torch", "transformers", "lightning", "lm-eval", "huggingface_hub")
 
 
