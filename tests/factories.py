@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from iskd.data.sources import Docstrings
 from iskd.models import Stack
 from iskd.plan import Spec
+from iskd.refits import Refit, Text, divided
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
@@ -201,3 +203,9 @@ def silence(model: PreTrainedModel, position: int) -> None:
     for path in (stack.family.out, stack.family.down):
         for parameter in stack.layers[position].get_submodule(path).parameters():
             parameter.zero_()
+
+
+def text_of(given: Callable[[int], Sequence[Tensor]] | Sequence[Tensor], *refits: Refit, least: int = 1) -> Text:
+    """The text that some refits read in a run: windows, or what gives so many tokens of them, divided once."""
+    windows = given if callable(given) else lambda _tokens: given
+    return divided(windows, *(max(getattr(refit, key) for refit in refits) for key in ("tokens", "held_tokens")), least)

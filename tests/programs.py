@@ -32,7 +32,7 @@ from iskd.models import Stack, sharding
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Record, Remove, Spec, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, carrying_out, reading
+from iskd.refits import Refit, Text, carrying_out, divided, reading
 from iskd.refits.calibrate import Calibrate
 from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
@@ -45,7 +45,7 @@ from iskd.training.state import checkpoint, checkpoint_files
 from iskd.training.step import DistillModule, OptimSpec, StepGuard
 from iskd.training.step.module import StepResult
 from iskd.training.strategies import ranks_of
-from tests.factories import louder, tiny, windows
+from tests.factories import louder, text_of, tiny, windows
 from tests.runs import PLACES, At, Scripted, every_edit, interrupt, kill, make_parts
 
 
@@ -420,5 +420,7 @@ def edited_as(
     stage = Stage(name, tuple(edits), tokens=64, lr=1e-3)
     text = list(windows(9, 16, seed=5).repeat_interleave(2, 0).split(4))  # held-out text is like that of the fits
     optimizer = module.configure_optimizers()
-    made = carry_out(module, optimizer, stage, text, nullcontext, refits, lambda _: text)
+    fits = divided(lambda _: text, 3, 1, ranks.size)
+    every = text_of(text, *refits, least=ranks.size) if refits else Text()
+    made = carry_out(module, optimizer, stage, fits, nullcontext, refits, every)
     return module, made.events

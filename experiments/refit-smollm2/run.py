@@ -48,7 +48,7 @@ from iskd.evaluation import measure_quality  # noqa: E402
 from iskd.evaluation.judging import evaluate  # noqa: E402
 from iskd.models import Stack, surgery  # noqa: E402
 from iskd.plan import Record, Remove  # noqa: E402
-from iskd.refits import refit_survivors  # noqa: E402
+from iskd.refits import divided, refit_survivors  # noqa: E402
 from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.training.step.muon import MuonSpec, matrices  # noqa: E402
 from iskd.training.step.optimizer import OptimSpec  # noqa: E402
@@ -130,13 +130,18 @@ class Rows:
         old = dict(enumerate(Stack(student).layers))
         edits = method.edits(layers)
         record = surgery.apply(student, Record(len(old)), edits)
-        fit = self.text.windows(FIT, wikitext=method.wikitext).split(4)
+        tokens, held_tokens = (
+            max([least, *(getattr(refit, key) for refit in method.refits)])
+            for key, least in (("tokens", FIT), ("held_tokens", FIT // 4))
+        )
+        text = divided(lambda count: [self.text.windows(count, wikitext=method.wikitext)], tokens, held_tokens)
+        few = text.few(FIT, FIT // 4)
         with scoring.autocast():
-            warm_start(student, self.teacher, old, record, edits, fit, lambda held: self._kl(student, held))
-            told = refit_survivors(
-                method.refits, student, self.teacher, record, edits,
-                lambda tokens: [self.text.windows(tokens, wikitext=method.wikitext)],
+            warm_start(
+                student, self.teacher, old, record, edits, few.fit.split(4), few.held.split(4),
+                lambda held: self._kl(student, held),
             )  # fmt: skip
+            told = refit_survivors(method.refits, student, self.teacher, record, edits, text)
         print("\n".join(told[-3:]), flush=True)
         return student, time.monotonic() - start
 

@@ -28,7 +28,7 @@ from iskd.models import (  # noqa: E402
     surgery,
 )
 from iskd.plan import Record, Replace, Spec  # noqa: E402
-from iskd.refits.carrying_out import refit_survivors  # noqa: E402
+from iskd.refits import divided, refit_survivors  # noqa: E402
 from iskd.refits.output import Output  # noqa: E402
 from iskd.system.precision import fast_bf16  # noqa: E402
 from iskd.teacher import TeacherSpec, load_teacher  # noqa: E402
@@ -75,8 +75,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.data / "wikitext2"
     loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
-    fit = windows(loaded.tokenizer, folder / "train.txt.gz", 16, 1_500_000).split(4)
+    fit = windows(loaded.tokenizer, folder / "train.txt.gz", 20, 1_500_000)
+    fit, held = fit[:16].split(4), fit[16:].split(4)
     more = windows(loaded.tokenizer, folder / "train.txt.gz", (REFIT.tokens + REFIT.held_tokens) // 512, 6_000_000)
+    text = divided(lambda _tokens: [more], REFIT.tokens, REFIT.held_tokens)
     valid = windows(loaded.tokenizer, folder / "valid.txt.gz", arguments.windows).split(2)
     goal = log_probabilities(loaded.model, valid)
     print("| block | share | KL before training | fit, s |\n|---|---|---|---|")
@@ -91,9 +93,9 @@ def main() -> None:
         start = time.perf_counter()
         if fitted:
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
-                warm_start(student, loaded.model, old, record, edits, fit)
+                warm_start(student, loaded.model, old, record, edits, fit, held)
                 if name.endswith("refitted"):
-                    refit_survivors([REFIT], student, loaded.model, record, edits, lambda _tokens: [more])
+                    refit_survivors([REFIT], student, loaded.model, record, edits, text)
         seconds = time.perf_counter() - start
         share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
         kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).view(arguments.windows, -1).mean(1)

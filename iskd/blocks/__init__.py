@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from iskd.blocks.fitting import Fitted, warm_start
 from iskd.blocks.merge import Merged, check_mergeable, check_text
+from iskd.blocks.regression import Regression
 from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import inputs_of
 
-__all__ = ["Fitted", "Merged", "Ridge", "check_mergeable", "check_text", "inputs_of", "warm_start"]
+__all__ = ["Fitted", "Merged", "Regression", "Ridge", "check_mergeable", "check_text", "inputs_of", "warm_start"]

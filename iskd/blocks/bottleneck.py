@@ -18,6 +18,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
+from iskd.blocks.choosing import write
 from iskd.blocks.ridge import Ridge
 from iskd.blocks.small_decoder import InnerCache, run_decoder, small_decoder
 from iskd.models import CacheSlot, Stack
@@ -71,7 +72,7 @@ class Bottleneck(nn.Module):
         norm: bool = True,
         zero_up: bool = True,
         fit_steps: NonNegativeInt = 60,
-        ridge: NonNegativeFloat = 1e-2,
+        ridge: NonNegativeFloat | None = None,
     ) -> Bottleneck:
         """A fresh block; sizes follow the host divided by `reduction`.
 
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
 
     @staticmethod
     def fit(
-        new: nn.Module, old: nn.Module, data: FitData, *, fit_steps: int = 60, ridge: float = 1e-2, **_: object
+        new: nn.Module, old: nn.Module, data: FitData, *, fit_steps: int = 60, ridge: float | None = None, **_: object
     ) -> None:
         """Warm start, then a closed form.
 
@@ -116,20 +117,20 @@ class Bottleneck(nn.Module):
         block._solve_up(new, data, ridge)
 
     @torch.no_grad()
-    def _solve_up(self, hosted: nn.Module, data: FitData, ridge: float) -> None:
+    def _solve_up(self, hosted: nn.Module, data: FitData, ridge: float | None) -> None:
         features: list[Tensor] = []
+
+        def add(part: FitData, sums: Ridge) -> None:
+            for index, h, _, weight in part.rows():
+                part.run(hosted, h, index)
+                sums.add(features.pop(), torch.cat([goal - h for goal in part.goals(index)], dim=-1), weight)
+
         handle = self.up.register_forward_pre_hook(lambda _module, args: features.append(args[0]))
-        system = Ridge(self.up.in_features, self.up.out_features, bias=True, device=self.up.weight.device)
         try:
-            for index, h, target, weight in data.rows():
-                data.run(hosted, h, index)
-                system.add(features.pop(), target - h, weight)
+            system = data.regression(self.up, add)
         finally:
             handle.remove()
-        solved, bias = system.solve(self.up.weight, self.up.bias, ridge)
-        assert bias is not None
-        self.up.weight.copy_(solved)
-        self.up.bias.copy_(bias)
+        write(self.up, system.best(self.up, ridge).solution)
 
     def forward(
         self,

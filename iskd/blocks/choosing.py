@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData, fit_error
-from iskd.blocks.ridge import Ridge
+from iskd.blocks.regression import Best, Regression
+from iskd.blocks.ridge import Ridge, Solution
 from iskd.blocks.slicing import cut, group_width, inputs_of, transposed
 from iskd.models.projections import weight_of
 
+# of eliminations: text held out asks for more in a fit of all channels, and with 1.0 the channels that stay are worse
+_RIDGE = 0.1
 _CROWDED = 0.85  # of the rows of a matrix are to be in use
 
 
@@ -33,7 +37,9 @@ def top(score: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tuple[Tensor, nn.Module, Ridge]:
+def choose_heads(
+    old: nn.Module, data: FitData, count: int, ridge: float | None
+) -> tuple[Tensor, nn.Module, Regression]:
     """Key-value groups to keep [count], the block with these and all of its channels, and its `down_system`.
 
     With at most four choices each is tried: what the MLP cannot make up for decides. Otherwise the groups that add most
@@ -48,30 +54,31 @@ def choose_heads(old: nn.Module, data: FitData, count: int, ridge: float) -> tup
         choices = [torch.tensor(c, device=device) for c in itertools.combinations(range(present), count)]
     else:
         choices = [top(head_scores(old, data), count)]
-    best: tuple[float, Tensor, nn.Module, Ridge] | None = None
+    best: tuple[float, Tensor, nn.Module, Regression] | None = None
     for heads in choices:
         wide = cut(old, stack, heads, every)
         known = old, tuple(heads.tolist())
         if known not in data.systems:
             data.systems[known] = down_system(wide, path, data)
         system = data.systems[known]
-        error = 0.0 if len(choices) == 1 else solved_error(wide, system, data, ridge)
+        error = 0.0
+        if len(choices) > 1:
+            solved = system.best(wide.get_submodule(path), ridge)
+            ridge = solved.ridge  # hardly another one for other heads
+            error = solved.error
+            if stack.family.post_norms:  # where the sums do not tell it without a pass
+                error = fit_error(resolved(wide, path, solved), data.judging)
         if best is None or error < best[0]:
             best = (error, heads, wide, system)
     assert best is not None
     return best[1:]
 
 
-def solved_error(block: nn.Module, system: Ridge, data: FitData, ridge: float) -> float:
-    """How far a block is from its targets once its MLP's output projection is re-solved; the block stays as it is."""
-    path = data.stack.family.down
-    if not data.stack.family.post_norms:  # the sums tell it without a pass
-        projection = block.get_submodule(path)
-        start = system.start(weight_of(projection), getattr(projection, "bias", None))
-        return system.error(system.solution(start, ridge))
-    refitted = copy.deepcopy(block)
-    solve_down(refitted, path, system, ridge)
-    return fit_error(refitted, data)
+def resolved(block: nn.Module, path: str, best: Best) -> nn.Module:
+    """A copy of a block whose projection at `path` has other weights."""
+    found = copy.deepcopy(block)
+    write(found.get_submodule(path), best.solution)
+    return found
 
 
 @torch.no_grad()
@@ -96,19 +103,21 @@ def head_scores(old: nn.Module, data: FitData) -> Tensor:
 
 
 @torch.no_grad()
-def eliminate(system: Ridge, projection: nn.Module, keep: int, ridge: float) -> Tensor:
+def eliminate(system: Regression, projection: nn.Module, keep: int, ridge: float | None) -> Tensor:
     """Channels [keep] to keep, ascending: the ones left after removing the cheapest again and again.
 
-    `projection` has the weights that the fit holds on to. With H = X^T X + ridge and W the solution on the channels
-    left, removing channel c and re-solving costs |W_c|^2 / (H^-1)_cc more squared error (optimal brain surgeon, Hassibi
-    and Stork 1993; for whole columns ZipLM, arXiv 2302.04089, section 3). A sixty-fourth of the channels leaves per
-    round.
+    `projection` has the weights that the fit holds on to. Cheap is what this block can do without, not what it could
+    put right of others: the goal is what the teacher's own blocks give on its stream. With H = X^T X + ridge and W the
+    solution on the channels left, removing channel c and re-solving costs |W_c|^2 / (H^-1)_cc more squared error
+    (optimal brain surgeon, Hassibi and Stork 1993; for whole columns ZipLM, arXiv 2302.04089, section 3). A
+    sixty-fourth of the channels leaves per round.
     """
     # n inputs are C channels and, where the projection has a bias, a last one of ones, which never leaves
     weight = weight_of(projection)
     channels = weight.shape[1]
     # the matrix whose inverse every round updates [n, n], and the weights that solve it [n, D]
-    gram, solution = system.normal_equations(weight, ridge, getattr(projection, "bias", None))
+    start = system.fit.start(weight, getattr(projection, "bias", None))
+    gram, solution = system.equations(start, _RIDGE if ridge is None else ridge, share=0.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     number = torch.arange(channels, device=weight.device)  # of the channel in each row
     live = torch.ones(channels, dtype=torch.bool, device=weight.device)
@@ -136,16 +145,19 @@ def eliminate(system: Ridge, projection: nn.Module, keep: int, ridge: float) -> 
 
 
 @torch.no_grad()
-def down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
+def down_system(block: nn.Module, path: str, data: FitData) -> Regression:
     """Normal equations of the projection at `path`: its inputs against what is missing to the teacher's output.
 
     Where a norm stands behind it (Gemma 2, OLMo 2), what the norm should give is traced back to what should enter it,
     g y / rms(y) at today's rms(y), and an error there counts as much as it does behind the norm.
     """
+    return data.regression(block.get_submodule(path), partial(_add_lacking, block, path))
+
+
+def _add_lacking(block: nn.Module, path: str, data: FitData, sums: Ridge) -> None:
     projection, norms = block.get_submodule(path), data.stack.family.post_norms
     last = block.get_submodule(norms[-1]) if norms else projection
-    weight, bias = weight_of(projection), getattr(projection, "bias", None)
-    scale, gain = data.stack.residual_scale, _gain(last, weight) if norms else None
+    scale, gain = data.stack.residual_scale, _gain(last, weight_of(projection)) if norms else None
     inputs: list[Tensor] = []
     given: list[Tensor] = []
     handles = [
@@ -153,23 +165,21 @@ def down_system(block: nn.Module, path: str, data: FitData) -> Ridge:
         projection.register_forward_hook(lambda _module, _args, output: given.append(output)),
         *([last.register_forward_hook(lambda _module, _args, output: given.append(output))] if norms else []),
     ]
-    system = Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
     try:
-        for index, h, target, row_weight in data.rows():
+        for index, h, _, row_weight in data.rows():
             output = data.run(block, h, index)
-            # what the projection should add is the teacher's output less all that the rest of the block gives
+            # what the projection should add is the goal less all that the rest of the block gives
             added, entered = given[-1].view_as(output), given[0]
-            wanted = (target - (output - scale * added)) / scale
+            wanted, weight = [(goal - (output - scale * added)) / scale for goal in data.goals(index)], row_weight
             if gain is not None:
                 size = entered.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)  # [B, T, 1]
-                wanted, row_weight = size * wanted.float() / gain, row_weight / size
-            system.add(inputs[0].view(*output.shape[:-1], -1), wanted, row_weight)
+                wanted, weight = [size * each.float() / gain for each in wanted], row_weight / size
+            sums.add(inputs[0].view(*output.shape[:-1], -1), torch.cat(wanted, dim=-1), weight)
             inputs.clear()
             given.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return system
 
 
 def _gain(norm: nn.Module, weight: Tensor) -> Tensor:
@@ -182,10 +192,15 @@ def _gain(norm: nn.Module, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve_down(block: nn.Module, path: str, system: Ridge, ridge: float) -> None:
+def solve_down(block: nn.Module, path: str, system: Regression, ridge: float | None) -> None:
     """Re-solve the projection at `path`, pulled towards the weights it inherited, all else held fixed."""
     projection = block.get_submodule(path)
-    solved, bias = system.solve(weight_of(projection), getattr(projection, "bias", None), ridge)
-    projection.get_parameter("weight").copy_(solved.T if transposed(projection) else solved)
-    if bias is not None:
-        projection.get_parameter("bias").copy_(bias)
+    write(projection, system.best(projection, ridge).solution)
+
+
+@torch.no_grad()
+def write(projection: nn.Module, solution: Solution) -> None:
+    """Give a linear map new weights, the way its family stores them."""
+    projection.get_parameter("weight").copy_(solution.weight.T if transposed(projection) else solution.weight)
+    if solution.bias is not None:
+        projection.get_parameter("bias").copy_(solution.bias)

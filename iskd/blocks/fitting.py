@@ -1,14 +1,17 @@
 """Warm start: compact blocks fitted to the blocks they replace, and pairs merged, before the first training step.
 
 Teacher and student are walked through the calibration windows block by block, so that each compact block is fitted on
-the student's own stream (which already went through the compact blocks below it) towards the teacher's stream. Between
-two blocks the states of all windows lie where there is room for them (`iskd.blocks.streams`).
+the student's own stream (which already went through the compact blocks below it) towards the teacher's stream, and
+towards what the teacher's block gives on the student's (`iskd.blocks.regression`). Text that no fit has seen says how
+far each goes: the stream of the text that was fitted to looks better, block after block, than that of any other text.
+Between two blocks the states of all windows lie where there is room for them (`iskd.blocks.streams`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks.base import FitData, fit_error
+from iskd.blocks.base import FitData, Run, fit_error, part
 from iskd.blocks.merge import Merged, check_text, merged, unlike
 from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
@@ -46,6 +49,7 @@ def warm_start(
     record: Record,
     edits: Iterable[Edit],
     batches: Sequence[Tensor],
+    held: Sequence[Tensor] = (),
     judge: Callable[[Sequence[Tensor]], float] | None = None,
     place: str = PLACES[0],
     folder: Path | None = None,
@@ -58,10 +62,12 @@ def warm_start(
         old_blocks: the replaced and merged blocks by layer, as they were in the student.
         record: the student's record (after the edits).
         edits: this stage's edits; only merges, and replacements by blocks with a `fit`, are touched.
-        batches: calibration windows, each [B, T].
-        judge: says how far the student is from its teacher on windows held out of them (nats per token), which decides
+        batches: calibration windows to fit to, each [B, T].
+        held: others, which choose among fits.
+        judge: says how far the student is from its teacher on those held out (nats per token), which decides
             whether a pair is merged or its upper block only removed. To be given where something is merged.
-        place: where the states of all windows lie, one of `PLACES`: one stream of each model.
+        place: where the states of all windows lie, one of `PLACES`: a stream of each model, and one
+            of the teacher's own block on the student's.
         folder: of those on disk; None = where the system keeps temporary files.
 
     Returns:
@@ -76,14 +82,14 @@ def warm_start(
     judged: Callable[[], float] | None = None
     if pairs:
         assert judge is not None
-        batches, held = _held_out(batches)
+        check_text(batches, held)
         judged = partial(judge, held)
     if not (fits or pairs) or not batches:
         return []
     streams = partial(Streams, place, next(student.parameters()).device, folder)
     # dropout would make fits noisy and draw from the run's random numbers
     with scoring(student, teacher, *old_blocks.values()), without_autocast_cache():
-        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, batches, judged, streams)
+        return _walk(Stack(student), Stack(teacher), old_blocks, record, fits, pairs, (batches, held), judged, streams)
 
 
 def _walk(
@@ -93,12 +99,12 @@ def _walk(
     record: Record,
     fits: dict[int, Replace],
     pairs: dict[int, list[Merge]],
-    batches: Sequence[Tensor],
+    text: tuple[Sequence[Tensor], Sequence[Tensor]],
     judge: Callable[[], float] | None,
     streams: Callable[[], Streams],
 ) -> list[Fitted | Merged]:
     device = next(student.model.parameters()).device
-    batches = [batch.to(device) for batch in batches]
+    batches, count = [batch.to(device) for batch in (*text[0], *text[1])], len(text[0])
     inputs, goals = streams(), streams()
     ours, theirs = enter(student, batches, inputs, streams()), enter(teacher, batches, goals, streams())
     last = max(record.layers.index(layer) for layer in (*fits, *pairs))
@@ -110,20 +116,32 @@ def _walk(
         def run(module: nn.Module, h_BTD: Tensor, index: int, position: int = position) -> Tensor:
             return ours[index].run(position, module, h_BTD)
 
+        def data_to(after: int, layer: int = layer, run: Run = run) -> FitData:
+            """What is fitted to the teacher's state behind the block `after`."""
+            nonlocal below
+            if below <= layer:
+                below = _advance(teacher, theirs, goals, below, layer - 1)
+                alike = all(torch.equal(inputs[index], goals[index]) for index in range(count))
+            else:
+                alike = False
+            own = None
+            if not alike:
+                own = streams()
+                for index in range(count):
+                    own[index] = inputs[index]
+                _advance(teacher, theirs[:count], own, layer, after)
+            below = _advance(teacher, theirs, goals, below, after)
+            held = part(inputs, goals, run, student, count, len(batches))
+            return replace(part(inputs, goals, run, student, 0, count), own=own, held=held if held.inputs else None)
+
         if layer in fits:
-            below = _advance(teacher, theirs, goals, below, record.state_after(layer))
-            data = FitData(inputs, goals, run, student)
-            before = fit_error(block, data)
-            spec = fits[layer].block
-            spec.resolve().fit(block, old_blocks[layer], data, **spec.kwargs)  # type: ignore[attr-defined]
-            done.append(Fitted(layer, before, fit_error(block, data)))
+            data = data_to(record.state_after(layer))
+            done.append(_fit(block, old_blocks[layer], data, fits[layer]))
         for merge in pairs.get(layer, ()):
             # all but the last stand for what is merged so far, the last for the whole gap
             after = record.state_after(layer) if merge is pairs[layer][-1] else merge.layer
-            below = _advance(teacher, theirs, goals, below, after)
             assert judge is not None
-            data = FitData(inputs, goals, run, student)
-            done.append(_merge(block, old_blocks[merge.layer], data, merge, layer, judge))
+            done.append(_merge(block, old_blocks[merge.layer], data_to(after), merge, layer, judge))
         if position < last:
             for index in range(len(batches)):
                 inputs[index] = run(block, inputs[index], index)
@@ -136,6 +154,16 @@ def _advance(stack: Stack, calls: Sequence[BlockCalls], stream: Streams, below: 
         for index, call in enumerate(calls):
             stream[index] = call.run(number, stack.layers[number], stream[index])
     return after + 1
+
+
+def _fit(block: nn.Module, old: nn.Module, data: FitData, edit: Replace) -> Fitted:
+    """Fit a block, and take it back where that is no nearer to the teacher's state."""
+    before, kept = fit_error(block, data.judging), {name: value.clone() for name, value in block.state_dict().items()}
+    edit.block.resolve().fit(block, old, data, **edit.block.kwargs)  # type: ignore[attr-defined]
+    after = fit_error(block, data.judging)
+    if not after < before:
+        block.load_state_dict(kept)
+    return Fitted(edit.layer, before, min(before, after) if math.isfinite(after) else before)
 
 
 def _merge(
@@ -172,13 +200,3 @@ def _pairs(edits: Sequence[Edit], old_blocks: dict[int, nn.Module], record: Reco
 
 def _shapes(block: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in block.named_parameters()}
-
-
-def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Windows to merge on, and every fourth one to judge by, in batches as large as they were."""
-    check_text(batches)
-    every = torch.cat(list(batches))
-    step = min(4, len(every))
-    held = torch.arange(len(every)) % step == step - 1
-    rows = len(batches[0])
-    return list(every[~held].split(rows)), list(every[held].split(rows))

@@ -14,6 +14,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
+from iskd.blocks.choosing import write
 from iskd.blocks.ridge import Ridge
 from iskd.models import CacheSlot, Stack
 
@@ -38,26 +39,26 @@ class Linear(nn.Module):
         nn.init.zeros_(self.map.bias)
 
     @classmethod
-    def from_block(cls, old: nn.Module, stack: Stack, ridge: NonNegativeFloat = 1e-2) -> Linear:
+    def from_block(cls, old: nn.Module, stack: Stack, ridge: NonNegativeFloat | None = None) -> Linear:
         """A zero map; `ridge` is used by `fit`."""
-        if ridge <= 0:
+        if ridge is not None and ridge <= 0:
             raise ValueError(f"block.ridge must be positive, got {ridge}")
         return cls(stack.dims.hidden)
 
     @staticmethod
-    def fit(new: nn.Module, old: nn.Module, data: FitData, ridge: NonNegativeFloat = 1e-2) -> None:
-        """Least squares of (teacher's output - student's stream) on the normalised stream, in closed form."""
+    @torch.no_grad()
+    def fit(new: nn.Module, old: nn.Module, data: FitData, ridge: NonNegativeFloat | None = None) -> None:
+        """Least squares of what the student's stream lacks on the normalised stream, in closed form."""
         block = new.get_submodule("block")
         assert isinstance(block, Linear)
-        weight, bias = block.map.weight, block.map.bias
-        system = Ridge(weight.shape[1], weight.shape[0], bias=True, device=weight.device)
-        with torch.no_grad():
-            for _, h, target, row_weight in data.rows():
-                system.add(block.normalise(h), target - h, row_weight)
-            solved, solved_bias = system.solve(torch.zeros_like(weight), torch.zeros_like(bias), ridge)
-            assert solved_bias is not None
-            weight.copy_(solved)
-            bias.copy_(solved_bias)
+
+        def add(part: FitData, sums: Ridge) -> None:
+            for index, h, _, row_weight in part.rows():
+                sums.add(block.normalise(h), torch.cat([goal - h for goal in part.goals(index)], dim=-1), row_weight)
+
+        nn.init.zeros_(block.map.weight)
+        nn.init.zeros_(block.map.bias)
+        write(block.map, data.regression(block.map, add).best(block.map, ridge).solution)
 
     def normalise(self, h_BTD: Tensor) -> Tensor:
         """The stream divided by its root mean square over D, in float32."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
-from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down, solved_error
+from iskd.blocks.choosing import choose_heads, down_system, eliminate, solve_down
+from iskd.blocks.regression import Regression
 from iskd.blocks.ridge import Ridge
 from iskd.blocks.slicing import cut, resized, set_width
 from iskd.models import Stack
@@ -73,14 +74,14 @@ class Merged:
 
 
 @torch.no_grad()
-def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float) -> nn.Module:
+def merged(lower: nn.Module, upper: nn.Module, data: FitData, ridge: float | None = None) -> nn.Module:
     """The pair as one block of the lower one's class and sizes; both stay as they are.
 
     Args:
         lower: the block that stays in the stack.
         upper: the block that leaves.
         data: what enters the lower one, and the teacher's states after the upper one.
-        ridge: of every fit, towards the inherited weights.
+        ridge: of every fit, towards the inherited weights; None = chosen for each.
 
     Raises:
         ValueError: a projection of the blocks reads something else than a norm's output, the two attentions see other
@@ -108,12 +109,12 @@ def check_mergeable(stack: Stack) -> None:
         raise ValueError(_AFTER)
 
 
-def check_text(batches: Sequence[Tensor]) -> None:
-    """Raise ValueError for calibration windows, each batch [B, T], that are too few to merge on."""
-    if (count := sum(map(len, batches))) < 2:
+def check_text(fit: Sequence[Tensor] | Tensor, held: Sequence[Tensor] | Tensor) -> None:
+    """Raise ValueError for calibration windows, in batches [B, T] or not [N, T], that are too few to merge on."""
+    if not (len(fit) and len(held)):
         raise ValueError(
-            f"a merge needs two calibration windows at least, one to fit to and one held out, and has {count}: "
-            "raise run.fit_tokens, or use edit=remove"
+            "a merge needs two calibration windows at least, one to fit to and one held out, and has "
+            f"{len(fit) + len(held)}: raise run.fit_tokens, or use edit=remove"
         )
 
 
@@ -136,23 +137,25 @@ def unlike(lower: nn.Module, upper: nn.Module, stack: Stack) -> str:
 
 
 def _with_solved_attention(
-    wide: nn.Module, narrow: nn.Module, system: Ridge, data: FitData, ridge: float
-) -> tuple[nn.Module, Ridge]:
+    wide: nn.Module, narrow: nn.Module, system: Regression, data: FitData, ridge: float | None
+) -> tuple[nn.Module, Regression]:
     """`narrow` with its attention's output re-solved towards that of `wide`, where its MLP can then do more.
 
     Returns the better of the two blocks, and the normal equations of its MLP's output projection.
     """
     path = data.stack.family.out
     out, solved = narrow.get_submodule(path), copy.deepcopy(narrow)
-    weight, bias = weight_of(out), getattr(out, "bias", None)
-    sums = Ridge(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
-    for index, h, _, row_weight in data.rows():
-        (inputs, _), (_, wanted) = (_passing(block, path, h, index, data) for block in (narrow, wide))
-        sums.add(inputs, wanted, row_weight)
-    solve_down(solved, path, sums, ridge)
-    other = down_system(solved, data.stack.family.down, data)
-    better = solved_error(solved, other, data, ridge) < solved_error(narrow, system, data, ridge)
-    return (solved, other) if better else (narrow, system)
+
+    def add(part: FitData, sums: Ridge) -> None:
+        for index, h, _, row_weight in part.rows():
+            (inputs, _), (_, wanted) = (_passing(block, path, h, index, part) for block in (narrow, wide))
+            sums.add(inputs, wanted, row_weight)
+
+    solve_down(solved, path, data.regression(out, add, own=False), ridge)
+    down = data.stack.family.down
+    other = down_system(solved, down, data)
+    ours, before = (each.best(block.get_submodule(down), ridge) for each, block in ((other, solved), (system, narrow)))
+    return (solved, other) if ours.error < before.error else (narrow, system)
 
 
 def _passing(block: nn.Module, path: str, h_BTD: Tensor, index: int, data: FitData) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ The sums of several processes add up, and those of text that is held out tell th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # with one layer out and little text, the larger ones
+"""Strengths to choose from on text that was not fitted to."""
 _BLOCK = 384  # features of a product: large enough for full speed
 
 
@@ -59,13 +62,13 @@ class Ridge:
     def __init__(self, features: int, outputs: int, *, bias: bool, device: torch.device) -> None:
         size = features + int(bias)
         self._bias, self._features, self._outputs = bias, features, outputs
-        # one tensor, so that processes add theirs in one exchange: X^T X | X^T Y, and below them Y^T Y and the rows
+        # one tensor, so that processes add theirs in one exchange: X^T X | X^T Y, and below them the rows and |Y|^2
         self._sums = torch.zeros(size + 1, size + outputs, dtype=torch.float64, device=device)
 
     @property
     def rows(self) -> int:
         """How many were added."""
-        return int(self._sums[-1, 1].item())
+        return int(self._sums[-1, 0].item())
 
     @property
     def sums(self) -> Tensor:
@@ -79,6 +82,11 @@ class Ridge:
     @property
     def _xy(self) -> Tensor:
         return self._sums[:-1, len(self._sums) - 1 :]
+
+    @property
+    def _yy(self) -> Tensor:
+        """Sum of the squares of each output [D]."""
+        return self._sums[-1, len(self._sums) - 1 :]
 
     @classmethod
     def total(cls, systems: Sequence[Ridge], *, without: Ridge | None = None) -> Ridge:
@@ -97,7 +105,17 @@ class Ridge:
         kept = torch.cat([features, last])
         outputs = torch.arange(len(self._sums) - 1, self._sums.shape[1], device=features.device)
         found.sums[:-1] = self._sums[kept][:, torch.cat([kept, outputs])]
-        found.sums[-1, :2] = self._sums[-1, :2]
+        found.sums[-1, 0], found._yy[:] = self._sums[-1, 0], self._yy
+        return found
+
+    def towards(self, first: int, end: int) -> Ridge:
+        """The equations of some of the outputs, from `first` to before `end`, by themselves."""
+        found, inputs = (
+            Ridge(self._features, end - first, bias=self._bias, device=self.sums.device),
+            len(self._sums) - 1,
+        )
+        found.sums[:, :inputs] = self._sums[:, :inputs]
+        found.sums[:, inputs:] = self._sums[:, inputs + first : inputs + end]
         return found
 
     def add(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
@@ -110,8 +128,8 @@ class Ridge:
             x, y = x * w, targets.float().flatten(0, -2) * w
             self._xx.add_(_gram(x).double())
             self._xy.add_((x.T @ y).double())
-            self._sums[-1, 0] += y.square().sum(dtype=torch.float64)
-            self._sums[-1, 1] += len(x)
+            self._yy.add_(y.square().sum(0, dtype=torch.float64))
+            self._sums[-1, 0] += len(x)
 
     def start(self, weight: Tensor, bias: Tensor | None) -> Solution:
         """The weights [D, F] and bias [D] that a map has."""
@@ -126,7 +144,7 @@ class Ridge:
     def error(self, solution: Solution) -> float:
         """Sum of the weighted squared errors of some weights on the rows that were added."""
         w = self._as_rows(solution)
-        square = (w * (self._xx @ w)).sum() - 2 * (w * self._xy).sum() + self._sums[-1, 0]
+        square = (w * (self._xx @ w)).sum() - 2 * (w * self._xy).sum() + self._yy.sum()
         return float(square.item())
 
     def errors_from(self, start: Solution) -> Callable[[Solution, Sequence[float]], list[float]]:
@@ -137,7 +155,7 @@ class Ridge:
         """
         w = self._as_rows(start)
         product = self._xx @ w
-        before = (w * product).sum() - 2 * (w * self._xy).sum() + self._sums[-1, 0]
+        before = (w * product).sum() - 2 * (w * self._xy).sum() + self._yy.sum()
         slope = self._xy - product
 
         def errors(solution: Solution, shares: Sequence[float]) -> list[float]:
@@ -178,6 +196,19 @@ class Ridge:
         """The weights that solve the equations, pulled towards `start`. Raises ValueError as `normal_equations`."""
         _, solved = self.normal_equations(start.weight, ridge, start.bias)
         return Solution(solved[:-1].T, solved[-1]) if self._bias else Solution(solved.T, None)
+
+
+def lowest(error: Callable[[int], float], count: int, start: int) -> int:
+    """Where a function of 0 .. count - 1 with one valley is lowest, walking downhill from `start`."""
+    at = start
+    while math.isinf(error(at)) and at + 1 < count:  # the walk begins where there is a height
+        at += 1
+    while True:
+        near = [number for number in (at - 1, at, at + 1) if 0 <= number < count]
+        best = min(near, key=error)
+        if best == at:
+            return at
+        at = best
 
 
 @contextmanager

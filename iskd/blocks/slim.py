@@ -52,7 +52,7 @@ class Slim:
         channels: PositiveInt | None = None,
         mlp: Annotated[float, Field(gt=0, le=1)] | None = None,
         select: str = "activation",
-        ridge: NonNegativeFloat = 1e-2,
+        ridge: NonNegativeFloat | None = None,
     ) -> nn.Module:
         """Keep `ratio` of the block's parameters, or exactly `kv_groups` key-value groups and `channels` MLP channels.
 
@@ -72,7 +72,7 @@ class Slim:
         data: FitData,
         *,
         select: str = "activation",
-        ridge: NonNegativeFloat = 1e-2,
+        ridge: NonNegativeFloat | None = None,
         **_: object,
     ) -> None:
         """Choose heads, then channels, on calibration tokens and re-solve the MLP's output projection.
@@ -95,9 +95,9 @@ class Slim:
             solve_down(new, path, down_system(new, path, data), ridge)
             return
         # a norm behind it makes its output as large as it was, however little of it can be predicted: this may hurt
-        before, kept = fit_error(new, data), copy.deepcopy(new.get_submodule(path).state_dict())
+        before, kept = fit_error(new, data.judging), copy.deepcopy(new.get_submodule(path).state_dict())
         solve_down(new, path, down_system(new, path, data), ridge)
-        if not fit_error(new, data) < before:
+        if not fit_error(new, data.judging) < before:
             new.get_submodule(path).load_state_dict(kept)
 
 

@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from iskd.blocks.base import FitData
-from iskd.blocks.choosing import down_system, solve_down
+from iskd.blocks.choosing import down_system, solve_down, write
 from iskd.blocks.ridge import Ridge
 from iskd.models import CacheSlot, Stack
 from iskd.models.families import Family
@@ -34,7 +34,7 @@ class Tokenwise:
 
     @classmethod
     def from_block(
-        cls, old: nn.Module, stack: Stack, *, linear: bool = True, ridge: NonNegativeFloat = 1e-2
+        cls, old: nn.Module, stack: Stack, *, linear: bool = True, ridge: NonNegativeFloat | None = None
     ) -> nn.Module:
         """The block with a zero map where its attention stood; `ridge` is used by `fit`.
 
@@ -54,7 +54,7 @@ class Tokenwise:
 
     @staticmethod
     def fit(
-        new: nn.Module, old: nn.Module, data: FitData, *, linear: bool = True, ridge: NonNegativeFloat = 1e-2
+        new: nn.Module, old: nn.Module, data: FitData, *, linear: bool = True, ridge: NonNegativeFloat | None = None
     ) -> None:
         """Least squares of what the attention gave on what it read, then the MLP's output projection as `slim` does."""
         family = data.stack.family
@@ -88,31 +88,31 @@ class _Map(nn.Module):
 
 
 @torch.no_grad()
-def _fit_map(module: nn.Module, old: nn.Module, data: FitData, ridge: float) -> None:
+def _fit_map(module: nn.Module, old: nn.Module, data: FitData, ridge: float | None) -> None:
     """Rows are weighted as everywhere; the map is pulled towards zero."""
     assert isinstance(module, _Map)
     assert module.map is not None
-    weight, bias = module.map.weight, module.map.bias
-    system = Ridge(weight.shape[1], weight.shape[0], bias=True, device=weight.device)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         read = args[0] if args else kwargs["hidden_states"]
         seen.append((read, output[0] if isinstance(output, tuple) else output))
 
+    def add(part: FitData, sums: Ridge) -> None:
+        for index, h, _, row_weight in part.rows():
+            part.run(old, h, index)
+            read, gave = seen.pop()
+            sums.add(read.view(h.shape), gave.view(h.shape), row_weight)
+
+    nn.init.zeros_(module.map.weight)
+    nn.init.zeros_(module.map.bias)
     attention = old.get_submodule(data.stack.family.attn)
     handle = attention.register_forward_hook(note, with_kwargs=True)
     try:
-        for index, h, _, row_weight in data.rows():
-            data.run(old, h, index)
-            read, gave = seen.pop()
-            system.add(read.view(h.shape), gave.view(h.shape), row_weight)
+        system = data.regression(module.map, add, own=False)
     finally:
         handle.remove()
-    solved, solved_bias = system.solve(torch.zeros_like(weight), torch.zeros_like(bias), ridge)
-    assert solved_bias is not None
-    weight.copy_(solved)
-    bias.copy_(solved_bias)
+    write(module.map, system.best(module.map, ridge).solution)
 
 
 def _drop_unread(block: nn.Module, weight: Tensor, hidden: int) -> None:

@@ -121,11 +121,12 @@ class Remove:
 class Merge:
     """Take the block at `layer` (teacher's numbering) out; the nearest block below takes over the best of both.
 
-    To the structure it is a removal. `ridge`: how strongly the fit of the merged block holds on to inherited weights.
+    To the structure it is a removal. `ridge`: how strongly the fit of the merged block holds on to inherited weights;
+    None = as text that is held out says.
     """
 
     layer: Layer
-    ridge: Annotated[float, Field(ge=0, le=_MAX_SIZE, allow_inf_nan=False)] = 0.1
+    ridge: Annotated[float, Field(ge=0, le=_MAX_SIZE, allow_inf_nan=False)] | None = None
     op: Literal["merge"] = "merge"
 
 

@@ -39,7 +39,8 @@ class RunOptions:
         keep: how many checkpoints are kept.
         keep_students: write the student of every kept stage as a model directory, RUN/students/NNN; a number: so many,
             the newest. False = only the last one, where it is exported.
-        fit_tokens: calibration tokens for fitting compact blocks and merging; 0 = no fit.
+        fit_tokens: calibration tokens for fitting compact blocks and merging, beside a quarter as many that choose; 0 =
+            no fit.
         fit_streams: where their states lie between two blocks: device, host or disk (below `cache_dir`).
         score_tokens: calibration tokens for importance scores.
         measure_before: measure quality between edit and healing as well.

@@ -18,7 +18,7 @@ from iskd.models.capture import without_autocast_cache
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
 from iskd.plan.edits import Merge
 from iskd.refits.base import Refit, RefitTask
-from iskd.refits.reading import readers, short_of, split, texts_of
+from iskd.refits.reading import Text, readers, short_of, split
 from iskd.system import Ranks
 from iskd.teacher import TeacherStates
 
@@ -31,7 +31,7 @@ def refit_survivors(
     teacher: PreTrainedModel,
     record: Record,
     edits: Sequence[Edit],
-    windows: Callable[[int], Sequence[Tensor]],
+    text: Text,
     *,
     ranks: Ranks | None = None,
     opened: Callable[[int], AbstractContextManager[None]] = lambda _layer: nullcontext(),
@@ -47,7 +47,7 @@ def refit_survivors(
         teacher: the frozen original.
         record: the student's edits.
         edits: those that the refits follow.
-        windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
+        text: of the run, of which each reads as much as it asks for; the same on every rank.
         ranks: the processes of the run; each takes its share of the windows, or of the layers (`Refit.by_layers`).
         opened: see `RefitTask`.
         check_stop: see `RefitTask`.
@@ -63,7 +63,7 @@ def refit_survivors(
     ranks, events, training = ranks or Ranks(), [], student.training
     with scoring(student, teacher), without_autocast_cache():
         first: dict[str, Tensor] = {}  # weights before a refit that is judged together with the next one
-        for number, (refit, text) in enumerate(zip(refits, texts_of(refits, windows), strict=True), 1):
+        for number, refit in enumerate(refits, 1):
             start, name = time.perf_counter(), refit.name()
             fit, fold_of, held = split(text, refit, readers(refit, ranks, sharded=sharding.is_sharded(student)))
             task = RefitTask(
@@ -85,7 +85,9 @@ def refit_survivors(
             if not better and not waits:
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
-            events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
+            events += [
+                f"refit {name}: {line}" for line in (*told, *short_of(refit, text.few(refit.tokens, refit.held_tokens)))
+            ]
             verdict = ""
             if waits:
                 verdict = f"; left for {refits[number].name()}, and judged with it"
@@ -102,7 +104,7 @@ def check_refits(
     refits: Sequence[Refit],
     teacher: PreTrainedModel,
     edits: Sequence[Edit],
-    windows: Callable[[int], Sequence[Tensor]],
+    text: Text,
     ranks: Ranks,
     *,
     sharded: bool = False,
@@ -113,11 +115,11 @@ def check_refits(
         refits: in order, on the text that they will read.
         teacher: the frozen original.
         edits: all of the student by then.
-        windows: gives calibration windows [B, T] of so many tokens, the same on every rank.
+        text: of the run, the same on every rank.
         ranks: the processes that refit together.
         sharded: whether the student is in shards then.
     """
-    for refit, text in zip(refits, texts_of(refits, windows), strict=True):
+    for refit in refits:
         refit.check(Stack(teacher), edits)
         split(text, refit, readers(refit, ranks, sharded=sharded))
 

@@ -24,17 +24,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from iskd.blocks import Ridge
-from iskd.blocks.ridge import Solution, row_weights
+from iskd.blocks.ridge import RIDGES, Solution, lowest, row_weights
 from iskd.blocks.streams import Streams
 from iskd.models import Stack
 from iskd.plan import Edit
 from iskd.refits.base import RefitTask
 from iskd.refits.projections import MIXER_OUT, Projection, check_plain, checked, own_map
-from iskd.refits.solved import Solved, first_ridge, lowest, summary
+from iskd.refits.solved import Solved, first_ridge, summary
 from iskd.refits.walk import BlockRefit, Site
 
 PROJECTIONS = ("attention", "mlp")
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # with one layer out and little text, the larger ones
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Share = Annotated[float, Field(gt=0, le=1)]
 

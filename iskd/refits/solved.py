@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iskd.refits.projections import few
@@ -21,19 +20,6 @@ class Solved:
     share: float
     rows: int
     features: int
-
-
-def lowest(error: Callable[[int], float], count: int, start: int) -> int:
-    """Where a function of 0 .. count - 1 with one valley is lowest, walking downhill from `start`."""
-    at = start
-    while math.isinf(error(at)) and at + 1 < count:  # the walk begins where there is a height
-        at += 1
-    while True:
-        near = [number for number in (at - 1, at, at + 1) if 0 <= number < count]
-        best = min(near, key=error)
-        if best == at:
-            return at
-        at = best
 
 
 def first_ridge(notes: Sequence[Solved], path: str, ridges: Sequence[float]) -> int:

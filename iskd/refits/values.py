@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from iskd.blocks.ridge import row_weights, whole_float32
+from iskd.blocks.ridge import RIDGES, row_weights, whole_float32
 from iskd.models import Stack, surgery
 from iskd.plan import Convert, Edit, Record
 from iskd.refits.base import RefitTask
@@ -33,7 +33,6 @@ from iskd.refits.head_sums import HeadSums
 from iskd.refits.projections import MIXER_OUT, Projection, check_plain
 from iskd.refits.walk import BlockRefit, Site
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _CLOSE = 0.05  # relative distance at which mixing by the matrix counts as what the mixer does
 
 

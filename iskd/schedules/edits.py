@@ -66,7 +66,7 @@ class MergeLayers:
     The two are put side by side and pruned back to one block of the teacher's own sizes, heads by their share in the
     stream, channels by elimination; by held-out KL, before any refit, that or plain removal stays. Where the two have
     other positions or windows (SmolLM3, Qwen3), the upper one is removed, and the record says so. `ridge`: how strongly
-    the fit holds on to inherited weights. Layer 0 is never edited.
+    the fit holds on to inherited weights, null = as text that is held out says. Layer 0 is never edited.
 
     Source: FlattenGPT (arXiv 2602.08858), CoMe (arXiv 2510.15304); channels leave as in ZipLM (arXiv 2302.04089)
     Needs: an importance, or an order; calibration tokens (`run.fit_tokens`)
@@ -76,7 +76,7 @@ class MergeLayers:
 
     takes: ClassVar[tuple[str, ...]] = ()
     removes: ClassVar[bool] = True
-    ridge: NonNegativeFloat = 0.1
+    ridge: NonNegativeFloat | None = None
     fit: bool = True
 
     def __post_init__(self) -> None:

@@ -84,9 +84,7 @@ class CompressionCallback(Callback):
             alike = self._breaking_off if ranks.size > 1 else nullcontext
             try:
                 with self._alone():
-                    loop.editor.before_wrapping(
-                        loop.state, module, self.resume_from, device, loop.fit_windows, context, alike
-                    )
+                    loop.editor.before_wrapping(loop.state, module, self.resume_from, device, context, alike)
             except BrokenOffError:  # everything is saved, and the next process begins with the same edit
                 trainer.strategy.barrier("leave")  # the first process may not come back from handing the signal on
                 self.watchdog.close()

@@ -17,6 +17,7 @@ from iskd.plan import Edit, Stage, to_json
 from iskd.plan.edits import Merge
 from iskd.plan.reading import stage_from_json
 from iskd.plan.results import GUESSING
+from iskd.refits import Text
 from iskd.schedules import Choice, ConvertTo, History, Schedule, forecast, next_stages
 from iskd.schedules.mixed import Mixed, in_vain, of_stage, parts_of, possible, refuse_in_vain, turn_of
 from iskd.system import Ranks
@@ -75,18 +76,18 @@ def check_edits(schedule: Schedule, teacher: PreTrainedModel, history: History) 
             surgery.build_converted(stack, stack.layers[layers.index(edit.layer)], edit)
 
 
-def check_merges(plan: Sequence[Stage], teacher: PreTrainedModel, windows: Callable[[Stage], Sequence[Tensor]]) -> None:
+def check_merges(plan: Sequence[Stage], teacher: PreTrainedModel, text: Callable[[Stage], Text]) -> None:
     """Raise ValueError, before anything is scored, where merges of the plan could not be carried out.
 
     Args:
         plan: the stages of the run.
         teacher: its teacher, on any device.
-        windows: gives the calibration windows [B, T] of a stage's fits.
+        text: gives what a stage's blocks are fitted to.
     """
     for stage in plan:
         if any(isinstance(edit, Merge) for edit in stage.edits):
             check_mergeable(Stack(teacher))
-            check_text(windows(stage))
+            check_text(text(stage).fit, text(stage).held)
 
 
 def check_floor(schedule: Schedule, plan: Sequence[Stage], refitted: Callable[[Stage], bool]) -> None:

@@ -25,13 +25,24 @@ from iskd.losses import of_sizes
 from iskd.models import Stack, sharding, surgery
 from iskd.plan import Convert, Edit, Record, Remove, Stage
 from iskd.plan.edits import Merge
-from iskd.refits import Refit, check_refits, check_sizes, check_used, for_stage, refit_survivors, training_tokens
+from iskd.refits import (
+    Refit,
+    Text,
+    check_refits,
+    check_sizes,
+    check_used,
+    for_stage,
+    refit_survivors,
+    training_tokens,
+)
+from iskd.refits.reading import judging, text_of
 from iskd.system import Ranks
 from iskd.system.text import layers_text
 from iskd.training.state import RunState, checkpoint
 from iskd.training.step import DistillModule, adapters
 from iskd.training.step.trainable import new_parameters
 
+_BATCH = 1024  # tokens of a fit that are read together
 _log = logging.getLogger(__name__)
 
 
@@ -59,10 +70,10 @@ def carry_out(
     module: DistillModule,
     optimizer: torch.optim.Optimizer,
     stage: Stage,
-    batches: Sequence[Tensor],
+    fits: Text,
     forward_context: Callable[[], AbstractContextManager[None]],
     refits: Sequence[Refit] = (),
-    windows: Callable[[int], Sequence[Tensor]] = lambda _tokens: (),
+    text: Text | None = None,
     folder: Path | None = None,
     place: str = "device",
     earlier: Sequence[Edit] = (),
@@ -77,10 +88,10 @@ def carry_out(
         module: its student, record and stage change.
         optimizer: the running one; its groups are rewritten in place.
         stage: what to do.
-        batches: calibration windows [B, T] for the fit, the same on every rank; none = no fit.
+        fits: calibration windows for the fit, the same on every rank; none = no fit.
         forward_context: the precision under which training runs.
         refits: of the surviving blocks, in order; none where the stage edits nothing.
-        windows: gives calibration windows [B, T] of so many tokens for them, the same on every rank.
+        text: of the run, which they read; the same on every rank.
         folder: where states on disk lie; None = where the system keeps temporary files.
         place: where those of a fit lie: device, host or disk.
         earlier: edits before the stage's that no refit has followed: the refits are about these as well.
@@ -95,15 +106,18 @@ def carry_out(
     old = dict(zip(before.layers, Stack(student).layers, strict=True))
     record = surgery.apply(student, before, stage.edits)
     fitted: list[Fitted | Merged] = []
-    if batches or any(isinstance(edit, Merge) for edit in stage.edits):
+    if fits or any(isinstance(edit, Merge) for edit in stage.edits):
         with forward_context(), alike():
             judge = partial(_distance, module)
-            fitted = warm_start(student, module.teacher, old, record, stage.edits, batches, judge, place, folder)
+            fit, held = (
+                [*part.split(max(1, _BATCH // part.shape[1]))] if len(part) else [] for part in (fits.fit, fits.held)
+            )
+            fitted = warm_start(student, module.teacher, old, record, stage.edits, fit, held, judge, place, folder)
     sharding.freeze(student, origin, optimizer)
     refitted, start = list[str](), time.perf_counter()
     if stage.edits and refits:
         with forward_context():
-            refitted = _refit(module, optimizer, record, [*earlier, *stage.edits], refits, windows, folder)
+            refitted = _refit(module, optimizer, record, [*earlier, *stage.edits], refits, text or Text(), folder)
     seconds = time.perf_counter() - start
     adapt(student, record, stage)
     module.hold(student, record)
@@ -137,7 +151,7 @@ def _refit(
     record: Record,
     edits: Sequence[Edit],
     refits: Sequence[Refit],
-    windows: Callable[[int], Sequence[Tensor]],
+    text: Text,
     folder: Path | None,
 ) -> list[str]:
     """What the refits that follow some edits say that they did to the student."""
@@ -155,7 +169,7 @@ def _refit(
             raise BrokenOffError
 
     return refit_survivors(
-        refits, student, module.teacher, record, edits, windows,
+        refits, student, module.teacher, record, edits, text,
         ranks=module.ranks, opened=opened, check_stop=check_stop, states=module.teacher_states, folder=folder,
     )  # fmt: skip
 
@@ -169,6 +183,7 @@ class Editor:
         by_step: in the place of `refits`, those of each step of `schedule=mixed`.
         folder, place: where states on disk lie (None = as temporary files do), and those of a fit (device, host, disk).
         window: tokens of a window.
+        fit_tokens: that blocks are fitted to and pairs merged on; 0 = nothing is fitted.
     """
 
     in_place = True
@@ -182,9 +197,23 @@ class Editor:
         folder: Path | None = None,
         place: str = "device",
         window: int = 1,
+        fit_tokens: int = 0,
     ) -> None:
         self.refits, self.windows, self.by_step, self.folder, self.place = refits, windows, by_step, folder, place
-        self.window = window
+        self.window, self.fit_tokens = window, fit_tokens
+        self._texts: dict[int, Text] = {}
+
+    def text(self, ranks: Ranks) -> Text:
+        """What is fitted to in this run and what judges it, in all stages: as much as whoever reads most asks for."""
+        if ranks.size not in self._texts:
+            every = [refit for refits in self.by_step for refit in refits] if self.by_step else self.refits
+            self._texts[ranks.size] = text_of(every, self.fit_tokens, self.windows, self.window, ranks.size)
+        return self._texts[ranks.size]
+
+    def fit_text(self, stage: Stage, ranks: Ranks) -> Text:
+        """What the blocks of a stage are fitted to; none = no fit."""
+        fits = stage.fit and stage.edits and self.fit_tokens
+        return self.text(ranks).few(self.fit_tokens, judging(self.fit_tokens)) if fits else Text()
 
     def refits_of(self, stage: Stage) -> Sequence[Refit]:
         """The refits of a stage's step."""
@@ -201,7 +230,7 @@ class Editor:
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""
-        whole = training_tokens(self.refits_of(stage), self.windows)
+        whole = training_tokens(self.refits_of(stage), self.text(Ranks()))
         return stage.refit_budget if whole and stage.refit_budget else whole
 
     def check(self, *, timed: bool) -> None:
@@ -218,7 +247,7 @@ class Editor:
                 ranks = module.ranks if self.in_place else Ranks()
                 sharded = self.in_place and sharding.is_sharded(module.student)
                 refits = for_stage(self.refits_of(stage), stage, self.window, ranks, sharded=sharded)
-                check_refits(refits, module.teacher, edits, self.windows, ranks, sharded=sharded)
+                check_refits(refits, module.teacher, edits, self.text(ranks), ranks, sharded=sharded)
             stages.append((stage, refits))
         check_sizes(stages, of_sizes(module.terms, tied=bool(module.teacher.config.tie_word_embeddings)))
         check_used([refit for stage in plan for refit in self.refits_of(stage)], edits)
@@ -229,7 +258,6 @@ class Editor:
         module: DistillModule,
         path: Path,
         device: torch.device,
-        batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -244,19 +272,16 @@ class Editor:
         module: DistillModule,
         optimizer: torch.optim.Optimizer,
         stage: Stage,
-        batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         finished: Sequence[Stage],
         alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Edited:
-        """See `carry_out`; `batches` makes the windows of the fit when they are wanted.
-
-        What the stages before it, `finished`, have left to its refits, they do.
-        """
-        rest = self.windows, self.folder, self.place, self.not_refitted(finished), alike
+        """See `carry_out`. What the stages before it, `finished`, have left to its refits, they do."""
+        text, fits = self.text(module.ranks), self.fit_text(stage, module.ranks)
+        rest = text, self.folder, self.place, self.not_refitted(finished), alike
         sharded = sharding.is_sharded(module.student)
         refits = for_stage(self.refits_of(stage), stage, self.window, module.ranks, sharded=sharded)
-        return carry_out(module, optimizer, stage, batches(), forward_context, refits, *rest)
+        return carry_out(module, optimizer, stage, fits, forward_context, refits, *rest)
 
     def leaves_before(self, state: RunState) -> bool:
         """Whether the process ends where the run stands, because it cannot make the edit that comes next."""

@@ -58,7 +58,6 @@ class EditInFreshProcess(Editor):
         module: DistillModule,
         path: Path,
         device: torch.device,
-        batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -70,7 +69,7 @@ class EditInFreshProcess(Editor):
         optimizer = make_optimizer(module.optim)
         module.regroup(optimizer)
         checkpoint.restore(path, module.student, optimizer, rng=False)
-        edited = super().carry_out(module, optimizer, state.stage, batches, forward_context, state.finished, alike)
+        edited = super().carry_out(module, optimizer, state.stage, forward_context, state.finished, alike)
         sharding.from_first_rank(module.student)
         self._made = edited, dict(optimizer_tensors(optimizer, module.student))
 
@@ -83,14 +82,13 @@ class EditInFreshProcess(Editor):
         module: DistillModule,
         optimizer: torch.optim.Optimizer,
         stage: Stage,
-        batches: Callable[[], Sequence[Tensor]],
         forward_context: Callable[[], AbstractContextManager[None]],
         finished: Sequence[Stage],
         alike: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Edited:
         """Hand over the edit that was made; stages without edits need none."""
         if self._made is None:
-            return super().carry_out(module, optimizer, stage, batches, forward_context, finished, alike)
+            return super().carry_out(module, optimizer, stage, forward_context, finished, alike)
         (edited, moments), self._made = self._made, None
         load_optimizer_tensors(optimizer, module.student, moments)
         return edited

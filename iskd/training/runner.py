@@ -143,7 +143,7 @@ def _loop(parts: Parts, state: RunState) -> StageLoop:
     kind = EditInFreshProcess if parts.schedule.restart_at_edit else Editor
     by_step, cache = [step.refits for step in steps], parts.data.cache_dir.parent
     where = cache / "streams", parts.options.fit_streams
-    editor = kind(parts.refits, parts.data.calibration, by_step, *where, parts.data.seq_len)
+    editor = kind(parts.refits, parts.data.calibration, by_step, *where, parts.data.seq_len, parts.options.fit_tokens)
     spec, keeps = parts.evaluation, parts.options.keep_students
     along: AlongTheRun | None = None
     few: list[tuple[AlongTheRun, float]] = []

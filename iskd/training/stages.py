@@ -192,7 +192,7 @@ class StageLoop:
         history = replace(history_of(state, module, self.data.pass_tokens), scores=stand_ins)
         check_edits(self.schedule, module.teacher, history)
         plan = forecast(self.schedule, history)
-        check_merges(plan, module.teacher, self._windows_of)
+        check_merges(plan, module.teacher, lambda stage: self.editor.fit_text(stage, live.ranks))
         check_floor(self.schedule, plan, self.editor.refits_after)
         self.editor.check_refits(module, plan)
         self.clock.lap()
@@ -380,7 +380,7 @@ class StageLoop:
         def made() -> Edited:
             alike = live.breaking_off if live.ranks.size > 1 else nullcontext
             return self.editor.carry_out(
-                live.module, live.optimizer, stage, self.fit_windows, live.forward_context, state.finished, alike
+                live.module, live.optimizer, stage, live.forward_context, state.finished, alike
             )
 
         # a refit that reads all of its text takes much longer than one that reads a share, or none
@@ -413,14 +413,6 @@ class StageLoop:
             size = surgery.parameters(live.module.student)
             _log.info("stage %d: %s, %d parameters", self.count.stage_number, stage.name, size)
         self._tick()
-
-    def fit_windows(self) -> list[Tensor]:
-        """Calibration windows [B, T] that the stage's compact blocks are fitted to; none = no fit."""
-        return self._windows_of(self.stage)
-
-    def _windows_of(self, stage: Stage) -> list[Tensor]:
-        fits = stage.fit and stage.edits and self.options.fit_tokens
-        return self.data.calibration(self.options.fit_tokens) if fits else []
 
     def _watch(self, stage: Stage) -> None:
         student = self.live.module.student
@@ -588,7 +580,7 @@ class StageLoop:
     def _judge(self) -> None:
         """End of a trial: back to where it began, and on. Trials choose layers, so calibration text judges them."""
         live = self.live
-        batches = self.data.calibration_batches(self.data.val_tokens)
+        batches = self.editor.text(live.ranks).not_fitted(self.data.calibration_batches(self.data.val_tokens))
 
         def measured() -> float:
             with live.forward_context():

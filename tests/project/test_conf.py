@@ -141,7 +141,7 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
 # what the parts of a shelf have in common; no yaml names them
 SHARED = {"__init__", "base"}
 SHARED |= {"chunk_size", "chunk_walk", "chunked", "scratch", "topk_kl"}  # losses
-SHARED |= {"choosing", "fitting", "merge", "ridge", "slicing", "small_decoder"}  # blocks
+SHARED |= {"choosing", "fitting", "merge", "regression", "ridge", "slicing", "small_decoder"}  # blocks
 SHARED |= {"noise", "sweep"}  # importance
 SHARED |= {"carrying_out", "reading", "head_sums", "projections", "solved", "streams", "walk"}  # refits
 SHARED |= {"layerwise", "orders", "settings", "stages_ahead", "target"}  # schedules

@@ -126,6 +126,7 @@ OPEN = {
     "schedules/edits": "which layers of a conversion another mixer is for, in a config",
     "schedules/mixed": "steps are made from a config, and name parts of their own",
     "teacher/load": "which model a config names, before it is loaded",
+    "refits/reading": "an editor divides the text of its run once",
     "refits/walk": "a library refits blocks that no walk leads to",
     "refits/local": "a library trains every option by itself",
     "refits/output": "a library re-solves what stands behind a new mixer",
@@ -165,6 +166,7 @@ LONG = {
     "teacher/load": "one way from what a config names to a teacher in memory",
     "training/stages": "one loop, to be read from top to bottom",
     "training/step/module": "one step, and what Lightning asks of whoever makes it",
+    "training/editing": "one edit: structure, fits, refits, optimizer, and which text each of them reads",
 }
 
 # Names of faces that only others take: code beside written students, whoever trusts a package, a mixer of one's own.

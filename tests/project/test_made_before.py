@@ -41,7 +41,7 @@ RECORDS: dict[str, Any] = json.loads((OLD / "records.json").read_text())
 SETTINGS = (
     *("debug=smoke", "model=local", "model.path=teacher", "data=text", "data.path=text.txt", "data.val_tokens=1024"),
     *("trainer=cpu", "trainer.precision=32-true", "run.checkpoint_every=2", "block.ratio=0.5"),
-    *("schedule.lr=3e-3", "schedule.lr_new=3e-3", "loss=[kl,hidden]", "schedule.rescore=true"),
+    *("schedule.lr=3e-3", "schedule.lr_new=3e-3", "loss=[kl,hidden]", "schedule.rescore=true", "block.ridge=0.01"),
     *("trainer.progress=false", "cache_dir=cache", "run.efficiency_seconds=0", "run.samples=0"),
 )
 # A process knows nothing of iskd when transformers runs the code beside the weights, or imports it first.
@@ -170,7 +170,7 @@ def numbers(stage: StageResult) -> dict[str, Any]:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(old: Path) -> None:
-    """By the very command that started it, as `resume=auto` gives it; a run of today says the same numbers."""
+    """By the command that started it; a run of today says the same numbers of what no fit has touched."""
     for where in ("resume=interrupted", "hydra.run.dir=today"):
         run = Command(("train", *SETTINGS, "export=false", where), old, old / "output.log", places(old))
         code, output = run.end()
@@ -178,9 +178,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(old: Path) -> None:
     resumed, today, before = (read_stages(old / name) for name in ("interrupted", "today", "finished"))
     for stage, *others in zip(before, resumed, today, strict=True):
         for other in others:
-            for name in ("index", "name", "edits", "params", "block_params", "tokens", "status", "events"):
+            for name in ("index", "name", "edits", "params", "block_params", "tokens", "status"):
                 assert getattr(other, name) == getattr(stage, name)
-            assert numbers(other) == pytest.approx(numbers(stage), rel=1e-3, abs=1e-4)  # processors differ
+            assert len(other.events) == len(stage.events)
+            assert numbers(other).keys() == numbers(stage).keys()
+            if not stage.edits:  # blocks are fitted in another way than they were then
+                assert numbers(other) == pytest.approx(numbers(stage), rel=1e-3, abs=1e-4)  # processors differ
     runs, problems = read_runs([old / "interrupted", old / "today"])
     assert not problems
     parts = {key: {run.config.get(key) for run in runs} for key in differing([run.config for run in runs])}

@@ -14,7 +14,7 @@ from iskd.plan import Convert, Edit, Record, Replace, Spec
 from iskd.refits import RefitTask, refit_survivors
 from iskd.refits.local import Local
 from iskd.refits.output import Output
-from tests.factories import BEHIND, FAMILIES, block_specs, hooks, louder, mixer_specs, tiny, windows
+from tests.factories import BEHIND, FAMILIES, block_specs, hooks, louder, mixer_specs, text_of, tiny, windows
 
 BOTH = Output(tokens=160, held_tokens=64, folds=2, projections=("attention", "mlp"))
 BLOCKS, MIXERS = block_specs(), mixer_specs()
@@ -46,7 +46,7 @@ def test_no_survivor_is_left_out(name: str) -> None:
     record = surgery.apply(made, Record(4), [edit])
     stack = Stack(made)
     ids = windows(14, 16, seed=5)
-    told = refit_survivors([BOTH], made, teacher, record, [edit], lambda _tokens: [ids])
+    told = refit_survivors([BOTH], made, teacher, record, [edit], text_of([ids], BOTH))
     foreign = isinstance(stack.layers[1], HostedBlock)
     own = getattr(stack.layers[1].block, "adds", None) if foreign else None
     paths = {stack.family.down: 2 if foreign else 3, stack.family.out: 3}

@@ -19,7 +19,7 @@ from iskd.refits.local import Local
 from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
-from tests.factories import digest, louder, tiny, windows
+from tests.factories import digest, louder, text_of, tiny, windows
 
 Text = Callable[[int], list[Tensor]]
 KINDS = (Output, Local, Magnitude, ReplaceMe)
@@ -35,7 +35,7 @@ def refitted(refit: Refit, given: Text = text, spoil: Callable[[Any, Any], None]
     record = surgery.apply(made, Record(4), [Remove(1)])
     with torch.no_grad():
         spoil(teacher, made)
-    return refit_survivors([refit], made, teacher, record, [Remove(1)], given)
+    return refit_survivors([refit], made, teacher, record, [Remove(1)], text_of(given, refit))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_ridge_that_is_too_small_is_passed_over(ridges: tuple[float, ...], fol
 def test_without_edits_and_refits_nothing_is_touched() -> None:
     teacher = louder(tiny("llama"))
     before = digest(teacher)
-    assert refit_survivors([], teacher, teacher, Record(4), [], text) == []
+    assert refit_survivors([], teacher, teacher, Record(4), [], text_of(text, Output())) == []
     assert digest(teacher) == before
 
 

@@ -21,7 +21,7 @@ from iskd.refits.local import Local
 from iskd.refits.output import Output
 from iskd.schedules import ConvertTo, History
 from iskd.schedules.align import Align
-from tests.factories import louder, mixer_specs, sampled, tiny, tiny_teacher, windows
+from tests.factories import louder, mixer_specs, sampled, text_of, tiny, tiny_teacher, windows
 
 SPECS = mixer_specs()
 LAYERS = (0, 2)
@@ -163,14 +163,13 @@ def test_without_a_mixer_there_is_nothing_to_do() -> None:
     student = copy.deepcopy(teacher)
     edits = [Remove(1)]
     record = surgery.apply(student, Record(4), edits)
-    told = refit_survivors(
-        [Calibrate(tokens=64, held_tokens=32)], student, teacher, record, edits, lambda n: [windows(n // 16, 16)]
-    )
+    refit = Calibrate(tokens=64, held_tokens=32)
+    told = refit_survivors([refit], student, teacher, record, edits, text_of(lambda n: [windows(n // 16, 16)], refit))
     assert told[0] == "refit calibrate: no mixer was put in: nothing to calibrate"
     with pytest.raises(ValueError, match="a refit needs calibration text"):
         Calibrate(tokens=0)
     with pytest.raises(ValueError, match="some to fit to and some held out"):
-        refit_survivors([Calibrate()], student, teacher, record, edits, lambda _: [windows(1, 16)])
+        refit_survivors([Calibrate()], student, teacher, record, edits, text_of([windows(1, 16)], Calibrate()))
 
 
 def test_local_work_first_brings_a_conversion_near() -> None:
@@ -185,7 +184,7 @@ def test_local_work_first_brings_a_conversion_near() -> None:
         Output(tokens=1024, held_tokens=256, projections=["attention"]),
         Local(tokens=1024, held_tokens=256, sublayers=True, epochs=2, lr=5e-4, lr_new=2e-3),
     ]
-    told = refit_survivors(refits, student, teacher, record, edits, lambda n: [text[: n // 64]])
+    told = refit_survivors(refits, student, teacher, record, edits, text_of(lambda n: [text[: n // 64]], *refits))
     kls = [line.split("held-out KL ")[1] for line in told if "held-out KL" in line]
     first, last = float(kls[0].split(" -> ")[0]), float(kls[-1].split(" -> ")[1].split()[0])
     assert len(kls) == 3
@@ -216,8 +215,10 @@ def test_the_budget_decides_how_much_text_refits_read() -> None:
     asked = training_tokens(refits)
     # and three passes of whole models over the text held out, by which each is judged
     assert asked == (10_000 * (refits[0].passes + refits[1].passes) + 2 * 3 * 2000) / 4
-    assert training_tokens(refits, lambda tokens: [windows(tokens // 2 // 100, 100)]) == pytest.approx(asked / 2)
-    assert training_tokens(refits, lambda tokens: [windows(2 * tokens // 100, 100)]) == asked
+    assert training_tokens(
+        refits, text_of(lambda tokens: [windows(tokens // 2 // 100, 100)], *refits)
+    ) == pytest.approx(asked / 2)
+    assert training_tokens(refits, text_of(lambda tokens: [windows(2 * tokens // 100, 100)], *refits)) == asked
     fewer = [refit.on(2500 / asked) for refit in refits]
     assert training_tokens(fewer) == pytest.approx(2500, rel=1e-2)
     more = [refit.on(2 * asked / asked) for refit in refits]

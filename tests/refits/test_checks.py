@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from iskd.data import TextData
 from iskd.losses import of_sizes
 from iskd.losses.hidden import HiddenMatch
 from iskd.losses.kl import KL
@@ -34,7 +35,7 @@ from iskd.training.editing import Editor
 from iskd.training.plan_table import Costs, plan_rows
 from iskd.training.stages import StageLoop
 from tests.conf_defaults import CONF
-from tests.factories import BEHIND, FAMILIES, digest, louder, mixer_specs, tiny, windows
+from tests.factories import BEHIND, FAMILIES, digest, louder, mixer_specs, text_of, tiny, windows
 from tests.runs import Scripted, make_parts, write_text
 
 KINDS: dict[str, type[Refit]] = {
@@ -61,9 +62,9 @@ def test_norms_behind_the_sums_are_refused_by_name(family: str, name: str) -> No
     refit = KINDS[name]()
     if refused:
         with pytest.raises(ValueError, match=rf"refit={name} .*{model.config.model_type}.*norm.*: use refit=local"):
-            check_refits([refit], model, [Remove(1)], lambda _: TEXT, Ranks())
+            check_refits([refit], model, [Remove(1)], text_of(TEXT, refit), Ranks())
     else:
-        check_refits([refit], model, [Remove(1)], lambda _: TEXT, Ranks())
+        check_refits([refit], model, [Remove(1)], text_of(TEXT, refit), Ranks())
 
 
 @torch.no_grad()
@@ -224,7 +225,7 @@ def test_too_few_windows_are_refused(count: int, size: int) -> None:
     ranks.size = size
     for kind in KINDS.values():
         with pytest.raises(ValueError, match=rf"{count} calibration windows .*refit_share.*data\.calibration_fraction"):
-            check_refits([kind()], tiny("llama"), [Remove(1)], lambda _: [windows(count, 16)], ranks)
+            check_refits([kind()], tiny("llama"), [Remove(1)], text_of([windows(count, 16)], kind(), least=size), ranks)
 
 
 def test_a_run_is_refused_before_its_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +235,7 @@ def test_a_run_is_refused_before_its_first_measurement(tmp_path: Path, monkeypat
         raise AssertionError("something was measured")
 
     monkeypatch.setattr(StageLoop, "_measure", measured)
+    monkeypatch.setattr(TextData, "calibration", lambda *_: [windows(1, 32)])
     stages = [
         Stage("remove 1", (Remove(1),), tokens=64, lr=1e-3, fit=False, refit_share=0),
         Stage("remove 2", (Remove(2),), tokens=64, lr=1e-3, fit=False),

@@ -26,7 +26,7 @@ from iskd.refits.magnitude import Magnitude
 from iskd.refits.output import Output
 from iskd.refits.replaceme import ReplaceMe
 from iskd.refits.values import Values
-from tests.factories import block_specs, louder, mixer_specs, tiny, windows
+from tests.factories import block_specs, louder, mixer_specs, text_of, tiny, windows
 
 LENGTH, ROWS, HIDDEN, MLP = 16, 2, 48, 96
 IDS = 3 * 8  # bytes: of a token in the text and in its parts
@@ -112,7 +112,7 @@ def test_a_refit_keeps_no_more_of_a_token_than_its_streams(
         text = windows(count, LENGTH)
         refit = kind(tokens=3 * count * LENGTH // 4, held_tokens=count * LENGTH // 4, **given)
         student, teacher, record, _ = models(edit, separator)
-        refit_survivors([refit], student, teacher, record, [edit], lambda _: [text], folder=tmp_path)
+        refit_survivors([refit], student, teacher, record, [edit], text_of([text], refit), folder=tmp_path)
 
     assert growth(work) <= IDS + (0 if "streams" in given and place == "disk" else streams)
 
@@ -122,11 +122,13 @@ def test_a_refit_keeps_no_more_of_a_token_than_its_streams(
 def test_a_fit_keeps_no_more_of_a_token_than_two_streams(name: str, place: str, tmp_path: Path) -> None:
     def work(count: int) -> None:
         student, teacher, record, old = models(FITS[name], Separator(7) if place == "disk" else None)
-        text = list(windows(count, LENGTH).split(ROWS))
+        fit, held = (
+            list(part.split(ROWS)) for part in windows(count, LENGTH).split([3 * count // 4, count - 3 * count // 4])
+        )
 
         def judge(held: Sequence[Tensor]) -> float:
             return measure_quality(student, teacher, [{"input_ids": batch} for batch in held])["kl"]
 
-        warm_start(student, teacher, old, record, [FITS[name]], text, judge, place, tmp_path)
+        warm_start(student, teacher, old, record, [FITS[name]], fit, held, judge, place, tmp_path)
 
     assert growth(work) <= IDS + (0 if place == "disk" else 8 * HIDDEN)

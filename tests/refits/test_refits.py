@@ -38,6 +38,7 @@ from tests.factories import (
     mixer_specs,
     modes,
     silence,
+    text_of,
     tiny,
     windows,
 )
@@ -74,7 +75,7 @@ def student(family: str = "llama", edits: Sequence[Edit] = (Remove(1),), **confi
 
 def refitted(refit: Refit, edits: Sequence[Edit] = (Remove(1),), family: str = "llama", **config: Any) -> Any:
     made, teacher, record = student(family, edits, **config)
-    told = refit_survivors([refit], made, teacher, record, edits, text)
+    told = refit_survivors([refit], made, teacher, record, edits, text_of(text, refit))
     return made, teacher, record, told
 
 
@@ -158,7 +159,7 @@ def test_a_student_like_its_teacher_stays_so(name: str) -> None:
     made = copy.deepcopy(teacher)
     record = surgery.apply(made, Record(4), [Remove(1)])
     before = digest(made)
-    told = refit_survivors([REFITS[name]], made, teacher, record, [Remove(1)], text)
+    told = refit_survivors([REFITS[name]], made, teacher, record, [Remove(1)], text_of(text, REFITS[name]))
     assert digest(made) == before or told[-1].endswith(("again", "changed nothing"))
 
 
@@ -171,7 +172,7 @@ def test_a_refit_that_does_not_help_is_taken_back() -> None:
 
     made, teacher, record = student()
     before, training = digest(made), modes(made)
-    told = refit_survivors([Worse(**SIZES)], made, teacher, record, [Remove(1)], text)
+    told = refit_survivors([Worse(**SIZES)], made, teacher, record, [Remove(1)], text_of(text, Worse(**SIZES)))
     assert "taken back" in told[-1]
     assert digest(made) == before
     assert modes(made) == training
@@ -301,10 +302,10 @@ def test_refits_that_read_other_amounts_of_text_share_the_states_of_the_teacher(
     small = Output(tokens=160, held_tokens=64, projections=("attention", "mlp"))
     large = Local(tokens=320, held_tokens=160, lr=1e-3, epochs=1, sublayers=True, step_tokens=16)
     states = TeacherStates(teacher, tmp_path)
-    refit_survivors([large, small], made, teacher, record, [Remove(1)], text, states=states)
+    refit_survivors([large, small], made, teacher, record, [Remove(1)], text_of(text, large, small), states=states)
     assert sum(ran) == 30 * 4, "windows of the larger text, blocks of the teacher"
     other, *_ = student()
-    refit_survivors([large, small], other, teacher, record, [Remove(1)], text)
+    refit_survivors([large, small], other, teacher, record, [Remove(1)], text_of(text, large, small))
     for one, two in zip(made.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
@@ -344,7 +345,8 @@ def test_what_prepares_the_next_refit_is_judged_with_it(moves: Any, told: Sequen
         for parameter in Stack(made).layers[0].parameters():
             parameter.add_(-left)
     before = [parameter.clone() for parameter in Stack(made).layers[0].parameters()]
-    said = [line for line in refit_survivors(moves, made, teacher, record, [], text) if "held-out KL" in line]
+    all_said = refit_survivors(moves, made, teacher, record, [], text_of(text, *moves))
+    said = [line for line in all_said if "held-out KL" in line]
     assert len(said) == len(told)
     assert all(re.search(part, line) for part, line in zip(told, said, strict=True)), said
     for one, parameter in zip(before, Stack(made).layers[0].parameters(), strict=True):
@@ -358,7 +360,9 @@ def test_states_leave_room_for_everything_else(
     states = TeacherStates(teacher, tmp_path)
     monkeypatch.setattr(states_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=states_file._SPARE - 1))
     expected, *_ = refitted(REFITS["output"])
-    refit_survivors([REFITS["output"]], made, teacher, record, [Remove(1)], text, states=states)
+    refit_survivors(
+        [REFITS["output"]], made, teacher, record, [Remove(1)], text_of(text, REFITS["output"]), states=states
+    )
     assert digest(made) == digest(expected)
     assert not list(tmp_path.rglob("*.rows"))
     assert "1.1 GB are free, which are left to the run's checkpoints); they are computed for each refit" in caplog.text
@@ -369,5 +373,7 @@ def test_states_that_cannot_be_kept_are_computed(tmp_path: Path) -> None:
     states = TeacherStates(teacher, tmp_path / "file")
     (tmp_path / "file").write_text("in the way")
     expected, *_ = refitted(REFITS["output"])
-    refit_survivors([REFITS["output"]], made, teacher, record, [Remove(1)], text, states=states)
+    refit_survivors(
+        [REFITS["output"]], made, teacher, record, [Remove(1)], text_of(text, REFITS["output"]), states=states
+    )
     assert digest(made) == digest(expected)

@@ -17,7 +17,7 @@ from iskd.plan import Convert, Edit, Record, Spec
 from iskd.refits import RefitTask, refit_survivors
 from iskd.refits.head_sums import conjugate_gradients
 from iskd.refits.values import Values, why_not
-from tests.factories import digest, hooks, louder, mixer_specs, tiny, windows
+from tests.factories import digest, hooks, louder, mixer_specs, text_of, tiny, windows
 
 WINDOW = Spec("iskd.mixers.sliding.Sliding", {"window": 3, "sinks": 1, "feature_map": "none"})
 LINEAR = Spec("iskd.mixers.linear_attention.LinearAttention", {})
@@ -110,7 +110,7 @@ def test_a_window_comes_nearer_to_its_teacher(teacher: PreTrainedModel, said: li
     student = copy.deepcopy(teacher)
     record = surgery.apply(student, Record(len(Stack(teacher).layers)), edits)
     others = {name: p.clone() for name, p in student.named_parameters() if "v_proj" not in name}
-    told = refit_survivors([Values()], student, teacher, record, edits, lambda _: said)
+    told = refit_survivors([Values()], student, teacher, record, edits, text_of(said, Values()))
     before, after = (float(word.split()[0]) for word in told[-1].partition("KL ")[2].split("->"))
     assert after < before
     assert "values of 4 mixers re-solved" in told[0]

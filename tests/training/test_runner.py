@@ -72,7 +72,7 @@ def test_run_writes_what_users_read(uninterrupted: Result) -> None:
     for name in ("record.json", "data.json", "environment.json", "metrics.csv", "plan.json", "report.html"):
         assert (folder / name).stat().st_size, name
     data = json.loads((folder / "data.json").read_text())
-    assert data["calibration_sha256"].keys() == {"128"}, "the windows that fits saw, and no others"
+    assert data["calibration_sha256"].keys() == {"128", "160"}, "what scores read, and fits with what chooses"
     assert data["selection_sha256"] == {}, "no task chose a layer"
     plan = json.loads((folder / "plan.json").read_text())
     assert [row["params"] for row in plan] == [stage.params for stage in uninterrupted.stages], (

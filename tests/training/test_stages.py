@@ -19,6 +19,7 @@ from iskd.plan import Record, Remove, Replace, Stage, StageResult
 from iskd.plan.edits import Merge
 from iskd.schedules.edits import RemoveLayers
 from iskd.schedules.iterative import Iterative
+from iskd.training.editing import Editor
 from iskd.training.live import Live
 from iskd.training.parts import Parts
 from iskd.training.runner import make_module, run
@@ -47,7 +48,9 @@ class Plain:
         self.state = state or RunState(record=Record(int(parts.teacher.model.config.num_hidden_layers)))
         self.module = make_module(parts, self.state)
         self.optimizer = self.module.configure_optimizers()
-        self.loop = StageLoop(parts.schedule, parts.importance, parts.data, parts.run_dir, self.state, parts.options)
+        editor = Editor(windows=parts.data.calibration, window=parts.data.seq_len, fit_tokens=parts.options.fit_tokens)
+        places = parts.run_dir, self.state, parts.options
+        self.loop = StageLoop(parts.schedule, parts.importance, parts.data, *places, editor=editor)
         self.live, self.left, self.seen = Live(self.module, self.optimizer), stop_after, list[str]()
 
     def train(self, stage: Stage) -> None:

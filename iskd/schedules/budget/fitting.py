@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iskd.blocks import Ridge
-from iskd.blocks.base import FitData, fit_error
+from iskd.blocks import Regression
+from iskd.blocks.base import FitData, fit_error, part
 from iskd.blocks.merge import merged
 from iskd.blocks.streams import Streams, enter
 from iskd.models import Stack, scoring
@@ -93,7 +94,7 @@ class _At:
     inputs: Streams
     middle: Streams | None
     outputs: Streams
-    systems: dict[tuple[nn.Module, tuple[int, ...]], Ridge] = field(default_factory=dict)
+    systems: dict[tuple[nn.Module, tuple[int, ...]], Regression] = field(default_factory=dict)
 
 
 class _Walk:
@@ -133,10 +134,10 @@ class _Walk:
         before = self._error(module, position, inputs, at.outputs)
         kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         if isinstance(edit, Merge):
-            data = self._data(position, inputs, at.outputs, held=False)
+            data = self._data(position, inputs, at.outputs)
             module = merged(self.stack.layers[position], self.stack.layers[at.layer], data, edit.ridge)
         elif isinstance(edit, Replace) and option.kind.fit and hasattr(part := edit.block.resolve(), "fit"):
-            data = replace(self._data(position, inputs, at.outputs, held=False), systems=at.systems)
+            data = replace(self._data(position, inputs, at.outputs), systems=at.systems)
             part.fit(module, self.stack.layers[position], data, **edit.block.kwargs)
         self._refitted(module, position, inputs, at, edit, budget)
         after = self._error(module, position, inputs, at.outputs)
@@ -167,18 +168,19 @@ class _Walk:
         if budget.epochs and any(True for _ in module.parameters()):
             Local(lr=budget.lr, epochs=budget.epochs).over(task, [site()])
 
-    def _data(self, position: int, inputs: Streams, goals: Streams, *, held: bool) -> FitData:
-        """What the fits of blocks take: the windows to fit to, or those held out."""
-        first = len(self.texts.fit) if held else 0
-        numbers = range(first, len(self.calls) if held else len(self.texts.fit))
+    def _data(self, position: int, inputs: Streams, goals: Streams) -> FitData:
+        """What the fits of blocks take."""
+        count = len(self.texts.fit)
+        fit, held = (
+            part(inputs, goals, partial(self._run, position), self.stack, first, end)
+            for first, end in ((0, count), (count, len(self.calls)))
+        )
+        return replace(fit, held=held)
 
-        def run(block: nn.Module, h_BTD: Tensor, index: int) -> Tensor:
-            return self.calls[first + index].run(position, block, h_BTD)
-
-        chosen = [[streams[number] for number in numbers] for streams in (inputs, goals)]
-        return FitData(chosen[0], chosen[1], run, self.stack)
+    def _run(self, position: int, block: nn.Module, h_BTD: Tensor, index: int) -> Tensor:
+        return self.calls[index].run(position, block, h_BTD)
 
     def _error(self, module: nn.Module, position: int, inputs: Streams, goals: Streams) -> float:
         """On held-out text."""
         with torch.no_grad():
-            return fit_error(module, self._data(position, inputs, goals, held=True))
+            return fit_error(module, self._data(position, inputs, goals).judging)

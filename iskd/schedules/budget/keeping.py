@@ -29,7 +29,7 @@ from iskd.models import Stack, surgery
 from iskd.plan import Convert, Record
 from iskd.plan.budget_plan import KEEP, read_plan
 from iskd.plan.run_files import BUDGET_FILE
-from iskd.refits import Refit, refit_survivors
+from iskd.refits import Refit, Text, refit_survivors
 from iskd.schedules.budget.calibration import Tried
 from iskd.schedules.budget.choosing import Chooser
 from iskd.schedules.budget.costs import Told, side_by_side
@@ -145,8 +145,8 @@ class Finals:
         def kl(windows: Sequence[Tensor]) -> float:
             return measure_quality(student, teacher, [{"input_ids": window} for window in windows])["kl"]
 
-        warm_start(student, teacher, old, record, edits, self.texts.fit, kl)
-        refit_survivors(refits, student, teacher, record, edits, lambda _tokens: [*fit, *held])
+        warm_start(student, teacher, old, record, edits, self.texts.fit, self.texts.held, kl)
+        refit_survivors(refits, student, teacher, record, edits, Text(torch.cat(fit), torch.cat(held)))
         return kl(self.texts.score)
 
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: a few steps of a run, measured by span and by operator.
 
-Imports: system, plan, models, losses, teacher, data, schedules, report, export, training.step, training.state,
+Imports: system, plan, models, losses, teacher, refits, data, schedules, report, export, training.step, training.state,
 training.metrics, training.
 """
 

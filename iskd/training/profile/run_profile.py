@@ -12,6 +12,7 @@ from pydantic import PositiveInt
 
 from iskd.data import StageLoader
 from iskd.plan import Stage
+from iskd.refits import Text
 from iskd.system import Ranks
 from iskd.system.files import scratch
 from iskd.system.precision import ForwardContext, place
@@ -111,7 +112,7 @@ def _enter_stage(
         stage = state.stage
         if stage is None:
             raise ValueError("no stage of the schedule trains, so there is no step to profile; set schedule.tokens")
-        edited = carry_out(module, optimizer, stage if edits else _bare(stage), [], context)
+        edited = carry_out(module, optimizer, stage if edits else _bare(stage), Text(), context)
         if stage.tokens or not edits:
             return
         state.edit_made(edited.record, edited.events)

@@ -28,6 +28,7 @@ from iskd.models import Stack, surgery
 from iskd.models.weights import model_tensors
 from iskd.plan import Convert, Edit, Record, Remove, Replace, Stage
 from iskd.plan.options import RunOptions
+from iskd.refits import Text
 from iskd.training.editing import carry_out
 from iskd.training.step.block_runner import BlockRunner, _policy
 from iskd.training.step.module import DistillModule
@@ -55,7 +56,7 @@ def distilled(
 
 
 def edit(module: DistillModule, optimizer: torch.optim.Optimizer, edits: tuple[Edit, ...], train: str = "all") -> None:
-    carry_out(module, optimizer, Stage("heal", edits, train=train), [], nullcontext)
+    carry_out(module, optimizer, Stage("heal", edits, train=train), Text(), nullcontext)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
 
