@@ -24,9 +24,9 @@ class Linear(nn.Module):
 
     Source: ours; least squares as in ReplaceMe (arXiv 2505.02819), here on the normalised stream
     Needs: calibration tokens (`run.fit_tokens`)
-    Costs: one D x D matrix and a bias, no token mixing, no cache; 9.4 % of a block of SmolLM2-135M, 31 s for eight fits
+    Costs: one D x D matrix and a bias, no token mixing, no cache; 9.4 % of a block of SmolLM2-135M, 81 s for eight fits
         (experiments/warm-start/README.md)
-    Measured: KL 0.700 right after the fit, eight blocks (experiments/warm-start/README.md)
+    Measured: KL 0.660 right after the fit, eight blocks (experiments/warm-start/README.md)
     """
 
     adds: ClassVar[str] = "map"

@@ -33,10 +33,10 @@ class Slim:
     Needs: calibration tokens (`run.fit_tokens`)
     Needs for l1: nothing, with `edit.fit=false`
     Costs: `block.ratio` of the block's parameters, cache of the heads that stay; fits of eight blocks at 41.7 % take
-        97 s (experiments/warm-start/README.md)
+        156 s (experiments/warm-start/README.md)
     Costs for l1: `block.ratio` of the block's parameters, cache of the heads that stay
     Measured: KL 0.73, perplexity 34.66, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md);
-        KL 0.347 right after the fit, eight blocks at 41.7 % (experiments/warm-start/README.md)
+        KL 0.308 right after the fit, eight blocks at 41.7 % (experiments/warm-start/README.md)
     Measured for l1: KL 5.51, 30 % of the block parameters out, healed (experiments/iskd-smollm2/README.md); KL 0.891
         unhealed, eight blocks at 41.7 % (experiments/warm-start/README.md)
     """
