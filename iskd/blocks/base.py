@@ -26,8 +26,6 @@ from iskd.models import Stack
 
 Run = Callable[[nn.Module, Tensor, int], Tensor]
 """Calls a block as the host would on the batch of a number."""
-
-
 Add = Callable[["FitData", Ridge], None]
 """Adds the rows of some text to the equations of a map."""
 

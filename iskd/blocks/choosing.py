@@ -16,8 +16,7 @@ from iskd.blocks.ridge import Ridge, Solution
 from iskd.blocks.slicing import cut, group_width, inputs_of, transposed
 from iskd.models.projections import weight_of
 
-# of eliminations: text held out asks for more in a fit of all channels, and with 1.0 the channels that stay are worse
-_RIDGE = 0.1
+_RIDGE = 0.1  # of eliminations, where none is given
 _CROWDED = 0.85  # of the rows of a matrix are to be in use
 
 
@@ -64,7 +63,7 @@ def choose_heads(
         error = 0.0
         if len(choices) > 1:
             solved = system.best(wide.get_submodule(path), ridge)
-            ridge = solved.ridge  # hardly another one for other heads
+            ridge = solved.ridge  # the search is made once
             error = solved.error
             if stack.family.post_norms:  # where the sums do not tell it without a pass
                 error = fit_error(resolved(wide, path, solved), data.judging)

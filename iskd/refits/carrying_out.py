@@ -85,9 +85,7 @@ def refit_survivors(
             if not better and not waits:
                 _put_back(student, kept)
             seconds = time.perf_counter() - start
-            events += [
-                f"refit {name}: {line}" for line in (*told, *short_of(refit, text.few(refit.tokens, refit.held_tokens)))
-            ]
+            events += [f"refit {name}: {line}" for line in (*told, *short_of(refit, text))]
             verdict = ""
             if waits:
                 verdict = f"; left for {refits[number].name()}, and judged with it"

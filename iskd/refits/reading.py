@@ -19,7 +19,7 @@ from iskd.refits.base import Refit
 from iskd.system import Ranks
 
 _BATCH = 2048  # tokens of a process
-_CHOOSING = 4
+_CHOOSING = 4  # tokens of a fit for one that chooses
 _JUDGED = 3  # passes over the text held out
 Windows = Callable[[int], Sequence[Tensor]]
 """Gives calibration windows [B, T] of so many tokens, the same on every rank."""
@@ -42,14 +42,11 @@ class Text:
 
     def few(self, tokens: int, held_tokens: int) -> Text:
         """Windows of so many tokens of each part, evenly spaced, one at least where there is one."""
-        counts = (min(len(part), max(1, -(-asked // max(1, part.shape[1])))) for part, asked in (
-            (self.fit, tokens), (self.held, held_tokens)
-        ))  # fmt: skip
-        fit, held = (
-            part if count == len(part) else part[torch.arange(count) * len(part) // count]
-            for part, count in zip((self.fit, self.held), counts, strict=True)
-        )
-        return Text(fit, held)
+        found = []
+        for part, asked in ((self.fit, tokens), (self.held, held_tokens)):
+            count = min(len(part), max(1, -(-asked // part.shape[1])))
+            found.append(part if count == len(part) else part[torch.arange(count) * len(part) // count])
+        return Text(*found)
 
     def not_fitted(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
         """Batches without the rows whose `input_ids` are fitted to; all of them where no others are left."""
@@ -149,7 +146,7 @@ def training_tokens(refits: Sequence[Refit], text: Text | None = None) -> float:
 
 def short_of(refit: Refit, text: Text) -> list[str]:
     """A sentence where there is less text than a refit asks for: a whole window or more."""
-    asked, read = refit.tokens + refit.held_tokens, text.tokens
+    asked, read = refit.tokens + refit.held_tokens, text.few(refit.tokens, refit.held_tokens).tokens
     if read > asked - text.fit.shape[1]:
         return []
     return [

@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iskd.blocks import Fitted, Merged, warm_start
@@ -108,11 +108,7 @@ def carry_out(
     fitted: list[Fitted | Merged] = []
     if fits or any(isinstance(edit, Merge) for edit in stage.edits):
         with forward_context(), alike():
-            judge = partial(_distance, module)
-            fit, held = (
-                [*part.split(max(1, _BATCH // part.shape[1]))] if len(part) else [] for part in (fits.fit, fits.held)
-            )
-            fitted = warm_start(student, module.teacher, old, record, stage.edits, fit, held, judge, place, folder)
+            fitted = _fit(module, old, record, stage, fits, place, folder)
     sharding.freeze(student, origin, optimizer)
     refitted, start = list[str](), time.perf_counter()
     if stage.edits and refits:
@@ -129,6 +125,21 @@ def carry_out(
     for event in events:
         _log.info("%s", event)
     return Edited(record, events, seconds if refitted else 0.0)
+
+
+def _fit(
+    module: DistillModule,
+    old: dict[int, nn.Module],
+    record: Record,
+    stage: Stage,
+    text: Text,
+    place: str,
+    folder: Path | None,
+) -> list[Fitted | Merged]:
+    """What the fits and merges of a stage say that they did to the student."""
+    fit, held = ([*part.split(max(1, _BATCH // part.shape[1]))] if len(part) else [] for part in (text.fit, text.held))
+    judge = partial(_distance, module)
+    return warm_start(module.student, module.teacher, old, record, stage.edits, fit, held, judge, place, folder)
 
 
 def _opened(before: Record, edits: Sequence[Edit]) -> list[int]:
