@@ -9,11 +9,11 @@
 #   FOUND    folder of the plans, a folder for each method
 #   METHODS  of mixed, removal, slim, merge, width, random
 #   SEEDS    of the order of the training text; untrained = as refitted
-#   TOKENS   training tokens of every run but those; REFIT: tokens of the refit before
+#   TOKENS   training tokens of every run but those; FITS, REFIT: tokens that a run fits its blocks to, and that its refit reads
 #   ONLY     a pattern of names (METHOD-SHARE-SEED): the runs that match are done; ONLY=plans: plans and front.csv alone
 #   FIT, HELD, SCORE, RACE   tokens that options are fitted to and judged by, that students and single options are scored on
 #   EPOCHS   of local training behind a fit; ROUNDS, PAIRS, PLANS, FINALISTS: see conf/budget/default.yaml, whose values are
-#            FIT=8192 HELD=2048 SCORE=4096 RACE=null EPOCHS=1 ROUNDS=2 PAIRS=16 PLANS=3 FINALISTS=4
+#            SCORE=4096 RACE=null EPOCHS=1 ROUNDS=2 PAIRS=16 PLANS=3 FINALISTS=4
 #   ITEMS    of each task, at most; TEXT: tokens of each text that perplexity is measured on
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -32,9 +32,9 @@ HERE=experiments/budget-smollm2
 FOUND=${FOUND:-$HERE/plans}
 TEXTS=(trainer="$TRAINER" data=text data.path="$DATA/*/train.txt.gz" data.val_path="$DATA/wikitext2/valid.txt.gz"
        data.source.detokenize=wikitext cache_dir="$CACHE")
-BUDGET=(budget.fit_tokens="${FIT:-4096}" budget.held_tokens="${HELD:-1024}" budget.score_tokens="${SCORE:-2048}"
+BUDGET=(budget.fit_tokens="${FIT:-8192}" budget.held_tokens="${HELD:-2048}" budget.score_tokens="${SCORE:-2048}"
         budget.race_tokens="${RACE:-512}" budget.epochs="${EPOCHS:-0}" budget.rounds="${ROUNDS:-0}"
-        budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-3}")
+        budget.pairs="${PAIRS:-16}" budget.plans="${PLANS:-2}" budget.finalists="${FINALISTS:-2}")
 RUN=(data.val_tokens=1024 run.measure_before=false run.checkpoint_every=1000000 run.efficiency_seconds=0 run.samples=0 run.mfu=false data.batch_size=1)
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
@@ -72,7 +72,7 @@ run() { # method, size, seed, plan: refitted once, and healed from there; one st
   if [ ! -f "$OUT/$made/model/config.json" ]; then
     rm -rf "${OUT:?}/$made"
     "$PYTHON" train.py experiment=budget model=smollm2 "${TEXTS[@]}" "${RUN[@]}" schedule.tokens=0 hydra.run.dir="$OUT/$made" budget.plan="$4" \
-      refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048 export.dtype=float32
+      run.fit_tokens="${FITS:-16384}" refit.output.tokens="${REFIT:-8192}" refit.output.held_tokens=2048 export.dtype=float32
   fi
   if [ "$name" != "$made" ]; then
     rm -rf "${OUT:?}/$name"

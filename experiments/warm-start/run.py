@@ -1,8 +1,8 @@
 """How far from the teacher a student is right after its edit, before any training, with and without fitting.
 
 Eight of SmolLM2's thirty blocks are replaced at once. KL to the teacher in nats per token on WikiText-2 valid (8
-windows of 512, every 4th position); blocks are fitted on 8,192 tokens of its train split, and
-all blocks refitted (`refit=[output]`) on 32,768.
+windows of 512, every 4th position); blocks are fitted on text of its train split, and all blocks of those that
+`--refit` names then refitted (`refit=[output]`) on 32,768 tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import sys
 import time
 from pathlib import Path
 
@@ -44,16 +45,14 @@ BLOCKS = {
     "slim 18.5 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), True),
     "slim 41.7 %, inherited by L1": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), False),
     "slim 41.7 %, fitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), True),
-    "slim 18.5 %, fitted, all refitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.185}), True),
-    "slim 41.7 %, fitted, all refitted": (Spec("iskd.blocks.slim.Slim", {"ratio": 0.417}), True),
 }
 REFIT = Output(tokens=32_768, held_tokens=4_096)
 
 
-def windows(tokenizer: object, file: Path, count: int, characters: int | None = None) -> Tensor:
-    """Evenly spaced windows [count, 512] of a text file."""
+def windows(tokenizer: object, file: Path, count: int) -> Tensor:
+    """Evenly spaced windows [count, 512] of a text file, or of its start where it is long."""
     with gzip.open(file, "rt", encoding="utf-8") as handle:
-        text = detokenize_wikitext(handle.read(characters))
+        text = detokenize_wikitext(handle.read(6_000_000))
     ids = torch.tensor(tokenizer(text).input_ids)  # type: ignore[operator]
     starts = torch.linspace(0, len(ids) - 513, count).long()
     return torch.stack([ids[start : start + 512] for start in starts.tolist()])
@@ -67,20 +66,32 @@ def log_probabilities(model: PreTrainedModel, batches: tuple[Tensor, ...]) -> Te
 
 
 def main() -> None:
-    """Print one table row per block."""
+    """Print a table row per block, and one more where all blocks are refitted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/{train,valid}.txt.gz")
     parser.add_argument("--only", default="", help="run the blocks whose name contains this")
+    parser.add_argument("--tokens", type=int, default=8192, help="that blocks are fitted to; a quarter as many choose")
+    parser.add_argument("--refit", default="slim", help="refit the fitted students whose block's name contains this")
     parser.add_argument("--windows", type=int, default=8, help="windows of WikiText-2 valid that are scored")
     arguments = parser.parse_args()
     folder = arguments.data / "wikitext2"
     loaded = load_teacher(TeacherSpec("HuggingFaceTB/SmolLM2-135M-Instruct", bundled="smollm2"))
-    fit = windows(loaded.tokenizer, folder / "train.txt.gz", 20, 1_500_000)
-    fit, held = fit[:16].split(4), fit[16:].split(4)
-    more = windows(loaded.tokenizer, folder / "train.txt.gz", (REFIT.tokens + REFIT.held_tokens) // 512, 6_000_000)
-    text = divided(lambda _tokens: [more], REFIT.tokens, REFIT.held_tokens)
+
+    def train(tokens: int) -> list[Tensor]:
+        return [windows(loaded.tokenizer, folder / "train.txt.gz", tokens // 512)]
+
+    held = arguments.tokens // 4
+    text = divided(train, max(REFIT.tokens, arguments.tokens), max(REFIT.held_tokens, held))
+    own = text.few(arguments.tokens, held)
     valid = windows(loaded.tokenizer, folder / "valid.txt.gz", arguments.windows).split(2)
     goal = log_probabilities(loaded.model, valid)
+
+    def row(name: str, student: PreTrainedModel, whole: int, seconds: float) -> None:
+        share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
+        kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).view(arguments.windows, -1).mean(1)
+        error = kl.std().item() / len(kl) ** 0.5
+        print(f"| {name} | {100 * share:.1f} % | {kl.mean().item():.3f} ± {error:.3f} | {seconds:.0f} |", flush=True)
+
     print("| block | share | KL before training | fit, s |\n|---|---|---|---|")
     for name, (spec, fitted) in BLOCKS.items():
         if arguments.only not in name:
@@ -90,18 +101,19 @@ def main() -> None:
         old = dict(enumerate(Stack(student).layers))
         whole = sum(p.numel() for p in old[LAYERS[0]].parameters())
         record = surgery.apply(student, Record(len(old)), edits)
+        if not fitted:
+            row(name, student, whole, 0)
+            continue
         start = time.perf_counter()
-        if fitted:
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            warm_start(student, loaded.model, old, record, edits, own.fit.split(4), own.held.split(4))
+        row(name, student, whole, time.perf_counter() - start)
+        if arguments.refit in name:
+            start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
-                warm_start(student, loaded.model, old, record, edits, fit, held)
-                if name.endswith("refitted"):
-                    refit_survivors([REFIT], student, loaded.model, record, edits, text)
-        seconds = time.perf_counter() - start
-        share = sum(p.numel() for p in Stack(student).layers[LAYERS[0]].parameters()) / whole
-        kl = (goal.exp() * (goal - log_probabilities(student, valid))).sum(-1).view(arguments.windows, -1).mean(1)
-        error = kl.std().item() / len(kl) ** 0.5
-        values = f"{kl.mean().item():.3f} ± {error:.3f}"
-        print(f"| {name} | {100 * share:.1f} % | {values} | {seconds if fitted else 0:.0f} |", flush=True)
+                told = refit_survivors([REFIT], student, loaded.model, record, edits, text)
+            row(f"{name}, all refitted", student, whole, time.perf_counter() - start)
+            print(*told, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

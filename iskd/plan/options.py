@@ -67,7 +67,7 @@ class RunOptions:
     checkpoint_every: int = 50
     keep: int = 2
     keep_students: bool | int = False
-    fit_tokens: int = 4096
+    fit_tokens: int = 8192
     fit_streams: str = PLACES[0]
     score_tokens: int = 2048
     measure_before: bool = True

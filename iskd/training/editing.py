@@ -43,6 +43,9 @@ from iskd.training.step import DistillModule, adapters
 from iskd.training.step.trainable import new_parameters
 
 _BATCH = 1024  # tokens of a fit that are read together
+_FIT_BLOCKS = (
+    4  # a fit takes about as long as so many passes of its block, beside the walk (SmolLM2, slimmed, 16,384 tokens)
+)
 _log = logging.getLogger(__name__)
 
 
@@ -238,6 +241,17 @@ class Editor:
         """Edits of the latest of these stages that no refit has followed."""
         latest = list(takewhile(lambda stage: not self.refits_after(stage), reversed(finished)))
         return [edit for stage in reversed(latest) for edit in stage.edits]
+
+    def fit_tokens_of(self, stage: Stage, depth: int) -> float:
+        """Training tokens that take about as long as the fits of its edits, which are one walk from below.
+
+        Args:
+            stage: whose.
+            depth: layers of the teacher.
+        """
+        fits = sum(edit.op in ("replace", "merge") for edit in stage.edits)
+        read = self.fit_text(stage, Ranks()).tokens if fits else 0
+        return read * (2 + _FIT_BLOCKS * fits / depth) / 4  # a step is four passes of a model
 
     def refit_tokens_of(self, stage: Stage) -> float:
         """Training tokens that take about as long as the refits of its edits."""

@@ -293,11 +293,12 @@ class StageLoop:
         along = self.spec is not None and self.spec.along
         # where a plan alone asks a few items, its run asks all: of the teacher, as student too, and of a student given
         left = len(self.state.results) + 1 if along and self.along is None else 0
+        depth = self.live.module.teacher.config.num_hidden_layers
         whole = not sharding.is_sharded(self.live.module.teacher)  # else nobody's speed is measured
         at_the_end = whole * options.efficiency_seconds + self._asking * (1 if along else 2)
         return Costs(
             refit_tokens=self.editor.refit_tokens_of,
-            fit_tokens=options.fit_tokens,
+            fit_tokens=lambda stage: self.editor.fit_tokens_of(stage, depth),
             begun=seconds["begun"] + left * self._asking,
             validation=seconds["validation"],
             asking=self._asking if along else 0.0,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,21 @@ def test_the_plan_counts_what_a_refit_reads_and_its_judge() -> None:
         costs = Costs(token=2.0, refit_tokens=editor.refit_tokens_of)
         row = plan_rows(tiny("llama"), [stage], [1], 64, costs)[1]
         assert row["refit_seconds"] == pytest.approx(2.0 * 0.25 * share * (400 * refit.passes + 3 * 80) / 4)
+
+
+def test_the_plan_counts_one_walk_for_all_fits_of_a_stage() -> None:
+    """A step is four passes: one of either model, and some of its block for every fit; of the text that there is."""
+    edits = (Replace(4, SLIM, seed=1), Merge(2), Remove(6))
+    stage = Stage("all", edits, tokens=64, fit=True)
+    for there, read in ((1000, 400), (192, 192)):
+        editor = Editor([], lambda tokens, there=there: [windows(min(tokens, there) // 16, 16)], fit_tokens=320)
+        costs = Costs(token=2.0, fit_tokens=partial(editor.fit_tokens_of, depth=8))
+        asked = {"two": stage, "none": replace(stage, fit=False), "removed": replace(stage, edits=edits[2:])}
+        seconds = {
+            name: plan_rows(tiny("llama", layers=8), [each], [1], 64, costs)[1]["fit_seconds"]
+            for name, each in asked.items()
+        }
+        assert seconds == {"two": pytest.approx(2.0 * read * (2 + 4 * 2 / 8) / 4), "none": 0, "removed": 0}
 
 
 @pytest.mark.parametrize("name", KINDS)

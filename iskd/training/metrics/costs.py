@@ -29,7 +29,7 @@ class Costs:
     Attributes:
         token: of a training token.
         refit_tokens: of a stage, training tokens that take as long as the refits of its edits, on all of their text.
-        fit_tokens: calibration tokens of a fit, which takes about as long as training on them.
+        fit_tokens: the same of the fits of its edits.
         begun: what was measured before the plan: the teacher, the student of an earlier run, tasks.
         validation: of a measurement of the student. asking: of its tasks and text along the run.
         scoring: by stage, of the scores that choose its layers; None = there are some, and no earlier ones to go by.
@@ -44,7 +44,7 @@ class Costs:
 
     token: float = 0.0
     refit_tokens: Callable[[Stage], float] = lambda _stage: 0.0
-    fit_tokens: int = 0
+    fit_tokens: Callable[[Stage], float] = lambda _stage: 0.0
     begun: float = 0.0
     validation: float = 0.0
     asking: float = 0.0
@@ -68,9 +68,8 @@ class Costs:
             before: training tokens of the stages before it.
         """
         tokens, steps, params = row["tokens"], row["steps"], row["params"]
-        fits = sum(edit.op in ("replace", "merge") for edit in stage.edits) if stage.fit else 0
         refit = stage.refit_share * self.refit_tokens(stage) * self.token if stage.edits else 0.0
-        fit = fits * self.fit_tokens * self.token
+        fit = self.fit_tokens(stage) * self.token
         # those inside come after a step, and the last step is the end
         inside = min((before + tokens - 1) // self.every - before // self.every, steps - 1) if self.every else 0
         validations = 1 + bool(self.before and stage.edits and tokens) + max(0, inside if tokens else 0)

@@ -32,7 +32,7 @@ from tests.runs import SLIM, TOKENS, At, Crash, crash, make_parts, write_text
 
 EDITED = Stage("replace 2", (Replace(2, SLIM, seed=3),), tokens=800, lr=1e-3, fit=True)
 ROW = {"tokens": 800, "steps": 8, "params": 1_000_000, "trained": 500_000}
-COSTS = Costs(token=0.01, refit_tokens=lambda _: 300.0, fit_tokens=200, validation=5.0)
+COSTS = Costs(token=0.01, refit_tokens=lambda _: 300.0, fit_tokens=lambda _: 200.0, validation=5.0)
 
 
 def parts_of(costs: Costs, stage: Stage = EDITED, before: int = 0, number: int = 0) -> dict[str, Any]:
