@@ -30,7 +30,7 @@ from iskd.schedules.budget.students import Choice
 
 _APART = 2  # layers in which the next best plans have to differ
 _STEP = 0.1  # of the teacher's layers, between two depths that are tried
-_REACH = 0.25  # of the layers, that a round may change
+_REACHES = 0.25, 0.15, 0.07  # of the layers, that a round may change: scores of few positions promise too much of many
 _HOPELESS = 3.0  # times the best KL so far, at which taking out layers ends
 
 
@@ -117,14 +117,12 @@ class Chooser:
             self._depth_first(chain, limits, note, tried)
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
-            around = self.around(best.choice)
-            problem = self.problem(limits, around)
-            reach = max(1, round(_REACH * self.depth))
-            problem = replace(problem, near=(best.choice, reach))
-            found = note(solve(problem), problem, f"round {turn + 1}", best.choice)
-            if found is None or not found.measured < best.measured:
+            base, around = best.choice, self.problem(limits, self.around(best.choice))
+            for share in _REACHES:
+                problem = replace(around, near=(base, max(1, round(share * self.depth))))
+                best = min(best, note(solve(problem), problem, f"round {turn + 1}", base) or best, key=_measured)
+            if best.choice == base:
                 break
-            best = found
         return sorted(tried.values(), key=_measured)
 
     def kl(self, choice: Choice) -> float:

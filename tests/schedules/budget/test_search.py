@@ -387,7 +387,8 @@ def test_the_plan_that_is_nearest_once_refitted_is_taken(
     assert none.request == alone.request != plans[0].request
 
 
-def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> None:
+def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iskd.schedules.budget.choosing._REACHES", (3 / DEPTH, 1 / DEPTH))
     _, scorer, costs = world
     chooser = Chooser(scorer, costs, BUDGET)
     whole = costs.of(scorer.whole)
@@ -402,6 +403,12 @@ def test_plans_keep_their_limits_and_rounds_find_no_worse_ones(world: Any) -> No
             assert each.measured == pytest.approx(scorer.kl(each.choice))
         single = next(each for each in tried if each.found == "single scores")
         assert tried[0].measured <= single.measured
+        # around the best of the others few layers are changed as well as many
+        best = next(each for each in tried if not each.found.startswith("round"))
+        around = chooser.problem(limits, chooser.around(best.choice))
+        for reach in (3, 1):
+            changed_few = solve(replace(around, near=(best.choice, reach)))
+            assert changed_few in {each.choice for each in tried}
         added = sum(chooser.scores[layer, name] for layer, name in enumerate(single.choice))
         changed = sum(name != KEEP for name in single.choice)
         assert single.promise == Promise(pytest.approx(added), changed)
