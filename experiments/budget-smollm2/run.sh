@@ -83,8 +83,8 @@ run() { # method, size, seed, plan: refitted once, and healed from there; one st
   rm -rf "$OUT/$name/checkpoints"
 }
 
-# One library, filled and raced once by `mixed`; the others choose from a part of it. A finalist with twenty blocks to fit takes ten
-# minutes, one with layers out alone one: the depth of these is chosen by what a refit leaves, all others by the library's blocks.
+# One library, filled and raced once by `mixed`; the others choose from a part of it. Finalists with twenty blocks to fit make 40
+# minutes of a search: those of removals, which have none, say how deep to go, and all other plans are chosen by the library's blocks.
 search mixed budget.finalists="${FINALISTS:-0}"
 search removal budget.use=[remove]
 search slim budget.use=[slim_75,slim_50,slim_30] budget.finalists=0

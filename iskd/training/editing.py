@@ -43,9 +43,7 @@ from iskd.training.step import DistillModule, adapters
 from iskd.training.step.trainable import new_parameters
 
 _BATCH = 1024  # tokens of a fit that are read together
-_FIT_BLOCKS = (
-    4  # a fit takes about as long as so many passes of its block, beside the walk (SmolLM2, slimmed, 16,384 tokens)
-)
+_FIT_BLOCKS = 4  # passes of its block that a fit takes as long as, beside the walk: about, of SmolLM2's slimmed ones
 _log = logging.getLogger(__name__)
 
 

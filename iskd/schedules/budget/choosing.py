@@ -118,8 +118,8 @@ class Chooser:
         best = min(tried.values(), key=_measured)
         for turn in range(self.budget.rounds):
             base, around = best.choice, self.problem(limits, self.around(best.choice))
-            for share in _REACHES:
-                problem = replace(around, near=(base, max(1, round(share * self.depth))))
+            for reach in dict.fromkeys(max(1, round(share * self.depth)) for share in _REACHES):
+                problem = replace(around, near=(base, reach))
                 best = min(best, note(solve(problem), problem, f"round {turn + 1}", base) or best, key=_measured)
             if best.choice == base:
                 break
